@@ -1,0 +1,306 @@
+"""The command line: `atlas <verb> [group=choice] [key=value] …`.
+
+Hydra composes the configuration; this module turns it into frozen dataclasses, calls the stages and maps what
+happened to an exit code: 0 complete, 1 something was set aside or is wrong, 2 bad input, 130 interrupted.
+"""
+
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import run
+from pipeline.config import from_tree
+from pipeline.errors import AtlasError, nearest
+from pipeline.plan import Plan
+from pipeline.progress import clock
+from pipeline.run import BAD_INPUT, COMPLETE, INTERRUPTED, SET_ASIDE, Request
+from pipeline.shards import safe
+
+log = logging.getLogger("pipeline")
+
+USAGE = """\
+usage: atlas VERB [group=choice] [key=value] …
+
+  run        plan, examples, pictures, atlas.h5 and site: whatever of them is missing
+  plan       the table of layers and the time a run will take
+  examples   the dataset pass alone
+  render     the pictures alone
+  site       the pages again, from atlas.h5
+  status     how far a run is
+  verify     what is wrong with a run, if anything
+
+`atlas run --help` shows all settings. site, status and verify also take a run's folder: atlas verify runs/NAME."""
+
+
+def conf_folder() -> Path:
+    """The folder of YAML files: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+class _Stderr(logging.Handler):
+    """Writes to whatever stderr is now, so that messages stay above live bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        sys.stderr.write(f"{prefix}{self.format(record)}\n")
+
+
+def request_of(composed: DictConfig) -> Request:
+    """A typed request from what Hydra composed; the run's name is filled in where it is left open."""
+    tree: Any = OmegaConf.to_container(composed, resolve=True)
+    tree.pop("hydra", None)
+    tree.pop("experiment", None)
+    section = tree.get("run")
+    if isinstance(section, dict) and section.get("name") is None:
+        section["name"] = safe(f"{tree['model'].get('name')}-{tree['render'].get('name')}")
+    config = from_tree(tree)
+    return Request(config, tree, OmegaConf.to_yaml(OmegaConf.create(tree)))
+
+
+def show_plan(made: Plan) -> None:
+    """The table of layers, the totals by kind, and the ETA, on standard output."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("layer", "kind", "channels", "map", "receptive field", "units", "canvas", "time"):
+        table.add_column(name, justify="left" if name in ("layer", "kind") else "right", no_wrap=name == "layer")
+    for row in made.table().to_dict("records"):
+        values = [row[key] for key in ("layer", "kind", "channels", "map", "receptive_field", "units", "canvas")]
+        table.add_row(*map(str, values), clock(row["seconds"]))
+    console.print(table)
+    kinds = made.table().groupby("kind", sort=False)
+    for kind, part in kinds:
+        console.print(f"{kind}: {len(part)} layers, {part['channels'].sum():,} channels, {part['units'].sum():,} units")
+    photographs = len(made.setup.dataset.photos)
+    console.print(
+        f"total: {len(made.rows)} layers, {made.units:,} units, {photographs:,} photographs; "
+        f"about {clock(made.eta)} with {made.crew.workers} × {made.crew.threads} threads on {made.crew.device}"
+    )
+
+
+def _run(request: Request) -> int:
+    made = run.plan(request)
+    show_plan(made)
+    return run.run(request, made)
+
+
+def _plan(request: Request) -> int:
+    show_plan(run.plan(request))
+    log.info("written to %s", request.folder.plan)
+    return COMPLETE
+
+
+def _examples(request: Request) -> int:
+    return run.run(request, run.plan(request), ("examples",))
+
+
+def _render(request: Request) -> int:
+    return run.run(request, run.plan(request), ("render",))
+
+
+def _site(request: Request) -> int:
+    folder = request.folder.existing()
+    with folder.locked():
+        run.build_site(request, folder)
+    return COMPLETE
+
+
+def _status(request: Request) -> int:
+    folder = request.folder.existing()
+    status = folder.read_status()
+    planned = folder.planned()
+    print(f"{folder.path}: {len(planned)} layers, {sum(map(len, planned.values())):,} units planned")
+    for name, stage in status.get("stages", {}).items():
+        counts = f"{stage['done']:,} of {stage['total']:,}, {stage['failed']} failed"
+        print(f"  {name}: {counts}, {stage['per_second']} a second")
+    if status.get("finished"):
+        print(f"  complete since {status['updated']}, {status['failures']} failures")
+    elif status:
+        left = status.get("eta_seconds")
+        print(f"  as of {status['updated']}{'' if left is None else f', about {clock(left)} left'}")
+    else:
+        print("  not begun; `atlas run` begins")
+    return COMPLETE
+
+
+def _verify(request: Request) -> int:
+    folder = request.folder.existing()
+    wrong = run.verify(folder)
+    if not wrong:
+        print(f"{folder.path}: whole")
+        return COMPLETE
+    table = Table("where", "what is wrong", box=None)
+    for where, what in wrong:
+        table.add_row(where, what)
+    Console().print(table)
+    return SET_ASIDE
+
+
+VERBS: dict[str, Callable[[Request], int]] = {
+    "run": _run,
+    "plan": _plan,
+    "examples": _examples,
+    "render": _render,
+    "site": _site,
+    "status": _status,
+    "verify": _verify,
+}
+
+
+def _named(verb: str, arguments: Sequence[str]) -> list[str]:
+    """Arguments with a run's folder given by position turned into overrides."""
+    if verb not in ("site", "status", "verify"):
+        return list(arguments)
+    found = []
+    for argument in arguments:
+        if argument.startswith("-") or "=" in argument or argument.startswith("~"):
+            found.append(argument)
+        else:
+            path = Path(argument)
+            found += [f"run.root='{path.parent if path.parent != Path() else 'runs'}'", f"run.name='{path.name}'"]
+    return found
+
+
+def _complete(arguments: Sequence[str]) -> int | None:
+    """Shell completion asks without a verb: complete the verb here, or take it off the line for Hydra."""
+    line = os.environ.get("COMP_LINE", "").split(" ")
+    if "-sc" not in arguments or not any(a.startswith("query=") for a in arguments):
+        return None
+    if len(line) < 3 and (len(line) < 2 or line[1] not in VERBS):
+        print(" ".join(VERBS))
+        return COMPLETE
+    os.environ["COMP_LINE"] = " ".join([line[0], *line[2:]])
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console script `atlas`; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    completed = _complete(arguments)
+    if completed is not None:
+        return completed
+    if "-sc" in arguments and arguments[0] not in VERBS:
+        arguments = ["run", *arguments]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return COMPLETE if arguments else BAD_INPUT
+    if arguments[0] == "--version":
+        print(f"atlas {_version()}")
+        return COMPLETE
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        return _refuse(f"There is no verb {verb!r}. {nearest(verb, VERBS)}")
+    codes: list[int] = []
+
+    def task(composed: DictConfig) -> None:
+        codes.append(_guarded(lambda: VERBS[verb](request_of(composed))))
+        if codes[-1] == INTERRUPTED:
+            raise KeyboardInterrupt
+
+    # Hydra prints a composition error and exits with 1, unless told to raise it; bad input must exit with 2.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    saved = sys.argv
+    sys.argv = [saved[0], *_named(verb, rest)]
+    try:
+        with _signals():
+            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        return _refuse(_explain(error))
+    finally:
+        sys.argv = saved
+        GlobalHydra.instance().clear()
+    return max(codes, default=COMPLETE)
+
+
+def _guarded(work: Callable[[], int]) -> int:
+    """Do `work` with logging on, and turn what a user can mend into a message."""
+    handler = _Stderr()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        return work()
+    except AtlasError as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted. Everything finished is kept; the same command goes on from here.\n")
+        return INTERRUPTED
+    finally:
+        log.removeHandler(handler)
+        log.propagate = True
+
+
+def _refuse(message: str) -> int:
+    sys.stderr.write(f"atlas: {message}\n")
+    return BAD_INPUT
+
+
+class _signals:
+    """SIGTERM means what Ctrl-C means, while this is entered (in the main thread only)."""
+
+    def __enter__(self) -> None:
+        self.old: Any = None
+
+        def stop(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        try:
+            self.old = signal.signal(signal.SIGTERM, stop)
+        except ValueError:  # not the main thread: a notebook or a test has its own handlers
+            self.old = None
+
+    def __exit__(self, *_: object) -> None:
+        if self.old is not None:
+            signal.signal(signal.SIGTERM, self.old)
+
+
+def _explain(error: Exception) -> str:
+    """A composition error in few words, with the nearest valid names."""
+    message = str(error).strip()
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"There is no {group}={name}. {nearest(name, error.options, 6)}"
+    match = re.search(r"Could not (?:override|delete|load) '?([\w./@]+)'?", message)
+    if match:
+        return f"{match[1]} is not a setting. {nearest(match[1], _settings())}"
+    cause = f"\n{error.__cause__}" if error.__cause__ is not None else ""
+    return f"{message}{cause}"
+
+
+def _settings() -> Iterator[str]:
+    """All keys of the default configuration, and all groups."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
+        tree: Any = OmegaConf.to_container(hydra.compose("config"), resolve=False)
+
+    def keys(node: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        for key, value in node.items():
+            yield prefix + key
+            if isinstance(value, Mapping):
+                yield from keys(value, f"{prefix}{key}.")
+
+    return keys(tree, "")
+
+
+def _version() -> str:
+    from pipeline import __version__
+
+    return __version__

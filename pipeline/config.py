@@ -1,0 +1,149 @@
+"""The configuration as frozen dataclasses: the schema of `conf/`, and what workers receive.
+
+Hydra composes a tree; `from_tree` turns it into a `Config` and rejects what it does not know, before any
+work. Nothing below this module ever sees Hydra's own types.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.canvases import CANVASES
+from pipeline.errors import AtlasError
+from pipeline.examples import ExamplesConfig
+from pipeline.layers import LayersConfig
+from pipeline.models import ModelConfig
+from pipeline.objectives import OBJECTIVES
+from pipeline.optimizers import OPTIMIZERS
+from pipeline.photos import DataConfig
+from pipeline.registry import build
+from pipeline.render import RenderConfig
+from pipeline.site import SiteConfig
+from pipeline.transforms import TRANSFORMS
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and the seed of everything random in it.
+
+    `update=true` allows a run folder to be continued with another configuration: only what changed is made.
+    """
+
+    name: str
+    root: str = "runs"
+    seed: int = 0
+    update: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Who does the work. `auto` and null are decided from the machine or cluster when the run starts.
+
+    `batch` is the number of pictures optimised together; a task is one batch.
+    """
+
+    name: str = "ray"
+    address: str | None = None
+    workers: int | str = "auto"
+    cpus_per_worker: float | str = "auto"
+    gpus_per_worker: float | str = "auto"
+    device: str = "auto"
+    batch: int = 8
+    attempts: int = 3
+    max_failures: int = 20
+    progress_seconds: float = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything a run is made from."""
+
+    run: RunConfig
+    model: ModelConfig
+    layers: LayersConfig
+    data: DataConfig
+    render: RenderConfig
+    examples: ExamplesConfig
+    engine: EngineConfig
+    site: SiteConfig
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.root, self.run.name)
+
+
+# Sections that change no result: a run folder may be continued under another engine or page layout.
+FREE = ("engine", "site", "run")
+
+
+def from_tree(tree: Mapping[str, Any]) -> Config:
+    """A `Config` from a resolved plain tree; an unknown key or a wrong type is an `AtlasError`."""
+    sections = dict(tree)
+    sections["render"] = render_config(_section(sections, "render"))
+    config = build(Config, sections)
+    name = config.run.name
+    if not name or name in (".", "..") or any(c in name for c in "/\\\0"):
+        raise AtlasError(f"run.name={name!r} must be a plain folder name.")
+    if config.engine.name not in ("ray", "inline"):
+        raise AtlasError(f"engine.name={config.engine.name!r} is not one of ray, inline.")
+    for value, key, least in (
+        (config.render.steps, "render.steps", 1),
+        (config.render.variants, "render.variants", 1),
+        (config.render.margin, "render.margin", 0),
+        (config.render.attempts, "render.attempts", 1),
+        (config.examples.k, "examples.k", 1),
+        (config.examples.batch, "examples.batch", 1),
+        (config.examples.per_task, "examples.per_task", 1),
+        (config.engine.batch, "engine.batch", 1),
+        (config.engine.attempts, "engine.attempts", 1),
+        (config.layers.count, "layers.count", 1),
+    ):
+        if value < least:
+            raise AtlasError(f"{key}={value} is too small: at least {least}.")
+    size = config.render.size
+    if (isinstance(size, str) and size != "auto") or (isinstance(size, int) and size < 16):
+        raise AtlasError(f"render.size={size!r}: use auto or a number of pixels from 16.")
+    for value, key in (
+        (config.engine.workers, "engine.workers"),
+        (config.engine.cpus_per_worker, "engine.cpus_per_worker"),
+        (config.engine.gpus_per_worker, "engine.gpus_per_worker"),
+    ):
+        zero = key.endswith("gpus_per_worker") and value == 0
+        if (isinstance(value, str) and value != "auto") or (not isinstance(value, str) and value <= 0 and not zero):
+            raise AtlasError(f"{key}={value!r}: use auto or a number above 0.")
+    return config
+
+
+def render_config(tree: Mapping[str, Any]) -> RenderConfig:
+    """A preset from its plain tree: each group member is found by its `name`."""
+    values = dict(tree)
+    for key, registry in (("objective", OBJECTIVES), ("canvas", CANVASES), ("optimizer", OPTIMIZERS)):
+        values[key] = registry.build(values.get(key, {}), f"render.{key}")
+    transforms = _section(values, "transforms")
+    # A transform is called by its key unless it says otherwise, so that one kind can come twice.
+    values["transforms"] = tuple(
+        TRANSFORMS.build({"name": key, **(settings or {})}, f"render.transforms.{key}")
+        for key, settings in transforms.items()
+    )
+    return build(RenderConfig, values, "render")
+
+
+def _section(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = tree.get(key) or {}
+    if not isinstance(section, Mapping):
+        raise AtlasError(f"{key} must be a group of settings, not {section!r}.")
+    return section
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`key: old → new` of every setting in which two plain trees differ."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a!r} → {b!r}")
+    return found

@@ -1,0 +1,216 @@
+"""What a run will do: the table of layers and channels, the tasks, and how long they may take."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from pipeline import layers as layers_room
+from pipeline import photos, shards
+from pipeline.config import Config
+from pipeline.engine import Crew, crew, local_resources
+from pipeline.errors import AtlasError
+from pipeline.fields import receptive_fields
+from pipeline.folding import fold
+from pipeline.layers import Layer, capture, channels_of
+from pipeline.models import Model, Recipe, load
+from pipeline.render import ROBUST_COPIES, canvas_size, render
+from pipeline.shards import safe
+from pipeline.worker import Setup, Task, examples_digest, keep_memory, render_digest
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One layer of the plan, with the channels to be rendered and the estimated seconds of all its pictures.
+
+    The seconds are those of one worker; `Plan.eta` divides them among the crew.
+    """
+
+    layer: Layer
+    channels: tuple[int, ...]
+    canvas: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The whole run: rows in the order of computation, and what workers need."""
+
+    config: Config
+    rows: tuple[Row, ...]
+    setup: Setup
+    crew: Crew
+    examples_seconds: float
+    labels: tuple[str, ...]
+    recipe: Recipe
+    dataset_fingerprint: str
+
+    @property
+    def units(self) -> int:
+        """Number of units (layer:channel pairs)."""
+        return sum(len(row.channels) for row in self.rows)
+
+    @property
+    def eta(self) -> float:
+        """Estimated seconds of the whole run, examples included."""
+        return (sum(row.seconds for row in self.rows) + self.examples_seconds) / self.crew.workers
+
+    def table(self) -> pd.DataFrame:
+        """One row a layer, as it is printed and written to plan.csv."""
+        return pd.DataFrame(
+            [
+                {
+                    "layer": row.layer.name,
+                    "kind": row.layer.kind,
+                    "channels": row.layer.channels,
+                    "map": f"{row.layer.height}x{row.layer.width}",
+                    "receptive_field": _field(row.layer),
+                    "stride": row.layer.field.stride[0] if row.layer.field else "",
+                    "units": len(row.channels),
+                    "canvas": row.canvas,
+                    "seconds": round(row.seconds / self.crew.workers, 1),
+                    "channel_list": " ".join(map(str, row.channels)),
+                }
+                for row in self.rows
+            ]
+        )
+
+    def render_tasks(self, folder: Path, done: dict[str, set[int]]) -> list[Task]:
+        """Tasks for the channels that no finished shard holds yet: even batches of at most `engine.batch`."""
+        tasks = []
+        for row in self.rows:
+            digest = render_digest(self.setup, row.layer)
+            missing = [c for c in row.channels if c not in done.get(row.layer.name, set())]
+            if not missing:
+                continue
+            per_task = max(1, self.config.engine.batch // self.config.render.variants)
+            pieces = -(-len(missing) // per_task)
+            for i in range(pieces):
+                part = tuple(missing[i * len(missing) // pieces : (i + 1) * len(missing) // pieces])
+                name = f"{part[0]}-{part[-1]}-{len(part)}-{digest[:12]}.h5"
+                path = folder / "render" / safe(row.layer.name) / name
+                cost = row.seconds * len(part) / len(row.channels)
+                tasks.append(Task("render", str(path), digest, cost, row.layer.name, part))
+        return tasks
+
+    def examples_tasks(self, folder: Path, done: set[tuple[int, int]]) -> list[Task]:
+        """Tasks for the ranges of photographs that no finished shard covers yet."""
+        digest, count = self.examples_digest, len(self.setup.dataset.photos)
+        tasks = []
+        for start, end in self.ranges:
+            if (start, end) not in done:
+                path = folder / "examples" / f"{start}-{end}-{digest[:12]}.h5"
+                cost = self.examples_seconds * (end - start) / count
+                tasks.append(Task("examples", str(path), digest, cost, start=start, end=end))
+        return tasks
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The dataset cut into contiguous ranges, the same whoever works."""
+        step, count = self.config.examples.per_task, len(self.setup.dataset.photos)
+        return [(start, min(start + step, count)) for start in range(0, count, step)]
+
+    @property
+    def examples_digest(self) -> str:
+        """Digest of everything that changes examples and statistics."""
+        return examples_digest(self.setup, self.dataset_fingerprint)
+
+
+def _field(layer: Layer) -> str:
+    return "whole image" if layer.field is None else "x".join(map(str, layer.field.size))
+
+
+def make_plan(config: Config) -> Plan:
+    """Load the network, find and choose layers, list photographs, and estimate: seconds, not minutes.
+
+    Raises `AtlasError` for everything that is wrong with the input, before any work starts.
+    """
+    dataset = photos.listing(config.data)
+    model = load(config.model).to("cpu")
+    candidates = layers_room.enumerate_layers(model)
+    chosen = layers_room.choose(model, candidates, config.layers)
+    channels = {layer.name: channels_of(layer, config.layers.channels) for layer in chosen}
+    empty = [name for name, numbers in channels.items() if not numbers]
+    if len(empty) == len(chosen):
+        raise AtlasError(f"layers.channels={config.layers.channels} leaves no channel in any layer.")
+    for name in empty:
+        log.warning("%s has none of the channels %s and is left out", name, config.layers.channels)
+    chosen = [layer for layer in chosen if channels[layer.name]]
+    cpus, gpus = local_resources()
+    team = crew(config.engine, cpus, gpus, sum(map(len, channels.values())))
+    torch.set_num_threads(cpus)
+    keep_memory()
+    folded = fold(model)
+    fields = receptive_fields(folded, chosen)
+    chosen = [dataclasses.replace(layer, field=fields[layer.name]) for layer in chosen]
+    torch.set_num_threads(team.threads)
+    rows, per_photo = estimate(model, folded, chosen, channels, config)
+    setup = Setup(config, model.digest, tuple(chosen), dataset, team.threads, team.device)
+    fingerprint = shards.digest_of(photos.fingerprint(dataset, model.recipe))
+    return Plan(
+        config, tuple(rows), setup, team, per_photo * len(dataset.photos), model.labels, model.recipe, fingerprint
+    )
+
+
+def estimate(
+    model: Model, folded: Model, chosen: Sequence[Layer], channels: dict[str, tuple[int, ...]], config: Config
+) -> tuple[list[Row], float]:
+    """Rows with estimated seconds, and seconds a photograph, from a few timed passes on this machine.
+
+    The forward pass is timed up to every layer at once. Its ratio to a whole step and what a step costs beside
+    the network are measured by rendering two pictures for two steps in the first and in the last layer.
+    """
+    batch = 4
+    images = torch.rand(batch, model.recipe.channels, *model.recipe.size)
+    best: dict[str, float] = {}
+    for _ in range(3):
+        seen: dict[str, float] = {}
+        began = time.perf_counter()
+
+        def note(layer: Layer, _: torch.Tensor, seen: dict[str, float] = seen, began: float = began) -> None:
+            seen[layer.name] = time.perf_counter() - began
+
+        with capture(folded, chosen, each=note) as forward, torch.no_grad():
+            forward(images)
+        best = {name: min(best.get(name, t), t) for name, t in seen.items()}
+    reach = {name: t / batch for name, t in best.items()}
+    side = min(model.recipe.size)
+
+    def canvas(layer: Layer) -> int:
+        return canvas_size(layer, model.recipe.size, config.render.size)
+
+    def network(layer: Layer) -> float:
+        return reach[layer.name] * (canvas(layer) / side) ** 2
+
+    def area(layer: Layer) -> float:
+        return (canvas(layer) + 2 * config.render.margin) ** 2
+
+    def step(layer: Layer) -> float:
+        """Seconds of one step of one picture, by difference: what comes before and after the steps falls out."""
+        times = []
+        for steps in (1, 4):
+            preset = dataclasses.replace(config.render, steps=steps, attempts=1)
+            began = time.perf_counter()
+            render(folded, layer, [(c, 0) for c in channels[layer.name][:2]], preset, 0)
+            times.append(time.perf_counter() - began)
+        return max(times[1] - times[0], 1e-4) / 3 / len(channels[layer.name][:2])
+
+    first, last = min(chosen, key=network), max(chosen, key=network)
+    fixed = max(step(first) - 2.7 * network(first), 0.0) / area(first)
+    ratio = max(step(last) - fixed * area(last), 0.0) / network(last)
+    rows = []
+    for layer in chosen:
+        own = channels[layer.name]
+        pictures = len(own) * config.render.variants
+        each = fixed * area(layer) + ratio * network(layer)
+        # Measuring the finished picture costs forward passes on its shaken copies.
+        extra = (ROBUST_COPIES + 2) * network(layer)
+        rows.append(Row(layer, own, canvas(layer), pictures * (each * config.render.steps + extra)))
+    # Decoding and reduction cost about as much again as half the forward pass.
+    return rows, 1.5 * max(reach.values())

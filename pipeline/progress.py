@@ -1,0 +1,141 @@
+"""How far a run is: live bars on a terminal, a plain line every few seconds elsewhere."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
+from rich.progress import Task as BarTask
+from rich.text import Text
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a person says them: 48 s, 7 min 03 s, 3 h 20 min."""
+    seconds = round(seconds)
+    if seconds < 100:
+        return f"{seconds} s"
+    if seconds < 6000:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+@dataclasses.dataclass
+class Stage:
+    """Counts of one stage; `done` includes what an earlier run had finished, `fresh` does not."""
+
+    name: str
+    noun: str
+    total: int
+    done: int
+    fresh: int = 0
+    failed: int = 0
+    began: float | None = None
+
+    def rate(self, now: float) -> float:
+        """Units per second since the stage's first task began."""
+        return self.fresh / max(now - self.began, 1e-6) if self.began is not None else 0.0
+
+    def line(self, now: float) -> str:
+        """`render 36 of 108 units, 0.52/s, 2 failed`."""
+        parts = [f"{self.name} {self.done} of {self.total} {self.noun}"]
+        if self.fresh and self.done < self.total:
+            parts.append(f"{self.rate(now):.2g}/s")
+        if self.failed:
+            parts.append(f"{self.failed} failed")
+        return ", ".join(parts)
+
+
+class _Note(ProgressColumn):
+    """What stands right of a bar."""
+
+    def render(self, task: BarTask) -> Text:
+        """The note that `Board` keeps."""
+        return Text(task.fields.get("note", ""))
+
+
+class Board:
+    """Progress of all stages that work together; a context manager.
+
+    The ETA goes by estimated cost, not by number: late layers take longer. `saved` is told every second or so
+    what status.json should hold.
+    """
+
+    def __init__(self, stages: list[Stage], cost: float, saved: Callable[..., None], every: float) -> None:
+        self.stages = {stage.name: stage for stage in stages}
+        self.cost, self.spent = cost, 0.0
+        self.every, self.saved = every, saved
+        self.began = time.monotonic()
+        self.spoken = self.kept = float("-inf")
+        self.console = Console(stderr=True)
+        self.bars: Progress | None = None
+        self.rows: dict[str, Any] = {}
+
+    def __enter__(self) -> "Board":
+        if self.console.is_terminal:
+            self.bars = Progress(
+                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Note(),
+                console=self.console,
+            )  # fmt: skip
+            self.bars.start()
+            for stage in self.stages.values():
+                self.rows[stage.name] = self.bars.add_task(stage.name, total=stage.total, completed=stage.done)
+        self.beat()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._show(final=True)
+        if self.bars is not None:
+            self.bars.stop()
+
+    def add(self, stage: str, units: int, cost: float, seconds: float, failed: bool = False) -> None:
+        """Count a finished task that took `seconds`."""
+        own = self.stages[stage]
+        if own.began is None:
+            own.began = time.monotonic() - seconds
+        if failed:
+            own.failed += units
+        else:
+            own.done += units
+            own.fresh += units
+        self.spent += cost
+        self.beat()
+
+    def beat(self) -> None:
+        """Called often; speaks only every few seconds."""
+        self._show(final=False)
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds left by the cost worked off so far, or None before anything was."""
+        if self.spent <= 0:
+            return None
+        return (time.monotonic() - self.began) * max(self.cost - self.spent, 0.0) / self.spent
+
+    def _show(self, final: bool) -> None:
+        now = time.monotonic()
+        left = None if final else self.eta
+        if self.bars is not None:
+            for stage in self.stages.values():
+                note = f"{stage.rate(now):.2g} {stage.noun}/s" if stage.fresh else ""
+                if left is not None and stage.done < stage.total:
+                    note += f"  {clock(left)} left"
+                self.bars.update(self.rows[stage.name], completed=stage.done, note=note)
+        elif final or now - self.spoken >= self.every:
+            lines = [stage.line(now) for stage in self.stages.values()]
+            if left is not None:
+                lines.append(f"{clock(left)} left")
+            sys.stderr.write("; ".join(lines) + "\n")
+            sys.stderr.flush()
+            self.spoken = now
+        if final or now - self.kept >= 1.0:
+            self.saved(
+                stages={
+                    s.name: {"done": s.done, "total": s.total, "failed": s.failed, "per_second": round(s.rate(now), 3)}
+                    for s in self.stages.values()
+                },
+                eta_seconds=None if left is None else round(left, 1),
+            )
+            self.kept = now

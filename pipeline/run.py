@@ -1,0 +1,195 @@
+"""The order of stages, and what of each is still missing: plan → examples and pictures → atlas → site."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from pipeline import examples, shards, site, store
+from pipeline.atlas import open_atlas
+from pipeline.config import Config
+from pipeline.engine import Failure, TooManyFailures, execute
+from pipeline.errors import AtlasError
+from pipeline.examples import Sweep
+from pipeline.folder import RunFolder, write_text
+from pipeline.plan import Plan, make_plan
+from pipeline.progress import Board, Stage, clock
+from pipeline.shards import Shard
+from pipeline.worker import Done, Task, render_digest
+
+log = logging.getLogger(__name__)
+
+COMPLETE, SET_ASIDE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a command was asked for: the typed configuration, the same as plain data, and as text to keep."""
+
+    config: Config
+    tree: Mapping[str, Any]
+    text: str
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run's folder."""
+        return RunFolder(self.config.folder)
+
+
+def plan(request: Request) -> Plan:
+    """Make the plan and write plan.csv. Touches no folder before everything asked for was found."""
+    folder = request.folder
+    folder.check(request.tree, request.config.run.update)
+    made = make_plan(request.config)
+    with folder.locked():
+        write_text(folder.config, request.text)
+        write_text(folder.plan, made.table().to_csv(index=False))
+    return made
+
+
+def run(request: Request, made: Plan, stages: tuple[str, ...] = ("examples", "render", "site")) -> int:
+    """Do what is missing of `stages`, consolidate, build the site; returns the exit code.
+
+    KeyboardInterrupt and `TooManyFailures` end the work early: what was finished is consolidated by the next
+    call. Both go on to the caller.
+    """
+    folder = request.folder
+    began = time.monotonic()
+    with folder.locked():
+        shards.sweep(folder.path)
+        set_aside: list[Failure] = []
+        tasks, stage_rows = _missing(made, folder, stages)
+        try:
+            _work(request, made, folder, tasks, stage_rows, set_aside)
+        except TooManyFailures as error:
+            log.error("%s", error)
+            folder.write_failures([_row(failure) for failure in set_aside])
+            return SET_ASIDE
+        failures = _consolidate(request, made, folder, set_aside)
+        if "site" in stages:
+            build_site(request, folder)
+        folder.write_status(finished=True, failures=failures)
+    log.info("%s is complete after %s%s", folder.path, clock(time.monotonic() - began), _trouble(failures))
+    return SET_ASIDE if set_aside else COMPLETE
+
+
+def _trouble(failures: int) -> str:
+    return f"; {failures} failures are listed in failures.csv" if failures else ""
+
+
+def _row(failure: Failure) -> tuple[str, str, str, str]:
+    return failure.task.stage, failure.task.name, failure.reason, failure.detail
+
+
+def _finished_ranges(made: Plan, folder: RunFolder) -> dict[tuple[int, int], Shard]:
+    found = shards.find(folder.shards / "examples", made.examples_digest)
+    return {(int(s.attributes["start"]), int(s.attributes["end"])): s for s in found}
+
+
+def _finished_pictures(made: Plan, folder: RunFolder) -> dict[str, list[Shard]]:
+    found = {}
+    for row in made.rows:
+        where = folder.shards / "render" / shards.safe(row.layer.name)
+        found[row.layer.name] = shards.find(where, render_digest(made.setup, row.layer))
+    return found
+
+
+def _missing(made: Plan, folder: RunFolder, stages: tuple[str, ...]) -> tuple[list[Task], list[Stage]]:
+    """Tasks still to do, and each stage's count so far."""
+    tasks: list[Task] = []
+    rows: list[Stage] = []
+    if "examples" in stages:
+        own = made.examples_tasks(folder.shards, set(_finished_ranges(made, folder)))
+        total = len(made.setup.dataset.photos)
+        rows.append(Stage("examples", "photographs", total, total - sum(t.size for t in own)))
+        tasks += own
+    if "render" in stages:
+        done = {name: _channels(found) for name, found in _finished_pictures(made, folder).items()}
+        own = made.render_tasks(folder.shards, done)
+        rows.append(Stage("render", "units", made.units, made.units - sum(t.size for t in own)))
+        tasks += own
+    return tasks, rows
+
+
+def _channels(found: list[Shard]) -> set[int]:
+    return {int(c) for shard in found for c in shard.arrays()["channels"]}
+
+
+def _work(
+    request: Request, made: Plan, folder: RunFolder, tasks: list[Task], rows: list[Stage], set_aside: list[Failure]
+) -> None:
+    if not tasks:
+        log.info("Nothing is missing: %s", "; ".join(row.line(0.0) for row in rows))
+        return
+    every = request.config.engine.progress_seconds
+    # Costs are those of one worker; the board's ETA needs only their proportions.
+    with Board(rows, sum(t.cost for t in tasks), folder.write_status, every) as board:
+
+        def finished(task: Task, result: Done | Failure) -> None:
+            if isinstance(result, Failure):
+                set_aside.append(result)
+                board.add(task.stage, task.size, task.cost, 0.0, failed=True)
+            else:
+                board.add(task.stage, task.size, task.cost, result.seconds)
+
+        execute(tasks, made.setup, request.config.engine, finished, board.beat)
+
+
+def _consolidate(request: Request, made: Plan, folder: RunFolder, set_aside: list[Failure]) -> int:
+    """Write atlas.h5 and failures.csv from what is finished; returns the number of failures."""
+    config = request.config
+    rendered = _finished_pictures(made, folder)
+    ranges = _finished_ranges(made, folder)
+    names = [row.layer.name for row in made.rows]
+    sweep: Sweep | None = None
+    shown: dict[str, np.ndarray] = {}
+    if len(ranges) == len(made.ranges):
+        parts = [Sweep.from_arrays(names, ranges[r].arrays()) for r in made.ranges]
+        sweep = examples.merge(parts, config.examples.k)
+        wanted: set[int] = set()
+        for row in made.rows:
+            wanted |= set(sweep.tops[row.layer.name].index[list(row.channels)].ravel().tolist())
+        shown = examples.shown(made.setup.dataset, sorted(wanted - {-1}), made.recipe, config.examples)
+    failures = [_row(failure) for failure in set_aside]
+    paths = made.setup.dataset.photos
+    failures += [("examples", paths[i].path, reason, "") for i, reason in (sweep.failed if sweep else ())]
+    for row in made.rows:
+        for shard in rendered[row.layer.name]:
+            arrays = shard.arrays()
+            for i, v in np.argwhere(arrays["status"] == "failed"):
+                what = f"{row.layer.name}:{arrays['channels'][i]} variant {v}"
+                failures.append(("render", what, "the objective did not rise in any attempt", ""))
+    content = store.Content(
+        run=config.run.name,
+        model=config.model.name,
+        weights=made.setup.weights,
+        config_yaml=request.text,
+        labels=made.labels,
+        input_size=made.recipe.size,
+        layers=[(row.layer, row.channels) for row in made.rows],
+        photos=paths if sweep else (),
+        dataset_fingerprint=made.dataset_fingerprint,
+        examples=sweep,
+        shown=shown,
+        failures=len(failures),
+    )
+    store.consolidate(folder.atlas, content, rendered)
+    folder.write_failures(failures)
+    return len(failures)
+
+
+def build_site(request: Request, folder: RunFolder) -> None:
+    """Write the pages from atlas.h5."""
+    with open_atlas(folder.path) as atlas:
+        report = site.build_site(atlas, folder.site, request.config.site)
+    log.info("site: %d files, %.1f MB; open %s", report.files, report.bytes / 1e6, folder.site / "index.html")
+
+
+def verify(folder: RunFolder) -> list[tuple[str, str]]:
+    """What is wrong with a run, as (where, what)."""
+    if not folder.atlas.is_file():
+        raise AtlasError(f"{folder.path} has no atlas.h5 yet; `atlas run` makes it.")
+    return store.verify(folder.atlas, folder.planned())

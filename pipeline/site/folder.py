@@ -1,0 +1,59 @@
+"""The folder of a site, which is replaced as a whole or not at all."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.errors import AtlasError
+
+MARK = "neuron-atlas-site.txt"
+MARK_TEXT = "Written by Neuron Atlas. The next build replaces this folder: keep nothing of your own here.\n"
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new, empty folder beside `folder` that takes its place when the block ends without an error.
+
+    On any error the new folder is removed and what stood under `folder` still stands. One builder at a time
+    for a folder: leftovers of a killed one are swept away first.
+
+    Raises `AtlasError` if `folder` is there, is not empty and was not written by this function.
+    """
+    folder = folder.absolute()
+    new, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
+    # A builder that died between the two renames below leaves the finished old site under its other name.
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for leftover in (new, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    if folder.exists() and not (folder / MARK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AtlasError(f"{folder} holds something that is no site of Neuron Atlas. Name another folder or move it.")
+    new.mkdir(parents=True)
+    try:
+        (new / MARK).write_text(MARK_TEXT)
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        if old.exists():
+            shutil.rmtree(old)
+    except OSError as error:
+        if error.errno == 28:
+            raise AtlasError("The disk is full: the site could not be written. Make space and build again.") from error
+        raise
+    finally:
+        if new.exists():
+            shutil.rmtree(new)
+
+
+def weigh(folder: Path) -> tuple[int, int]:
+    """(number of files, bytes) below `folder`."""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return len(sizes), sum(sizes)

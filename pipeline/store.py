@@ -1,0 +1,216 @@
+"""`atlas.h5`: all shards of a run in one file, and what is wrong with such a file.
+
+The schema (version 1) is described in docs/store.md. Pictures are copied chunk by chunk as they are
+compressed; the file is made under a temporary name and renamed, so that a reader never meets half of one.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from pipeline import shards
+from pipeline.atlas import SCHEMA, SCHEMA_VERSION, open_atlas
+from pipeline.errors import AtlasError
+from pipeline.examples import Sweep
+from pipeline.layers import Layer
+from pipeline.photos import Photo
+from pipeline.shards import Shard, put, safe
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = ("neuron-atlas", "torch", "torchvision", "timm", "h5py", "numpy", "pillow")
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What goes into an atlas, beside the rendered shards."""
+
+    run: str
+    model: str
+    weights: str
+    config_yaml: str
+    labels: tuple[str, ...]
+    input_size: tuple[int, int]
+    layers: Sequence[tuple[Layer, tuple[int, ...]]]
+    photos: Sequence[Photo] = ()
+    dataset_fingerprint: str = ""
+    examples: Sweep | None = None
+    shown: Mapping[str, np.ndarray] | None = None
+    failures: int = 0
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the libraries that shape the result."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def consolidate(path: Path, content: Content, rendered: Mapping[str, Sequence[Shard]]) -> None:
+    """Write `atlas.h5` from the shards of each layer (by name) and `content`; an old one is replaced at the end.
+
+    A channel without a finished picture has a black one, status `missing` and NaN for numbers.
+    """
+    with shards.creating(path) as file:
+        file.attrs["schema"] = SCHEMA
+        file.attrs["schema_version"] = SCHEMA_VERSION
+        file.attrs["run"] = content.run
+        file.attrs["model"] = content.model
+        file.attrs["weights_sha256"] = content.weights
+        file.attrs["dataset_fingerprint"] = content.dataset_fingerprint
+        file.attrs["versions"] = json.dumps(versions(), sort_keys=True)
+        file.attrs["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        file.attrs["failures"] = content.failures
+        file.create_dataset("provenance/config", data=content.config_yaml, dtype=h5py.string_dtype())
+        if content.labels:
+            put(file, "model/labels", np.array(content.labels, object))
+        for order, (layer, channels) in enumerate(content.layers):
+            group = file.create_group(f"layers/{safe(layer.name)}")
+            _describe(group, layer, order, content.input_size)
+            put(group, "channels", np.array(channels, np.int32))
+            if rendered.get(layer.name):
+                _pictures(group, channels, rendered[layer.name])
+            if content.examples is not None:
+                _examples(group, layer, channels, content.examples)
+        if content.photos:
+            put(file, "dataset/path", np.array([p.path for p in content.photos], object))
+            put(file, "dataset/label", np.array([p.label for p in content.photos], object))
+            put(file, "dataset/source", np.array([p.source for p in content.photos], np.int32))
+        for name, array in (content.shown or {}).items():
+            # The JPEG bytes are compressed already; the checksum still guards them.
+            if name == "jpeg" and array.size:
+                file.create_dataset(f"dataset/shown/{name}", data=array, chunks=True, fletcher32=True)
+            else:
+                put(file, f"dataset/shown/{name}", array)
+
+
+def _describe(group: h5py.Group, layer: Layer, order: int, input_size: tuple[int, int]) -> None:
+    field = layer.field
+    group.attrs["name"] = layer.name
+    group.attrs["order"] = order
+    group.attrs["kind"] = layer.kind
+    group.attrs["channels"] = layer.channels
+    group.attrs["map_height"] = layer.height
+    group.attrs["map_width"] = layer.width
+    group.attrs["receptive_field"] = np.array(field.size if field else (0, 0), np.int32)
+    group.attrs["receptive_field_stride"] = np.array(field.stride if field else (0, 0), np.int32)
+    group.attrs["receptive_field_offset"] = np.array(field.offset if field else (0, 0), np.int32)
+    group.attrs["input_size"] = np.array(input_size, np.int32)
+
+
+def _pictures(group: h5py.Group, channels: Sequence[int], found: Sequence[Shard]) -> None:
+    row = {channel: i for i, channel in enumerate(channels)}
+    first = found[0]
+    with h5py.File(first.path, "r", locking=False) as source:
+        shape = shards.dataset(source, "images").shape[1:]
+        marks = shards.dataset(source, "trace").shape[-1]
+    target = group.create_group(f"render/{first.attributes['objective']}")
+    for key in ("digest", "natural", "preset"):
+        target.attrs[key] = first.attributes[key]
+    images = shards.create_images(target, "images", (len(channels), *shape))
+    size = (len(channels), shape[0])
+    arrays: dict[str, np.ndarray] = {
+        "status": np.full(size, "missing", object),
+        "seed": np.full(size, -1, np.int64),
+        "steps": np.zeros(size, np.int32),
+        **{k: np.full(size, np.nan, np.float32) for k in ("activation", "robust", "start", "seconds")},
+        "trace": np.full((*size, marks), np.nan, np.float32),
+    }
+    for shard in found:
+        with h5py.File(shard.path, "r", locking=False) as source:
+            kept = [(i, row[c]) for i, c in enumerate(shards.get(source, "channels").tolist()) if c in row]
+            for name, array in arrays.items():
+                values = shards.get(source, name)
+                for i, j in kept:
+                    array[j] = values[i]
+            chunks = shards.dataset(source, "images").id
+            for i, j in kept:
+                for v in range(shape[0]):
+                    # The compressed chunk goes over as it is, checksum included.
+                    mask, chunk = chunks.read_direct_chunk((i, v, 0, 0, 0))
+                    images.id.write_direct_chunk((j, v, 0, 0, 0), chunk, mask)
+    for name, array in arrays.items():
+        put(target, name, array)
+
+
+def _examples(group: h5py.Group, layer: Layer, channels: Sequence[int], found: Sweep) -> None:
+    rows = np.array(channels)
+    top = found.tops[layer.name]
+    for key in ("value", "index", "y", "x"):
+        array = getattr(top, key)[rows]
+        if key == "value":
+            array = np.where(np.isneginf(array), np.float32(np.nan), array)
+        put(group, f"examples/max/{key}", array)
+    for key, array in found.tallies[layer.name].statistics().items():
+        put(group, f"stats/{key}", array[rows])
+
+
+def verify(path: Path, planned: Mapping[str, Sequence[int]]) -> list[tuple[str, str]]:
+    """What is wrong with an atlas, as (where, what); empty if it is whole.
+
+    Checks the schema, reads every dataset (a torn chunk fails its checksum), compares with `planned`
+    (layer → channels), and holds numbers against what they must be.
+    """
+    wrong: list[tuple[str, str]] = []
+    try:
+        atlas = open_atlas(path)
+    except AtlasError as error:
+        return [(path.name, str(error))]
+    with atlas, h5py.File(path, "r", locking=False) as file:
+
+        def visit(name: str, item: Any) -> None:
+            if isinstance(item, h5py.Dataset):
+                try:
+                    _read_through(item)
+                except OSError as error:
+                    wrong.append((name, f"can't be read: {str(error).splitlines()[0]}"))
+
+        file.visititems(visit)
+        if wrong:
+            return wrong
+        photographs = len(atlas.dataset())
+        for name in planned:
+            if name not in atlas.layers:
+                wrong.append((name, "planned, but not in the atlas"))
+        for layer in atlas:
+            lost = sorted(set(planned.get(layer.name, ())) - set(map(int, layer.channels)))
+            if lost:
+                wrong.append((layer.name, f"{len(lost)} planned channels are not in the atlas, e.g. {lost[:3]}"))
+            for objective in layer.objectives:
+                numbers = layer.numbers(objective)
+                missing = int((numbers["status"] == "missing").any(-1).sum())
+                if missing:
+                    wrong.append(
+                        (f"{layer.name}/{objective}", f"{missing} pictures are missing; `atlas run` makes them")
+                    )
+                finished = numbers["status"] != "missing"
+                if not np.isfinite(numbers["activation"][finished & (numbers["status"] != "failed")]).all():
+                    wrong.append((f"{layer.name}/{objective}", "an activation is not finite"))
+            if planned and not layer.objectives:
+                wrong.append((layer.name, "has no pictures; `atlas run` or `atlas render` makes them"))
+            best = layer.examples("max")
+            if best is not None and photographs and int(best.index.max()) >= photographs:
+                wrong.append((layer.name, "an example points beyond the dataset"))
+    return wrong
+
+
+def _read_through(dataset: h5py.Dataset) -> None:
+    if dataset.ndim == 0 or not dataset.size:
+        dataset[()]
+        return
+    rows = max(1, (1 << 24) // max(1, int(dataset.dtype.itemsize * dataset.size / dataset.shape[0])))
+    for start in range(0, dataset.shape[0], rows):
+        dataset[start : start + rows]

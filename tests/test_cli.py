@@ -1,0 +1,108 @@
+"""The command line: verbs, Hydra's own flags, completion, and the two scripts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from pipeline import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_without_a_verb_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0
+    assert "atlas VERB" in capsys.readouterr().out
+
+
+def test_an_unknown_verb_has_a_neighbour(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["rendr"]) == 2
+    assert "Nearest: render" in capsys.readouterr().err
+
+
+def test_hydras_help_and_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "render/canvas: fourier, pixel" in printed and "efficientnet_lite0" in printed
+    assert cli.main(["run", "--cfg", "job", "render=distill"]) == 0
+    assert "steps: 128" in capsys.readouterr().out
+
+
+def test_multirun_goes_through_all_choices(tmp_path: Path, photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = [*TINY, "data=folder", f"data.root={photo_folder}", "run.root=runs", "run.name=m${render.steps}"]
+    overrides = [o for o in overrides if not o.startswith("render.steps")]
+    assert cli.main(["plan", "--multirun", *overrides, "render.steps=2,3"]) == 0
+    assert sorted(p.parent.name for p in tmp_path.glob("runs/*/plan.csv")) == ["m2", "m3"]
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("atlas ", "verify"),
+        ("atlas ren", "render"),
+        ("atlas run mod", "model="),
+        ("atlas run render/can", "render/canvas="),
+        ("atlas plan layers=con", "layers=convs"),
+    ],
+)
+def test_completion_after_the_verb(
+    line: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMP_LINE", line)
+    monkeypatch.setattr(sys, "argv", ["atlas", "-sc", "query=bash"])
+    assert cli.main() == 0
+    assert expected in capsys.readouterr().out.split()
+
+
+def test_completion_can_be_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["atlas", "run", "-sc", "install=bash"])
+    assert cli.main() == 0
+    assert "hydra_bash_completion atlas" in capsys.readouterr().out
+
+
+def test_reading_verbs_list_the_runs_there_are(
+    tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", *tiny_run]) == 0
+    capsys.readouterr()
+    for verb in ("status", "site", "verify"):
+        assert cli.main([verb, str(tmp_path / "tinny")]) == 2
+        assert f"Runs in {tmp_path}: tiny" in capsys.readouterr().err
+
+
+def test_a_users_own_folder_of_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "render" / "optimizer").mkdir(parents=True)
+    (tmp_path / "render" / "optimizer" / "slow.yaml").write_text("name: adam\nlr: 0.001\n")
+    assert cli.main(["plan", "--cfg", "job", f"--config-dir={tmp_path}", "render/optimizer=slow"]) == 0
+    assert "lr: 0.001" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["scripts/setup", "scripts/atlas", "scripts/test", ".ci/run"])
+def test_scripts_are_sound(script: str) -> None:
+    path = ROOT / script
+    assert os.access(path, os.X_OK)
+    subprocess.run(["bash", "-n", path], check=True)
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / ".installed").exists(), reason="this checkout has no .venv of its own")
+def test_scripts_atlas_works_from_any_folder_without_pip(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [ROOT / "scripts/atlas", "--version"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("atlas 0.") and not done.stderr
+
+
+def test_the_wheel_carries_its_configuration(tmp_path: Path) -> None:
+    """In a wheel `conf/` lies inside the package; in a checkout beside it."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included == {"conf": "pipeline/conf"}
+    assert cli.conf_folder() == ROOT / "conf"

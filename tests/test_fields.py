@@ -1,0 +1,94 @@
+"""Receptive fields against the literature, and folding against the network it came from."""
+
+import torch
+from conftest import TinyNet, tiny_model
+from torch import nn
+from torchvision.models import vgg
+
+from pipeline.fields import receptive_fields
+from pipeline.folding import FoldedNorm, fold, pairs
+from pipeline.layers import Field, Trace, capture, enumerate_layers
+from pipeline.models import Model, ModelConfig, Recipe, load, prepare
+
+
+def sizes(name: str, *layers: str) -> list[int | None]:
+    model = load(ModelConfig("torchvision", name, weights=None))
+    chosen = [la for la in enumerate_layers(model) if la.name in layers]
+    found = receptive_fields(model, chosen)
+    return [field and field.size[0] for field in (found[name] for name in layers)]
+
+
+def test_resnet18() -> None:
+    assert sizes("resnet18", "layer1", "layer2", "layer3", "avgpool") == [43, 99, 211, None]
+
+
+def test_vgg11() -> None:
+    # Its features alone: the 120 million weights of the classifier have no say here.
+    module = prepare(vgg.make_layers(vgg.cfgs["A"]))
+    model = Model(module, "vgg11", Recipe((128, 128), 128, (0.5,) * 3, (0.5,) * 3), "", ())
+    found = receptive_fields(model, enumerate_layers(model))
+    pools = [field.size[0] for name in ("2", "5", "10", "15", "20") if (field := found[name])]
+    convs = [field.size[0] for name in ("0", "3", "6", "13") if (field := found[name])]
+    assert pools == [4, 10, 30, 70, 150] and convs == [3, 8, 18, 62]
+
+
+def test_stride_and_offset_by_hand() -> None:
+    model = tiny_model(64)
+    layers = enumerate_layers(model)
+    found = receptive_fields(model, layers)
+    # stem: 3 wide, stride 2, one pixel of padding; late: two 3 × 3 more, the last with stride 2.
+    assert found["stem"] == Field((3, 3), (2, 2), (-1, -1))
+    assert found["block.0"] == Field((7, 7), (2, 2), (-3, -3))
+    assert found["late"] == Field((11, 11), (4, 4), (-5, -5))
+    assert found["head"] is None
+
+
+def test_rows_and_columns_are_probed_apart_where_kernels_differ() -> None:
+    model = tiny_model(64)
+    assert isinstance(model.module, TinyNet)
+    model.module.late = nn.Conv2d(6, 8, (1, 5), padding=(0, 2))
+    late = [la for la in enumerate_layers(model) if la.name == "late"]
+    assert receptive_fields(model, late)["late"] == Field((7, 15), (2, 2), (-3, -7))
+
+
+def test_folding_changes_no_layer() -> None:
+    model = tiny_model()
+    folded = fold(model)
+    assert sum(isinstance(m, FoldedNorm) for m in folded.module.modules()) == 2
+    layers = enumerate_layers(model)
+    images = torch.rand(3, 3, 32, 32)
+    with capture(model, layers) as a, capture(folded, layers) as b, torch.no_grad():
+        before, after = a(images), b(images)
+    for name in before:
+        assert torch.allclose(before[name], after[name], atol=1e-5), name
+
+
+def test_folding_keeps_the_taps_of_fused_norms() -> None:
+    model = load(ModelConfig("timm", "test_efficientnet", weights=None, input_size=64))
+    folded = fold(model)
+    assert any(isinstance(m, FoldedNorm) for m in folded.module.modules())
+    convs = [la for la in enumerate_layers(model) if la.kind == "conv"]
+    images = torch.rand(2, 3, 64, 64)
+    with capture(model, convs) as a, capture(folded, convs) as b, torch.no_grad():
+        before, after = a(images), b(images)
+    for name in before:
+        assert torch.allclose(before[name], after[name], atol=1e-4), name
+
+
+class Peeking(nn.Module):
+    """Reads the convolution's output past its norm, in a way that no hook can see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        nn.init.uniform_(self.norm.running_var, 2.0, 3.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return (self.norm(y) + y.abs()).mean((2, 3))
+
+
+def test_folding_is_refused_where_the_convolution_is_read_elsewhere() -> None:
+    model = Model(prepare(Peeking()), "peeking", Recipe((8, 8), 8, (0.5,) * 3, (0.5,) * 3), "", ())
+    assert len(pairs(Trace(model))) == 1
+    assert fold(model) is model

@@ -1,0 +1,146 @@
+"""Layers: what is found, what a name stands for, and that looking leaves no trace."""
+
+import pytest
+import torch
+from conftest import TinyNet, tiny_model
+from torch import nn
+
+from pipeline.errors import AtlasError
+from pipeline.layers import LayersConfig, as_maps, capture, channels_of, choose, enumerate_layers
+from pipeline.models import Model, ModelConfig, Recipe, load, prepare
+
+
+def names(model: Model, **settings: object) -> list[str]:
+    return [la.name for la in choose(model, enumerate_layers(model), LayersConfig(**settings))]  # type: ignore[arg-type]
+
+
+def test_default_network_has_all_its_channels() -> None:
+    model = load(ModelConfig("package", "efficientnet_lite0", weights=None))
+    layers = choose(model, enumerate_layers(model), LayersConfig("convs"))
+    # Counted another way: every module of the right type, whatever the trace saw.
+    modules = [m for m in model.module.modules() if isinstance(m, nn.Conv2d)]
+    convs = [la for la in layers if la.kind == "conv"]
+    assert len(convs) == len(modules) == 49
+    assert sum(la.channels for la in convs) == sum(m.out_channels for m in modules) == 21_008
+    assert [(la.name, la.channels) for la in layers if la.kind == "linear"] == [("classifier", 1000)]
+    tour = names(model, policy="tour")
+    assert len(tour) == 9 and tour[0] == "conv_stem" and tour[-1] == "classifier"
+
+
+def test_resnet50_has_the_channels_of_the_literature() -> None:
+    model = load(ModelConfig("torchvision", "resnet50", weights=None))
+    layers = choose(model, enumerate_layers(model), LayersConfig("convs"))
+    assert sum(la.channels for la in layers if la.kind == "conv") == 26_560
+
+
+def test_a_convolution_is_taken_after_its_norm_and_before_its_activation(tiny: Model) -> None:
+    layers = {la.name: la for la in enumerate_layers(tiny)}
+    images = torch.rand(2, 3, 32, 32)
+    with capture(tiny, [layers["stem"], layers["relu"]]) as forward, torch.no_grad():
+        seen = forward(images)
+    net = tiny.module
+    assert isinstance(net, TinyNet)
+    expected = net.norm(net.stem(tiny.normalise(images)))
+    assert torch.equal(seen["stem"], expected)
+    assert seen["stem"].min() < 0 <= seen["relu"].min()
+
+
+def test_fused_norm_and_activation_is_cut_between_the_two() -> None:
+    model = load(ModelConfig("timm", "test_efficientnet", weights=None, input_size=64))
+    stem = next(la for la in enumerate_layers(model) if la.name == "conv_stem")
+    images = torch.rand(2, 3, 64, 64)
+    with capture(model, [stem]) as forward, torch.no_grad():
+        seen = forward(images)["conv_stem"]
+    bn = model.module.get_submodule("bn1")
+    raw = model.module.get_submodule("conv_stem")(model.normalise(images))
+    expected = nn.functional.batch_norm(raw, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)  # type: ignore[arg-type]
+    assert torch.allclose(seen, expected, atol=1e-5) and seen.min() < 0
+
+
+def test_every_call_of_a_shared_module_is_a_layer(tiny: Model) -> None:
+    found = {la.name: la for la in enumerate_layers(tiny)}
+    assert (found["relu"].channels, found["relu#2"].channels) == (6, 8)
+    with capture(tiny, [found["relu"], found["relu#2"]]) as forward, torch.no_grad():
+        seen = forward(torch.rand(1, 3, 32, 32))
+    assert seen["relu"].shape[1] == 6 and seen["relu#2"].shape[1] == 8
+
+
+def test_looking_leaves_no_hook_behind_even_after_an_error(tiny: Model) -> None:
+    layer = next(la for la in enumerate_layers(tiny) if la.name == "late")
+    with pytest.raises(RuntimeError), capture(tiny, [layer]) as forward:
+        forward(torch.rand(1, 7, 32, 32))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny.module.modules())
+
+
+def test_nothing_behind_the_target_is_run(tiny: Model) -> None:
+    layer = next(la for la in enumerate_layers(tiny) if la.name == "stem")
+    ran = []
+    handle = tiny.module.get_submodule("late").register_forward_hook(lambda *_: ran.append(1))
+    try:
+        with capture(tiny, [layer]) as forward:
+            forward(torch.rand(1, 3, 32, 32))
+    finally:
+        handle.remove()
+    assert not ran
+
+
+def test_prepared_networks_are_frozen_and_not_in_place() -> None:
+    module = prepare(TinyNet().train())
+    assert not module.training and not any(p.requires_grad for p in module.parameters())
+    assert not any(getattr(m, "inplace", False) for m in module.modules())
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("all", tuple(range(10))),
+        ("0:3", (0, 1, 2)),
+        ("::4", (0, 4, 8)),
+        ("8:99", (8, 9)),
+        ("spread:2", (2, 7)),
+        ("spread:99", tuple(range(10))),
+        ([7, 3, 3, 40], (3, 7)),
+        (5, (5,)),
+    ],
+)
+def test_channels(asked: str | int | list[int], expected: tuple[int, ...]) -> None:
+    layer = next(la for la in enumerate_layers(wide()) if la.name == "0")
+    assert channels_of(layer, asked) == expected
+
+
+def wide() -> Model:
+    module = prepare(nn.Sequential(nn.Conv2d(3, 10, 1)))
+    return Model(module, "wide", Recipe((8, 8), 8, (0.5,) * 3, (0.5,) * 3), "", ())
+
+
+@pytest.mark.parametrize("asked", ["first", "1:2:0", "spread:", "-3:"])
+def test_channels_that_make_no_sense(asked: str) -> None:
+    with pytest.raises(AtlasError, match=r"layers\.channels="):
+        channels_of(enumerate_layers(wide())[0], asked)
+
+
+def test_include_and_exclude() -> None:
+    model = tiny_model()
+    assert names(model, include=("block*",)) == ["block.0", "block.1", "block.2", "block"]
+    assert names(model, policy="convs", include=("block*",)) == ["block.0"]
+    assert names(model, policy="convs", exclude=("block*", "head")) == ["stem", "late"]
+    assert names(model, policy="logits") == ["head"]
+
+
+def test_an_unknown_layer_names_the_nearest() -> None:
+    with pytest.raises(AtlasError, match=r"no layer matches 'blok\.0'. Nearest: block\.0"):
+        names(tiny_model(), include=("blok.0",))
+    with pytest.raises(AtlasError, match=r"Nearest: convs"):
+        names(tiny_model(), policy="conv")
+
+
+def test_layouts_put_the_channel_second() -> None:
+    assert as_maps(torch.zeros(2, 5), "vector").shape == (2, 5, 1, 1)
+    assert as_maps(torch.zeros(2, 7, 5), "tokens").shape == (2, 5, 1, 7)
+    assert as_maps(torch.zeros(2, 3, 4, 5), "maps_last").shape == (2, 5, 3, 4)
+
+
+def test_a_transformer_has_features_for_channels() -> None:
+    model = load(ModelConfig("timm", "test_vit", weights=None))
+    block = next(la for la in enumerate_layers(model) if la.name == "blocks.0")
+    assert block.layout == "tokens" and block.channels == model.module.embed_dim

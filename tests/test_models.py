@@ -1,0 +1,104 @@
+"""Networks: loaded by name or file, with clear words where they can't be."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TinyNet
+
+from pipeline.errors import AtlasError
+from pipeline.models import ModelConfig, load, load_checkpoint, weights_digest
+
+
+def tiny_timm(**settings: object) -> ModelConfig:
+    return ModelConfig("timm", "test_efficientnet", **{"weights": None, **settings})  # type: ignore[arg-type]
+
+
+def test_random_weights_are_the_same_everywhere() -> None:
+    torch.manual_seed(5)
+    first = load(tiny_timm())
+    torch.rand(3)
+    assert load(tiny_timm()).digest == first.digest
+
+
+def test_loading_draws_nothing_from_the_callers_generator() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    load(tiny_timm())
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_the_digest_sees_one_bit() -> None:
+    net = TinyNet()
+    before = weights_digest(net)
+    with torch.no_grad():
+        net.head.bias[0] = torch.nextafter(net.head.bias[0], torch.tensor(9.0))
+    assert weights_digest(net) != before
+
+
+@pytest.mark.parametrize("wrapped", ["", "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_checkpoints_bare_or_wrapped(tmp_path: Path, wrapped: str, prefix: str) -> None:
+    net, other = TinyNet(), TinyNet()
+    state = {prefix + k: v for k, v in net.state_dict().items()}
+    torch.save({wrapped: state, "epoch": 3} if wrapped else state, tmp_path / "c.pt")
+    load_checkpoint(other, tmp_path / "c.pt")
+    assert weights_digest(other) == weights_digest(net)
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    net, other = TinyNet(), TinyNet()
+    save_file(net.state_dict(), tmp_path / "c.safetensors")
+    load_checkpoint(other, tmp_path / "c.safetensors")
+    assert weights_digest(other) == weights_digest(net)
+
+
+def test_a_checkpoint_that_does_not_fit_says_how(tmp_path: Path) -> None:
+    state = TinyNet().state_dict()
+    state["extra"] = state.pop("head.bias")
+    torch.save(state, tmp_path / "c.pt")
+    with pytest.raises(AtlasError, match=r"1 tensors are missing, e\.g\. \['head\.bias'\]; 1 are not in the network"):
+        load_checkpoint(TinyNet(), tmp_path / "c.pt")
+    state = TinyNet().state_dict()
+    state["head.bias"] = torch.zeros(7)
+    torch.save(state, tmp_path / "c.pt")
+    with pytest.raises(AtlasError, match="1 have another shape"):
+        load_checkpoint(TinyNet(), tmp_path / "c.pt")
+
+
+def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path) -> None:
+    torch.save(TinyNet(), tmp_path / "c.pt")
+    with pytest.raises(AtlasError, match="can't be read as weights only"):
+        load_checkpoint(TinyNet(), tmp_path / "c.pt")
+    with pytest.raises(AtlasError, match="there is no such file"):
+        load_checkpoint(TinyNet(), tmp_path / "nowhere.pt")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ModelConfig("torchvision", "resnet51"), "Nearest: resnet50"),
+        (ModelConfig("timm", "resnet5O"), "Nearest: resnet5"),
+        (ModelConfig("torchvisio", "resnet50"), "Nearest: torchvision"),
+        (ModelConfig("package", "resnet50"), "only efficientnet_lite0"),
+    ],
+)
+def test_unknown_names_have_neighbours(config: ModelConfig, message: str) -> None:
+    with pytest.raises(AtlasError, match=message):
+        load(config)
+
+
+def test_recipes_are_the_weights_own_and_can_be_overridden() -> None:
+    recipe = load(ModelConfig("torchvision", "resnet18", weights=None)).recipe
+    assert (recipe.size, recipe.resize, recipe.mean[0]) == ((224, 224), 256, 0.485)
+    changed = load(tiny_timm(input_size=64, mean=(0.1, 0.2, 0.3))).recipe
+    assert (changed.size, changed.resize, changed.mean) == ((64, 64), 73, (0.1, 0.2, 0.3))
+
+
+def test_the_default_network_has_its_own_recipe_and_labels() -> None:
+    model = load(ModelConfig("package", "efficientnet_lite0"))
+    assert model.recipe.mean == model.recipe.std == (0.5, 0.5, 0.5) and model.recipe.interpolation == "bicubic"
+    assert len(model.labels) == 1000 and model.labels[1] == "goldfish"

@@ -1,0 +1,95 @@
+"""The same tasks on Ray: the same pictures, also when workers are killed under them."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from test_run import pictures
+
+import pipeline
+from pipeline import cli
+from pipeline.config import EngineConfig
+from pipeline.engine import crew
+
+ON_RAY = ["engine=ray", "engine.workers=2"]
+
+# Ray's own start-up warns about what is none of ours.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def killer(stop: threading.Event, killed: list[int]) -> None:
+    """Kill a worker of Ray as soon as one is at work, twice."""
+    while not stop.is_set() and len(killed) < 2:
+        for process in psutil.process_iter(["cmdline"]):
+            if process.pid not in killed and "ray::Worker.do" in " ".join(process.info["cmdline"] or []):
+                os.kill(process.pid, signal.SIGKILL)
+                killed.append(process.pid)
+                time.sleep(1.0)
+                break
+        time.sleep(0.05)
+
+
+def test_killed_workers_change_nothing(tiny_run: list[str], tmp_path: Path) -> None:
+    more = ["render.steps=30"]
+    assert cli.main(["run", *tiny_run, *more]) == 0
+    inline = pictures(tmp_path / "tiny")
+    stop, killed = threading.Event(), []
+    thread = threading.Thread(target=killer, args=(stop, killed))
+    thread.start()
+    try:
+        assert cli.main(["run", *tiny_run, *more, *ON_RAY, "run.name=killed"]) == 0
+    finally:
+        stop.set()
+        thread.join()
+    assert len(killed) == 2
+    on_ray = pictures(tmp_path / "killed")
+    assert on_ray.keys() == inline.keys()
+    assert max(np.abs(on_ray[k].astype(int) - inline[k].astype(int)).max() for k in inline) <= 1
+    with pipeline.open_atlas(tmp_path / "tiny") as a, pipeline.open_atlas(tmp_path / "killed") as b:
+        for layer in a:
+            ours, theirs = layer.examples(), b[layer.name].examples()
+            assert ours is not None and theirs is not None
+            assert np.array_equal(ours.index, theirs.index) and np.array_equal(ours.y, theirs.y)
+            assert np.array_equal(layer.numbers()["seed"], b[layer.name].numbers()["seed"])
+
+
+def test_bad_input_on_a_worker_ends_the_run_at_once(
+    tiny_run: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import run
+
+    whole = run.make_plan
+
+    def other_weights(config):  # type: ignore[no-untyped-def]
+        import dataclasses
+
+        made = whole(config)
+        return dataclasses.replace(made, setup=dataclasses.replace(made.setup, weights="0" * 64))
+
+    monkeypatch.setattr(run, "make_plan", other_weights)
+    assert cli.main(["render", *tiny_run, *ON_RAY]) == 2
+    assert "weights of test_efficientnet are not the driver's" in capsys.readouterr().err
+
+
+def test_no_cluster_at_the_address(tiny_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["render", *tiny_run, *ON_RAY, "engine.address=127.0.0.1:1"]) == 2
+    assert "No Ray cluster at engine.address=127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_auto_fills_a_machine() -> None:
+    laptop = crew(EngineConfig(), 2, 0, 100)
+    assert (laptop.workers, laptop.threads, laptop.device) == (2, 1, "cpu")
+    box = crew(EngineConfig(), 16, 1, 100)
+    assert (box.workers, box.cpus, box.gpus, box.device) == (1, 16, 1, "cuda")
+    shared = crew(EngineConfig(gpus_per_worker=0.5), 16, 1, 100)
+    assert (shared.workers, shared.cpus) == (2, 8)
+    no_gpu = crew(EngineConfig(gpus_per_worker=0), 16, 1, 100)
+    assert (no_gpu.device, no_gpu.gpus) == ("cpu", 0)
+    assert crew(EngineConfig(), 64, 0, 3).workers == 3
+    one = crew(EngineConfig(workers=1), 2, 0, 100)
+    assert (one.workers, one.threads) == (1, 2)

@@ -1,0 +1,221 @@
+"""The whole path in small: what is missing is made, what is finished is kept, and bad input is told early."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY
+
+import pipeline
+from pipeline import cli
+
+
+def pictures(folder: Path) -> dict[tuple[str, int], np.ndarray]:
+    with pipeline.open_atlas(folder) as atlas:
+        return {(la.name, int(c)): la.picture(c) for la in atlas for c in la.channels}
+
+
+def shard_times(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in (folder / "shards").rglob("*.h5")}
+
+
+def test_the_whole_path_and_again(tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "tiny"
+    assert cli.main(["run", *tiny_run]) == 0
+    printed = capsys.readouterr()
+    assert "conv_stem" in printed.out and "total:" in printed.out and "20 photographs" in printed.out
+    assert "is complete" in printed.err
+    for name in ("config.yaml", "plan.csv", "atlas.h5", "failures.csv", "status.json", "site/index.html"):
+        assert (folder / name).is_file(), name
+    with pipeline.open_atlas(folder) as atlas:
+        assert atlas.layers[0] == "conv_stem" and atlas.layers[-1] == "classifier"
+        table = atlas.units()
+        assert len(table) == 3 * len(atlas.layers) and table["status"].isin(["done", "retried", "failed"]).all()
+        assert table["natural"].notna().all()
+        best = atlas["conv_stem"].examples("max")
+        assert best is not None and best.index.shape == (3, 3) and (np.diff(best.value, axis=1) <= 0).all()
+        assert atlas.photo(int(best.index[0, 0])) is not None
+        assert atlas.dataset()["label"].nunique() == 4 and "render:" in atlas.config
+    before, times = pictures(folder), shard_times(folder)
+
+    # Again: nothing is missing, so nothing is made.
+    assert cli.main(["run", *tiny_run]) == 0
+    assert "Nothing is missing" in capsys.readouterr().err
+    assert shard_times(folder) == times
+
+    # One shard lost: only that one is made again, and it is the same.
+    lost = next((folder / "shards" / "render").rglob("*.h5"))
+    lost.unlink()
+    assert cli.main(["run", *tiny_run]) == 0
+    after = shard_times(folder)
+    assert {n for n, t in after.items() if times.get(n) != t} == {lost.name}
+    assert all(np.array_equal(before[k], v) for k, v in pictures(folder).items())
+
+    # More channels: the old pictures stay, the new ones join them.
+    assert cli.main(["run", *tiny_run, "layers.channels=0:5", "run.update=true"]) == 0
+    times = shard_times(folder)
+    more = pictures(folder)
+    assert len(more) > len(before) and all(np.array_equal(before[k], more[k]) for k in before)
+    assert all(times[n] == t for n, t in after.items())
+
+    # Verbs that read.
+    capsys.readouterr()
+    assert cli.main(["verify", str(folder)]) == 0
+    assert cli.main(["status", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "whole" in printed and "complete since" in printed
+    assert cli.main(["site", str(folder), "site.title=Another"]) == 0
+    assert "Another" in (folder / "site" / "index.html").read_text()
+
+    # A torn store is told, and mended by the next run.
+    (folder / "atlas.h5").write_bytes((folder / "atlas.h5").read_bytes()[:5000])
+    assert cli.main(["verify", str(folder)]) == 1
+    assert "can't be" in capsys.readouterr().out
+
+
+def test_another_configuration_is_refused_with_the_ways_out(
+    tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", *tiny_run]) == 0
+    assert cli.main(["plan", *tiny_run, "engine.batch=1", "engine.workers=7"]) == 0
+    capsys.readouterr()
+    assert cli.main(["plan", *tiny_run, "render.steps=5"]) == 2
+    message = capsys.readouterr().err
+    assert "render.steps: 4 → 5" in message and "run.name=" in message and "run.update=true" in message
+
+
+def test_examples_alone_then_pictures_then_site(tiny_run: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    assert cli.main(["examples", *tiny_run]) == 0
+    with pipeline.open_atlas(folder) as atlas:
+        assert atlas["conv_stem"].objectives == () and atlas["conv_stem"].examples() is not None
+    assert cli.main(["site", str(folder)]) == 0
+    times = shard_times(folder)
+    assert cli.main(["render", *tiny_run]) == 0
+    assert all(shard_times(folder)[n] == t for n, t in times.items())
+    with pipeline.open_atlas(folder) as atlas:
+        assert atlas["conv_stem"].objectives == ("channel",) and atlas["conv_stem"].examples() is not None
+
+
+def test_unreadable_photographs_are_counted_and_listed(tiny_run: list[str], tmp_path: Path) -> None:
+    photos = tmp_path / "mixed"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    from PIL import Image
+
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(photos / f"{i}.png")
+    (photos / "broken, and 'odd'.jpg").write_text("no")
+    overrides = [o for o in tiny_run if not o.startswith("data.root")]
+    assert cli.main(["examples", *overrides, f"data.root={photos}"]) == 0
+    failures = (tmp_path / "tiny" / "failures.csv").read_text()
+    assert "broken, and 'odd'.jpg" in failures and "UnidentifiedImageError" in failures
+    assert len(failures.strip().splitlines()) == 2
+
+
+def test_a_failing_task_is_set_aside_and_the_run_goes_on(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline import worker
+
+    tries: list[str] = []
+    whole = worker.render
+
+    def sometimes(model, layer, units, *rest):  # type: ignore[no-untyped-def]
+        if layer.name == "conv_head":
+            tries.append(str(units))
+            raise RuntimeError("out of luck")
+        return whole(model, layer, units, *rest)
+
+    monkeypatch.setattr(worker, "render", sometimes)
+    assert cli.main(["run", *tiny_run]) == 1
+    assert len(tries) == 3 * len(set(tries)) == 6
+    failures = (tmp_path / "tiny" / "failures.csv").read_text()
+    assert "out of luck" in failures and "Traceback" in failures and "conv_head:0" in failures
+    capsys.readouterr()
+    assert cli.main(["verify", str(tmp_path / "tiny")]) == 1
+    monkeypatch.setattr(worker, "render", whole)
+    assert cli.main(["run", *tiny_run]) == 0
+    assert cli.main(["verify", str(tmp_path / "tiny")]) == 0
+
+
+def test_too_many_failures_stop_the_run(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline import worker
+
+    def never(*_: object) -> None:
+        raise RuntimeError("no disk")
+
+    monkeypatch.setattr(worker, "render", never)
+    assert cli.main(["render", *tiny_run, "engine.max_failures=2", "engine.attempts=1"]) == 1
+    assert "2 tasks in a row were set aside" in capsys.readouterr().err
+    assert len((tmp_path / "tiny" / "failures.csv").read_text().split("no disk")) > 2
+
+
+def test_two_runs_do_not_meet_in_one_folder(
+    tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.folder import RunFolder
+
+    with RunFolder(tmp_path / "tiny").locked():
+        assert cli.main(["plan", *tiny_run]) == 2
+    assert "Another atlas command is at work" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_stops_soon_and_goes_on_later(
+    tiny_run: list[str], tmp_path: Path, kind: signal.Signals
+) -> None:
+    folder = tmp_path / "tiny"
+    slow = [*tiny_run, "render.steps=60"]
+    command = [sys.executable, "-c", "import sys; from pipeline.cli import main; sys.exit(main())", "run", *slow]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list((folder / "shards").rglob("*.h5")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    began = time.monotonic()
+    os.kill(process.pid, kind)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and time.monotonic() - began < 10
+    assert "Everything finished is kept" in errors
+    kept = shard_times(folder)
+    assert kept and cli.main(["run", *slow]) == 0
+    assert all(shard_times(folder)[n] == t for n, t in kept.items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=resnet51"], "There is no model=resnet51. Nearest: resnet50"),
+        (["render=distil"], "There is no render=distil. Nearest: distill"),
+        (["model.name=test_eficientnet"], "Nearest: test_efficientnet"),
+        (["layers.include=[conv_stme]"], "Nearest: conv_stem"),
+        (["render.stepz=3"], "render.stepz is not a setting. Nearest: render.steps"),
+        (["data.root=nowhere"], "there is no such folder"),
+        (["render.steps=x"], "has the wrong type"),
+        (["layers.channels=first"], "layers.channels='first'"),
+        (["render.steps"], "render.steps"),
+    ],
+)
+def test_bad_input_is_told_before_any_work(
+    tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+) -> None:
+    assert cli.main(["run", *tiny_run, *overrides]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_every_channel_of_a_transformer(tmp_path: Path, photo_folder: Path) -> None:
+    tiny = [o for o in TINY if not o.startswith(("model.name", "layers", "model.input_size"))]
+    overrides = [*tiny, "model.name=test_vit", "layers.include=[blocks.0,blocks.1.mlp.fc1,head]", "layers.channels=0:2"]
+    folder = [f"run.root={tmp_path}", "run.name=vit", "data=folder", f"data.root={photo_folder}", "render.size=auto"]
+    assert cli.main(["run", *overrides, *folder]) == 0
+    with pipeline.open_atlas(tmp_path / "vit") as atlas:
+        assert atlas.layers == ("blocks.0", "blocks.1.mlp.fc1", "head")
+        assert atlas["blocks.0"].receptive_field is None
