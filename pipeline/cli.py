@@ -126,7 +126,8 @@ def _status(request: Request) -> int:
     print(f"{folder.path}: {len(planned)} layers, {sum(map(len, planned.values())):,} units planned")
     for name, stage in status.get("stages", {}).items():
         counts = f"{stage['done']:,} of {stage['total']:,}, {stage['failed']} failed"
-        print(f"  {name}: {counts}, {stage['per_second']} a second")
+        rate = f", {stage['per_second']} a second" if "per_second" in stage else ""
+        print(f"  {name}: {counts}{rate}")
     if status.get("finished"):
         print(f"  complete since {status['updated']}, {status['failures']} failures")
     elif status:
@@ -161,7 +162,7 @@ VERBS: dict[str, Callable[[Request], int]] = {
 }
 
 
-def _named(verb: str, arguments: Sequence[str]) -> list[str]:
+def named(verb: str, arguments: Sequence[str]) -> list[str]:
     """Arguments with a run's folder given by position turned into overrides."""
     if verb not in ("site", "status", "verify"):
         return list(arguments)
@@ -214,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Hydra prints a composition error and exits with 1, unless told to raise it; bad input must exit with 2.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     saved = sys.argv
-    sys.argv = [saved[0], *_named(verb, rest)]
+    sys.argv = [saved[0], *named(verb, rest)]
     try:
         with _signals():
             hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)()

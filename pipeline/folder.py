@@ -58,7 +58,7 @@ class RunFolder:
         """
         if not self.config.is_file() or update:
             return
-        changed = differences(_binding(yaml.safe_load(self.config.read_text())), _binding(tree))
+        changed = differences(binding(yaml.safe_load(self.config.read_text())), binding(tree))
         if changed:
             listed = "\n  ".join(changed)
             raise AtlasError(
@@ -96,7 +96,7 @@ class RunFolder:
             return {}
 
 
-def _binding(tree: Mapping[str, Any]) -> dict[str, Any]:
+def binding(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that bind a run folder: those that change results, and the seed."""
     kept = {k: v for k, v in tree.items() if k not in FREE}
     return kept | {"run": {"seed": (tree.get("run") or {}).get("seed", 0)}}

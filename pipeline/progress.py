@@ -24,15 +24,26 @@ def clock(seconds: float) -> str:
 
 @dataclasses.dataclass
 class Stage:
-    """Counts of one stage; `done` includes what an earlier run had finished, `fresh` does not."""
+    """Counts of one stage; `done` includes what an earlier run had finished, `fresh` does not.
+
+    `cost` is the estimate of the work still to do, in seconds of one worker.
+    """
 
     name: str
     noun: str
     total: int
     done: int
+    cost: float = 0.0
     fresh: int = 0
     failed: int = 0
     began: float | None = None
+    spent: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def forecast(self) -> float:
+        """Worker seconds of all the stage's work: the estimate, corrected by what finished tasks really took."""
+        return self.cost * (self.seconds / self.spent if self.spent > 0 and self.seconds > 0 else 1.0)
 
     def rate(self, now: float) -> float:
         """Units per second since the stage's first task began."""
@@ -59,13 +70,13 @@ class _Note(ProgressColumn):
 class Board:
     """Progress of all stages that work together; a context manager.
 
-    The ETA goes by estimated cost, not by number: late layers take longer. `saved` is told every second or so
-    what status.json should hold.
+    The ETA goes by estimated cost, not by number, for late layers take longer, and counts on `workers` being
+    busy all the time. `saved` is told every second or so what status.json should hold.
     """
 
-    def __init__(self, stages: list[Stage], cost: float, saved: Callable[..., None], every: float) -> None:
+    def __init__(self, stages: list[Stage], workers: int, saved: Callable[..., None], every: float) -> None:
         self.stages = {stage.name: stage for stage in stages}
-        self.cost, self.spent = cost, 0.0
+        self.workers = workers
         self.every, self.saved = every, saved
         self.began = time.monotonic()
         self.spoken = self.kept = float("-inf")
@@ -100,7 +111,8 @@ class Board:
         else:
             own.done += units
             own.fresh += units
-        self.spent += cost
+            own.seconds += seconds
+            own.spent += cost
         self.beat()
 
     def beat(self) -> None:
@@ -109,10 +121,11 @@ class Board:
 
     @property
     def eta(self) -> float | None:
-        """Seconds left by the cost worked off so far, or None before anything was."""
-        if self.spent <= 0:
+        """Seconds left, or None before anything was finished and so measured."""
+        if not any(stage.fresh for stage in self.stages.values()):
             return None
-        return (time.monotonic() - self.began) * max(self.cost - self.spent, 0.0) / self.spent
+        forecast = sum(stage.forecast for stage in self.stages.values()) / self.workers
+        return max(forecast - (time.monotonic() - self.began), 0.0)
 
     def _show(self, final: bool) -> None:
         now = time.monotonic()

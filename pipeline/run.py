@@ -14,7 +14,7 @@ from pipeline.config import Config
 from pipeline.engine import Failure, TooManyFailures, execute
 from pipeline.errors import AtlasError
 from pipeline.examples import Sweep
-from pipeline.folder import RunFolder, write_text
+from pipeline.folder import RunFolder, binding, write_text
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Board, Stage, clock
 from pipeline.shards import Shard
@@ -70,8 +70,9 @@ def run(request: Request, made: Plan, stages: tuple[str, ...] = ("examples", "re
             return SET_ASIDE
         failures = _consolidate(request, made, folder, set_aside)
         if "site" in stages:
-            build_site(request, folder)
-        folder.write_status(finished=True, failures=failures)
+            _refresh_site(request, folder)
+        counts = {s.name: {"done": s.done, "total": s.total, "failed": s.failed} for s in stage_rows}
+        folder.write_status(finished=True, failures=failures, stages=counts)
     log.info("%s is complete after %s%s", folder.path, clock(time.monotonic() - began), _trouble(failures))
     return SET_ASIDE if set_aside else COMPLETE
 
@@ -104,14 +105,18 @@ def _missing(made: Plan, folder: RunFolder, stages: tuple[str, ...]) -> tuple[li
     if "examples" in stages:
         own = made.examples_tasks(folder.shards, set(_finished_ranges(made, folder)))
         total = len(made.setup.dataset.photos)
-        rows.append(Stage("examples", "photographs", total, total - sum(t.size for t in own)))
+        rows.append(Stage("examples", "photographs", total, total - sum(t.size for t in own), _cost(own)))
         tasks += own
     if "render" in stages:
         done = {name: _channels(found) for name, found in _finished_pictures(made, folder).items()}
         own = made.render_tasks(folder.shards, done)
-        rows.append(Stage("render", "units", made.units, made.units - sum(t.size for t in own)))
+        rows.append(Stage("render", "units", made.units, made.units - sum(t.size for t in own), _cost(own)))
         tasks += own
     return tasks, rows
+
+
+def _cost(tasks: list[Task]) -> float:
+    return sum(task.cost for task in tasks)
 
 
 def _channels(found: list[Shard]) -> set[int]:
@@ -125,8 +130,7 @@ def _work(
         log.info("Nothing is missing: %s", "; ".join(row.line(0.0) for row in rows))
         return
     every = request.config.engine.progress_seconds
-    # Costs are those of one worker; the board's ETA needs only their proportions.
-    with Board(rows, sum(t.cost for t in tasks), folder.write_status, every) as board:
+    with Board(rows, min(made.crew.workers, len(tasks)), folder.write_status, every) as board:
 
         def finished(task: Task, result: Done | Failure) -> None:
             if isinstance(result, Failure):
@@ -162,7 +166,15 @@ def _consolidate(request: Request, made: Plan, folder: RunFolder, set_aside: lis
             for i, v in np.argwhere(arrays["status"] == "failed"):
                 what = f"{row.layer.name}:{arrays['channels'][i]} variant {v}"
                 failures.append(("render", what, "the objective did not rise in any attempt", ""))
+    # What the file would hold, without opening a picture: the same shards under the same configuration.
+    found = sorted(str(s.path.relative_to(folder.path)) for r in rendered.values() for s in r)
+    found += sorted(str(s.path.relative_to(folder.path)) for s in ranges.values())
+    channels = [[row.layer.name, row.channels] for row in made.rows]
+    identity = shards.digest_of([binding(request.tree), channels, found, failures, store.versions()])
+    if store.identity(folder.atlas) == identity:
+        return len(failures)
     content = store.Content(
+        identity=identity,
         run=config.run.name,
         model=config.model.name,
         weights=made.setup.weights,
@@ -181,10 +193,21 @@ def _consolidate(request: Request, made: Plan, folder: RunFolder, set_aside: lis
     return len(failures)
 
 
+def _refresh_site(request: Request, folder: RunFolder) -> None:
+    """Build the site unless it shows this very atlas under these very settings."""
+    shows = shards.digest_of([store.identity(folder.atlas), dataclasses.asdict(request.config.site)])
+    mark = folder.path / ".site"
+    if mark.is_file() and mark.read_text() == shows and (folder.site / "index.html").is_file():
+        return
+    build_site(request, folder)
+    write_text(mark, shows)
+
+
 def build_site(request: Request, folder: RunFolder) -> None:
     """Write the pages from atlas.h5."""
     with open_atlas(folder.path) as atlas:
         report = site.build_site(atlas, folder.site, request.config.site)
+    (folder.path / ".site").unlink(missing_ok=True)
     log.info("site: %d files, %.1f MB; open %s", report.files, report.bytes / 1e6, folder.site / "index.html")
 
 

@@ -46,6 +46,16 @@ class Content:
     examples: Sweep | None = None
     shown: Mapping[str, np.ndarray] | None = None
     failures: int = 0
+    identity: str = ""
+
+
+def identity(path: Path) -> str | None:
+    """The digest of all that an atlas was made from, or None if there is no readable atlas."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return shards.text(file, "identity")
+    except (OSError, KeyError):
+        return None
 
 
 def versions() -> dict[str, str]:
@@ -74,6 +84,7 @@ def consolidate(path: Path, content: Content, rendered: Mapping[str, Sequence[Sh
         file.attrs["versions"] = json.dumps(versions(), sort_keys=True)
         file.attrs["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         file.attrs["failures"] = content.failures
+        file.attrs["identity"] = content.identity
         file.create_dataset("provenance/config", data=content.config_yaml, dtype=h5py.string_dtype())
         if content.labels:
             put(file, "model/labels", np.array(content.labels, object))
@@ -175,8 +186,10 @@ def verify(path: Path, planned: Mapping[str, Sequence[int]]) -> list[tuple[str, 
             if isinstance(item, h5py.Dataset):
                 try:
                     _read_through(item)
-                except OSError as error:
-                    wrong.append((name, f"can't be read: {str(error).splitlines()[0]}"))
+                except OSError:
+                    wrong.append(
+                        (name, "can't be read; remove atlas.h5 and `atlas run` writes it again from the shards")
+                    )
 
         file.visititems(visit)
         if wrong:

@@ -44,9 +44,11 @@ def test_the_whole_path_and_again(tiny_run: list[str], tmp_path: Path, capsys: p
     before, times = pictures(folder), shard_times(folder)
 
     # Again: nothing is missing, so nothing is made.
+    made = [(folder / name).stat().st_mtime_ns for name in ("atlas.h5", "site/index.html")]
     assert cli.main(["run", *tiny_run]) == 0
     assert "Nothing is missing" in capsys.readouterr().err
     assert shard_times(folder) == times
+    assert made == [(folder / name).stat().st_mtime_ns for name in ("atlas.h5", "site/index.html")]
 
     # One shard lost: only that one is made again, and it is the same.
     lost = next((folder / "shards" / "render").rglob("*.h5"))
@@ -76,6 +78,8 @@ def test_the_whole_path_and_again(tiny_run: list[str], tmp_path: Path, capsys: p
     (folder / "atlas.h5").write_bytes((folder / "atlas.h5").read_bytes()[:5000])
     assert cli.main(["verify", str(folder)]) == 1
     assert "can't be" in capsys.readouterr().out
+    assert cli.main(["run", *tiny_run, "layers.channels=0:5", "run.update=true"]) == 0
+    assert cli.main(["verify", str(folder)]) == 0
 
 
 def test_another_configuration_is_refused_with_the_ways_out(

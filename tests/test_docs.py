@@ -1,0 +1,69 @@
+"""What the documents tell people to type works: commands compose, Python runs, links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import compose
+
+from pipeline import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "jobs").rglob("*.md")])
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL):
+            found.append((page.name, block))
+    return found
+
+
+COMMANDS = sorted(
+    {
+        line.partition(" #")[0].strip()
+        for _, block in blocks("bash")
+        for line in block.splitlines()
+        if line.startswith("scripts/atlas")
+    }
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_compose(command: str) -> None:
+    verb, *arguments = shlex.split(command)[1:]
+    assert verb in cli.VERBS
+    overrides = [a for a in cli.named(verb, arguments) if not a.startswith("--")]
+    # A sweep over several values is composed with the first of them.
+    overrides = [re.sub(r"^([\w./]+=[\w.]+),[\w.,]+$", r"\1", o) for o in overrides]
+    compose([o.replace("$HOME", "/somewhere") for o in overrides])
+
+
+def test_there_are_commands_and_python() -> None:
+    assert len(COMMANDS) >= 6 and len(blocks("python")) >= 2
+
+
+def test_python_runs_as_printed(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "efficientnet_lite0-distill"
+    overrides = [o for o in tiny_run if not o.startswith("run.")]
+    assert cli.main(["run", *overrides, f"run.root={tmp_path}/runs", f"run.name={name}"]) == 0
+    monkeypatch.chdir(tmp_path)
+    for page, block in blocks("python"):
+        exec(compile(block, page, "exec"), {})
+    assert "layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_first_screen_says_how() -> None:
+    first = (ROOT / "README.md").read_text().splitlines()[:25]
+    text = "\n".join(first)
+    assert "scripts/atlas run" in text and "scripts/test" in text and "docs/images/home.jpg" in text
