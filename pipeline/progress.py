@@ -26,7 +26,8 @@ def clock(seconds: float) -> str:
 class Stage:
     """Counts of one stage; `done` includes what an earlier run had finished, `fresh` does not.
 
-    `cost` is the estimate of the work still to do, in seconds of one worker.
+    `cost` is the estimate of the work to do, in seconds of one worker, and `spent` the share of it that is
+    behind; `measured` of that was done (not set aside) and took `seconds`.
     """
 
     name: str
@@ -38,12 +39,13 @@ class Stage:
     failed: int = 0
     began: float | None = None
     spent: float = 0.0
+    measured: float = 0.0
     seconds: float = 0.0
 
     @property
-    def forecast(self) -> float:
-        """Worker seconds of all the stage's work: the estimate, corrected by what finished tasks really took."""
-        return self.cost * (self.seconds / self.spent if self.spent > 0 and self.seconds > 0 else 1.0)
+    def left(self) -> float:
+        """Worker seconds of the work left: the estimate, corrected by what finished tasks really took."""
+        return (self.cost - self.spent) * (self.seconds / self.measured if self.measured > 0 else 1.0)
 
     def rate(self, now: float) -> float:
         """Units per second since the stage's first task began."""
@@ -78,7 +80,7 @@ class Board:
         self.stages = {stage.name: stage for stage in stages}
         self.workers = workers
         self.every, self.saved = every, saved
-        self.began = time.monotonic()
+        self.added = time.monotonic()
         self.spoken = self.kept = float("-inf")
         self.console = Console(stderr=True)
         self.bars: Progress | None = None
@@ -112,7 +114,9 @@ class Board:
             own.done += units
             own.fresh += units
             own.seconds += seconds
-            own.spent += cost
+            own.measured += cost
+        own.spent += cost
+        self.added = time.monotonic()
         self.beat()
 
     def beat(self) -> None:
@@ -124,8 +128,8 @@ class Board:
         """Seconds left, or None before anything was finished and so measured."""
         if not any(stage.fresh for stage in self.stages.values()):
             return None
-        forecast = sum(stage.forecast for stage in self.stages.values()) / self.workers
-        return max(forecast - (time.monotonic() - self.began), 0.0)
+        left = sum(stage.left for stage in self.stages.values()) / self.workers
+        return max(left - (time.monotonic() - self.added), 0.0)
 
     def _show(self, final: bool) -> None:
         now = time.monotonic()

@@ -16,10 +16,12 @@ def test_the_eta_learns_from_finished_tasks() -> None:
     stage = Stage("render", "units", 10, 2, cost=8.0)
     with Board([stage], 2, lambda **fields: told.append(fields), 60.0) as board:
         assert board.eta is None
-        # Two of eight seconds' work took six: all of it will take 24, on two workers 12.
+        # Two of eight seconds' work took six: the other six will take 18, on two workers 9.
         board.add("render", 2, 2.0, 6.0)
-        assert board.eta == pytest.approx(12, abs=0.5)
-        board.add("render", 1, 1.0, 0.0, failed=True)
+        assert board.eta == pytest.approx(9, abs=0.5)
+        # What was set aside is behind us, but teaches nothing.
+        board.add("render", 1, 2.0, 0.0, failed=True)
+        assert board.eta == pytest.approx(6, abs=0.5)
     assert (stage.done, stage.fresh, stage.failed) == (4, 2, 1)
     assert told[-1]["stages"]["render"]["done"] == 4 and told[-1]["eta_seconds"] is None
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -93,3 +95,25 @@ def test_auto_fills_a_machine() -> None:
     assert crew(EngineConfig(), 64, 0, 3).workers == 3
     one = crew(EngineConfig(workers=1), 2, 0, 100)
     assert (one.workers, one.threads) == (1, 2)
+
+
+def test_ctrl_c_in_a_terminal_stops_the_run_and_its_workers(tiny_run: list[str], tmp_path: Path) -> None:
+    """A terminal sends Ctrl-C to the whole process group: driver, Ray's own processes and workers."""
+    command = [sys.executable, "-c", "import sys; from pipeline.cli import main; sys.exit(main())", "render"]
+    slow = [*tiny_run, *ON_RAY, "render.steps=400"]
+    process = subprocess.Popen([*command, *slow], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    shards = tmp_path / "tiny" / "shards"
+    deadline = time.monotonic() + 120
+    while not list(shards.rglob("*.h5")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    kept = list(shards.rglob("*.h5"))
+    workers = [p for p in psutil.process_iter(["cmdline"]) if "ray::Worker.do" in " ".join(p.info["cmdline"] or [])]
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert time.monotonic() - began < 15
+    assert "Everything finished is kept" in errors
+    assert kept and all(path.exists() for path in kept)
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert workers and not alive
