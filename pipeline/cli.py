@@ -206,8 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         return _refuse(f"There is no verb {verb!r}. {nearest(verb, VERBS)}")
     codes: list[int] = []
+    composing = [True]
 
     def task(composed: DictConfig) -> None:
+        composing.clear()
         codes.append(_guarded(lambda: VERBS[verb](request_of(composed))))
         if codes[-1] == INTERRUPTED:
             raise KeyboardInterrupt
@@ -224,6 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
     except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if not composing:  # a fault of ours in the work itself: show all of it
+            raise
         return _refuse(_explain(error))
     finally:
         sys.argv = saved

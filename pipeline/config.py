@@ -102,6 +102,8 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
     ):
         if value < least:
             raise AtlasError(f"{key}={value} is too small: at least {least}.")
+    if config.data.limit is not None and config.data.limit < 1:
+        raise AtlasError(f"data.limit={config.data.limit} is too small: at least 1, or null for all.")
     size = config.render.size
     if (isinstance(size, str) and size != "auto") or (isinstance(size, int) and size < 16):
         raise AtlasError(f"render.size={size!r}: use auto or a number of pixels from 16.")

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
 import traceback
 from collections import deque
@@ -168,14 +169,36 @@ def cluster(config: EngineConfig) -> Iterator[Any]:
     else:
         _reachable(config.address)
         options["address"] = config.address
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(**options)
+        # Ray puts a handler of its own on SIGTERM, which aborts; ours ends the run in order.
+        for kind, handler in handlers.items():
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(kind, handler)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise AtlasError(f"No Ray cluster at engine.address={config.address}: {error}") from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _room(ray: Any, team: Crew) -> int:
+    """How many of the workers the cluster's nodes can hold; asking for more would wait for ever."""
+    room = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            fits = node["Resources"].get("CPU", 0.0) // team.cpus
+            room += int(min(fits, node["Resources"].get("GPU", 0.0) // team.gpus) if team.gpus else fits)
+    if room < 1:
+        raise AtlasError(
+            f"No node of the cluster has room for a worker of {team.cpus:g} CPUs and {team.gpus:g} GPUs: "
+            "lower engine.cpus_per_worker or engine.gpus_per_worker."
+        )
+    if room < team.workers:
+        log.warning("engine.workers=%d, but the cluster has room for %d: using those", team.workers, room)
+    return min(room, team.workers)
 
 
 def _reachable(address: str) -> None:
@@ -192,6 +215,7 @@ def _ray(ordered: list[Task], setup: Setup, config: EngineConfig, finished: Any,
     with cluster(config) as ray:
         resources = ray.cluster_resources()
         team = crew(config, resources.get("CPU", 1.0), resources.get("GPU", 0.0), len(ordered))
+        team = dataclasses.replace(team, workers=_room(ray, team))
         setup = dataclasses.replace(setup, threads=team.threads, device=team.device)
         log.info("%d workers, %g CPUs and %g GPUs each, on %s", team.workers, team.cpus, team.gpus, team.device)
         # max_restarts=0: a dead actor is replaced below, which is faster than Ray's own restarts and observable.
@@ -220,7 +244,7 @@ def _ray(ordered: list[Task], setup: Setup, config: EngineConfig, finished: Any,
                             raise cause from None
                         free.append(worker)
                         failure = tries.failed(task, f"{type(cause).__name__}: {cause}", str(error))
-                    except ray.exceptions.RayActorError as error:
+                    except ray.exceptions.RayError as error:  # the actor, its node or its memory is gone
                         with contextlib.suppress(Exception):
                             ray.kill(worker)
                         free.append(actor.remote(shared))

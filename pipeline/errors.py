@@ -8,10 +8,6 @@ class AtlasError(Exception):
     """Bad input: the message says what is wrong and how to mend it. The command exits with 2."""
 
 
-class Interrupted(Exception):
-    """The run was asked to stop (Ctrl-C or SIGTERM). Everything finished is kept; the command exits with 130."""
-
-
 def nearest(name: str, valid: Iterable[str], count: int = 4) -> str:
     """Names in `valid` closest to `name`, as the end of an error message.
 

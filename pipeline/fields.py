@@ -7,15 +7,12 @@ strides of the layer shows where its units' fields begin, and their distance; th
 they end. A layer whose last unit already sees the first column sees the whole image.
 """
 
-import logging
 from collections.abc import Sequence
 
 import torch
 
 from pipeline.layers import Field, Layer, capture
 from pipeline.models import Model
-
-log = logging.getLogger(__name__)
 
 BATCH = 16
 

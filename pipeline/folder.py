@@ -54,9 +54,10 @@ class RunFolder:
     def check(self, tree: Mapping[str, Any], update: bool) -> None:
         """Refuse a configuration other than the one this folder was made with.
 
-        Engine, site and run settings may always differ: they change no result.
+        Engine, site and run settings may always differ: they change no result. A folder without any finished
+        work, one that was only planned, binds nobody.
         """
-        if not self.config.is_file() or update:
+        if update or not self.config.is_file() or next(self.shards.rglob("*.h5"), None) is None:
             return
         changed = differences(binding(yaml.safe_load(self.config.read_text())), binding(tree))
         if changed:
@@ -72,12 +73,12 @@ class RunFolder:
         if not self.plan.is_file():
             return {}
         rows = pd.read_csv(self.plan, dtype=str, keep_default_na=False).to_dict("records")
-        return {str(row["layer"]): [int(c) for c in str(row["channel_list"]).split()] for row in rows}
+        return {str(row["layer"]): [int(c) for c in str(row["channel_list"]).split()] for row in rows if row["layer"]}
 
     def write_failures(self, rows: Sequence[tuple[str, str, str, str]]) -> None:
         """failures.csv: stage, what, reason and detail (a traceback, say) of everything that went wrong."""
         temporary = self.failures.with_suffix(".csv.tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as handle:
+        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle:
             writer = csv.writer(handle)
             writer.writerow(("stage", "what", "reason", "detail"))
             writer.writerows(rows)

@@ -18,19 +18,20 @@ log = logging.getLogger(__name__)
 
 
 class FoldedNorm(nn.Module):
-    """What is left of a folded normalisation: an identity, then the activation fused with it, if any.
+    """What is left of a folded normalisation: an identity, then what timm fuses with it, if anything.
 
-    The activation keeps its name `act`, where layers are tapped.
+    `drop` and `act` keep their names, where layers are tapped.
     """
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        act = getattr(norm, "act", None)
+        drop, act = getattr(norm, "drop", None), getattr(norm, "act", None)
+        self.drop = drop if isinstance(drop, nn.Module) else nn.Identity()
         self.act = act if isinstance(act, nn.Module) else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Activation of (B, C, H, W) maps that the convolution has already normalised."""
-        return self.act(x)
+        return self.act(self.drop(x))
 
 
 def pairs(trace: Trace) -> list[tuple[str, str]]:

@@ -232,7 +232,6 @@ class Trace:
     def __init__(self, model: Model) -> None:
         self.modules = dict(model.module.named_modules())
         self.calls: list[_Call] = []
-        self.result: int | None = None
         keep: list[Tensor] = []  # keeps ids unique
         counts: dict[str, int] = {}
         spent = 0.0
@@ -260,8 +259,7 @@ class Trace:
             device = next(iter(model.module.parameters())).device
             image = torch.zeros(1, model.recipe.channels, *model.recipe.size, device=device)
             with torch.no_grad():
-                result = tensor_of(model.module(model.normalise(image)))
-            self.result = None if result is None else id(result)
+                model.module(model.normalise(image))
         finally:
             for handle in handles:
                 handle.remove()
@@ -338,18 +336,44 @@ def _convs(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[
 
 
 def _blocks(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
-    """Outputs of stages and residual blocks: containers that hold at least two convolutions or linears.
+    """Outputs of stages and residual blocks.
 
-    Of several containers that end in the same tensor (a stage and its last block) the innermost is kept.
+    A candidate is a container with at least two convolutions or linears that work on the whole map (those of
+    squeeze-and-excite work on one position). It is a *stage* if it lists candidates, else a *block*; what lies
+    inside a block (its branches, its MLP) is left out. Of several that end in the same tensor (a stage and its
+    last block) the innermost is kept.
     """
-    modules = dict(model.module.named_modules())
-    by_tap: dict[tuple[float, int, int, int], Layer] = {}
+    trace = Trace(model)
+    modules = trace.modules
+    shapes = {call.path: call.shape for call in trace.calls}
+
+    def weight(path: str) -> int:
+        inner = [f"{path}.{name}" for name, m in modules[path].named_modules() if isinstance(m, (*CONVS, nn.Linear))]
+        pooled = len(shapes.get(path, ())) == 4 and max(shapes[path][2:]) > 1
+        return sum(not (pooled and len(shape := shapes.get(p, ())) == 4 and max(shape[2:]) == 1) for p in inner)
+
+    def lists(path: str) -> bool:
+        own = modules[path]
+        members = [(path, own), *((f"{path}.{name}", child) for name, child in own.named_children())]
+        return any(
+            weight(f"{base}.{name}") >= 2
+            for base, module in members
+            if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+            for name, child in module.named_children()
+            if any(True for _ in child.children())
+        )
+
+    heavy = {la.module for la in layers if la.kind in ("block", "attention") and weight(la.module) >= 2}
+    blocks = {path for path in heavy if not lists(path)}
+    outputs = {(call.path, call.index): call.output for call in trace.calls}
+    kept: dict[int, Layer] = {}
     for layer in layers:
-        if layer.kind in ("block", "attention"):
-            inner = sum(isinstance(m, (*CONVS, nn.Linear)) for m in modules[layer.module].modules())
-            if inner >= 2:
-                by_tap.setdefault((layer.cost, layer.channels, layer.height, layer.width), layer)
-    return list(by_tap.values())
+        parents = layer.module.split(".")
+        inside = any(".".join(parents[:i]) in blocks for i in range(1, len(parents)))
+        if layer.module in heavy and layer.name.partition("#")[0] == layer.module and not inside:
+            # Calls are listed as they end, the innermost first.
+            kept.setdefault(outputs[layer.module, layer.call], layer)
+    return list(kept.values())
 
 
 def _logits(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
@@ -361,8 +385,8 @@ def _tour(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[L
     """`count` layers from stem to logits: the first and last, and block outputs evenly between them."""
     ends = _convs(model, layers, config)
     middle = [la for la in _blocks(model, layers, config) if ends[0].cost < la.cost < ends[-1].cost]
-    if len(middle) < config.count - 2:
-        middle = ends[1:-1]
+    if len(middle) < min(config.count - 2, 3):
+        middle = ends[1:-1]  # a plain chain of layers, as in VGG
     wanted = min(max(config.count - 2, 0), len(middle))
     picked = [middle[(2 * i + 1) * len(middle) // (2 * wanted)] for i in range(wanted)]
     return [la for la in layers if la in (ends[0], *picked, ends[-1])]

@@ -19,6 +19,8 @@ from pipeline.errors import AtlasError, nearest
 
 log = logging.getLogger(__name__)
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
 # Keys under which training scripts keep the state dict, most specific first.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 
@@ -85,11 +87,15 @@ def load(config: ModelConfig) -> Model:
     """
     if config.source not in SOURCES:
         raise AtlasError(f"model.source={config.source!r} is unknown. {nearest(config.source, SOURCES)}")
+    if config.interpolation not in (None, *INTERPOLATIONS):
+        raise AtlasError(
+            f"model.interpolation={config.interpolation!r} is unknown. {nearest(config.interpolation, INTERPOLATIONS)}"
+        )
     # Random weights must be the same on every worker, whatever was drawn before.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, recipe, labels = SOURCES[config.source](config)
-    if config.weights not in (None, "default"):
+    if config.weights is not None and config.weights != "default":
         load_checkpoint(module, Path(str(config.weights)))
     size = config.input_size
     overrides: dict[str, Any] = {
@@ -206,7 +212,11 @@ def _from_torchvision(config: ModelConfig) -> tuple[nn.Module, Recipe, tuple[str
         # GoogLeNet and Inception announce a change of their random initialisation; no action is open to a user.
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            module = torchvision.models.get_model(config.name, weights=weights if config.weights == "default" else None)
+            # These two renormalise inside; torchvision turns it on only for weights that it loads itself.
+            own = config.weights not in (None, "default") and config.name in ("googlenet", "inception_v3")
+            options = {"transform_input": True} if own else {}
+            chosen = weights if config.weights == "default" else None
+            module = torchvision.models.get_model(config.name, weights=chosen, **options)
         except OSError as error:
             raise _no_download(config, error) from error
     preset = weights.transforms()

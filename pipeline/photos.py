@@ -136,11 +136,18 @@ def grid_boxes(width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
 def _folder(config: DataConfig) -> Dataset:
     if not config.root:
         raise AtlasError("data=folder needs data.root=<folder with images>.")
-    root = Path(config.root).expanduser()
+    root = Path(config.root).expanduser().absolute()
     if not root.is_dir():
         raise AtlasError(f"data.root={config.root}: there is no such folder.")
     files = []
+    walked: set[str] = set()
     for folder, folders, names in os.walk(root, followlinks=True):
+        # A link may lead back up: every real folder is walked once.
+        real = os.path.realpath(folder)
+        if real in walked:
+            folders.clear()
+            continue
+        walked.add(real)
         folders.sort()
         files += [Path(folder, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
     # Sorted by the relative path as posix text, so that the order is the same on every file system.
@@ -211,7 +218,8 @@ def load(dataset: Dataset, indices: Iterable[int], recipe: Recipe, threads: int 
         try:
             image = read(dataset.locate(photo), photo.box, recipe.channels)
             return index, prepared(image, recipe), ""
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:
+            # Decoders raise almost anything on broken files; one of them must not end the pass.
             return index, None, f"{type(error).__name__}: {error}"
 
     with ThreadPoolExecutor(threads) as pool:

@@ -61,8 +61,20 @@ class Plan:
         """Estimated seconds of the whole run, examples included."""
         return (sum(row.seconds for row in self.rows) + self.examples_seconds) / self.crew.workers
 
+    def written(self) -> pd.DataFrame:
+        """The table as it goes into plan.csv: the layers, the dataset pass and the total."""
+        layers = self.table()
+        examples = round(self.examples_seconds / self.crew.workers, 1)
+        ends = pd.DataFrame(
+            [
+                {"kind": "photographs", "units": len(self.setup.dataset.photos), "seconds": examples},
+                {"kind": "total", "units": self.units, "seconds": round(self.eta, 1)},
+            ]
+        )
+        return pd.concat([layers, ends], ignore_index=True)
+
     def table(self) -> pd.DataFrame:
-        """One row a layer, as it is printed and written to plan.csv."""
+        """One row a layer, as it is printed."""
         return pd.DataFrame(
             [
                 {
@@ -85,7 +97,7 @@ class Plan:
         """Tasks for the channels that no finished shard holds yet: even batches of at most `engine.batch`."""
         tasks = []
         for row in self.rows:
-            digest = render_digest(self.setup, row.layer)
+            digest = render_digest(self.setup, row.layer, row.canvas)
             missing = [c for c in row.channels if c not in done.get(row.layer.name, set())]
             if not missing:
                 continue
@@ -96,7 +108,7 @@ class Plan:
                 name = f"{part[0]}-{part[-1]}-{len(part)}-{digest[:12]}.h5"
                 path = folder / "render" / safe(row.layer.name) / name
                 cost = row.seconds * len(part) / len(row.channels)
-                tasks.append(Task("render", str(path), digest, cost, row.layer.name, part))
+                tasks.append(Task("render", str(path), digest, cost, row.layer.name, part, row.canvas))
         return tasks
 
     def examples_tasks(self, folder: Path, done: set[tuple[int, int]]) -> list[Task]:
@@ -131,6 +143,11 @@ def make_plan(config: Config) -> Plan:
 
     Raises `AtlasError` for everything that is wrong with the input, before any work starts.
     """
+    weights = config.model.weights
+    if weights is not None and weights != "default":
+        # Workers may stand in another folder.
+        model_config = dataclasses.replace(config.model, weights=str(Path(weights).expanduser().absolute()))
+        config = dataclasses.replace(config, model=model_config)
     dataset = photos.listing(config.data)
     model = load(config.model).to("cpu")
     candidates = layers_room.enumerate_layers(model)
@@ -149,8 +166,10 @@ def make_plan(config: Config) -> Plan:
     folded = fold(model)
     fields = receptive_fields(folded, chosen)
     chosen = [dataclasses.replace(layer, field=fields[layer.name]) for layer in chosen]
+    canvases = fitting(folded, chosen, config)
     torch.set_num_threads(team.threads)
-    rows, per_photo = estimate(model, folded, chosen, channels, config)
+    here = team.device if not team.device.startswith("cuda") or torch.cuda.is_available() else "cpu"
+    rows, per_photo = estimate(folded.to(here), chosen, channels, canvases, config)
     setup = Setup(config, model.digest, tuple(chosen), dataset, team.threads, team.device)
     fingerprint = shards.digest_of(photos.fingerprint(dataset, model.recipe))
     return Plan(
@@ -158,8 +177,33 @@ def make_plan(config: Config) -> Plan:
     )
 
 
+def fitting(model: Model, chosen: Sequence[Layer], config: Config) -> dict[str, int]:
+    """The side of each layer's canvas: what was asked for, if the network takes it, else its own input size.
+
+    Transformers and others take one size only; an explicit `render.size` that they can't take is an error.
+    """
+    own = min(model.recipe.size)
+    wanted = {layer.name: canvas_size(layer, model.recipe.size, config.render.size) for layer in chosen}
+    for side in sorted(set(wanted.values()) - {own}):
+        try:
+            with torch.no_grad():
+                model.module(model.normalise(torch.zeros(1, model.recipe.channels, side, side)))
+        except Exception as error:
+            if not isinstance(config.render.size, str):
+                raise AtlasError(
+                    f"render.size={side}: {model.name} does not take pictures of that size "
+                    f"({str(error).splitlines()[0]}). Use render.size=auto or {own}."
+                ) from error
+            return dict.fromkeys(wanted, own)
+    return wanted
+
+
 def estimate(
-    model: Model, folded: Model, chosen: Sequence[Layer], channels: dict[str, tuple[int, ...]], config: Config
+    folded: Model,
+    chosen: Sequence[Layer],
+    channels: dict[str, tuple[int, ...]],
+    canvases: dict[str, int],
+    config: Config,
 ) -> tuple[list[Row], float]:
     """Rows with estimated seconds, and seconds a photograph, from a few timed passes on this machine.
 
@@ -167,23 +211,26 @@ def estimate(
     the network are measured by rendering two pictures for two steps in the first and in the last layer.
     """
     batch = 4
-    images = torch.rand(batch, model.recipe.channels, *model.recipe.size)
+    device = next(folded.module.parameters()).device
+    images = torch.rand(batch, folded.recipe.channels, *folded.recipe.size, device=device)
     best: dict[str, float] = {}
     for _ in range(3):
         seen: dict[str, float] = {}
         began = time.perf_counter()
 
         def note(layer: Layer, _: torch.Tensor, seen: dict[str, float] = seen, began: float = began) -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             seen[layer.name] = time.perf_counter() - began
 
         with capture(folded, chosen, each=note) as forward, torch.no_grad():
             forward(images)
         best = {name: min(best.get(name, t), t) for name, t in seen.items()}
     reach = {name: t / batch for name, t in best.items()}
-    side = min(model.recipe.size)
+    side = min(folded.recipe.size)
 
     def canvas(layer: Layer) -> int:
-        return canvas_size(layer, model.recipe.size, config.render.size)
+        return canvases[layer.name]
 
     def network(layer: Layer) -> float:
         return reach[layer.name] * (canvas(layer) / side) ** 2
@@ -197,7 +244,7 @@ def estimate(
         for steps in (1, 4):
             preset = dataclasses.replace(config.render, steps=steps, attempts=1)
             began = time.perf_counter()
-            render(folded, layer, [(c, 0) for c in channels[layer.name][:2]], preset, 0)
+            render(folded, layer, [(c, 0) for c in channels[layer.name][:2]], preset, 0, canvas(layer))
             times.append(time.perf_counter() - began)
         return max(times[1] - times[0], 1e-4) / 3 / len(channels[layer.name][:2])
 

@@ -35,12 +35,6 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
                 return coerce(value, option, where)
             except AtlasError:
                 continue
-    elif origin is typing.Literal:
-        if value in args:
-            return value
-        raise AtlasError(
-            f"{where}={value!r} is not one of {', '.join(map(str, args))}. {nearest(value, map(str, args))}"
-        )
     elif origin is tuple:
         if isinstance(value, (list, tuple)):
             if len(args) == 2 and args[1] is Ellipsis:
@@ -55,9 +49,6 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
     elif kind is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
-    elif origin is dict:
-        if isinstance(value, Mapping):
-            return {str(k): coerce(v, args[1], f"{where}.{k}") for k, v in value.items()}
     elif isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     raise AtlasError(f"{where}={value!r} has the wrong type: {describe(kind)} is needed.")
@@ -88,6 +79,18 @@ def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise AtlasError(f"{dot}{name} is missing: {describe(hints[name])} is needed.")
     return kind(**values)
+
+
+def canonical(value: Any) -> Any:
+    """A configuration as plain data with the class names of its members, for digests and provenance."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"is": type(value).__name__, **fields}
+    if isinstance(value, (list, tuple)):
+        return [canonical(v) for v in value]
+    if isinstance(value, Mapping):
+        return {str(k): canonical(v) for k, v in value.items()}
+    return value
 
 
 class Registry:

@@ -8,7 +8,7 @@ would let the batch size into Adam's epsilon.
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,18 +90,22 @@ def render(
     units: Sequence[tuple[int, int]],
     config: RenderConfig,
     seed: int,
+    size: int | None = None,
     stop: Callable[[], None] = lambda: None,
 ) -> list[Picture]:
     """Pictures for `units`, pairs of (channel, variant), all in one batch on the model's device.
+
+    They are `size` pixels high and wide; None leaves that to `canvas_size`.
 
     A picture whose objective did not rise, or went through NaN, is tried again with another seed and half
     the learning rate, at most `config.attempts` times in all; then it is kept and marked `failed`.
     `stop` is called at every step and may raise, to end the work early.
     """
+    size = size or canvas_size(layer, model.recipe.size, config.size)
     done: dict[tuple[int, int], Picture] = {}
     todo = list(units)
     for attempt in range(config.attempts):
-        pictures = _attempt(model, layer, todo, config, seed, attempt, stop)
+        pictures = _attempt(model, layer, todo, config, seed, size, attempt, stop)
         last = attempt == config.attempts - 1
         todo = [(p.channel, p.variant) for p in pictures if p.status == "failed"]
         done.update({(p.channel, p.variant): p for p in pictures if last or p.status != "failed"})
@@ -116,12 +120,12 @@ def _attempt(
     units: Sequence[tuple[int, int]],
     config: RenderConfig,
     seed: int,
+    size: int,
     attempt: int,
     stop: Callable[[], None],
 ) -> list[Picture]:
     began = time.perf_counter()
     device = next(model.module.parameters()).device
-    size = canvas_size(layer, model.recipe.size, config.size)
     side = size + 2 * config.margin
     steps, optimizer = config.steps, config.optimizer
     objective_name = type(config.objective).__name__.lower()
@@ -175,15 +179,3 @@ def _attempt(
 def saved(images: Tensor) -> Tensor:
     """Images in [0, 1] as they will be after saving in 8 bits; NaN becomes black."""
     return (images.nan_to_num(0.0).clamp(0, 1) * 255).round() / 255
-
-
-def canonical(value: Any) -> Any:
-    """A configuration as plain data with the class names of its members, for digests and provenance."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields: Mapping[str, Any] = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return {"is": type(value).__name__, **{k: canonical(v) for k, v in fields.items()}}
-    if isinstance(value, (list, tuple)):
-        return [canonical(v) for v in value]
-    if isinstance(value, Mapping):
-        return {str(k): canonical(v) for k, v in value.items()}
-    return value

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,34 +47,44 @@ def plan(request: Request) -> Plan:
     made = make_plan(request.config)
     with folder.locked():
         write_text(folder.config, request.text)
-        write_text(folder.plan, made.table().to_csv(index=False))
+        write_text(folder.plan, made.written().to_csv(index=False))
     return made
 
 
 def run(request: Request, made: Plan, stages: tuple[str, ...] = ("examples", "render", "site")) -> int:
     """Do what is missing of `stages`, consolidate, build the site; returns the exit code.
 
-    KeyboardInterrupt and `TooManyFailures` end the work early: what was finished is consolidated by the next
-    call. Both go on to the caller.
+    A KeyboardInterrupt ends the work and goes on to the caller; the next call goes on with the work.
     """
     folder = request.folder
     began = time.monotonic()
     with folder.locked():
         shards.sweep(folder.path)
         set_aside: list[Failure] = []
-        tasks, stage_rows = _missing(made, folder, stages)
+        finished = Finished(made, folder)
+        tasks, counts = _missing(made, finished, stages)
         try:
-            _work(request, made, folder, tasks, stage_rows, set_aside)
+            _work(request, made, folder, tasks, counts, set_aside)
         except TooManyFailures as error:
             log.error("%s", error)
             folder.write_failures([_row(failure) for failure in set_aside])
             return SET_ASIDE
-        failures = _consolidate(request, made, folder, set_aside)
+        finished = Finished(made, folder, finished)
+        # What counts is the shards that this driver sees, not what anybody reported.
+        left, counts = _missing(made, finished, stages)
+        known = {failure.task.path for failure in set_aside}
+        for task in left:
+            if task.path not in known:
+                reason = "no shard was found after the work: do all workers and this driver see the run's folder?"
+                set_aside.append(Failure(task, reason, ""))
+        failures = _consolidate(request, made, folder, finished, set_aside)
         if "site" in stages:
             _refresh_site(request, folder)
-        counts = {s.name: {"done": s.done, "total": s.total, "failed": s.failed} for s in stage_rows}
-        folder.write_status(finished=True, failures=failures, stages=counts)
-    log.info("%s is complete after %s%s", folder.path, clock(time.monotonic() - began), _trouble(failures))
+        totals = {s.name: {"done": s.done, "total": s.total, "failed": s.total - s.done} for s in counts}
+        whole = "site" in stages and not set_aside
+        folder.write_status(finished=whole, failures=failures, stages=totals)
+    outcome = "is incomplete" if set_aside else "is complete"
+    log.info("%s %s after %s%s", folder.path, outcome, clock(time.monotonic() - began), _trouble(failures))
     return SET_ASIDE if set_aside else COMPLETE
 
 
@@ -85,31 +96,61 @@ def _row(failure: Failure) -> tuple[str, str, str, str]:
     return failure.task.stage, failure.task.name, failure.reason, failure.detail
 
 
-def _finished_ranges(made: Plan, folder: RunFolder) -> dict[tuple[int, int], Shard]:
-    found = shards.find(folder.shards / "examples", made.examples_digest)
-    return {(int(s.attributes["start"]), int(s.attributes["end"])): s for s in found}
+class Finished:
+    """What the run's folder holds of this plan: shards that can be read to the last byte and bear its digests.
+
+    Shards that `known` has read before are not read again.
+    """
+
+    def __init__(self, made: Plan, folder: RunFolder, known: "Finished | None" = None) -> None:
+        self.read: dict[Path, dict[str, np.ndarray]] = dict(known.read) if known else {}
+        self.ranges: dict[tuple[int, int], Shard] = {}
+        self.pictures: dict[str, list[Shard]] = {}
+        for shard in self._whole(folder.shards / "examples", made.examples_digest, ()):
+            self.ranges[int(shard.attributes["start"]), int(shard.attributes["end"])] = shard
+        for row in made.rows:
+            where = folder.shards / "render" / shards.safe(row.layer.name)
+            digest = render_digest(made.setup, row.layer, row.canvas)
+            self.pictures[row.layer.name] = self._whole(where, digest, ("channels", "status"))
+
+    def _whole(self, where: Path, digest: str, keep: tuple[str, ...]) -> list[Shard]:
+        whole = []
+        for shard in shards.find(where, digest):
+            if shard.path not in self.read:
+                try:
+                    arrays = shard.arrays()
+                except (OSError, KeyError):
+                    log.warning("%s is damaged; its work is done again", shard.path)
+                    shard.path.unlink()
+                    continue
+                self.read[shard.path] = {name: arrays[name] for name in keep}
+            whole.append(shard)
+        return whole
+
+    def channels(self, layer: str) -> set[int]:
+        """Channels of a layer that have their pictures."""
+        return {int(c) for shard in self.pictures[layer] for c in self.read[shard.path]["channels"]}
+
+    def failed(self, layer: str) -> list[tuple[int, int]]:
+        """(channel, variant) of pictures of a layer that did not rise."""
+        found = []
+        for arrays in (self.read[shard.path] for shard in self.pictures[layer]):
+            found += [(int(arrays["channels"][i]), int(v)) for i, v in np.argwhere(arrays["status"] == "failed")]
+        return sorted(found)
 
 
-def _finished_pictures(made: Plan, folder: RunFolder) -> dict[str, list[Shard]]:
-    found = {}
-    for row in made.rows:
-        where = folder.shards / "render" / shards.safe(row.layer.name)
-        found[row.layer.name] = shards.find(where, render_digest(made.setup, row.layer))
-    return found
-
-
-def _missing(made: Plan, folder: RunFolder, stages: tuple[str, ...]) -> tuple[list[Task], list[Stage]]:
+def _missing(made: Plan, finished: Finished, stages: tuple[str, ...]) -> tuple[list[Task], list[Stage]]:
     """Tasks still to do, and each stage's count so far."""
     tasks: list[Task] = []
     rows: list[Stage] = []
+    where = made.config.folder.absolute() / "shards"
     if "examples" in stages:
-        own = made.examples_tasks(folder.shards, set(_finished_ranges(made, folder)))
+        own = made.examples_tasks(where, set(finished.ranges))
         total = len(made.setup.dataset.photos)
         rows.append(Stage("examples", "photographs", total, total - sum(t.size for t in own), _cost(own)))
         tasks += own
     if "render" in stages:
-        done = {name: _channels(found) for name, found in _finished_pictures(made, folder).items()}
-        own = made.render_tasks(folder.shards, done)
+        own = made.render_tasks(where, {row.layer.name: finished.channels(row.layer.name) for row in made.rows})
         rows.append(Stage("render", "units", made.units, made.units - sum(t.size for t in own), _cost(own)))
         tasks += own
     return tasks, rows
@@ -117,10 +158,6 @@ def _missing(made: Plan, folder: RunFolder, stages: tuple[str, ...]) -> tuple[li
 
 def _cost(tasks: list[Task]) -> float:
     return sum(task.cost for task in tasks)
-
-
-def _channels(found: list[Shard]) -> set[int]:
-    return {int(c) for shard in found for c in shard.arrays()["channels"]}
 
 
 def _work(
@@ -142,17 +179,19 @@ def _work(
         execute(tasks, made.setup, request.config.engine, finished, board.beat)
 
 
-def _consolidate(request: Request, made: Plan, folder: RunFolder, set_aside: list[Failure]) -> int:
+def _consolidate(request: Request, made: Plan, folder: RunFolder, finished: Finished, set_aside: list[Failure]) -> int:
     """Write atlas.h5 and failures.csv from what is finished; returns the number of failures."""
     config = request.config
-    rendered = _finished_pictures(made, folder)
-    ranges = _finished_ranges(made, folder)
+    rendered, ranges = finished.pictures, finished.ranges
     names = [row.layer.name for row in made.rows]
     sweep: Sweep | None = None
     shown: dict[str, np.ndarray] = {}
-    if len(ranges) == len(made.ranges):
+    if ranges and not all(r in ranges for r in made.ranges):
+        log.warning("The dataset pass is not complete: atlas.h5 has no examples until it is")
+    if all(r in ranges for r in made.ranges):
         parts = [Sweep.from_arrays(names, ranges[r].arrays()) for r in made.ranges]
         sweep = examples.merge(parts, config.examples.k)
+        _tell_unreadable(sweep, made)
         wanted: set[int] = set()
         for row in made.rows:
             wanted |= set(sweep.tops[row.layer.name].index[list(row.channels)].ravel().tolist())
@@ -161,11 +200,9 @@ def _consolidate(request: Request, made: Plan, folder: RunFolder, set_aside: lis
     paths = made.setup.dataset.photos
     failures += [("examples", paths[i].path, reason, "") for i, reason in (sweep.failed if sweep else ())]
     for row in made.rows:
-        for shard in rendered[row.layer.name]:
-            arrays = shard.arrays()
-            for i, v in np.argwhere(arrays["status"] == "failed"):
-                what = f"{row.layer.name}:{arrays['channels'][i]} variant {v}"
-                failures.append(("render", what, "the objective did not rise in any attempt", ""))
+        for channel, variant in finished.failed(row.layer.name):
+            what = f"{row.layer.name}:{channel} variant {variant}"
+            failures.append(("render", what, "the objective did not rise in any attempt", ""))
     # What the file would hold, without opening a picture: the same shards under the same configuration.
     found = sorted(str(s.path.relative_to(folder.path)) for r in rendered.values() for s in r)
     found += sorted(str(s.path.relative_to(folder.path)) for s in ranges.values())
@@ -191,6 +228,17 @@ def _consolidate(request: Request, made: Plan, folder: RunFolder, set_aside: lis
     store.consolidate(folder.atlas, content, rendered)
     folder.write_failures(failures)
     return len(failures)
+
+
+def _tell_unreadable(sweep: Sweep, made: Plan) -> None:
+    """Say in the log which photographs could not be read; none at all is an error."""
+    total = len(made.setup.dataset.photos)
+    for index, reason in sweep.failed[:20]:
+        log.warning("skipped %r: %s", made.setup.dataset.photos[index].path, reason)
+    if sweep.failed:
+        log.warning("%d of %d photographs could not be read; failures.csv lists them", len(sweep.failed), total)
+    if len(sweep.failed) == total:
+        raise AtlasError("Not one photograph could be read: check data.root.")
 
 
 def _refresh_site(request: Request, folder: RunFolder) -> None:

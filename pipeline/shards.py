@@ -93,7 +93,10 @@ def write(path: Path, attributes: Mapping[str, Any], arrays: Mapping[str, np.nda
 def put(group: h5py.Group, name: str, array: np.ndarray) -> h5py.Dataset:
     """One dataset in the project's own way: checksummed, text as variable-length UTF-8, images by image."""
     if array.dtype.kind in "OU":
-        return group.create_dataset(name, data=array.astype(object), dtype=h5py.string_dtype())
+        # A file name need not be UTF-8; what is not becomes an escape, as in every listing of such names.
+        flat = [str(v).encode("utf-8", "backslashreplace").decode() for v in array.ravel().tolist()]
+        encoded = np.array(flat, object).reshape(array.shape)
+        return group.create_dataset(name, data=encoded, dtype=h5py.string_dtype())
     if array.dtype == np.uint8 and array.ndim == 5:
         dataset = create_images(group, name, array.shape)
         for i in range(array.shape[0]):

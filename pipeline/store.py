@@ -8,7 +8,6 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-import logging
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,8 +23,6 @@ from pipeline.examples import Sweep
 from pipeline.layers import Layer
 from pipeline.photos import Photo
 from pipeline.shards import Shard, put, safe
-
-log = logging.getLogger(__name__)
 
 LIBRARIES = ("neuron-atlas", "torch", "torchvision", "timm", "h5py", "numpy", "pillow")
 

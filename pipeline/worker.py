@@ -3,7 +3,6 @@
 import ctypes
 import dataclasses
 import functools
-import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +17,8 @@ from pipeline.folding import fold
 from pipeline.layers import Layer
 from pipeline.models import Model, load
 from pipeline.photos import Dataset
-from pipeline.render import canonical, render
-
-log = logging.getLogger(__name__)
+from pipeline.registry import canonical
+from pipeline.render import render
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +46,7 @@ class Task:
     cost: float
     layer: str = ""
     channels: tuple[int, ...] = ()
+    canvas: int = 0
     start: int = 0
     end: int = 0
 
@@ -125,7 +124,8 @@ class Worker:
         config = self.setup.config
         preset = config.render
         units = [(c, v) for c in task.channels for v in range(preset.variants)]
-        pictures = render(self.folded, self.layers[task.layer], units, preset, config.run.seed, self.stop)
+        layer = self.layers[task.layer]
+        pictures = render(self.folded, layer, units, preset, config.run.seed, task.canvas, self.stop)
         shape = (len(task.channels), preset.variants)
 
         def column(name: str, kind: type) -> np.ndarray:
@@ -159,13 +159,15 @@ class Worker:
         shards.write(Path(task.path), attributes, found.arrays())
 
 
-def render_digest(setup: Setup, layer: Layer) -> str:
+def render_digest(setup: Setup, layer: Layer, canvas: int) -> str:
     """Digest of everything that changes the pictures of `layer`: nothing else makes a shard out of date."""
     config = setup.config
     tap = [layer.name, layer.module, layer.call, layer.side, layer.layout]
     preset = canonical(config.render)
     preset.pop("name")  # the same settings under another name are the same pictures
-    return shards.digest_of(["render 1", setup.weights, canonical(config.model), tap, preset, config.run.seed])
+    model = canonical(config.model)
+    model.pop("weights")  # where they lie says nothing; what they are is in their digest
+    return shards.digest_of(["render 1", setup.weights, model, tap, canvas, preset, config.run.seed])
 
 
 def examples_digest(setup: Setup, fingerprint: str) -> str:

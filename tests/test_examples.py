@@ -47,6 +47,38 @@ def test_the_pass_equals_brute_force(photo_folder: Path, tiny: Model) -> None:
             assert statistics["best_mean"][channel] == pytest.approx(maps.reshape(20, -1).mean(1).max(), abs=1e-5)
 
 
+def test_the_default_networks_examples_are_exactly_those_of_brute_force() -> None:
+    """Real weights, real photographs, units drawn at random: indices, places and values to the last bit."""
+    model = load(ModelConfig("package", "efficientnet_lite0")).to("cpu")
+    dataset = photos.listing(DataConfig(limit=48))
+    wanted = ("conv_stem", "blocks.2.1.conv_dw", "blocks.4.2", "classifier")
+    layers = [la for la in enumerate_layers(model) if la.name in wanted]
+    config = ExamplesConfig(k=3, batch=16)
+    found = examples.sweep(model, layers, dataset, 0, 48, config)
+    seen: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
+    arrays = [array for _, array, _ in photos.load(dataset, range(48), model.recipe) if array is not None]
+    with capture(model, layers) as forward, torch.no_grad():
+        for start in range(0, 48, 16):
+            images = torch.from_numpy(np.stack(arrays[start : start + 16])).float() / 255
+            for name, maps in forward(images).items():
+                seen[name].append(maps.numpy().copy())
+    rng = np.random.default_rng(1)
+    for layer in layers:
+        maps = np.concatenate(seen[layer.name])
+        for channel in rng.choice(layer.channels, 8, replace=False):
+            peaks = maps[:, channel].reshape(48, -1).max(1)
+            best: dict[int, int] = {}
+            for image in sorted(range(48), key=lambda i: (-peaks[i], i)):
+                best.setdefault(dataset.photos[image].source, image)
+            order = sorted(best.values(), key=lambda i: (-peaks[i], i))[:3]
+            top = found.tops[layer.name]
+            kept = [i for i in top.index[channel].tolist() if i >= 0]
+            assert kept == order and top.value[channel, : len(order)].tolist() == peaks[order].tolist()
+            for rank, image in enumerate(order):
+                place = np.unravel_index(maps[image, channel].argmax(), maps.shape[2:])
+                assert (top.y[channel, rank], top.x[channel, rank]) == place
+
+
 def test_ranges_merge_to_the_whole(photo_folder: Path, tiny: Model) -> None:
     dataset = photos.listing(DataConfig("folder", str(photo_folder)))
     layers = [la for la in enumerate_layers(tiny) if la.name in ("stem", "head")]
@@ -135,6 +167,12 @@ def test_odd_files_are_read_rightly_or_skipped_with_a_reason(odd_folder: Path) -
             assert array is None and reason, path
         else:
             assert array is not None and array.shape == (3, 32, 32), (path, reason)
+
+
+def test_a_link_back_up_is_walked_once(odd_folder: Path) -> None:
+    before = len(photos.listing(DataConfig("folder", str(odd_folder))).photos)
+    (odd_folder / "a" / "up").symlink_to(odd_folder)
+    assert len(photos.listing(DataConfig("folder", str(odd_folder))).photos) == before
 
 
 def test_two_files_of_one_name_are_two_photographs(odd_folder: Path) -> None:

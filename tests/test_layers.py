@@ -27,6 +27,27 @@ def test_default_network_has_all_its_channels() -> None:
     assert len(tour) == 9 and tour[0] == "conv_stem" and tour[-1] == "classifier"
 
 
+@pytest.mark.parametrize(
+    ("source", "name", "count", "some"),
+    [
+        ("package", "efficientnet_lite0", 16, ["blocks.0.0", "blocks.6.0"]),
+        ("torchvision", "resnet18", 8, ["layer1.0", "layer4.1"]),
+        ("torchvision", "mobilenet_v2", 18, ["features.1", "features.17"]),
+        ("torchvision", "efficientnet_b0", 17, ["features.2.1"]),
+        ("torchvision", "googlenet", 9, ["inception3a", "inception5b"]),
+        ("torchvision", "convnext_tiny", 18, ["features.1.0"]),
+        ("torchvision", "swin_t", 12, ["features.5.5"]),
+        ("timm", "test_vit", 6, ["blocks.0"]),
+        ("timm", "test_efficientnet", 4, ["blocks.4.0"]),
+    ],
+)
+def test_blocks_are_outputs_after_the_sum_not_branches(source: str, name: str, count: int, some: list[str]) -> None:
+    """As many as the papers' tables have, wholes and not their branches, squeezes or MLPs."""
+    found = names(load(ModelConfig(source, name, weights=None)), policy="blocks")
+    assert len(found) == count and set(some) <= set(found)
+    assert not any(a != b and a.startswith(b + ".") for a in found for b in found if b != "features")
+
+
 def test_resnet50_has_the_channels_of_the_literature() -> None:
     model = load(ModelConfig("torchvision", "resnet50", weights=None))
     layers = choose(model, enumerate_layers(model), LayersConfig("convs"))

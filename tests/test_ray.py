@@ -19,6 +19,7 @@ from pipeline.config import EngineConfig
 from pipeline.engine import crew
 
 ON_RAY = ["engine=ray", "engine.workers=2"]
+TOO_MANY = ["engine=ray", "engine.workers=64", "engine.cpus_per_worker=1"]
 
 # Ray's own start-up warns about what is none of ours.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -78,6 +79,17 @@ def test_bad_input_on_a_worker_ends_the_run_at_once(
     assert "weights of test_efficientnet are not the driver's" in capsys.readouterr().err
 
 
+def test_more_workers_than_room_are_cut_and_too_large_ones_refused(
+    tiny_run: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["render", *tiny_run, *TOO_MANY]) == 0
+    assert "but the cluster has room for" in capsys.readouterr().err
+    assert (
+        cli.main(["render", *tiny_run, *ON_RAY, "engine.cpus_per_worker=999", "render.steps=5", "run.update=true"]) == 2
+    )
+    assert "No node of the cluster has room for a worker of 999 CPUs" in capsys.readouterr().err
+
+
 def test_no_cluster_at_the_address(tiny_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["render", *tiny_run, *ON_RAY, "engine.address=127.0.0.1:1"]) == 2
     assert "No Ray cluster at engine.address=127.0.0.1:1" in capsys.readouterr().err
@@ -97,8 +109,12 @@ def test_auto_fills_a_machine() -> None:
     assert (one.workers, one.threads) == (1, 2)
 
 
-def test_ctrl_c_in_a_terminal_stops_the_run_and_its_workers(tiny_run: list[str], tmp_path: Path) -> None:
-    """A terminal sends Ctrl-C to the whole process group: driver, Ray's own processes and workers."""
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_run_and_its_workers(tiny_run: list[str], tmp_path: Path, kind: signal.Signals) -> None:
+    """A terminal sends Ctrl-C to the whole process group: driver, Ray's own processes and workers.
+
+    A job system sends SIGTERM to the driver.
+    """
     command = [sys.executable, "-c", "import sys; from pipeline.cli import main; sys.exit(main())", "render"]
     slow = [*tiny_run, *ON_RAY, "render.steps=400"]
     process = subprocess.Popen([*command, *slow], stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -109,7 +125,7 @@ def test_ctrl_c_in_a_terminal_stops_the_run_and_its_workers(tiny_run: list[str],
     kept = list(shards.rglob("*.h5"))
     workers = [p for p in psutil.process_iter(["cmdline"]) if "ray::Worker.do" in " ".join(p.info["cmdline"] or [])]
     began = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)
+    (os.killpg if kind == signal.SIGINT else os.kill)(process.pid, kind)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert time.monotonic() - began < 15

@@ -7,12 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from conftest import TINY
 
 import pipeline
-from pipeline import cli
+from pipeline import cli, shards
 
 
 def pictures(folder: Path) -> dict[tuple[str, int], np.ndarray]:
@@ -85,7 +86,9 @@ def test_the_whole_path_and_again(tiny_run: list[str], tmp_path: Path, capsys: p
 def test_another_configuration_is_refused_with_the_ways_out(
     tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["plan", *tiny_run]) == 0
+    # A plan alone binds nobody; finished work does.
+    assert cli.main(["plan", *tiny_run, "render.steps=6"]) == 0
+    assert cli.main(["examples", *tiny_run]) == 0
     assert cli.main(["plan", *tiny_run, "engine.batch=1", "engine.workers=7"]) == 0
     capsys.readouterr()
     assert cli.main(["plan", *tiny_run, "render.steps=5"]) == 2
@@ -223,3 +226,86 @@ def test_every_channel_of_a_transformer(tmp_path: Path, photo_folder: Path) -> N
     with pipeline.open_atlas(tmp_path / "vit") as atlas:
         assert atlas.layers == ("blocks.0", "blocks.1.mlp.fc1", "head")
         assert atlas["blocks.0"].receptive_field is None
+
+
+def test_a_damaged_shard_is_made_again(tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "tiny"
+    assert cli.main(["run", *tiny_run]) == 0
+    before = pictures(folder)
+    damaged = sorted((folder / "shards" / "render").rglob("*.h5"))[0]
+    with h5py.File(damaged) as file:
+        at = shards.dataset(file, "images").id.get_chunk_info(0).byte_offset
+    data = bytearray(damaged.read_bytes())
+    data[at + 20] ^= 1
+    damaged.write_bytes(data)
+    capsys.readouterr()
+    assert cli.main(["run", *tiny_run]) == 0
+    assert "is damaged; its work is done again" in capsys.readouterr().err
+    assert cli.main(["verify", str(folder)]) == 0
+    assert all(np.array_equal(before[k], v) for k, v in pictures(folder).items())
+
+
+def test_other_portions_of_the_dataset_give_the_same_examples(tiny_run: list[str], tmp_path: Path) -> None:
+    assert cli.main(["examples", *tiny_run]) == 0
+    with pipeline.open_atlas(tmp_path / "tiny") as atlas:
+        first = atlas["conv_stem"].examples()
+    assert cli.main(["examples", *tiny_run, "examples.per_task=12", "run.update=true"]) == 0
+    with pipeline.open_atlas(tmp_path / "tiny") as atlas:
+        second = atlas["conv_stem"].examples()
+    assert first is not None and second is not None and np.array_equal(first.index, second.index)
+
+
+def test_shards_that_nobody_sees_are_no_success(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a cluster's nodes share no file system: workers report, but the driver has nothing."""
+    from pipeline import worker
+
+    whole = worker.shards.write
+    monkeypatch.setattr(worker.shards, "write", lambda path, *rest: whole(Path(f"{path}.elsewhere"), *rest))
+    assert cli.main(["render", *tiny_run]) == 1
+    assert "do all workers and this driver see the run's folder" in (tmp_path / "tiny" / "failures.csv").read_text()
+
+
+def test_photographs_that_are_all_unreadable(
+    tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.jpg").write_text("no")
+    overrides = [o for o in tiny_run if not o.startswith("data.root")]
+    assert cli.main(["run", *overrides, f"data.root={tmp_path / 'broken'}"]) == 2
+    assert "Not one photograph could be read" in capsys.readouterr().err
+
+
+def test_a_file_name_that_is_no_text(tiny_run: list[str], tmp_path: Path, photo_folder: Path) -> None:
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    source = next(photo_folder.rglob("*.png")).read_bytes()
+    (odd / "good.png").write_bytes(source)
+    try:
+        Path(os.fsdecode(os.fsencode(odd) + b"/caf\xe9.png")).write_bytes(source)
+    except OSError:
+        pytest.skip("this file system wants UTF-8")
+    overrides = [o for o in tiny_run if not o.startswith("data.root")]
+    assert cli.main(["run", *overrides, f"data.root={odd}"]) == 0
+    with pipeline.open_atlas(tmp_path / "tiny") as atlas:
+        assert sorted(atlas.dataset()["path"]) == ["caf\\udce9.png", "good.png"]
+
+
+def test_a_network_of_one_size_gets_its_own(
+    tmp_path: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = [o for o in TINY if not o.startswith(("model", "layers", "render.size"))]
+    vit = [
+        *tiny,
+        "model=timm",
+        "model.name=vit_tiny_patch16_224",
+        "model.weights=null",
+        "layers=logits",
+        "layers.channels=0:2",
+    ]
+    folder = ["data=folder", f"data.root={photo_folder}", f"run.root={tmp_path}", "run.name=vit"]
+    assert cli.main(["plan", *vit, *folder, "render.size=96"]) == 2
+    message = capsys.readouterr().err
+    assert "render.size=96: vit_tiny_patch16_224 does not take pictures of that size" in message and "or 224" in message
+    assert cli.main(["plan", *vit, *folder]) == 0

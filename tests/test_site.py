@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.atlas import open_atlas
-from pipeline.errors import AtlasError, Interrupted
+from pipeline.errors import AtlasError
 from pipeline.shards import creating, put, safe
 from pipeline.site import SiteConfig, build_site
 from pipeline.site import values as v
@@ -416,7 +416,7 @@ def test_same_atlas_same_bytes(site, tmp_path):
     assert contents(tmp_path / "site") == first == contents(site)
 
 
-@pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_interrupted_build_keeps_the_old_site(tmp_path, error):
     path = write_atlas(tmp_path / "atlas.h5")
     build(path)
@@ -436,9 +436,9 @@ def test_an_interrupted_first_build_leaves_nothing(tmp_path):
     path = write_atlas(tmp_path / "atlas.h5")
 
     def stop(done: int, total: int) -> None:
-        raise Interrupted
+        raise KeyboardInterrupt
 
-    with open_atlas(path) as atlas, pytest.raises(Interrupted):
+    with open_atlas(path) as atlas, pytest.raises(KeyboardInterrupt):
         build_site(atlas, tmp_path / "site", SMALL, stop)
     assert [p.name for p in tmp_path.iterdir()] == ["atlas.h5"]
 

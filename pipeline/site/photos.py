@@ -23,8 +23,8 @@ class Photos:
         photo = self._photo(index)
         if photo is None:
             return None
-        box, size = layer.crop_box(y, x), input_size(layer)
-        if box is None or size is None:
+        box, size = layer.crop_box(y, x), layer.input_size
+        if box is None:
             # Padded and not cut: the unit saw all of it.
             return ImageOps.pad(photo, (self._side, self._side), Image.Resampling.LANCZOS, color=(128, 128, 128))
         across, down = photo.width / size[1], photo.height / size[0]
@@ -40,10 +40,3 @@ class Photos:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(index)
         return self._kept[index]
-
-
-def input_size(layer: LayerView) -> tuple[int, int] | None:
-    """(height, width) of the network's input, or None for a layer whose units see the whole image."""
-    # The reader has no name for it, but a crop that may not be smaller than the image is the image.
-    box = layer.crop_box(0, 0, least=1 << 30)
-    return box and (box[3], box[2])

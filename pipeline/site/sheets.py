@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 from pipeline.atlas import Atlas, LayerView
 from pipeline.shards import safe
-from pipeline.site.photos import input_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Sheet:
     total: int
     map_size: tuple[int, int]
     seen: tuple[int, int] | None
-    input_size: tuple[int, int] | None
+    input_size: tuple[int, int]
     objectives: tuple[tuple[str, dict[str, str]], ...]
     before: Link | None
     after: Link | None
@@ -43,7 +42,7 @@ class Sheet:
     @property
     def aperture(self) -> tuple[float, float]:
         """(height, width) of what a unit sees as shares of the input: at most 1, and enough to be drawn."""
-        if self.seen is None or self.input_size is None:
+        if self.seen is None:
             return 1.0, 1.0
         down, across = (min(1.0, max(0.09, self.seen[i] / self.input_size[i])) for i in (0, 1))
         return down, across
@@ -76,7 +75,7 @@ def sheet_of(layer: LayerView, before: Link | None, after: Link | None) -> Sheet
         total=layer.total_channels,
         map_size=layer.map_size,
         seen=layer.receptive_field,
-        input_size=input_size(layer),
+        input_size=layer.input_size,
         objectives=tuple(
             (name, {k: str(v) for k, v in layer.render_attributes(name).items()}) for name in objectives_of(layer)
         ),
