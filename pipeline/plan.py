@@ -167,7 +167,7 @@ def make_plan(config: Config) -> Plan:
     fields = receptive_fields(folded, chosen)
     chosen = [dataclasses.replace(layer, field=fields[layer.name]) for layer in chosen]
     canvases = fitting(folded, chosen, config)
-    torch.set_num_threads(team.threads)
+    torch.set_num_threads(min(team.threads, cpus))
     here = team.device if not team.device.startswith("cuda") or torch.cuda.is_available() else "cpu"
     rows, per_photo = estimate(folded.to(here), chosen, channels, canvases, config)
     setup = Setup(config, model.digest, tuple(chosen), dataset, team.threads, team.device)
