@@ -208,7 +208,7 @@ def estimate(
     """Rows with estimated seconds, and seconds a photograph, from a few timed passes on this machine.
 
     The forward pass is timed up to every layer at once. Its ratio to a whole step and what a step costs beside
-    the network are measured by rendering two pictures for two steps in the first and in the last layer.
+    the network are measured by rendering two pictures for a few steps in the cheapest and the dearest layer.
     """
     batch = 4
     device = next(folded.module.parameters()).device
