@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pipeline.config import EngineConfig
-from pipeline.errors import AtlasError
+from pipeline.errors import AtlasError, first_line
 from pipeline.worker import Done, Setup, Task, Worker
 
 log = logging.getLogger(__name__)
@@ -248,7 +248,7 @@ def _ray(ordered: list[Task], setup: Setup, config: EngineConfig, finished: Any,
                         with contextlib.suppress(Exception):
                             ray.kill(worker)
                         free.append(actor.remote(shared))
-                        failure = tries.failed(task, f"worker lost: {_first_line(error)}", str(error))
+                        failure = tries.failed(task, f"worker lost: {first_line(error)}", str(error))
                     else:
                         free.append(worker)
                         tries.in_a_row = 0
@@ -263,10 +263,6 @@ def _ray(ordered: list[Task], setup: Setup, config: EngineConfig, finished: Any,
             for worker in {w for w, _ in busy.values()} | set(free):
                 with contextlib.suppress(Exception):
                     ray.kill(worker)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def local_resources() -> tuple[int, int]:

@@ -8,6 +8,11 @@ class AtlasError(Exception):
     """Bad input: the message says what is wrong and how to mend it. The command exits with 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name where it has none (a bare assertion)."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def nearest(name: str, valid: Iterable[str], count: int = 4) -> str:
     """Names in `valid` closest to `name`, as the end of an error message.
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import AtlasError, nearest
+from pipeline.errors import AtlasError, first_line, nearest
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,12 @@ class ModelConfig:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     interpolation: str | None = None
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The user's own weights, as an absolute path; None for random or the network's usual ones."""
+        own = self.weights is not None and self.weights != "default"
+        return Path(str(self.weights)).expanduser().absolute() if own else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +101,8 @@ def load(config: ModelConfig) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, recipe, labels = SOURCES[config.source](config)
-    if config.weights is not None and config.weights != "default":
-        load_checkpoint(module, Path(str(config.weights)))
+    if config.checkpoint is not None:
+        load_checkpoint(module, config.checkpoint)
     size = config.input_size
     overrides: dict[str, Any] = {
         "size": (size, size) if isinstance(size, int) else size,
@@ -144,7 +150,7 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise AtlasError(f"{path} can't be read as weights only: {str(error).splitlines()[0]}") from error
+        raise AtlasError(f"{path} can't be read as weights only: {first_line(error)}") from error
     for key in WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
@@ -213,7 +219,7 @@ def _from_torchvision(config: ModelConfig) -> tuple[nn.Module, Recipe, tuple[str
         warnings.simplefilter("ignore", FutureWarning)
         try:
             # These two renormalise inside; torchvision turns it on only for weights that it loads itself.
-            own = config.weights not in (None, "default") and config.name in ("googlenet", "inception_v3")
+            own = config.checkpoint is not None and config.name in ("googlenet", "inception_v3")
             options = {"transform_input": True} if own else {}
             chosen = weights if config.weights == "default" else None
             module = torchvision.models.get_model(config.name, weights=chosen, **options)
@@ -255,7 +261,7 @@ def _from_timm(config: ModelConfig) -> tuple[nn.Module, Recipe, tuple[str, ...]]
 
 def _no_download(config: ModelConfig, error: Exception) -> AtlasError:
     return AtlasError(
-        f"The weights of {config.name} could not be had: {str(error).splitlines()[0]}\n"
+        f"The weights of {config.name} could not be had: {first_line(error)}\n"
         "Without a network, give a local file (model.weights=checkpoint.pt) or random weights (model.weights=null)."
     )
 

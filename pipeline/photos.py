@@ -15,19 +15,14 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from pipeline.errors import AtlasError, nearest
-from pipeline.models import Recipe
+from pipeline.models import INTERPOLATIONS, Recipe
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 
 # A picture of more pixels than this is refused before it is decoded: a small file can unpack to gigabytes.
 MAX_PIXELS = 100_000_000
 
-RESAMPLE = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+RESAMPLE = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
 
 # Photographs in the wheels of scikit-image and scikit-learn (all free to use; see the packages' own notes).
 # Left out: drawings, test charts, thumbnails, and the right half of the motorcycle stereo pair.

@@ -13,7 +13,7 @@ from pipeline import layers as layers_room
 from pipeline import photos, shards
 from pipeline.config import Config
 from pipeline.engine import Crew, crew, local_resources
-from pipeline.errors import AtlasError
+from pipeline.errors import AtlasError, first_line
 from pipeline.fields import receptive_fields
 from pipeline.folding import fold
 from pipeline.layers import Layer, capture, channels_of
@@ -143,10 +143,9 @@ def make_plan(config: Config) -> Plan:
 
     Raises `AtlasError` for everything that is wrong with the input, before any work starts.
     """
-    weights = config.model.weights
-    if weights is not None and weights != "default":
+    if config.model.checkpoint is not None:
         # Workers may stand in another folder.
-        model_config = dataclasses.replace(config.model, weights=str(Path(weights).expanduser().absolute()))
+        model_config = dataclasses.replace(config.model, weights=str(config.model.checkpoint))
         config = dataclasses.replace(config, model=model_config)
     dataset = photos.listing(config.data)
     model = load(config.model).to("cpu")
@@ -192,7 +191,7 @@ def fitting(model: Model, chosen: Sequence[Layer], config: Config) -> dict[str, 
             if not isinstance(config.render.size, str):
                 raise AtlasError(
                     f"render.size={side}: {model.name} does not take pictures of that size "
-                    f"({str(error).splitlines()[0]}). Use render.size=auto or {own}."
+                    f"({first_line(error)}). Use render.size=auto or {own}."
                 ) from error
             return dict.fromkeys(wanted, own)
     return wanted

@@ -121,7 +121,8 @@ class Finished:
                     arrays = shard.arrays()
                 except (OSError, KeyError):
                     log.warning("%s is damaged; its work is done again", shard.path)
-                    shard.path.unlink()
+                    # Set aside, not removed: it may have been the file system's bad moment.
+                    shard.path.replace(shard.path.with_name(f"{shard.path.name}.damaged"))
                     continue
                 self.read[shard.path] = {name: arrays[name] for name in keep}
             whole.append(shard)
@@ -185,17 +186,12 @@ def _consolidate(request: Request, made: Plan, folder: RunFolder, finished: Fini
     rendered, ranges = finished.pictures, finished.ranges
     names = [row.layer.name for row in made.rows]
     sweep: Sweep | None = None
-    shown: dict[str, np.ndarray] = {}
     if ranges and not all(r in ranges for r in made.ranges):
         log.warning("The dataset pass is not complete: atlas.h5 has no examples until it is")
     if all(r in ranges for r in made.ranges):
         parts = [Sweep.from_arrays(names, ranges[r].arrays()) for r in made.ranges]
         sweep = examples.merge(parts, config.examples.k)
         _tell_unreadable(sweep, made)
-        wanted: set[int] = set()
-        for row in made.rows:
-            wanted |= set(sweep.tops[row.layer.name].index[list(row.channels)].ravel().tolist())
-        shown = examples.shown(made.setup.dataset, sorted(wanted - {-1}), made.recipe, config.examples)
     failures = [_row(failure) for failure in set_aside]
     paths = made.setup.dataset.photos
     failures += [("examples", paths[i].path, reason, "") for i, reason in (sweep.failed if sweep else ())]
@@ -203,6 +199,7 @@ def _consolidate(request: Request, made: Plan, folder: RunFolder, finished: Fini
         for channel, variant in finished.failed(row.layer.name):
             what = f"{row.layer.name}:{channel} variant {variant}"
             failures.append(("render", what, "the objective did not rise in any attempt", ""))
+    folder.write_failures(failures)
     # What the file would hold, without opening a picture: the same shards under the same configuration.
     found = sorted(str(s.path.relative_to(folder.path)) for r in rendered.values() for s in r)
     found += sorted(str(s.path.relative_to(folder.path)) for s in ranges.values())
@@ -210,6 +207,12 @@ def _consolidate(request: Request, made: Plan, folder: RunFolder, finished: Fini
     identity = shards.digest_of([binding(request.tree), channels, found, failures, store.versions()])
     if store.identity(folder.atlas) == identity:
         return len(failures)
+    shown: dict[str, np.ndarray] = {}
+    if sweep is not None:
+        wanted: set[int] = set()
+        for row in made.rows:
+            wanted |= set(sweep.tops[row.layer.name].index[list(row.channels)].ravel().tolist())
+        shown = examples.shown(made.setup.dataset, sorted(wanted - {-1}), made.recipe, config.examples)
     content = store.Content(
         identity=identity,
         run=config.run.name,
@@ -226,7 +229,6 @@ def _consolidate(request: Request, made: Plan, folder: RunFolder, finished: Fini
         failures=len(failures),
     )
     store.consolidate(folder.atlas, content, rendered)
-    folder.write_failures(failures)
     return len(failures)
 
 
