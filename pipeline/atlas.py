@@ -90,7 +90,7 @@ class LayerView:
     def numbers(self, objective: str = "channel") -> dict[str, np.ndarray]:
         """What was measured of the pictures: activation, robust, start, seed, status, …; (C', V) each."""
         group = self._render(objective)
-        return {name: shards.get(group, name) for name in shards.names(group) if name != "images"}
+        return {name: shards.get(group, name) for name in shards.names(group) if not name.startswith("images")}
 
     def render_attributes(self, objective: str = "channel") -> dict[str, Any]:
         """Preset, its digest, and which statistic of photographs the activation compares with."""

@@ -4,6 +4,7 @@ Hydra composes the configuration; this module turns it into frozen dataclasses, 
 happened to an exit code: 0 complete, 1 something was set aside or is wrong, 2 bad input, 130 interrupted.
 """
 
+import functools
 import logging
 import os
 import re
@@ -14,20 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from pipeline import run
+from pipeline import audit, run
+from pipeline.atlas import open_atlas
 from pipeline.config import from_tree
 from pipeline.errors import AtlasError, nearest
-from pipeline.plan import Plan
-from pipeline.progress import clock
+from pipeline.plan import Plan, make_plan
+from pipeline.progress import clock, told
 from pipeline.run import BAD_INPUT, COMPLETE, INTERRUPTED, SET_ASIDE, Request
-from pipeline.shards import safe
+from pipeline.shards import making, safe
 
 log = logging.getLogger("pipeline")
 
@@ -41,8 +45,14 @@ usage: atlas VERB [group=choice] [key=value] …
   site       the pages again, from atlas.h5
   status     how far a run is
   verify     what is wrong with a run, if anything
+  repair     set aside what is broken and keep what is whole of it; `run` makes the rest again
+  compact    delete the shards that atlas.h5 holds
+  export     the table of units as a file of its own: --parquet (the default) or --csv
 
-`atlas run --help` shows all settings. site, status and verify also take a run's folder: atlas verify runs/NAME."""
+`atlas run --help` shows all settings. The verbs from site on also take a run's folder: atlas verify runs/NAME."""
+
+# Verbs that read a run which is there already, and take its folder.
+ON_FOLDER = ("site", "status", "verify", "repair", "compact", "export")
 
 
 def conf_folder() -> Path:
@@ -132,23 +142,73 @@ def _status(request: Request) -> int:
         print(f"  complete since {status['updated']}, {status['failures']} failures")
     elif status:
         left = status.get("eta_seconds")
-        print(f"  as of {status['updated']}{'' if left is None else f', about {clock(left)} left'}")
+        crew = f", {status['workers']} workers" if folder.at_work() and "workers" in status else ""
+        print(f"  as of {status['updated']}{crew}{'' if left is None else f', about {clock(left)} left'}")
+        if not folder.at_work():
+            print("  nobody is at work on this machine; `atlas run` goes on")
     else:
         print("  not begun; `atlas run` begins")
+    for line in told(status["report"]) if "report" in status else ():
+        print(f"  {line}")
     return COMPLETE
+
+
+def _stored(request: Request) -> Plan:
+    """The plan of a run that is there, from the configuration it was made with; nothing is timed."""
+    return make_plan(from_tree(yaml.safe_load(request.folder.existing().config.read_text(encoding="utf-8"))), False)
+
+
+def _table(rows: Sequence[tuple[str, str]], title: str) -> None:
+    table = Table("where", title, box=None)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _verify(request: Request) -> int:
     folder = request.folder.existing()
-    wrong = run.verify(folder)
+    sample = request.config.run.check
+    wrong = audit.verify(folder, _stored(request) if sample else None, sample)
     if not wrong:
         print(f"{folder.path}: whole")
         return COMPLETE
-    table = Table("where", "what is wrong", box=None)
-    for where, what in wrong:
-        table.add_row(where, what)
-    Console().print(table)
+    _table(wrong, "what is wrong")
     return SET_ASIDE
+
+
+def _repair(request: Request) -> int:
+    folder = request.folder.existing()
+    with folder.locked():
+        done = audit.repair(folder)
+    if not done:
+        print(f"{folder.path}: nothing is broken")
+        return COMPLETE
+    _table(done, "what was done")
+    print("`atlas run` makes what is missing now")
+    return COMPLETE
+
+
+def _compact(request: Request) -> int:
+    folder = request.folder.existing()
+    made = _stored(request)
+    with folder.locked():
+        done = audit.compact(folder, made)
+    print(f"{folder.path}: {done.removed} shards deleted, {done.bytes / 1e6:.1f} MB; {done.kept} kept")
+    return COMPLETE
+
+
+def _export(request: Request, kind: str = "parquet") -> int:
+    folder = request.folder.existing()
+    with open_atlas(folder.path) as atlas:
+        units = atlas.units()
+    path = folder.path / f"units.{kind}"
+    with making(path) as temporary:
+        if kind == "parquet":
+            units.to_parquet(temporary, index=False)
+        else:
+            units.to_csv(temporary, index=False)
+    print(f"{path}: {len(units):,} rows, {len(units.columns)} columns")
+    return COMPLETE
 
 
 VERBS: dict[str, Callable[[Request], int]] = {
@@ -159,12 +219,15 @@ VERBS: dict[str, Callable[[Request], int]] = {
     "site": _site,
     "status": _status,
     "verify": _verify,
+    "repair": _repair,
+    "compact": _compact,
+    "export": _export,
 }
 
 
 def named(verb: str, arguments: Sequence[str]) -> list[str]:
     """Arguments with a run's folder given by position turned into overrides."""
-    if verb not in ("site", "status", "verify"):
+    if verb not in ON_FOLDER:
         return list(arguments)
     found = []
     for argument in arguments:
@@ -205,12 +268,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         return _refuse(f"There is no verb {verb!r}. {nearest(verb, VERBS)}")
+    work = VERBS[verb]
+    if verb == "export":
+        kinds = [argument.removeprefix("--") for argument in rest if argument in ("--parquet", "--csv")]
+        rest = [argument for argument in rest if argument.removeprefix("--") not in kinds]
+        work = functools.partial(_export, kind=kinds[-1] if kinds else "parquet")
     codes: list[int] = []
     composing = [True]
 
     def task(composed: DictConfig) -> None:
         composing.clear()
-        codes.append(_guarded(lambda: VERBS[verb](request_of(composed))))
+        codes.append(_guarded(lambda: work(request_of(composed))))
         if codes[-1] == INTERRUPTED:
             raise KeyboardInterrupt
 

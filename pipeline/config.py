@@ -28,19 +28,24 @@ class RunConfig:
     """Where a run lives and the seed of everything random in it.
 
     `update=true` allows a run folder to be continued with another configuration: only what changed is made.
+    `check` is the number of pictures that `atlas verify` renders again.
     """
 
     name: str
     root: str = "runs"
     seed: int = 0
     update: bool = False
+    check: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """Who does the work. `auto` and null are decided from the machine or cluster when the run starts.
 
-    `batch` is the number of pictures optimised together; a task is one batch.
+    `batch` is the number of pictures optimised together, halved where a GPU has no memory for so many; a task is
+    as many batches as are estimated to take `task_seconds`, and less towards the end. With `shared_fs=false`
+    photographs travel to the workers, and finished shards back. A worker that has grown beyond `memory_gb` is
+    replaced; `auto` is its share of the machine.
     """
 
     name: str = "ray"
@@ -49,7 +54,11 @@ class EngineConfig:
     cpus_per_worker: float | str = "auto"
     gpus_per_worker: float | str = "auto"
     device: str = "auto"
+    shared_fs: bool = True
     batch: int = 8
+    task_seconds: float = 120.0
+    memory_gb: float | str = "auto"
+    patience: float = 60.0
     attempts: int = 3
     max_failures: int = 20
     progress_seconds: float = 5.0
@@ -98,6 +107,9 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
         (config.examples.per_task, "examples.per_task", 1),
         (config.engine.batch, "engine.batch", 1),
         (config.engine.attempts, "engine.attempts", 1),
+        (config.engine.max_failures, "engine.max_failures", 1),
+        (config.engine.patience, "engine.patience", 1),
+        (config.engine.task_seconds, "engine.task_seconds", 0.001),
         (config.layers.count, "layers.count", 1),
     ):
         if value < least:
@@ -111,6 +123,7 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
         (config.engine.workers, "engine.workers"),
         (config.engine.cpus_per_worker, "engine.cpus_per_worker"),
         (config.engine.gpus_per_worker, "engine.gpus_per_worker"),
+        (config.engine.memory_gb, "engine.memory_gb"),
     ):
         zero = key.endswith("gpus_per_worker") and value == 0
         if (isinstance(value, str) and value != "auto") or (not isinstance(value, str) and value <= 0 and not zero):

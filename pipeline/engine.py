@@ -1,7 +1,7 @@
-"""Who works when: one driver loop over Ray actors, or the same tasks in this process.
+"""Who works when: the same tasks on Ray (`cluster`) or in this process, with the same rules about failures.
 
-A task is done when its shard is there, never because somebody said so. Retries belong to this loop: a lost
-actor gives its task back at once and is replaced; a task that fails `attempts` times is set aside with its
+A task is done when its shard is there, never because somebody said so. Retries belong to the driver: a lost
+worker gives its task back at once and is replaced; a task that fails `attempts` times is set aside with its
 traceback, and the run goes on.
 """
 
@@ -9,22 +9,22 @@ import contextlib
 import dataclasses
 import logging
 import os
-import re
-import secrets
-import signal
-import socket
+import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from pipeline.config import EngineConfig
-from pipeline.errors import AtlasError, first_line
+from pipeline.errors import AtlasError
+from pipeline.progress import Post
 from pipeline.worker import Done, Setup, Task, Worker
 
 log = logging.getLogger(__name__)
+
+# A worker may be lost through no fault of its task; so many losses count as one failure of the task.
+LOSSES_A_FAILURE = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TooManyFailures(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Crew:
-    """How many workers, with how much of the machine each."""
+    """How many workers, with how much of a node each."""
 
     workers: int
     cpus: float
@@ -54,74 +54,100 @@ class Crew:
         """CPU threads of one worker."""
         return max(1, int(self.cpus))
 
+    def room(self, nodes: Sequence[tuple[float, float]]) -> int:
+        """How many such workers fit on nodes of (CPUs, GPUs); none spans two nodes."""
+        fits = (min(c // self.cpus, g // self.gpus if self.gpus else float("inf")) for c, g in nodes)
+        return int(sum(fits))
 
-def crew(config: EngineConfig, cpus: float, gpus: float, tasks: int) -> Crew:
-    """Fill the `auto` fields for a machine or cluster of `cpus` and `gpus`.
 
-    With GPUs one worker each, sharing the cores; without, one worker a core, which two cores were measured to
-    finish more pictures with than with one worker of two threads. Never more workers than tasks.
+Told = Callable[[Task, Done | Failure], None]
+
+
+class Engine(Protocol):
+    """Does tasks with a crew, and remembers who worked when."""
+
+    crew: Crew
+    posts: list[Post]
+
+    def execute(self, tasks: Sequence[Task], setup: Setup, finished: Told, idle: Callable[[], None]) -> None:
+        """Do `tasks` in the order of `ordered` and tell `finished` of each; `idle` is called every second or so.
+
+        Raises `TooManyFailures` after `max_failures` set aside in a row. On KeyboardInterrupt the workers are
+        stopped and the exception goes on; finished shards stay.
+        """
+        ...
+
+
+def crew(config: EngineConfig, nodes: Sequence[tuple[float, float]], tasks: int | None = None) -> Crew:
+    """Fill the `auto` fields for machines of (CPUs, GPUs) each.
+
+    Where there are GPUs, one worker each, sharing their node's cores, and nodes without one rest: a core is so
+    much slower that its last task would be waited for. Without GPUs one worker a core, which two cores were
+    measured to finish more pictures with than with one worker of two threads. Never more workers than tasks.
     """
     device = config.device
+    gpus = sum(g for _, g in nodes)
     if device == "auto":
         device = "cuda" if gpus > 0 and config.gpus_per_worker != 0 else "cpu"
     per_gpu = config.gpus_per_worker
     if isinstance(per_gpu, str):
         per_gpu = 1.0 if device.startswith("cuda") else 0.0
     if config.name == "inline":
-        return Crew(1, cpus, per_gpu, device)
-    by_gpu = int(gpus / per_gpu) if per_gpu else None
+        return Crew(1, sum(c for c, _ in nodes), per_gpu, device)
     per_cpu = config.cpus_per_worker
     if isinstance(per_cpu, str):
-        if isinstance(config.workers, int):
-            per_cpu = max(1.0, cpus // config.workers)
+        if per_gpu:
+            # The node with the fewest cores for each of its GPUs decides, so that no GPU is left without a worker.
+            shares = [c // (g // per_gpu) for c, g in nodes if g >= per_gpu]
+            per_cpu = max(1.0, min(shares, default=1.0))
+        elif isinstance(config.workers, int):
+            per_cpu = max(1.0, sum(c for c, _ in nodes) // config.workers)
+            if len(nodes) > 1:
+                per_cpu = min(per_cpu, max(c for c, _ in nodes) or 1.0)
         else:
-            per_cpu = max(1.0, cpus // by_gpu) if by_gpu else 1.0
-    workers = config.workers
-    if isinstance(workers, str):
-        workers = by_gpu or max(1, int(cpus / per_cpu))
-    return Crew(max(1, min(workers, tasks)), per_cpu, per_gpu, device)
+            per_cpu = 1.0
+    made = Crew(1, per_cpu, per_gpu, device)
+    workers = config.workers if isinstance(config.workers, int) else max(1, made.room(nodes))
+    return dataclasses.replace(made, workers=max(1, workers if tasks is None else min(workers, tasks)))
 
 
-def execute(
-    tasks: Sequence[Task],
-    setup: Setup,
-    config: EngineConfig,
-    finished: Callable[[Task, Done | Failure], None],
-    idle: Callable[[], None] = lambda: None,
-) -> None:
-    """Do `tasks`, stage by stage in their order, costliest first, and tell `finished` of each.
-
-    `idle` is called every second or so. Raises `TooManyFailures` after `max_failures` set aside in a row. On
-    KeyboardInterrupt the workers are stopped and the exception goes on; finished shards stay.
-    """
-    if not tasks:
-        return
+def ordered(tasks: Sequence[Task]) -> list[Task]:
+    """Stage by stage, and the longest first, so that what is left at the end is short."""
     stages = list(dict.fromkeys(task.stage for task in tasks))
-    ordered = sorted(tasks, key=lambda t: (stages.index(t.stage), -t.cost))
+    return sorted(tasks, key=lambda t: (stages.index(t.stage), -t.cost))
+
+
+@contextlib.contextmanager
+def opened(config: EngineConfig, kind: type = Worker) -> Iterator[Engine]:
+    """The engine that `config` names, left in order on exit; `kind` is the class of its workers."""
     if config.name == "inline":
-        _inline(ordered, setup, config, finished, idle)
-    else:
-        _ray(ordered, setup, config, finished, idle)
+        yield Inline(config, kind)
+        return
+    from pipeline.cluster import OnRay, connected
+
+    with connected(config) as ray:
+        yield OnRay(ray, config, kind)
 
 
-class _Tries:
+class Tries:
     """Counts failures: which task may be tried again, and when to give up altogether."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, float] = {}
         self.in_a_row = 0
 
-    def failed(self, task: Task, reason: str, detail: str) -> Failure | None:
+    def failed(self, task: Task, reason: str, detail: str, weight: float = 1.0) -> Failure | None:
         """None if the task may be tried again."""
-        self.counts[task.path] = self.counts.get(task.path, 0) + 1
-        log.warning("%s failed (%d of %d): %s", task.name, self.counts[task.path], self.config.attempts, reason)
-        if self.counts[task.path] < self.config.attempts:
+        count = self.counts[task.path] = self.counts.get(task.path, 0.0) + weight
+        log.warning("%s failed (%.2g of %d): %s", task.name, count, self.config.attempts, reason)
+        if count < self.config.attempts - 1e-6:
             return None
         self.in_a_row += 1
         return Failure(task, reason, detail)
 
     def check(self) -> None:
+        """Raise `TooManyFailures` if the last tasks were all set aside."""
         if self.in_a_row >= self.config.max_failures:
             raise TooManyFailures(
                 f"{self.in_a_row} tasks in a row were set aside; the last reasons are in failures.csv. "
@@ -129,140 +155,41 @@ class _Tries:
             )
 
 
-def _inline(ordered: list[Task], setup: Setup, config: EngineConfig, finished: Any, idle: Any) -> None:
-    worker = Worker(setup, stop=idle)
-    tries = _Tries(config)
-    for task in ordered:
+class Inline:
+    """All tasks in this process, one after the other, without Ray."""
+
+    def __init__(self, config: EngineConfig, kind: type = Worker) -> None:
+        self.config, self.kind = config, kind
+        self.crew = crew(config, [local_resources()])
+        self.posts: list[Post] = []
+
+    def execute(self, tasks: Sequence[Task], setup: Setup, finished: Told, idle: Callable[[], None]) -> None:
+        """See `Engine.execute`."""
+        worker: Any = self.kind(setup, stop=idle)
+        post = Post(f"inline:{os.getpid()}", time.monotonic())
+        self.posts.append(post)
+        tries = Tries(self.config)
+        try:
+            for task in ordered(tasks):
+                result = self._one(worker, task, tries)
+                if isinstance(result, Done):
+                    tries.in_a_row = 0
+                    post.busy, post.tasks = post.busy + result.seconds, post.tasks + 1
+                finished(task, result)
+                tries.check()
+        finally:
+            post.left = time.monotonic()
+
+    def _one(self, worker: Any, task: Task, tries: Tries) -> Done | Failure:
         while True:
             try:
-                done = worker.do(task)
+                return worker.do(task)
             except AtlasError:
                 raise
             except Exception as error:
                 failure = tries.failed(task, f"{type(error).__name__}: {error}", traceback.format_exc())
-                if failure is None:
-                    continue
-                finished(task, failure)
-                tries.check()
-                break
-            tries.in_a_row = 0
-            finished(task, done)
-            break
-
-
-@contextlib.contextmanager
-def cluster(config: EngineConfig) -> Iterator[Any]:
-    """Ray, connected: a private instance on this machine, or the cluster at `config.address`. Left on exit."""
-    # Ray of its own accord would write a token into the home folder; a private instance needs none on disk.
-    if config.address is None and "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # A "CPU" worker on a machine with GPUs must not see them; Ray leaves them visible otherwise.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
-    try:
-        import ray
-    except ImportError as error:
-        raise AtlasError("Ray is not installed; use engine=inline.") from error
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if config.address is None:
-        options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    else:
-        _reachable(config.address)
-        options["address"] = config.address
-    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        ray.init(**options)
-        # Ray puts a handler of its own on SIGTERM, which aborts; ours ends the run in order.
-        for kind, handler in handlers.items():
-            with contextlib.suppress(ValueError):  # not in the main thread
-                signal.signal(kind, handler)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise AtlasError(f"No Ray cluster at engine.address={config.address}: {error}") from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def _room(ray: Any, team: Crew) -> int:
-    """How many of the workers the cluster's nodes can hold; asking for more would wait for ever."""
-    room = 0
-    for node in ray.nodes():
-        if node["Alive"]:
-            fits = node["Resources"].get("CPU", 0.0) // team.cpus
-            room += int(min(fits, node["Resources"].get("GPU", 0.0) // team.gpus) if team.gpus else fits)
-    if room < 1:
-        raise AtlasError(
-            f"No node of the cluster has room for a worker of {team.cpus:g} CPUs and {team.gpus:g} GPUs: "
-            "lower engine.cpus_per_worker or engine.gpus_per_worker."
-        )
-    if room < team.workers:
-        log.warning("engine.workers=%d, but the cluster has room for %d: using those", team.workers, room)
-    return min(room, team.workers)
-
-
-def _reachable(address: str) -> None:
-    """Ray tries a dead address for many minutes; a person wants to know within seconds."""
-    match = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)
-    if match:
-        try:
-            socket.create_connection((match[1], int(match[2])), timeout=10).close()
-        except OSError as error:
-            raise AtlasError(f"No Ray cluster at engine.address={address}: {error}") from error
-
-
-def _ray(ordered: list[Task], setup: Setup, config: EngineConfig, finished: Any, idle: Any) -> None:
-    with cluster(config) as ray:
-        resources = ray.cluster_resources()
-        team = crew(config, resources.get("CPU", 1.0), resources.get("GPU", 0.0), len(ordered))
-        team = dataclasses.replace(team, workers=_room(ray, team))
-        setup = dataclasses.replace(setup, threads=team.threads, device=team.device)
-        log.info("%d workers, %g CPUs and %g GPUs each, on %s", team.workers, team.cpus, team.gpus, team.device)
-        # max_restarts=0: a dead actor is replaced below, which is faster than Ray's own restarts and observable.
-        actor = ray.remote(num_cpus=team.cpus, num_gpus=team.gpus, max_restarts=0)(Worker)
-        shared = ray.put(setup)
-        pending = deque(ordered)
-        tries = _Tries(config)
-        crew_now: list[Any] = [actor.remote(shared) for _ in range(team.workers)]
-        free: deque[Any] = deque(crew_now)
-        busy: dict[Any, tuple[Any, Task]] = {}
-        try:
-            while pending or busy:
-                while free and pending:
-                    worker, task = free.popleft(), pending.popleft()
-                    busy[worker.do.remote(task)] = (worker, task)
-                # An explicit timeout: the driver must hear a Ctrl-C and show that it lives.
-                ready, _ = ray.wait(list(busy), num_returns=1, timeout=1.0)
-                idle()
-                for reference in ready:
-                    worker, task = busy.pop(reference)
-                    try:
-                        done = ray.get(reference)
-                    except ray.exceptions.RayTaskError as error:
-                        cause = error.cause
-                        if isinstance(cause, AtlasError):
-                            raise cause from None
-                        free.append(worker)
-                        failure = tries.failed(task, f"{type(cause).__name__}: {cause}", str(error))
-                    except ray.exceptions.RayError as error:  # the actor, its node or its memory is gone
-                        with contextlib.suppress(Exception):
-                            ray.kill(worker)
-                        free.append(actor.remote(shared))
-                        failure = tries.failed(task, f"worker lost: {first_line(error)}", str(error))
-                    else:
-                        free.append(worker)
-                        tries.in_a_row = 0
-                        finished(task, done)
-                        continue
-                    if failure is None:
-                        pending.appendleft(task)
-                    else:
-                        finished(task, failure)
-                        tries.check()
-        finally:
-            for worker in {w for w, _ in busy.values()} | set(free):
-                with contextlib.suppress(Exception):
-                    ray.kill(worker)
+                if failure is not None:
+                    return failure
 
 
 def local_resources() -> tuple[int, int]:

@@ -15,6 +15,7 @@ import yaml
 
 from pipeline.config import FREE, differences
 from pipeline.errors import AtlasError
+from pipeline.shards import making
 
 
 class RunFolder:
@@ -51,13 +52,23 @@ class RunFolder:
                 ) from error
             yield
 
+    def at_work(self) -> bool:
+        """Whether some command holds this run now, as far as this machine can see."""
+        with contextlib.suppress(OSError), (self.path / ".lock").open() as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
     def check(self, tree: Mapping[str, Any], update: bool) -> None:
         """Refuse a configuration other than the one this folder was made with.
 
         Engine, site and run settings may always differ: they change no result. A folder without any finished
         work, one that was only planned, binds nobody.
         """
-        if update or not self.config.is_file() or next(self.shards.rglob("*.h5"), None) is None:
+        unused = next(self.shards.rglob("*.h5"), None) is None and not self.atlas.is_file()
+        if update or unused or not self.config.is_file():
             return
         changed = differences(binding(yaml.safe_load(self.config.read_text())), binding(tree))
         if changed:
@@ -77,17 +88,23 @@ class RunFolder:
 
     def write_failures(self, rows: Sequence[tuple[str, str, str, str]]) -> None:
         """failures.csv: stage, what, reason and detail (a traceback, say) of everything that went wrong."""
-        temporary = self.failures.with_suffix(".csv.tmp")
-        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle:
+        with (
+            making(self.failures) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle,
+        ):
             writer = csv.writer(handle)
             writer.writerow(("stage", "what", "reason", "detail"))
             writer.writerows(rows)
-        temporary.replace(self.failures)
 
     def write_status(self, **fields: Any) -> None:
         """status.json, for `atlas status` and for people who watch."""
         fields["updated"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        write_text(self.status, json.dumps(fields, indent=1) + "\n")
+        temporary = self.status.with_name(f"{self.status.name}.tmp-{os.getpid()}")
+        try:  # many times a run, so without fsync; and that nobody can read it now is no reason to stop
+            temporary.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(self.status)
+        except OSError:
+            temporary.unlink(missing_ok=True)
 
     def read_status(self) -> dict[str, Any]:
         """The last status, or an empty one."""
@@ -105,7 +122,5 @@ def binding(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with making(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

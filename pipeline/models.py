@@ -86,8 +86,10 @@ class Model:
         return dataclasses.replace(self, module=module)
 
 
-def load(config: ModelConfig) -> Model:
+def load(config: ModelConfig, state: Mapping[str, Tensor] | None = None) -> Model:
     """The network that `config` names, eval, frozen and with in-place activations switched off.
+
+    `state` takes the place of its weights: nothing is read or downloaded then.
 
     Raises `AtlasError` for an unknown source or name, a missing file, or weights that do not fit.
     """
@@ -97,11 +99,16 @@ def load(config: ModelConfig) -> Model:
         raise AtlasError(
             f"model.interpolation={config.interpolation!r} is unknown. {nearest(config.interpolation, INTERPOLATIONS)}"
         )
+    if state is not None:
+        # Built like a network whose weights are a file of the user's own, except that no file is read.
+        config = dataclasses.replace(config, weights="sent by the driver")
     # Random weights must be the same on every worker, whatever was drawn before.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, recipe, labels = SOURCES[config.source](config)
-    if config.checkpoint is not None:
+    if state is not None:
+        module.load_state_dict(state)
+    elif config.checkpoint is not None:
         load_checkpoint(module, config.checkpoint)
     size = config.input_size
     overrides: dict[str, Any] = {
@@ -170,6 +177,15 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
     if problems:
         raise AtlasError(f"{path} does not fit this network: {'; '.join(problems)}.")
     module.load_state_dict(state)
+
+
+def packed_weights(config: ModelConfig) -> bytes | None:
+    """The weights of a network as safetensors, to be sent to workers; None for random ones, which a seed gives."""
+    if config.weights is None:
+        return None
+    from safetensors.torch import save
+
+    return save({name: tensor.clone().contiguous() for name, tensor in load(config).module.state_dict().items()})
 
 
 def imagenet_labels() -> tuple[str, ...]:

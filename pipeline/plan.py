@@ -2,8 +2,9 @@
 
 import dataclasses
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -23,6 +24,10 @@ from pipeline.shards import safe
 from pipeline.worker import Setup, Task, examples_digest, keep_memory, render_digest
 
 log = logging.getLogger(__name__)
+
+# A task takes one in so many parts of the work that is left for each worker; and, on CPUs, not under so many seconds.
+SHARE = 4
+LEAST_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,40 +98,50 @@ class Plan:
             ]
         )
 
-    def render_tasks(self, folder: Path, done: dict[str, set[int]]) -> list[Task]:
-        """Tasks for the channels that no finished shard holds yet: even batches of at most `engine.batch`."""
+    def render_tasks(self, folder: Path, done: Mapping[str, set[int]], workers: int = 0) -> list[Task]:
+        """Tasks for the channels that no finished shard holds yet, the dearest layers first.
+
+        Cut from estimated cost for `workers` (this machine's, if none are given): see `portions`.
+        """
+        engine, variants = self.config.engine, self.config.render.variants
+        missing = {row.layer.name: [c for c in row.channels if c not in done[row.layer.name]] for row in self.rows}
+        each = {row.layer.name: row.seconds / len(row.channels) for row in self.rows}
+        left = sum(each[name] * len(channels) for name, channels in missing.items())
+        batch = max(1, engine.batch // variants)
         tasks = []
-        for row in self.rows:
+        for row in sorted(self.rows, key=lambda row: -each[row.layer.name]):
+            own, cost = missing[row.layer.name], each[row.layer.name]
+            # A GPU takes as long for one picture as for a batch; a core does not.
+            least = batch if self.crew.gpus else min(batch, math.ceil(LEAST_SECONDS / cost))
             digest = render_digest(self.setup, row.layer, row.canvas)
-            missing = [c for c in row.channels if c not in done.get(row.layer.name, set())]
-            if not missing:
-                continue
-            per_task = max(1, self.config.engine.batch // self.config.render.variants)
-            pieces = -(-len(missing) // per_task)
-            for i in range(pieces):
-                part = tuple(missing[i * len(missing) // pieces : (i + 1) * len(missing) // pieces])
-                name = f"{part[0]}-{part[-1]}-{len(part)}-{digest[:12]}.h5"
+            for count in portions(
+                len(own), cost, left, workers or self.crew.workers, engine.task_seconds, batch, least
+            ):
+                part, own = tuple(own[:count]), own[count:]
+                left -= cost * count
+                name = f"{part[0]}-{part[-1]}-{count}-{digest[:12]}.h5"
                 path = folder / "render" / safe(row.layer.name) / name
-                cost = row.seconds * len(part) / len(row.channels)
-                tasks.append(Task("render", str(path), digest, cost, row.layer.name, part, row.canvas))
+                tasks.append(Task("render", str(path), digest, cost * count, row.layer.name, part, row.canvas))
         return tasks
 
-    def examples_tasks(self, folder: Path, done: set[tuple[int, int]]) -> list[Task]:
-        """Tasks for the ranges of photographs that no finished shard covers yet."""
+    def examples_tasks(self, folder: Path, todo: Sequence[tuple[int, int]], workers: int = 0) -> list[Task]:
+        """Tasks for the (start, end) ranges of photographs that no finished shard covers yet.
+
+        How they are cut changes nothing in what they give when they are merged.
+        """
         digest, count = self.examples_digest, len(self.setup.dataset.photos)
+        each, examples = self.examples_seconds / count, self.config.examples
+        left = each * sum(end - start for start, end in todo)
+        longest = min(self.config.engine.task_seconds, each * examples.per_task)
         tasks = []
-        for start, end in self.ranges:
-            if (start, end) not in done:
-                path = folder / "examples" / f"{start}-{end}-{digest[:12]}.h5"
-                cost = self.examples_seconds * (end - start) / count
-                tasks.append(Task("examples", str(path), digest, cost, start=start, end=end))
+        for start, end in todo:
+            for size in portions(
+                end - start, each, left, workers or self.crew.workers, longest, examples.batch, examples.batch
+            ):
+                path = folder / "examples" / f"{start}-{start + size}-{digest[:12]}.h5"
+                tasks.append(Task("examples", str(path), digest, each * size, start=start, end=start + size))
+                start, left = start + size, left - each * size
         return tasks
-
-    @property
-    def ranges(self) -> list[tuple[int, int]]:
-        """The dataset cut into contiguous ranges, the same whoever works."""
-        step, count = self.config.examples.per_task, len(self.setup.dataset.photos)
-        return [(start, min(start + step, count)) for start in range(0, count, step)]
 
     @property
     def examples_digest(self) -> str:
@@ -134,12 +149,33 @@ class Plan:
         return examples_digest(self.setup, self.dataset_fingerprint)
 
 
+def portions(
+    count: int, each: float, left: float, workers: int, longest: float, batch: int, least: int
+) -> Iterator[int]:
+    """Cut `count` things of `each` seconds, with `left` seconds of work in all from here on for `workers`.
+
+    Guided self-scheduling (Polychronopoulos & Kuck, IEEE Trans. Computers 1987): a portion is a fixed part of
+    the work left for each worker, so that portions shrink towards the end and nobody is waited for long. None
+    takes over `longest` seconds; all but small ones are whole batches; and none is under `least`.
+    """
+    while count:
+        size = int(min(longest, left / (SHARE * workers)) / each + 1e-9)
+        if size > batch:
+            size -= size % batch
+        # The estimate may know no better than that a single one takes longer than that.
+        size = min(count, max(size, min(least, max(1, int(longest / each)))))
+        yield size
+        count, left = count - size, left - size * each
+
+
 def _field(layer: Layer) -> str:
     return "whole image" if layer.field is None else "x".join(map(str, layer.field.size))
 
 
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, timed: bool = True) -> Plan:
     """Load the network, find and choose layers, list photographs, and estimate: seconds, not minutes.
+
+    With `timed=False` nothing is timed, and every picture costs a second: for what wants no estimate.
 
     Raises `AtlasError` for everything that is wrong with the input, before any work starts.
     """
@@ -159,7 +195,7 @@ def make_plan(config: Config) -> Plan:
         log.warning("%s has none of the channels %s and is left out", name, config.layers.channels)
     chosen = [layer for layer in chosen if channels[layer.name]]
     cpus, gpus = local_resources()
-    team = crew(config.engine, cpus, gpus, sum(map(len, channels.values())))
+    team = crew(config.engine, [(cpus, gpus)], sum(map(len, channels.values())))
     torch.set_num_threads(cpus)
     keep_memory()
     folded = fold(model)
@@ -168,7 +204,11 @@ def make_plan(config: Config) -> Plan:
     canvases = fitting(folded, chosen, config)
     torch.set_num_threads(min(team.threads, cpus))
     here = team.device if not team.device.startswith("cuda") or torch.cuda.is_available() else "cpu"
-    rows, per_photo = estimate(folded.to(here), chosen, channels, canvases, config)
+    if timed:
+        rows, per_photo = estimate(folded.to(here), chosen, channels, canvases, config)
+    else:
+        rows = [Row(la, channels[la.name], canvases[la.name], len(channels[la.name])) for la in chosen]
+        per_photo = 1.0
     setup = Setup(config, model.digest, tuple(chosen), dataset, team.threads, team.device)
     fingerprint = shards.digest_of(photos.fingerprint(dataset, model.recipe))
     return Plan(

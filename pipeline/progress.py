@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -23,6 +23,22 @@ def clock(seconds: float) -> str:
 
 
 @dataclasses.dataclass
+class Post:
+    """A worker's time at work: seconds on the driver's clock, of which `busy` were spent on `tasks` finished."""
+
+    name: str
+    joined: float
+    left: float | None = None
+    busy: float = 0.0
+    tasks: int = 0
+    end: str = ""
+
+    def use(self, now: float) -> float:
+        """Share of its time that it was at work; loading the network is no work."""
+        return min(1.0, self.busy / max((self.left or now) - self.joined, 1e-6))
+
+
+@dataclasses.dataclass
 class Stage:
     """Counts of one stage; `done` includes what an earlier run had finished, `fresh` does not.
 
@@ -38,6 +54,7 @@ class Stage:
     fresh: int = 0
     failed: int = 0
     began: float | None = None
+    ended: float | None = None
     spent: float = 0.0
     measured: float = 0.0
     seconds: float = 0.0
@@ -49,7 +66,9 @@ class Stage:
 
     def rate(self, now: float) -> float:
         """Units per second since the stage's first task began."""
-        return self.fresh / max(now - self.began, 1e-6) if self.began is not None else 0.0
+        if self.began is None:
+            return 0.0
+        return self.fresh / max((now if self.ended is None else self.ended) - self.began, 1e-6)
 
     def line(self, now: float) -> str:
         """`render 36 of 108 units, 0.52/s, 2 failed`."""
@@ -76,9 +95,11 @@ class Board:
     busy all the time. `saved` is told every second or so what status.json should hold.
     """
 
-    def __init__(self, stages: list[Stage], workers: int, saved: Callable[..., None], every: float) -> None:
+    def __init__(
+        self, stages: list[Stage], workers: int, saved: Callable[..., None], every: float, posts: Sequence[Post] = ()
+    ) -> None:
         self.stages = {stage.name: stage for stage in stages}
-        self.workers = workers
+        self.most, self.posts = workers, posts
         self.every, self.saved = every, saved
         self.added = time.monotonic()
         self.spoken = self.kept = float("-inf")
@@ -117,11 +138,18 @@ class Board:
             own.measured += cost
         own.spent += cost
         self.added = time.monotonic()
+        if own.done + own.failed >= own.total:
+            own.ended = self.added
         self.beat()
 
     def beat(self) -> None:
         """Called often; speaks only every few seconds."""
         self._show(final=False)
+
+    @property
+    def workers(self) -> int:
+        """How many are at work now; before anybody has come, how many are expected."""
+        return sum(post.left is None for post in self.posts) or self.most
 
     @property
     def eta(self) -> float | None:
@@ -154,5 +182,56 @@ class Board:
                     for s in self.stages.values()
                 },
                 eta_seconds=None if left is None else round(left, 1),
+                workers=self.workers,
             )
             self.kept = now
+
+
+def report(stages: Sequence[Stage], posts: Sequence[Post], seconds: float, failures: int) -> dict[str, Any]:
+    """What a run did, as plain data: units, failures, seconds and rate by stage, and how busy each worker was."""
+    now = time.monotonic()
+    return {
+        "seconds": round(seconds, 1),
+        "failures": failures,
+        "stages": {
+            s.name: {
+                s.noun: s.fresh,
+                "failed": s.failed,
+                "seconds": round((s.ended or now) - s.began, 1) if s.began is not None else 0.0,
+                "worker_seconds": round(s.seconds, 1),
+                "per_second": round(s.rate(now), 3),
+            }
+            for s in stages
+        },
+        "workers": [
+            {
+                "name": post.name,
+                "tasks": post.tasks,
+                "seconds": round((post.left or now) - post.joined, 1),
+                "busy": round(post.busy, 1),
+                "use": round(post.use(now), 3),
+                **({"end": post.end} if post.end else {}),
+            }
+            for post in posts
+        ],
+    }
+
+
+def told(summary: dict[str, Any], most: int = 8) -> list[str]:
+    """A report in a few lines; of many workers only the least busy are named."""
+    lines = []
+    for name, stage in summary["stages"].items():
+        noun, count = next(iter(stage.items()))
+        if count:
+            lines.append(f"{name}: {count:,} {noun} in {clock(stage['seconds'])}, {stage['per_second']:.3g}/s")
+    workers = summary["workers"]
+    whole = sum(w["seconds"] for w in workers)
+    if whole:
+        use = sum(w["busy"] for w in workers) / whole
+        lines.append(f"{len(workers)} workers, busy {use:.0%} of their time")
+        for w in sorted(workers, key=lambda w: w["use"])[:most]:
+            end = f"; {w['end']}" if "end" in w else ""
+            lines.append(f"  {w['name']}: {w['tasks']} tasks, {w['use']:.0%} of {clock(w['seconds'])}{end}")
+        if len(workers) > most:
+            lines.append(f"  … and {len(workers) - most} busier ones")
+    return lines

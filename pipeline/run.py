@@ -3,23 +3,23 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from pipeline import examples, shards, site, store
+from pipeline import audit, examples, shards, site, store
 from pipeline.atlas import open_atlas
 from pipeline.config import Config
-from pipeline.engine import Failure, TooManyFailures, execute
+from pipeline.engine import Failure, TooManyFailures, opened
 from pipeline.errors import AtlasError
 from pipeline.examples import Sweep
 from pipeline.folder import RunFolder, binding, write_text
+from pipeline.inventory import Inventory, gaps
 from pipeline.plan import Plan, make_plan
-from pipeline.progress import Board, Stage, clock
-from pipeline.shards import Shard
-from pipeline.worker import Done, Task, render_digest
+from pipeline.progress import Board, Post, Stage, clock, report, told
+from pipeline.shards import Damaged
+from pipeline.worker import Done, Task
 
 log = logging.getLogger(__name__)
 
@@ -60,29 +60,44 @@ def run(request: Request, made: Plan, stages: tuple[str, ...] = ("examples", "re
     began = time.monotonic()
     with folder.locked():
         shards.sweep(folder.path)
-        set_aside: list[Failure] = []
-        finished = Finished(made, folder)
-        tasks, counts = _missing(made, finished, stages)
-        try:
-            _work(request, made, folder, tasks, counts, set_aside)
-        except TooManyFailures as error:
-            log.error("%s", error)
-            folder.write_failures([_row(failure) for failure in set_aside])
-            return SET_ASIDE
-        finished = Finished(made, folder, finished)
-        # What counts is the shards that this driver sees, not what anybody reported.
-        left, counts = _missing(made, finished, stages)
-        known = {failure.task.path for failure in set_aside}
-        for task in left:
-            if task.path not in known:
+        audit.put_aside_unreadable(folder)
+        posts: list[Post] = []
+        worked: dict[str, Stage] = {}
+        held: Inventory | None = None
+        while True:
+            set_aside: list[Failure] = []
+            held = Inventory(made, folder, held)
+            counts = _stages(made, held, stages)
+            try:
+                _work(request, made, folder, held, counts, set_aside, posts)
+            except TooManyFailures as error:
+                log.error("%s", error)
+                folder.write_failures([_row(failure) for failure in set_aside])
+                return SET_ASIDE
+            worked = {stage.name: stage for stage in counts if stage.fresh or stage.name not in worked} | worked
+            held = Inventory(made, folder, held)
+            # What counts is the shards that this driver sees, not what anybody reported.
+            known = [failure.task for failure in set_aside]
+            for task in _tasks(made, held, stages, 1, known):
                 reason = "no shard was found after the work: do all workers and this driver see the run's folder?"
                 set_aside.append(Failure(task, reason, ""))
-        failures = _consolidate(request, made, folder, finished, set_aside)
+            try:
+                failures = _consolidate(request, made, folder, held, set_aside)
+            except Damaged as error:
+                log.warning("%s; what is whole of it is kept, the rest is made again", error)
+                audit.rescue(error.shard, folder)
+                continue
+            break
         if "site" in stages:
             _refresh_site(request, folder)
-        totals = {s.name: {"done": s.done, "total": s.total, "failed": s.total - s.done} for s in counts}
+        totals = {
+            s.name: {"done": s.done, "total": s.total, "failed": s.total - s.done} for s in _stages(made, held, stages)
+        }
         whole = "site" in stages and not set_aside
-        folder.write_status(finished=whole, failures=failures, stages=totals)
+        summary = report(list(worked.values()), posts, time.monotonic() - began, failures)
+        folder.write_status(finished=whole, failures=failures, stages=totals, report=summary)
+    for line in told(summary):
+        log.info("%s", line)
     outcome = "is incomplete" if set_aside else "is complete"
     log.info("%s %s after %s%s", folder.path, outcome, clock(time.monotonic() - began), _trouble(failures))
     return SET_ASIDE if set_aside else COMPLETE
@@ -96,115 +111,96 @@ def _row(failure: Failure) -> tuple[str, str, str, str]:
     return failure.task.stage, failure.task.name, failure.reason, failure.detail
 
 
-class Finished:
-    """What the run's folder holds of this plan: shards that can be read to the last byte and bear its digests.
-
-    Shards that `known` has read before are not read again.
-    """
-
-    def __init__(self, made: Plan, folder: RunFolder, known: "Finished | None" = None) -> None:
-        self.read: dict[Path, dict[str, np.ndarray]] = dict(known.read) if known else {}
-        self.ranges: dict[tuple[int, int], Shard] = {}
-        self.pictures: dict[str, list[Shard]] = {}
-        for shard in self._whole(folder.shards / "examples", made.examples_digest, ()):
-            self.ranges[int(shard.attributes["start"]), int(shard.attributes["end"])] = shard
-        for row in made.rows:
-            where = folder.shards / "render" / shards.safe(row.layer.name)
-            digest = render_digest(made.setup, row.layer, row.canvas)
-            self.pictures[row.layer.name] = self._whole(where, digest, ("channels", "status"))
-
-    def _whole(self, where: Path, digest: str, keep: tuple[str, ...]) -> list[Shard]:
-        whole = []
-        for shard in shards.find(where, digest):
-            if shard.path not in self.read:
-                try:
-                    arrays = shard.arrays()
-                except (OSError, KeyError):
-                    log.warning("%s is damaged; its work is done again", shard.path)
-                    # Set aside, not removed: it may have been the file system's bad moment.
-                    shard.path.replace(shard.path.with_name(f"{shard.path.name}.damaged"))
-                    continue
-                self.read[shard.path] = {name: arrays[name] for name in keep}
-            whole.append(shard)
-        return whole
-
-    def channels(self, layer: str) -> set[int]:
-        """Channels of a layer that have their pictures."""
-        return {int(c) for shard in self.pictures[layer] for c in self.read[shard.path]["channels"]}
-
-    def failed(self, layer: str) -> list[tuple[int, int]]:
-        """(channel, variant) of pictures of a layer that did not rise."""
-        found = []
-        for arrays in (self.read[shard.path] for shard in self.pictures[layer]):
-            found += [(int(arrays["channels"][i]), int(v)) for i, v in np.argwhere(arrays["status"] == "failed")]
-        return sorted(found)
-
-
-def _missing(made: Plan, finished: Finished, stages: tuple[str, ...]) -> tuple[list[Task], list[Stage]]:
-    """Tasks still to do, and each stage's count so far."""
-    tasks: list[Task] = []
+def _stages(made: Plan, held: Inventory, stages: tuple[str, ...]) -> list[Stage]:
+    """Each stage's count so far."""
     rows: list[Stage] = []
+    if "examples" in stages:
+        todo = sum(end - start for start, end in gaps(held.ranges, held.total))
+        cost = made.examples_seconds * todo / held.total
+        rows.append(Stage("examples", "photographs", held.total, held.total - todo, cost))
+    if "render" in stages:
+        missing = {row.layer.name: len(set(row.channels) - held.channels(row.layer.name)) for row in made.rows}
+        cost = sum(row.seconds * missing[row.layer.name] / len(row.channels) for row in made.rows)
+        rows.append(Stage("render", "units", made.units, made.units - sum(missing.values()), cost))
+    return rows
+
+
+def _tasks(
+    made: Plan, held: Inventory, stages: tuple[str, ...], workers: int, known: Sequence[Task] = ()
+) -> list[Task]:
+    """Tasks still to do, without what the `known` ones are about."""
+    tasks: list[Task] = []
     where = made.config.folder.absolute() / "shards"
     if "examples" in stages:
-        own = made.examples_tasks(where, set(finished.ranges))
-        total = len(made.setup.dataset.photos)
-        rows.append(Stage("examples", "photographs", total, total - sum(t.size for t in own), _cost(own)))
-        tasks += own
+        ranges = [*held.ranges, *((task.start, task.end) for task in known if task.stage == "examples")]
+        tasks += made.examples_tasks(where, gaps(ranges, held.total), workers)
     if "render" in stages:
-        own = made.render_tasks(where, {row.layer.name: finished.channels(row.layer.name) for row in made.rows})
-        rows.append(Stage("render", "units", made.units, made.units - sum(t.size for t in own), _cost(own)))
-        tasks += own
-    return tasks, rows
-
-
-def _cost(tasks: list[Task]) -> float:
-    return sum(task.cost for task in tasks)
+        done = {row.layer.name: held.channels(row.layer.name) for row in made.rows}
+        for task in known:
+            if task.stage == "render":
+                done[task.layer] |= set(task.channels)
+        tasks += made.render_tasks(where, done, workers)
+    return tasks
 
 
 def _work(
-    request: Request, made: Plan, folder: RunFolder, tasks: list[Task], rows: list[Stage], set_aside: list[Failure]
+    request: Request,
+    made: Plan,
+    folder: RunFolder,
+    held: Inventory,
+    rows: list[Stage],
+    set_aside: list[Failure],
+    posts: list[Post],
 ) -> None:
-    if not tasks:
+    if all(row.done == row.total for row in rows):
         log.info("Nothing is missing: %s", "; ".join(row.line(0.0) for row in rows))
         return
-    every = request.config.engine.progress_seconds
-    with Board(rows, min(made.crew.workers, len(tasks)), folder.write_status, every) as board:
+    config = request.config.engine
+    with opened(config) as engine:
+        engine.posts = posts
+        tasks = _tasks(made, held, tuple(row.name for row in rows), engine.crew.workers)
+        with Board(
+            rows, min(engine.crew.workers, len(tasks)), folder.write_status, config.progress_seconds, posts
+        ) as board:
 
-        def finished(task: Task, result: Done | Failure) -> None:
-            if isinstance(result, Failure):
-                set_aside.append(result)
-                board.add(task.stage, task.size, task.cost, 0.0, failed=True)
-            else:
-                board.add(task.stage, task.size, task.cost, result.seconds)
+            def finished(task: Task, result: Done | Failure) -> None:
+                if isinstance(result, Failure):
+                    set_aside.append(result)
+                    board.add(task.stage, task.size, task.cost, 0.0, failed=True)
+                else:
+                    board.add(task.stage, task.size, task.cost, result.seconds)
 
-        execute(tasks, made.setup, request.config.engine, finished, board.beat)
+            engine.execute(tasks, made.setup, finished, board.beat)
 
 
-def _consolidate(request: Request, made: Plan, folder: RunFolder, finished: Finished, set_aside: list[Failure]) -> int:
-    """Write atlas.h5 and failures.csv from what is finished; returns the number of failures."""
+def _consolidate(request: Request, made: Plan, folder: RunFolder, held: Inventory, set_aside: list[Failure]) -> int:
+    """Write atlas.h5 and failures.csv from what is finished; returns the number of failures.
+
+    Raises `Damaged` with the first shard that can't be read to the last byte.
+    """
     config = request.config
-    rendered, ranges = finished.pictures, finished.ranges
     names = [row.layer.name for row in made.rows]
     sweep: Sweep | None = None
-    if ranges and not all(r in ranges for r in made.ranges):
+    if held.ranges and not held.covered:
         log.warning("The dataset pass is not complete: atlas.h5 has no examples until it is")
-    if all(r in ranges for r in made.ranges):
-        parts = [Sweep.from_arrays(names, ranges[r].arrays()) for r in made.ranges]
+    if held.covered:
+        parts = [Sweep.from_arrays(names, shard.arrays()) for shard in held.ranges.values()]
         sweep = examples.merge(parts, config.examples.k)
         _tell_unreadable(sweep, made)
     failures = [_row(failure) for failure in set_aside]
     paths = made.setup.dataset.photos
     failures += [("examples", paths[i].path, reason, "") for i, reason in (sweep.failed if sweep else ())]
     for row in made.rows:
-        for channel, variant in finished.failed(row.layer.name):
+        for channel, variant in held.failed(row.layer.name):
             what = f"{row.layer.name}:{channel} variant {variant}"
             failures.append(("render", what, "the objective did not rise in any attempt", ""))
     folder.write_failures(failures)
-    # What the file would hold, without opening a picture: the same shards under the same configuration.
-    found = sorted(str(s.path.relative_to(folder.path)) for r in rendered.values() for s in r)
-    found += sorted(str(s.path.relative_to(folder.path)) for s in ranges.values())
-    channels = [[row.layer.name, row.channels] for row in made.rows]
-    identity = shards.digest_of([binding(request.tree), channels, found, failures, store.versions()])
+    # What the file would hold, whichever shards it comes from.
+    digests = {layer: found[0].attributes["digest"] for layer, found in held.pictures.items() if found}
+    channels = [[row.layer.name, row.channels, sorted(held.channels(row.layer.name))] for row in made.rows]
+    swept = made.examples_digest if held.covered else ""
+    told_of = [failure[:3] for failure in failures]
+    identity = shards.digest_of([binding(request.tree), channels, digests, swept, told_of, store.versions()])
     if store.identity(folder.atlas) == identity:
         return len(failures)
     shown: dict[str, np.ndarray] = {}
@@ -228,7 +224,7 @@ def _consolidate(request: Request, made: Plan, folder: RunFolder, finished: Fini
         shown=shown,
         failures=len(failures),
     )
-    store.consolidate(folder.atlas, content, rendered)
+    store.consolidate(folder.atlas, content, held.pictures)
     return len(failures)
 
 
@@ -259,10 +255,3 @@ def build_site(request: Request, folder: RunFolder) -> None:
         report = site.build_site(atlas, folder.site, request.config.site)
     (folder.path / ".site").unlink(missing_ok=True)
     log.info("site: %d files, %.1f MB; open %s", report.files, report.bytes / 1e6, folder.site / "index.html")
-
-
-def verify(folder: RunFolder) -> list[tuple[str, str]]:
-    """What is wrong with a run, as (where, what)."""
-    if not folder.atlas.is_file():
-        raise AtlasError(f"{folder.path} has no atlas.h5 yet; `atlas run` makes it.")
-    return store.verify(folder.atlas, folder.planned())

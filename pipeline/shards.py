@@ -7,6 +7,7 @@ No file is ever opened for appending, for a crash there can destroy what was fin
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,10 @@ from pipeline.errors import AtlasError
 
 # HDF5 1.10 is the newest format that MATLAB, HDFView and old h5dump read alike.
 LIBVER = ("earliest", "v110")
-SHARD_VERSION = 1
+SHARD_VERSION = 2
+
+# What a system says when there is no more room: for all, for this user, in this file.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def digest_of(value: Any) -> str:
@@ -49,19 +53,32 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+class Damaged(Exception):
+    """A shard, or the part of an atlas that stands for one, can't be read to the last byte."""
+
+    def __init__(self, shard: "Shard", what: str) -> None:
+        super().__init__(f"{shard.path} is damaged: {what}")
+        self.shard = shard
+
+
+def full_disk(error: BaseException) -> bool:
+    """Whether an error, also one of HDF5's, means that there is no more room."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return True
+    return any(f"errno = {code}," in str(error) or os.strerror(code) in str(error) for code in FULL)
+
+
 @contextlib.contextmanager
-def creating(path: Path) -> Iterator[h5py.File]:
-    """A new HDF5 file that appears under `path` only when it is complete and on disk.
+def making(path: Path) -> Iterator[Path]:
+    """A name to write a new file under, which then appears under `path` only when it is complete and on disk.
 
     On any error the temporary file is removed and what stood under `path` before still stands. A full disk
     becomes an `AtlasError`, for a user can mend it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.uname().nodename}-{os.getpid()}")
     try:
-        with h5py.File(temporary, "w", libver=LIBVER, locking=False) as file:
-            yield file
-            file.flush()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
         handle = os.open(temporary, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -69,25 +86,60 @@ def creating(path: Path) -> Iterator[h5py.File]:
             os.close(handle)
         temporary.replace(path)
         sync_folder(path.parent)
-    except OSError as error:
-        if error.errno == 28 or "No space left" in str(error):
+    except (OSError, RuntimeError) as error:  # HDF5 tells of a full disk in either
+        if full_disk(error):
             raise AtlasError(
-                f"The disk is full: {path.name} could not be written. Make space and run again."
+                f"The disk is full: {path.name} could not be written. Make space and run again; everything finished "
+                "is kept."
             ) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write(path: Path, attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """A shard of `arrays`, by path inside the file. Image stacks (N, V, H, W, C) get one chunk an image."""
-    with creating(path) as file:
+@contextlib.contextmanager
+def creating(path: Path) -> Iterator[h5py.File]:
+    """A new HDF5 file that appears under `path` only when it is complete and on disk; see `making`."""
+    with making(path) as temporary, h5py.File(temporary, "w", libver=LIBVER, locking=False) as file:
+        yield file
+        file.flush()
+
+
+def image(attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
+    """A shard of `arrays`, by path inside the file, as the bytes of its file.
+
+    Image stacks (N, V, H, W, C) get one chunk an image, and beside them `<name>_sha256`, (N, V, 32) uint8: what
+    each picture must be to the last pixel, wherever it is copied to. Made in memory, so that no disk that fills
+    up under HDF5's hands can harm anything.
+    """
+    with h5py.File("shard", "w", driver="core", backing_store=False, libver=LIBVER) as file:
         for name, array in arrays.items():
             put(file, name, array)
+            if array.dtype == np.uint8 and array.ndim == 5:
+                put(file, f"{name}_sha256", picture_digests(array))
         for key, value in attributes.items():
             file.attrs[key] = value
         file.attrs["shard_version"] = SHARD_VERSION
         file.attrs["complete"] = True
+        file.flush()
+        return file.id.get_file_image()
+
+
+def place(path: Path, data: bytes) -> None:
+    """Write a finished shard's bytes under `path`, whole and durable or not at all."""
+    with making(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write(path: Path, attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """A shard of `arrays` on disk; see `image`."""
+    place(path, image(attributes, arrays))
+
+
+def picture_digests(images: np.ndarray) -> np.ndarray:
+    """(N, V, H, W, C) uint8 → sha256 of each picture's pixels, (N, V, 32) uint8."""
+    found = [hashlib.sha256(picture.tobytes()).digest() for stack in images for picture in stack]
+    return np.frombuffer(b"".join(found), np.uint8).reshape(*images.shape[:2], 32)
 
 
 def put(group: h5py.Group, name: str, array: np.ndarray) -> h5py.Dataset:
@@ -174,22 +226,60 @@ def create_images(group: h5py.Group, name: str, shape: tuple[int, ...]) -> h5py.
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A finished shard: where it is, and the attributes it was written with."""
+    """A finished shard: where it is, and the attributes it was written with.
+
+    What an atlas holds of a layer can take a shard's place: `inside` is its group in that file then, "" else.
+    """
 
     path: Path
     attributes: Mapping[str, Any]
+    inside: str = ""
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[h5py.Group]:
+        """The open group of this shard; `Damaged` for anything in it that can't be read."""
+        try:
+            with h5py.File(self.path, "r", locking=False) as file:
+                yield group(file, self.inside) if self.inside else file
+        except (OSError, KeyError, RuntimeError) as error:
+            if full_disk(error):
+                raise
+            raise Damaged(self, str(error)) from error
+
+    def get(self, *wanted: str) -> dict[str, np.ndarray]:
+        """Some arrays of the shard. Raises `Damaged`."""
+        with self.opened() as opened:
+            found = {name: get(opened, name) for name in wanted if name != "channels"}
+            if "channels" in wanted:
+                # An atlas keeps them in <layer>/channels, beside <layer>/render/<objective>.
+                above = group(opened.file, self.inside.rsplit("/", 2)[0]) if self.inside else opened
+                found["channels"] = get(above, "channels")
+        return found
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything in the shard, by path inside the file, read into memory."""
+        """Everything in the shard, by path inside the file, read into memory. Raises `Damaged`."""
         found: dict[str, np.ndarray] = {}
-        with h5py.File(self.path, "r", locking=False) as file:
+        with self.opened() as opened:
 
             def visit(name: str, item: Any) -> None:
                 if isinstance(item, h5py.Dataset):
-                    found[name] = get(file, name)
+                    found[name] = get(opened, name)
 
-            file.visititems(visit)
+            opened.visititems(visit)
         return found
+
+    def damage(self) -> str:
+        """What is wrong with the shard when all of it is read, "" if nothing is."""
+        try:
+            arrays = self.arrays()
+        except Damaged as error:
+            return str(error)
+        for name, digests in arrays.items():
+            if name.endswith("_sha256") and not np.array_equal(
+                picture_digests(arrays[name.removesuffix("_sha256")]), digests
+            ):
+                return f"{self.path} is damaged: a picture does not have its digest"
+        return ""
 
 
 def read(path: Path) -> Shard | None:
@@ -212,7 +302,7 @@ def find(folder: Path, digest: str) -> list[Shard]:
 
 def sweep(folder: Path) -> int:
     """Remove temporary files that killed writers left behind. Only for a driver that holds the run's lock."""
-    leftovers = list(folder.rglob("*.h5.tmp-*"))
+    leftovers = list(folder.rglob("*.tmp-*"))
     for path in leftovers:
         path.unlink(missing_ok=True)
     return len(leftovers)

@@ -22,7 +22,7 @@ from pipeline.errors import AtlasError
 from pipeline.examples import Sweep
 from pipeline.layers import Layer
 from pipeline.photos import Photo
-from pipeline.shards import Shard, put, safe
+from pipeline.shards import Damaged, Shard, put, safe
 
 LIBRARIES = ("neuron-atlas", "torch", "torchvision", "timm", "h5py", "numpy", "pillow")
 
@@ -53,6 +53,24 @@ def identity(path: Path) -> str | None:
             return shards.text(file, "identity")
     except (OSError, KeyError):
         return None
+
+
+def parts(path: Path) -> dict[tuple[str, str], Shard]:
+    """What an atlas holds of each layer, by its name and digest, in the shape of shards; empty if there is none.
+
+    Nothing but attributes is read. An atlas whose pictures bear no digests holds nothing in this sense.
+    """
+    found: dict[tuple[str, str], Shard] = {}
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            for layer in shards.group(file, "layers").values():
+                for target in layer["render"].values() if "render" in layer else ():
+                    if "images_sha256" in target:
+                        attributes = shards.plain(target)
+                        found[shards.text(layer, "name"), attributes["digest"]] = Shard(path, attributes, target.name)
+    except (OSError, KeyError, RuntimeError):
+        return {}
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -122,11 +140,11 @@ def _describe(group: h5py.Group, layer: Layer, order: int, input_size: tuple[int
 def _pictures(group: h5py.Group, channels: Sequence[int], found: Sequence[Shard]) -> None:
     row = {channel: i for i, channel in enumerate(channels)}
     first = found[0]
-    with h5py.File(first.path, "r", locking=False) as source:
+    with first.opened() as source:
         shape = shards.dataset(source, "images").shape[1:]
         marks = shards.dataset(source, "trace").shape[-1]
     target = group.create_group(f"render/{first.attributes['objective']}")
-    for key in ("digest", "natural", "preset"):
+    for key in ("digest", "natural", "objective", "preset", "layer"):
         target.attrs[key] = first.attributes[key]
     images = shards.create_images(target, "images", (len(channels), *shape))
     size = (len(channels), shape[0])
@@ -137,21 +155,35 @@ def _pictures(group: h5py.Group, channels: Sequence[int], found: Sequence[Shard]
         **{k: np.full(size, np.nan, np.float32) for k in ("activation", "robust", "start", "seconds")},
         "trace": np.full((*size, marks), np.nan, np.float32),
     }
+    digests = np.zeros((*size, 32), np.uint8)
+    filled: set[int] = set()
     for shard in found:
-        with h5py.File(shard.path, "r", locking=False) as source:
-            kept = [(i, row[c]) for i, c in enumerate(shards.get(source, "channels").tolist()) if c in row]
+        with shard.opened() as source:
+            small = shard.get("channels", "status")
+            present = (small["status"] != "missing").all(-1)
+            kept = [
+                (i, row[c])
+                for i, c in enumerate(small["channels"].tolist())
+                if c in row and present[i] and row[c] not in filled
+            ]
+            filled |= {j for _, j in kept}
             for name, array in arrays.items():
                 values = shards.get(source, name)
                 for i, j in kept:
                     array[j] = values[i]
-            chunks = shards.dataset(source, "images").id
+            wanted = shards.get(source, "images_sha256")
+            pictures = shards.dataset(source, "images")
             for i, j in kept:
+                digests[j] = wanted[i]
+                # Reading decodes and checks; the compressed chunk then goes over as it is, checksum included.
+                if not np.array_equal(shards.picture_digests(pictures[i : i + 1])[0], wanted[i]):
+                    raise Damaged(shard, f"channel {channels[j]} does not have its digest")
                 for v in range(shape[0]):
-                    # The compressed chunk goes over as it is, checksum included.
-                    mask, chunk = chunks.read_direct_chunk((i, v, 0, 0, 0))
+                    mask, chunk = pictures.id.read_direct_chunk((i, v, 0, 0, 0))
                     images.id.write_direct_chunk((j, v, 0, 0, 0), chunk, mask)
     for name, array in arrays.items():
         put(target, name, array)
+    put(target, "images_sha256", digests)
 
 
 def _examples(group: h5py.Group, layer: Layer, channels: Sequence[int], found: Sweep) -> None:

@@ -1,14 +1,22 @@
 """What does the work: a loaded network and a loop body. Knows nothing of who hands out the tasks."""
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
+import gc
+import logging
+import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import torch
+from safetensors.torch import load as unpacked
 
 from pipeline import examples, shards
 from pipeline.config import Config
@@ -19,6 +27,20 @@ from pipeline.models import Model, load
 from pipeline.photos import Dataset
 from pipeline.registry import canonical
 from pipeline.render import render
+
+log = logging.getLogger(__name__)
+
+# Words of errors after which a CUDA context is of no use to anybody any more.
+POISON = ("CUDA error", "CUBLAS_STATUS_EXECUTION_FAILED", "CUDNN_STATUS_EXECUTION_FAILED", "device-side assert")
+
+# A worker is worn out when it has outgrown its share of memory and its own beginnings.
+GROWTH = 1.5
+
+T = TypeVar("T")
+
+
+class Unfit(Exception):
+    """This worker can do nothing more, and its process must end: a CUDA context was poisoned."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +87,17 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """What a finished task reports: small, for the result itself is in the shard."""
+    """What a finished task reports: small, for the result itself is in the shard.
+
+    `data` is the shard, where worker and driver share no file system. `batch` is (device, pictures that fitted on
+    it) after it ran out of memory; `worn` says why this worker should be replaced.
+    """
 
     path: str
     seconds: float
+    data: bytes = b""
+    batch: tuple[str, int] | None = None
+    worn: str = ""
 
 
 def keep_memory() -> None:
@@ -85,13 +114,32 @@ def keep_memory() -> None:
         mallopt(option, value)
 
 
-class Worker:
-    """Loads the network once, then does tasks. The same class runs inline and as a Ray actor."""
+def memory_share(threads: int) -> float:
+    """Bytes that one worker may take: its share of the cores, of nine tenths of the machine's or container's memory."""
+    total = psutil.virtual_memory().total
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return 0.9 * total * min(1.0, threads / (os.cpu_count() or 1))
 
-    def __init__(self, setup: Setup, stop: Callable[[], None] = lambda: None) -> None:
+
+class Worker:
+    """Loads the network once, then does tasks. The same class runs inline and as a Ray actor.
+
+    `weights` are the network's, as safetensors, where they are sent; without, they are found as the driver did.
+    """
+
+    def __init__(self, setup: Setup, stop: Callable[[], None] = lambda: None, weights: bytes | None = None) -> None:
         self.setup = setup
         self.stop = stop
+        self.weights = weights
         self.layers = {layer.name: layer for layer in setup.layers}
+        self.dataset = setup.dataset
+        self.fits: dict[str, int] = {}  # pictures of a layer that fit on this device together
+        self.first_memory = 0.0
+
+    def hello(self) -> str:
+        """Who this is: node and process."""
+        return f"{os.uname().nodename}:{os.getpid()}"
 
     @functools.cached_property
     def model(self) -> Model:
@@ -101,7 +149,8 @@ class Worker:
         """
         keep_memory()
         torch.set_num_threads(self.setup.threads)
-        model = load(self.setup.config.model)
+        model = load(self.setup.config.model, unpacked(self.weights) if self.weights else None)
+        self.weights = None
         if model.digest != self.setup.weights:
             raise AtlasError(
                 f"This worker's weights of {model.name} are not the driver's "
@@ -114,18 +163,96 @@ class Worker:
         """Its folded twin: pictures are optimised on this, a third faster; examples are measured on the original."""
         return fold(self.model)
 
-    def do(self, task: Task) -> Done:
-        """Finish one task and write its shard."""
-        began = time.perf_counter()
-        {"render": self._render, "examples": self._examples}[task.stage](task)
-        return Done(task.path, time.perf_counter() - began)
+    @functools.cached_property
+    def device_name(self) -> str:
+        """What batches that fit are remembered by."""
+        on_gpu = self.setup.device.startswith("cuda") and torch.cuda.is_available()
+        return torch.cuda.get_device_name() if on_gpu else self.setup.device
 
-    def _render(self, task: Task) -> None:
+    def do(self, task: Task, fits: Mapping[str, int] | None = None, files: Mapping[str, bytes] | None = None) -> Done:
+        """Finish one task and write its shard.
+
+        `fits` says how many pictures of this layer fitted on which device elsewhere; `files` holds the
+        photographs, where this worker can't read them itself. Raises `Unfit` when this process must end.
+        """
+        began = time.perf_counter()
+        if fits and self.device_name in fits:
+            self.fits[task.layer] = min(fits[self.device_name], self.fits.get(task.layer, fits[self.device_name]))
+        known = self.fits.get(task.layer)
+        try:
+            with self._photographs(files):
+                data = {"render": self._render, "examples": self._examples}[task.stage](task)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and any(word in str(error) for word in POISON):
+                raise Unfit(f"{type(error).__name__}: {error}") from error
+            raise
+        if self.setup.config.engine.shared_fs:
+            shards.place(Path(task.path), data)
+            data = b""
+        learnt = self.fits.get(task.layer)
+        batch = (self.device_name, learnt) if learnt is not None and learnt != known else None
+        return Done(task.path, time.perf_counter() - began, data, batch, self._worn())
+
+    @contextlib.contextmanager
+    def _photographs(self, files: Mapping[str, bytes] | None) -> Iterator[None]:
+        """Lay photographs that were sent into a folder of this machine, for as long as a task needs them."""
+        if files is None:
+            yield
+            return
+        with tempfile.TemporaryDirectory(prefix="neuron-atlas-") as folder:
+            for name, data in files.items():
+                path = Path(folder, name)
+                if not path.resolve().is_relative_to(Path(folder).resolve()):
+                    raise AtlasError(f"{name!r} leads out of its folder.")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            self.dataset = dataclasses.replace(self.setup.dataset, roots={"": folder})
+            yield
+
+    def _worn(self) -> str:
+        """Why this worker should be replaced: its memory has outgrown its share and its own beginnings."""
+        memory = float(psutil.Process().memory_info().rss)
+        self.first_memory = self.first_memory or memory
+        asked = self.setup.config.engine.memory_gb
+        limit = memory_share(self.setup.threads) if isinstance(asked, str) else asked * 1e9
+        if memory <= limit or memory <= GROWTH * self.first_memory:
+            return ""
+        return f"grew from {self.first_memory / 1e9:.1f} to {memory / 1e9:.1f} GB of memory"
+
+    def _in_batches(self, layer: str, units: list[T], size: int, work: Callable[[list[T]], list[Any]]) -> list[Any]:
+        """`work` on portions of `units`, halved whenever a GPU runs out of memory, and so remembered for the layer."""
+        size = min(size, self.fits.get(layer, size))
+        done: list[Any] = []
+        while len(done) < len(units):
+            part = units[len(done) : len(done) + size]
+            try:
+                done += work(part)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+                size = self.fits[layer] = len(part) // 2
+                log.warning("%s: out of memory with %d pictures; going on with %d", layer, len(part), size)
+            else:
+                continue
+            self._let_go()
+        return done
+
+    def _let_go(self) -> None:
+        """Free a failed attempt's memory; only outside of its handler nothing holds its tensors any more."""
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _render(self, task: Task) -> bytes:
         config = self.setup.config
         preset = config.render
         units = [(c, v) for c in task.channels for v in range(preset.variants)]
         layer = self.layers[task.layer]
-        pictures = render(self.folded, layer, units, preset, config.run.seed, task.canvas, self.stop)
+
+        def work(part: list[tuple[int, int]]) -> list[Any]:
+            return render(self.folded, layer, part, preset, config.run.seed, task.canvas, self.stop)
+
+        pictures = self._in_batches(layer.name, units, config.engine.batch, work)
         shape = (len(task.channels), preset.variants)
 
         def column(name: str, kind: type) -> np.ndarray:
@@ -148,15 +275,28 @@ class Worker:
             "natural": preset.objective.natural,
             "preset": preset.name,
         }
-        shards.write(Path(task.path), attributes, arrays)
+        return shards.image(attributes, arrays)
 
-    def _examples(self, task: Task) -> None:
+    def _examples(self, task: Task) -> bytes:
         setup = self.setup
-        found = examples.sweep(
-            self.model, setup.layers, setup.dataset, task.start, task.end, setup.config.examples, self.stop
-        )
+        found: list[examples.Sweep] = []
+        while not found:
+            # A smaller batch rounds its last bit otherwise: the price of photographs too large for a GPU.
+            config = dataclasses.replace(setup.config.examples, batch=self.fits.get("", setup.config.examples.batch))
+            try:
+                found.append(
+                    examples.sweep(self.model, setup.layers, self.dataset, task.start, task.end, config, self.stop)
+                )
+            except torch.OutOfMemoryError:
+                if config.batch == 1:
+                    raise
+                self.fits[""] = config.batch // 2
+                log.warning("out of memory with %d photographs; going on with %d", config.batch, self.fits[""])
+            else:
+                break
+            self._let_go()
         attributes = {"digest": task.digest, "start": task.start, "end": task.end}
-        shards.write(Path(task.path), attributes, found.arrays())
+        return shards.image(attributes, found[0].arrays())
 
 
 def render_digest(setup: Setup, layer: Layer, canvas: int) -> str:

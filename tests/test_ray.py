@@ -15,8 +15,6 @@ from test_run import pictures
 
 import pipeline
 from pipeline import cli
-from pipeline.config import EngineConfig
-from pipeline.engine import crew
 
 ON_RAY = ["engine=ray", "engine.workers=2"]
 TOO_MANY = ["engine=ray", "engine.workers=64", "engine.cpus_per_worker=1"]
@@ -93,20 +91,6 @@ def test_more_workers_than_room_are_cut_and_too_large_ones_refused(
 def test_no_cluster_at_the_address(tiny_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["render", *tiny_run, *ON_RAY, "engine.address=127.0.0.1:1"]) == 2
     assert "No Ray cluster at engine.address=127.0.0.1:1" in capsys.readouterr().err
-
-
-def test_auto_fills_a_machine() -> None:
-    laptop = crew(EngineConfig(), 2, 0, 100)
-    assert (laptop.workers, laptop.threads, laptop.device) == (2, 1, "cpu")
-    box = crew(EngineConfig(), 16, 1, 100)
-    assert (box.workers, box.cpus, box.gpus, box.device) == (1, 16, 1, "cuda")
-    shared = crew(EngineConfig(gpus_per_worker=0.5), 16, 1, 100)
-    assert (shared.workers, shared.cpus) == (2, 8)
-    no_gpu = crew(EngineConfig(gpus_per_worker=0), 16, 1, 100)
-    assert (no_gpu.device, no_gpu.gpus) == ("cpu", 0)
-    assert crew(EngineConfig(), 64, 0, 3).workers == 3
-    one = crew(EngineConfig(workers=1), 2, 0, 100)
-    assert (one.workers, one.threads) == (1, 2)
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])

@@ -55,6 +55,9 @@ def test_the_whole_path_and_again(tiny_run: list[str], tmp_path: Path, capsys: p
     lost = next((folder / "shards" / "render").rglob("*.h5"))
     lost.unlink()
     assert cli.main(["run", *tiny_run]) == 0
+    assert not lost.exists()  # atlas.h5 holds its pictures
+    (folder / "atlas.h5").unlink()
+    assert cli.main(["run", *tiny_run]) == 0
     after = shard_times(folder)
     assert {n for n, t in after.items() if times.get(n) != t} == {lost.name}
     assert all(np.array_equal(before[k], v) for k, v in pictures(folder).items())
@@ -238,9 +241,13 @@ def test_a_damaged_shard_is_made_again(tiny_run: list[str], tmp_path: Path, caps
     data = bytearray(damaged.read_bytes())
     data[at + 20] ^= 1
     damaged.write_bytes(data)
+    # As long as atlas.h5 holds its pictures, nothing needs it; without, what is whole of it is kept.
+    (folder / "atlas.h5").unlink()
+    times = shard_times(folder)
     capsys.readouterr()
     assert cli.main(["run", *tiny_run]) == 0
-    assert "is damaged; its work is done again" in capsys.readouterr().err
+    assert "1 whole pictures kept, the file set aside as" in capsys.readouterr().err
+    assert {n.split("-")[2] for n in shard_times(folder).keys() - times.keys()} == {"1"}
     assert cli.main(["verify", str(folder)]) == 0
     assert all(np.array_equal(before[k], v) for k, v in pictures(folder).items())
 
@@ -261,8 +268,8 @@ def test_shards_that_nobody_sees_are_no_success(
     """As when a cluster's nodes share no file system: workers report, but the driver has nothing."""
     from pipeline import worker
 
-    whole = worker.shards.write
-    monkeypatch.setattr(worker.shards, "write", lambda path, *rest: whole(Path(f"{path}.elsewhere"), *rest))
+    whole = worker.shards.place
+    monkeypatch.setattr(worker.shards, "place", lambda path, data: whole(Path(f"{path}.elsewhere"), data))
     assert cli.main(["render", *tiny_run]) == 1
     assert "do all workers and this driver see the run's folder" in (tmp_path / "tiny" / "failures.csv").read_text()
 

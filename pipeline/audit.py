@@ -1,0 +1,267 @@
+"""Is a run whole, and what can be saved of one that is not: verify, repair, compact.
+
+Nothing here deletes finished work: a damaged file is renamed once all whole pictures in it have a shard of their
+own, and shards go only when atlas.h5 was seen to hold, to the last pixel, what they hold.
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import examples, shards, store
+from pipeline.errors import AtlasError, first_line
+from pipeline.examples import Sweep
+from pipeline.folder import RunFolder
+from pipeline.inventory import Inventory, put_aside
+from pipeline.plan import Plan
+from pipeline.render import render
+from pipeline.shards import Damaged, Shard
+from pipeline.worker import Worker, render_digest
+
+log = logging.getLogger(__name__)
+
+Wrong = tuple[str, str]
+
+# How far a picture may be from its second rendering, in levels of 255: rounding differs with machine and batch.
+TOLERANCE = 1
+
+
+def verify(folder: RunFolder, made: Plan | None = None, sample: int = 0) -> list[Wrong]:
+    """What is wrong with a run, as (where, what); empty if it is whole.
+
+    Reads atlas.h5 and all shards to the last byte and holds every picture against its digest, the content against
+    the plan, and renders `sample` pictures of `made` again, drawn by the run's seed.
+    """
+    wrong: list[Wrong] = []
+    if folder.atlas.is_file():
+        wrong += store.verify(folder.atlas, folder.planned())
+        wrong += [(part.inside.strip("/"), what) for part, what in _damaged_parts(folder.atlas)]
+    elif next(folder.shards.rglob("*.h5"), None) is None:
+        raise AtlasError(f"{folder.path} has no finished work yet; `atlas run` makes it.")
+    else:
+        wrong.append((folder.atlas.name, "is not there; `atlas run` writes it from the shards"))
+    for path in sorted(folder.shards.rglob("*.h5")):
+        shard = shards.read(path)
+        if shard is None or shard.damage():
+            where = str(path.relative_to(folder.path))
+            wrong.append((where, "is damaged; `atlas repair` keeps what is whole of it, `atlas run` makes the rest"))
+    for path in sorted(folder.path.rglob("*.damaged")):
+        log.info("%s was set aside; delete it when you need it no more", path.relative_to(folder.path))
+    if not wrong and made is not None and sample:
+        wrong += _rendered_again(folder.atlas, made, sample)
+    return wrong
+
+
+def _damaged_parts(atlas: Path) -> list[tuple[Shard, str]]:
+    """Parts of an atlas with a picture that is not what its digest says."""
+    found = []
+    for part in store.parts(atlas).values():
+        try:
+            whole, total = len(_whole(part)), int((part.get("status")["status"] != "missing").sum())
+        except Damaged as error:
+            found.append((part, first_line(error)))
+            continue
+        if whole < total:
+            what = (
+                f"{total - whole} of {total} pictures are not what their digests say; `atlas repair` keeps the others"
+            )
+            found.append((part, what))
+    return found
+
+
+def _whole(shard: Shard) -> list[tuple[int, int]]:
+    """(row, variant) of a shard's pictures that can be read and have their digest."""
+    found = []
+    small = shard.get("status", "images_sha256")
+    with shard.opened() as opened:
+        pictures = shards.dataset(opened, "images")
+        for i, v in np.argwhere(small["status"] != "missing").tolist():
+            try:
+                picture = pictures[i, v]
+            except OSError:
+                continue
+            if np.array_equal(shards.picture_digests(picture[None, None])[0, 0], small["images_sha256"][i, v]):
+                found.append((i, v))
+    return found
+
+
+def _rendered_again(atlas: Path, made: Plan, sample: int) -> list[Wrong]:
+    """Render some pictures of a whole atlas once more and compare."""
+    parts = store.parts(atlas)
+    rows = [row for row in made.rows if (row.layer.name, render_digest(made.setup, row.layer, row.canvas)) in parts]
+    units = [(row, channel, v) for row in rows for channel in row.channels for v in range(made.config.render.variants)]
+    chosen = np.random.default_rng(made.config.run.seed).permutation(len(units))[:sample]
+    worker = Worker(made.setup)
+    wrong: list[Wrong] = []
+    for row, channel, variant in (units[i] for i in sorted(chosen)):
+        part = parts[row.layer.name, render_digest(made.setup, row.layer, row.canvas)]
+        at = part.get("channels")["channels"].tolist().index(channel)
+        with part.opened() as opened:
+            kept = shards.dataset(opened, "images")[at, variant]
+        preset, seed = made.config.render, made.config.run.seed
+        (again,) = render(worker.folded, row.layer, [(channel, variant)], preset, seed, row.canvas)
+        apart = int(np.abs(again.image.astype(int) - kept).max())
+        log.info("%s:%d rendered again: %d levels apart at most", row.layer.name, channel, apart)
+        if apart > TOLERANCE:
+            wrong.append(
+                (f"{row.layer.name}:{channel}", f"rendered again, it is {apart} levels of 255 from what is kept")
+            )
+    return wrong
+
+
+def rescue(shard: Shard, folder: RunFolder) -> int:
+    """Give all whole pictures of a damaged file shards of their own, and set the file aside; returns their number.
+
+    For an atlas this means every picture in it that no shard has.
+    """
+    if not shard.inside:
+        kept = _rescue_part(shard, folder)
+    else:
+        kept = sum(_rescue_part(part, folder) for part in store.parts(shard.path).values())
+    aside = put_aside(shard.path)
+    log.warning("%s: %d whole pictures kept, the file set aside as %s", shard.path, kept, aside.name)
+    return kept
+
+
+def _rescue_part(shard: Shard, folder: RunFolder) -> int:
+    if "layer" not in shard.attributes:  # a piece of the dataset pass is whole or not at all
+        return 0
+    try:
+        arrays = shard.get("channels", *(n for n in _names(shard) if n not in ("channels", "images")))
+        whole = set(_whole(shard))
+    except Damaged:
+        return 0
+    where = folder.shards / "render" / shards.safe(str(shard.attributes["layer"]))
+    digest = str(shard.attributes["digest"])
+    have = {
+        int(c)
+        for other in shards.find(where, digest)
+        if other.path != shard.path
+        for c in other.get("channels")["channels"]
+    }
+    variants = arrays["status"].shape[1]
+    rows = [
+        i
+        for i, channel in enumerate(arrays["channels"].tolist())
+        if channel not in have and all((i, v) in whole for v in range(variants))
+    ]
+    if not rows:
+        return 0
+    with shard.opened() as opened:
+        images = np.stack([shards.dataset(opened, "images")[i] for i in rows])
+    content = {name: array[rows] for name, array in arrays.items() if name != "images_sha256"}
+    numbers = content["channels"].tolist()
+    name = f"{numbers[0]}-{numbers[-1]}-{len(rows)}-rescued-{digest[:12]}.h5"
+    keys = ("digest", "layer", "objective", "natural", "preset")
+    attributes = {key: value for key, value in shard.attributes.items() if key in keys}
+    shards.write(where / name, attributes, content | {"images": images})
+    return len(rows) * variants
+
+
+def _names(shard: Shard) -> list[str]:
+    with shard.opened() as opened:
+        return shards.names(opened)
+
+
+def put_aside_unreadable(folder: RunFolder) -> None:
+    """An atlas.h5 that can't even be opened is kept under another name, never overwritten by a poorer one."""
+    if folder.atlas.is_file() and store.identity(folder.atlas) is None:
+        log.warning("atlas.h5 can't be read and was set aside as %s", put_aside(folder.atlas).name)
+
+
+def repair(folder: RunFolder) -> list[Wrong]:
+    """Set aside what is broken, after saving what is whole of it; (where, what was done)."""
+    done: list[Wrong] = []
+    shards.sweep(folder.path)
+    for path in sorted(folder.shards.rglob("*.h5")):
+        shard = shards.read(path)
+        if shard is None:
+            put_aside(path)
+            done.append((str(path.relative_to(folder.path)), "can't be read; set aside"))
+        elif shard.damage():
+            kept = rescue(shard, folder)
+            done.append((str(path.relative_to(folder.path)), f"set aside; {kept} whole pictures kept"))
+    if folder.atlas.is_file():
+        if store.identity(folder.atlas) is None:
+            put_aside_unreadable(folder)
+            done.append((folder.atlas.name, "can't be read; set aside"))
+        elif _damaged_parts(folder.atlas) or _torn(folder.atlas):
+            kept = rescue(Shard(folder.atlas, {}, "/"), folder)
+            done.append((folder.atlas.name, f"set aside; {kept} pictures that no shard had were kept"))
+    return done
+
+
+def _torn(atlas: Path) -> bool:
+    return any("can't be" in what for _, what in store.verify(atlas, {}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Compacted:
+    """How many shards went, and the bytes that they took."""
+
+    removed: int
+    bytes: int
+    kept: int
+
+
+def compact(folder: RunFolder, made: Plan) -> Compacted:
+    """Delete shards whose every picture atlas.h5 holds, and melt the pieces of the dataset pass into one.
+
+    Raises `AtlasError` unless atlas.h5 is whole. Shards of other settings, which it does not hold, stay.
+    """
+    if not folder.atlas.is_file():
+        raise AtlasError(f"{folder.path} has no atlas.h5 yet; `atlas run` makes it.")
+    wrong = verify(folder)
+    if wrong:
+        raise AtlasError(
+            f"Not compacted: {wrong[0][0]} {wrong[0][1]}" + (f" (and {len(wrong) - 1} more)" if wrong[1:] else "")
+        )
+    removable = [shard.path for shard in _melted(folder, made)]
+    parts = store.parts(folder.atlas)
+    digests = {key: part.get("channels", "images_sha256", "status") for key, part in parts.items()}
+    for path in sorted((folder.shards / "render").rglob("*.h5")):
+        shard = shards.read(path)
+        if shard is None:
+            continue
+        own = shard.get("channels", "images_sha256")
+        kept = digests.get((str(shard.attributes["layer"]), str(shard.attributes["digest"])))
+        if kept is None:
+            continue
+        row = {int(c): i for i, c in enumerate(kept["channels"]) if (kept["status"][i] != "missing").all()}
+        if all(
+            int(c) in row and np.array_equal(own["images_sha256"][i], kept["images_sha256"][row[int(c)]])
+            for i, c in enumerate(own["channels"])
+        ):
+            removable.append(path)
+    size = sum(path.stat().st_size for path in removable)
+    for path in removable:
+        path.unlink()
+    for empty in sorted((p for p in folder.shards.rglob("*") if p.is_dir()), reverse=True):
+        if not any(empty.iterdir()):
+            empty.rmdir()
+    return Compacted(len(removable), size, sum(1 for _ in folder.shards.rglob("*.h5")))
+
+
+def _melted(folder: RunFolder, made: Plan) -> list[Shard]:
+    """Pieces of a complete dataset pass that one new shard has taken the place of."""
+    held = Inventory(made, folder)
+    pieces = list(held.ranges.values())
+    if not held.covered or len(pieces) < 2:
+        return []
+    names = [row.layer.name for row in made.rows]
+    sweeps = [Sweep.from_arrays(names, piece.arrays()) for piece in pieces]
+    arrays = examples.merge(sweeps, made.config.examples.k).arrays()
+    digest = made.examples_digest
+    path = folder.shards / "examples" / f"0-{held.total}-{digest[:12]}.h5"
+    shards.write(path, {"digest": digest, "start": 0, "end": held.total}, arrays)
+    whole = shards.read(path)
+    assert whole is not None
+    again = whole.arrays()
+    if again.keys() != arrays.keys() or any(
+        not np.array_equal(again[k], v, equal_nan=v.dtype.kind == "f") for k, v in arrays.items()
+    ):
+        path.unlink()
+        raise AtlasError("The dataset pass could not be written again as one shard; nothing was deleted.")
+    return pieces

@@ -1,0 +1,103 @@
+"""What a run's folder already holds of its plan: shards, and what atlas.h5 kept of shards that are gone."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import shards, store
+from pipeline.folder import RunFolder
+from pipeline.plan import Plan
+from pipeline.shards import Damaged, Shard
+from pipeline.worker import render_digest
+
+log = logging.getLogger(__name__)
+
+
+class Inventory:
+    """Finished work of a plan.
+
+    Small arrays are read, pictures are not: those are held against their digests when they are copied into
+    atlas.h5, and a damaged one is made again then. What `known` has read before is not read again.
+    """
+
+    def __init__(self, made: Plan, folder: RunFolder, known: "Inventory | None" = None) -> None:
+        self.folder = folder
+        self.total = len(made.setup.dataset.photos)
+        self.small: dict[tuple[Path, str], dict[str, np.ndarray]] = dict(known.small) if known else {}
+        self.ranges = chosen_ranges(shards.find(folder.shards / "examples", made.examples_digest))
+        self.pictures: dict[str, list[Shard]] = {}
+        in_atlas = store.parts(folder.atlas)
+        for row in made.rows:
+            where = folder.shards / "render" / shards.safe(row.layer.name)
+            digest = render_digest(made.setup, row.layer, row.canvas)
+            found = [shard for shard in shards.find(where, digest) if self._reads(shard)]
+            self.pictures[row.layer.name] = found
+            # An atlas counts for what no shard has: after `atlas compact` that is all of it.
+            part = in_atlas.get((row.layer.name, digest))
+            if part is not None and self._reads(part) and self._of(part) - self.channels(row.layer.name):
+                found.append(part)
+
+    def _reads(self, shard: Shard) -> bool:
+        """Read a shard's small arrays; one that can't be read is set aside and said so."""
+        key = (shard.path, shard.inside)
+        if key not in self.small:
+            try:
+                self.small[key] = shard.get("channels", "status")
+            except Damaged as error:
+                log.warning("%s; its work is done again", error)
+                if not shard.inside:
+                    put_aside(shard.path)
+                return False
+        return True
+
+    def _of(self, shard: Shard) -> set[int]:
+        small = self.small[shard.path, shard.inside]
+        return set(map(int, small["channels"][(small["status"] != "missing").all(-1)]))
+
+    def channels(self, layer: str) -> set[int]:
+        """Channels of a layer that have their pictures."""
+        return {c for shard in self.pictures[layer] for c in self._of(shard)}
+
+    def failed(self, layer: str) -> list[tuple[int, int]]:
+        """(channel, variant) of pictures of a layer that did not rise."""
+        found = set()
+        for small in (self.small[shard.path, shard.inside] for shard in self.pictures[layer]):
+            found |= {(int(small["channels"][i]), int(v)) for i, v in np.argwhere(small["status"] == "failed")}
+        return sorted(found)
+
+    @property
+    def covered(self) -> bool:
+        """Whether every photograph was swept."""
+        return not gaps(self.ranges, self.total)
+
+
+def chosen_ranges(found: Iterable[Shard]) -> dict[tuple[int, int], Shard]:
+    """Shards of the dataset pass that do not overlap, the longest first, by range and in order.
+
+    Work cut in other portions at another time leaves ranges that overlap; a photograph must count once.
+    """
+    kept: dict[tuple[int, int], Shard] = {}
+    ranges = {(int(s.attributes["start"]), int(s.attributes["end"])): s for s in found}
+    for start, end in sorted(ranges, key=lambda r: (r[0] - r[1], r)):
+        if all(end <= a or b <= start for a, b in kept):
+            kept[start, end] = ranges[start, end]
+    return dict(sorted(kept.items()))
+
+
+def gaps(ranges: Iterable[tuple[int, int]], total: int) -> list[tuple[int, int]]:
+    """What of 0 … total - 1 is in none of the (start, end) ranges."""
+    found, at = [], 0
+    for start, end in [*sorted(ranges), (total, total)]:
+        if start > at:
+            found.append((at, min(start, total)))
+        at = max(at, end)
+    return found
+
+
+def put_aside(path: Path) -> Path:
+    """Rename a damaged file, so that nobody takes it for whole: not removed, it may be the file system's bad moment."""
+    aside = path.with_name(f"{path.name}.damaged")
+    path.replace(aside)
+    return aside

@@ -1,0 +1,237 @@
+"""What the engine decides without Ray: crews, cuts, and what a worker does about memory."""
+
+import dataclasses
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import compose
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import shards, worker
+from pipeline.config import EngineConfig
+from pipeline.engine import Failure, TooManyFailures, crew, opened, ordered
+from pipeline.inventory import chosen_ranges, gaps
+from pipeline.plan import SHARE, Plan, make_plan, portions
+from pipeline.progress import Post, Stage, report, told
+from pipeline.shards import Shard
+from pipeline.worker import Done, Task, Unfit, Worker
+
+
+def test_auto_fills_a_machine() -> None:
+    laptop = crew(EngineConfig(), [(2, 0)], 100)
+    assert (laptop.workers, laptop.threads, laptop.device) == (2, 1, "cpu")
+    box = crew(EngineConfig(), [(16, 1)], 100)
+    assert (box.workers, box.cpus, box.gpus, box.device) == (1, 16, 1, "cuda")
+    shared = crew(EngineConfig(gpus_per_worker=0.5), [(16, 1)], 100)
+    assert (shared.workers, shared.cpus) == (2, 8)
+    no_gpu = crew(EngineConfig(gpus_per_worker=0), [(16, 1)], 100)
+    assert (no_gpu.device, no_gpu.gpus) == ("cpu", 0)
+    assert crew(EngineConfig(), [(64, 0)], 3).workers == 3
+    one = crew(EngineConfig(workers=1), [(2, 0)], 100)
+    assert (one.workers, one.threads) == (1, 2)
+
+
+def test_auto_fills_a_cluster_of_mixed_nodes() -> None:
+    # A head without cores, a node with 4 GPUs, one with 2 but few cores, and one with none, which rests.
+    mixed = crew(EngineConfig(), [(0, 0), (32, 4), (6, 2), (64, 0)])
+    assert (mixed.workers, mixed.cpus, mixed.gpus, mixed.device) == (6, 3, 1, "cuda")
+    cores = crew(EngineConfig(), [(0, 0), (3, 0), (64, 0)])
+    assert (cores.workers, cores.cpus, cores.device) == (67, 1, "cpu")
+    # No worker spans two nodes.
+    wide = crew(EngineConfig(cpus_per_worker=4), [(6, 0), (7, 0), (2, 0)])
+    assert wide.workers == 2 and wide.room([(3, 0), (8, 0)]) == 2
+    assert crew(EngineConfig(workers=12), [(8, 0), (8, 0)]).cpus == 1
+
+
+@given(
+    count=st.integers(1, 3000),
+    each=st.floats(0.001, 500),
+    other=st.floats(0, 1e5),
+    workers=st.integers(1, 600),
+    batch=st.integers(1, 64),
+)
+def test_portions_are_short_whole_and_finer_at_the_end(
+    count: int, each: float, other: float, workers: int, batch: int
+) -> None:
+    left, longest, least = other + count * each, 120.0, min(batch, 4)
+    sizes = list(portions(count, each, left, workers, longest, batch, least))
+    assert sum(sizes) == count and min(sizes) >= 1
+    for size in sizes:
+        # Never longer than asked (unless one alone is), and only the smallest exceed their share of what is left.
+        assert size * each <= longest * (1 + 1e-9) or size == 1
+        assert size <= least or size * each <= left / (SHARE * workers) * (1 + 1e-6) or size == 1
+        left -= size * each
+
+
+@pytest.fixture(scope="module")
+def tiny_plan(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> Plan:
+    from conftest import TINY
+
+    where = [f"run.root={tmp_path_factory.mktemp('plan')}", "run.name=tiny", "data=folder", f"data.root={photo_folder}"]
+    return make_plan(compose([*TINY, *where]).config, timed=False)
+
+
+def test_tasks_cover_the_plan_once_longest_first(tiny_plan: Plan, tmp_path: Path) -> None:
+    nothing: dict[str, set[int]] = {row.layer.name: set() for row in tiny_plan.rows}
+    tasks = tiny_plan.render_tasks(tmp_path, nothing, 1)
+    units = [(task.layer, c) for task in tasks for c in task.channels]
+    assert sorted(units) == sorted((row.layer.name, c) for row in tiny_plan.rows for c in row.channels)
+    costs = [task.cost for task in ordered(tasks)]
+    assert costs == sorted(costs, reverse=True) and len({task.path for task in tasks}) == len(tasks)
+    # What is done is not cut again.
+    done = nothing | {tasks[0].layer: set(tasks[0].channels)}
+    rest = tiny_plan.render_tasks(tmp_path, done, 1)
+    assert not {(t.layer, c) for t in rest for c in t.channels} & {(tasks[0].layer, c) for c in tasks[0].channels}
+    pieces = tiny_plan.examples_tasks(tmp_path, [(0, 6), (14, 20)], 1)
+    assert sorted(i for t in pieces for i in range(t.start, t.end)) == [*range(6), *range(14, 20)]
+
+
+def test_a_photograph_counts_once_however_ranges_overlap() -> None:
+    found = [Shard(Path("x"), {"start": a, "end": b}) for a, b in ((0, 8), (8, 16), (0, 12), (16, 20))]
+    assert list(chosen_ranges(found)) == [(0, 12), (16, 20)]
+    assert gaps([(0, 12), (16, 20)], 25) == [(12, 16), (20, 25)] and gaps([(0, 25)], 25) == []
+
+
+def out_of_memory_over(limit: int, sizes: list[int]) -> Any:
+    whole = worker.render
+
+    def render(model: Any, layer: Any, units: list[Any], *rest: Any) -> Any:
+        sizes.append(len(units))
+        if len(units) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return whole(model, layer, units, *rest)
+
+    return render
+
+
+def test_out_of_memory_halves_the_batch_and_is_remembered(
+    tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(tiny_plan.config, engine=dataclasses.replace(tiny_plan.config.engine, batch=8))
+    setup = dataclasses.replace(tiny_plan.setup, config=config)
+    row = tiny_plan.rows[0]
+    tasks = [
+        Task("render", str(tmp_path / f"{i}.h5"), "d", 1.0, row.layer.name, tuple(range(i, i + 6)), row.canvas)
+        for i in (0, 6, 12)
+    ]
+    sizes: list[int] = []
+    monkeypatch.setattr(worker, "render", out_of_memory_over(3, sizes))
+    one = Worker(setup)
+    first, second = one.do(tasks[0]), one.do(tasks[1])
+    assert sizes == [6, 3, 3, 3, 3] and first.batch == ("cpu", 3) and second.batch is None
+    # Another worker on the same kind of device starts with what was learnt.
+    assert Worker(setup).do(tasks[2], {"cpu": 3, "NVIDIA H100": 1}).batch is None
+    assert sizes[5:] == [3, 3]
+    # Batches are no part of a picture.
+    monkeypatch.setattr(worker, "render", out_of_memory_over(99, []))
+    Worker(setup).do(dataclasses.replace(tasks[0], path=str(tmp_path / "whole.h5")))
+    halves, whole = (shards.read(tmp_path / name) for name in ("0.h5", "whole.h5"))
+    assert halves is not None and whole is not None
+    a, b = halves.arrays(), whole.arrays()
+    assert np.abs(a["images"].astype(int) - b["images"]).max() <= 1 and np.array_equal(a["seed"], b["seed"])
+    # A single picture that does not fit is a failure with its reason.
+    monkeypatch.setattr(worker, "render", out_of_memory_over(0, sizes))
+    with pytest.raises(torch.OutOfMemoryError):
+        Worker(setup).do(tasks[0])
+
+
+def test_photographs_too_many_for_memory_are_halved(
+    tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, sizes = worker.examples.sweep, []
+
+    def sweep(model: Any, layers: Any, dataset: Any, start: int, end: int, config: Any, stop: Any) -> Any:
+        sizes.append(config.batch)
+        if config.batch > 2:
+            raise torch.OutOfMemoryError
+        return whole(model, layers, dataset, start, end, config, stop)
+
+    monkeypatch.setattr(worker.examples, "sweep", sweep)
+    one = Worker(tiny_plan.setup)
+    one.do(Task("examples", str(tmp_path / "a.h5"), "d", 1.0, start=0, end=4))
+    one.do(Task("examples", str(tmp_path / "b.h5"), "d", 1.0, start=4, end=8))
+    assert sizes == [4, 2, 2] and shards.read(tmp_path / "b.h5") is not None
+
+
+def test_a_poisoned_context_makes_a_worker_unfit(
+    tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poisoned(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(worker, "render", poisoned)
+    row = tiny_plan.rows[0]
+    with pytest.raises(Unfit, match="illegal memory access"):
+        Worker(tiny_plan.setup).do(Task("render", str(tmp_path / "x.h5"), "d", 1.0, row.layer.name, (0,), row.canvas))
+
+
+def test_a_worker_that_grew_is_worn(tiny_plan: Plan) -> None:
+    engine = dataclasses.replace(tiny_plan.config.engine, memory_gb=0.001)
+    setup = dataclasses.replace(tiny_plan.setup, config=dataclasses.replace(tiny_plan.config, engine=engine))
+    one = Worker(setup)
+    assert one._worn() == ""  # over the limit from the start: another one would be no better
+    one.first_memory /= 2
+    assert "grew from" in one._worn()
+    assert Worker(tiny_plan.setup)._worn() == ""
+
+
+def test_photographs_that_are_sent_stay_in_their_folder(tiny_plan: Plan) -> None:
+    one = Worker(tiny_plan.setup)
+    with pytest.raises(shards.AtlasError, match="leads out of its folder"), one._photographs({"../x.png": b""}):
+        pass
+    with one._photographs({"a/b.png": b"1"}):
+        assert Path(one.dataset.roots[""], "a/b.png").read_bytes() == b"1"
+
+
+class Moody:
+    """A worker that does nothing but count, and fails for some tasks."""
+
+    def __init__(self, setup: Any, stop: Any = None, weights: Any = None) -> None:
+        self.calls: dict[str, int] = {}
+
+    def do(self, task: Task, *_: object) -> Done:
+        self.calls[task.path] = self.calls.get(task.path, 0) + 1
+        if task.layer == "broken" or (task.layer == "moody" and self.calls[task.path] < 3):
+            raise ValueError(f"no {task.path}")
+        return Done(task.path, 0.0)
+
+
+def do_all(layers: list[str], **settings: Any) -> list[Any]:
+    tasks = [Task("render", str(i), "d", float(-i), layer, (i,)) for i, layer in enumerate(layers)]
+    told_of: list[Any] = []
+    setup: Any = types.SimpleNamespace()
+    with opened(EngineConfig(name="inline", **settings), Moody) as engine:
+        try:
+            engine.execute(tasks, setup, lambda task, result: told_of.append(result), lambda: None)
+        except TooManyFailures as error:
+            told_of.append(error)
+    return told_of
+
+
+def test_three_tries_then_set_aside_and_on() -> None:
+    told_of = do_all(["good", "moody", "broken", "good"])
+    assert [type(t) for t in told_of] == [Done, Done, Failure, Done]
+    assert told_of[2].reason == "ValueError: no 2" and "Traceback" in told_of[2].detail
+
+
+def test_too_many_in_a_row_stop_the_run() -> None:
+    told_of = do_all(["good", *["broken"] * 5], max_failures=3)
+    assert [type(t) for t in told_of] == [Done, Failure, Failure, Failure, TooManyFailures]
+    assert len(do_all(["broken", "broken", "good", "broken", "broken", "good"], max_failures=3)) == 6
+
+
+def test_the_report_says_who_was_idle() -> None:
+    stage = Stage("render", "units", 10, 8, fresh=8, failed=2, began=0.0, ended=4.0, seconds=6.0)
+    posts = [Post("a:1", 0.0, 4.0, 4.0, 5), Post("b:2", 0.0, 4.0, 1.0, 3, "worker lost")]
+    summary = report([stage], posts, 5.0, 2)
+    assert summary["stages"]["render"] == {
+        "units": 8, "failed": 2, "seconds": 4.0, "worker_seconds": 6.0, "per_second": 2.0,
+    }  # fmt: skip
+    lines = told(summary, most=1)
+    assert lines[0] == "render: 8 units in 4 s, 2/s" and "62%" in lines[1]
+    assert lines[2] == "  b:2: 3 tasks, 25% of 4 s; worker lost" and "1 busier" in lines[3]
