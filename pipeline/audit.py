@@ -101,7 +101,7 @@ def _rendered_again(atlas: Path, made: Plan, sample: int) -> list[Wrong]:
         with part.opened() as opened:
             kept = shards.dataset(opened, "images")[at, variant]
         preset, seed = made.config.render, made.config.run.seed
-        (again,) = render(worker.folded, row.layer, [(channel, variant)], preset, seed, row.canvas)
+        (again,) = render(worker.folded(row.layer), row.layer, [(channel, variant)], preset, seed, row.canvas)
         apart = int(np.abs(again.image.astype(int) - kept).max())
         log.info("%s:%d rendered again: %d levels apart at most", row.layer.name, channel, apart)
         if apart > TOLERANCE:

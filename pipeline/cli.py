@@ -75,6 +75,10 @@ def request_of(composed: DictConfig) -> Request:
     tree: Any = OmegaConf.to_container(composed, resolve=True)
     tree.pop("hydra", None)
     tree.pop("experiment", None)
+    network = tree.get("model")
+    if isinstance(network, dict) and network.get("name") is None and "target" in network:
+        place = str(network["target"] or "custom").partition(":")[0]
+        network["name"] = safe(Path(place).name.removesuffix(".py").removesuffix(".pt2"))
     section = tree.get("run")
     if isinstance(section, dict) and section.get("name") is None:
         section["name"] = safe(f"{tree['model'].get('name')}-{tree['render'].get('name')}")

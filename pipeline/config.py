@@ -12,11 +12,11 @@ from typing import Any
 from pipeline.canvases import CANVASES
 from pipeline.errors import AtlasError
 from pipeline.examples import ExamplesConfig
-from pipeline.layers import LayersConfig
-from pipeline.models import ModelConfig
 from pipeline.objectives import OBJECTIVES
 from pipeline.optimizers import OPTIMIZERS
 from pipeline.photos import DataConfig
+from pipeline.policies import LayersConfig
+from pipeline.recipes import ModelConfig
 from pipeline.registry import build
 from pipeline.render import RenderConfig
 from pipeline.site import SiteConfig

@@ -1,39 +1,51 @@
 """Receptive field, stride and offset of layers, found by probing with NaN.
 
-Set the input's first x columns to NaN: exactly those units become NaN whose receptive field begins before
-column x. NaN passes through convolution, normalisation, activation, pooling, addition, concatenation and
-attention alike, so the answer is exact for any network, functional operations included. Sliding x over two
-strides of the layer shows where its units' fields begin, and their distance; the same from the right where
-they end. A layer whose last unit already sees the first column sees the whole image.
+Set some rows of the input to NaN: exactly those units become NaN that see one of them. NaN passes through
+convolution, normalisation, activation, pooling, addition, concatenation and attention alike, so the answer is
+exact for any network, functional operations included. A block of NaN slid over one stride of a layer finds the
+row where the field of one of its units begins and the row where another's ends; that is all there is to know.
+
+The probes are long and narrow where the network takes such pictures, and grow until a field fits: a field may
+be larger than the network's own input. A layer whose units all see the block, however long the probe, sees the
+whole image.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from pipeline.errors import AtlasError, first_line
 from pipeline.layers import Field, Layer, capture
 from pipeline.models import Model
 
-BATCH = 16
+log = logging.getLogger(__name__)
+
+# No probe is longer (pixels), and no batch of probes larger (pixels in all): a bound on memory.
+LONGEST = 4096
+BATCH_PIXELS = 16 * 224 * 224
+
+Edge = tuple[int, int]
+Axis = tuple[int, int, int]
 
 
 def receptive_fields(model: Model, layers: Sequence[Layer]) -> dict[str, Field | None]:
     """Receptive field of each layer by name; None where a unit sees the whole image (or no map is left).
 
-    Runs on the model's device, which must be the CPU: GPU kernels may smear NaN over a tile. A field larger
-    than about twice the network's input cannot be told from the whole image and is reported as such.
+    Runs on the model's device, which must be the CPU: GPU kernels may smear NaN over a tile. Where fields
+    differ from unit to unit (windows of attention), the field is the smallest that holds every unit's. For a
+    network that takes one size only, a field that reaches over the picture from one side to the other is
+    reported as the whole image.
     """
-    mapped = [layer for layer in layers if layer.layout in ("maps", "maps_last") and min(layer.height, layer.width) > 1]
     found: dict[str, Field | None] = dict.fromkeys((layer.name for layer in layers), None)
-    if not mapped:
+    spatial = [layer for layer in layers if layer.spatial]
+    local = _local(model, spatial) if spatial else []
+    if not local:
         return found
-    axes = []
-    for axis in (0, 1) if not _isotropic(model) else (0,):
-        first = _edges(model, mapped, axis, mirror=False)
-        last = _edges(model, mapped, axis, mirror=True)
-        axes.append({name: _join(first[name], last[name]) for name in first})
-    for layer in mapped:
-        rows, columns = axes[0][layer.name], axes[-1][layer.name]
+    axes = [_along(model, local, axis) for axis in ((0, 1) if not _isotropic(model) else (0,))]
+    for layer in local:
+        rows, columns = axes[0].get(layer.name), axes[-1].get(layer.name)
         if rows is not None and columns is not None:
             found[layer.name] = Field((rows[0], columns[0]), (rows[1], columns[1]), (rows[2], columns[2]))
     return found
@@ -42,6 +54,8 @@ def receptive_fields(model: Model, layers: Sequence[Layer]) -> dict[str, Field |
 def _isotropic(model: Model) -> bool:
     """Whether rows and columns are treated alike by a square input and every kernel, so that one probe serves both."""
     for module in model.module.modules():
+        if hasattr(module, "type_name"):
+            return False  # an exported program keeps its kernels to itself
         for key in ("kernel_size", "stride", "padding", "dilation", "output_size"):
             value = getattr(module, key, None)
             if isinstance(value, tuple) and len(set(value)) > 1:
@@ -49,51 +63,194 @@ def _isotropic(model: Model) -> bool:
     return model.recipe.size[0] == model.recipe.size[1]
 
 
-def _join(first: tuple[int, int, int] | None, last: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
-    """(size, stride, offset) along one axis from where one unit's field begins and another's ends."""
-    if first is None or last is None or first[1] != last[1]:
-        return None
-    unit, stride, begin = first
-    begin_of_zero = begin - stride * unit
-    other, _, end = last
-    return end - stride * other - begin_of_zero + 1, stride, begin_of_zero
+@dataclasses.dataclass(frozen=True)
+class _Probe:
+    """The shape of a probe along one axis: `length` pixels along it, `width` across."""
+
+    axis: int
+    length: int
+    width: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return (self.length, self.width) if self.axis == 0 else (self.width, self.length)
 
 
-def _edges(model: Model, layers: Sequence[Layer], axis: int, mirror: bool) -> dict[str, tuple[int, int, int] | None]:
-    """For each layer (unit, stride, pixel): one unit along `axis` and where its field begins (ends, mirrored)."""
-    length = model.recipe.size[axis]
-    stride_bound = max(-(-length // (la.height, la.width)[axis]) for la in layers)
-    probes = list(range(1, min(2 * stride_bound + 2, length)))
-    touched: dict[str, list[int]] = {layer.name: [] for layer in layers}
+def _local(model: Model, layers: Sequence[Layer]) -> list[Layer]:
+    """Layers of which some unit does not see the first pixel, at some size of picture that the network takes."""
+    left = list(layers)
+    local: set[str] = set()
+    height, width = model.recipe.size
+    for factor in (1, 4):
+        long = min(height * factor, max(LONGEST, height))
+        for probe in (_Probe(0, long, width), _Probe(0, long, width * factor)):
+            if not left or (factor > 1 and probe.width > width and local):
+                break
+            touched = _touched(model, left, probe, [(0, 1)])
+            if touched is None:
+                continue
+            local |= {la.name for la in left if len(units := touched[la.name]) and not units[0].all()}
+            left = [la for la in left if la.name not in local]
+            break
+    return [layer for layer in layers if layer.name in local]
 
-    def count(layer: Layer, maps: torch.Tensor) -> None:
-        # NaN of any channel counts; units along the axis, all others reduced.
-        nan = maps.isnan().amax(dim=(1, 2 + (1 - axis)))
-        touched[layer.name] += nan.sum(dim=1).tolist()
 
-    with capture(model, layers, each=count) as forward, torch.no_grad():
-        for start in range(0, len(probes), BATCH):
-            chunk = probes[start : start + BATCH]
-            images = torch.full((len(chunk), model.recipe.channels, *model.recipe.size), 0.5)
-            for image, x in zip(images, chunk, strict=True):
-                stripe = slice(length - x, length) if mirror else slice(0, x)
-                image[(slice(None), stripe) if axis == 0 else (slice(None), slice(None), stripe)] = torch.nan
-            forward(images)
-    edges: dict[str, tuple[int, int, int] | None] = {}
-    for layer in layers:
-        counts = touched[layer.name]
-        units = (layer.height, layer.width)[axis]
-        # Probe x adds unit n - 1 to the touched ones: its field begins at column x - 1.
-        steps = [(n, x - 1) for n, before, x in zip(counts[1:], counts[:-1], probes[1:], strict=True) if n > before]
-        if len(steps) < 2 or counts[0] >= units:
-            edges[layer.name] = None
+def _along(model: Model, layers: Sequence[Layer], axis: int) -> dict[str, Axis | None]:
+    """(size, stride, offset) along one axis of each layer by name; None for the whole image."""
+    own, other = model.recipe.size[axis], model.recipe.size[1 - axis]
+    strides = {la.name: max(1, round(own / (la.height, la.width)[axis])) for la in layers}
+    found: dict[str, Axis | None] = {}
+    left = list(layers)
+    uneven: list[Layer] = []
+    for probe in _probes(model, left, axis, own, other, max(strides.values())):
+        alike, fit = _uniform(model, left, probe, strides)
+        found.update(alike)
+        uneven += [la for la in left if la.name in fit - set(alike)]
+        left = [la for la in left if la.name not in fit]
+        if not left:
+            break
+    if left or uneven:
+        found.update(_enveloped(model, [*left, *uneven], _Probe(axis, own, other), strides))
+    return found
+
+
+def _probes(model: Model, layers: Sequence[Layer], axis: int, own: int, other: int, stride: int) -> Iterator[_Probe]:
+    """Probes that the network takes, ever longer; of lengths that leave the same remainders as its own does."""
+    narrow = next(
+        (
+            width
+            for width in sorted({w for w in (32, 64, 128) if w < other} | {other})
+            if _touched(model, layers, _Probe(axis, own, width), [(0, 1)]) is not None
+        ),
+        other,
+    )
+    length = own
+    while length <= max(LONGEST, own):
+        probe = _Probe(axis, length, narrow)
+        if length == own or _touched(model, layers, probe, [(0, 1)]) is not None:
+            yield probe
+        elif length > own:
+            return
+        length += stride * max(1, round(length / stride))
+
+
+def _uniform(
+    model: Model, layers: Sequence[Layer], probe: _Probe, strides: dict[str, int]
+) -> tuple[dict[str, Axis], set[str]]:
+    """Size, stride and offset of layers whose fields are alike from unit to unit, and all names whose fields fit."""
+    most = max(strides[la.name] for la in layers)
+    middle = probe.length // 2 - most
+    blocks = [(middle + i, middle + i + most) for i in range(most + 1)]
+    if middle < most:
+        return {}, set()
+    # The first and the last block show which layers' fields fit; the others need not be run for the rest.
+    ends = _touched(model, layers, probe, [blocks[0], blocks[-1]])
+    if ends is None:
+        return {}, set()
+    fit = [la for la in layers if _inside(ends[la.name])]
+    if not fit:
+        return {}, set()
+    touched = _touched(model, fit, probe, blocks)
+    assert touched is not None, "a probe that was taken before"
+    found = {}
+    for layer in fit:
+        stride = strides[layer.name]
+        units = touched[layer.name]
+        if not _inside(units):
             continue
-        (n1, p1), (n2, p2) = steps[0], steps[1]
-        stride, remainder = divmod(p2 - p1, n2 - n1)
-        if remainder:
-            edges[layer.name] = None
-        elif mirror:
-            edges[layer.name] = (units - n1, stride, length - 1 - p1)
-        else:
-            edges[layer.name] = (n1 - 1, stride, p1)
-    return edges
+        first = units.int().argmax(1).tolist()
+        last = (units.shape[1] - 1 - units.flip(1).int().argmax(1)).tolist()
+        # Block i ends with row middle + i + most - 1: a unit first seen there begins there.
+        begins = [(last[i], blocks[i][1] - 1) for i in range(1, len(blocks)) if last[i] > last[i - 1]]
+        ends_ = [(first[i - 1], blocks[i - 1][0]) for i in range(1, len(blocks)) if first[i] > first[i - 1]]
+        begin, end = _step(begins, stride, most), _step(ends_, stride, most)
+        if begin is not None and end is not None:
+            found[layer.name] = (end - begin + 1, stride, begin)
+    return found, {la.name for la in fit}
+
+
+def _inside(units: torch.Tensor) -> bool:
+    """Whether blocks were seen, and never by the first or the last unit."""
+    return bool(units.shape[1] > 2 and units.any(1).all() and not units[:, 0].any() and not units[:, -1].any())
+
+
+def _step(edges: Sequence[Edge], stride: int, most: int) -> int | None:
+    """Where the edge of unit 0 would be, if these (unit, row) pairs are `stride` apart all along; else None."""
+    zeros = {row - stride * unit for unit, row in edges}
+    return zeros.pop() if len(zeros) == 1 and len(edges) == most // stride else None
+
+
+def _enveloped(model: Model, layers: Sequence[Layer], probe: _Probe, strides: dict[str, int]) -> dict[str, Axis | None]:
+    """Size, stride and offset of the smallest field that holds every unit's, at the network's own size.
+
+    Rows are added to the NaN from the top, then from the bottom, one smallest stride at a time. A layer one of
+    whose units sees both the first and the last row sees the whole image.
+    """
+    found: dict[str, Axis | None] = {}
+    length = probe.length
+    step = min(strides[la.name] for la in layers)
+    for narrow in sorted({min(64, probe.width), probe.width}):
+        tops = [(0, x) for x in range(1, length + 1, step)]
+        bottoms = [(x, length) for x in range(length - 1, -1, -step)]
+        probe = _Probe(probe.axis, length, narrow)
+        down = _touched(model, layers, probe, tops)
+        up = _touched(model, layers, probe, bottoms) if down is not None else None
+        if down is None or up is None:
+            continue
+        for layer in layers:
+            found[layer.name] = _envelope(down[layer.name], up[layer.name], tops, bottoms, strides[layer.name], length)
+        break
+    return found
+
+
+def _envelope(
+    down: torch.Tensor, up: torch.Tensor, tops: Sequence[Edge], bottoms: Sequence[Edge], stride: int, length: int
+) -> Axis | None:
+    if down[0].all() or up[0].all():
+        return None
+    begins, ends = [], []
+    for unit in range(down.shape[1]):
+        if not (down[:, unit].any() and up[:, unit].any()):
+            continue
+        begin = tops[int(down[:, unit].int().argmax())][1] - 1
+        end = bottoms[int(up[:, unit].int().argmax())][0]
+        if begin <= 0 and end >= length - 1:
+            return None
+        # What the picture's edge cuts off says nothing about the other edge's distance.
+        if begin > 0:
+            begins.append(begin - stride * unit)
+        if end < length - 1:
+            ends.append(end - stride * unit)
+    if not begins or not ends:
+        return None
+    return max(ends) - min(begins) + 1, stride, min(begins)
+
+
+def _touched(
+    model: Model, layers: Sequence[Layer], probe: _Probe, blocks: Sequence[Edge]
+) -> dict[str, torch.Tensor] | None:
+    """For each layer (blocks, units along the axis): which units see one of the rows start … end - 1 of a block.
+
+    None where the network does not take the probe.
+    """
+    seen: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
+
+    def note(layer: Layer, maps: torch.Tensor) -> None:
+        # NaN of any channel counts, anywhere across the axis.
+        seen[layer.name].append(maps.isnan().any(1).any(2 - probe.axis))
+
+    batch = max(1, BATCH_PIXELS // (probe.length * probe.width))
+    try:
+        with capture(model, layers, each=note) as forward, torch.no_grad():
+            for start in range(0, len(blocks), batch):
+                chunk = blocks[start : start + batch]
+                images = torch.full((len(chunk), model.recipe.channels, *probe.size), 0.5)
+                for image, (begin, end) in zip(images, chunk, strict=True):
+                    image.narrow(probe.axis + 1, begin, end - begin).fill_(torch.nan)
+                forward(images)
+        return {name: torch.cat(parts) for name, parts in seen.items()}
+    except (AtlasError, RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
+        # Networks refuse sizes in as many ways as there are networks.
+        log.debug("a probe of %s pixels is not taken: %s", probe.size, first_line(error))
+        return None

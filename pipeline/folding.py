@@ -4,17 +4,24 @@ The folded normalisation stays in its place as an identity, so that layers tappe
 input of the activation fused with it, are tapped at the same path and see the same values.
 """
 
+import collections
 import copy
+import dataclasses
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.parametrize import is_parametrized
 
-from pipeline.layers import CONVS, Trace
+from pipeline.layers import Layer
 from pipeline.models import Model
+from pipeline.trace import CONVS, Trace, tensor_of
 
 log = logging.getLogger(__name__)
+
+Pair = tuple[str, str]
 
 
 class FoldedNorm(nn.Module):
@@ -34,34 +41,66 @@ class FoldedNorm(nn.Module):
         return self.act(self.drop(x))
 
 
-def pairs(trace: Trace) -> list[tuple[str, str]]:
+def pairs(trace: Trace) -> list[Pair]:
     """(convolution, normalisation) paths where the second follows directly, both are called once, and no
     other module reads the convolution's output."""
     found = []
-    calls = [c.path for c in trace.calls]
+    counts = collections.Counter(call.path for call in trace.calls)
     for call in trace.calls:
         module = trace.modules[call.path]
-        readers = [c.path for c in trace.calls if call.output in c.inputs]
+        readers = [c.path for c in trace.readers.get(call.output, ())]
         norms = [p for p in readers if isinstance(trace.modules[p], nn.modules.batchnorm._BatchNorm)]
-        if not isinstance(module, CONVS) or isinstance(module, nn.ConvTranspose2d) or len(norms) != 1:
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        if not isinstance(module, CONVS) or transposed or len(norms) != 1 or is_parametrized(module):
             continue
         norm = trace.modules[norms[0]]
         # A container may take the tensor as its input too, when the norm is its first child: that is no reader.
-        inside = all(norms[0] == p or norms[0].startswith(p + ".") for p in readers)
-        if inside and calls.count(call.path) == calls.count(norms[0]) == 1 and norm.running_mean is not None:
+        inside = all(not p or norms[0] == p or norms[0].startswith(p + ".") for p in readers)
+        if inside and counts[call.path] == counts[norms[0]] == 1 and norm.running_mean is not None:
             found.append((call.path, norms[0]))
     return found
 
 
-def fold(model: Model) -> Model:
-    """A copy of `model` with every foldable pair folded, checked against the original on noise.
+def foldable(model: Model) -> tuple[Pair, ...]:
+    """The pairs that can be folded without changing the network, checked against the original on noise.
 
-    Where the outputs differ by more than rounding (a network that reads a convolution's output by other
-    means than a module), the original is returned.
+    None of them where the outputs differ by more than rounding: a network that reads a convolution's output by
+    other means than a module.
     """
-    trace = Trace(model)
-    module = copy.deepcopy(model.module)
-    found = pairs(trace)
+    found = tuple(pairs(Trace(model)))
+    folded = _folded(model, found)
+    noise = torch.rand(2, model.recipe.channels, *model.recipe.size, generator=torch.Generator().manual_seed(0))
+    noise = model.normalise(noise.to(next(model.module.parameters()).device))
+    with torch.no_grad():
+        before, after = tensor_of(model.module(noise)), tensor_of(folded.module(noise))
+    if before is None or after is None or not torch.allclose(
+        before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())
+    ):  # fmt: skip
+        log.info("normalisations of %s are not folded: its outputs would change", model.name)
+        return ()
+    log.debug("%d normalisations can be folded", len(found))
+    return found
+
+
+def fold(model: Model, found: Sequence[Pair] | None = None, targets: Sequence[Layer] = ()) -> Model:
+    """A twin of `model` with its foldable pairs (`found`, if known) folded, all but those that `targets` look at.
+
+    The twin shares all other weights with the original, which stays as it is.
+    """
+    found = foldable(model) if found is None else found
+    looked_at = {path for layer in targets for path in (layer.name.partition("#")[0], layer.module)}
+
+    def spared(pair: Pair) -> bool:
+        return any(path == own or path.startswith(f"{own}.") for own in pair for path in looked_at)
+
+    kept = [pair for pair in found if not spared(pair)]
+    return _folded(model, kept) if kept else model
+
+
+def _folded(model: Model, found: Sequence[Pair]) -> Model:
+    # Tensors are shared, modules are copied.
+    shared = {id(t): t for t in (*model.module.parameters(), *model.module.buffers())}
+    module = copy.deepcopy(model.module, shared)
     for conv_path, norm_path in found:
         conv, norm = module.get_submodule(conv_path), module.get_submodule(norm_path)
         weight, bias = fuse_conv_bn_weights(
@@ -70,14 +109,4 @@ def fold(model: Model) -> Model:
         conv.weight, conv.bias = weight.requires_grad_(False), bias.requires_grad_(False)
         parent, _, name = norm_path.rpartition(".")
         setattr(module.get_submodule(parent), name, FoldedNorm(norm))
-    noise = torch.rand(2, model.recipe.channels, *model.recipe.size, generator=torch.Generator().manual_seed(0))
-    noise = model.normalise(noise.to(next(module.parameters()).device))
-    with torch.no_grad():
-        before, after = model.module(noise), module(noise)
-    if isinstance(before, torch.Tensor) and torch.allclose(
-        before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())
-    ):
-        log.debug("folded %d normalisations", len(found))
-        return Model(module, model.name, model.recipe, model.digest, model.labels)
-    log.info("normalisations of %s are not folded: its outputs would change", model.name)
-    return model
+    return dataclasses.replace(model, module=module)

@@ -1,4 +1,4 @@
-"""Find every layer of a network, choose among them, and capture what they say.
+"""Find every layer of a network, and capture what it says.
 
 A *layer* is one output of one module call. It is named by the module's path, with `#2` for the second call
 of a shared module. The name of a convolution or linear layer stands for its response **before the activation
@@ -8,8 +8,7 @@ and after its own normalisation** when that follows directly; every other name s
 import contextlib
 import dataclasses
 import fnmatch
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,12 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pipeline.errors import AtlasError, nearest
+from pipeline.layouts import Axes, Layout, Part, as_maps, checked, find_axes
 from pipeline.models import Model
-
-Layout = Literal["maps", "maps_last", "tokens", "vector"]
-
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+from pipeline.trace import Call, Trace, class_of, kind_of, tensor_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +38,9 @@ class Field:
 class Layer:
     """One layer, by where it is tapped (`module`, `call`, `side`) and what comes out there.
 
-    `cost` is the number of multiply-adds of one forward pass up to this layer; `field` is None where a unit
-    sees the whole image, or where nobody has asked yet.
+    `prefix` and `grid` say how tokens become a map, `part` which of them do. `cost` is the number of
+    multiply-adds of one forward pass up to this layer; `field` is None where a unit sees the whole image, or
+    where nobody has asked yet. `alias` is the name that the literature uses, if it is another.
     """
 
     name: str
@@ -57,44 +54,29 @@ class Layer:
     width: int
     cost: float
     field: Field | None = None
+    prefix: int = 0
+    grid: tuple[int, int] | None = None
+    part: Part = "patches"
+    alias: str = ""
 
+    @property
+    def tap(self) -> list[Any]:
+        """All that says which numbers this layer gives, for digests."""
+        return [self.name, self.module, self.call, self.side, self.layout, self.prefix, self.grid, self.part]
 
-@dataclasses.dataclass(frozen=True)
-class LayersConfig:
-    """Which layers and which of their channels; see `choose` and `channels_of`."""
+    @property
+    def spatial(self) -> bool:
+        """Whether the places of its map are places of the picture."""
+        patches = self.layout in ("tokens", "tokens_first", "flat") and self.grid is not None and self.part == "patches"
+        return patches or self.layout in ("maps", "maps_last")
 
-    policy: str = "tour"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    channels: str | int | tuple[int, ...] = "all"
-    count: int = 9
+    def maps(self, output: Tensor, batch: int, size: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+        """What the tap gives for `batch` images, `size` times as large as the recipe's, as (B, C, H, W)."""
+        return as_maps(output, Axes(self.layout, self.prefix, self.grid), batch, self.part, size)
 
 
 class _Stop(Exception):
     """Raised in a hook when all wanted layers were seen: what lies behind them is never run."""
-
-
-def tensor_of(value: Any) -> Tensor | None:
-    """The tensor of a module's output or input: itself, or the first of a tuple (attention)."""
-    if isinstance(value, (tuple, list)) and value:
-        value = value[0]
-    return value if isinstance(value, Tensor) else None
-
-
-def as_maps(output: Tensor, layout: Layout) -> Tensor:
-    """Any layer output as (B, C, H, W), so that *channel c* means the same thing everywhere.
-
-    Tokens become a 1 × N map, vectors a 1 × 1 map.
-    """
-    match layout:
-        case "maps":
-            return output
-        case "maps_last":
-            return output.permute(0, 3, 1, 2)
-        case "tokens":
-            return output.transpose(1, 2).unsqueeze(2)
-        case "vector":
-            return output[:, :, None, None]
 
 
 @contextlib.contextmanager
@@ -107,6 +89,7 @@ def capture(model: Model, layers: Sequence[Layer], each: Any = None, stop: bool 
     modules = dict(model.module.named_modules())
     found: dict[str, Any] = {}
     calls: dict[tuple[str, str], int] = {}
+    own, batch, size = model.recipe.size, 1, (1.0, 1.0)
     handles: list[RemovableHandle] = []
 
     def see(path: str, side: str, value: Any, wanted: dict[int, list[Layer]]) -> None:
@@ -114,10 +97,13 @@ def capture(model: Model, layers: Sequence[Layer], each: Any = None, stop: bool 
         tensor = tensor_of(value)
         for layer in wanted.get(call, ()):
             assert tensor is not None, f"{layer.name} gives no tensor"
-            maps = as_maps(tensor, layer.layout)
+            maps = layer.maps(tensor, batch, size)
             found[layer.name] = maps if each is None else None
             if each is not None:
                 each(layer, maps)
+            elif not stop or len(found) < len(layers):
+                # The network goes on, and may add to this very tensor in place.
+                found[layer.name] = maps.clone()
         if stop and len(found) == len(layers):
             raise _Stop
 
@@ -139,14 +125,20 @@ def capture(model: Model, layers: Sequence[Layer], each: Any = None, stop: bool 
             )
 
         def forward(images: Tensor) -> dict[str, Tensor]:
+            nonlocal batch, size
             found.clear()
             calls.clear()
+            batch, size = images.shape[0], (images.shape[-2] / own[0], images.shape[-1] / own[1])
             # Channels-last is the faster layout for convolutions, on CPU and GPU alike.
             images = images.contiguous(memory_format=torch.channels_last)
             with contextlib.suppress(_Stop):
                 model.module(model.normalise(images))
             missing = [layer.name for layer in layers if layer.name not in found]
-            assert not missing, f"the network did not run {missing}"
+            if missing:
+                raise AtlasError(
+                    f"{model.name} did not run {', '.join(missing[:3])} for these images: what it computes depends on "
+                    "them. layers.exclude leaves such layers out."
+                )
             return dict(found)
 
         yield forward
@@ -156,240 +148,115 @@ def capture(model: Model, layers: Sequence[Layer], each: Any = None, stop: bool 
         found.clear()
 
 
-def kind_of(module: nn.Module) -> str:
-    """A word for what a module is: conv, linear, norm, pool, attention, activation, block, …"""
-    name = type(module).__name__
-    if isinstance(module, CONVS):
-        return "conv"
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, NORMS) or re.search(r"norm", name, re.I):
-        return "norm"
-    if "pool" in name.lower():
-        return "pool"
-    if "attention" in name.lower():
-        return "attention"
-    if any(True for _ in module.children()):
-        return "block"
-    if type(module).__module__.endswith("activation") or "activation" in type(module).__module__:
-        return "activation"
-    return name.lower()
+def enumerate_layers(
+    model: Model,
+    layouts: Mapping[str, str] | None = None,
+    part: Part = "patches",
+    prefix: int | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> list[Layer]:
+    """Every layer of the network in the order of computation, found by a few forward passes on noise.
 
-
-def enumerate_layers(model: Model) -> list[Layer]:
-    """Every layer of the network in the order of computation, found by one forward pass on noise.
-
-    Layouts are read off the shapes; a 4-D output of a linear or layer-norm module has its channels last.
+    `layouts` maps globs on layer names to layouts that are right where the search is wrong. Raises
+    `AtlasError` for a network that does not take its own input, has no layer that hooks can reach, or couples
+    the images of a batch.
     """
-    trace = Trace(model)
-    layers = []
+    trace, axes = find_axes(model)
+    layers: list[Layer] = []
+    outputs: set[int] = set()
+    used: set[str] = set()
     for call in trace.calls:
+        name = (call.path or "output") + (f"#{call.index}" if call.index > 1 else "")
+        found = axes.get(call.key)
+        for pattern, layout in (layouts or {}).items():
+            if fnmatch.fnmatchcase(name, pattern):
+                used.add(pattern)
+                found = checked(found or Axes("maps"), layout, call, name)
+        if found is None or (not call.path and call.output in outputs):
+            continue  # the whole network's output is a layer only where no module inside gives it
+        outputs.add(call.output)
+        if prefix is not None and found.layout in ("tokens", "tokens_first", "flat"):
+            found = dataclasses.replace(found, prefix=prefix)
         module = trace.modules[call.path]
         kind = kind_of(module)
-        layout = _layout(module, call.shape)
-        if layout is None:
-            continue
-        tap, shape, tap_layout = (call.path, call.index, "out"), call.shape, layout
-        if kind in ("conv", "linear"):
-            follower = next((c for c in trace.calls if call.output in c.inputs), None)
-            if follower is not None and kind_of(trace.modules[follower.path]) == "norm" and follower.shape == shape:
-                fused = f"{follower.path}.act"
-                # timm fuses norm and activation in one module; what enters its `act` is before the activation.
-                tap = (
-                    (fused, follower.index, "in") if fused in trace.modules else (follower.path, follower.index, "out")
-                )
-        maps = as_maps(torch.empty(shape, device="meta"), tap_layout)
-        layers.append(
-            Layer(
-                name=call.path + (f"#{call.index}" if call.index > 1 else ""),
-                kind=kind,
-                module=tap[0],
-                call=tap[1],
-                side=tap[2],  # type: ignore[arg-type]
-                layout=tap_layout,
-                channels=maps.shape[1],
-                height=maps.shape[2],
-                width=maps.shape[3],
-                cost=call.cost,
+        tap = _tap(trace, call) if kind in ("conv", "linear") else (call.path, call.index, "out")
+        layer = _layer(name, kind, tap, found, call, part, aliases or {})
+        layers.append(layer)
+        hidden = _hidden_projection(trace, call, layer.channels)
+        if hidden:
+            layers.append(dataclasses.replace(layer, name=name.replace(call.path, hidden, 1), kind="linear"))
+    for pattern in layouts or {}:
+        if pattern not in used:
+            raise AtlasError(
+                f"layers.layouts: no layer matches {pattern!r}. {nearest(pattern, [c.path for c in trace.calls])}"
             )
+    if not layers:
+        raise AtlasError(
+            f"{model.name} runs no module whose output has channels, so that there is nothing to hook. What it "
+            "computes with functions alone must be put into modules (torch.nn.Conv2d, torch.nn.Linear, …)."
         )
     return layers
 
 
-@dataclasses.dataclass
-class _Call:
-    path: str
-    index: int
-    shape: tuple[int, ...]
-    inputs: tuple[int, ...]
-    output: int
-    cost: float
+def _layer(
+    name: str,
+    kind: str,
+    tap: tuple[str, int, Literal["in", "out"]],
+    axes: Axes,
+    call: Call,
+    part: Part,
+    aliases: Mapping[str, str],
+) -> Layer:
+    if part == "prefix" and not axes.prefix:
+        part = "patches"
+    maps = as_maps(torch.empty(call.shape, device="meta"), axes, 1, part)
+    alias = ""
+    for short, path in aliases.items():
+        if name == path or name.startswith((f"{path}.", f"{path}#")):
+            alias = short + name[len(path) :]
+    _, channels, height, width = maps.shape
+    return Layer(
+        name, kind, *tap, axes.layout, channels, height, width, call.cost,
+        prefix=axes.prefix, grid=axes.grid, part=part, alias=alias,
+    )  # fmt: skip
 
 
-class Trace:
-    """All module calls of one forward pass, with which tensor went where."""
+def _tap(trace: Trace, call: Call) -> tuple[str, int, Literal["in", "out"]]:
+    """Where the response of a convolution or linear layer is read: after the normalisation that is its own.
 
-    def __init__(self, model: Model) -> None:
-        self.modules = dict(model.module.named_modules())
-        self.calls: list[_Call] = []
-        keep: list[Tensor] = []  # keeps ids unique
-        counts: dict[str, int] = {}
-        spent = 0.0
-
-        def after(path: str, module: nn.Module, args: Any, output: Any) -> None:
-            nonlocal spent
-            counts[path] = index = counts.get(path, 0) + 1
-            tensor = tensor_of(output)
-            if tensor is None or not tensor.is_floating_point() or tensor.shape[0] != 1:
-                return
-            if isinstance(module, (*CONVS, nn.Linear)):
-                weight = module.weight
-                spent += tensor.numel() * weight.numel() / weight.shape[0]
-            inputs = tuple(id(a) for a in args if isinstance(a, Tensor))
-            keep.extend(a for a in args if isinstance(a, Tensor))
-            keep.append(tensor)
-            self.calls.append(_Call(path, index, tuple(tensor.shape), inputs, id(tensor), spent))
-
-        handles = [
-            module.register_forward_hook(lambda m, a, o, path=path: after(path, m, a, o))
-            for path, module in self.modules.items()
-            if path
-        ]
-        try:
-            device = next(iter(model.module.parameters())).device
-            image = torch.zeros(1, model.recipe.channels, *model.recipe.size, device=device)
-            with torch.no_grad():
-                model.module(model.normalise(image))
-        finally:
-            for handle in handles:
-                handle.remove()
+    Its own is one that reads it directly, and that nothing else reads beside (a container takes the tensor
+    too, when the normalisation is its first child).
+    """
+    readers = trace.readers.get(call.output, [])
+    norm = next((c for c in readers if kind_of(trace.modules[c.path]) == "norm"), None)
+    if norm is None or norm.shape != call.shape:
+        return call.path, call.index, "out"
+    for other in readers:
+        related = other.path in ("", norm.path) or _inside(norm.path, other.path) or _inside(other.path, norm.path)
+        if not related:
+            return call.path, call.index, "out"
+    # timm fuses norm and activation in one module; what enters its `act` is before the activation.
+    fused = f"{norm.path}.act"
+    return (fused, norm.index, "in") if fused in trace.modules else (norm.path, norm.index, "out")
 
 
-def _layout(module: nn.Module, shape: tuple[int, ...]) -> Layout | None:
-    if len(shape) == 2:
-        return "vector"
-    if len(shape) == 3:
-        return "tokens"
-    if len(shape) == 4:
-        if isinstance(module, (nn.Linear, nn.LayerNorm)) and type(module).__name__ != "LayerNorm2d":
-            return "maps_last"
-        return "maps_last" if shape[1] == shape[2] != shape[3] else "maps"
+def _inside(path: str, container: str) -> bool:
+    return path.startswith(f"{container}.")
+
+
+def _hidden_projection(trace: Trace, call: Call, channels: int) -> str | None:
+    """The path of the output projection that an attention module applies as a function, unseen by hooks.
+
+    Its response is what the attention gives: torch's MultiheadAttention (`out_proj`), torchvision's Swin (`proj`).
+    """
+    module = trace.modules[call.path]
+    if kind_of(module) != "attention":
+        return None
+    for name in ("out_proj", "proj"):
+        projection = getattr(module, name, None)
+        if isinstance(projection, nn.Module) and issubclass(class_of(projection), nn.Linear):
+            path = f"{call.path}.{name}"
+            weight = getattr(projection, "weight", None)
+            if all(c.path != path for c in trace.calls) and isinstance(weight, Tensor) and len(weight) == channels:
+                return path
     return None
-
-
-def choose(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
-    """The layers that the configuration asks for, in the order of computation.
-
-    `include` beside the default policy chooses exactly the modules it matches, of whatever kind; beside any
-    other policy it narrows that policy down.
-    """
-    if config.policy not in POLICIES:
-        raise AtlasError(f"layers.policy={config.policy!r} is unknown. {nearest(config.policy, POLICIES)}")
-    if config.include and config.policy == "tour":
-        chosen = list(layers)
-    else:
-        chosen = POLICIES[config.policy](model, layers, config)
-    for key, patterns in (("include", config.include), ("exclude", config.exclude)):
-        for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(layer.name, pattern) for layer in layers):
-                names = [layer.name for layer in layers]
-                raise AtlasError(f"layers.{key}: no layer matches {pattern!r}. {nearest(pattern, names)}")
-    if config.include:
-        chosen = [la for la in chosen if any(fnmatch.fnmatchcase(la.name, p) for p in config.include)]
-    chosen = [la for la in chosen if not any(fnmatch.fnmatchcase(la.name, p) for p in config.exclude)]
-    if not chosen:
-        raise AtlasError(
-            f"layers: nothing is left of policy {config.policy!r} after include and exclude. "
-            "`atlas plan layers=all` lists every layer."
-        )
-    return chosen
-
-
-def channels_of(layer: Layer, channels: str | int | Sequence[int]) -> tuple[int, ...]:
-    """Channel numbers of one layer from `layers.channels`.
-
-    `all`, a slice (`0:12`, `::64`), `spread:12` (twelve, evenly over the layer), a number, or a list.
-    Slices stop at the layer's end; a number in a list beyond it is left out of that layer.
-    """
-    n = layer.channels
-    if isinstance(channels, int):
-        channels = (channels,)
-    if not isinstance(channels, str):
-        return tuple(sorted({c for c in channels if 0 <= c < n}))
-    if channels == "all":
-        return tuple(range(n))
-    if match := re.fullmatch(r"spread:(\d+)", channels):
-        count = min(int(match[1]), n)
-        return tuple(sorted({(2 * i + 1) * n // (2 * count) for i in range(count)}))
-    if re.fullmatch(r"\d*:\d*(:[1-9]\d*)?", channels):
-        return tuple(range(n)[slice(*(int(p) if p else None for p in channels.split(":")))])
-    raise AtlasError(f"layers.channels={channels!r}: use all, 0:12, ::64, spread:12, a number or a list [3,7].")
-
-
-def _all(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
-    return list(layers)
-
-
-def _convs(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
-    """Every convolution and linear layer."""
-    return [layer for layer in layers if layer.kind in ("conv", "linear")]
-
-
-def _blocks(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
-    """Outputs of stages and residual blocks.
-
-    A candidate is a container with at least two convolutions or linears that work on the whole map (those of
-    squeeze-and-excite work on one position). It is a *stage* if it lists candidates, else a *block*; what lies
-    inside a block (its branches, its MLP) is left out. Of several that end in the same tensor (a stage and its
-    last block) the innermost is kept.
-    """
-    trace = Trace(model)
-    modules = trace.modules
-    shapes = {call.path: call.shape for call in trace.calls}
-
-    def weight(path: str) -> int:
-        inner = [f"{path}.{name}" for name, m in modules[path].named_modules() if isinstance(m, (*CONVS, nn.Linear))]
-        pooled = len(shapes.get(path, ())) == 4 and max(shapes[path][2:]) > 1
-        return sum(not (pooled and len(shape := shapes.get(p, ())) == 4 and max(shape[2:]) == 1) for p in inner)
-
-    def lists(path: str) -> bool:
-        own = modules[path]
-        members = [(path, own), *((f"{path}.{name}", child) for name, child in own.named_children())]
-        return any(
-            weight(f"{base}.{name}") >= 2
-            for base, module in members
-            if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-            for name, child in module.named_children()
-            if any(True for _ in child.children())
-        )
-
-    heavy = {la.module for la in layers if la.kind in ("block", "attention") and weight(la.module) >= 2}
-    blocks = {path for path in heavy if not lists(path)}
-    outputs = {(call.path, call.index): call.output for call in trace.calls}
-    kept: dict[int, Layer] = {}
-    for layer in layers:
-        parents = layer.module.split(".")
-        inside = any(".".join(parents[:i]) in blocks for i in range(1, len(parents)))
-        if layer.module in heavy and layer.name.partition("#")[0] == layer.module and not inside:
-            # Calls are listed as they end, the innermost first.
-            kept.setdefault(outputs[layer.module, layer.call], layer)
-    return list(kept.values())
-
-
-def _logits(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
-    """The classifier: the last linear layer or, in fully convolutional heads, the last convolution."""
-    return [[layer for layer in layers if layer.kind in ("conv", "linear")][-1]]
-
-
-def _tour(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
-    """`count` layers from stem to logits: the first and last, and block outputs evenly between them."""
-    ends = _convs(model, layers, config)
-    middle = [la for la in _blocks(model, layers, config) if ends[0].cost < la.cost < ends[-1].cost]
-    if len(middle) < min(config.count - 2, 3):
-        middle = ends[1:-1]  # a plain chain of layers, as in VGG
-    wanted = min(max(config.count - 2, 0), len(middle))
-    picked = [middle[(2 * i + 1) * len(middle) // (2 * wanted)] for i in range(wanted)]
-    return [la for la in layers if la in (ends[0], *picked, ends[-1])]
-
-
-POLICIES = {"tour": _tour, "convs": _convs, "blocks": _blocks, "logits": _logits, "all": _all}

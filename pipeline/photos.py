@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from pipeline.errors import AtlasError, nearest
-from pipeline.models import INTERPOLATIONS, Recipe
+from pipeline.recipes import INTERPOLATIONS, Recipe
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 

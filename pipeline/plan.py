@@ -10,15 +10,16 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from pipeline import layers as layers_room
-from pipeline import photos, shards
+from pipeline import photos, policies, shards
 from pipeline.config import Config
 from pipeline.engine import Crew, crew, local_resources
 from pipeline.errors import AtlasError, first_line
 from pipeline.fields import receptive_fields
 from pipeline.folding import fold
-from pipeline.layers import Layer, capture, channels_of
-from pipeline.models import Model, Recipe, load
+from pipeline.layers import Layer, capture
+from pipeline.models import Model, load
+from pipeline.policies import LayersConfig, channels_of
+from pipeline.recipes import Recipe
 from pipeline.render import ROBUST_COPIES, canvas_size, render
 from pipeline.shards import safe
 from pipeline.worker import Setup, Task, examples_digest, keep_memory, render_digest
@@ -179,14 +180,16 @@ def make_plan(config: Config, timed: bool = True) -> Plan:
 
     Raises `AtlasError` for everything that is wrong with the input, before any work starts.
     """
-    if config.model.checkpoint is not None:
+    if config.model.folder is None:
         # Workers may stand in another folder.
-        model_config = dataclasses.replace(config.model, weights=str(config.model.checkpoint))
-        config = dataclasses.replace(config, model=model_config)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, folder=str(Path.cwd())))
     dataset = photos.listing(config.data)
     model = load(config.model).to("cpu")
-    candidates = layers_room.enumerate_layers(model)
-    chosen = layers_room.choose(model, candidates, config.layers)
+    wanted = config.layers
+    candidates = policies.found_layers(model, wanted, config.model.aliases)
+    chosen = policies.choose(model, candidates, wanted)
+    if config.model.labels is not None:
+        check_labels(model, policies.choose(model, candidates, LayersConfig("logits")))
     channels = {layer.name: channels_of(layer, config.layers.channels) for layer in chosen}
     empty = [name for name, numbers in channels.items() if not numbers]
     if len(empty) == len(chosen):
@@ -214,6 +217,15 @@ def make_plan(config: Config, timed: bool = True) -> Plan:
     return Plan(
         config, tuple(rows), setup, team, per_photo * len(dataset.photos), model.labels, model.recipe, fingerprint
     )
+
+
+def check_labels(model: Model, logits: Sequence[Layer]) -> None:
+    """Raise `AtlasError` where the labels that the user gave are not as many as the classifier's outputs."""
+    if all(layer.channels != len(model.labels) for layer in logits):
+        raise AtlasError(
+            f"model.labels has {len(model.labels)} names, but {logits[-1].name} has {logits[-1].channels} outputs: "
+            "one name each, in their order."
+        )
 
 
 def fitting(model: Model, chosen: Sequence[Layer], config: Config) -> dict[str, int]:

@@ -41,6 +41,9 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
                 return tuple(coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
             if len(value) == len(args):
                 return tuple(coerce(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
+    elif origin is Mapping:
+        if isinstance(value, Mapping):
+            return {str(k): coerce(v, args[1], f"{where}.{k}") for k, v in value.items()}
     elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if isinstance(value, kind):
             return value
@@ -61,6 +64,8 @@ def describe(kind: Any) -> str:
         return " or ".join(describe(a) for a in args)
     if kind is type(None):
         return "null"
+    if typing.get_origin(kind) is Mapping:
+        return f"a mapping to {describe(args[1])}"
     if typing.get_origin(kind) is tuple:
         return f"a list of {describe(args[0])}"
     return getattr(kind, "__name__", str(kind))

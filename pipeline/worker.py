@@ -21,10 +21,11 @@ from safetensors.torch import load as unpacked
 from pipeline import examples, shards
 from pipeline.config import Config
 from pipeline.errors import AtlasError
-from pipeline.folding import fold
+from pipeline.folding import Pair, fold, foldable
 from pipeline.layers import Layer
 from pipeline.models import Model, load
 from pipeline.photos import Dataset
+from pipeline.recipes import NAMES_ONLY
 from pipeline.registry import canonical
 from pipeline.render import render
 
@@ -136,6 +137,7 @@ class Worker:
         self.dataset = setup.dataset
         self.fits: dict[str, int] = {}  # pictures of a layer that fit on this device together
         self.first_memory = 0.0
+        self._twin: tuple[str, Model] | None = None  # the network folded for one layer
 
     def hello(self) -> str:
         """Who this is: node and process."""
@@ -159,9 +161,17 @@ class Worker:
         return model.to(self.setup.device)
 
     @functools.cached_property
-    def folded(self) -> Model:
-        """Its folded twin: pictures are optimised on this, a third faster; examples are measured on the original."""
-        return fold(self.model)
+    def _foldable(self) -> tuple[Pair, ...]:
+        return foldable(self.model)
+
+    def folded(self, layer: Layer) -> Model:
+        """Its folded twin for pictures of `layer`: a third faster; examples are measured on the original.
+
+        What `layer` looks at is not folded. The twin is kept until another layer's turn comes.
+        """
+        if self._twin is None or self._twin[0] != layer.name:
+            self._twin = (layer.name, fold(self.model, self._foldable, [layer]))
+        return self._twin[1]
 
     @functools.cached_property
     def device_name(self) -> str:
@@ -250,7 +260,7 @@ class Worker:
         layer = self.layers[task.layer]
 
         def work(part: list[tuple[int, int]]) -> list[Any]:
-            return render(self.folded, layer, part, preset, config.run.seed, task.canvas, self.stop)
+            return render(self.folded(layer), layer, part, preset, config.run.seed, task.canvas, self.stop)
 
         pictures = self._in_batches(layer.name, units, config.engine.batch, work)
         shape = (len(task.channels), preset.variants)
@@ -302,16 +312,16 @@ class Worker:
 def render_digest(setup: Setup, layer: Layer, canvas: int) -> str:
     """Digest of everything that changes the pictures of `layer`: nothing else makes a shard out of date."""
     config = setup.config
-    tap = [layer.name, layer.module, layer.call, layer.side, layer.layout]
     preset = canonical(config.render)
     preset.pop("name")  # the same settings under another name are the same pictures
     model = canonical(config.model)
-    model.pop("weights")  # where they lie says nothing; what they are is in their digest
-    return shards.digest_of(["render 1", setup.weights, model, tap, canvas, preset, config.run.seed])
+    for key in NAMES_ONLY:
+        model.pop(key)  # where weights and code lie says nothing; what they are is in their digest
+    return shards.digest_of(["render 1", setup.weights, model, layer.tap, canvas, preset, config.run.seed])
 
 
 def examples_digest(setup: Setup, fingerprint: str) -> str:
     """Digest of everything that changes examples and statistics."""
-    taps = [[la.name, la.module, la.call, la.side, la.layout] for la in setup.layers]
+    taps = [layer.tap for layer in setup.layers]
     kept = [setup.config.examples.k, setup.config.examples.batch]
     return shards.digest_of(["examples 1", setup.weights, fingerprint, taps, kept])

@@ -7,8 +7,9 @@ from torchvision.models import vgg
 
 from pipeline.fields import receptive_fields
 from pipeline.folding import FoldedNorm, fold, pairs
-from pipeline.layers import Field, Trace, capture, enumerate_layers
+from pipeline.layers import Field, capture, enumerate_layers
 from pipeline.models import Model, ModelConfig, Recipe, load, prepare
+from pipeline.trace import Trace
 
 
 def sizes(name: str, *layers: str) -> list[int | None]:

@@ -6,8 +6,10 @@ from conftest import TinyNet, tiny_model
 from torch import nn
 
 from pipeline.errors import AtlasError
-from pipeline.layers import LayersConfig, as_maps, capture, channels_of, choose, enumerate_layers
+from pipeline.layers import capture, enumerate_layers
+from pipeline.layouts import Axes, as_maps
 from pipeline.models import Model, ModelConfig, Recipe, load, prepare
+from pipeline.policies import LayersConfig, channels_of, choose
 
 
 def names(model: Model, **settings: object) -> list[str]:
@@ -156,9 +158,9 @@ def test_an_unknown_layer_names_the_nearest() -> None:
 
 
 def test_layouts_put_the_channel_second() -> None:
-    assert as_maps(torch.zeros(2, 5), "vector").shape == (2, 5, 1, 1)
-    assert as_maps(torch.zeros(2, 7, 5), "tokens").shape == (2, 5, 1, 7)
-    assert as_maps(torch.zeros(2, 3, 4, 5), "maps_last").shape == (2, 5, 3, 4)
+    assert as_maps(torch.zeros(2, 5), Axes("vector")).shape == (2, 5, 1, 1)
+    assert as_maps(torch.zeros(2, 7, 5), Axes("tokens")).shape == (2, 5, 1, 7)
+    assert as_maps(torch.zeros(2, 3, 4, 5), Axes("maps_last")).shape == (2, 5, 3, 4)
 
 
 def test_a_transformer_has_features_for_channels() -> None:

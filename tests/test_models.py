@@ -60,12 +60,12 @@ def test_a_checkpoint_that_does_not_fit_says_how(tmp_path: Path) -> None:
     state = TinyNet().state_dict()
     state["extra"] = state.pop("head.bias")
     torch.save(state, tmp_path / "c.pt")
-    with pytest.raises(AtlasError, match=r"1 tensors are missing, e\.g\. \['head\.bias'\]; 1 are not in the network"):
+    with pytest.raises(AtlasError, match=r"1 tensor is missing, e\.g\. head\.bias; 1 tensor is not in the network"):
         load_checkpoint(TinyNet(), tmp_path / "c.pt")
     state = TinyNet().state_dict()
     state["head.bias"] = torch.zeros(7)
     torch.save(state, tmp_path / "c.pt")
-    with pytest.raises(AtlasError, match="1 have another shape"):
+    with pytest.raises(AtlasError, match=r"1 tensor is of another shape, e\.g\. head\.bias \(7,\) for \(5,\)"):
         load_checkpoint(TinyNet(), tmp_path / "c.pt")
 
 
@@ -73,7 +73,7 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path) -> None:
     torch.save(TinyNet(), tmp_path / "c.pt")
     with pytest.raises(AtlasError, match="can't be read as weights only"):
         load_checkpoint(TinyNet(), tmp_path / "c.pt")
-    with pytest.raises(AtlasError, match="there is no such file"):
+    with pytest.raises(AtlasError, match="There is no checkpoint"):
         load_checkpoint(TinyNet(), tmp_path / "nowhere.pt")
 
 

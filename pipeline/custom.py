@@ -1,0 +1,171 @@
+"""The user's own network: a builder in a Python file or on the import path, or an exported program."""
+
+import ast
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.errors import AtlasError, first_line, nearest
+from pipeline.recipes import ModelConfig, Recipe
+
+FORMS = "my_net.py:build, my_package.nets:build, or an exported program net.pt2"
+
+
+def from_target(config: ModelConfig) -> tuple[nn.Module, Recipe, tuple[str, ...]]:
+    """The network that `model.target` builds, the recipe that the configuration gives, and no labels.
+
+    Raises `AtlasError` where there is no such file, module or function, where the builder raises, or where it
+    gives something else than a module.
+    """
+    if not config.target:
+        raise AtlasError(f"model=custom needs model.target: {FORMS}.")
+    module = from_file(config) if _is_file(config.target) else from_builder(config)
+    channels = config.channels or len(config.mean or config.std or (0.0,) * 3)
+    size = config.input_size or 224
+    pair = (size, size) if isinstance(size, int) else size
+    return module, Recipe(pair, min(pair), (0.0,) * channels, (1.0,) * channels), ()
+
+
+def code_digest(config: ModelConfig) -> str:
+    """Digest of the source file that builds the network, for weights alone do not say what is computed.
+
+    Comments and formatting do not count. Empty for exported programs, whose file holds all.
+    """
+    assert config.target is not None
+    if _is_file(config.target):
+        return hashlib.sha256(config.locate(config.target).read_bytes()).hexdigest()
+    with _importing(config):
+        source = inspect.getsourcefile(inspect.unwrap(_builder(config)))
+    tree = ast.dump(ast.parse(Path(source).read_text())) if source else ""
+    arguments = json.dumps(dict(config.arguments), sort_keys=True, default=str)
+    return hashlib.sha256(f"{tree}\0{arguments}".encode()).hexdigest()
+
+
+def from_builder(config: ModelConfig) -> nn.Module:
+    """What the builder gives when it is called with `model.arguments`."""
+    with _importing(config):
+        build = _builder(config)
+        try:
+            module = build(**config.arguments)
+        except Exception as error:
+            raise AtlasError(f"{config.target} failed: {_where(error)}") from error
+    if isinstance(module, torch.jit.ScriptModule):
+        raise _scripted(config.target or "")
+    if not isinstance(module, nn.Module):
+        raise AtlasError(f"{config.target} gave a {type(module).__name__}; it must return a torch.nn.Module.")
+    return module
+
+
+def from_file(config: ModelConfig) -> nn.Module:
+    """An exported program as a tree of modules that hooks can be put on; TorchScript is refused."""
+    assert config.target is not None
+    path = config.locate(config.target)
+    if not path.is_file():
+        raise AtlasError(f"model.target={config.target}: there is no such file. Use {FORMS}.")
+    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    if any("/code/" in name for name in names):
+        raise _scripted(config.target)
+    if path.suffix != ".pt2":
+        raise AtlasError(
+            f"model.target={config.target} is no network: use {FORMS}. Weights alone go to model.checkpoint."
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.unflatten(torch.export.load(path))
+    except Exception as error:
+        raise AtlasError(f"{path} can't be read as an exported program: {_where(error)}") from error
+
+
+def _scripted(target: str) -> AtlasError:
+    return AtlasError(
+        f"{target} is TorchScript, which runs its inner modules where no hook can look. Give the Python code that "
+        "made it (model.target=my_net.py:build with its weights as model.checkpoint), or export it again with "
+        "torch.export (net.pt2)."
+    )
+
+
+def _is_file(target: str) -> bool:
+    """Whether a target is a network saved whole, and not code."""
+    return ":" not in target and not target.endswith(".py") and Path(target).suffix in (".pt2", ".pt", ".pth", ".ts")
+
+
+def _builder(config: ModelConfig) -> Callable[..., Any]:
+    assert config.target is not None
+    place, _, name = config.target.rpartition(":") if ":" in config.target else (config.target, "", "")
+    if not name:
+        raise AtlasError(f"model.target={config.target} names no function. Use {FORMS}.")
+    code = _from_path(config.locate(place)) if place.endswith(".py") else _from_name(place)
+    builder = getattr(code, name, None)
+    if not callable(builder):
+        functions = [k for k, v in vars(code).items() if callable(v) and not k.startswith("_")]
+        raise AtlasError(f"{place} has no function {name!r}. {nearest(name, functions)}")
+    return builder
+
+
+def _from_path(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise AtlasError(f"model.target: there is no file {path}. Use {FORMS}.")
+    # One name for each file and content: a file that was edited is read again.
+    name = f"atlas_target_{hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    code = importlib.util.module_from_spec(spec)
+    sys.modules[name] = code
+    try:
+        spec.loader.exec_module(code)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise AtlasError(f"{path} can't be run: {_where(error)}") from error
+    return code
+
+
+def _from_name(place: str) -> ModuleType:
+    try:
+        return importlib.import_module(place)
+    except (Exception, SystemExit) as error:
+        raise AtlasError(
+            f"model.target: {place} can't be imported: {_where(error)}. Install it, stand in the folder "
+            "that it lies in, or give the file: my_net.py:build."
+        ) from error
+
+
+@contextlib.contextmanager
+def _importing(config: ModelConfig) -> Iterator[None]:
+    """Let the target import what lies beside it and where the command was typed."""
+    place = (config.target or "").rpartition(":")[0]
+    added = [str(config.locate("."))]
+    if place.endswith(".py"):
+        added.insert(0, str(config.locate(place).parent))
+    saved = list(sys.path)
+    sys.path[:0] = added
+    try:
+        yield
+    finally:
+        sys.path[:] = saved
+
+
+def _where(error: BaseException) -> str:
+    """An error of the user's code: its type, first line, and the last line of that code that it went through."""
+    trace, place = error.__traceback__, ""
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if file != __file__ and "importlib" not in file and "site-packages" not in file:
+            place = f" ({Path(file).name}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return f"{type(error).__name__}: {first_line(error)}{place}"
