@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from pipeline import photos, statistics, toplists
+from pipeline import bands, photos, statistics, toplists
 from pipeline.layers import Layer, capture
 from pipeline.models import Model, Recipe
 from pipeline.photos import Dataset
@@ -115,7 +114,7 @@ def shown(dataset: Dataset, indices: Sequence[int], recipe: Recipe, config: Exam
     for index, array, _ in photos.load(dataset, sorted(indices), recipe):
         if array is None:  # pragma: no cover - a file that vanished since the pass
             continue
-        image = Image.fromarray(array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0))
+        image = bands.visible(array.transpose(1, 2, 0))
         with io.BytesIO() as buffer:
             image.save(buffer, "JPEG", quality=config.jpeg_quality, subsampling=0)
             blobs.append(buffer.getvalue())

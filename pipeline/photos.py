@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
+from pipeline import bands
 from pipeline.errors import AtlasError, nearest
 from pipeline.recipes import INTERPOLATIONS, Recipe
 
@@ -80,18 +81,29 @@ class Dataset:
         return Path(self.roots[first], rest) if first in self.roots else Path(self.roots[""], photo.file)
 
 
-def listing(config: DataConfig) -> Dataset:
-    """The photographs of a source, in an order that is the same on every machine.
+def listing(config: DataConfig, channels: int = 3) -> Dataset:
+    """The photographs of a source, in an order that is the same on every machine, for a network of `channels`.
 
     Raises `AtlasError` where there is no folder or no image in it.
     """
     if config.source not in LISTINGS:
         raise AtlasError(f"data.source={config.source!r} is unknown. {nearest(config.source, LISTINGS)}")
-    dataset = LISTINGS[config.source](config)
+    if channels in (1, 3):
+        dataset = LISTINGS[config.source](config)
+    elif config.source == "folder":
+        dataset = _folder(config, bands.SUFFIXES)
+    else:
+        raise AtlasError(
+            f"The network takes {channels} channels, and photographs have 1 or 3. Give data=folder data.root=DIR with "
+            f"files of {channels} bands ({', '.join(sorted(bands.SUFFIXES))})."
+        )
     if config.limit is not None:
         dataset = dataclasses.replace(dataset, photos=dataset.photos[: config.limit])
     if not dataset.photos:
-        raise AtlasError(f"data={config.source}: no image at all. Suffixes read: {', '.join(sorted(SUFFIXES))}.")
+        raise AtlasError(
+            f"data={config.source}: no image at all. Suffixes read: "
+            f"{', '.join(sorted(SUFFIXES if channels in (1, 3) else bands.SUFFIXES))}."
+        )
     return dataset
 
 
@@ -128,7 +140,7 @@ def grid_boxes(width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
                     yield box
 
 
-def _folder(config: DataConfig) -> Dataset:
+def _folder(config: DataConfig, suffixes: frozenset[str] = SUFFIXES) -> Dataset:
     if not config.root:
         raise AtlasError("data=folder needs data.root=<folder with images>.")
     root = Path(config.root).expanduser().absolute()
@@ -144,7 +156,7 @@ def _folder(config: DataConfig) -> Dataset:
             continue
         walked.add(real)
         folders.sort()
-        files += [Path(folder, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
+        files += [Path(folder, name) for name in names if Path(name).suffix.lower() in suffixes]
     # Sorted by the relative path as posix text, so that the order is the same on every file system.
     relative = sorted(path.relative_to(root).as_posix() for path in files)
     photos = [Photo(path, path.partition("/")[0] if "/" in path else "", i) for i, path in enumerate(relative)]
@@ -164,12 +176,15 @@ def fingerprint(dataset: Dataset, recipe: Recipe) -> list[object]:
     return [photos, dataclasses.asdict(recipe)]
 
 
-def read(path: Path, box: tuple[int, int, int, int] | None, channels: int) -> Image.Image:
-    """One picture, upright, in RGB (or grey for a network of one channel).
+def read(path: Path, box: tuple[int, int, int, int] | None, channels: int) -> Image.Image | bands.Bands:
+    """One picture, upright, in RGB (grey for a network of one channel, bands for one of neither one nor three).
 
     Raises OSError or ValueError with the reason where it can't be read whole.
     """
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    if channels not in (1, 3):
+        stack = bands.read(path, channels)
+        return stack if box is None else stack.crop(box)
     with Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} × {image.height} pixels are too many")
@@ -187,7 +202,7 @@ def read(path: Path, box: tuple[int, int, int, int] | None, channels: int) -> Im
     return converted if box is None else converted.crop(box)
 
 
-def prepared(image: Image.Image, recipe: Recipe) -> np.ndarray:
+def prepared(image: Image.Image | bands.Bands, recipe: Recipe) -> np.ndarray:
     """(C, H, W) uint8: the shorter side resized, the centre cropped, as torchvision's own evaluation does."""
     height, width = recipe.size
     scale = recipe.resize / min(image.size)

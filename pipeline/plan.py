@@ -183,8 +183,8 @@ def make_plan(config: Config, timed: bool = True) -> Plan:
     if config.model.folder is None:
         # Workers may stand in another folder.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, folder=str(Path.cwd())))
-    dataset = photos.listing(config.data)
     model = load(config.model).to("cpu")
+    dataset = photos.listing(config.data, model.recipe.channels)
     wanted = config.layers
     candidates = policies.found_layers(model, wanted, config.model.aliases)
     chosen = policies.choose(model, candidates, wanted)

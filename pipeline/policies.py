@@ -134,7 +134,8 @@ def _blocks(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list
             if any(True for _ in child.children())
         )
 
-    heavy = {la.module for la in layers if la.kind in ("block", "attention") and weight(la.module) >= 2}
+    inner = [la for la in layers if la.module and la.kind in ("block", "attention")]
+    heavy = {la.module for la in inner if weight(la.module) >= 2}
     blocks = {path for path in heavy if not lists(path)}
     outputs = {(call.path, call.index): call.output for call in trace.calls}
     kept: dict[int, Layer] = {}

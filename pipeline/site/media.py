@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipeline.bands import visible
 from pipeline.shards import safe
 
 
@@ -34,10 +35,10 @@ class Media:
         self.cells = cells
 
     def picture(self, layer: str, channel: int, objective: str, variant: int, pixels: np.ndarray) -> Shown:
-        """Save one picture, (H, W, 3) or (H, W, 1) uint8."""
+        """Save one picture, (H, W, C) uint8."""
         plain = objective == "channel" and variant == 0
         name = f"{channel}" if plain else f"{channel}-{safe(objective)}-{variant}"
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+        image = visible(pixels)
         return Shown(self._save(image, layer, name), image.width, image.height)
 
     def strip(self, layer: str, channel: int, crops: Sequence[Image.Image | None]) -> list[Shown | None]:
