@@ -113,7 +113,7 @@ class LayerView:
     def natural(self, objective: str = "channel") -> np.ndarray:
         """Best response of any photograph by the objective's own measure, (C',); NaN without examples."""
         measure = shards.text(self._render(objective), "natural")
-        key = {"mean": "best_mean", "max": "max"}[measure]
+        key = {"mean": "best_mean", "max": "max", "min": "min"}.get(measure, "")
         return self.stats().get(key, np.full(len(self.channels), np.nan, np.float32))
 
     def crop_box(self, y: int, x: int, least: int = 48) -> tuple[int, int, int, int] | None:

@@ -9,16 +9,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.augmentations import AUGMENTATIONS
 from pipeline.canvases import CANVASES
+from pipeline.couplings import COUPLINGS
 from pipeline.errors import AtlasError
 from pipeline.examples import ExamplesConfig
 from pipeline.objectives import OBJECTIVES
 from pipeline.optimizers import OPTIMIZERS
+from pipeline.penalties import PENALTIES
 from pipeline.photos import DataConfig
 from pipeline.policies import LayersConfig
+from pipeline.preconditioners import PRECONDITIONERS
+from pipeline.presets import RenderConfig
 from pipeline.recipes import ModelConfig
 from pipeline.registry import build
-from pipeline.render import RenderConfig
+from pipeline.schedules import STOPS
 from pipeline.site import SiteConfig
 from pipeline.transforms import TRANSFORMS
 
@@ -117,8 +122,9 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
     if config.data.limit is not None and config.data.limit < 1:
         raise AtlasError(f"data.limit={config.data.limit} is too small: at least 1, or null for all.")
     size = config.render.size
-    if (isinstance(size, str) and size != "auto") or (isinstance(size, int) and size < 16):
-        raise AtlasError(f"render.size={size!r}: use auto or a number of pixels from 16.")
+    sides = (size,) if isinstance(size, int) else size
+    if (size not in ("auto", "field")) if isinstance(sides, str) else min(sides) < 16:
+        raise AtlasError(f"render.size={size!r}: use auto, field, or pixels from 16: a number or [height, width].")
     for value, key in (
         (config.engine.workers, "engine.workers"),
         (config.engine.cpus_per_worker, "engine.cpus_per_worker"),
@@ -134,14 +140,23 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
 def render_config(tree: Mapping[str, Any]) -> RenderConfig:
     """A preset from its plain tree: each group member is found by its `name`."""
     values = dict(tree)
-    for key, registry in (("objective", OBJECTIVES), ("canvas", CANVASES), ("optimizer", OPTIMIZERS)):
-        values[key] = registry.build(values.get(key, {}), f"render.{key}")
-    transforms = _section(values, "transforms")
-    # A transform is called by its key unless it says otherwise, so that one kind can come twice.
-    values["transforms"] = tuple(
-        TRANSFORMS.build({"name": key, **(settings or {})}, f"render.transforms.{key}")
-        for key, settings in transforms.items()
-    )
+    for key, registry in (("objective", OBJECTIVES), ("canvas", CANVASES), ("optimizer", OPTIMIZERS), ("stop", STOPS)):
+        if key in values or key != "stop":
+            values[key] = registry.build(values.get(key) or {}, f"render.{key}")
+    for key, registry in (
+        ("transforms", TRANSFORMS),
+        ("penalties", PENALTIES),
+        ("preconditioners", PRECONDITIONERS),
+        ("augmentations", AUGMENTATIONS),
+        ("couplings", COUPLINGS),
+    ):
+        # A member is called by its key unless it says otherwise, so that one kind can come twice.
+        values[key] = tuple(
+            registry.build({"name": name, **(settings or {})}, f"render.{key}.{name}")
+            for name, settings in _section(values, key).items()
+        )
+    # The keys of stages are for people and overrides; their order is the order of work.
+    values["schedule"] = list(_section(values, "schedule").values())
     return build(RenderConfig, values, "render")
 
 

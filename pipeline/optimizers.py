@@ -2,47 +2,32 @@
 
 import dataclasses
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from pipeline.errors import AtlasError
 from pipeline.registry import Registry
 
 OPTIMIZERS = Registry("optimizer")
 
 
-@runtime_checkable
-class Optimizer(Protocol):
-    """What `render` needs of an optimiser."""
-
-    def start(self, parameters: Tensor) -> Any:
-        """State before the first step."""
-        ...
-
-    def step(self, parameters: Tensor, gradient: Tensor, state: Any, at: int, of: int, scale: float) -> None:
-        """Move `parameters` (B, …) in place, *up* the gradient; step `at` (0-based) `of` all, times `scale`."""
-        ...
-
-
-@OPTIMIZERS.add("adam")
 @dataclasses.dataclass(frozen=True)
-class Adam:
-    """Adam (Kingma & Ba 2015) with warm-up, cosine decay, and an epsilon relative to each picture's gradient.
+class Optimizer:
+    """What every optimiser shares: a learning rate that is warmed up over `warmup` steps and falls in a cosine.
 
-    `damping` is that epsilon, as a share of the root mean square of the picture's own second moment. Plain
-    Adam steps every Fourier coefficient by the full learning rate at first, however small its gradient; where
-    gradients are coherent (a unit that wants one plain colour) these steps add up to spikes at the canvas's
-    corner that saturate the sigmoid for good. 0.03 removes them; 0 is plain Adam.
-    `floor` is the last learning rate as a share of the first.
+    `floor` is the last learning rate as a share of the first; 1 keeps it constant.
     """
 
     lr: float = 0.05
-    beta1: float = 0.9
-    beta2: float = 0.999
-    damping: float = 0.0
     warmup: int = 0
     floor: float = 1.0
+
+    def check(self) -> None:
+        """Raise `AtlasError` for settings that make no sense."""
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise AtlasError(f"render.optimizer.lr={self.lr} must be above 0.")
 
     def rate(self, at: int, of: int) -> float:
         """Learning rate of step `at` (0-based) of `of`."""
@@ -51,12 +36,38 @@ class Adam:
         progress = (at - self.warmup) / max(1, of - self.warmup)
         return self.lr * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
-    def start(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def start(self, parameters: Tensor) -> tuple[Tensor, ...]:
+        """State before the first step: tensors of the parameters' shape."""
+        raise NotImplementedError
+
+    def step(self, parameters: Tensor, gradient: Tensor, state: Any, at: int, rate: float) -> None:
+        """Move `parameters` (B, …) in place, *up* the gradient, by `rate`; `at` (0-based) counts from `start`."""
+        raise NotImplementedError
+
+
+@OPTIMIZERS.add("adam")
+@dataclasses.dataclass(frozen=True)
+class Adam(Optimizer):
+    """Adam (Kingma & Ba 2015) with an epsilon relative to each picture's gradient.
+
+    `damping` is that epsilon, as a share of the root mean square of the picture's own second moment. Plain
+    Adam steps every Fourier coefficient by the full learning rate at first, however small its gradient; where
+    gradients are coherent (a unit that wants one plain colour) these steps add up to spikes at the canvas's
+    corner that saturate the sigmoid for good. 0.03 removes them; 0 is plain Adam.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    damping: float = 0.0
+
+    nesterov: ClassVar[bool] = False
+
+    def start(self, parameters: Tensor) -> tuple[Tensor, ...]:
         """First and second moment, zero."""
         return torch.zeros_like(parameters), torch.zeros_like(parameters)
 
     @torch.no_grad()
-    def step(self, parameters: Tensor, gradient: Tensor, state: Any, at: int, of: int, scale: float) -> None:
+    def step(self, parameters: Tensor, gradient: Tensor, state: Any, at: int, rate: float) -> None:
         """One Adam step up the gradient, in place."""
         first, second = state
         first.lerp_(gradient, 1 - self.beta1)
@@ -64,5 +75,54 @@ class Adam:
         corrected = second / (1 - self.beta2 ** (at + 1))
         mean_square = corrected.mean(dim=tuple(range(1, corrected.ndim)), keepdim=True)
         denominator = corrected.sqrt_().add_(self.damping * mean_square.sqrt() + 1e-8)
-        rate = scale * self.rate(at, of) / (1 - self.beta1 ** (at + 1))
-        parameters.addcdiv_(first, denominator, value=rate)
+        direction = first
+        bias = 1 - self.beta1 ** (at + 1)
+        if self.nesterov:
+            # Dozat 2016, equation 8 with a constant momentum: the gradient's own part is not delayed.
+            ahead = self.beta1 * bias / (1 - self.beta1 ** (at + 2))
+            direction = first * ahead + gradient * (1 - self.beta1)
+        self.shrink(parameters, rate)
+        parameters.addcdiv_(direction, denominator, value=rate / bias)
+
+    def shrink(self, parameters: Tensor, rate: float) -> None:
+        """Weight decay, where there is any."""
+
+
+@OPTIMIZERS.add("adamw")
+@dataclasses.dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam that shrinks the parameters by rate × `weight_decay` at each step (Loshchilov & Hutter 2019)."""
+
+    weight_decay: float = 0.01
+
+    def shrink(self, parameters: Tensor, rate: float) -> None:
+        """Decoupled from the gradient."""
+        parameters.mul_(1 - rate * self.weight_decay)
+
+
+@OPTIMIZERS.add("nadam")
+@dataclasses.dataclass(frozen=True)
+class NAdam(Adam):
+    """Adam with Nesterov's momentum (Dozat 2016), which Horama and Xplique use."""
+
+    nesterov: ClassVar[bool] = True
+
+
+@OPTIMIZERS.add("sgd")
+@dataclasses.dataclass(frozen=True)
+class Sgd(Optimizer):
+    """Steps of rate × gradient ÷ its own mean magnitude, image by image, as DeepDream and deepdraw do."""
+
+    momentum: float = 0.0
+
+    def start(self, parameters: Tensor) -> tuple[Tensor, ...]:
+        """The momentum, zero."""
+        return (torch.zeros_like(parameters),)
+
+    @torch.no_grad()
+    def step(self, parameters: Tensor, gradient: Tensor, state: Any, at: int, rate: float) -> None:
+        """One step up the normalised gradient, in place."""
+        (velocity,) = state
+        size = gradient.abs().mean(dim=tuple(range(1, gradient.ndim)), keepdim=True)
+        velocity.mul_(self.momentum).add_(gradient / size.clamp(min=torch.finfo(size.dtype).tiny))
+        parameters.add_(velocity, alpha=rate)

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,14 +12,16 @@ import torch
 from pipeline import photos, policies, shards
 from pipeline.config import Config
 from pipeline.engine import Crew, crew, local_resources
-from pipeline.errors import AtlasError, first_line
+from pipeline.errors import AtlasError
+from pipeline.estimates import Row, estimate
+from pipeline.feasibility import check_labels, fitting, refuse_nonsense, units_of
 from pipeline.fields import receptive_fields
+from pipeline.files import loaded
 from pipeline.folding import fold
-from pipeline.layers import Layer, capture
-from pipeline.models import Model, load
-from pipeline.policies import LayersConfig, channels_of
+from pipeline.layers import Layer
+from pipeline.models import load
+from pipeline.policies import LayersConfig
 from pipeline.recipes import Recipe
-from pipeline.render import ROBUST_COPIES, canvas_size, render
 from pipeline.shards import safe
 from pipeline.worker import Setup, Task, examples_digest, keep_memory, render_digest
 
@@ -29,19 +30,6 @@ log = logging.getLogger(__name__)
 # A task takes one in so many parts of the work that is left for each worker; and, on CPUs, not under so many seconds.
 SHARE = 4
 LEAST_SECONDS = 2.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One layer of the plan, with the channels to be rendered and the estimated seconds of all its pictures.
-
-    The seconds are those of one worker; `Plan.eta` divides them among the crew.
-    """
-
-    layer: Layer
-    channels: tuple[int, ...]
-    canvas: int
-    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +79,7 @@ class Plan:
                     "receptive_field": _field(row.layer),
                     "stride": row.layer.field.stride[0] if row.layer.field else "",
                     "units": len(row.channels),
-                    "canvas": row.canvas,
+                    "canvas": row.canvas[0] if row.canvas[0] == row.canvas[1] else "x".join(map(str, row.canvas)),
                     "seconds": round(row.seconds / self.crew.workers, 1),
                     "channel_list": " ".join(map(str, row.channels)),
                 }
@@ -188,9 +176,12 @@ def make_plan(config: Config, timed: bool = True) -> Plan:
     wanted = config.layers
     candidates = policies.found_layers(model, wanted, config.model.aliases)
     chosen = policies.choose(model, candidates, wanted)
+    heads = policies.choose(model, candidates, LayersConfig("logits"))
     if config.model.labels is not None:
-        check_labels(model, policies.choose(model, candidates, LayersConfig("logits")))
-    channels = {layer.name: channels_of(layer, config.layers.channels) for layer in chosen}
+        check_labels(model, heads)
+    config = dataclasses.replace(config, render=loaded(config.render, "render"))
+    others = refuse_nonsense(config, model, candidates, chosen, heads)
+    channels = {layer.name: units_of(layer, config) for layer in chosen}
     empty = [name for name, numbers in channels.items() if not numbers]
     if len(empty) == len(chosen):
         raise AtlasError(f"layers.channels={config.layers.channels} leaves no channel in any layer.")
@@ -208,107 +199,12 @@ def make_plan(config: Config, timed: bool = True) -> Plan:
     torch.set_num_threads(min(team.threads, cpus))
     here = team.device if not team.device.startswith("cuda") or torch.cuda.is_available() else "cpu"
     if timed:
-        rows, per_photo = estimate(folded.to(here), chosen, channels, canvases, config)
+        rows, per_photo = estimate(folded.to(here), chosen, channels, canvases, config, others)
     else:
         rows = [Row(la, channels[la.name], canvases[la.name], len(channels[la.name])) for la in chosen]
         per_photo = 1.0
-    setup = Setup(config, model.digest, tuple(chosen), dataset, team.threads, team.device)
+    setup = Setup(config, model.digest, tuple(chosen), dataset, team.threads, team.device, others)
     fingerprint = shards.digest_of(photos.fingerprint(dataset, model.recipe))
     return Plan(
         config, tuple(rows), setup, team, per_photo * len(dataset.photos), model.labels, model.recipe, fingerprint
     )
-
-
-def check_labels(model: Model, logits: Sequence[Layer]) -> None:
-    """Raise `AtlasError` where the labels that the user gave are not as many as the classifier's outputs."""
-    if all(layer.channels != len(model.labels) for layer in logits):
-        raise AtlasError(
-            f"model.labels has {len(model.labels)} names, but {logits[-1].name} has {logits[-1].channels} outputs: "
-            "one name each, in their order."
-        )
-
-
-def fitting(model: Model, chosen: Sequence[Layer], config: Config) -> dict[str, int]:
-    """The side of each layer's canvas: what was asked for, if the network takes it, else its own input size.
-
-    Transformers and others take one size only; an explicit `render.size` that they can't take is an error.
-    """
-    own = min(model.recipe.size)
-    wanted = {layer.name: canvas_size(layer, model.recipe.size, config.render.size) for layer in chosen}
-    for side in sorted(set(wanted.values()) - {own}):
-        try:
-            with torch.no_grad():
-                model.module(model.normalise(torch.zeros(1, model.recipe.channels, side, side)))
-        except Exception as error:
-            if not isinstance(config.render.size, str):
-                raise AtlasError(
-                    f"render.size={side}: {model.name} does not take pictures of that size "
-                    f"({first_line(error)}). Use render.size=auto or {own}."
-                ) from error
-            return dict.fromkeys(wanted, own)
-    return wanted
-
-
-def estimate(
-    folded: Model,
-    chosen: Sequence[Layer],
-    channels: dict[str, tuple[int, ...]],
-    canvases: dict[str, int],
-    config: Config,
-) -> tuple[list[Row], float]:
-    """Rows with estimated seconds, and seconds a photograph, from a few timed passes on this machine.
-
-    The forward pass is timed up to every layer at once. Its ratio to a whole step and what a step costs beside
-    the network are measured by rendering two pictures for a few steps in the cheapest and the dearest layer.
-    """
-    batch = 4
-    device = next(folded.module.parameters()).device
-    images = torch.rand(batch, folded.recipe.channels, *folded.recipe.size, device=device)
-    best: dict[str, float] = {}
-    for _ in range(3):
-        seen: dict[str, float] = {}
-        began = time.perf_counter()
-
-        def note(layer: Layer, _: torch.Tensor, seen: dict[str, float] = seen, began: float = began) -> None:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seen[layer.name] = time.perf_counter() - began
-
-        with capture(folded, chosen, each=note) as forward, torch.no_grad():
-            forward(images)
-        best = {name: min(best.get(name, t), t) for name, t in seen.items()}
-    reach = {name: t / batch for name, t in best.items()}
-    side = min(folded.recipe.size)
-
-    def canvas(layer: Layer) -> int:
-        return canvases[layer.name]
-
-    def network(layer: Layer) -> float:
-        return reach[layer.name] * (canvas(layer) / side) ** 2
-
-    def area(layer: Layer) -> float:
-        return (canvas(layer) + 2 * config.render.margin) ** 2
-
-    def step(layer: Layer) -> float:
-        """Seconds of one step of one picture, by difference: what comes before and after the steps falls out."""
-        times = []
-        for steps in (1, 4):
-            preset = dataclasses.replace(config.render, steps=steps, attempts=1)
-            began = time.perf_counter()
-            render(folded, layer, [(c, 0) for c in channels[layer.name][:2]], preset, 0, canvas(layer))
-            times.append(time.perf_counter() - began)
-        return max(times[1] - times[0], 1e-4) / 3 / len(channels[layer.name][:2])
-
-    first, last = min(chosen, key=network), max(chosen, key=network)
-    fixed = max(step(first) - 2.7 * network(first), 0.0) / area(first)
-    ratio = max(step(last) - fixed * area(last), 0.0) / network(last)
-    rows = []
-    for layer in chosen:
-        own = channels[layer.name]
-        pictures = len(own) * config.render.variants
-        each = fixed * area(layer) + ratio * network(layer)
-        # Measuring the finished picture costs forward passes on its shaken copies.
-        extra = (ROBUST_COPIES + 2) * network(layer)
-        rows.append(Row(layer, own, canvas(layer), pictures * (each * config.render.steps + extra)))
-    # Decoding and reduction cost about as much again as half the forward pass.
-    return rows, 1.5 * max(reach.values())

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from pipeline.errors import AtlasError, nearest
+from pipeline.files import File
 
 T = TypeVar("T")
 
@@ -44,6 +45,8 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
     elif origin is Mapping:
         if isinstance(value, Mapping):
             return {str(k): coerce(v, args[1], f"{where}.{k}") for k, v in value.items()}
+    elif kind is File and isinstance(value, str):
+        return File(value)
     elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if isinstance(value, kind):
             return value
@@ -68,7 +71,7 @@ def describe(kind: Any) -> str:
         return f"a mapping to {describe(args[1])}"
     if typing.get_origin(kind) is tuple:
         return f"a list of {describe(args[0])}"
-    return getattr(kind, "__name__", str(kind))
+    return "a file's path" if kind is File else getattr(kind, "__name__", str(kind))
 
 
 def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
@@ -88,6 +91,8 @@ def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
 
 def canonical(value: Any) -> Any:
     """A configuration as plain data with the class names of its members, for digests and provenance."""
+    if isinstance(value, File):
+        return value.canonical()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"is": type(value).__name__, **fields}

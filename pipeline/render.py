@@ -1,44 +1,36 @@
 """The optimisation loop: a batch of units of one layer → their pictures.
 
 Pictures in a batch share only the network's forward and backward pass: each has its own start, its own
-shaking and, Adam being element-wise, its own optimiser state. The loss is the *sum* over the batch; a mean
-would let the batch size into Adam's epsilon.
+shaking and its own optimiser state, and the gradient is that of the *sum* over the batch; a mean would let the
+batch size into Adam's epsilon.
 """
 
+import contextlib
 import dataclasses
-import hashlib
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.canvases import Canvas
+from pipeline.augmentations import Ensemble
+from pipeline.canvases import Start
+from pipeline.filters import rms
 from pipeline.layers import Layer, capture
 from pipeline.models import Model
-from pipeline.objectives import Objective
-from pipeline.optimizers import Optimizer
-from pipeline.transforms import Geometric, centre, draw, shake
+from pipeline.objectives import Responses
+from pipeline.presets import RenderConfig, Size, canvas_size
+from pipeline.rectifiers import STEPS as REDIRECTED_STEPS
+from pipeline.rectifiers import redirected
+from pipeline.schedules import Moment, Stage, flat, moments
+from pipeline.seeds import seed_of
+from pipeline.transforms import STANDARD, centre, draw, shake
 
 ROBUST_COPIES = 16
+MARKS = 16
 
-
-@dataclasses.dataclass(frozen=True)
-class RenderConfig:
-    """One preset: what is excited, on what canvas, how it is shaken and for how long."""
-
-    name: str
-    objective: Objective
-    canvas: Canvas
-    transforms: tuple[Geometric, ...]
-    optimizer: Optimizer
-    steps: int
-    size: int | str = "auto"
-    margin: int = 24
-    variants: int = 1
-    attempts: int = 3
+Unit = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +38,9 @@ class Picture:
     """The finished picture of a unit and the numbers that prove it.
 
     `image` is (H, W, C) uint8. `activation` is the objective on exactly this image, untransformed; `robust`
-    its mean over 16 shaken copies; `start` its value before the first step.
+    its mean over 16 copies shaken by the standard transforms, whatever the preset's own; `start` its value before
+    the first step. `status` is converged, limit (all steps done, still rising), retried (rose with another seed)
+    or failed; `reason` says why it failed. `trace` holds 16 values of the objective, evenly over the steps.
     """
 
     channel: int
@@ -57,123 +51,324 @@ class Picture:
     start: float
     seed: int
     status: str
+    reason: str
     steps: int
     seconds: float
     trace: np.ndarray
 
 
-def seed_of(*identity: Any) -> int:
-    """A non-negative 63-bit seed from what a picture *is*: never from the order of work."""
-    digest = hashlib.sha256("\x1f".join(map(str, identity)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is rendered on: everything but the units, the same for all attempts."""
 
+    model: Model
+    layer: Layer
+    config: RenderConfig
+    seed: int
+    size: Size
+    others: Mapping[str, Layer]
+    ensemble: Sequence[Model]
+    starts: Mapping[Unit, Tensor]
+    stop: Callable[[], None]
 
-def canvas_size(layer: Layer, model_size: tuple[int, int], asked: int | str) -> int:
-    """Side of the canvas in pixels.
+    def canvas(self, stage: Stage) -> Size:
+        """Size of the canvas in a stage, margins included."""
+        return self._part(stage.canvas, 2 * self.config.margin)
 
-    `auto` gives a layer a map of about 8 × 8 units: enough for its channel mean to be a texture, and no
-    pixel more, for the time of a step grows with the area. Never under 128 nor over the network's own size,
-    which small networks keep.
-    """
-    if not isinstance(asked, str):
-        return asked
-    side = min(model_size)
-    stride = max(1, round(side / max(1, min(layer.height, layer.width))))
-    if layer.layout not in ("maps", "maps_last") or min(layer.height, layer.width) == 1:
-        return side
-    return min(side, max(128, 8 * stride))
+    def view(self, stage: Stage) -> Size:
+        """Size of what the network sees in a stage."""
+        return self._part(stage.canvas if stage.view is None else stage.view, 0)
+
+    def _part(self, share: float, more: int) -> Size:
+        return round(self.size[0] * share) + more, round(self.size[1] * share) + more
 
 
 def render(
     model: Model,
     layer: Layer,
-    units: Sequence[tuple[int, int]],
+    units: Sequence[Unit],
     config: RenderConfig,
     seed: int,
-    size: int | None = None,
+    size: Size | None = None,
     stop: Callable[[], None] = lambda: None,
+    *,
+    others: Mapping[str, Layer] | None = None,
+    ensemble: Sequence[Model] = (),
+    starts: Mapping[Unit, Tensor] | None = None,
 ) -> list[Picture]:
     """Pictures for `units`, pairs of (channel, variant), all in one batch on the model's device.
 
-    They are `size` pixels high and wide; None leaves that to `canvas_size`.
+    They are `size` = (height, width) pixels; None leaves that to `canvas_size`. `others` are the layers that
+    `config.others` names, `ensemble` the networks of an ensemble beside `model`, `starts` the photographs (C, H, W)
+    in [0, 1] that an `image` canvas starts from, margins included.
 
-    A picture whose objective did not rise, or went through NaN, is tried again with another seed and half
-    the learning rate, at most `config.attempts` times in all; then it is kept and marked `failed`.
-    `stop` is called at every step and may raise, to end the work early.
+    A picture whose objective did not rise, or went through NaN, is tried again with another seed and half the
+    learning rate, at most `config.attempts` times in all; then it is kept and marked `failed`. Pictures that a
+    coupling holds together are tried again together. `stop` is called at every step and may raise.
     """
     size = size or canvas_size(layer, model.recipe.size, config.size)
-    done: dict[tuple[int, int], Picture] = {}
+    job = Job(model, layer, config, seed, size, others or {}, ensemble, starts or {}, stop)
+    done: dict[Unit, Picture] = {}
     todo = list(units)
     for attempt in range(config.attempts):
-        pictures = _attempt(model, layer, todo, config, seed, size, attempt, stop)
+        pictures = _attempt(job, todo, attempt)
+        failed = {p.channel if config.couplings else (p.channel, p.variant) for p in pictures if p.status == "failed"}
+        again = {u for u in todo if (u[0] if config.couplings else u) in failed}
         last = attempt == config.attempts - 1
-        todo = [(p.channel, p.variant) for p in pictures if p.status == "failed"]
-        done.update({(p.channel, p.variant): p for p in pictures if last or p.status != "failed"})
+        done.update({(p.channel, p.variant): p for p in pictures if last or (p.channel, p.variant) not in again})
+        todo = [u for u in todo if u in again]
         if not todo:
             break
     return [done[unit] for unit in units]
 
 
-def _attempt(
-    model: Model,
-    layer: Layer,
-    units: Sequence[tuple[int, int]],
-    config: RenderConfig,
-    seed: int,
-    size: int,
-    attempt: int,
-    stop: Callable[[], None],
-) -> list[Picture]:
+class _Batch:
+    """The pictures still being worked on; `keep` gives up the places of the others."""
+
+    def __init__(self, job: Job, units: Sequence[Unit], attempt: int) -> None:
+        config, model = job.config, job.model
+        self.units = list(units)
+        self.seeds, starts, draws, proofs = [], [], [], []
+        for channel, variant in units:
+            own = 0 if config.objective.aligned else variant
+            kind = type(config.objective).__name__.lower()
+            seed = seed_of(job.seed, model.name, job.layer.name, channel, kind, own, attempt)
+            # The generator is on the CPU whatever the device, so that starts are the same on all machines.
+            generator = torch.Generator().manual_seed(seed)
+            starts.append(self._start(job, (channel, variant), generator))
+            draws.append(draw(config.transforms, generator, config.steps))
+            proofs.append(draw(STANDARD, generator, ROBUST_COPIES))
+            self.seeds.append(seed)
+        device = next(model.module.parameters()).device
+        self.places = torch.arange(len(units), device=device)
+        self.first = torch.stack(starts).to(device)
+        self.parameters = self.first.clone().requires_grad_(True)
+        self.shaking = torch.stack(draws, dim=1).to(device)  # (steps, B, draws)
+        self.proofs = torch.stack(proofs, dim=1).to(device)  # (copies, B, draws)
+        self.channels = torch.tensor([c for c, _ in units], device=device)
+        self.variants = torch.tensor([v for _, v in units], device=device)
+        self.state = config.optimizer.start(self.parameters)
+        self.since = 0
+
+    @staticmethod
+    def _start(job: Job, unit: Unit, generator: torch.Generator) -> Tensor:
+        canvas, side = job.config.canvas, job.canvas(job.config.stages[0])
+        parameters = canvas.start(generator, job.model.recipe.channels, side)
+        if isinstance(canvas, Start):
+            image = job.starts[unit]
+            fitted = torch.nn.functional.interpolate(image[None], side, mode="bilinear", antialias=True)
+            parameters = canvas.fit(fitted)[0] + parameters
+        return parameters
+
+    def keep(self, which: Tensor) -> None:
+        """Go on with the pictures `which` (bool, of those still here) only."""
+        self.units = [u for u, kept in zip(self.units, which.tolist(), strict=True) if kept]
+        self.places, self.channels, self.variants = self.places[which], self.channels[which], self.variants[which]
+        self.parameters = self.parameters.detach()[which].requires_grad_(True)
+        self.shaking = self.shaking[:, which]
+        self.state = tuple(s[which] for s in self.state)
+
+    def resize(self, job: Job, old: Size, new: Size) -> None:
+        """Go on at another size of canvas, with a fresh optimiser state."""
+        grown = job.config.canvas.resized(self.parameters.detach(), old, new)
+        self.parameters = grown.requires_grad_(True)
+        self.state, self.since = job.config.optimizer.start(self.parameters), 0
+
+
+def _attempt(job: Job, units: Sequence[Unit], attempt: int) -> list[Picture]:
     began = time.perf_counter()
-    device = next(model.module.parameters()).device
-    side = size + 2 * config.margin
-    steps, optimizer = config.steps, config.optimizer
-    objective_name = type(config.objective).__name__.lower()
-    starts, draws, seeds = [], [], []
-    for channel, variant in units:
-        own = seed_of(seed, model.name, layer.name, channel, objective_name, variant, attempt)
-        # The generator is on the CPU whatever the device, so that starts are the same on all machines.
-        generator = torch.Generator().manual_seed(own)
-        starts.append(config.canvas.start(generator, model.recipe.channels, side))
-        draws.append(draw(config.transforms, generator, steps + ROBUST_COPIES))
-        seeds.append(own)
-    parameters = torch.stack(starts).to(device).requires_grad_(True)
-    shaking = torch.stack(draws, dim=1).to(device)  # (steps + copies, B, draws)
-    channels = torch.tensor([c for c, _ in units], device=device)
-    state = optimizer.start(parameters)
-    trace = torch.zeros(steps, len(units))
-    with capture(model, [layer]) as forward:
+    config = job.config
+    batch = _Batch(job, units, attempt)
+    everyone, final = batch.places.clone(), batch.parameters.detach().clone()
+    ran = torch.full((len(units),), config.steps)
+    plan = moments(config.schedule, config.steps)
+    trace = torch.zeros(config.steps, len(units), device=batch.first.device)
+    anchor = config.canvas.image(batch.first, job.canvas(config.stages[0])) if _anchored(config) else batch.first
+    stages, last_stage = config.stages, plan[-1].stage
+    final_size = job.canvas(stages[last_stage])
+    look = config.stop.every(config.steps)
+    at: int | None = None
+    with contextlib.ExitStack() as network, contextlib.ExitStack() as stack:
+        drawn = [
+            network.enter_context(a.applied(job.model.module, seed_of(job.seed, job.model.name, i, type(a).__name__)))
+            for i, a in enumerate(config.augmentations)
+        ]
+        forwards: list[_Forward] = []
+        for step, moment in enumerate(plan):
+            job.stop()
+            stage = stages[moment.stage]
+            if moment.stage != at:
+                stack.close()
+                forwards = [stack.enter_context(_forward(job, m, stage)) for m in (job.model, *job.ensemble)]
+                if at is not None and job.canvas(stages[at]) != job.canvas(stage):
+                    batch.resize(job, job.canvas(stages[at]), job.canvas(stage))
+                at = moment.stage
+            for one in drawn:
+                one.to(step)
+            forward = forwards[_member(config, step)]
+            values, gradient = _gradient(job, batch, forward, moment, stage, step, anchor[batch.places])
+            trace[step, batch.places] = values
+            rate = config.optimizer.rate(step, config.steps) * moment.lr * 0.5**attempt
+            config.optimizer.step(batch.parameters, gradient, batch.state, batch.since, rate)
+            batch.since += 1
+            with torch.no_grad():
+                config.canvas.project(batch.parameters)
+                if moment.blur > 0:
+                    batch.parameters.copy_(config.canvas.blurred(batch.parameters, moment.blur, job.canvas(stage)))
+            if (step + 1) % look == 0 and step + 1 < config.steps and moment.stage == last_stage:
+                finished = config.stop.finished(trace[: step + 1, batch.places])
+                if config.couplings:
+                    finished = finished.view(-1, config.variants).all(1).repeat_interleave(config.variants)
+                if bool(finished.any()):
+                    if final.shape[1:] != batch.parameters.shape[1:]:
+                        final = batch.parameters.new_zeros(len(units), *batch.parameters.shape[1:])
+                    final[batch.places[finished]] = batch.parameters.detach()[finished]
+                    ran[batch.places[finished].cpu()] = step + 1
+                    if bool(finished.all()):
+                        batch.keep(~finished)
+                        break
+                    batch.keep(~finished)
+        if final.shape[1:] != batch.parameters.shape[1:]:
+            final = batch.parameters.new_zeros(len(units), *batch.parameters.shape[1:])
+        final[batch.places] = batch.parameters.detach()
+        stack.close()
+        for one in drawn:
+            one.off()
+        with torch.no_grad(), _forward(job, job.model, Stage()) as forward:
+            channels, variants = (torch.tensor(n, device=everyone.device) for n in zip(*units, strict=True))
 
-        def value(images: Tensor) -> Tensor:
-            return config.objective.value(forward(images)[layer.name].float(), channels)
+            def value(images: Tensor) -> Tensor:
+                return forward(images, channels, variants)[0]
 
-        for step in range(steps):
-            stop()
-            values = value(shake(config.canvas.image(parameters, side), config.transforms, shaking[step], size))
-            (gradient,) = torch.autograd.grad(values.sum(), parameters)
-            optimizer.step(parameters, gradient, state, step, steps, 0.5**attempt)
-            trace[step] = values.detach()
-        with torch.no_grad():
-            before = value(saved(centre(config.canvas.image(torch.stack(starts).to(device), side), size)))
-            final = saved(centre(config.canvas.image(parameters, side), size))
-            after = value(final)
-            shaken = [value(shake(final, config.transforms, u, size)) for u in shaking[steps:]]
-            robust = torch.stack(shaken).mean(0)
-    images = (final * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            start = centre(config.canvas.image(batch.first, job.canvas(stages[0])), job._part(stages[0].canvas, 0))
+            if start.shape[-2:] != job.size:
+                start = torch.nn.functional.interpolate(start, job.size, mode="bilinear", antialias=True)
+            before = value(saved(start))
+            images = saved(centre(config.canvas.image(final, final_size), job.size))
+            after = value(images)
+            robust = torch.stack([value(shake(images, STANDARD, u, job.size)) for u in batch.proofs]).mean(0)
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    sign = -1 if config.negative else 1
+    numbers = torch.stack([after, robust, before]).mul(sign).T.cpu().tolist()
     each = (time.perf_counter() - began) / len(units)
+    traces = trace.cpu()
     pictures = []
     for i, (channel, variant) in enumerate(units):
-        rose = bool(after[i] > before[i]) and bool(torch.isfinite(trace[:, i]).all())
-        status = ("done" if attempt == 0 else "retried") if rose else "failed"
-        numbers = (float(after[i]), float(robust[i]), float(before[i]))
-        marks = np.linspace(0, steps - 1, min(steps, 16)).round().astype(int)
+        own = traces[: int(ran[i]), i]
+        activation, held, begun = numbers[i]
+        status, reason = _verdict(own, sign * activation, sign * begun, len(own) < config.steps, attempt)
+        marks = np.linspace(0, len(own) - 1, min(config.steps, MARKS)).round().astype(int)
+        told = sign * own[torch.from_numpy(marks)].numpy()
         pictures.append(
             Picture(
-                channel, variant, images[i], *numbers, seeds[i], status, steps, each,
-                trace[torch.from_numpy(marks), i].numpy(),
+                channel=channel, variant=variant, image=pixels[i], activation=activation, robust=held, start=begun,
+                seed=batch.seeds[i], status=status, reason=reason, steps=len(own), seconds=each, trace=told,
             )
         )  # fmt: skip
     return pictures
+
+
+def _verdict(trace: Tensor, after: float, before: float, early: bool, attempt: int) -> tuple[str, str]:
+    """(status, reason) of a picture, by its objective at each step and before and after; signs as raised."""
+    lost = (~torch.isfinite(trace)).nonzero()
+    if len(lost):
+        return "failed", f"the objective was not a finite number at step {int(lost[0])}"
+    if not after > before:
+        if bool((trace == trace[0]).all()):
+            return "failed", "no gradient: the unit stayed silent at every step"
+        return "failed", "the objective did not rise over the start"
+    if attempt > 0:
+        return "retried", ""
+    width = max(1, len(trace) // 10)
+    return ("converged" if early or bool(flat(trace[:, None], width, 0.02)) else "limit"), ""
+
+
+_Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+
+@contextlib.contextmanager
+def _forward(job: Job, model: Model, stage: Stage) -> Iterator[_Forward]:
+    """A function (images, channels, variants) → ((B,) values, (B,) couplings or None) for a stage of the schedule."""
+    config = job.config
+    own = job.others[stage.layer] if stage.layer else job.layer
+    taps = {own.name: own, **{n: job.others[n] for n in config.others if n != own.name and not _head(config, n)}}
+    groups = (-1, config.variants)
+    terms = [c for c in config.couplings if c.space == "layer"]
+    with capture(model, list(taps.values())) as run:
+
+        def forward(images: Tensor, channels: Tensor, variants: Tensor) -> tuple[Tensor, Tensor | None]:
+            maps = {name: found.float() for name, found in run(images).items()}
+            responses = Responses(maps[own.name], channels, variants, config.variants, maps)
+            values = config.objective.value(responses)
+            if config.negative:
+                values = -values
+            if not terms or not torch.is_grad_enabled():
+                return values, None
+            total = torch.zeros_like(values)
+            for term in terms:
+                seen = maps[getattr(term, "layer", None) or own.name]
+                total = total + term.weight * term.value(seen.unflatten(0, groups)).flatten()
+            return values, total * values.detach().abs()
+
+        yield forward
+
+
+def _head(config: RenderConfig, name: str) -> bool:
+    """True for a layer that only some stage of the schedule needs."""
+    elsewhere = [unit.rpartition(":")[0] for unit in config.objective.units]
+    elsewhere += [getattr(c, "layer", None) for c in config.couplings]
+    return name not in elsewhere
+
+
+def _member(config: RenderConfig, step: int) -> int:
+    """Which of the model and its ensemble a step uses."""
+    return next((a.member(step) for a in config.augmentations if isinstance(a, Ensemble)), 0)
+
+
+def _anchored(config: RenderConfig) -> bool:
+    return any(p.anchored for p in config.penalties)
+
+
+def _gradient(
+    job: Job, batch: _Batch, forward: _Forward, moment: Moment, stage: Stage, step: int, anchor: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(B,) objective values and the gradient of all terms with respect to the parameters, at one step."""
+    config = job.config
+    view = job.view(stage)
+    painted = config.canvas.image(batch.parameters, job.canvas(stage))
+    images = painted.detach().requires_grad_(True)
+
+    def excite() -> tuple[Tensor, Tensor]:
+        seen = shake(images, config.transforms, batch.shaking[step], view)
+        values, coupled = forward(seen, batch.channels, batch.variants)
+        total = values.sum() if coupled is None else values.sum() + coupled.sum()
+        return values.detach(), torch.autograd.grad(total, images)[0]
+
+    values, gradient = excite()
+    if step < REDIRECTED_STEPS:
+        dead = gradient.flatten(1).abs().sum(dim=1) == 0
+        if bool(dead.any()):
+            with redirected(job.model.module):
+                _, helped = excite()
+            gradient = torch.where(dead.view(-1, 1, 1, 1), helped, gradient)
+    pulls: dict[bool, Tensor] = {}
+    for penalty in config.penalties:
+        if _anchored(config) and anchor.shape != images.shape:
+            anchor = torch.nn.functional.interpolate(anchor, images.shape[-2:], mode="bilinear", antialias=True)
+        value = moment.penalties * penalty.weight * penalty.value(images, anchor).sum()
+        pulls[penalty.relative] = pulls.get(penalty.relative, torch.zeros(())) + value
+    for coupling in config.couplings:
+        if coupling.space == "image":
+            groups = images.unflatten(0, (-1, config.variants))
+            pulls[True] = pulls.get(True, torch.zeros(())) - coupling.weight * coupling.value(groups).sum()
+    size = rms(gradient) if pulls else gradient
+    for relative, pull in pulls.items():
+        (against,) = torch.autograd.grad(pull, images)
+        gradient = gradient - (size * against if relative else against)
+    for preconditioner in config.preconditioners:
+        gradient = preconditioner.apply(gradient, moment.gradient_blur)
+    (own,) = torch.autograd.grad(painted, batch.parameters, gradient)
+    return values, own
 
 
 def saved(images: Tensor) -> Tensor:

@@ -150,6 +150,7 @@ def _pictures(group: h5py.Group, channels: Sequence[int], found: Sequence[Shard]
     size = (len(channels), shape[0])
     arrays: dict[str, np.ndarray] = {
         "status": np.full(size, "missing", object),
+        "reason": np.full(size, "", object),
         "seed": np.full(size, -1, np.int64),
         "steps": np.zeros(size, np.int32),
         **{k: np.full(size, np.nan, np.float32) for k in ("activation", "robust", "start", "seconds")},

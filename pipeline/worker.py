@@ -18,12 +18,14 @@ import psutil
 import torch
 from safetensors.torch import load as unpacked
 
-from pipeline import examples, shards
+from pipeline import examples, shards, starts
+from pipeline.augmentations import Ensemble
 from pipeline.config import Config
 from pipeline.errors import AtlasError
+from pipeline.files import File
 from pipeline.folding import Pair, fold, foldable
 from pipeline.layers import Layer
-from pipeline.models import Model, load
+from pipeline.models import Model, ModelConfig, load
 from pipeline.photos import Dataset
 from pipeline.recipes import NAMES_ONLY
 from pipeline.registry import canonical
@@ -46,7 +48,7 @@ class Unfit(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """All a worker needs, as plain data."""
+    """All a worker needs, as plain data. `others` are layers that the preset looks at besides a unit's own."""
 
     config: Config
     weights: str
@@ -54,6 +56,7 @@ class Setup:
     dataset: Dataset
     threads: int
     device: str
+    others: tuple[Layer, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Task:
     cost: float
     layer: str = ""
     channels: tuple[int, ...] = ()
-    canvas: int = 0
+    canvas: tuple[int, int] = (0, 0)
     start: int = 0
     end: int = 0
 
@@ -170,7 +173,7 @@ class Worker:
         What `layer` looks at is not folded. The twin is kept until another layer's turn comes.
         """
         if self._twin is None or self._twin[0] != layer.name:
-            self._twin = (layer.name, fold(self.model, self._foldable, [layer]))
+            self._twin = (layer.name, fold(self.model, self._foldable, [layer, *self.setup.others]))
         return self._twin[1]
 
     @functools.cached_property
@@ -178,6 +181,13 @@ class Worker:
         """What batches that fit are remembered by."""
         on_gpu = self.setup.device.startswith("cuda") and torch.cuda.is_available()
         return torch.cuda.get_device_name() if on_gpu else self.setup.device
+
+    @functools.cached_property
+    def ensemble(self) -> tuple[Model, ...]:
+        """The other checkpoints of an ensemble, folded as well."""
+        preset = self.setup.config.render
+        files = [f for a in preset.augmentations if isinstance(a, Ensemble) for f in a.checkpoints]
+        return tuple(fold(load_state(self.setup.config.model, f).to(self.setup.device)) for f in files)
 
     def do(self, task: Task, fits: Mapping[str, int] | None = None, files: Mapping[str, bytes] | None = None) -> Done:
         """Finish one task and write its shard.
@@ -256,13 +266,28 @@ class Worker:
     def _render(self, task: Task) -> bytes:
         config = self.setup.config
         preset = config.render
-        units = [(c, v) for c in task.channels for v in range(preset.variants)]
         layer = self.layers[task.layer]
 
-        def work(part: list[tuple[int, int]]) -> list[Any]:
-            return render(self.folded(layer), layer, part, preset, config.run.seed, task.canvas, self.stop)
+        model, others = self.folded(layer), {other.name: other for other in self.setup.others}
 
-        pictures = self._in_batches(layer.name, units, config.engine.batch, work)
+        def work(part: list[int]) -> list[Any]:
+            # All pictures of a channel stay together: a coupling compares them.
+            own = [(c, v) for c in part for v in range(preset.variants)]
+            return render(
+                model,
+                layer,
+                own,
+                preset,
+                config.run.seed,
+                task.canvas,
+                self.stop,
+                others=others,
+                ensemble=self.ensemble,
+                starts=starts.pictures(preset, task.canvas, self.model.recipe.channels, own),
+            )
+
+        per_batch = max(1, config.engine.batch // preset.variants)
+        pictures = self._in_batches(layer.name, list(task.channels), per_batch, work)
         shape = (len(task.channels), preset.variants)
 
         def column(name: str, kind: type) -> np.ndarray:
@@ -274,6 +299,7 @@ class Worker:
             "images": images.reshape(*shape, *images.shape[1:]),
             "trace": np.stack([p.trace for p in pictures]).astype(np.float32).reshape(*shape, -1),
             "status": column("status", object),
+            "reason": column("reason", object),
             "seed": column("seed", np.int64),
             "steps": column("steps", np.int32),
             **{k: column(k, np.float32) for k in ("activation", "robust", "start", "seconds")},
@@ -282,7 +308,7 @@ class Worker:
             "digest": task.digest,
             "layer": task.layer,
             "objective": type(preset.objective).__name__.lower(),
-            "natural": preset.objective.natural,
+            "natural": preset.natural,
             "preset": preset.name,
         }
         return shards.image(attributes, arrays)
@@ -309,7 +335,16 @@ class Worker:
         return shards.image(attributes, found[0].arrays())
 
 
-def render_digest(setup: Setup, layer: Layer, canvas: int) -> str:
+def load_state(config: ModelConfig, file: File) -> Model:
+    """The network with the weights of another checkpoint."""
+    assert file.content is not None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "checkpoint" + Path(file.path).suffix)
+        path.write_bytes(file.content)
+        return load(dataclasses.replace(config, checkpoint=str(path)))
+
+
+def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int]) -> str:
     """Digest of everything that changes the pictures of `layer`: nothing else makes a shard out of date."""
     config = setup.config
     preset = canonical(config.render)
@@ -317,7 +352,10 @@ def render_digest(setup: Setup, layer: Layer, canvas: int) -> str:
     model = canonical(config.model)
     for key in NAMES_ONLY:
         model.pop(key)  # where weights and code lie says nothing; what they are is in their digest
-    return shards.digest_of(["render 1", setup.weights, model, layer.tap, canvas, preset, config.run.seed])
+    others = [other.tap for other in setup.others]
+    return shards.digest_of(
+        ["render 2", setup.weights, model, layer.tap, list(canvas), preset, others, config.run.seed]
+    )
 
 
 def examples_digest(setup: Setup, fingerprint: str) -> str:

@@ -45,7 +45,7 @@ def test_default_run_has_a_name_of_its_own() -> None:
         ("+render.transforms.wobble={}", "There is no transform 'wobble'"),
         ("examples.k=0", "examples.k=0 is too small"),
         ("engine.workers=some", "engine.workers='some': use auto or a number"),
-        ("render.size=huge", "render.size='huge': use auto or a number"),
+        ("render.size=huge", "render.size='huge': use auto, field, or pixels"),
         ("run.name=../else", "must be a plain folder name"),
         ("layers.include=3", "layers.include=3 has the wrong type"),
     ],

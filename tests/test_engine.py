@@ -100,11 +100,11 @@ def test_a_photograph_counts_once_however_ranges_overlap() -> None:
 def out_of_memory_over(limit: int, sizes: list[int]) -> Any:
     whole = worker.render
 
-    def render(model: Any, layer: Any, units: list[Any], *rest: Any) -> Any:
+    def render(model: Any, layer: Any, units: list[Any], *rest: Any, **more: Any) -> Any:
         sizes.append(len(units))
         if len(units) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return whole(model, layer, units, *rest)
+        return whole(model, layer, units, *rest, **more)
 
     return render
 

@@ -9,11 +9,13 @@ from conftest import tiny_model
 from torch import nn
 
 from pipeline.canvases import Fourier
-from pipeline.layers import Layer, capture, enumerate_layers
+from pipeline.layers import Layer, enumerate_layers
 from pipeline.models import Model
-from pipeline.objectives import OBJECTIVES, Channel, Neuron
+from pipeline.objectives import Channel
 from pipeline.optimizers import Adam
-from pipeline.render import RenderConfig, canvas_size, render, seed_of
+from pipeline.presets import RenderConfig, canvas_size
+from pipeline.render import render
+from pipeline.seeds import seed_of
 from pipeline.transforms import Jitter, Rotate, Scale
 
 PRESET = RenderConfig(
@@ -32,21 +34,8 @@ PRESET = RenderConfig(
 def test_every_kind_of_layer_rises(tiny: Model, tiny_layers: dict[str, Layer], name: str) -> None:
     pictures = render(tiny, tiny_layers[name], [(0, 0), (1, 0), (2, 0)], PRESET, seed=0)
     for picture in pictures:
-        assert picture.activation > picture.start and picture.status == "done"
+        assert picture.activation > picture.start and picture.status in ("converged", "limit")
         assert picture.image.shape == (32, 32, 3) and picture.image.dtype == np.uint8
-
-
-@pytest.mark.parametrize("name", list(OBJECTIVES))
-def test_every_objective_rises_and_is_that_of_the_saved_picture(
-    tiny: Model, tiny_layers: dict[str, Layer], name: str
-) -> None:
-    objective = OBJECTIVES[name]()
-    preset = dataclasses.replace(PRESET, objective=objective)
-    (picture,) = render(tiny, tiny_layers["late"], [(3, 0)], preset, seed=0)
-    image = torch.from_numpy(picture.image).permute(2, 0, 1)[None].float() / 255
-    with capture(tiny, [tiny_layers["late"]]) as forward, torch.no_grad():
-        value = objective.value(forward(image)["late"], torch.tensor([3])).item()
-    assert picture.activation == pytest.approx(value, abs=1e-5) and picture.activation > picture.start
 
 
 def test_alone_and_in_a_batch_the_same_picture(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
@@ -82,7 +71,7 @@ def test_a_dead_unit_is_tried_again_and_then_marked() -> None:
         late.weight[2].zero_()
     layer = next(la for la in enumerate_layers(model) if la.name == "late")
     dead, alive = render(model, layer, [(2, 0), (3, 0)], dataclasses.replace(PRESET, steps=8), seed=0)
-    assert (dead.status, alive.status) == ("failed", "done")
+    assert dead.status == "failed" and alive.status != "failed"
     (alone,) = render(model, layer, [(3, 0)], dataclasses.replace(PRESET, steps=8), seed=0)
     assert np.abs(alone.image.astype(int) - alive.image.astype(int)).max() <= 1
 
@@ -93,13 +82,13 @@ def test_a_picture_may_succeed_at_its_second_attempt(tiny: Model, tiny_layers: d
 
     @dataclasses.dataclass(frozen=True)
     class Unlucky(Adam):
-        def step(self, parameters, gradient, state, at, of, scale):  # type: ignore[no-untyped-def]
-            calls.append(scale)
-            super().step(parameters, gradient * (float("nan") if scale == 1 else 1), state, at, of, scale)
+        def step(self, parameters, gradient, state, at, rate):  # type: ignore[no-untyped-def]
+            calls.append(rate)
+            super().step(parameters, gradient * (float("nan") if rate == 0.1 else 1), state, at, rate)
 
     preset = dataclasses.replace(PRESET, optimizer=Unlucky(lr=0.1), steps=8)
     (picture,) = render(tiny, tiny_layers["late"], [(0, 0)], preset, seed=0)
-    assert picture.status == "retried" and set(calls) == {1.0, 0.5}
+    assert picture.status == "retried" and set(calls) == {0.1, 0.05}
     assert picture.image.std() > 0
 
 
@@ -111,49 +100,13 @@ def test_the_network_is_left_as_it_was_found(tiny: Model, tiny_layers: dict[str,
     assert all(p.grad is None for p in tiny.module.parameters())
 
 
-@pytest.mark.parametrize("objective", [Channel(), Neuron()])
-def test_gradients_against_finite_differences(objective: Channel | Neuron) -> None:
-    maps = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
-    channels = torch.tensor([2, 0])
-    assert torch.autograd.gradcheck(lambda m: objective.value(m, channels), (maps,))
-
-
-def test_adam_without_damping_is_adam() -> None:
-    torch.manual_seed(0)
-    ours, theirs = torch.zeros(2, 5), torch.zeros(2, 5, requires_grad=True)
-    optimizer, reference = Adam(lr=0.05), torch.optim.Adam([theirs], lr=0.05)
-    state = optimizer.start(ours)
-    for at in range(20):
-        gradient = torch.randn(2, 5)
-        optimizer.step(ours, gradient, state, at, 20, 1.0)
-        theirs.grad = -gradient
-        reference.step()
-    assert torch.allclose(ours, theirs.detach(), atol=1e-6)
-
-
-def test_adams_rate_warms_up_and_decays() -> None:
-    adam = Adam(lr=1.0, warmup=3, floor=0.1)
-    rates = [adam.rate(i, 20) for i in range(20)]
-    assert rates[:3] == [0.25, 0.5, 0.75] and rates[3] == 1.0
-    assert rates[3:] == sorted(rates[3:], reverse=True) and 0.1 <= rates[-1] < 0.13
-
-
-def test_damping_is_each_pictures_own() -> None:
-    optimizer = Adam(lr=0.1, damping=0.5)
-    gradient = torch.stack([torch.ones(4), torch.ones(4) * 1000])
-    both, alone = torch.zeros(2, 4), torch.zeros(1, 4)
-    optimizer.step(both, gradient, optimizer.start(both), 0, 1, 1.0)
-    optimizer.step(alone, gradient[:1], optimizer.start(alone), 0, 1, 1.0)
-    assert torch.allclose(both[:1], alone)
-
-
 def test_canvas_follows_the_layer(tiny_layers: dict[str, Layer]) -> None:
-    def sized(**changes: object) -> int:
+    def sized(**changes: object) -> tuple[int, int]:
         return canvas_size(dataclasses.replace(tiny_layers["late"], **changes), (224, 224), "auto")  # type: ignore[arg-type]
 
-    assert sized(height=112, width=112) == 128
-    assert sized(height=14, width=14) == 128
-    assert sized(height=7, width=7) == 224
-    assert sized(layout="vector", height=1, width=1) == 224
-    assert canvas_size(tiny_layers["late"], (32, 32), "auto") == 32
-    assert canvas_size(tiny_layers["late"], (224, 224), 64) == 64
+    assert sized(height=112, width=112) == (128, 128)
+    assert sized(height=14, width=14) == (128, 128)
+    assert sized(height=7, width=7) == (224, 224)
+    assert sized(layout="vector", height=1, width=1) == (224, 224)
+    assert canvas_size(tiny_layers["late"], (32, 32), "auto") == (32, 32)
+    assert canvas_size(tiny_layers["late"], (224, 224), 64) == (64, 64)

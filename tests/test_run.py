@@ -36,7 +36,10 @@ def test_the_whole_path_and_again(tiny_run: list[str], tmp_path: Path, capsys: p
     with pipeline.open_atlas(folder) as atlas:
         assert atlas.layers[0] == "conv_stem" and atlas.layers[-1] == "classifier"
         table = atlas.units()
-        assert len(table) == 3 * len(atlas.layers) and table["status"].isin(["done", "retried", "failed"]).all()
+        assert (
+            len(table) == 3 * len(atlas.layers)
+            and table["status"].isin(["converged", "limit", "retried", "failed"]).all()
+        )
         assert table["natural"].notna().all()
         best = atlas["conv_stem"].examples("max")
         assert best is not None and best.index.shape == (3, 3) and (np.diff(best.value, axis=1) <= 0).all()
@@ -59,7 +62,9 @@ def test_the_whole_path_and_again(tiny_run: list[str], tmp_path: Path, capsys: p
     (folder / "atlas.h5").unlink()
     assert cli.main(["run", *tiny_run]) == 0
     after = shard_times(folder)
-    assert {n for n, t in after.items() if times.get(n) != t} == {lost.name}
+    # How work is cut follows from timing, so the lost pictures may come back in other portions.
+    again = {n for n, t in after.items() if times.get(n) != t}
+    assert again and all(n == lost.name or n not in times for n in again)
     assert all(np.array_equal(before[k], v) for k, v in pictures(folder).items())
 
     # More channels: the old pictures stay, the new ones join them.

@@ -100,7 +100,7 @@ def write_layer(file: h5py.File, rng: np.random.Generator, order: int, layer, pi
         put(group, f"{render}/seed", rng.integers(0, 2**62, shape))
         put(group, f"{render}/steps", np.full(shape, 512, np.int32))
         put(group, f"{render}/trace", np.zeros((*shape, 16), np.float32))
-        status = np.full(shape, "done", object)
+        status = np.full(shape, "converged", object)
         if name == "blocks.0.conv":
             status[1] = "failed"
         put(group, f"{render}/status", status)

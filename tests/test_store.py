@@ -30,7 +30,8 @@ def pictures(seed: int, count: int, variants: int = 1) -> dict[str, np.ndarray]:
     return {
         "images": rng.integers(0, 256, (*shape, 16, 16, 3), np.uint8),
         "trace": rng.random((*shape, 4), np.float32),
-        "status": np.full(shape, "done", object),
+        "status": np.full(shape, "converged", object),
+        "reason": np.full(shape, "", object),
         "seed": rng.integers(0, 2**62, shape),
         "steps": np.full(shape, 4, np.int32),
         **{k: rng.random(shape, np.float32) for k in ("activation", "robust", "start", "seconds")},
@@ -62,7 +63,7 @@ def test_pictures_come_back_bit_by_bit_from_several_shards(tmp_path: Path) -> No
             for key in ("activation", "seed", "status"):
                 assert layer.numbers()[key][row, 0] == arrays[key][i, 0]
         table = atlas.units()
-        assert list(table["channel"]) == [0, 2, 4, 8] and (table["status"] == "done").all()
+        assert list(table["channel"]) == [0, 2, 4, 8] and (table["status"] == "converged").all()
         with pytest.raises(AtlasError, match="Valid: 0, 2, 4, 8"):
             layer.picture(3)
         with pytest.raises(AtlasError, match=r"Nearest: a/b\.\.c"):
@@ -75,7 +76,7 @@ def test_a_lost_picture_is_marked_and_reported(tmp_path: Path) -> None:
     store.consolidate(tmp_path / "atlas.h5", content((0, 1)), {LAYER.name: shards.find(tmp_path / "s", "d")})
     with pipeline.open_atlas(tmp_path) as atlas:
         numbers = atlas[LAYER.name].numbers()
-        assert numbers["status"][:, 0].tolist() == ["done", "missing"] and np.isnan(numbers["activation"][1, 0])
+        assert numbers["status"][:, 0].tolist() == ["converged", "missing"] and np.isnan(numbers["activation"][1, 0])
     assert "1 pictures are missing" in store.verify(tmp_path / "atlas.h5", {LAYER.name: [0, 1]})[0][1]
     assert any("2 planned channels" in w for _, w in store.verify(tmp_path / "atlas.h5", {LAYER.name: [0, 5, 6]}))
 

@@ -1,0 +1,53 @@
+"""Units that are silent on the first picture: a rectifier passes them no gradient, and they would stay grey.
+
+Inside `redirected`, rectifiers that stop *all* of an image's gradient pass on the part that would push their inputs
+back to where they respond. After lucid/misc/redirected_relu_grad.py, but image by image (a batch-wide test leaves a
+dead unit dead beside a living one), and for any network: the modules' forward is exchanged and put back.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# lucid redirects during the first 16 steps.
+STEPS = 16
+
+
+class _Redirected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, high: float | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.high = high
+        return x.clamp(min=0) if high is None else x.clamp(0, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,), (gradient,) = ctx.saved_tensors, grads
+        low, above = x <= 0, torch.zeros_like(x, dtype=torch.bool) if ctx.high is None else x >= ctx.high
+        passed = gradient * ~(low | above)
+        # What is raised is the objective, so a positive gradient asks for more.
+        wanted = gradient * ((low & (gradient > 0)) | (above & (gradient < 0)))
+        dead = passed.flatten(1).abs().sum(dim=1) == 0
+        return torch.where(dead.view(-1, *[1] * (x.ndim - 1)), wanted, passed), None
+
+
+@contextlib.contextmanager
+def redirected(module: nn.Module) -> Iterator[None]:
+    """Rectifiers (nn.ReLU, nn.ReLU6) of `module` redirect gradients while this is entered."""
+    changed: list[nn.Module] = []
+
+    def forward(high: float | None) -> Callable[[Tensor], Tensor]:
+        return lambda x: _Redirected.apply(x, high)  # type: ignore[no-any-return]
+
+    try:
+        for child in module.modules():
+            if isinstance(child, (nn.ReLU, nn.ReLU6)) and "forward" not in vars(child):
+                child.forward = forward(6.0 if isinstance(child, nn.ReLU6) else None)  # type: ignore[method-assign]
+                changed.append(child)
+        yield
+    finally:
+        for child in changed:
+            del child.forward
