@@ -4,7 +4,8 @@
     with pipeline.open_atlas("runs/efficientnet_lite0-distill") as atlas:
         layer = atlas["blocks.4.2"]
         picture = layer.picture(layer.channels[0])     # (H, W, 3) uint8
-        best = layer.examples("max")                   # value, index, y, x: (C', k) each
+        best = layer.examples("max")                   # value, index, y, x, map: (C', k) each
+    heat = layer.heat_map(best.map[0, 0])          # (h, w) float32
         table = atlas.units()                          # one row a picture
 
 The site and every comparison read through this module and nothing else.
@@ -13,7 +14,7 @@ The site and every comparison read through this module and nothing else.
 import dataclasses
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,58 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from pipeline import shards
+from pipeline import crops, shards
 from pipeline.errors import AtlasError, nearest
 
 SCHEMA = "neuron-atlas"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The best photographs of each unit of a layer, best first; (C', k) arrays, `index` −1 where there is none.
+    """Photographs that stand for each unit of a layer; (C', k) arrays, `index` −1 where there is none.
 
-    `value` is the response, `index` the photograph's row in the dataset, `y` and `x` the place on the map.
+    `value` is the response, `index` the photograph's row in the dataset, `y` and `x` the place on the map, `map` the
+    number of the heat-map (−1 for none).
     """
 
     value: np.ndarray
     index: np.ndarray
     y: np.ndarray
     x: np.ndarray
+    map: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """Per-image maxima of each unit: `counts` (C', bins) between the `edges` (C', bins + 1).
+
+    `under` and `over` (C',) count the images beyond the edges; `ends` (C', 2) are the least and largest maximum.
+    """
+
+    counts: np.ndarray
+    edges: np.ndarray
+    under: np.ndarray
+    over: np.ndarray
+    ends: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """Labels of each unit, by number in `Atlas.dataset_labels`; −1 and NaN where there is nothing to say.
+
+    `over` (C', 3) are the most over-represented in the top 1 % of images, with `count` there and `lift`; `best` (C',)
+    is the label with the largest mean response, with `selectivity` and `auroc`. Where `method` is "counts", too few
+    images share a label for such numbers: `over` and `count` are the commonest among the examples, the rest is empty.
+    """
+
+    method: str
+    over: np.ndarray
+    count: np.ndarray
+    lift: np.ndarray
+    best: np.ndarray
+    selectivity: np.ndarray
+    auroc: np.ndarray
 
 
 class LayerView:
@@ -97,18 +132,110 @@ class LayerView:
         return shards.plain(self._render(objective))
 
     def examples(self, which: str = "max") -> Examples | None:
-        """The best photographs by `which`, or None if the atlas has no examples."""
+        """Photographs by `which`, or None if the atlas has no such list.
+
+        `max` and `mean`: the largest spatial maxima and means, best first. `min`: the lowest spatial minima, lowest
+        first. `spectrum`: drawn from quantile bins of the maxima; see `spectrum_edges`.
+        """
         path = f"examples/{which}"
         if path not in self._group:
             return None
-        return Examples(*(shards.get(self._group, f"{path}/{key}") for key in ("value", "index", "y", "x")))
+        held = shards.group(self._group, path)
+        arrays = {key: shards.get(held, key) for key in ("value", "index", "y", "x")}
+        absent = np.full(arrays["index"].shape, -1, np.int32)
+        return Examples(**arrays, map=shards.get(held, "map") if "map" in held else absent)
+
+    @property
+    def spectrum_edges(self) -> tuple[float, ...]:
+        """Edges, in per cent, of the quantile bins of `examples("spectrum")`, whose k places are evenly theirs."""
+        if "examples/spectrum" not in self._group:
+            return ()
+        return tuple(np.asarray(self._group["examples/spectrum"].attrs["edges"]).tolist())
+
+    def heat_map(self, number: int) -> np.ndarray | None:
+        """One heat-map, (h, w) float32 responses, averaged to few rows and columns; None for number −1."""
+        if number < 0 or "examples/maps" not in self._group:
+            return None
+        held = shards.group(self._group, "examples/maps")
+        low, high = shards.dataset(held, "range")[int(number)]
+        return (low + (high - low) * (shards.dataset(held, "value")[int(number)] / np.float32(255))).astype(np.float32)
+
+    def heat_maps(self) -> h5py.Dataset | None:
+        """All heat-maps as kept, (pairs, h, w) uint8 from the least response (0) to the largest (255) of each."""
+        return shards.dataset(self._group, "examples/maps/value") if "examples/maps" in self._group else None
+
+    def crop(self, number: int) -> Image.Image | None:
+        """What the unit of heat-map `number` saw, where the atlas keeps crops instead of pictures."""
+        if number < 0 or "examples/maps/jpeg" not in self._group:
+            return None
+        return _image(shards.group(self._group, "examples/maps"), int(number))
 
     def stats(self) -> dict[str, np.ndarray]:
-        """Statistics over the photographs by name (mean, max, nonzero, best_mean), (C',) each."""
+        """Statistics over the photographs by name (mean, sd, max, nonzero, inactive, …), (C',) each."""
         if "stats" not in self._group:
             return {}
         group = shards.group(self._group, "stats")
         return {name: shards.get(group, name) for name in shards.names(group)}
+
+    @property
+    def population_sparsity(self) -> float:
+        """Mean sparsity of the layer's answer to one photograph, 0 … 1; NaN if nothing fired or nobody measured."""
+        held = self._group.get("stats")
+        return float(held.attrs.get("population_sparsity", np.nan)) if isinstance(held, h5py.Group) else float("nan")
+
+    def histogram(self) -> Histogram | None:
+        """Histograms of per-image maxima, or None without examples."""
+        if "histogram" not in self._group:
+            return None
+        counts, ends = shards.get(self._group, "histogram/counts"), shards.get(self._group, "histogram/ends")
+        low, high = shards.get(self._group, "histogram/range").T[..., None]
+        edges = low + (high - low) * np.linspace(0, 1, counts.shape[1] - 1)
+        return Histogram(counts[:, 1:-1], edges, counts[:, 0], counts[:, -1], ends)
+
+    def quantiles(self, shares: Sequence[float]) -> np.ndarray:
+        """(C', q) quantiles of per-image maxima at `shares` (0 … 1), to the width of a bin; NaN without examples."""
+        found = self.histogram()
+        result = np.full((len(self.channels), len(shares)), np.nan)
+        if found is None:
+            return result
+        heaps = np.concatenate([found.under[:, None], found.counts, found.over[:, None]], 1).cumsum(1)
+        for row, heap in enumerate(heaps):
+            low, high = found.ends[row]
+            borders = [min(low, found.edges[row, 0]), *found.edges[row], max(high, found.edges[row, -1])]
+            if heap[-1]:
+                result[row] = np.interp(np.asarray(shares) * heap[-1], [0, *heap], np.clip(borders, low, high))
+        return result
+
+    def labels(self) -> Labels | None:
+        """Which labels of the dataset each unit goes with, or None where the dataset has none."""
+        if "labels" not in self._group:
+            return None
+        group = shards.group(self._group, "labels")
+        return Labels(shards.text(group, "method"), **{name: shards.get(group, name) for name in shards.names(group)})
+
+    def responses(self) -> np.ndarray | None:
+        """(C', n) float16 maxima of every unit on the photographs `Atlas.responses_index`; None without examples."""
+        return shards.get(self._group, "responses") if "responses" in self._group else None
+
+    def similar(self, channel: int, count: int = 8) -> pd.DataFrame:
+        """The units of this layer whose responses go most with those of `channel`: channel, correlation; best first.
+
+        Pearson's correlation over the photographs drawn for the purpose.
+        """
+        kept = self.responses()
+        if kept is None or kept.shape[1] < 2:
+            return pd.DataFrame({"channel": np.zeros(0, np.int32), "correlation": np.zeros(0, np.float32)})
+        centred = kept.astype(np.float32)
+        centred -= centred.mean(1, keepdims=True)
+        norm = np.linalg.norm(centred, axis=1)
+        own = self.row(channel)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = centred @ centred[own] / (norm * norm[own])
+        found = np.where(np.isfinite(found), found, -2)
+        found[own] = -2
+        order = np.argsort(-found, kind="stable")[:count]
+        order = order[found[order] > -2]
+        return pd.DataFrame({"channel": self.channels[order], "correlation": found[order].astype(np.float32)})
 
     def natural(self, objective: str = "channel") -> np.ndarray:
         """Best response of any photograph by the objective's own measure, (C',); NaN without examples."""
@@ -128,18 +255,36 @@ class LayerView:
             shards.numbers(self._group, name)
             for name in ("receptive_field", "receptive_field_stride", "receptive_field_offset", "input_size")
         )
-        box = []
-        for axis, position in enumerate((y, x)):
-            middle = position * stride[axis] + offset[axis] + size[axis] / 2
-            side = min(max(size[axis], least), limits[axis])
-            start = min(max(round(middle - side / 2), 0), limits[axis] - side)
-            box.append((start, start + side))
-        return box[1][0], box[0][0], box[1][1], box[0][1]
+        return crops.seen(int(y), int(x), size, stride, offset, limits, least)
+
+    def source_box(self, photo: "ShownPhoto", y: int, x: int, least: int = 48) -> tuple[int, int, int, int] | None:
+        """(left, top, right, bottom) of what unit (y, x) sees, in pixels of the source picture and clipped to it.
+
+        `least` is in pixels of the network's input; None where a unit sees the whole image.
+        """
+        box = self.crop_box(y, x, least)
+        return None if box is None else crops.in_picture(box, self.input_size, photo.box, photo.size)
 
     def _render(self, objective: str) -> h5py.Group:
         if objective not in self.objectives:
             raise AtlasError(f"{self.name} has no pictures for {objective!r}. {nearest(objective, self.objectives)}")
         return shards.group(self._group, f"render/{objective}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownPhoto:
+    """A photograph that an atlas shows: the size (width, height) of its source picture and the part that became the
+    network's input, (left, top, right, bottom), which may reach beyond the edges; both in pixels of that picture.
+    """
+
+    index: int
+    size: tuple[int, int]
+    box: tuple[float, float, float, float]
+
+
+def _image(group: h5py.Group, at: int) -> Image.Image:
+    start, end = shards.dataset(group, "offset")[at : at + 2]
+    return Image.open(io.BytesIO(shards.dataset(group, "jpeg")[int(start) : int(end)].tobytes()))
 
 
 class Atlas:
@@ -216,13 +361,47 @@ class Atlas:
             return pd.DataFrame({"path": [], "label": [], "source": []})
         return pd.DataFrame({key: shards.get(self._file, f"dataset/{key}") for key in ("path", "label", "source")})
 
-    def photo(self, index: int) -> Image.Image | None:
-        """A photograph as the network saw it, if it is shown anywhere in this atlas."""
+    @property
+    def dataset_labels(self) -> tuple[str, ...]:
+        """Labels of the dataset, by the numbers that `LayerView.labels` gives them."""
+        return tuple(shards.get(self._file, "dataset/labels").tolist()) if "dataset/labels" in self._file else ()
+
+    @property
+    def responses_index(self) -> np.ndarray:
+        """(n,) rows in the dataset of the photographs whose responses are kept for every unit."""
+        held = "dataset/responses" in self._file
+        return shards.get(self._file, "dataset/responses") if held else np.zeros(0, np.int32)
+
+    @property
+    def examples_store(self) -> str:
+        """What of the dataset this file holds: `images`, `crops` or `ids`."""
+        held = self._file.get("dataset/shown")
+        return str(held.attrs.get("store", "images")) if isinstance(held, h5py.Group) else "ids"
+
+    def shown(self, index: int) -> ShownPhoto | None:
+        """Size and place of a photograph that is an example of any unit; None if it is of none."""
         at = int(np.searchsorted(self._shown, index))
-        if at == len(self._shown) or self._shown[at] != index:
+        if at == len(self._shown) or self._shown[at] != index or "dataset/shown/box" not in self._file:
             return None
-        start, end = shards.dataset(self._file, "dataset/shown/offset")[at : at + 2]
-        return Image.open(io.BytesIO(shards.dataset(self._file, "dataset/shown/jpeg")[int(start) : int(end)].tobytes()))
+        width, height = shards.dataset(self._file, "dataset/shown/size")[at].tolist()
+        left, top, right, bottom = shards.dataset(self._file, "dataset/shown/box")[at].tolist()
+        return ShownPhoto(int(index), (width, height), (left, top, right, bottom))
+
+    def picture(self, index: int) -> Image.Image | None:
+        """The whole source picture of a photograph, made smaller, if this atlas holds it."""
+        at = int(np.searchsorted(self._shown, index))
+        if at == len(self._shown) or self._shown[at] != index or "dataset/shown/jpeg" not in self._file:
+            return None
+        return _image(shards.group(self._file, "dataset/shown"), at)
+
+    def photo(self, index: int) -> Image.Image | None:
+        """A photograph as the network saw it, cut from `picture`, if this atlas holds it."""
+        picture, shown = self.picture(index), self.shown(index)
+        if picture is None or shown is None:
+            return picture
+        scale = [a / b for a, b in zip(picture.size, shown.size, strict=True)] * 2
+        left, top, right, bottom = (round(v * s) for v, s in zip(shown.box, scale, strict=True))
+        return picture.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
 
     def units(self) -> pd.DataFrame:
         """One row a picture: layer, channel, objective, variant, its numbers, and the best natural response."""

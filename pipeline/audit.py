@@ -246,16 +246,15 @@ def compact(folder: RunFolder, made: Plan) -> Compacted:
 
 def _melted(folder: RunFolder, made: Plan) -> list[Shard]:
     """Pieces of a complete dataset pass that one new shard has taken the place of."""
-    held = Inventory(made, folder)
-    pieces = list(held.ranges.values())
-    if not held.covered or len(pieces) < 2:
+    survey = Inventory(made, folder).survey
+    pieces = list(survey.ranges.values())
+    if not survey.covered or len(pieces) < 2:
         return []
-    names = [row.layer.name for row in made.rows]
-    sweeps = [Sweep.from_arrays(names, piece.arrays()) for piece in pieces]
-    arrays = examples.merge(sweeps, made.config.examples.k).arrays()
-    digest = made.examples_digest
-    path = folder.shards / "examples" / f"0-{held.total}-{digest[:12]}.h5"
-    shards.write(path, {"digest": digest, "start": 0, "end": held.total}, arrays)
+    sweeps = (Sweep.from_arrays(piece.arrays()) for piece in pieces)
+    arrays = examples.merge(sweeps, made.config.examples.k, made.setup.dataset.sources).arrays()
+    path = folder.shards / "examples" / f"0-{survey.total}-{survey.digest[:12]}.h5"
+    attributes = {"digest": survey.digest, "start": 0, "end": survey.total, "ranges": survey.content}
+    shards.write(path, attributes, arrays)
     whole = shards.read(path)
     assert whole is not None
     again = whole.arrays()

@@ -233,11 +233,11 @@ class OnRay:
         if self.config.shared_fs or task.stage == "render":
             return None
         found = {}
-        for photo in setup.dataset.photos[task.start : task.end]:
+        for photo in (setup.dataset.photos[i] for i in task.indices):
             # A file that can't be read is told by the worker, like any other broken photograph.
-            with contextlib.suppress(OSError):
-                if photo.file not in found:
-                    found[photo.file] = Path(setup.dataset.locate(photo)).read_bytes()
+            with contextlib.suppress(OSError, ValueError):
+                if photo.picture not in found:
+                    found[photo.picture] = setup.dataset.content(photo)
         return self.ray.put(found)
 
     def _keep(self, task: Task, done: Done) -> None:

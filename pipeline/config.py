@@ -12,12 +12,12 @@ from typing import Any
 from pipeline.augmentations import AUGMENTATIONS
 from pipeline.canvases import CANVASES
 from pipeline.couplings import COUPLINGS
+from pipeline.datasets import DataConfig
 from pipeline.errors import AtlasError
 from pipeline.examples import ExamplesConfig
 from pipeline.objectives import OBJECTIVES
 from pipeline.optimizers import OPTIMIZERS
 from pipeline.penalties import PENALTIES
-from pipeline.photos import DataConfig
 from pipeline.policies import LayersConfig
 from pipeline.preconditioners import PRECONDITIONERS
 from pipeline.presets import RenderConfig
@@ -109,7 +109,14 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
         (config.render.attempts, "render.attempts", 1),
         (config.examples.k, "examples.k", 1),
         (config.examples.batch, "examples.batch", 1),
-        (config.examples.per_task, "examples.per_task", 1),
+        (config.examples.sample, "examples.sample", 1),
+        (config.examples.subset, "examples.subset", 0),
+        (config.examples.labelled, "examples.labelled", 0),
+        (config.examples.per_bin, "examples.per_bin", 0),
+        (config.examples.side, "examples.side", 32),
+        (config.examples.crop_side, "examples.crop_side", 8),
+        (config.examples.maps, "examples.maps", 1),
+        (config.examples.jpeg_quality, "examples.jpeg_quality", 1),
         (config.engine.batch, "engine.batch", 1),
         (config.engine.attempts, "engine.attempts", 1),
         (config.engine.max_failures, "engine.max_failures", 1),
@@ -121,6 +128,7 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
             raise AtlasError(f"{key}={value} is too small: at least {least}.")
     if config.data.limit is not None and config.data.limit < 1:
         raise AtlasError(f"data.limit={config.data.limit} is too small: at least 1, or null for all.")
+    _check_examples(config.examples)
     size = config.render.size
     sides = (size,) if isinstance(size, int) else size
     if (size not in ("auto", "field")) if isinstance(sides, str) else min(sides) < 16:
@@ -135,6 +143,19 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
         if (isinstance(value, str) and value != "auto") or (not isinstance(value, str) and value <= 0 and not zero):
             raise AtlasError(f"{key}={value!r}: use auto or a number above 0.")
     return config
+
+
+def _check_examples(config: ExamplesConfig) -> None:
+    for value, key in ((config.per_task, "per_task"), (config.compile, "compile")):
+        if (isinstance(value, str) and value != "auto") or (key == "per_task" and isinstance(value, int) and value < 1):
+            raise AtlasError(
+                f"examples.{key}={value!r}: use auto or {'a number from 1' if key == 'per_task' else 'true, false'}."
+            )
+    if config.store not in ("images", "crops", "ids"):
+        raise AtlasError(f"examples.store={config.store!r} is not one of images, crops, ids.")
+    edges = config.spectrum
+    if list(edges) != sorted(set(edges)) or len(edges) < 2 or edges[0] != 0 or edges[-1] != 100:
+        raise AtlasError(f"examples.spectrum={list(edges)}: per cent, rising from 0 to 100.")
 
 
 def render_config(tree: Mapping[str, Any]) -> RenderConfig:

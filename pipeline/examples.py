@@ -1,126 +1,286 @@
-"""The dataset pass: one sweep over a range of photographs, all layers at once, nothing dumped.
+"""The dataset pass: one sweep over a range of photographs, all channels of all layers at once, nothing dumped.
 
 Every layer's response is reduced inside the hook that sees it, so that no activation of a batch outlives its
-layer. The result of a range can be merged with any other.
+layer. From then on the channels of all layers stand side by side on one axis. The result of a range is small and can
+be merged with any other: any split, merged in any order, is the same to the last byte.
 """
 
 import dataclasses
-import io
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import bands, photos, statistics, toplists
+from pipeline import photos, reduction, toplists
+from pipeline.datasets import Dataset
 from pipeline.layers import Layer, capture
-from pipeline.models import Model, Recipe
-from pipeline.photos import Dataset
-from pipeline.statistics import Tally
-from pipeline.toplists import TopList
+from pipeline.models import Model
+from pipeline.photos import Loaded
+from pipeline.reduction import Reducer
+from pipeline.spectrum import subset
+from pipeline.statistics import BLOCK, Ranges, Tally, tally
+
+LISTS = ("max", "mean", "min")
 
 
 @dataclasses.dataclass(frozen=True)
 class ExamplesConfig:
-    """How many examples a channel keeps, and in what portions the dataset is read."""
+    """What is kept of a dataset, and in what portions it is read; conf/examples/default.yaml explains each."""
 
     k: int = 8
+    spectrum: tuple[float, ...] = (0, 1, 25, 50, 75, 99, 100)
+    per_bin: int = 3
+    sample: int = 64
+    subset: int = 1024
+    labelled: int = 32_768
     batch: int = 16
-    per_task: int = 256
-    jpeg_quality: int = 90
+    per_task: int | str = "auto"
+    compile: bool | str = "auto"
+    store: str = "images"
+    side: int = 320
+    crop_side: int = 96
+    jpeg_quality: int = 85
+    maps: int = 14
+
+    def portion(self, photographs: int) -> int:
+        """Photographs a task: about 64 tasks, but of no fewer than 256 photographs, and no more than 4,096."""
+        if isinstance(self.per_task, int):
+            return self.per_task
+        return min(max(256, -(-photographs // 64)), 4096)
+
+    def compiles(self, photographs: int, layers: int) -> bool:
+        """Whether a compiled reduction pays: compiling takes as long as some thousands of photographs and layers."""
+        return self.compile if isinstance(self.compile, bool) else photographs * layers >= 30_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Photographs drawn by hash before the pass, as indices: `sample` in the order of the draw, the others rising.
+
+    `sample` sets the ranges of histograms; of `subset` every channel's response is kept, of `labelled` its bin.
+    """
+
+    sample: np.ndarray
+    subset: np.ndarray
+    labelled: np.ndarray
+
+    @classmethod
+    def of(cls, dataset: Dataset, config: ExamplesConfig) -> "Drawn":
+        """The same on every machine: paths decide. Nothing is drawn as labelled where there are no two labels."""
+        most = max(config.sample, config.subset, config.labelled)
+        order = subset([p.path for p in dataset.photos], most)
+        labelled = order[: config.labelled] if len(dataset.labels[0]) > 1 else order[:0]
+        return cls(order[: config.sample], np.sort(order[: config.subset]), np.sort(labelled))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What a range of photographs gave: lists and tallies by layer name, and what could not be read."""
+    """What photographs gave, for the C channels of all layers side by side.
 
-    tops: dict[str, TopList]
-    tallies: dict[str, Tally]
+    `tops` are keys (C, k) by list; `responses` the maxima (n, C) float32 of the photographs `responses_index`, `codes`
+    the bins (n, C) uint8 of `codes_index`, both by rising index; `failed` what could not be read, and why.
+    """
+
+    tops: Mapping[str, np.ndarray]
+    tally: Tally
+    responses_index: np.ndarray
+    responses: np.ndarray
+    codes_index: np.ndarray
+    codes: np.ndarray
     failed: tuple[tuple[int, str], ...]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All arrays by `<position of the layer>/<name>`, as they go into a shard."""
-        found: dict[str, np.ndarray] = {}
-        for i, name in enumerate(self.tops):
-            found.update({f"{i}/max/{k}": v for k, v in self.tops[name].arrays().items()})
-            found.update({f"{i}/tally/{k}": v for k, v in self.tallies[name].arrays().items()})
-        found["failed/index"] = np.array([i for i, _ in self.failed], np.int32)
-        found["failed/reason"] = np.array([reason for _, reason in self.failed], object)
-        return found
+        """As they go into a shard."""
+        return {
+            **{f"tops/{name}": keys for name, keys in self.tops.items()},
+            **{f"tally/{name}": array for name, array in self.tally.arrays().items()},
+            "responses/index": self.responses_index,
+            "responses/peak": self.responses,
+            "codes/index": self.codes_index,
+            "codes/bin": self.codes,
+            "failed/index": np.array([i for i, _ in self.failed], np.int32),
+            "failed/reason": np.array([reason for _, reason in self.failed], object),
+        }
 
     @classmethod
-    def from_arrays(cls, layers: Sequence[str], arrays: dict[str, np.ndarray]) -> "Sweep":
-        """The inverse of `arrays`, for the same layers in the same order."""
-        tops, tallies = {}, {}
-        for i, name in enumerate(layers):
-            tops[name] = TopList(**{k: arrays[f"{i}/max/{k}"] for k in ("value", "index", "source", "y", "x")})
-            keys = ("images", "total", "positive", "maximum", "best_mean")
-            tallies[name] = Tally.from_arrays({k: arrays[f"{i}/tally/{k}"] for k in keys})
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Sweep":
+        """The inverse of `arrays`."""
+
+        def under(prefix: str) -> dict[str, np.ndarray]:
+            return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
         failed = zip(arrays["failed/index"].tolist(), arrays["failed/reason"].tolist(), strict=True)
-        return cls(tops, tallies, tuple(failed))
+        return cls(
+            {name: arrays[f"tops/{name}"] for name in LISTS},
+            Tally.from_arrays(under("tally/")),
+            arrays["responses/index"],
+            arrays["responses/peak"],
+            arrays["codes/index"],
+            arrays["codes/bin"],
+            tuple((int(i), str(reason)) for i, reason in failed),
+        )
+
+
+class Gathering:
+    """Takes reduced responses image by image, in any order, and has a `Sweep` of them at any time."""
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        config: ExamplesConfig,
+        ranges: Ranges,
+        drawn: Drawn,
+        sources: np.ndarray | None,
+        compile: bool = False,
+    ) -> None:
+        self._layers, self._k, self._ranges, self._drawn, self._sources = layers, config.k, ranges, drawn, sources
+        self._tops = {name: toplists.empty(sum(layers), config.k) for name in LISTS}
+        self._tally = Tally.empty(layers)
+        self._compile = compile
+        self._centre = ranges.centre.astype(np.float32)
+        self._responses: list[tuple[np.ndarray, np.ndarray]] = []
+        self._codes: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, indices: np.ndarray, reduced: np.ndarray) -> None:
+        """Photographs `indices` (n,) with what `reduction` says of them, (5, n, C) float32."""
+        if not np.isfinite(reduced.sum()):
+            # A network may overflow on some picture: what is no number must not enter sums of whole numbers.
+            reduced = np.nan_to_num(reduced)
+        for start in range(0, len(indices), BLOCK):
+            self._add(indices[start : start + BLOCK], *reduced[:, start : start + BLOCK])
+
+    def _add(
+        self,
+        indices: np.ndarray,
+        peaks: np.ndarray,
+        lows: np.ndarray,
+        shifts: np.ndarray,
+        squares: np.ndarray,
+        positives: np.ndarray,
+    ) -> None:
+        ranked = {"max": peaks, "mean": shifts + self._centre, "min": -lows}
+        for name, values in ranked.items():
+            self._tops[name] = toplists.extended(self._tops[name], values, indices, self._sources)
+        codes = self._ranges.codes(peaks)
+        self._tally = self._tally + tally(
+            peaks, lows, shifts, squares, positives, codes, self._ranges, self._layers, self._compile
+        )
+        for kept, drawn, values in (
+            (self._responses, self._drawn.subset, peaks),
+            (self._codes, self._drawn.labelled, codes),
+        ):
+            own = np.isin(indices, drawn)
+            if own.any():
+                kept.append((indices[own].astype(np.int32), values[own]))
+
+    def swept(self, failed: Iterable[tuple[int, str]] = ()) -> Sweep:
+        """The result so far."""
+        channels = sum(self._layers)
+        responses = _sorted(self._responses, np.zeros((0, channels), np.float32))
+        codes = _sorted(self._codes, np.zeros((0, channels), np.uint8))
+        return Sweep(dict(self._tops), self._tally, *responses, *codes, tuple(sorted(failed)))
+
+
+def _sorted(parts: Sequence[tuple[np.ndarray, np.ndarray]], nothing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(indices, rows) of several parts, by rising index."""
+    index = np.concatenate([np.zeros(0, np.int32), *(i for i, _ in parts)])
+    order = np.argsort(index, kind="stable")
+    return index[order], np.concatenate([nothing, *(rows for _, rows in parts)])[order]
+
+
+def reduced(
+    model: Model,
+    layers: Sequence[Layer],
+    loaded: Iterable[Loaded],
+    batch: int,
+    centre: np.ndarray,
+    reducer: Reducer,
+    failed: list[tuple[int, str]],
+    stop: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(indices (n,), (5, n, C) float32 as `reduction` gives them) of photographs, batch by batch."""
+    device = next(model.module.parameters()).device
+    starts = np.cumsum([0, *(layer.channels for layer in layers)])
+    place = {layer.name: i for i, layer in enumerate(layers)}
+    centres = [torch.from_numpy(centre[a:b].astype(np.float32)).to(device) for a, b in itertools.pairwise(starts)]
+    parts: list[Tensor] = [torch.empty(0)] * len(layers)
+
+    def reduce(layer: Layer, maps: Tensor) -> None:
+        i = place[layer.name]
+        parts[i] = reducer(maps, centres[i])
+
+    with capture(model, layers, each=reduce) as forward, torch.no_grad():
+        for items, images in photos.batches(loaded, batch, failed):
+            stop()
+            # Always the same batch size: kernels chosen by size would round differently.
+            full = np.concatenate([images, np.repeat(images[-1:], batch - len(images), 0)])
+            forward(torch.from_numpy(full).to(device).float() / 255)
+            yield np.array([item.index for item in items]), torch.cat(parts, -1)[:, : len(items)].cpu().numpy()
+
+
+def ranges_of(
+    model: Model, layers: Sequence[Layer], dataset: Dataset, config: ExamplesConfig, sample: Sequence[int]
+) -> Ranges:
+    """Ranges of histograms and centres of squares, from the photographs of a first sample."""
+    channels = [layer.channels for layer in layers]
+    loaded = photos.load(dataset, sample, model.recipe)
+    found = [
+        array.copy()
+        for _, array in reduced(model, layers, loaded, config.batch, np.zeros(sum(channels)), Reducer(False), [])
+    ]
+    joined = np.concatenate([np.zeros((5, 0, sum(channels)), np.float32), *found], 1)
+    return Ranges.measured(joined[reduction.PEAK], joined[reduction.LOW], joined[reduction.SHIFT], channels)
 
 
 def sweep(
     model: Model,
     layers: Sequence[Layer],
     dataset: Dataset,
-    start: int,
-    end: int,
+    indices: Iterable[int],
     config: ExamplesConfig,
+    ranges: Ranges,
+    drawn: Drawn,
     stop: Callable[[], None] = lambda: None,
+    threads: int = 2,
 ) -> Sweep:
-    """Examples and statistics of all channels of `layers` over photographs start … end - 1."""
-    tops = {layer.name: TopList.empty(layer.channels, config.k) for layer in layers}
-    tallies = {layer.name: Tally.empty(layer.channels) for layer in layers}
+    """Examples and statistics of all channels of `layers` over the photographs `indices`."""
+    compile = config.compiles(len(dataset.photos), len(layers))
+    gathering = Gathering([layer.channels for layer in layers], config, ranges, drawn, dataset.sources, compile)
+    reducer = Reducer(compile)
     failed: list[tuple[int, str]] = []
-    device = next(model.module.parameters()).device
-    rows = sources = np.zeros(0, np.int64)
-
-    def reduce(layer: Layer, maps: Tensor) -> None:
-        # The last batch was filled up to full size: its repeats are not photographs.
-        real = maps[: len(rows)]
-        new = toplists.candidates(real, rows, sources)
-        tops[layer.name] = toplists.keep_top(tops[layer.name], new, config.k)
-        tallies[layer.name] = tallies[layer.name] + statistics.tally(real)
-
-    loaded = photos.load(dataset, range(start, end), model.recipe)
-    with capture(model, layers, each=reduce) as forward, torch.no_grad():
-        for indices, batch in photos.batches(loaded, config.batch, failed):
-            stop()
-            rows = np.asarray(indices)
-            sources = np.array([dataset.photos[i].source for i in indices])
-            # Always the same batch size: kernels chosen by size would round differently.
-            full = np.concatenate([batch, np.repeat(batch[-1:], config.batch - len(batch), 0)])
-            forward(torch.from_numpy(full).to(device).float() / 255)
-    return Sweep(tops, tallies, tuple(failed))
+    loaded = photos.load(dataset, indices, model.recipe, threads)
+    held: list[tuple[np.ndarray, np.ndarray]] = []
+    for piece in reduced(model, layers, loaded, config.batch, ranges.centre, reducer, failed, stop):
+        held.append(piece)
+        if sum(len(rows) for rows, _ in held) >= BLOCK:
+            _add(gathering, held)
+    _add(gathering, held)
+    return gathering.swept(failed)
 
 
-def merge(sweeps: Sequence[Sweep], k: int) -> Sweep:
-    """One result from several over disjoint ranges, given in the order of their photographs."""
-    first = sweeps[0]
-    tops = {name: toplists.merge([s.tops[name] for s in sweeps], k) for name in first.tops}
-    tallies = {}
-    for name in first.tallies:
-        total = first.tallies[name]
-        for other in sweeps[1:]:
-            total = total + other.tallies[name]
-        tallies[name] = total
-    return Sweep(tops, tallies, tuple(f for s in sweeps for f in s.failed))
+def _add(gathering: Gathering, held: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    if held:
+        gathering.add(np.concatenate([rows for rows, _ in held]), np.concatenate([array for _, array in held], 1))
+        held.clear()
 
 
-def shown(dataset: Dataset, indices: Sequence[int], recipe: Recipe, config: ExamplesConfig) -> dict[str, np.ndarray]:
-    """The photographs that an atlas shows, as the network saw them: index, offset and one blob of JPEG bytes."""
-    blobs, kept = [], []
-    for index, array, _ in photos.load(dataset, sorted(indices), recipe):
-        if array is None:  # pragma: no cover - a file that vanished since the pass
+def merge(sweeps: Iterable[Sweep], k: int, sources: np.ndarray | None) -> Sweep:
+    """One result from several over disjoint photographs, in any order; one is held in memory at a time."""
+    total: Sweep | None = None
+    for one in sweeps:
+        if total is None:
+            total = one
             continue
-        image = bands.visible(array.transpose(1, 2, 0))
-        with io.BytesIO() as buffer:
-            image.save(buffer, "JPEG", quality=config.jpeg_quality, subsampling=0)
-            blobs.append(buffer.getvalue())
-        kept.append(index)
-    return {
-        "index": np.array(kept, np.int32),
-        "offset": np.cumsum([0, *map(len, blobs)], dtype=np.int64),
-        "jpeg": np.frombuffer(b"".join(blobs), np.uint8),
-    }
+        responses = [(total.responses_index, total.responses), (one.responses_index, one.responses)]
+        codes = [(total.codes_index, total.codes), (one.codes_index, one.codes)]
+        total = Sweep(
+            {name: toplists.merge([total.tops[name], one.tops[name]], k, sources) for name in LISTS},
+            total.tally + one.tally,
+            *_sorted(responses, one.responses[:0]),
+            *_sorted(codes, one.codes[:0]),
+            tuple(sorted(total.failed + one.failed)),
+        )
+    assert total is not None
+    return total

@@ -1,7 +1,6 @@
 """What a run's folder already holds of its plan: shards, and what atlas.h5 kept of shards that are gone."""
 
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from pipeline import shards, store
 from pipeline.folder import RunFolder
 from pipeline.plan import Plan
 from pipeline.shards import Damaged, Shard
+from pipeline.survey import Survey
 from pipeline.worker import render_digest
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class Inventory:
         self.folder = folder
         self.total = len(made.setup.dataset.photos)
         self.small: dict[tuple[Path, str], dict[str, np.ndarray]] = dict(known.small) if known else {}
-        self.ranges = chosen_ranges(shards.find(folder.shards / "examples", made.examples_digest))
+        self.survey = Survey(made, folder.shards)
         self.pictures: dict[str, list[Shard]] = {}
         in_atlas = store.parts(folder.atlas)
         for row in made.rows:
@@ -66,34 +66,6 @@ class Inventory:
         for small in (self.small[shard.path, shard.inside] for shard in self.pictures[layer]):
             found |= {(int(small["channels"][i]), int(v)) for i, v in np.argwhere(small["status"] == "failed")}
         return sorted(found)
-
-    @property
-    def covered(self) -> bool:
-        """Whether every photograph was swept."""
-        return not gaps(self.ranges, self.total)
-
-
-def chosen_ranges(found: Iterable[Shard]) -> dict[tuple[int, int], Shard]:
-    """Shards of the dataset pass that do not overlap, the longest first, by range and in order.
-
-    Work cut in other portions at another time leaves ranges that overlap; a photograph must count once.
-    """
-    kept: dict[tuple[int, int], Shard] = {}
-    ranges = {(int(s.attributes["start"]), int(s.attributes["end"])): s for s in found}
-    for start, end in sorted(ranges, key=lambda r: (r[0] - r[1], r)):
-        if all(end <= a or b <= start for a, b in kept):
-            kept[start, end] = ranges[start, end]
-    return dict(sorted(kept.items()))
-
-
-def gaps(ranges: Iterable[tuple[int, int]], total: int) -> list[tuple[int, int]]:
-    """What of 0 … total - 1 is in none of the (start, end) ranges."""
-    found, at = [], 0
-    for start, end in [*sorted(ranges), (total, total)]:
-        if start > at:
-            found.append((at, min(start, total)))
-        at = max(at, end)
-    return found
 
 
 def put_aside(path: Path) -> Path:

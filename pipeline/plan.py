@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from pipeline import photos, policies, shards
+from pipeline import datasets, policies, shards
 from pipeline.config import Config
 from pipeline.engine import Crew, crew, local_resources
 from pipeline.errors import AtlasError
@@ -113,22 +113,26 @@ class Plan:
                 tasks.append(Task("render", str(path), digest, cost * count, row.layer.name, part, row.canvas))
         return tasks
 
-    def examples_tasks(self, folder: Path, todo: Sequence[tuple[int, int]], workers: int = 0) -> list[Task]:
-        """Tasks for the (start, end) ranges of photographs that no finished shard covers yet.
+    def examples_tasks(
+        self, folder: Path, todo: Sequence[tuple[int, int]], workers: int, given: bytes = b""
+    ) -> list[Task]:
+        """Tasks for the (start, end) ranges of photographs that no finished shard covers yet; `given` the ranges.
 
         How they are cut changes nothing in what they give when they are merged.
         """
         digest, count = self.examples_digest, len(self.setup.dataset.photos)
         each, examples = self.examples_seconds / count, self.config.examples
         left = each * sum(end - start for start, end in todo)
-        longest = min(self.config.engine.task_seconds, each * examples.per_task)
+        longest = min(self.config.engine.task_seconds, each * examples.portion(count))
         tasks = []
         for start, end in todo:
             for size in portions(
                 end - start, each, left, workers or self.crew.workers, longest, examples.batch, examples.batch
             ):
                 path = folder / "examples" / f"{start}-{start + size}-{digest[:12]}.h5"
-                tasks.append(Task("examples", str(path), digest, each * size, start=start, end=start + size))
+                tasks.append(
+                    Task("examples", str(path), digest, each * size, start=start, end=start + size, given=given)
+                )
                 start, left = start + size, left - each * size
         return tasks
 
@@ -172,7 +176,7 @@ def make_plan(config: Config, timed: bool = True) -> Plan:
         # Workers may stand in another folder.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, folder=str(Path.cwd())))
     model = load(config.model).to("cpu")
-    dataset = photos.listing(config.data, model.recipe.channels)
+    dataset = datasets.listing(config.data, model.recipe.channels)
     wanted = config.layers
     candidates = policies.found_layers(model, wanted, config.model.aliases)
     chosen = policies.choose(model, candidates, wanted)
@@ -204,7 +208,7 @@ def make_plan(config: Config, timed: bool = True) -> Plan:
         rows = [Row(la, channels[la.name], canvases[la.name], len(channels[la.name])) for la in chosen]
         per_photo = 1.0
     setup = Setup(config, model.digest, tuple(chosen), dataset, team.threads, team.device, others)
-    fingerprint = shards.digest_of(photos.fingerprint(dataset, model.recipe))
+    fingerprint = shards.digest_of(datasets.fingerprint(dataset, model.recipe))
     return Plan(
         config, tuple(rows), setup, team, per_photo * len(dataset.photos), model.labels, model.recipe, fingerprint
     )

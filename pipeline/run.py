@@ -3,22 +3,21 @@
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from pipeline import audit, examples, shards, site, store
+from pipeline import audit, shards, site, store, survey
 from pipeline.atlas import open_atlas
 from pipeline.config import Config
 from pipeline.engine import Failure, TooManyFailures, opened
 from pipeline.errors import AtlasError
-from pipeline.examples import Sweep
 from pipeline.folder import RunFolder, binding, write_text
-from pipeline.inventory import Inventory, gaps
+from pipeline.inventory import Inventory
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Board, Post, Stage, clock, report, told
 from pipeline.shards import Damaged
+from pipeline.survey import Surveyed, gaps
 from pipeline.worker import Done, Task
 
 log = logging.getLogger(__name__)
@@ -61,15 +60,16 @@ def run(request: Request, made: Plan, stages: tuple[str, ...] = ("examples", "re
     with folder.locked():
         shards.sweep(folder.path)
         audit.put_aside_unreadable(folder)
+        if "examples" in stages:
+            survey.adopt(made, folder.shards)
         posts: list[Post] = []
         worked: dict[str, Stage] = {}
         held: Inventory | None = None
         while True:
             set_aside: list[Failure] = []
             held = Inventory(made, folder, held)
-            counts = _stages(made, held, stages)
             try:
-                _work(request, made, folder, held, counts, set_aside, posts)
+                counts = _work(request, made, folder, held, stages, set_aside, posts)
             except TooManyFailures as error:
                 log.error("%s", error)
                 folder.write_failures([_row(failure) for failure in set_aside])
@@ -115,9 +115,12 @@ def _stages(made: Plan, held: Inventory, stages: tuple[str, ...]) -> list[Stage]
     """Each stage's count so far."""
     rows: list[Stage] = []
     if "examples" in stages:
-        todo = sum(end - start for start, end in gaps(held.ranges, held.total))
-        cost = made.examples_seconds * todo / held.total
-        rows.append(Stage("examples", "photographs", held.total, held.total - todo, cost))
+        pass_ = held.survey
+        todo = sum(end - start for start, end in gaps(pass_.ranges, held.total))
+        each = made.examples_seconds / held.total
+        rows.append(Stage("examples", "photographs", held.total, held.total - todo, each * todo))
+        if pass_.covered:
+            rows.append(Stage("winners", "photographs", pass_.shown, pass_.looked, each * (pass_.shown - pass_.looked)))
     if "render" in stages:
         missing = {row.layer.name: len(set(row.channels) - held.channels(row.layer.name)) for row in made.rows}
         cost = sum(row.seconds * missing[row.layer.name] / len(row.channels) for row in made.rows)
@@ -128,13 +131,15 @@ def _stages(made: Plan, held: Inventory, stages: tuple[str, ...]) -> list[Stage]
 def _tasks(
     made: Plan, held: Inventory, stages: tuple[str, ...], workers: int, known: Sequence[Task] = ()
 ) -> list[Task]:
-    """Tasks still to do, without what the `known` ones are about."""
+    """Tasks that can be done now, without what the `known` ones are about.
+
+    The dataset pass comes in rounds, each of which needs all of the one before: pictures wait for the last.
+    """
     tasks: list[Task] = []
     where = made.config.folder.absolute() / "shards"
     if "examples" in stages:
-        ranges = [*held.ranges, *((task.start, task.end) for task in known if task.stage == "examples")]
-        tasks += made.examples_tasks(where, gaps(ranges, held.total), workers)
-    if "render" in stages:
+        tasks += held.survey.tasks(workers, known)
+    if "render" in stages and not any(task.stage in ("ranges", "examples") for task in tasks):
         done = {row.layer.name: held.channels(row.layer.name) for row in made.rows}
         for task in known:
             if task.stage == "render":
@@ -148,29 +153,39 @@ def _work(
     made: Plan,
     folder: RunFolder,
     held: Inventory,
-    rows: list[Stage],
+    stages: tuple[str, ...],
     set_aside: list[Failure],
     posts: list[Post],
-) -> None:
-    if all(row.done == row.total for row in rows):
+) -> list[Stage]:
+    """Do what is missing, round by round; returns each stage's counts of the round in which it was worked on."""
+    rows = _stages(made, held, stages)
+    if not _tasks(made, held, stages, 1):
         log.info("Nothing is missing: %s", "; ".join(row.line(0.0) for row in rows))
-        return
+        return rows
     config = request.config.engine
+    worked: dict[str, Stage] = {}
     with opened(config) as engine:
         engine.posts = posts
-        tasks = _tasks(made, held, tuple(row.name for row in rows), engine.crew.workers)
-        with Board(
-            rows, min(engine.crew.workers, len(tasks)), folder.write_status, config.progress_seconds, posts
-        ) as board:
+        while tasks := _tasks(made, held, stages, engine.crew.workers, [f.task for f in set_aside]):
+            crew = min(engine.crew.workers, len(tasks))
+            before = len(set_aside)
+            with Board(rows, crew, folder.write_status, config.progress_seconds, posts) as board:
 
-            def finished(task: Task, result: Done | Failure) -> None:
-                if isinstance(result, Failure):
-                    set_aside.append(result)
-                    board.add(task.stage, task.size, task.cost, 0.0, failed=True)
-                else:
-                    board.add(task.stage, task.size, task.cost, result.seconds)
+                def finished(task: Task, result: Done | Failure, board: Board = board) -> None:
+                    failed = isinstance(result, Failure)
+                    if isinstance(result, Failure):
+                        set_aside.append(result)
+                    if task.stage in board.stages:
+                        board.add(task.stage, task.size, task.cost, 0.0 if failed else result.seconds, failed=failed)
 
-            engine.execute(tasks, made.setup, finished, board.beat)
+                engine.execute(tasks, made.setup, finished, board.beat)
+            worked |= {row.name: row for row in rows if row.fresh or row.name not in worked}
+            held = Inventory(made, folder, held)
+            rows = _stages(made, held, stages)
+            again = _tasks(made, held, stages, 1, [f.task for f in set_aside])
+            if {t.path for t in again} & {t.path for t in tasks} and len(set_aside) == before:
+                break  # done, they said, but there is no shard
+    return list(worked.values())
 
 
 def _consolidate(request: Request, made: Plan, folder: RunFolder, held: Inventory, set_aside: list[Failure]) -> int:
@@ -179,17 +194,15 @@ def _consolidate(request: Request, made: Plan, folder: RunFolder, held: Inventor
     Raises `Damaged` with the first shard that can't be read to the last byte.
     """
     config = request.config
-    names = [row.layer.name for row in made.rows]
-    sweep: Sweep | None = None
-    if held.ranges and not held.covered:
+    done: Surveyed | None = None
+    pass_ = held.survey
+    if pass_.ranges and not pass_.complete:
         log.warning("The dataset pass is not complete: atlas.h5 has no examples until it is")
-    if held.covered:
-        parts = [Sweep.from_arrays(names, shard.arrays()) for shard in held.ranges.values()]
-        sweep = examples.merge(parts, config.examples.k)
-        _tell_unreadable(sweep, made)
+    failed = pass_.sweep.failed if pass_.complete else ()
+    _tell_unreadable(failed, made)
     failures = [_row(failure) for failure in set_aside]
     paths = made.setup.dataset.photos
-    failures += [("examples", paths[i].path, reason, "") for i, reason in (sweep.failed if sweep else ())]
+    failures += [("examples", paths[i].path, reason, "") for i, reason in failed]
     for row in made.rows:
         for channel, variant in held.failed(row.layer.name):
             what = f"{row.layer.name}:{channel} variant {variant}"
@@ -198,17 +211,13 @@ def _consolidate(request: Request, made: Plan, folder: RunFolder, held: Inventor
     # What the file would hold, whichever shards it comes from.
     digests = {layer: found[0].attributes["digest"] for layer, found in held.pictures.items() if found}
     channels = [[row.layer.name, row.channels, sorted(held.channels(row.layer.name))] for row in made.rows]
-    swept = made.examples_digest if held.covered else ""
+    swept = pass_.identity if pass_.complete else ""
     told_of = [failure[:3] for failure in failures]
     identity = shards.digest_of([binding(request.tree), channels, digests, swept, told_of, store.versions()])
     if store.identity(folder.atlas) == identity:
         return len(failures)
-    shown: dict[str, np.ndarray] = {}
-    if sweep is not None:
-        wanted: set[int] = set()
-        for row in made.rows:
-            wanted |= set(sweep.tops[row.layer.name].index[list(row.channels)].ravel().tolist())
-        shown = examples.shown(made.setup.dataset, sorted(wanted - {-1}), made.recipe, config.examples)
+    if pass_.complete:
+        done = pass_.result
     content = store.Content(
         identity=identity,
         run=config.run.name,
@@ -218,24 +227,25 @@ def _consolidate(request: Request, made: Plan, folder: RunFolder, held: Inventor
         labels=made.labels,
         input_size=made.recipe.size,
         layers=[(row.layer, row.channels) for row in made.rows],
-        photos=paths if sweep else (),
+        photos=paths if done else (),
         dataset_fingerprint=made.dataset_fingerprint,
-        examples=sweep,
-        shown=shown,
+        examples=done,
         failures=len(failures),
     )
     store.consolidate(folder.atlas, content, held.pictures)
     return len(failures)
 
 
-def _tell_unreadable(sweep: Sweep, made: Plan) -> None:
-    """Say in the log which photographs could not be read; none at all is an error."""
+def _tell_unreadable(failed: Sequence[tuple[int, str]], made: Plan) -> None:
+    """Say in the log which photographs could not be read, and how many for which reason; all of them is an error."""
     total = len(made.setup.dataset.photos)
-    for index, reason in sweep.failed[:20]:
+    for index, reason in failed[:20]:
         log.warning("skipped %r: %s", made.setup.dataset.photos[index].path, reason)
-    if sweep.failed:
-        log.warning("%d of %d photographs could not be read; failures.csv lists them", len(sweep.failed), total)
-    if len(sweep.failed) == total:
+    if failed:
+        kinds = Counter(reason.partition(":")[0] for _, reason in failed)
+        counted = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+        log.warning("%d of %d photographs could not be read (%s); failures.csv lists them", len(failed), total, counted)
+    if len(failed) == total:
         raise AtlasError("Not one photograph could be read: check data.root.")
 
 

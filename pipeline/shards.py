@@ -9,10 +9,11 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,14 @@ def image(attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> by
         file.attrs["complete"] = True
         file.flush()
         return file.id.get_file_image()
+
+
+def unpack(data: bytes) -> dict[str, np.ndarray]:
+    """The arrays of an `image`."""
+    with io.BytesIO(data) as buffer, h5py.File(buffer, "r") as file:
+        found: list[str] = []
+        file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+        return {name: get(file, name) for name in found}
 
 
 def place(path: Path, data: bytes) -> None:
@@ -256,17 +265,22 @@ class Shard:
                 found["channels"] = get(above, "channels")
         return found
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Everything in the shard, by path inside the file, read into memory. Raises `Damaged`."""
+    def arrays(self, but: Sequence[str] = ()) -> dict[str, np.ndarray]:
+        """Everything in the shard but `but`, by path inside the file, read into memory. Raises `Damaged`."""
         found: dict[str, np.ndarray] = {}
         with self.opened() as opened:
 
             def visit(name: str, item: Any) -> None:
-                if isinstance(item, h5py.Dataset):
+                if isinstance(item, h5py.Dataset) and name not in but:
                     found[name] = get(opened, name)
 
             opened.visititems(visit)
         return found
+
+    def columns(self, name: str, start: int, end: int) -> np.ndarray:
+        """Columns start … end - 1 of one array of the shard. Raises `Damaged`."""
+        with self.opened() as opened:
+            return np.asarray(dataset(opened, name)[:, start:end])
 
     def damage(self) -> str:
         """What is wrong with the shard when all of it is read, "" if nothing is."""

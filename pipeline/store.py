@@ -1,6 +1,6 @@
 """`atlas.h5`: all shards of a run in one file, and what is wrong with such a file.
 
-The schema (version 1) is described in docs/store.md. Pictures are copied chunk by chunk as they are
+The schema (version 2) is described in docs/store.md. Pictures are copied chunk by chunk as they are
 compressed; the file is made under a temporary name and renamed, so that a reader never meets half of one.
 """
 
@@ -18,11 +18,13 @@ import numpy as np
 
 from pipeline import shards
 from pipeline.atlas import SCHEMA, SCHEMA_VERSION, open_atlas
+from pipeline.datasets import Photo
 from pipeline.errors import AtlasError
-from pipeline.examples import Sweep
 from pipeline.layers import Layer
-from pipeline.photos import Photo
 from pipeline.shards import Damaged, Shard, put, safe
+from pipeline.statistics import statistics
+from pipeline.survey import Surveyed
+from pipeline.winners import Chosen
 
 LIBRARIES = ("neuron-atlas", "torch", "torchvision", "timm", "h5py", "numpy", "pillow")
 
@@ -40,8 +42,7 @@ class Content:
     layers: Sequence[tuple[Layer, tuple[int, ...]]]
     photos: Sequence[Photo] = ()
     dataset_fingerprint: str = ""
-    examples: Sweep | None = None
-    shown: Mapping[str, np.ndarray] | None = None
+    examples: Surveyed | None = None
     failures: int = 0
     identity: str = ""
 
@@ -109,18 +110,14 @@ def consolidate(path: Path, content: Content, rendered: Mapping[str, Sequence[Sh
             put(group, "channels", np.array(channels, np.int32))
             if rendered.get(layer.name):
                 _pictures(group, channels, rendered[layer.name])
-            if content.examples is not None:
-                _examples(group, layer, channels, content.examples)
         if content.photos:
             put(file, "dataset/path", np.array([p.path for p in content.photos], object))
             put(file, "dataset/label", np.array([p.label for p in content.photos], object))
             put(file, "dataset/source", np.array([p.source for p in content.photos], np.int32))
-        for name, array in (content.shown or {}).items():
-            # The JPEG bytes are compressed already; the checksum still guards them.
-            if name == "jpeg" and array.size:
-                file.create_dataset(f"dataset/shown/{name}", data=array, chunks=True, fletcher32=True)
-            else:
-                put(file, f"dataset/shown/{name}", array)
+        if content.examples is not None:
+            _dataset(file, content.examples)
+            groups = [shards.group(file, f"layers/{safe(layer.name)}") for layer, _ in content.layers]
+            _surveyed(groups, [layer for layer, _ in content.layers], content.examples)
 
 
 def _describe(group: h5py.Group, layer: Layer, order: int, input_size: tuple[int, int]) -> None:
@@ -187,16 +184,76 @@ def _pictures(group: h5py.Group, channels: Sequence[int], found: Sequence[Shard]
     put(target, "images_sha256", digests)
 
 
-def _examples(group: h5py.Group, layer: Layer, channels: Sequence[int], found: Sweep) -> None:
-    rows = np.array(channels)
-    top = found.tops[layer.name]
-    for key in ("value", "index", "y", "x"):
-        array = getattr(top, key)[rows]
-        if key == "value":
-            array = np.where(np.isneginf(array), np.float32(np.nan), array)
-        put(group, f"examples/max/{key}", array)
-    for key, array in found.tallies[layer.name].statistics().items():
-        put(group, f"stats/{key}", array[rows])
+def _dataset(file: h5py.File, found: Surveyed) -> None:
+    """What the photographs have in common: labels, the pictures shown, and whose responses are kept."""
+    if found.labels:
+        put(file, "dataset/labels", np.array(found.labels, object))
+    put(file, "dataset/responses", found.sweep.responses_index)
+    group = file.create_group("dataset/shown")
+    group.attrs["store"] = found.store
+    for name in ("index", "size", "box", "offset", "jpeg"):
+        if (array := found.looks.get(f"shown/{name}")) is not None:
+            _bytes(group, name, array)
+
+
+def _bytes(group: h5py.Group, name: str, array: np.ndarray) -> None:
+    """One dataset; JPEG bytes are compressed already, and the checksum still guards them."""
+    if name == "jpeg" and array.size:
+        group.create_dataset(name, data=array, chunks=True, fletcher32=True)
+    else:
+        put(group, name, array)
+
+
+def _surveyed(groups: Sequence[h5py.Group], layers: Sequence[Layer], found: Surveyed) -> None:
+    """What the dataset pass says of each layer's channels."""
+    numbers = statistics(found.sweep.tally, found.ranges)
+    tally, crowd = found.sweep.tally, found.sweep.tally.crowd / 2.0**32
+    start = 0
+    for i, (group, layer, chosen) in enumerate(zip(groups, layers, found.chosen, strict=True)):
+        at = start + chosen.channels
+        start += layer.channels
+        for key, array in numbers.items():
+            put(group, f"stats/{key}", array[at])
+        crowded = int(tally.crowded[i])
+        group["stats"].attrs["population_sparsity"] = crowd[i] / crowded if crowded else np.nan
+        group["stats"].attrs["images"] = tally.images
+        put(group, "histogram/counts", tally.histogram[at])
+        put(group, "histogram/range", np.stack([found.ranges.low[at], found.ranges.high[at]], 1))
+        put(group, "histogram/ends", np.stack([tally.peak_least[at], tally.max[at]], 1))
+        put(group, "responses", found.sweep.responses[:, at].T.astype(np.float16))
+        _examples(group, i, chosen, found)
+        association = found.associations[i]
+        if association is not None:
+            for key, array in association.arrays().items():
+                put(group, f"labels/{key}", array)
+            group["labels"].attrs["method"] = association.method
+
+
+def _examples(group: h5py.Group, i: int, chosen: Chosen, found: Surveyed) -> None:
+    """Lists, each entry with its place on the map and its row among the heat-maps, which are kept once a pair."""
+    pairs, places = found.looks[f"{i}/pairs"], found.looks[f"{i}/place"]
+    width = len(chosen.channels)
+    keys = pairs[:, 0].astype(np.int64) * width + pairs[:, 1]
+    for name, (value, index) in chosen.lists.items():
+        row = np.broadcast_to(np.arange(width)[:, None], index.shape)
+        wanted = index.astype(np.int64) * width + row
+        at = np.searchsorted(keys, wanted)
+        there = (index >= 0) & (at < len(keys))
+        there[there] = keys[at[there]] == wanted[there]
+        pair = np.where(there, at, -1).astype(np.int32)
+        place = np.zeros((*index.shape, 4), np.int16)
+        place[there] = places[at[there]]
+        first = 2 if name == "min" else 0
+        arrays = {"value": value, "index": index, "y": place[..., first], "x": place[..., first + 1], "map": pair}
+        for key, array in arrays.items():
+            put(group, f"examples/{name}/{key}", array)
+    if "spectrum" in chosen.lists:
+        group["examples/spectrum"].attrs["edges"] = np.array(found.edges, np.float64)
+    put(group, "examples/maps/value", found.looks[f"{i}/map"])
+    put(group, "examples/maps/range", found.looks[f"{i}/range"])
+    if f"{i}/jpeg" in found.looks:
+        for name in ("offset", "jpeg"):
+            _bytes(shards.group(group, "examples/maps"), name, found.looks[f"{i}/{name}"])
 
 
 def verify(path: Path, planned: Mapping[str, Sequence[int]]) -> list[tuple[str, str]]:

@@ -1,91 +1,97 @@
 """The k best photographs of every channel: exact, and the same however the work was split.
 
-The order is total: higher value first, then lower image index. Photographs of one source picture (crops of
-it) stand for one another: only the best of them enters a list. Lists of any ranges can be merged.
+The order is total: higher value first, then lower image index. Value and index together make one whole number,
+the *key*, so that the order needs no rule for ties and sorting is sorting of integers. Photographs of one source
+picture (crops of it) stand for one another: only the best of them enters a list. Lists of any ranges can be merged.
 """
 
-import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
-from torch import Tensor
+import torch
 
-EMPTY = -1
-
-
-@dataclasses.dataclass(frozen=True)
-class TopList:
-    """(C, k) arrays, best first; `index` is −1 where there are fewer than k photographs."""
-
-    value: np.ndarray
-    index: np.ndarray
-    source: np.ndarray
-    y: np.ndarray
-    x: np.ndarray
-
-    @classmethod
-    def empty(cls, channels: int, k: int) -> "TopList":
-        """Lists that nothing has entered yet."""
-        shape = (channels, k)
-        none = np.full(shape, EMPTY, np.int32)
-        place = np.zeros(shape, np.int16)
-        return cls(np.full(shape, -np.inf, np.float32), none, none.copy(), place, place.copy())
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The five arrays by name, as they go into a shard."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+NONE = np.iinfo(np.int64).min  # the key of an empty place
+_INDEX = 0xFFFFFFFF
 
 
-def best_of(candidates: TopList, k: int) -> TopList:
-    """The k best of (C, n) candidates in any order, at most one of a source."""
-    # lexsort's last key is the first to count. Empty places have value −inf and go last.
-    order = np.lexsort((candidates.index, -candidates.value), axis=-1)
-    ordered = {name: np.take_along_axis(a, order, -1) for name, a in candidates.arrays().items()}
-    source = ordered["source"]
-    same = (source[:, :, None] == source[:, None, :]) & (source != EMPTY)[:, :, None]
-    # A candidate is a repeat if a better one (an earlier column) has the same source.
-    repeat = np.tril(same, -1).any(-1)
-    if repeat.any():
-        keep = np.argsort(repeat, axis=-1, kind="stable")
-        ordered = {name: np.take_along_axis(a, keep, -1) for name, a in ordered.items()}
-        gone = np.take_along_axis(repeat, keep, -1)
-        ordered["value"] = np.where(gone, np.float32(-np.inf), ordered["value"])
-        for name in ("index", "source"):
-            ordered[name] = np.where(gone, np.int32(EMPTY), ordered[name])
-    return TopList(**{name: np.ascontiguousarray(a[:, :k]) for name, a in ordered.items()})
+def keys_of(values: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """float32 values of the photographs `indices` (of a shape that goes with theirs) → int64 keys, larger is better.
+
+    The bits of a float, read as a whole number, are in the order of the floats once those of negative ones are
+    turned round. Values must not be NaN.
+    """
+    bits = (values.astype(np.float32, copy=False) + np.float32(0)).view(np.int32)  # −0 becomes 0
+    ordered = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+    return (ordered.astype(np.int64) << 32) | (_INDEX - indices.astype(np.int64))
 
 
-def merge(lists: list[TopList], k: int) -> TopList:
+def decode(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(value float32, index int32) of keys; NaN and −1 in empty places."""
+    ordered = (keys >> 32).astype(np.int32)
+    value = (ordered ^ ((ordered >> 31) & np.int32(0x7FFFFFFF))).view(np.float32)
+    empty = keys == NONE
+    index = np.where(empty, -1, _INDEX - (keys & _INDEX)).astype(np.int32)
+    return np.where(empty, np.float32(np.nan), value), index
+
+
+def empty(channels: int, k: int) -> np.ndarray:
+    """(C, k) keys of lists that nothing has entered yet."""
+    return np.full((channels, k), NONE, np.int64)
+
+
+def best_of(keys: np.ndarray, k: int, sources: np.ndarray | None = None) -> np.ndarray:
+    """(C, k) best of (C, n) keys in any order, best first, at most one of a source.
+
+    `sources` (images,) says which source each photograph of the dataset comes from; None where each is its own.
+    """
+    if sources is not None:
+        keys = _once(keys, sources)
+    if keys.shape[1] > k:
+        keys = torch.from_numpy(np.ascontiguousarray(keys)).topk(k, dim=1, sorted=False).values.numpy()
+    ordered = np.sort(keys, axis=1)[:, ::-1]
+    if ordered.shape[1] < k:
+        ordered = np.concatenate([ordered, empty(len(ordered), k - ordered.shape[1])], 1)
+    return np.ascontiguousarray(ordered)
+
+
+def merge(lists: Sequence[np.ndarray], k: int, sources: np.ndarray | None = None) -> np.ndarray:
     """One list from several over disjoint photographs."""
-    stacked = {n: np.concatenate([t.arrays()[n] for t in lists], -1) for n in lists[0].arrays()}
-    return best_of(TopList(**stacked), k)
+    return best_of(np.concatenate(list(lists), 1), k, sources)
 
 
-def candidates(maps: Tensor, indices: np.ndarray, sources: np.ndarray) -> TopList:
-    """A batch's (B, C, H, W) maps as (C, B) candidates: each photograph by its spatial maximum and its place."""
-    batch, channels, _, width = maps.shape
-    # Of several equal maxima torch.max gives the first, in row order.
-    value, at = maps.flatten(2).max(-1)
-    at = at.T.cpu().numpy()
-    row = np.broadcast_to(indices.astype(np.int32), (channels, batch))
-    source = np.broadcast_to(sources.astype(np.int32), (channels, batch))
-    y, x = np.divmod(at, width)
-    return TopList(value.float().T.cpu().numpy(), row, source, y.astype(np.int16), x.astype(np.int16))
-
-
-def keep_top(tops: TopList, new: TopList, k: int) -> TopList:
-    """`tops` with a batch of candidates merged in; channels that no candidate can enter are left alone."""
-    threshold = tops.value[:, -1:]
-    # A candidate equal to the last has a higher index when images come in order, but need not in general.
-    enters = (new.value >= threshold).any(-1)
-    if not enters.any():
+def extended(
+    tops: np.ndarray, values: np.ndarray, indices: np.ndarray, sources: np.ndarray | None = None
+) -> np.ndarray:
+    """`tops` with (n, C) values of photographs `indices` merged in; channels that none can enter are left alone."""
+    last, _ = decode(tops[:, -1])
+    # A value equal to the last may have a lower index. Most values are below, and cost this comparison only.
+    image, channel = np.nonzero(values >= np.where(np.isnan(last), np.float32(-np.inf), last))
+    if not len(image):
         return tops
-    rows = np.flatnonzero(enters)
-    part = merge([_rows(tops, rows), _rows(new, rows)], k)
-    arrays = tops.arrays()
-    for name, array in part.arrays().items():
-        arrays[name][rows] = array
-    return TopList(**arrays)
+    order = np.argsort(channel, kind="stable")
+    image, channel = image[order], channel[order]
+    rows, starts, counts = np.unique(channel, return_index=True, return_counts=True)
+    keys = keys_of(values[image, channel], indices[image])
+    if sources is not None:
+        # Crops of a picture mostly follow one another: the best of each run first, or dedupe compares them all.
+        own = sources[indices[image]]
+        runs = np.flatnonzero(np.r_[True, (own[1:] != own[:-1]) | (channel[1:] != channel[:-1])])
+        keys, channel = np.maximum.reduceat(keys, runs), channel[runs]
+        rows, starts, counts = np.unique(channel, return_index=True, return_counts=True)
+    new = np.full((len(rows), counts.max()), NONE, np.int64)
+    row = np.repeat(np.arange(len(rows)), counts)
+    new[row, np.arange(len(keys)) - starts[row]] = keys
+    merged = tops.copy()
+    merged[rows] = best_of(np.concatenate([tops[rows], new], 1), tops.shape[1], sources)
+    return merged
 
 
-def _rows(tops: TopList, rows: np.ndarray) -> TopList:
-    return TopList(**{name: a[rows] for name, a in tops.arrays().items()})
+def _once(keys: np.ndarray, sources: np.ndarray) -> np.ndarray:
+    """(C, n) keys with all but the best of each source emptied; best first."""
+    ordered = np.sort(keys, axis=1)[:, ::-1]
+    _, index = decode(ordered)
+    source = np.where(index >= 0, sources[np.maximum(index, 0)], -1 - np.arange(index.shape[1]))
+    repeat = np.zeros(ordered.shape, bool)
+    for column in range(1, ordered.shape[1]):
+        repeat[:, column] = (source[:, :column] == source[:, column : column + 1]).any(1)
+    return np.where(repeat, NONE, ordered)

@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,18 +18,19 @@ import psutil
 import torch
 from safetensors.torch import load as unpacked
 
-from pipeline import examples, shards, starts
+from pipeline import examples, shards, starts, winners
 from pipeline.augmentations import Ensemble
 from pipeline.config import Config
+from pipeline.datasets import Dataset
 from pipeline.errors import AtlasError
 from pipeline.files import File
 from pipeline.folding import Pair, fold, foldable
 from pipeline.layers import Layer
 from pipeline.models import Model, ModelConfig, load
-from pipeline.photos import Dataset
 from pipeline.recipes import NAMES_ONLY
 from pipeline.registry import canonical
 from pipeline.render import render
+from pipeline.statistics import Ranges
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ class Setup:
 class Task:
     """A piece of the plan that one worker finishes in minutes, and the shard it ends in.
 
-    `examples` tasks cover photographs start … end - 1 for all layers; `render` tasks some channels of one layer.
+    `examples` tasks cover photographs start … end - 1 for all layers; `ranges` and `winners` tasks the listed
+    `photographs`; `render` tasks some channels of one layer. `given` is what a task builds on, as bytes of a shard.
     """
 
     stage: str
@@ -75,18 +77,27 @@ class Task:
     canvas: tuple[int, int] = (0, 0)
     start: int = 0
     end: int = 0
+    photographs: tuple[int, ...] = ()
+    given: bytes = b""
 
     @property
     def name(self) -> str:
         """For messages: what this task is about."""
         if self.stage == "render":
             return f"{self.layer}:{self.channels[0]}…{self.channels[-1]}"
-        return f"photographs {self.start}…{self.end - 1}"
+        if self.stage == "examples":
+            return f"photographs {self.start}…{self.end - 1}"
+        return f"{self.stage}, {len(self.photographs)} photographs"
 
     @property
     def size(self) -> int:
         """Units of progress: channels or photographs."""
-        return len(self.channels) if self.stage == "render" else self.end - self.start
+        return len(self.channels) if self.stage == "render" else len(self.indices)
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """The photographs that this task reads."""
+        return self.photographs or range(self.start, self.end)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,13 +179,19 @@ class Worker:
         return foldable(self.model)
 
     def folded(self, layer: Layer) -> Model:
-        """Its folded twin for pictures of `layer`: a third faster; examples are measured on the original.
+        """Its folded twin for pictures of `layer`: a third faster.
 
         What `layer` looks at is not folded. The twin is kept until another layer's turn comes.
         """
         if self._twin is None or self._twin[0] != layer.name:
             self._twin = (layer.name, fold(self.model, self._foldable, [layer, *self.setup.others]))
         return self._twin[1]
+
+    @functools.cached_property
+    def measured(self) -> Model:
+        """The network that examples are measured on: its values, with all pairs folded whose inside no layer sees."""
+        inside = {layer.module for layer in self.setup.layers}
+        return fold(self.model, [pair for pair in self._foldable if pair[0] not in inside])
 
     @functools.cached_property
     def device_name(self) -> str:
@@ -201,7 +218,7 @@ class Worker:
         known = self.fits.get(task.layer)
         try:
             with self._photographs(files):
-                data = {"render": self._render, "examples": self._examples}[task.stage](task)
+                data = getattr(self, f"_{task.stage}")(task)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and any(word in str(error) for word in POISON):
                 raise Unfit(f"{type(error).__name__}: {error}") from error
@@ -226,7 +243,7 @@ class Worker:
                     raise AtlasError(f"{name!r} leads out of its folder.")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
-            self.dataset = dataclasses.replace(self.setup.dataset, roots={"": folder})
+            self.dataset = dataclasses.replace(self.setup.dataset, roots={"": folder}, sent=True)
             yield
 
     def _worn(self) -> str:
@@ -313,26 +330,58 @@ class Worker:
         }
         return shards.image(attributes, arrays)
 
-    def _examples(self, task: Task) -> bytes:
-        setup = self.setup
-        found: list[examples.Sweep] = []
-        while not found:
-            # A smaller batch rounds its last bit otherwise: the price of photographs too large for a GPU.
-            config = dataclasses.replace(setup.config.examples, batch=self.fits.get("", setup.config.examples.batch))
+    def _portioned(self, work: Callable[[examples.ExamplesConfig], T]) -> T:
+        """`work` with the configured batch, halved while a GPU runs out of memory.
+
+        A smaller batch rounds its last bit otherwise: the price of photographs too large for a GPU.
+        """
+        own = self.setup.config.examples
+        while True:
+            config = dataclasses.replace(own, batch=self.fits.get("", own.batch))
             try:
-                found.append(
-                    examples.sweep(self.model, setup.layers, self.dataset, task.start, task.end, config, self.stop)
-                )
+                return work(config)
             except torch.OutOfMemoryError:
                 if config.batch == 1:
                     raise
                 self.fits[""] = config.batch // 2
                 log.warning("out of memory with %d photographs; going on with %d", config.batch, self.fits[""])
-            else:
-                break
             self._let_go()
-        attributes = {"digest": task.digest, "start": task.start, "end": task.end}
-        return shards.image(attributes, found[0].arrays())
+
+    @functools.cached_property
+    def drawn(self) -> examples.Drawn:
+        """What is drawn from the dataset by hash."""
+        return examples.Drawn.of(self.setup.dataset, self.setup.config.examples)
+
+    def _ranges(self, task: Task) -> bytes:
+        layers, model = self.setup.layers, self.measured
+        arrays = self._portioned(
+            lambda config: examples.ranges_of(model, layers, self.dataset, config, task.photographs)
+        ).arrays()
+        content = shards.digest_of([[name, array.tobytes().hex()] for name, array in sorted(arrays.items())])
+        return shards.image({"digest": task.digest, "content": content}, arrays)
+
+    def _examples(self, task: Task) -> bytes:
+        layers, model, threads = self.setup.layers, self.measured, max(2, self.setup.threads)
+        given = shards.unpack(task.given)
+        content = shards.digest_of([[name, array.tobytes().hex()] for name, array in sorted(given.items())])
+        ranges = Ranges(**given)
+        found = self._portioned(
+            lambda config: examples.sweep(
+                model, layers, self.dataset, task.indices, config, ranges, self.drawn, self.stop, threads
+            )
+        )
+        attributes = {"digest": task.digest, "start": task.start, "end": task.end, "ranges": content}
+        return shards.image(attributes, found.arrays())
+
+    def _winners(self, task: Task) -> bytes:
+        layers, model, threads = self.setup.layers, self.measured, max(2, self.setup.threads)
+        table = winners.Winners.from_arrays(shards.unpack(task.given))
+        found = self._portioned(
+            lambda config: winners.look(
+                model, layers, table, task.photographs, self.dataset, config, self.stop, threads
+            )
+        )
+        return shards.image({"digest": task.digest, "start": task.start, "end": task.end}, found)
 
 
 def load_state(config: ModelConfig, file: File) -> Model:
@@ -359,7 +408,15 @@ def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int]) -> str:
 
 
 def examples_digest(setup: Setup, fingerprint: str) -> str:
-    """Digest of everything that changes examples and statistics."""
+    """Digest of everything that changes examples and statistics: dataset, weights, layers, and what is kept."""
     taps = [layer.tap for layer in setup.layers]
-    kept = [setup.config.examples.k, setup.config.examples.batch]
-    return shards.digest_of(["examples 1", setup.weights, fingerprint, taps, kept])
+    config = setup.config.examples
+    kept = [config.k, config.batch, config.sample, config.subset, config.labelled]
+    return shards.digest_of(["examples 2", setup.weights, fingerprint, taps, kept])
+
+
+def winners_digest(setup: Setup, examples: str, channels: Sequence[Sequence[int]]) -> str:
+    """Digest of everything that changes which examples are shown, and how."""
+    config = setup.config.examples
+    shown = [config.spectrum, config.per_bin, config.store, config.side, config.crop_side, config.jpeg_quality]
+    return shards.digest_of(["winners 1", examples, channels, shown, config.maps])

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from pipeline import shards, worker
 from pipeline.config import EngineConfig
 from pipeline.engine import Failure, TooManyFailures, crew, opened, ordered
-from pipeline.inventory import chosen_ranges, gaps
 from pipeline.plan import SHARE, Plan, make_plan, portions
 from pipeline.progress import Post, Stage, report, told
 from pipeline.shards import Shard
+from pipeline.survey import chosen_ranges, gaps
 from pipeline.worker import Done, Task, Unfit, Worker
 
 
@@ -145,16 +145,20 @@ def test_photographs_too_many_for_memory_are_halved(
 ) -> None:
     whole, sizes = worker.examples.sweep, []
 
-    def sweep(model: Any, layers: Any, dataset: Any, start: int, end: int, config: Any, stop: Any) -> Any:
+    def sweep(model: Any, layers: Any, dataset: Any, indices: Any, config: Any, *rest: Any) -> Any:
         sizes.append(config.batch)
         if config.batch > 2:
             raise torch.OutOfMemoryError
-        return whole(model, layers, dataset, start, end, config, stop)
+        return whole(model, layers, dataset, indices, config, *rest)
 
     monkeypatch.setattr(worker.examples, "sweep", sweep)
     one = Worker(tiny_plan.setup)
-    one.do(Task("examples", str(tmp_path / "a.h5"), "d", 1.0, start=0, end=4))
-    one.do(Task("examples", str(tmp_path / "b.h5"), "d", 1.0, start=4, end=8))
+    one.do(Task("ranges", str(tmp_path / "r.h5"), "d", 1.0, photographs=(0, 3)))
+    ranges = shards.read(tmp_path / "r.h5")
+    assert ranges is not None
+    given = shards.image({}, ranges.arrays())
+    one.do(Task("examples", str(tmp_path / "a.h5"), "d", 1.0, start=0, end=4, given=given))
+    one.do(Task("examples", str(tmp_path / "b.h5"), "d", 1.0, start=4, end=8, given=given))
     assert sizes == [4, 2, 2] and shards.read(tmp_path / "b.h5") is not None
 
 

@@ -102,7 +102,7 @@ def test_images_carry_what_viewers_look_for(tmp_path: Path) -> None:
         images = shards.dataset(file, f"layers/{shards.safe(LAYER.name)}/render/channel/images")
         assert images.attrs["CLASS"] == b"IMAGE" and images.chunks == (1, 1, 16, 16, 3)
         assert images.compression == "gzip" and images.fletcher32
-        assert file.attrs["schema"] == "neuron-atlas" and file.attrs["schema_version"] == 1
+        assert file.attrs["schema"] == "neuron-atlas" and file.attrs["schema_version"] == 2
 
 
 def test_only_shards_of_the_right_digest_count(tmp_path: Path) -> None:

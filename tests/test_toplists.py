@@ -1,13 +1,10 @@
-"""Top lists and tallies: any split, any order, the same as sorting everything at once."""
+"""Top lists: any split, any order, the same as sorting everything at once."""
 
 import numpy as np
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import toplists
-from pipeline.statistics import Tally, tally
-from pipeline.toplists import TopList
 
 
 def brute(values: np.ndarray, sources: np.ndarray, k: int) -> list[list[tuple[float, int]]]:
@@ -23,16 +20,17 @@ def brute(values: np.ndarray, sources: np.ndarray, k: int) -> list[list[tuple[fl
     return found
 
 
-def listed(top: TopList) -> list[list[tuple[float, int]]]:
-    rows = zip(top.value, top.index, strict=True)
+def listed(keys: np.ndarray) -> list[list[tuple[float, int]]]:
+    rows = zip(*toplists.decode(keys), strict=True)
     return [[(float(v), int(i)) for v, i in zip(*row, strict=True) if i >= 0] for row in rows]
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, list[int], int]:
     images, channels = draw(st.integers(1, 24)), draw(st.integers(1, 5))
-    # Few different values: ties everywhere.
-    flat = draw(st.lists(st.integers(-3, 3), min_size=images * channels, max_size=images * channels))
+    # Few different values, zeros of both signs among them: ties everywhere.
+    few, count = st.sampled_from([-2.5, -1, -0.0, 0.0, 1, 3]), images * channels
+    flat = draw(st.lists(few, min_size=count, max_size=count))
     values = np.array(flat, np.float32).reshape(images, channels)
     sources = np.array(draw(st.lists(st.integers(0, 8), min_size=images, max_size=images)))
     k = draw(st.integers(1, 6))
@@ -41,59 +39,41 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, list[int], int]
 
 
 @settings(max_examples=200, deadline=None)
-@given(cases())
-def test_any_split_in_any_order_is_the_sorted_list(case: tuple[np.ndarray, np.ndarray, int, list[int], int]) -> None:
+@given(cases(), st.booleans())
+def test_any_split_in_any_order_is_the_sorted_list(
+    case: tuple[np.ndarray, np.ndarray, int, list[int], int], crops: bool
+) -> None:
     values, sources, k, order, step = case
+    own = sources if crops else None
     parts = []
     for start in range(0, len(order), step):
         rows = np.array(order[start : start + step])
-        maps = torch.from_numpy(values[rows])[:, :, None, None]
-        new = toplists.candidates(maps, rows, sources[rows])
-        parts.append(toplists.keep_top(TopList.empty(values.shape[1], k), new, k))
-    assert listed(toplists.merge(parts, k)) == brute(values, sources, k)
+        parts.append(toplists.extended(toplists.empty(values.shape[1], k), values[rows], rows, own))
+    merged = toplists.merge(parts, k, own)
+    assert listed(merged) == brute(values, sources if crops else np.arange(len(values)), k)
 
 
 @settings(max_examples=100, deadline=None)
 @given(cases())
 def test_a_stream_is_the_sorted_list(case: tuple[np.ndarray, np.ndarray, int, list[int], int]) -> None:
-    values, sources, k, _, step = case
-    top = TopList.empty(values.shape[1], k)
-    for start in range(0, len(values), step):
-        rows = np.arange(start, min(start + step, len(values)))
-        maps = torch.from_numpy(values[rows])[:, :, None, None]
-        top = toplists.keep_top(top, toplists.candidates(maps, rows, sources[rows]), k)
+    values, sources, k, order, step = case
+    top = toplists.empty(values.shape[1], k)
+    for start in range(0, len(order), step):
+        rows = np.array(order[start : start + step])
+        top = toplists.extended(top, values[rows], rows, sources)
     assert listed(top) == brute(values, sources, k)
 
 
-def test_the_place_is_that_of_the_first_maximum() -> None:
-    maps = torch.zeros(1, 1, 3, 4)
-    maps[0, 0, 1, 2] = maps[0, 0, 2, 0] = 5
-    found = toplists.candidates(maps, np.array([9]), np.array([9]))
-    assert (found.value[0, 0], found.index[0, 0], found.y[0, 0], found.x[0, 0]) == (5, 9, 1, 2)
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1), st.integers(0, 2**31 - 1))
+def test_keys_order_as_values_and_come_back(values: list[float], index: int) -> None:
+    own = np.array(values, np.float32)
+    keys = toplists.keys_of(own, np.full(len(own), index))
+    value, indices = toplists.decode(keys)
+    assert np.array_equal(value, own) and (indices == index).all()
+    assert np.array_equal(own[np.argsort(keys, kind="stable")], np.sort(own, kind="stable"))
 
 
 def test_empty_places_are_marked() -> None:
-    new = toplists.candidates(torch.ones(2, 1, 1, 1), np.array([0, 1]), np.array([4, 4]))
-    top = toplists.keep_top(TopList.empty(1, 3), new, 3)
-    assert top.index.tolist() == [[0, -1, -1]] and np.isneginf(top.value[0, 1:]).all()
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 2**31))
-def test_tallies_add_up(images: int, step: int, seed: int) -> None:
-    maps = torch.randn(images, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
-    total = Tally.empty(3)
-    for start in range(0, images, step):
-        total = total + tally(maps[start : start + step])
-    statistics = total.statistics()
-    assert total.images == images
-    assert np.allclose(statistics["mean"], maps.mean((0, 2, 3)), atol=1e-6)
-    assert np.allclose(statistics["nonzero"], (maps > 0).float().mean((0, 2, 3)), atol=1e-6)
-    assert np.array_equal(statistics["max"], maps.amax((0, 2, 3)).numpy())
-    assert np.allclose(statistics["best_mean"], maps.mean((2, 3)).amax(0), atol=1e-6)
-
-
-def test_a_tally_survives_its_arrays() -> None:
-    total = tally(torch.randn(2, 3, 4, 4))
-    again = Tally.from_arrays(total.arrays())
-    assert again.images == 2 and np.array_equal(again.total, total.total)
+    top = toplists.extended(toplists.empty(1, 3), np.ones((2, 1), np.float32), np.array([0, 1]), np.array([4, 4]))
+    value, index = toplists.decode(top)
+    assert index.tolist() == [[0, -1, -1]] and np.isnan(value[0, 1:]).all()

@@ -1,0 +1,70 @@
+"""A layer's maps, reduced in one reading to five numbers an image and channel.
+
+The maps of all convolutions of a small network are tens of megabytes an image: reading them five times costs
+more than the network itself. `torch.compile` makes one loop of the five reductions; where there is no compiler,
+or compiling would not pay, the same lines run one after the other.
+"""
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import first_line
+
+log = logging.getLogger(__name__)
+
+# What `reduce` returns, along its first axis.
+PEAK, LOW, SHIFT, SQUARE, POSITIVE = range(5)
+
+
+def rows(maps: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(B, H, W, C) maps, each row of a map on its own → five (B, H, C): largest, smallest, Σd, Σd², count above 0.
+
+    d is the distance to `centre`, (C,): squares about a value near the mean do not cancel. Row by row, float32 sums
+    are short, and no sum is ever split among threads: its last bit is the same whoever computes it.
+    """
+    distance = maps - centre
+    above = (maps > 0).to(maps.dtype)
+    return maps.amax(2), maps.amin(2), distance.sum(2), (distance * distance).sum(2), above.sum(2)
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of tensors as one compiled loop, or as it is (said in the log) where compiling does not work here."""
+    fast = torch.compile(function, dynamic=True)
+    works = True
+
+    def call(*tensors: Tensor) -> Any:
+        nonlocal works
+        if works:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # the compiler's own, on a first shape
+                    return fast(*tensors)
+            except Exception as error:
+                # Whatever is wrong with compilers on this machine, the pass itself needs none.
+                log.info("%s runs uncompiled: %s", function.__name__, first_line(error))
+                works = False
+        return function(*tensors)
+
+    return call
+
+
+class Reducer:
+    """Reduces maps, with the compiled loop if `compile`."""
+
+    def __init__(self, compile: bool) -> None:
+        self._rows = compiled(rows) if compile else rows
+
+    def __call__(self, maps: Tensor, centre: Tensor) -> Tensor:
+        """(B, C, H, W) maps → (5, B, C) float32: maximum, minimum, mean d, mean d², share of positions above 0."""
+        last = maps.permute(0, 2, 3, 1).float()
+        peak, low, *sums = self._rows(last, centre)
+        places = last.shape[1] * last.shape[2]
+        means = [s.sum(1, dtype=torch.float64).div_(places).float() for s in sums]
+        return torch.stack([peak.amax(1), low.amin(1), *means])

@@ -1,0 +1,295 @@
+"""The dataset pass as the driver sees it: its three rounds, what a folder holds of them, what a former run lends.
+
+First a sample of photographs sets the ranges of histograms, then all photographs are swept, then the winners are
+looked at again. Each round builds on the whole of the one before; within a round, order and portions do not matter.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import examples, labels, shards, winners
+from pipeline.examples import Drawn, Sweep
+from pipeline.labels import Association
+from pipeline.layers import Layer
+from pipeline.plan import Plan
+from pipeline.shards import Shard
+from pipeline.statistics import Ranges
+from pipeline.winners import Chosen, Winners
+from pipeline.worker import Task, winners_digest
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Surveyed:
+    """All that an atlas keeps of a dataset, for the layers of a plan in their order.
+
+    `looks` are the arrays of the second look, pieces joined; `associations` are None where there are no labels.
+    """
+
+    sweep: Sweep
+    ranges: Ranges
+    chosen: Sequence[Chosen]
+    looks: Mapping[str, np.ndarray]
+    associations: Sequence[Association | None]
+    store: str
+    edges: tuple[float, ...]
+    labels: tuple[str, ...]
+
+
+class Survey:
+    """What is finished of a plan's dataset pass below `folder` (the run's shards), and what is next."""
+
+    def __init__(self, made: Plan, folder: Path) -> None:
+        self._made, self._folder = made, folder
+        self._config = made.config.examples
+        self.total = len(made.setup.dataset.photos)
+        self.digest = made.examples_digest
+        self._scale_digest = shards.digest_of(["ranges", self.digest])
+        self._shown_digest = winners_digest(made.setup, self.digest, [row.channels for row in made.rows])
+        self._scale = shards.read(self._path("ranges", "ranges", self._scale_digest))
+        found = shards.find(folder / "examples", self.digest) if self._scale else []
+        # Pieces that were measured with other ranges can't be added to these.
+        self.ranges = chosen_ranges(s for s in found if s.attributes.get("ranges") == self.content)
+        self._looks = chosen_ranges(shards.find(folder / "winners", self._shown_digest))
+
+    def _path(self, kind: str, name: str, digest: str) -> Path:
+        return self._folder / kind / f"{name}-{digest[:12]}.h5"
+
+    @property
+    def content(self) -> str:
+        """Digest of the ranges that all pieces of the pass were measured with."""
+        return str(self._scale.attributes["content"]) if self._scale else ""
+
+    def paths(self) -> list[Path]:
+        """All files of the pass."""
+        scale = [self._scale.path] if self._scale else []
+        table = self._path("winners", "table", self._shown_digest)
+        pieces = [*self.ranges.values(), *self._looks.values()]
+        return [*scale, *(s.path for s in pieces), *([table] if table.is_file() else [])]
+
+    @property
+    def covered(self) -> bool:
+        """Whether every photograph was swept."""
+        return self._scale is not None and not gaps(self.ranges, self.total)
+
+    @functools.cached_property
+    def _table(self) -> Winners:
+        """Who is looked at again; kept beside the looks, so that a later run need not merge the pass to know."""
+        shard = shards.read(self._path("winners", "table", self._shown_digest))
+        if shard is not None:
+            return Winners.from_arrays(shard.arrays())
+        table = Winners(tuple(c.channels for c in self.chosen), tuple(c.pairs() for c in self.chosen))
+        path = self._path("winners", "table", self._shown_digest)
+        shards.write(path, {"digest": shards.digest_of(["table", self._shown_digest])}, table.arrays())
+        return table
+
+    @property
+    def shown(self) -> int:
+        """How many photographs are looked at again; 0 while that is not known."""
+        return len(self._table.images) if self.covered else 0
+
+    @property
+    def looked(self) -> int:
+        """How many of them were."""
+        return sum(end - start for start, end in self._looks)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing of the pass is missing."""
+        return self.covered and not gaps(self._looks, self.shown)
+
+    @property
+    def identity(self) -> str:
+        """Digest of all that the pass puts into an atlas."""
+        return shards.digest_of([self.content, self._shown_digest])
+
+    def tasks(self, workers: int, known: Sequence[Task] = ()) -> list[Task]:
+        """Tasks of the next round, without what the `known` ones are about; none when it is complete or stuck."""
+        lost = {stage: [(t.start, t.end) for t in known if t.stage == stage] for stage in ("examples", "winners")}
+        if self._scale is None:
+            if any(task.stage == "ranges" for task in known):
+                return []
+            sample = tuple(Drawn.of(self._made.setup.dataset, self._config).sample.tolist())
+            path = self._path("ranges", "ranges", self._scale_digest)
+            cost = self._made.examples_seconds * len(sample) / self.total
+            return [Task("ranges", str(path), self._scale_digest, cost, photographs=sample)]
+        if not self.covered:
+            given = shards.image({}, self._scale.arrays())
+            todo = gaps([*self.ranges, *lost["examples"]], self.total)
+            return self._made.examples_tasks(self._folder, todo, workers, given)
+        return self._look_tasks(gaps([*self._looks, *lost["winners"]], self.shown), workers)
+
+    def _look_tasks(self, todo: Sequence[tuple[int, int]], workers: int) -> list[Task]:
+        images = self._table.images
+        tasks = []
+        most = self._config.portion(len(images))
+        for begin, end in todo:
+            pieces = max(-(-(end - begin) // most), min(workers, -(-(end - begin) // self._config.batch)))
+            cuts = np.linspace(begin, end, pieces + 1).astype(int).tolist()
+            for a, b in itertools.pairwise(cuts):
+                own = images[a:b]
+                pairs = tuple(
+                    p[np.searchsorted(p[:, 0], own[0]) : np.searchsorted(p[:, 0], own[-1], "right")]
+                    for p in self._table.pairs
+                )
+                given = shards.image({}, Winners(self._table.channels, pairs).arrays())
+                path = self._folder / "winners" / f"{a}-{b}-{self._shown_digest[:12]}.h5"
+                cost = self._made.examples_seconds * len(own) / self.total
+                tasks.append(
+                    Task(
+                        "winners",
+                        str(path),
+                        self._shown_digest,
+                        cost,
+                        start=a,
+                        end=b,
+                        photographs=tuple(own.tolist()),
+                        given=given,
+                    )
+                )
+        return tasks
+
+    @functools.cached_property
+    def sweep(self) -> Sweep:
+        """The whole pass in one, but for the bins of single images, of which there may be too many for memory."""
+        nothing = {"codes/index": np.zeros(0, np.int32), "codes/bin": np.zeros((0, self._channels), np.uint8)}
+        parts = (
+            Sweep.from_arrays(shard.arrays(but=tuple(nothing)) | nothing) for _, shard in sorted(self.ranges.items())
+        )
+        return examples.merge(parts, self._config.k, self._made.setup.dataset.sources)
+
+    @property
+    def _channels(self) -> int:
+        return sum(layer.channels for layer in self._made.setup.layers)
+
+    @functools.cached_property
+    def chosen(self) -> list[Chosen]:
+        """The examples of every layer of the plan."""
+        rows = [(row.layer, row.channels) for row in self._made.rows]
+        return winners.choose(self.sweep, rows, self._made.setup.dataset, self._config)
+
+    @property
+    def result(self) -> Surveyed:
+        """What an atlas keeps. Raises `Damaged` for a shard that can't be read."""
+        assert self._scale is not None
+        dataset = self._made.setup.dataset
+        ranges = Ranges(**self._scale.arrays())
+        pieces = [shard.arrays() for _, shard in sorted(self._looks.items())]
+        names, of = dataset.labels
+        associations: list[Association | None] = []
+        start = 0
+        for row, own in zip(self._made.rows, self.chosen, strict=True):
+            associations.append(self._association(row.layer, start, own, of, ranges) if names else None)
+            start += row.layer.channels
+        return Surveyed(
+            self.sweep,
+            ranges,
+            self.chosen,
+            _joined(pieces),
+            associations,
+            self._config.store,
+            self._config.spectrum,
+            names,
+        )
+
+    def _association(self, layer: Layer, start: int, chosen: Chosen, of: np.ndarray, ranges: Ranges) -> Association:
+        parts = [shard.get("codes/index")["codes/index"] for _, shard in sorted(self.ranges.items())]
+        index = np.concatenate(parts)
+        if not labels.enough(of[index]):
+            return labels.by_counts(chosen.lists["max"][1], of)
+        own = chosen.channels
+        columns = [
+            shard.columns("codes/bin", start, start + layer.channels)[:, own]
+            for (_, shard), part in zip(sorted(self.ranges.items()), parts, strict=True)
+            if len(part)
+        ]
+        order = np.argsort(index, kind="stable")
+        codes = np.concatenate(columns)[order]
+        return labels.by_responses(codes, of[index[order]], ranges.low[start + own], ranges.high[start + own])
+
+
+def _joined(pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Pieces of the second look as one: rows one after the other, offsets going on where the last piece ended."""
+    found: dict[str, np.ndarray] = {}
+    for name in pieces[0] if pieces else ():
+        arrays = [piece[name] for piece in pieces]
+        if name.endswith("/offset"):
+            ends = np.cumsum([0, *(a[-1] for a in arrays)])
+            arrays = [arrays[0][:1], *(a[1:] + end for a, end in zip(arrays, ends, strict=False))]
+        found[name] = np.concatenate(arrays)
+    return found
+
+
+def adopt(made: Plan, folder: Path) -> int:
+    """Take over what other runs beside this one have of the same pass; returns the number of shards.
+
+    A pass is the same if dataset, weights, layers and all that is kept are: its digest says so. Files are linked,
+    or copied where links can't be made; none is changed.
+    """
+    survey = Survey(made, folder)
+    if survey.complete:
+        return 0
+    own = folder.resolve()
+    count = 0
+    for other in sorted(made.config.folder.absolute().parent.glob("*/shards")):
+        if other.resolve() == own:
+            continue
+        lent = Survey(made, other)
+        if not lent.ranges or (survey.content and survey.content != lent.content):
+            continue
+        for path in lent.paths():
+            count += _lend(path, folder / path.relative_to(other))
+        survey = Survey(made, folder)
+        if survey.covered and survey.complete:
+            break
+    if count:
+        log.info("the dataset pass of a former run is used again (%d shards)", count)
+    return count
+
+
+def _lend(path: Path, target: Path) -> int:
+    if target.exists():
+        return 0
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.tmp-{os.uname().nodename}-{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+        temporary.replace(target)
+        return 1
+    return 0
+
+
+def chosen_ranges(found: Iterable[Shard]) -> dict[tuple[int, int], Shard]:
+    """Shards of the dataset pass that do not overlap, the longest first, by range and in order.
+
+    Work cut in other portions at another time leaves ranges that overlap; a photograph must count once.
+    """
+    kept: dict[tuple[int, int], Shard] = {}
+    ranges = {(int(s.attributes["start"]), int(s.attributes["end"])): s for s in found}
+    for start, end in sorted(ranges, key=lambda r: (r[0] - r[1], r)):
+        if all(end <= a or b <= start for a, b in kept):
+            kept[start, end] = ranges[start, end]
+    return dict(sorted(kept.items()))
+
+
+def gaps(ranges: Iterable[tuple[int, int]], total: int) -> list[tuple[int, int]]:
+    """What of 0 … total - 1 is in none of the (start, end) ranges."""
+    found, at = [], 0
+    for start, end in [*sorted(ranges), (total, total)]:
+        if start > at:
+            found.append((at, min(start, total)))
+        at = max(at, end)
+    return found

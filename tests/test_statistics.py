@@ -1,0 +1,216 @@
+"""Statistics, spectra and labels against what NumPy says of everything at once; splits and orders to the last byte."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import labels, spectrum, statistics, toplists
+from pipeline.examples import LISTS, Drawn, ExamplesConfig, Gathering, Sweep, merge
+from pipeline.statistics import Ranges, sparsity
+
+LAYERS = (3, 1, 4)
+
+
+def maps_of(seed: int, images: int, kind: str) -> np.ndarray:
+    """(n, C, 5, 7) responses: plain, rectified with a dead channel, or far from zero."""
+    maps = np.random.default_rng(seed).normal(size=(images, sum(LAYERS), 5, 7)).astype(np.float32)
+    if kind == "rectified":
+        maps = np.maximum(maps - 2.3, 0)
+        maps[:, 0] = 0
+    return maps + np.float32(100) if kind == "offset" else maps
+
+
+def reduced(maps: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """What a network pass hands on, by NumPy."""
+    flat = maps.reshape(*maps.shape[:2], -1)
+    distance = (flat - centre[:, None]).astype(np.float32)
+    means = [x.mean(-1, dtype=np.float64) for x in (distance, distance.astype(np.float64) ** 2, flat > 0)]
+    return np.stack([flat.max(-1), flat.min(-1), *means]).astype(np.float32)
+
+
+def setting(maps: np.ndarray, sources: np.ndarray | None) -> tuple[Ranges, Drawn, ExamplesConfig]:
+    flat = maps.reshape(*maps.shape[:2], -1)
+    first = flat[: len(flat) // 2 + 1]
+    ranges = Ranges.measured(first.max(-1), first.min(-1), first.mean(-1), LAYERS)
+    half = np.arange(0, len(maps), 2, dtype=np.int32)
+    return ranges, Drawn(half, half, np.arange(len(maps), dtype=np.int32)), ExamplesConfig(k=3)
+
+
+def gathered(maps: np.ndarray, rows: np.ndarray, sources: np.ndarray | None, given: tuple) -> Sweep:
+    ranges, drawn, config = given
+    gathering = Gathering(LAYERS, config, ranges, drawn, sources)
+    gathering.add(rows, reduced(maps[rows], ranges.centre))
+    return gathering.swept([(int(i) + 1000, "cut off: x") for i in rows if i % 5 == 0])
+
+
+def same(a: Sweep, b: Sweep) -> None:
+    left, right = a.arrays(), b.arrays()
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype, name
+        if left[name].dtype == object:
+            assert left[name].tolist() == right[name].tolist()
+        else:
+            assert left[name].tobytes() == right[name].tobytes(), name
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 90),
+    st.sampled_from(["plain", "rectified", "offset"]),
+    st.booleans(),
+    st.integers(1, 5),
+    st.randoms(use_true_random=False),
+)
+def test_any_split_and_order_gives_the_same_bytes(seed, images, kind, crops, workers, random) -> None:
+    maps = maps_of(seed, images, kind)
+    sources = np.arange(images, dtype=np.int32) // 3 if crops else None
+    given_ = setting(maps, sources)
+    whole = gathered(maps, np.arange(images), sources, given_)
+    order = list(range(images))
+    random.shuffle(order)
+    cuts = sorted(random.choices(range(images + 1), k=workers - 1))
+    pieces = [order[a:b] for a, b in zip([0, *cuts], [*cuts, images], strict=True) if b > a]
+    parts = [Sweep.from_arrays(gathered(maps, np.array(p), sources, given_).arrays()) for p in pieces]
+    random.shuffle(parts)
+    same(merge(parts, 3, sources), whole)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.integers(2, 90), st.sampled_from(["plain", "rectified", "offset"]))
+def test_statistics_are_numpys(seed: int, images: int, kind: str) -> None:
+    maps = maps_of(seed, images, kind)
+    given_ = setting(maps, None)
+    found = gathered(maps, np.arange(images), None, given_)
+    got = statistics.statistics(found.tally, given_[0])
+    flat = maps.astype(np.float64).reshape(images, sum(LAYERS), -1)
+    peaks = flat.max(-1)
+    scale = np.abs(flat).max()
+    close = {"atol": 1e-6 * scale, "rtol": 1e-6}
+    assert np.allclose(got["mean"], flat.mean((0, 2)), **close)
+    assert np.allclose(got["sd"], flat.std((0, 2)), **close)
+    assert np.array_equal(got["max"], flat.max((0, 2))) and np.array_equal(got["min"], flat.min((0, 2)))
+    assert np.allclose(got["nonzero"], (flat > 0).mean((0, 2)), **close)
+    assert np.allclose(got["fired"], (peaks > 0).mean(0), **close)
+    assert np.allclose(got["best_mean"], flat.mean(-1).max(0), **close)
+    rates = np.maximum(peaks, 0)
+    with np.errstate(all="ignore"):
+        lifetime = (1 - rates.mean(0) ** 2 / (rates**2).mean(0)) / (1 - 1 / images)
+        centred = peaks - peaks.mean(0)
+        kurtosis = (centred**4).mean(0) / (centred**2).mean(0) ** 2 - 3
+    assert np.allclose(got["sparsity"], lifetime, atol=1e-5, equal_nan=True)
+    far = np.abs(given_[0].places(peaks) * 10 - 4).max(0) > 100
+    spread = (peaks.std(0) > 0.01 * np.abs(peaks).mean(0)) & ~far
+    assert np.allclose(got["kurtosis"][spread], kurtosis[spread], atol=1e-3, rtol=1e-4)
+    assert np.array_equal(got["inactive"], flat.max((0, 2)) <= 0)
+    assert found.tally.histogram.sum(1).tolist() == [images] * sum(LAYERS)
+    edges = np.linspace(0, 1, 255)
+    low = given_[0].low
+    for c in range(sum(LAYERS)):
+        heap = found.tally.histogram[c]
+        assert heap[0] == (peaks[:, c] < low[c]).sum() and heap[-1] == (given_[0].places(peaks)[:, c] >= 1).sum()
+        inside = np.histogram(given_[0].places(peaks)[:, c], edges)[0]
+        assert np.abs(np.cumsum(heap[1:-1]) - np.cumsum(inside)).max() <= 1
+
+
+def test_population_sparsity_is_that_of_each_photograph() -> None:
+    maps = maps_of(3, 40, "rectified")
+    given_ = setting(maps, None)
+    tally = gathered(maps, np.arange(40), None, given_).tally
+    rates = maps.reshape(40, sum(LAYERS), -1).max(-1).astype(np.float64)
+    for i, part in enumerate(np.split(rates, np.cumsum(LAYERS)[:-1], axis=1)):
+        with np.errstate(all="ignore"):
+            each = sparsity(part.sum(1), (part**2).sum(1), part.shape[1])
+        assert tally.crowded[i] == np.isfinite(each).sum()
+        if tally.crowded[i]:
+            assert tally.crowd[i] / 2**32 / tally.crowded[i] == pytest.approx(np.nanmean(each), abs=1e-6)
+
+
+def test_sparsity_at_its_ends() -> None:
+    assert sparsity(np.array(4.0), np.array(4.0), 4) == 0 and sparsity(np.array(3.0), np.array(9.0), 4) == 1
+    assert np.isnan(sparsity(np.array(0.0), np.array(0.0), 4))
+
+
+def test_lists_are_sorted_by_what_they_say() -> None:
+    maps = maps_of(5, 50, "plain")
+    found = gathered(maps, np.arange(50), None, setting(maps, None))
+    flat = maps.reshape(50, sum(LAYERS), -1)
+    order = {"max": -flat.max(-1), "mean": -flat.mean(-1, dtype=np.float64), "min": flat.min(-1)}
+    for name in LISTS:
+        _, index = toplists.decode(found.tops[name])
+        assert np.array_equal(index, np.argsort(order[name], axis=0, kind="stable")[:3].T)
+
+
+def brute_spectrum(peaks, indices, sources, channel, edges, each):
+    """Bin by bin, turn by turn, in plain Python."""
+    ranked = sorted(range(len(indices)), key=lambda i: (peaks[i], indices[i]))
+    chance = {i: int(spectrum.draws(np.array([channel]), indices[[i]])[0, 0]) for i in ranked}
+    bins = [[i for r, i in enumerate(ranked) if lo <= (r + 0.5) / len(ranked) * 100 < hi]
+            for lo, hi in itertools.pairwise(edges)]  # fmt: skip
+    bins = [sorted(b, key=chance.__getitem__) for b in bins]
+    used, taken = set(), [[] for _ in bins]
+    for _ in range(each):
+        for b in sorted(range(len(bins)), key=lambda b: (min(b, len(bins) - 1 - b), b)):
+            found = next((i for i in bins[b] if sources[i] not in used and i not in taken[b]), None)
+            if found is not None:
+                used.add(sources[found])
+                taken[b].append(found)
+    return [[int(indices[i]) for i in sorted(t, key=ranked.index)] for t in taken]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 60), st.booleans(), st.randoms(use_true_random=False))
+def test_spectra_are_those_of_plain_python_in_any_order(seed: int, images: int, crops: bool, random) -> None:
+    rng = np.random.default_rng(seed)
+    peaks = rng.integers(-3, 4, (images, 2)).astype(np.float32)
+    indices = np.sort(rng.choice(1000, images, replace=False)).astype(np.int32)
+    sources = indices // 100 if crops else indices
+    edges = (0, 1, 25, 50, 75, 99, 100)
+    shuffled = np.array(random.sample(range(images), images))
+    channels = np.array([7, 300])
+    value, index = spectrum.spectrum(peaks[shuffled], indices[shuffled], sources[shuffled], channels, edges, 3)
+    for row, channel in enumerate(channels):
+        expected = brute_spectrum(peaks[:, row], indices, sources, channel, edges, 3)
+        assert [[int(i) for i in b if i >= 0] for b in index[row]] == expected
+        for b, own in enumerate(expected):
+            at = np.searchsorted(indices, own)
+            assert value[row, b, : len(own)].tolist() == peaks[at, row].tolist()
+
+
+def test_the_subset_does_not_depend_on_the_order_of_the_list() -> None:
+    names = [f"a/{i}.jpg" for i in range(500)]
+    drawn = {names[i] for i in spectrum.subset(names, 40)}
+    other = names[::-1]
+    assert {other[i] for i in spectrum.subset(other, 40)} == drawn and len(drawn) == 40
+
+
+def test_labels_are_found_with_lift_selectivity_and_auroc() -> None:
+    rng = np.random.default_rng(0)
+    of = rng.integers(0, 5, 2000).astype(np.int32)
+    peaks = rng.normal(size=(2000, 3)).astype(np.float32)
+    peaks[of == 2, 0] += 3
+    low, high = peaks.min(0).astype(np.float64) - 0.1, peaks.max(0).astype(np.float64) + 0.1
+    ranges = Ranges(low, high, low, high)
+    found = labels.by_responses(ranges.codes(peaks), of, low, high)
+    top = np.argsort(-peaks[:, 0])[:20]
+    assert found.method == "responses" and found.best[0] == found.over[0, 0] == 2
+    share = (of[top] == 2).mean()
+    assert found.count[0, 0] == share * 20 and found.lift[0, 0] == pytest.approx(share / (of == 2).mean())
+    mine, rest = peaks[of == 2, 0], peaks[of != 2, 0]
+    exact = (mine[:, None] > rest).mean() + (mine[:, None] == rest).mean() / 2
+    assert found.auroc[0] == pytest.approx(exact, abs=2e-3)
+    m, r = np.maximum(mine, 0).mean(), np.maximum(rest, 0).mean()
+    assert found.selectivity[0] == pytest.approx((m - r) / (m + r), abs=5e-3)
+    assert abs(found.auroc[1] - 0.5) < 0.06
+
+
+def test_few_images_a_label_give_counts_and_say_so() -> None:
+    of = np.array([0, 0, 1, 2, -1, 1], np.int32)
+    assert not labels.enough(of) and labels.enough(np.repeat([0, 1], 10))
+    found = labels.by_counts(np.array([[0, 1, 2, 4], [-1, -1, -1, -1]]), of)
+    assert found.method == "counts" and found.over[0].tolist() == [0, 1, -1] and found.count[0].tolist() == [2, 1, 0]
+    assert found.over[1].tolist() == [-1, -1, -1] and np.isnan(found.auroc).all()
