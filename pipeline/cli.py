@@ -24,10 +24,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import audit, run
+from pipeline import audit, datasets, photos, run, spectra
 from pipeline.atlas import open_atlas
 from pipeline.config import from_tree
 from pipeline.errors import AtlasError, nearest
+from pipeline.models import load
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import clock, told
 from pipeline.run import BAD_INPUT, COMPLETE, INTERRUPTED, SET_ASIDE, Request
@@ -48,10 +49,13 @@ usage: atlas VERB [group=choice] [key=value] …
   repair     set aside what is broken and keep what is whole of it; `run` makes the rest again
   compact    delete the shards that atlas.h5 holds
   export     the table of units as a file of its own: --parquet (the default) or --csv
+  spectrum   amplitudes and colours of the photographs in data=…, for canvases: out=mine.npz
 
 `atlas run --help` shows all settings. The verbs from site on also take a run's folder: atlas verify runs/NAME."""
 
 # Verbs that read a run which is there already, and take its folder.
+SPECTRUM_SIDE = 128
+
 ON_FOLDER = ("site", "status", "verify", "repair", "compact", "export")
 
 
@@ -215,6 +219,23 @@ def _export(request: Request, kind: str = "parquet") -> int:
     return COMPLETE
 
 
+def _spectrum(request: Request, out: str | None = None) -> int:
+    """Measure the middles of the photographs as the network sees them, and keep the result as a small .npz."""
+    if out is None:
+        raise AtlasError("Where to? `atlas spectrum out=mine.npz`.")
+    recipe = load(request.config.model).recipe
+    dataset = datasets.listing(request.config.data, recipe.channels)
+    side = min(*recipe.size, SPECTRUM_SIDE)
+    top, left = ((length - side) // 2 for length in recipe.size)
+    every = photos.load(dataset, range(len(dataset.photos)), recipe)
+    found = [loaded.array for loaded in every if loaded.array is not None]
+    measured = spectra.measure([image[:, top : top + side, left : left + side] for image in found])
+    with making(Path(out)) as temporary:
+        temporary.write_bytes(measured.content())
+    print(f"{out}: {len(found):,} of {len(dataset.photos):,} photographs, {side} x {side} pixels")
+    return COMPLETE
+
+
 VERBS: dict[str, Callable[[Request], int]] = {
     "run": _run,
     "plan": _plan,
@@ -226,6 +247,7 @@ VERBS: dict[str, Callable[[Request], int]] = {
     "repair": _repair,
     "compact": _compact,
     "export": _export,
+    "spectrum": _spectrum,
 }
 
 
@@ -277,6 +299,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kinds = [argument.removeprefix("--") for argument in rest if argument in ("--parquet", "--csv")]
         rest = [argument for argument in rest if argument.removeprefix("--") not in kinds]
         work = functools.partial(_export, kind=kinds[-1] if kinds else "parquet")
+    if verb == "spectrum":
+        places = [argument.removeprefix("out=") for argument in rest if argument.startswith("out=")]
+        rest = [argument for argument in rest if not argument.startswith("out=")]
+        work = functools.partial(_spectrum, out=places[-1] if places else None)
     codes: list[int] = []
     composing = [True]
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from pipeline import presets
+from pipeline.canvases import Start
 from pipeline.config import Config
 from pipeline.errors import AtlasError, first_line
 from pipeline.layers import Layer
@@ -12,6 +13,7 @@ from pipeline.models import Model
 from pipeline.objectives import Direction
 from pipeline.policies import channels_of
 from pipeline.presets import Size, canvas_size
+from pipeline.starts import opened
 
 
 def check_labels(model: Model, logits: Sequence[Layer]) -> None:
@@ -44,8 +46,8 @@ def refuse_nonsense(
     known = {layer.name: layer for layer in candidates}
     classifiers = {layer.name for layer in heads}
     presets.check(config.render, model.recipe.channels)
-    if config.render.needs_examples:
-        raise AtlasError("render.canvas.source=best is not made yet: name a picture's file.")
+    if isinstance(config.render.canvas, Start) and not config.render.canvas.best:
+        opened(config.render.canvas.source, model.recipe.channels)
     for layer in chosen:
         presets.check_layer(config.render, layer, known, layer.name in classifiers)
     return tuple(known[name] for name in config.render.others)

@@ -108,5 +108,5 @@ def _folded(model: Model, found: Sequence[Pair]) -> Model:
         )  # fmt: skip
         conv.weight, conv.bias = weight.requires_grad_(False), bias.requires_grad_(False)
         parent, _, name = norm_path.rpartition(".")
-        setattr(module.get_submodule(parent), name, FoldedNorm(norm))
+        setattr(module.get_submodule(parent), name, FoldedNorm(norm).eval())
     return dataclasses.replace(model, module=module)

@@ -209,6 +209,8 @@ def make_plan(config: Config, timed: bool = True) -> Plan:
         per_photo = 1.0
     setup = Setup(config, model.digest, tuple(chosen), dataset, team.threads, team.device, others)
     fingerprint = shards.digest_of(datasets.fingerprint(dataset, model.recipe))
+    if config.render.needs_examples:
+        setup = dataclasses.replace(setup, begins=examples_digest(setup, fingerprint))
     return Plan(
         config, tuple(rows), setup, team, per_photo * len(dataset.photos), model.labels, model.recipe, fingerprint
     )

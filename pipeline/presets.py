@@ -92,6 +92,8 @@ def check(config: RenderConfig, channels: int) -> None:
         type(p).__name__ == "BlurGradient" for p in config.preconditioners
     ):
         raise AtlasError("render.schedule has gradient_blur, but render.preconditioners has no blur to follow it.")
+    if isinstance(config.canvas, Start) and channels not in (1, 3):
+        raise AtlasError(f"render/canvas=image begins with a picture of 1 or 3 channels; the network takes {channels}.")
     if any(p.anchored for p in config.penalties) and not isinstance(config.canvas, Start):
         raise AtlasError("The prior penalty pulls back to a photograph: it needs render/canvas=image.")
 

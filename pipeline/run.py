@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline import audit, shards, site, store, survey
+from pipeline import audit, shards, site, starts, store, survey
 from pipeline.atlas import open_atlas
 from pipeline.config import Config
 from pipeline.engine import Failure, TooManyFailures, opened
@@ -57,6 +57,12 @@ def run(request: Request, made: Plan, stages: tuple[str, ...] = ("examples", "re
     """
     folder = request.folder
     began = time.monotonic()
+    if made.setup.begins and "render" in stages:
+        # Pictures begin with the best photographs, so these must be known first.
+        if "examples" not in stages and not Inventory(made, folder).survey.covered:
+            raise AtlasError("render.canvas.source=best needs the dataset pass first: `atlas examples` or `atlas run`.")
+        if run(request, made, ("examples",)) != COMPLETE:
+            return SET_ASIDE
     with folder.locked():
         shards.sweep(folder.path)
         audit.put_aside_unreadable(folder)
@@ -144,8 +150,17 @@ def _tasks(
         for task in known:
             if task.stage == "render":
                 done[task.layer] |= set(task.channels)
-        tasks += made.render_tasks(where, done, workers)
+        missing = made.render_tasks(where, done, workers)
+        tasks += _beginning(made, missing) if made.setup.begins else missing
     return tasks
+
+
+def _beginning(made: Plan, tasks: list[Task]) -> list[Task]:
+    """The same tasks with the photographs that their pictures begin with, out of this run's atlas.h5."""
+    if not tasks:
+        return []
+    with open_atlas(made.config.folder) as atlas:
+        return [dataclasses.replace(t, starts=starts.best(atlas, t.layer, t.channels)) for t in tasks]
 
 
 def _work(

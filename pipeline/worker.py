@@ -30,6 +30,7 @@ from pipeline.models import Model, ModelConfig, load
 from pipeline.recipes import NAMES_ONLY
 from pipeline.registry import canonical
 from pipeline.render import render
+from pipeline.starts import Begin
 from pipeline.statistics import Ranges
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,11 @@ class Unfit(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """All a worker needs, as plain data. `others` are layers that the preset looks at besides a unit's own."""
+    """All a worker needs, as plain data.
+
+    `others` are layers that the preset looks at besides a unit's own; `begins` is the digest of the dataset pass
+    whose best examples the pictures begin with, if they do.
+    """
 
     config: Config
     weights: str
@@ -58,6 +63,7 @@ class Setup:
     threads: int
     device: str
     others: tuple[Layer, ...] = ()
+    begins: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +71,8 @@ class Task:
     """A piece of the plan that one worker finishes in minutes, and the shard it ends in.
 
     `examples` tasks cover photographs start … end - 1 for all layers; `ranges` and `winners` tasks the listed
-    `photographs`; `render` tasks some channels of one layer. `given` is what a task builds on, as bytes of a shard.
+    `photographs`; `render` tasks some channels of one layer, each with the photograph that its picture begins with,
+    if the canvas asks for that. `given` is what a task builds on, as bytes of a shard.
     """
 
     stage: str
@@ -79,6 +86,7 @@ class Task:
     end: int = 0
     photographs: tuple[int, ...] = ()
     given: bytes = b""
+    starts: tuple[Begin, ...] = ()
 
     @property
     def name(self) -> str:
@@ -287,6 +295,8 @@ class Worker:
 
         model, others = self.folded(layer), {other.name: other for other in self.setup.others}
 
+        begins = dict(zip(task.channels, task.starts, strict=False))
+
         def work(part: list[int]) -> list[Any]:
             # All pictures of a channel stay together: a coupling compares them.
             own = [(c, v) for c in part for v in range(preset.variants)]
@@ -300,7 +310,7 @@ class Worker:
                 self.stop,
                 others=others,
                 ensemble=self.ensemble,
-                starts=starts.pictures(preset, task.canvas, self.model.recipe.channels, own),
+                starts=starts.pictures(preset, task.canvas, self.model.recipe.channels, own, begins),
             )
 
         per_batch = max(1, config.engine.batch // preset.variants)
@@ -403,7 +413,7 @@ def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int]) -> str:
         model.pop(key)  # where weights and code lie says nothing; what they are is in their digest
     others = [other.tap for other in setup.others]
     return shards.digest_of(
-        ["render 2", setup.weights, model, layer.tap, list(canvas), preset, others, config.run.seed]
+        ["render 2", setup.weights, model, layer.tap, list(canvas), preset, others, setup.begins, config.run.seed]
     )
 
 

@@ -17,7 +17,7 @@ from pipeline.couplings import Alignment, Diversity, gram_cosine
 from pipeline.errors import AtlasError
 from pipeline.files import loaded
 from pipeline.layers import Layer, capture, enumerate_layers
-from pipeline.models import Model
+from pipeline.models import Model, load
 from pipeline.objectives import OBJECTIVES, Channel, Interpolate, Neuron
 from pipeline.optimizers import Adam, Sgd
 from pipeline.penalties import Prior, TotalVariation
@@ -318,6 +318,27 @@ def test_redirection_is_per_image_and_goes_where_it_was() -> None:
 def test_presets_without_sense_are_refused(overrides: list[str], why: str) -> None:
     with pytest.raises(AtlasError, match=why):
         presets.check(loaded(compose(overrides).config.render, "render"), 3)
+
+
+def test_oygard_goes_through_the_heads_of_googlenet() -> None:
+    """Its auxiliary classifiers run in eval mode, and the steps on each of them move the picture."""
+    request = compose(
+        ["model=googlenet_aux", "model.weights=null", "render=oygard", "render.size=92", "render.steps=8"]
+    )
+    model, config = load(request.config.model), request.config.render
+    with torch.no_grad():
+        for module in model.module.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):  # as drawn, its activations fade to nothing in eval mode
+                nn.init.kaiming_normal_(module.weight)
+    assert [name for name, m in model.module.named_modules() if m.training] == [""]
+    layers = {la.name: la for la in enumerate_layers(model)}
+    presets.check_layer(config, layers["fc"], layers, True)
+    heads = [dataclasses.replace(stage, layer=None) for stage in config.schedule]
+    own, all_heads = (
+        render(model, layers["fc"], [(3, 0)], dataclasses.replace(config, schedule=tuple(s)), 0, others=layers)[0]
+        for s in (heads, config.schedule)
+    )
+    assert own.activation > own.start and apart(own, all_heads) > 3
 
 
 def test_oygard_needs_its_heads(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
