@@ -50,7 +50,7 @@ def code_digest(config: ModelConfig) -> str:
     with _importing(config):
         source = inspect.getsourcefile(inspect.unwrap(_builder(config)))
     tree = ast.dump(ast.parse(Path(source).read_text())) if source else ""
-    arguments = json.dumps(dict(config.arguments), sort_keys=True, default=str)
+    arguments = json.dumps(dict(config.arguments or {}), sort_keys=True, default=str)
     return hashlib.sha256(f"{tree}\0{arguments}".encode()).hexdigest()
 
 
@@ -59,7 +59,7 @@ def from_builder(config: ModelConfig) -> nn.Module:
     with _importing(config):
         build = _builder(config)
         try:
-            module = build(**config.arguments)
+            module = build(**(config.arguments or {}))
         except Exception as error:
             raise AtlasError(f"{config.target} failed: {_where(error)}") from error
     if isinstance(module, torch.jit.ScriptModule):

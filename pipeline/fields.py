@@ -12,7 +12,7 @@ whole image.
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -99,86 +99,115 @@ def _local(model: Model, layers: Sequence[Layer]) -> list[Layer]:
 def _along(model: Model, layers: Sequence[Layer], axis: int) -> dict[str, Axis | None]:
     """(size, stride, offset) along one axis of each layer by name; None for the whole image."""
     own, other = model.recipe.size[axis], model.recipe.size[1 - axis]
-    strides = {la.name: max(1, round(own / (la.height, la.width)[axis])) for la in layers}
+    narrow, counts = _narrowest(model, layers, axis, own, other)
+    strides = {la.name: max(1, round(own / counts.get(la.name, (la.height, la.width)[axis]))) for la in layers}
+    # A map that loses its margin is shorter than the stride says; what it gains with the picture is exact.
+    longer = 4 * own
+    more = _counts(model, layers, _Probe(axis, longer, narrow)) if longer <= max(LONGEST, own) else {}
+    for name, units in more.items():
+        if units > counts[name]:
+            strides[name] = max(1, round((longer - own) / (units - counts[name])))
+    grows = {name for name, units in more.items() if units > counts[name]}
     found: dict[str, Axis | None] = {}
-    left = list(layers)
-    uneven: list[Layer] = []
-    for probe in _probes(model, left, axis, own, other, max(strides.values())):
-        alike, fit = _uniform(model, left, probe, strides)
+    left = [la for la in layers if la.name in grows or not more]
+    rest = [la for la in layers if la not in left]  # of one size for every picture (adaptive pools)
+    length = own
+    while left and length <= max(LONGEST, own):
+        alike, fit = _uniform(model, left, _Probe(axis, length, narrow), strides)
         found.update(alike)
-        uneven += [la for la in left if la.name in fit - set(alike)]
+        rest += [la for la in left if la.name in fit - set(alike)]
         left = [la for la in left if la.name not in fit]
-        if not left:
+        if not more:
             break
-    if left or uneven:
-        found.update(_enveloped(model, [*left, *uneven], _Probe(axis, own, other), strides))
+        # Of lengths that leave the same remainders: some networks pad by what is left.
+        most = max(strides.values())
+        length += most * max(1, round(length / most))
+    if left or rest:
+        found.update(_enveloped(model, [*left, *rest], _Probe(axis, own, other), strides))
     return found
 
 
-def _probes(model: Model, layers: Sequence[Layer], axis: int, own: int, other: int, stride: int) -> Iterator[_Probe]:
-    """Probes that the network takes, ever longer; of lengths that leave the same remainders as its own does."""
-    narrow = next(
-        (
-            width
-            for width in sorted({w for w in (32, 64, 128) if w < other} | {other})
-            if _touched(model, layers, _Probe(axis, own, width), [(0, 1)]) is not None
-        ),
-        other,
-    )
-    length = own
-    while length <= max(LONGEST, own):
-        probe = _Probe(axis, length, narrow)
-        if length == own or _touched(model, layers, probe, [(0, 1)]) is not None:
-            yield probe
-        elif length > own:
-            return
-        length += stride * max(1, round(length / stride))
+def _narrowest(model: Model, layers: Sequence[Layer], axis: int, own: int, other: int) -> tuple[int, dict[str, int]]:
+    """The least width across the axis that the network takes, and how many units each layer has along it."""
+    for width in sorted({w for w in (32, 64, 96, 128) if w < other} | {other}):
+        counts = _counts(model, layers, _Probe(axis, own, width))
+        if counts:
+            return width, counts
+    return other, {}
+
+
+def _counts(model: Model, layers: Sequence[Layer], probe: _Probe) -> dict[str, int]:
+    """Units along the axis by layer; none where the network does not take the probe."""
+    touched = _touched(model, layers, probe, [(0, 1)])
+    return {} if touched is None else {name: units.shape[1] for name, units in touched.items()}
 
 
 def _uniform(
     model: Model, layers: Sequence[Layer], probe: _Probe, strides: dict[str, int]
 ) -> tuple[dict[str, Axis], set[str]]:
-    """Size, stride and offset of layers whose fields are alike from unit to unit, and all names whose fields fit."""
-    most = max(strides[la.name] for la in layers)
-    middle = probe.length // 2 - most
-    blocks = [(middle + i, middle + i + most) for i in range(most + 1)]
-    if middle < most:
+    """Size, stride and offset of layers whose fields are alike from unit to unit, and all names whose fields fit.
+
+    A block as long as the longest stride is slid from the middle on. By one stride on, one more unit sees its end
+    and one less its beginning; where between, is found by halving.
+    """
+    block = max(strides[la.name] for la in layers)
+    middle = probe.length // 2 - block
+    seen: dict[str, dict[int, Edge]] = {la.name: {} for la in layers}
+    fit = {la.name for la in layers}
+
+    def slide(shifts: set[int], who: Sequence[Layer]) -> None:
+        """Note the first and the last unit that see the block shifted so far; drop layers that it does not fit."""
+        order = sorted(shifts)
+        touched = _touched(model, who, probe, [(middle + i, middle + i + block) for i in order])
+        for name, units in (touched or {}).items():
+            fit.difference_update(() if _inside(units) else (name,))
+            first = units.int().argmax(1).tolist()
+            last = (units.shape[1] - 1 - units.flip(1).int().argmax(1)).tolist()
+            seen[name].update(zip(order, zip(first, last, strict=True), strict=True))
+        if touched is None:
+            fit.clear()
+
+    if middle < block:
         return {}, set()
-    # The first and the last block show which layers' fields fit; the others need not be run for the rest.
-    ends = _touched(model, layers, probe, [blocks[0], blocks[-1]])
-    if ends is None:
-        return {}, set()
-    fit = [la for la in layers if _inside(ends[la.name])]
-    if not fit:
-        return {}, set()
-    touched = _touched(model, fit, probe, blocks)
-    assert touched is not None, "a probe that was taken before"
+    slide({0, block}, layers)
+    left = [la for la in layers if la.name in fit]
+    steps = {la.name: [k * strides[la.name] for k in range(4) if k * strides[la.name] <= block] for la in left}
+    asked = {i for shifts in steps.values() for i in shifts} - {0, block}
+    if asked:
+        slide(asked, left)
+
+    def alike(name: str) -> bool:
+        zero = seen[name][0]
+        return name in fit and all(
+            seen[name][i] == (zero[0] + k, zero[1] + k) for k, i in enumerate(steps[name])
+        )  # fmt: skip
+
+    left = [la for la in left if alike(la.name)]
+    brackets = {(la.name, edge): _bracket(seen[la.name], edge, strides[la.name]) for la in left for edge in (0, 1)}
+    while open_ := {key: (i, j) for key, (i, j) in brackets.items() if j - i > 1}:
+        names = {name for name, _ in open_}
+        slide({(i + j) // 2 for i, j in open_.values()}, [la for la in left if la.name in names])
+        brackets.update({key: _bracket(seen[key[0]], key[1], strides[key[0]]) for key in open_})
     found = {}
-    for layer in fit:
-        stride = strides[layer.name]
-        units = touched[layer.name]
-        if not _inside(units):
-            continue
-        first = units.int().argmax(1).tolist()
-        last = (units.shape[1] - 1 - units.flip(1).int().argmax(1)).tolist()
-        # Block i ends with row middle + i + most - 1: a unit first seen there begins there.
-        begins = [(last[i], blocks[i][1] - 1) for i in range(1, len(blocks)) if last[i] > last[i - 1]]
-        ends_ = [(first[i - 1], blocks[i - 1][0]) for i in range(1, len(blocks)) if first[i] > first[i - 1]]
-        begin, end = _step(begins, stride, most), _step(ends_, stride, most)
-        if begin is not None and end is not None:
-            found[layer.name] = (end - begin + 1, stride, begin)
-    return found, {la.name for la in fit}
+    for name, stride in ((la.name, strides[la.name]) for la in left if la.name in fit):
+        out, into = brackets[name, 0][0], brackets[name, 1][1]
+        # Shifted by `into`, the block's last row is the first that this unit sees; by `out`, its first the last.
+        begin = middle + into + block - 1 - stride * seen[name][into][1]
+        end = middle + out - stride * seen[name][out][0]
+        found[name] = (end - begin + 1, stride, begin)
+    return found, fit
+
+
+def _bracket(seen: dict[int, Edge], edge: int, stride: int) -> tuple[int, int]:
+    """The nearest shifts known, within one stride, before and after the first (0) or last (1) unit changes."""
+    before = max(i for i in seen if i < stride and seen[i][edge] == seen[0][edge])
+    after = min(i for i in seen if before < i <= stride)
+    return before, after
 
 
 def _inside(units: torch.Tensor) -> bool:
     """Whether blocks were seen, and never by the first or the last unit."""
     return bool(units.shape[1] > 2 and units.any(1).all() and not units[:, 0].any() and not units[:, -1].any())
-
-
-def _step(edges: Sequence[Edge], stride: int, most: int) -> int | None:
-    """Where the edge of unit 0 would be, if these (unit, row) pairs are `stride` apart all along; else None."""
-    zeros = {row - stride * unit for unit, row in edges}
-    return zeros.pop() if len(zeros) == 1 and len(edges) == most // stride else None
 
 
 def _enveloped(model: Model, layers: Sequence[Layer], probe: _Probe, strides: dict[str, int]) -> dict[str, Axis | None]:

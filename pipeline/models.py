@@ -126,6 +126,9 @@ def prepare(module: nn.Module) -> nn.Module:
 
     In-place activations overwrite what a hook on the module before has captured (captum#156).
     """
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise AtlasError(f"{name} has no size yet: run the lazy network once on an input, in its builder.")
     module.eval().float().requires_grad_(False)
     for child in module.modules():
         # Some networks override `train` to keep their dropout on, or miss modules of theirs.
@@ -158,8 +161,6 @@ def weights_digest(module: nn.Module) -> str:
     """sha256 over names, types, shapes and bytes of all tensors of the state dict."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        if is_lazy(tensor):
-            raise AtlasError(f"{name} has no size yet: run the lazy network once on an input, in its builder.")
         if not isinstance(tensor, Tensor):
             continue  # a module's extra state
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -28,7 +28,7 @@ class LayersConfig:
     exclude: tuple[str, ...] = ()
     channels: str | int | tuple[int, ...] = "all"
     count: int = 9
-    layouts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    layouts: Mapping[str, str] | None = None
     tokens: str = "patches"
     prefix: int | None = None
 

@@ -25,14 +25,14 @@ class ModelConfig:
     std: tuple[float, ...] | None = None
     interpolation: str | None = None
     target: str | None = None
-    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    arguments: Mapping[str, Any] | None = None
     checkpoint: str | None = None
     channels: int | None = None
     value_range: tuple[float, float] | None = None
     labels: str | tuple[str, ...] | None = None
     trust_checkpoint: bool = False
     strict: bool = True
-    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    aliases: Mapping[str, str] | None = None
     folder: str | None = None
 
     @property

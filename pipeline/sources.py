@@ -58,11 +58,13 @@ def _from_torchvision(config: ModelConfig) -> tuple[nn.Module, Recipe, tuple[str
             options = {"transform_input": True} if own else {}
             default = config.weights == "default" and config.own_weights is None
             chosen = weights if default else None
-            module = torchvision.models.get_model(config.name, weights=chosen, **{**options, **config.arguments})
+            module = torchvision.models.get_model(
+                config.name, weights=chosen, **{**options, **(config.arguments or {})}
+            )
         except OSError as error:
             raise _no_download(config, error) from error
         except TypeError as error:
-            raise AtlasError(f"model.arguments={dict(config.arguments)}: {first_line(error)}") from error
+            raise AtlasError(f"model.arguments={dict(config.arguments or {})}: {first_line(error)}") from error
     preset = weights.transforms()
     recipe = Recipe(
         (preset.crop_size[0],) * 2,
@@ -81,13 +83,15 @@ def _from_timm(config: ModelConfig) -> tuple[nn.Module, Recipe, tuple[str, ...]]
     if not timm.is_model(config.name.split(".")[0]):
         raise AtlasError(f"timm has no model {config.name!r}. {nearest(config.name, timm.list_models())}")
     default = config.weights == "default" and config.own_weights is None
-    options = {"in_chans": config.channels, **config.arguments} if config.channels else dict(config.arguments)
+    options = (
+        {"in_chans": config.channels, **(config.arguments or {})} if config.channels else dict(config.arguments or {})
+    )
     try:
         module = timm.create_model(config.name, pretrained=default, **options)
     except (OSError, RuntimeError) as error:
         raise _no_download(config, error) from error
     except TypeError as error:
-        raise AtlasError(f"model.arguments={dict(config.arguments)}: {first_line(error)}") from error
+        raise AtlasError(f"model.arguments={dict(config.arguments or {})}: {first_line(error)}") from error
     data = resolve_data_config(model=module)
     height, width = data["input_size"][1:]
     channels = config.channels or data["input_size"][0]

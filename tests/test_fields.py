@@ -29,8 +29,8 @@ def test_vgg11() -> None:
     model = Model(module, "vgg11", Recipe((128, 128), 128, (0.5,) * 3, (0.5,) * 3), "", ())
     found = receptive_fields(model, enumerate_layers(model))
     pools = [field.size[0] for name in ("2", "5", "10", "15", "20") if (field := found[name])]
-    convs = [field.size[0] for name in ("0", "3", "6", "13") if (field := found[name])]
-    assert pools == [4, 10, 30, 70, 150] and convs == [3, 8, 18, 62]
+    convs = [field.size[0] for name in ("0", "3", "6", "11", "13") if (field := found[name])]
+    assert pools == [4, 10, 30, 70, 150] and convs == [3, 8, 18, 46, 62]
 
 
 def test_stride_and_offset_by_hand() -> None:
