@@ -163,7 +163,7 @@ def test_layers_channels_fields_and_pictures(expected: Expected, tmp_path: Path)
     for kind, layer in first.items():
         # Three units, for one behind a ReLU may be dead.
         units = [(c, 0) for c in range(min(3, layer.channels))]
-        pictures = render(model, layer, units, preset, 0, expected.side)
+        pictures = render(model, layer, units, preset, 0, (expected.side, expected.side))
         assert any(p.status == "done" and p.activation > p.start for p in pictures), (kind, layer.name)
     assert state_of(model) == before
 

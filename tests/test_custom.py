@@ -387,7 +387,7 @@ def test_small_networks_go_the_whole_way(channels: int, tmp_path: Path, photo_fo
         best = layer.examples("max")
         assert best is not None
         photo = atlas.photo(int(best.index[0, 0]))
-        assert photo is not None and photo.size == (32, 32) and photo.mode == ("L" if channels == 1 else "RGB")
+        assert photo is not None and photo.mode == ("L" if channels == 1 else "RGB")
     assert (tmp_path / "mine" / "site" / "index.html").is_file()
 
 
