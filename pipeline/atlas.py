@@ -11,10 +11,8 @@
 The site and every comparison read through this module and nothing else.
 """
 
-import dataclasses
-import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,268 +21,12 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from pipeline import crops, shards
+from pipeline import shards
 from pipeline.errors import AtlasError, nearest
+from pipeline.views import LayerView, ShownPhoto, jpeg_image
 
 SCHEMA = "neuron-atlas"
 SCHEMA_VERSION = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """Photographs that stand for each unit of a layer; (C', k) arrays, `index` −1 where there is none.
-
-    `value` is the response, `index` the photograph's row in the dataset, `y` and `x` the place on the map, `map` the
-    number of the heat-map (−1 for none).
-    """
-
-    value: np.ndarray
-    index: np.ndarray
-    y: np.ndarray
-    x: np.ndarray
-    map: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Histogram:
-    """Per-image maxima of each unit: `counts` (C', bins) between the `edges` (C', bins + 1).
-
-    `under` and `over` (C',) count the images beyond the edges; `ends` (C', 2) are the least and largest maximum.
-    """
-
-    counts: np.ndarray
-    edges: np.ndarray
-    under: np.ndarray
-    over: np.ndarray
-    ends: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Labels:
-    """Labels of each unit, by number in `Atlas.dataset_labels`; −1 and NaN where there is nothing to say.
-
-    `over` (C', 3) are the most over-represented in the top 1 % of images, with `count` there and `lift`; `best` (C',)
-    is the label with the largest mean response, with `selectivity` and `auroc`. Where `method` is "counts", too few
-    images share a label for such numbers: `over` and `count` are the commonest among the examples, the rest is empty.
-    """
-
-    method: str
-    over: np.ndarray
-    count: np.ndarray
-    lift: np.ndarray
-    best: np.ndarray
-    selectivity: np.ndarray
-    auroc: np.ndarray
-
-
-class LayerView:
-    """One layer of an atlas. `channels` holds the channel numbers that the atlas has, (C',) int32."""
-
-    def __init__(self, group: h5py.Group) -> None:
-        self._group = group
-        self.name = shards.text(group, "name")
-        self.kind = shards.text(group, "kind")
-        self.total_channels = shards.numbers(group, "channels")[0]
-        self.map_size = (shards.numbers(group, "map_height")[0], shards.numbers(group, "map_width")[0])
-        self.channels = shards.get(group, "channels")
-        self._row = {int(c): i for i, c in enumerate(self.channels)}
-
-    @property
-    def receptive_field(self) -> tuple[int, int] | None:
-        """(height, width) in input pixels that one unit sees, or None for the whole image."""
-        height, width = shards.numbers(self._group, "receptive_field")
-        return (height, width) if height else None
-
-    @property
-    def input_size(self) -> tuple[int, int]:
-        """(height, width) of the network's input, in pixels."""
-        height, width = shards.numbers(self._group, "input_size")
-        return height, width
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        """Objectives that this layer has pictures for."""
-        return tuple(shards.names(shards.group(self._group, "render"))) if "render" in self._group else ()
-
-    def row(self, channel: int) -> int:
-        """Row of `channel` in all arrays of this layer."""
-        if int(channel) not in self._row:
-            raise AtlasError(
-                f"{self.name}:{channel} is not in this atlas. {nearest(str(channel), map(str, self._row))}"
-            )
-        return self._row[int(channel)]
-
-    def pictures(self, objective: str = "channel") -> h5py.Dataset:
-        """All pictures, (C', V, H, W, 3) uint8, as an h5py dataset: slices are read when asked for."""
-        return shards.dataset(self._render(objective), "images")
-
-    def picture(self, channel: int, objective: str = "channel", variant: int = 0) -> np.ndarray:
-        """One picture, (H, W, 3) uint8."""
-        return self.pictures(objective)[self.row(channel), variant]
-
-    def numbers(self, objective: str = "channel") -> dict[str, np.ndarray]:
-        """What was measured of the pictures: activation, robust, start, seed, status, …; (C', V) each."""
-        group = self._render(objective)
-        return {name: shards.get(group, name) for name in shards.names(group) if not name.startswith("images")}
-
-    def render_attributes(self, objective: str = "channel") -> dict[str, Any]:
-        """Preset, its digest, and which statistic of photographs the activation compares with."""
-        return shards.plain(self._render(objective))
-
-    def examples(self, which: str = "max") -> Examples | None:
-        """Photographs by `which`, or None if the atlas has no such list.
-
-        `max` and `mean`: the largest spatial maxima and means, best first. `min`: the lowest spatial minima, lowest
-        first. `spectrum`: drawn from quantile bins of the maxima; see `spectrum_edges`.
-        """
-        path = f"examples/{which}"
-        if path not in self._group:
-            return None
-        held = shards.group(self._group, path)
-        arrays = {key: shards.get(held, key) for key in ("value", "index", "y", "x")}
-        absent = np.full(arrays["index"].shape, -1, np.int32)
-        return Examples(**arrays, map=shards.get(held, "map") if "map" in held else absent)
-
-    @property
-    def spectrum_edges(self) -> tuple[float, ...]:
-        """Edges, in per cent, of the quantile bins of `examples("spectrum")`, whose k places are evenly theirs."""
-        if "examples/spectrum" not in self._group:
-            return ()
-        return tuple(np.asarray(self._group["examples/spectrum"].attrs["edges"]).tolist())
-
-    def heat_map(self, number: int) -> np.ndarray | None:
-        """One heat-map, (h, w) float32 responses, averaged to few rows and columns; None for number −1."""
-        if number < 0 or "examples/maps" not in self._group:
-            return None
-        held = shards.group(self._group, "examples/maps")
-        low, high = shards.dataset(held, "range")[int(number)]
-        return (low + (high - low) * (shards.dataset(held, "value")[int(number)] / np.float32(255))).astype(np.float32)
-
-    def heat_maps(self) -> h5py.Dataset | None:
-        """All heat-maps as kept, (pairs, h, w) uint8 from the least response (0) to the largest (255) of each."""
-        return shards.dataset(self._group, "examples/maps/value") if "examples/maps" in self._group else None
-
-    def crop(self, number: int) -> Image.Image | None:
-        """What the unit of heat-map `number` saw, where the atlas keeps crops instead of pictures."""
-        if number < 0 or "examples/maps/jpeg" not in self._group:
-            return None
-        return _image(shards.group(self._group, "examples/maps"), int(number))
-
-    def stats(self) -> dict[str, np.ndarray]:
-        """Statistics over the photographs by name (mean, sd, max, nonzero, inactive, …), (C',) each."""
-        if "stats" not in self._group:
-            return {}
-        group = shards.group(self._group, "stats")
-        return {name: shards.get(group, name) for name in shards.names(group)}
-
-    @property
-    def population_sparsity(self) -> float:
-        """Mean sparsity of the layer's answer to one photograph, 0 … 1; NaN if nothing fired or nobody measured."""
-        held = self._group.get("stats")
-        return float(held.attrs.get("population_sparsity", np.nan)) if isinstance(held, h5py.Group) else float("nan")
-
-    def histogram(self) -> Histogram | None:
-        """Histograms of per-image maxima, or None without examples."""
-        if "histogram" not in self._group:
-            return None
-        counts, ends = shards.get(self._group, "histogram/counts"), shards.get(self._group, "histogram/ends")
-        low, high = shards.get(self._group, "histogram/range").T[..., None]
-        edges = low + (high - low) * np.linspace(0, 1, counts.shape[1] - 1)
-        return Histogram(counts[:, 1:-1], edges, counts[:, 0], counts[:, -1], ends)
-
-    def quantiles(self, shares: Sequence[float]) -> np.ndarray:
-        """(C', q) quantiles of per-image maxima at `shares` (0 … 1), to the width of a bin; NaN without examples."""
-        found = self.histogram()
-        result = np.full((len(self.channels), len(shares)), np.nan)
-        if found is None:
-            return result
-        heaps = np.concatenate([found.under[:, None], found.counts, found.over[:, None]], 1).cumsum(1)
-        for row, heap in enumerate(heaps):
-            low, high = found.ends[row]
-            borders = [min(low, found.edges[row, 0]), *found.edges[row], max(high, found.edges[row, -1])]
-            if heap[-1]:
-                result[row] = np.interp(np.asarray(shares) * heap[-1], [0, *heap], np.clip(borders, low, high))
-        return result
-
-    def labels(self) -> Labels | None:
-        """Which labels of the dataset each unit goes with, or None where the dataset has none."""
-        if "labels" not in self._group:
-            return None
-        group = shards.group(self._group, "labels")
-        return Labels(shards.text(group, "method"), **{name: shards.get(group, name) for name in shards.names(group)})
-
-    def responses(self) -> np.ndarray | None:
-        """(C', n) float16 maxima of every unit on the photographs `Atlas.responses_index`; None without examples."""
-        return shards.get(self._group, "responses") if "responses" in self._group else None
-
-    def similar(self, channel: int, count: int = 8) -> pd.DataFrame:
-        """The units of this layer whose responses go most with those of `channel`: channel, correlation; best first.
-
-        Pearson's correlation over the photographs drawn for the purpose.
-        """
-        kept = self.responses()
-        if kept is None or kept.shape[1] < 2:
-            return pd.DataFrame({"channel": np.zeros(0, np.int32), "correlation": np.zeros(0, np.float32)})
-        centred = kept.astype(np.float32)
-        centred -= centred.mean(1, keepdims=True)
-        norm = np.linalg.norm(centred, axis=1)
-        own = self.row(channel)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found = centred @ centred[own] / (norm * norm[own])
-        found = np.where(np.isfinite(found), found, -2)
-        found[own] = -2
-        order = np.argsort(-found, kind="stable")[:count]
-        order = order[found[order] > -2]
-        return pd.DataFrame({"channel": self.channels[order], "correlation": found[order].astype(np.float32)})
-
-    def natural(self, objective: str = "channel") -> np.ndarray:
-        """Best response of any photograph by the objective's own measure, (C',); NaN without examples."""
-        measure = shards.text(self._render(objective), "natural")
-        key = {"mean": "best_mean", "max": "max", "min": "min"}.get(measure, "")
-        return self.stats().get(key, np.full(len(self.channels), np.nan, np.float32))
-
-    def crop_box(self, y: int, x: int, least: int = 48) -> tuple[int, int, int, int] | None:
-        """(left, top, right, bottom) of what unit (y, x) sees, in pixels of the network's input.
-
-        Grown to at least `least` pixels, so that a person can see it, and moved inside the input; None where
-        a unit sees the whole image.
-        """
-        if self.receptive_field is None:
-            return None
-        size, stride, offset, limits = (
-            shards.numbers(self._group, name)
-            for name in ("receptive_field", "receptive_field_stride", "receptive_field_offset", "input_size")
-        )
-        return crops.seen(int(y), int(x), size, stride, offset, limits, least)
-
-    def source_box(self, photo: "ShownPhoto", y: int, x: int, least: int = 48) -> tuple[int, int, int, int] | None:
-        """(left, top, right, bottom) of what unit (y, x) sees, in pixels of the source picture and clipped to it.
-
-        `least` is in pixels of the network's input; None where a unit sees the whole image.
-        """
-        box = self.crop_box(y, x, least)
-        return None if box is None else crops.in_picture(box, self.input_size, photo.box, photo.size)
-
-    def _render(self, objective: str) -> h5py.Group:
-        if objective not in self.objectives:
-            raise AtlasError(f"{self.name} has no pictures for {objective!r}. {nearest(objective, self.objectives)}")
-        return shards.group(self._group, f"render/{objective}")
-
-
-@dataclasses.dataclass(frozen=True)
-class ShownPhoto:
-    """A photograph that an atlas shows: the size (width, height) of its source picture and the part that became the
-    network's input, (left, top, right, bottom), which may reach beyond the edges; both in pixels of that picture.
-    """
-
-    index: int
-    size: tuple[int, int]
-    box: tuple[float, float, float, float]
-
-
-def _image(group: h5py.Group, at: int) -> Image.Image:
-    start, end = shards.dataset(group, "offset")[at : at + 2]
-    return Image.open(io.BytesIO(shards.dataset(group, "jpeg")[int(start) : int(end)].tobytes()))
 
 
 class Atlas:
@@ -392,7 +134,7 @@ class Atlas:
         at = int(np.searchsorted(self._shown, index))
         if at == len(self._shown) or self._shown[at] != index or "dataset/shown/jpeg" not in self._file:
             return None
-        return _image(shards.group(self._file, "dataset/shown"), at)
+        return jpeg_image(shards.group(self._file, "dataset/shown"), at)
 
     def photo(self, index: int) -> Image.Image | None:
         """A photograph as the network saw it, cut from `picture`, if this atlas holds it."""

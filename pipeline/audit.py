@@ -18,7 +18,8 @@ from pipeline.inventory import Inventory, put_aside
 from pipeline.plan import Plan
 from pipeline.render import render
 from pipeline.shards import Damaged, Shard
-from pipeline.worker import Worker, render_digest
+from pipeline.tasks import render_digest
+from pipeline.worker import Worker
 
 log = logging.getLogger(__name__)
 

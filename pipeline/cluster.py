@@ -24,7 +24,8 @@ from pipeline.errors import AtlasError, first_line
 from pipeline.models import packed_weights
 from pipeline.progress import Post
 from pipeline.shards import place
-from pipeline.worker import Done, Setup, Task, Unfit, Worker
+from pipeline.tasks import Done, Setup, Task
+from pipeline.worker import Unfit, Worker
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ import torch
 from pipeline.config import EngineConfig
 from pipeline.errors import AtlasError
 from pipeline.progress import Post
-from pipeline.worker import Done, Setup, Task, Worker
+from pipeline.tasks import Done, Setup, Task
+from pipeline.worker import Worker
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from pipeline.folder import RunFolder
 from pipeline.plan import Plan
 from pipeline.shards import Damaged, Shard
 from pipeline.survey import Survey
-from pipeline.worker import render_digest
+from pipeline.tasks import render_digest
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from pipeline.models import load
 from pipeline.policies import LayersConfig
 from pipeline.recipes import Recipe
 from pipeline.shards import safe
-from pipeline.worker import Setup, Task, examples_digest, keep_memory, render_digest
+from pipeline.tasks import Setup, Task, examples_digest, render_digest
+from pipeline.worker import keep_memory
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from pipeline.plan import Plan, make_plan
 from pipeline.progress import Board, Post, Stage, clock, report, told
 from pipeline.shards import Damaged
 from pipeline.survey import Surveyed, gaps
-from pipeline.worker import Done, Task
+from pipeline.tasks import Done, Task
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from pipeline.layers import Layer
 from pipeline.plan import Plan
 from pipeline.shards import Shard
 from pipeline.statistics import Ranges
+from pipeline.tasks import Task, winners_digest
 from pipeline.winners import Chosen, Winners
-from pipeline.worker import Task, winners_digest
 
 log = logging.getLogger(__name__)
 
