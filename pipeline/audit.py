@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import examples, shards, store
+from pipeline import examples, shards, starts, store
+from pipeline.atlas import open_atlas
 from pipeline.errors import AtlasError, first_line
 from pipeline.examples import Sweep
 from pipeline.folder import RunFolder
 from pipeline.inventory import Inventory, put_aside
 from pipeline.plan import Plan
-from pipeline.render import render
 from pipeline.shards import Damaged, Shard
+from pipeline.starts import Begin
 from pipeline.tasks import render_digest
 from pipeline.worker import Worker
 
@@ -101,8 +102,11 @@ def _rendered_again(atlas: Path, made: Plan, sample: int) -> list[Wrong]:
         at = part.get("channels")["channels"].tolist().index(channel)
         with part.opened() as opened:
             kept = shards.dataset(opened, "images")[at, variant]
-        preset, seed = made.config.render, made.config.run.seed
-        (again,) = render(worker.folded(row.layer), row.layer, [(channel, variant)], preset, seed, row.canvas)
+        begins: tuple[Begin, ...] = ()
+        if made.setup.begins:
+            with open_atlas(atlas) as opened_atlas:
+                begins = starts.best(opened_atlas, row.layer.name, [channel])
+        again = worker.pictures(row.layer.name, [channel], row.canvas, begins)[variant]
         apart = int(np.abs(again.image.astype(int) - kept).max())
         log.info("%s:%d rendered again: %d levels apart at most", row.layer.name, channel, apart)
         if apart > TOLERANCE:

@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 # How often the nodes of the cluster are counted, in seconds.
 COUNT_EVERY = 2.0
 
+# So many workers in a row that raise before they can say hello mean that none ever will.
+UNBORN = 3
+
 
 @contextlib.contextmanager
 def connected(config: EngineConfig) -> Iterator[Any]:
@@ -141,6 +144,7 @@ class OnRay:
         tries, learnt = Tries(self.config), {}
         hands: dict[Any, _Hand] = {}  # by the reference that is waited for
         free: deque[_Hand] = deque()
+        unborn = 0  # workers in a row that died before they could say hello
         alone = time.monotonic()  # since when there has been no worker at all
 
         def hire() -> None:
@@ -200,7 +204,7 @@ class OnRay:
                         reason, detail = f"worker lost: {first_line(error)}", str(error)
                     else:
                         if isinstance(answer, str):
-                            hand.post.name = answer
+                            unborn, hand.post.name = 0, answer
                             self.posts.append(hand.post)
                             free.append(hand)
                             continue
@@ -218,6 +222,10 @@ class OnRay:
                         finished(task, dataclasses.replace(answer, data=b""))
                         continue
                     if task is None:
+                        unborn += "creation task" in detail  # its own error; a node may die at any time
+                        log.warning("a worker could not start: %s", reason)
+                        if unborn >= UNBORN:
+                            raise AtlasError(f"{unborn} workers in a row could not start; the last said:\n{detail}")
                         continue
                     failure = tries.failed(task, reason, detail, weight)
                     if failure is None:

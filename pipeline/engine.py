@@ -93,9 +93,9 @@ def crew(config: EngineConfig, nodes: Sequence[tuple[float, float]], tasks: int 
     per_gpu = config.gpus_per_worker
     if isinstance(per_gpu, str):
         per_gpu = 1.0 if device.startswith("cuda") else 0.0
-    if config.name == "inline":
-        return Crew(1, sum(c for c, _ in nodes), per_gpu, device)
     per_cpu = config.cpus_per_worker
+    if config.name == "inline":
+        return Crew(1, sum(c for c, _ in nodes) if isinstance(per_cpu, str) else per_cpu, per_gpu, device)
     if isinstance(per_cpu, str):
         if per_gpu:
             # The node with the fewest cores for each of its GPUs decides, so that no GPU is left without a worker.

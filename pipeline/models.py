@@ -71,7 +71,7 @@ def load(config: ModelConfig, state: Mapping[str, Tensor] | None = None) -> Mode
         torch.manual_seed(0)
         module, recipe, labels = SOURCES[config.source](config)
     module = prepare(module)
-    if config.arguments.get("aux_logits") is True:
+    if (config.arguments or {}).get("aux_logits") is True:
         # torchvision runs auxiliary heads in training only. This flag of the top module alone, whose own forward
         # looks at it, runs them here too; all modules below stay in eval mode.
         module.training = True

@@ -98,12 +98,89 @@ def making(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+class _Sink(io.RawIOBase):
+    """A file that takes all that is written to it, and tells at the end if that went wrong.
+
+    HDF5 does not survive a disk that fills up: it ends with an error in another place, or with the process. So
+    what a full disk refuses stays in memory, where HDF5 finds it again until it has closed its file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        self.failure: OSError | None = None
+        self.refused: dict[int, bytes] = {}
+        self.at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        ends = (start + len(data) for start, data in self.refused.items())
+        end = max(os.fstat(self.handle).st_size, max(ends, default=0)) if whence == os.SEEK_END else 0
+        self.at = offset + (end if whence == os.SEEK_END else self.at if whence == os.SEEK_CUR else 0)
+        return self.at
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer).cast("B")
+        own = os.pread(self.handle, len(view), self.at)
+        view[:] = own + bytes(len(view) - len(own))
+        for start, data in self.refused.items():
+            low, high = max(start, self.at), min(start + len(data), self.at + len(view))
+            if low < high:
+                view[low - self.at : high - self.at] = data[low - start : high - start]
+        self.at += len(view)
+        return len(view)
+
+    def write(self, data: Any, /) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while done < len(view) and self.failure is None:
+                done += os.pwrite(self.handle, view[done:], self.at + done)
+        except OSError as error:
+            self.failure = error
+        if done < len(view):
+            self.refused.pop(self.at, None)  # the last to be written is the last to be laid over
+            self.refused[self.at] = bytes(view)
+        self.at += len(view)
+        return len(view)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        size = self.at if size is None else size
+        try:
+            os.ftruncate(self.handle, size)
+        except OSError as error:
+            self.failure = self.failure or error
+        return size
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self.handle)
+        super().close()
+
+
 @contextlib.contextmanager
 def creating(path: Path) -> Iterator[h5py.File]:
     """A new HDF5 file that appears under `path` only when it is complete and on disk; see `making`."""
-    with making(path) as temporary, h5py.File(temporary, "w", libver=LIBVER, locking=False) as file:
-        yield file
-        file.flush()
+    with making(path) as temporary, _Sink(temporary) as sink:
+        try:
+            with h5py.File(sink, "w", libver=LIBVER) as file:
+                yield file
+        except Exception:
+            if sink.failure is not None:  # whatever HDF5 made of it
+                raise sink.failure from None
+            raise
+        if sink.failure is not None:
+            raise sink.failure
 
 
 def image(attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,8 @@ from pipeline.files import File
 from pipeline.folding import Pair, fold, foldable
 from pipeline.layers import Layer
 from pipeline.models import Model, ModelConfig, load
-from pipeline.render import render
+from pipeline.render import Picture, render
+from pipeline.starts import Begin
 from pipeline.statistics import Ranges
 from pipeline.tasks import Done, Setup, Task
 
@@ -185,19 +186,24 @@ class Worker:
             return ""
         return f"grew from {self.first_memory / 1e9:.1f} to {memory / 1e9:.1f} GB of memory"
 
-    def _in_batches(self, layer: str, units: list[T], size: int, work: Callable[[list[T]], list[Any]]) -> list[Any]:
-        """`work` on portions of `units`, halved whenever a GPU runs out of memory, and so remembered for the layer."""
+    def _in_batches(
+        self, layer: str, units: list[T], size: int, each: int, work: Callable[[list[T]], list[Any]]
+    ) -> list[Any]:
+        """`work` on portions of `units`, of which each gives `each` pictures.
+
+        A portion is halved whenever a GPU runs out of memory, and that size is remembered for the layer.
+        """
         size = min(size, self.fits.get(layer, size))
         done: list[Any] = []
-        while len(done) < len(units):
-            part = units[len(done) : len(done) + size]
+        while len(done) < each * len(units):
+            part = units[len(done) // each :][:size]
             try:
                 done += work(part)
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise
                 size = self.fits[layer] = len(part) // 2
-                log.warning("%s: out of memory with %d pictures; going on with %d", layer, len(part), size)
+                log.warning("%s: out of memory with %d channels; going on with %d", layer, len(part), size)
             else:
                 continue
             self._let_go()
@@ -209,16 +215,17 @@ class Worker:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _render(self, task: Task) -> bytes:
-        config = self.setup.config
+    def pictures(
+        self, name: str, channels: Sequence[int], canvas: tuple[int, int], begins: Sequence[Begin] = ()
+    ) -> list[Picture]:
+        """All variants of some channels of a layer, channel by channel; `begins` what each starts from, if anything."""
+        config, layer = self.setup.config, self.layers[name]
         preset = config.render
-        layer = self.layers[task.layer]
-
         model, others = self.folded(layer), {other.name: other for other in self.setup.others}
 
-        begins = dict(zip(task.channels, task.starts, strict=False))
+        own_starts = dict(zip(channels, begins, strict=False))
 
-        def work(part: list[int]) -> list[Any]:
+        def work(part: list[int]) -> list[Picture]:
             # All pictures of a channel stay together: a coupling compares them.
             own = [(c, v) for c in part for v in range(preset.variants)]
             return render(
@@ -227,15 +234,19 @@ class Worker:
                 own,
                 preset,
                 config.run.seed,
-                task.canvas,
+                canvas,
                 self.stop,
                 others=others,
                 ensemble=self.ensemble,
-                starts=starts.pictures(preset, task.canvas, self.model.recipe.channels, own, begins),
+                starts=starts.pictures(preset, canvas, self.model.recipe.channels, own, own_starts),
             )
 
         per_batch = max(1, config.engine.batch // preset.variants)
-        pictures = self._in_batches(layer.name, list(task.channels), per_batch, work)
+        return self._in_batches(name, list(channels), per_batch, preset.variants, work)
+
+    def _render(self, task: Task) -> bytes:
+        preset = self.setup.config.render
+        pictures = self.pictures(task.layer, task.channels, task.canvas, task.starts)
         shape = (len(task.channels), preset.variants)
 
         def column(name: str, kind: type) -> np.ndarray:

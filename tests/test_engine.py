@@ -165,7 +165,7 @@ def test_photographs_too_many_for_memory_are_halved(
 def test_a_poisoned_context_makes_a_worker_unfit(
     tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def poisoned(*_: object) -> None:
+    def poisoned(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(worker, "render", poisoned)

@@ -1,12 +1,17 @@
 """The same tasks on Ray: the same pictures, also when workers are killed under them."""
 
+import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -14,7 +19,12 @@ import pytest
 from test_run import pictures
 
 import pipeline
-from pipeline import cli
+from pipeline import cli, shards
+from pipeline.cluster import OnRay, connected
+from pipeline.config import EngineConfig
+from pipeline.engine import Failure, TooManyFailures
+from pipeline.errors import AtlasError
+from pipeline.worker import Done, Task, Unfit
 
 ON_RAY = ["engine=ray", "engine.workers=2"]
 TOO_MANY = ["engine=ray", "engine.workers=64", "engine.cpus_per_worker=1"]
@@ -23,12 +33,22 @@ TOO_MANY = ["engine=ray", "engine.workers=64", "engine.cpus_per_worker=1"]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+def at_work(pid: int | None = None) -> list[psutil.Process]:
+    """Actors that are at a task now, of this process's Ray or another's; Ray shows it in a process's title."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "ray::Worker.do" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 def killer(stop: threading.Event, killed: list[int]) -> None:
     """Kill a worker of Ray as soon as one is at work, twice."""
     while not stop.is_set() and len(killed) < 2:
-        for process in psutil.process_iter(["cmdline"]):
-            if process.pid not in killed and "ray::Worker.do" in " ".join(process.info["cmdline"] or []):
-                os.kill(process.pid, signal.SIGKILL)
+        for process in at_work():
+            if process.pid not in killed:
+                process.kill()
                 killed.append(process.pid)
                 time.sleep(1.0)
                 break
@@ -107,7 +127,7 @@ def test_a_signal_stops_the_run_and_its_workers(tiny_run: list[str], tmp_path: P
     while not list(shards.rglob("*.h5")) and time.monotonic() < deadline:
         time.sleep(0.05)
     kept = list(shards.rglob("*.h5"))
-    workers = [p for p in psutil.process_iter(["cmdline"]) if "ray::Worker.do" in " ".join(p.info["cmdline"] or [])]
+    workers = at_work(process.pid)
     began = time.monotonic()
     (os.killpg if kind == signal.SIGINT else os.kill)(process.pid, kind)
     _, errors = process.communicate(timeout=60)
@@ -117,3 +137,186 @@ def test_a_signal_stops_the_run_and_its_workers(tiny_run: list[str], tmp_path: P
     assert kept and all(path.exists() for path in kept)
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert workers and not alive
+
+
+def moods() -> tuple[type, Any]:
+    """A class of workers with moods, and a setup for it; made here, so that Ray sends them along."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Little:
+        threads: int = 1
+        device: str = "cpu"
+
+    class Moody:
+        def __init__(self, setup: Any, stop: Any = None, weights: Any = None) -> None:
+            self.done = 0
+
+        def hello(self) -> str:
+            return f"node:{os.getpid()}"
+
+        def do(self, task: Task, fits: Any = None, files: Any = None) -> Done:
+            self.done += 1
+            mark = Path(task.path)
+            tries = int(mark.read_text()) + 1 if mark.exists() else 1
+            mark.write_text(str(tries))
+            if task.layer == "slow":
+                time.sleep(0.5)
+            if task.layer == "broken" or (task.layer == "moody" and tries < 2):
+                raise ValueError(f"no, for the {tries}. time")
+            if task.layer == "poisoned" and tries < 2:
+                raise Unfit("CUDA error: an illegal memory access was encountered")
+            if task.layer == "deadly" and tries < 3:
+                os._exit(1)
+            if task.layer == "killer":
+                os._exit(1)
+            batch = ("cpu", 4) if task.layer == "tight" else None
+            return Done(task.path, 0.01, batch=batch, worn="grew" if task.layer == "growing" else "")
+
+    return Moody, Little()
+
+
+def do_all(
+    folder: Path, layers: list[str], idle: Callable[[], None] = lambda: None, **settings: Any
+) -> tuple[list[Any], OnRay]:
+    tasks = [Task("render", str(folder / str(i)), "d", -float(i), layer, (i,)) for i, layer in enumerate(layers)]
+    results: list[Any] = []
+    config = EngineConfig(**settings)
+    with connected(config) as ray:
+        kind, setup = moods()
+        engine = OnRay(ray, config, kind)
+        try:
+            engine.execute(tasks, setup, lambda task, result: results.append((task.layer, result)), idle)
+        except TooManyFailures as error:
+            results.append(("", error))
+    return results, engine
+
+
+def test_every_way_a_task_can_end(tmp_path: Path) -> None:
+    """Raising, poisoned, killed and outgrown workers: each task is tried again, and each unfit worker replaced."""
+    layers = ["good", "moody", "broken", "poisoned", "deadly", "killer", "growing", "tight", "good", "growing", "good"]
+    results, engine = do_all(tmp_path, layers, workers=2, cpus_per_worker=0.5, attempts=2)
+    by_layer = {layer: result for layer, result in results}
+    assert len(results) == len(layers)
+    assert {layer for layer, result in results if isinstance(result, Failure)} == {"broken", "killer"}
+    assert "no, for the 2. time" in by_layer["broken"].reason and "in do" in by_layer["broken"].detail
+    assert "worker lost" in by_layer["killer"].reason
+    # A worker that is lost need not be its task's fault: it is tried three times as often as what raises.
+    assert (tmp_path / "5").read_text() == "6" and (tmp_path / "2").read_text() == "2"
+    # 6 + 2 deaths, 1 poisoned, 2 grown: each had another take its place.
+    ends = [post.end for post in engine.posts if post.end]
+    assert len(ends) == 11 and ends.count("grew") == 2 and any("illegal memory access" in end for end in ends)
+    assert len({post.name for post in engine.posts}) >= 11
+    assert sum(post.tasks for post in engine.posts) == len(layers) - 2
+    assert all(post.left is not None for post in engine.posts)
+
+
+def test_too_many_failures_stop_it_on_ray(tmp_path: Path) -> None:
+    class Stillborn:
+        def __init__(self, *_: object, **__: object) -> None:
+            raise ValueError("no such library")
+
+        def hello(self) -> str:
+            return ""
+
+    with connected(EngineConfig(workers=1, cpus_per_worker=0.5)) as ray:
+        engine = OnRay(ray, EngineConfig(workers=1, cpus_per_worker=0.5), Stillborn)
+        with pytest.raises(AtlasError, match=r"(?s)3 workers in a row could not start.*no such library"):
+            engine.execute([Task("render", "x", "d", 1.0)], moods()[1], lambda *_: None, lambda: None)
+    results, _ = do_all(tmp_path, ["broken"] * 6, workers=1, cpus_per_worker=0.5, attempts=1, max_failures=3)
+    assert [type(r) for _, r in results] == [Failure, Failure, Failure, TooManyFailures]
+
+
+def test_workers_join_and_leave_with_their_nodes(tmp_path: Path) -> None:
+    """`engine.workers=auto`: a run that begins on no node goes on with one, then three, and after one has died."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes: list[Any] = []
+    beats: list[float] = []
+
+    def idle() -> None:
+        beats.append(time.monotonic())
+        finished = len(list(tmp_path.iterdir()))
+        if not nodes:
+            nodes.append(cluster.add_node(num_cpus=1, wait=False))
+        elif finished >= 4 and len(nodes) == 1:
+            nodes.append(cluster.add_node(num_cpus=2, wait=False))
+        elif finished >= 16 and len(nodes) == 2:
+            nodes.append(None)
+            cluster.remove_node(nodes[0], allow_graceful=False)
+
+    try:
+        results, engine = do_all(tmp_path, ["slow"] * 40, idle, address=cluster.address, patience=120.0)
+        assert len(results) == 40 and all(isinstance(r, Done) for _, r in results)
+        assert len(nodes) == 3 and len(engine.posts) >= 3 and sum(post.tasks for post in engine.posts) == 40
+        assert any(post.end for post in engine.posts)
+        with pytest.raises(AtlasError, match=r"within 1 s \(engine\.patience\)"):
+            do_all(tmp_path, ["good"], address=cluster.address, patience=1.0, cpus_per_worker=64)
+    finally:
+        cluster.shutdown()
+
+
+def test_workers_that_share_no_files_with_the_driver(tiny_run: list[str], tmp_path: Path) -> None:
+    """Weights and photographs travel there, shards travel back, and everything is the same as inline."""
+    from conftest import compose
+    from safetensors.torch import save
+
+    from pipeline.models import load, packed_weights
+
+    config = compose(tiny_run).config.model
+    checkpoint = tmp_path / "weights.safetensors"
+    checkpoint.write_bytes(save(load(config).module.state_dict()))
+    own = [*tiny_run, f"model.weights={checkpoint}"]
+    assert packed_weights(compose(own).config.model) is not None
+    settings = ["engine.cpus_per_worker=1", "engine.task_seconds=0.001"]  # the same cuts
+    assert cli.main(["run", *own, *settings]) == 0
+    assert cli.main(["run", *own, *settings, *ON_RAY, "engine.shared_fs=false", "run.name=far"]) == 0
+    ours, theirs = ({p.name: p for p in (tmp_path / name / "shards").rglob("*.h5")} for name in ("tiny", "far"))
+    assert ours.keys() == theirs.keys()
+    for name, path in ours.items():
+        mine, other = shards.read(path), shards.read(theirs[name])
+        assert mine is not None and other is not None and mine.attributes == other.attributes
+        a, b = mine.arrays(), other.arrays()
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"seconds"}:
+            near = key in ("images", "images_sha256") or (a[key].dtype.kind == "f" and "/" not in key)
+            if key == "images":
+                assert np.abs(a[key].astype(int) - b[key]).max() <= 1
+            elif not near:
+                assert np.array_equal(a[key], b[key], equal_nan=a[key].dtype.kind == "f"), (name, key)
+
+
+def test_nothing_listens_to_the_outside() -> None:
+    """A private Ray with all its processes: loopback only, no dashboard, no token on disk."""
+    code = """
+import os, psutil, sys
+os.environ.pop("RAY_AUTH_MODE", None)
+from pipeline.cluster import connected
+from pipeline.config import EngineConfig
+with connected(EngineConfig()) as ray:
+    actor = ray.remote(num_cpus=1)(type("A", (), {"f": lambda self: 1}))
+    assert ray.get(actor.remote().f.remote()) == 1
+    me = psutil.Process()
+    for p in [me, *me.children(recursive=True)]:
+        for c in p.net_connections(kind="inet"):
+            if c.status == "LISTEN":
+                print(p.name(), c.laddr.ip, c.laddr.port)
+"""
+    home = tempfile.mkdtemp()
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"HOME": home}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) > 4 and all(line.split()[1] in ("127.0.0.1", "::1", "::ffff:127.0.0.1") for line in lines), lines
+    assert not any(line.endswith(" 8265") for line in lines) and not Path(home, ".ray").exists()
+
+
+def test_chaos_in_small() -> None:
+    """Some kills of workers, the driver and nodes; scripts/chaos does hundreds."""
+    import chaos
+
+    told: list[str] = []
+    outcome = chaos.run(6, seed=1, channels=6, steps=10, say=told.append)
+    assert sum(outcome.kills.values()) == 6
+    assert (outcome.unreadable, outcome.lost, outcome.different) == ([], [], []), told

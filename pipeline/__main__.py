@@ -1,0 +1,7 @@
+"""`python -m pipeline` is `atlas`, for places where the project was copied but not installed."""
+
+import sys
+
+from pipeline.cli import main
+
+sys.exit(main())

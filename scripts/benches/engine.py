@@ -1,0 +1,179 @@
+"""What the engine costs and how far it reaches.
+
+scripts/bench engine overhead [units=50000] [workers=8]    a renderer that does nothing: units/s, driver memory
+scripts/bench engine scaling [plan.csv]                     simulated crews up to 512, unit times of a real plan
+scripts/bench engine threads                                2 workers × 1 thread against 1 worker × 2 threads
+"""
+
+import argparse
+import dataclasses
+import heapq
+import logging
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+
+from pipeline.cli import main
+from pipeline.config import EngineConfig
+from pipeline.engine import opened, ordered
+from pipeline.folder import RunFolder
+from pipeline.plan import SHARE, portions
+from pipeline.progress import Board, Stage
+from pipeline.worker import Done, Task
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """As much of a worker's setup as the engine itself looks at."""
+
+    threads: int = 1
+    device: str = "cpu"
+
+
+class Nothing:
+    """A worker that renders nothing, at once."""
+
+    def __init__(self, setup: Any, stop: Any = None, weights: Any = None) -> None:
+        self.name = f"nothing:{id(self)}"
+
+    def hello(self) -> str:
+        return self.name
+
+    def do(self, task: Task, fits: Any = None, files: Any = None) -> Done:
+        return Done(task.path, 0.0)
+
+
+def overhead(units: int, workers: int) -> dict[str, float]:
+    """Every unit a task of its own, through the real driver loop, the progress board and status.json.
+
+    Memory is the driver's (RSS), at a tenth of the units and at the end.
+    """
+
+    config = EngineConfig(workers=workers, cpus_per_worker=0.25)
+    tasks = [Task("render", f"{i}.h5", "d", 1.0, "layer", (i,)) for i in range(units)]
+    memory: list[int] = []
+    process = psutil.Process()
+    with tempfile.TemporaryDirectory() as root, opened(config, Nothing) as engine:
+        folder, stage = RunFolder(Path(root)), Stage("render", "units", units, 0, float(units))
+        began = time.monotonic()
+        with Board([stage], workers, folder.write_status, 60.0, engine.posts) as board:
+
+            def finished(task: Task, result: Any) -> None:
+                board.add("render", 1, 1.0, 1e-3)
+                if stage.done % max(1, units // 10) == 0:
+                    memory.append(process.memory_info().rss)
+
+            engine.execute(tasks, Setup(), finished, board.beat)  # type: ignore[arg-type]
+        seconds = time.monotonic() - began
+    found = {
+        "units": stage.done,
+        "workers": engine.crew.workers,
+        "units_per_second": round(units / seconds, 1),
+        "memory_first_mb": round(memory[0] / 1e6, 1),
+        "memory_last_mb": round(memory[-1] / 1e6, 1),
+    }
+    say(str(found))
+    return found
+
+
+def simulated(costs: list[float], workers: int, spread: float, seed: int = 0) -> float:
+    """Efficiency of a crew that takes tasks of these estimated seconds longest first: work done / time paid for.
+
+    What a task really takes is its estimate times a factor of the log-normal distribution with that spread.
+    """
+    draw = random.Random(seed)
+    free = [0.0] * workers
+    total = 0.0
+    for cost in costs:
+        real = cost * draw.lognormvariate(0.0, spread)
+        total += real
+        heapq.heappush(free, heapq.heappop(free) + real)
+    return total / (workers * max(free))
+
+
+def scaling(plan: Path, spread: float) -> list[dict[str, float]]:
+    """Predicted efficiency for the rows of a plan.csv, its seconds taken as those of one worker."""
+    table = pd.read_csv(plan, keep_default_na=False)
+    rows = [
+        (float(seconds) / int(units), int(units))
+        for layer, units, seconds in zip(table["layer"], table["units"], table["seconds"], strict=True)
+        if layer and float(seconds) > 0
+    ]
+    rows.sort(reverse=True)
+    whole = sum(each * count for each, count in rows)
+    say(
+        f"{plan}: {sum(n for _, n in rows):,} units, {whole / 3600:.1f} hours of one worker; spread of times {spread:g}"
+    )
+    found = []
+    for workers in (1, 2, 8, 32, 64, 128, 256, 512):
+        left, costs = whole, []
+        for each, count in rows:
+            for size in portions(count, each, left, workers, EngineConfig().task_seconds, EngineConfig().batch, 1):
+                costs.append(each * size)
+                left -= each * size
+        tasks = ordered([Task("render", str(i), "", cost) for i, cost in enumerate(costs)])
+        efficiency = simulated([task.cost for task in tasks], workers, spread)
+        found.append({"workers": workers, "tasks": len(tasks), "efficiency": round(efficiency, 4)})
+        hours = whole / 3600 / workers / efficiency
+        say(f"  {workers:4d} workers: {len(tasks):6d} tasks, efficiency {efficiency:6.1%}, {hours:7.2f} h")
+    say(f"  (a task is at most 1/{SHARE} of the work left for each worker, and {EngineConfig().task_seconds:g} s)")
+    return found
+
+
+def threads(steps: int) -> dict[str, float]:
+    """The default network with 2 workers × 1 thread and 1 worker × 2 threads, in turn, twice: units a second."""
+    found: dict[str, list[float]] = {"2x1": [], "1x2": []}
+    with tempfile.TemporaryDirectory() as root:
+        for turn in range(2):
+            for name, workers, cpus in (("2x1", 2, 1), ("1x2", 1, 2)):
+                run = f"{name}-{turn}"
+                arguments = [
+                    "render", f"run.root={root}", f"run.name={run}", f"render.steps={steps}",
+                    "layers.channels='0:8'", f"engine.workers={workers}", f"engine.cpus_per_worker={cpus}",
+                ]  # fmt: skip
+                assert main(arguments) == 0
+                stage = RunFolder(Path(root, run)).read_status()["report"]["stages"]["render"]
+                found[name].append(stage["per_second"])
+                say(f"{name}: {stage['per_second']} units/s")
+    best = {name: max(values) for name, values in found.items()}
+    ratio = best["2x1"] / best["1x2"]
+    say(f"2 workers × 1 thread {best['2x1']}, 1 worker × 2 threads {best['1x2']} units/s: {ratio:.2f} ×")
+    return best
+
+
+if __name__ == "__main__":
+    logging.getLogger("pipeline").setLevel(logging.WARNING)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb")
+    one = verbs.add_parser("overhead")
+    one.add_argument("--units", type=int, default=50_000)
+    one.add_argument("--workers", type=int, default=8)
+    two = verbs.add_parser("scaling")
+    two.add_argument("plan", nargs="?", type=Path)
+    two.add_argument("--spread", type=float, default=0.3)
+    three = verbs.add_parser("threads")
+    three.add_argument("--steps", type=int, default=64)
+    given = parser.parse_args()
+    if given.verb in (None, "overhead"):
+        overhead(getattr(given, "units", 50_000), getattr(given, "workers", 8))
+    if given.verb in (None, "scaling"):
+        plan = getattr(given, "plan", None)
+        if plan is None:
+            root = tempfile.mkdtemp()
+            # One worker, so that plan.csv holds a worker's seconds.
+            main(["plan", "experiment=overnight", f"run.root={root}", "run.name=plan", "engine.workers=1"])
+            plan = Path(root, "plan", "plan.csv")
+        scaling(plan, getattr(given, "spread", 0.3))
+    if given.verb in (None, "threads"):
+        threads(getattr(given, "steps", 64))

@@ -1,0 +1,256 @@
+"""Kill workers, drivers and nodes of a Ray cluster at random moments, and see that nothing comes of it.
+
+    scripts/chaos 200            # so many kills; about 8 s each on two cores
+
+Rounds of a small run on a `ray.cluster_utils.Cluster` go on under kills until each is complete. After every kill
+all shards must be readable to the last byte, and every shard that was ever seen must still be the same file. Each
+finished atlas.h5 must equal that of an undisturbed run without Ray.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["RAY_AUTH_MODE"] = "disabled"
+
+import h5py
+import numpy as np
+import psutil
+from PIL import Image
+
+from pipeline import audit, shards
+from pipeline.errors import AtlasError
+from pipeline.folder import RunFolder
+
+# A tiny network with random weights; tasks of about a second.
+SMALL = [
+    "model=timm", "model.name=test_efficientnet", "model.weights=null", "model.input_size=64",
+    "layers=convs", "layers.include=[conv_stem,blocks.1.0.*,conv_head,classifier]",
+    "render.size=32", "render.margin=4", "examples.k=3", "examples.batch=4", "examples.per_task=8",
+    "data=folder", "engine.batch=2", "engine.task_seconds=0.5", "engine.patience=120", "engine.max_failures=1000",
+]  # fmt: skip
+
+# Equal to the bit, wherever they were computed; all that is measured of a picture is as near as the picture.
+EXACT = ("channels", "seed", "status", "steps")
+
+
+def photographs(root: Path, count: int) -> None:
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        folder = root / f"label {i % 4}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(rng.integers(0, 256, (4 + i % 9, 5 + i % 7, 3), np.uint8))
+        image.resize((90 + i, 70 + 2 * i), Image.Resampling.BICUBIC).save(folder / f"{i:03d}.png")
+
+
+def atlas_command(verb: str, overrides: Sequence[str]) -> list[str]:
+    return [sys.executable, "-c", "import sys; from pipeline.cli import main; sys.exit(main())", verb, *overrides]
+
+
+def contents(path: Path) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    with h5py.File(path, "r", locking=False) as file:
+
+        def visit(name: str, item: Any) -> None:
+            if isinstance(item, h5py.Dataset) and item.ndim:
+                found[name] = shards.get(file, name)
+
+        file.visititems(visit)
+    return found
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Where two atlases differ: identity, seeds and examples by a bit, pictures by more than one level of 255."""
+    a, b = contents(one), contents(other)
+    wrong = sorted(a.keys() ^ b.keys())
+    for name in a.keys() & b.keys():
+        last = name.rpartition("/")[2]
+        if last == "images":
+            if np.abs(a[name].astype(int) - b[name]).max() > 1:
+                wrong.append(name)
+        elif (last in EXACT or "/render/" not in name) and not np.array_equal(
+            a[name], b[name], equal_nan=a[name].dtype.kind == "f"
+        ):
+            wrong.append(name)
+    return wrong
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What came of it."""
+
+    rounds: int = 0
+    kills: Counter[str] = dataclasses.field(default_factory=Counter)
+    shards_read: int = 0
+    unreadable: list[str] = dataclasses.field(default_factory=list)
+    lost: list[str] = dataclasses.field(default_factory=list)
+    different: list[str] = dataclasses.field(default_factory=list)
+    exits: Counter[str] = dataclasses.field(default_factory=Counter)
+
+
+class Chaos:
+    """A cluster, a run on it, and somebody with a gun."""
+
+    def __init__(self, root: Path, seed: int, channels: int, steps: int, say: Any) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.root, self.say, self.random = root, say, random.Random(seed)
+        photographs(root / "photographs", 24)
+        self.settings = [
+            *SMALL, f"data.root={root / 'photographs'}", f"run.root={root}", f"layers.channels='0:{channels}'",
+            f"render.steps={steps}",
+        ]  # fmt: skip
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "include_dashboard": False},
+        )
+        self.nodes = [self._node(), self._node()]
+        self.outcome = Outcome()
+        self.seen: dict[Path, tuple[int, int]] = {}
+        self.checked: set[tuple[int, int]] = set()
+
+    def _node(self) -> Any:
+        return self.cluster.add_node(num_cpus=1, wait=False)
+
+    def undisturbed(self) -> None:
+        # As many threads as the cluster's workers have: sums over more threads round their last bit otherwise.
+        arguments = [*self.settings, "engine=inline", "engine.cpus_per_worker=1", "run.name=undisturbed"]
+        subprocess.run(atlas_command("run", arguments), check=True, capture_output=True)
+
+    def close(self) -> None:
+        self.cluster.shutdown()
+
+    def launch(self, name: str) -> subprocess.Popen[bytes]:
+        arguments = [*self.settings, "engine=ray", f"engine.address={self.cluster.address}", f"run.name={name}"]
+        self.log = (self.root / f"{name}.log").open("ab")
+        return subprocess.Popen(atlas_command("run", arguments), stdout=self.log, stderr=self.log)
+
+    def workers(self) -> list[psutil.Process]:
+        """Actors of this cluster that are at a task now; Ray shows it in the process's title."""
+        found = []
+        for node in self.nodes:
+            for raylet in node.all_processes.get("raylet", ()):
+                try:
+                    family = psutil.Process(raylet.process.pid).children()
+                    found += [child for child in family if "ray::Worker.do" in " ".join(child.cmdline())]
+                except psutil.NoSuchProcess:
+                    continue
+        return found
+
+    def kill(self, kind: str, driver: subprocess.Popen[bytes]) -> bool:
+        """Whether there was one of that kind to kill."""
+        if kind == "driver":
+            driver.kill()
+            driver.wait()
+        elif kind == "node":
+            node = self.nodes.pop(self.random.randrange(len(self.nodes)))
+            self.cluster.remove_node(node, allow_graceful=False)
+            self.nodes.append(self._node())
+        else:
+            ours = self.workers()
+            if not ours:
+                return False
+            try:
+                self.random.choice(ours).kill()
+            except psutil.NoSuchProcess:
+                return False
+        self.outcome.kills[kind] += 1
+        return True
+
+    def check(self, folder: RunFolder) -> None:
+        """All shards whole, and all that were ever there still there, untouched."""
+        for path, mark in self.seen.items():
+            if not path.exists():
+                self.outcome.lost.append(path.name)
+            elif (path.stat().st_ino, path.stat().st_mtime_ns) != mark:
+                self.outcome.lost.append(f"{path.name} was written again")
+        for path in folder.shards.rglob("*.h5"):
+            status = path.stat()
+            mark = self.seen[path] = (status.st_ino, status.st_mtime_ns)
+            if mark in self.checked:
+                continue
+            shard = shards.read(path)
+            if shard is None or shard.damage():
+                self.outcome.unreadable.append(str(path))
+            self.checked.add(mark)
+            self.outcome.shards_read += 1
+
+    def round(self, kills: int) -> None:
+        """One run, from nothing to complete, under at most so many kills."""
+        self.outcome.rounds += 1
+        name = f"round{self.outcome.rounds}"
+        folder = RunFolder(self.root / name)
+        self.seen, self.checked = {}, set()
+        driver, done, began = self.launch(name), 0, time.monotonic()
+        due = 0.0
+        while True:
+            code = driver.poll()
+            if code is not None:
+                self.outcome.exits[str(code)] += code >= 0
+                if code == 0:
+                    break
+                driver = self.launch(name)
+            if time.monotonic() - began > 2400:
+                driver.kill()
+                raise AssertionError(f"{name} does not end; see {self.log.name}")
+            if due == 0.0 and (self.workers() or self.random.random() < 0.002):
+                due = time.monotonic() + self.random.uniform(0.0, 8.0)
+            if done < kills and due and time.monotonic() >= due:
+                kind = self.random.choices(("worker", "node", "driver"), (14, 3, 3))[0]
+                if self.kill(kind, driver):
+                    done += 1
+                    self.say(f"{name}: kill {sum(self.outcome.kills.values())}, a {kind}; {len(self.seen)} shards")
+                    self.check(folder)
+                due = 0.0
+            time.sleep(0.05)
+        self.check(folder)
+        problems = audit.verify(folder)
+        problems += [(d, "differs") for d in differences(self.root / "undisturbed" / "atlas.h5", folder.atlas)]
+        self.outcome.different += [f"{name}: {where} {what}" for where, what in problems]
+        for where, what in problems:
+            self.say(f"{name}: {where} {what}")
+        self.say(f"{name}: complete after {time.monotonic() - began:.0f} s and {done} kills, {len(problems)} problems")
+        if not problems:
+            shutil.rmtree(folder.path)
+
+
+def run(
+    kills: int, seed: int = 0, channels: int = 24, steps: int = 20, a_round: int = 50, say: Any = sys.stderr.write
+) -> Outcome:
+    """So many kills over as many rounds as they take."""
+    with tempfile.TemporaryDirectory(prefix="chaos-") as root:
+        chaos = Chaos(Path(root), seed, channels, steps, say)
+        try:
+            chaos.undisturbed()
+            say("the undisturbed run is complete")
+            while sum(chaos.outcome.kills.values()) < kills:
+                chaos.round(min(a_round, kills - sum(chaos.outcome.kills.values())))
+        except (AssertionError, AtlasError):
+            for log in Path(root).glob("*.log"):
+                say(log.read_text()[-4000:])
+            raise
+        finally:
+            chaos.close()
+        return chaos.outcome
+
+
+if __name__ == "__main__":
+    began = time.monotonic()
+    outcome = run(
+        int(sys.argv[1]) if len(sys.argv) > 1 else 200,
+        int(sys.argv[2]) if len(sys.argv) > 2 else 0,
+        say=lambda line: sys.stdout.write(f"{line}\n") and sys.stdout.flush(),
+    )
+    told = dataclasses.asdict(outcome) | {"seconds": round(time.monotonic() - began)}
+    sys.stdout.write(json.dumps(told, indent=1) + "\n")
+    sys.exit(bool(outcome.unreadable or outcome.lost or outcome.different))
