@@ -44,6 +44,19 @@ def flip(path: Path, inside: str, chunk: int = 0) -> None:
     path.write_bytes(data)
 
 
+def a_chunked_dataset(path: Path) -> str:
+    """Name of the largest dataset of a file that lies in chunks."""
+    found: dict[str, int] = {}
+
+    def visit(name: str, item: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(item, h5py.Dataset) and item.chunks:
+            found[name] = item.size
+
+    with h5py.File(path) as file:
+        file.visititems(visit)
+    return max(found, key=lambda name: found[name])
+
+
 def another_picture(path: Path, inside: str) -> None:
     """Put a picture in the place of another with all checksums right: what only a digest tells."""
     with h5py.File(path, "r+") as file:
@@ -168,12 +181,16 @@ def test_repair_of_shards_keeps_their_whole_pictures(
 ) -> None:
     shard = max((finished / "shards" / "render" / "conv_head").glob("*.h5"), key=lambda p: p.stat().st_size)
     flip(shard, "images")
+    with h5py.File(shard) as file:
+        count = len(shards.get(file, "channels"))
     torn = sorted((finished / "shards" / "examples").glob("*.h5"))[0]
     torn.write_bytes(b"no")
     (finished / "atlas.h5").unlink()
     assert cli.main(["repair", str(finished)]) == 0
     printed = capsys.readouterr().out
-    assert "1 whole pictures kept" in printed and "can't be read; set aside" in printed
+    # How many pictures share a shard follows from timing.
+    assert count == 1 or f"{count - 1} whole pictures kept" in printed
+    assert "can't be read; set aside" in printed
     assert not shard.exists() and shard.with_name(f"{shard.name}.damaged").exists()
     assert cli.main(["run", *tiny_run]) == 0
     assert cli.main(["verify", str(finished), "run.check=0"]) == 0
@@ -193,8 +210,8 @@ def test_damage_in_a_shard_never_reaches_the_atlas(finished: Path, tiny_run: lis
     (finished / "atlas.h5").unlink()
     for layer in ("conv_stem", "classifier"):
         flip(sorted((finished / "shards" / "render" / layer).glob("*.h5"))[0], "images")
-    sweep = sorted((finished / "shards" / "examples").glob("*.h5"))[0]
-    flip(sweep, "0/max/value")
+    sweep = max((finished / "shards" / "examples").glob("*.h5"), key=lambda p: p.stat().st_size)
+    flip(sweep, a_chunked_dataset(sweep))
     assert cli.main(["run", *tiny_run]) == 0
     assert cli.main(["verify", str(finished), "run.check=0"]) == 0
     assert all(np.array_equal(before[k], v) for k, v in pictures(finished).items())
