@@ -164,10 +164,11 @@ def test_layers_channels_fields_and_pictures(expected: Expected, tmp_path: Path)
     with capture(model, list(first.values())) as forward, torch.no_grad():
         noise = forward(torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)))
     for kind, layer in first.items():
-        # Behind a ReLU some units of random networks are dead: take the one that answers most.
-        unit = int(noise[layer.name].mean((0, 2, 3)).argmax())
-        (picture,) = render(model, layer, [(unit, 0)], preset, 0, size)
-        assert picture.status != "failed" and picture.activation > picture.start, (kind, layer.name)
+        # Of random networks some units are dead behind a ReLU, and some saturated behind a ReLU6.
+        order = noise[layer.name].mean((0, 2, 3)).argsort().tolist()
+        units = sorted({order[-1], order[3 * len(order) // 4], order[len(order) // 2]})
+        pictures = render(model, layer, [(c, 0) for c in units], preset, 0, size)
+        assert any(p.status != "failed" and p.activation > p.start for p in pictures), (kind, layer.name)
     assert state_of(model) == before
 
 

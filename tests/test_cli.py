@@ -27,7 +27,7 @@ def test_an_unknown_verb_has_a_neighbour(capsys: pytest.CaptureFixture[str]) -> 
 def test_hydras_help_and_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "--help"]) == 0
     printed = capsys.readouterr().out
-    assert "render/canvas: fourier, pixel" in printed and "efficientnet_lite0" in printed
+    assert "render/canvas: fourier, image, laplacian, maco, pixel" in printed and "efficientnet_lite0" in printed
     assert cli.main(["run", "--cfg", "job", "render=distill"]) == 0
     assert "steps: 128" in capsys.readouterr().out
 
