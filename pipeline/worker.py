@@ -313,7 +313,7 @@ class Worker:
             )
         )
         attributes = {"digest": task.digest, "start": task.start, "end": task.end, "ranges": content}
-        return shards.image(attributes, found.arrays())
+        return shards.image(attributes, found.arrays(), "lzf")
 
     def _winners(self, task: Task) -> bytes:
         layers, model, threads = self.setup.layers, self.measured, max(2, self.setup.threads)
@@ -323,7 +323,7 @@ class Worker:
                 model, layers, table, task.photographs, self.dataset, config, self.stop, threads
             )
         )
-        return shards.image({"digest": task.digest, "start": task.start, "end": task.end}, found)
+        return shards.image({"digest": task.digest, "start": task.start, "end": task.end}, found, "lzf")
 
 
 def load_state(config: ModelConfig, file: File) -> Model:

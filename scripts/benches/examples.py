@@ -97,7 +97,7 @@ def main() -> None:
             runs[name](block)
             times[name].append((time.perf_counter() - began) / len(block) * 1e3)
     began = time.perf_counter()
-    shard = shards.image({}, into.swept().arrays())
+    shard = shards.image({}, into.swept().arrays(), "lzf")
     writing = (time.perf_counter() - began) / len(loaded) * 1e3
 
     print(f"\n{'':14} ms/image   images/s   (median of {len(times['bare forward'])} blocks of {BLOCK})")
