@@ -141,11 +141,11 @@ def test_a_failing_task_is_set_aside_and_the_run_goes_on(
     tries: list[str] = []
     whole = worker.render
 
-    def sometimes(model, layer, units, *rest):  # type: ignore[no-untyped-def]
+    def sometimes(model, layer, units, *rest, **more):  # type: ignore[no-untyped-def]
         if layer.name == "conv_head":
             tries.append(str(units))
             raise RuntimeError("out of luck")
-        return whole(model, layer, units, *rest)
+        return whole(model, layer, units, *rest, **more)
 
     monkeypatch.setattr(worker, "render", sometimes)
     assert cli.main(["run", *tiny_run]) == 1
@@ -164,7 +164,7 @@ def test_too_many_failures_stop_the_run(
 ) -> None:
     from pipeline import worker
 
-    def never(*_: object) -> None:
+    def never(*_: object, **__: object) -> None:
         raise RuntimeError("no disk")
 
     monkeypatch.setattr(worker, "render", never)
@@ -319,5 +319,5 @@ def test_a_network_of_one_size_gets_its_own(
     folder = ["data=folder", f"data.root={photo_folder}", f"run.root={tmp_path}", "run.name=vit"]
     assert cli.main(["plan", *vit, *folder, "render.size=96"]) == 2
     message = capsys.readouterr().err
-    assert "render.size=96: vit_tiny_patch16_224 does not take pictures of that size" in message and "or 224" in message
+    assert "render.size=96: vit_tiny_patch16_224 does not take pictures of 96 x 96" in message and "or 224" in message
     assert cli.main(["plan", *vit, *folder]) == 0
