@@ -213,47 +213,65 @@ def _inside(units: torch.Tensor) -> bool:
 def _enveloped(model: Model, layers: Sequence[Layer], probe: _Probe, strides: dict[str, int]) -> dict[str, Axis | None]:
     """Size, stride and offset of the smallest field that holds every unit's, at the network's own size.
 
-    Rows are added to the NaN from the top, then from the bottom, one smallest stride at a time. A layer one of
-    whose units sees both the first and the last row sees the whole image.
+    Rows are added to the NaN from the top, then from the bottom. A layer one of whose units sees both the first
+    and the last row sees the whole image.
     """
     found: dict[str, Axis | None] = {}
-    length = probe.length
-    step = min(strides[la.name] for la in layers)
-    for narrow in sorted({min(64, probe.width), probe.width}):
-        tops = [(0, x) for x in range(1, length + 1, step)]
-        bottoms = [(x, length) for x in range(length - 1, -1, -step)]
-        probe = _Probe(probe.axis, length, narrow)
-        down = _touched(model, layers, probe, tops)
-        up = _touched(model, layers, probe, bottoms) if down is not None else None
-        if down is None or up is None:
-            continue
-        for layer in layers:
-            found[layer.name] = _envelope(down[layer.name], up[layer.name], tops, bottoms, strides[layer.name], length)
-        break
+    for width in sorted({min(64, probe.width), probe.width}):
+        narrow = _Probe(probe.axis, probe.length, width)
+        tops = _edges(model, layers, narrow, strides, mirrored=False)
+        bottoms = _edges(model, layers, narrow, strides, mirrored=True) if tops else {}
+        for layer in layers if bottoms else ():
+            name, stride = layer.name, strides[layer.name]
+            (begin, top), (mirrored, bottom) = tops[name], bottoms[name]
+            found[name] = None
+            if begin is not None and mirrored is not None and not (top & bottom.flip(0)).any():
+                end = probe.length - 1 - stride * (len(top) - 1) - mirrored
+                found[name] = (end - begin + 1, stride, begin)
+        if bottoms:
+            break
     return found
 
 
-def _envelope(
-    down: torch.Tensor, up: torch.Tensor, tops: Sequence[Edge], bottoms: Sequence[Edge], stride: int, length: int
-) -> Axis | None:
-    if down[0].all() or up[0].all():
-        return None
-    begins, ends = [], []
-    for unit in range(down.shape[1]):
-        if not (down[:, unit].any() and up[:, unit].any()):
-            continue
-        begin = tops[int(down[:, unit].int().argmax())][1] - 1
-        end = bottoms[int(up[:, unit].int().argmax())][0]
-        if begin <= 0 and end >= length - 1:
-            return None
-        # What the picture's edge cuts off says nothing about the other edge's distance.
-        if begin > 0:
-            begins.append(begin - stride * unit)
-        if end < length - 1:
-            ends.append(end - stride * unit)
-    if not begins or not ends:
-        return None
-    return max(ends) - min(begins) + 1, stride, min(begins)
+def _edges(
+    model: Model, layers: Sequence[Layer], probe: _Probe, strides: dict[str, int], mirrored: bool
+) -> dict[str, tuple[int | None, torch.Tensor]]:
+    """For each layer where the foremost field would begin for unit 0, and which units see the first row.
+
+    None where every unit does: what the picture's edge cuts off says nothing. Mirrored, rows and units count from
+    the far end. Nothing at all where the network does not take the probe.
+    """
+    known: dict[str, dict[int, torch.Tensor]] = {layer.name: {} for layer in layers}
+    wanted = {*range(1, probe.length, min(strides[la.name] for la in layers)), probe.length}
+    result: dict[str, tuple[int | None, torch.Tensor]] = {}
+    while wanted:
+        order = sorted(wanted)
+        blocks = [(probe.length - x, probe.length) if mirrored else (0, x) for x in order]
+        touched = _touched(model, layers, probe, blocks)
+        if touched is None:
+            return {}
+        wanted = set()
+        for name, units in touched.items():
+            known[name].update(zip(order, units.flip(1) if mirrored else units, strict=True))
+            brackets = _brackets(known[name])
+            shift = {unit: strides[name] * unit for unit in brackets}
+            foremost = min((hi - 1 - shift[u] for u, (_, hi) in brackets.items()), default=None)
+            result[name] = foremost, known[name][1]
+            # A field begins at lo or later, and before hi: look on only where one could still be the foremost.
+            wanted |= {
+                (lo + hi) // 2
+                for u, (lo, hi) in brackets.items()
+                if hi - lo > 1 and foremost is not None and lo - shift[u] < foremost
+            }
+    return result
+
+
+def _brackets(known: dict[int, torch.Tensor]) -> dict[int, tuple[int, int]]:
+    """For each unit that does not see the first row: the most rows it was not touched by, and the fewest it was."""
+    order = sorted(known)
+    table = torch.stack([known[x] for x in order]).int()
+    first = table.argmax(0).tolist()
+    return {u: (order[i - 1], order[i]) for u, i in enumerate(first) if i > 0}
 
 
 def _touched(

@@ -1,12 +1,13 @@
 """Receptive fields against the literature, and folding against the network it came from."""
 
+import pytest
 import torch
 from conftest import TinyNet, tiny_model
 from torch import nn
 from torchvision.models import vgg
 
 from pipeline.fields import receptive_fields
-from pipeline.folding import FoldedNorm, fold, pairs
+from pipeline.folding import FoldedNorm, fold, foldable, pairs
 from pipeline.layers import Field, capture, enumerate_layers
 from pipeline.models import Model, ModelConfig, Recipe, load, prepare
 from pipeline.trace import Trace
@@ -95,3 +96,45 @@ def test_folding_is_refused_where_the_convolution_is_read_elsewhere() -> None:
     model = Model(prepare(Peeking()), "peeking", Recipe((8, 8), 8, (0.5,) * 3, (0.5,) * 3), "", ())
     assert len(pairs(Trace(model))) == 1
     assert fold(model) is model
+
+
+class OneSize(nn.Module):
+    """Takes 64 × 64 pixels and no others; its last map is 4 × 4 whatever comes in."""
+
+    def __init__(self, fixed: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1)
+        self.pool, self.fixed = nn.AdaptiveAvgPool2d(4), fixed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert not self.fixed or x.shape[-2:] == (64, 64)
+        return self.pool(self.second(self.first(x)))
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_networks_and_maps_of_one_size_are_probed_to_the_pixel(fixed: bool) -> None:
+    model = Model(prepare(OneSize(fixed)), "one", Recipe((64, 64), 64, (0.5,) * 3, (0.5,) * 3), "", ())
+    assert receptive_fields(model, enumerate_layers(model)) == {
+        "first": Field((3, 3), (2, 2), (-1, -1)),
+        "second": Field((7, 7), (4, 4), (-3, -3)),
+        # 4 × 4 of its 16 × 16 units: 3 strides of 4 pixels more, every 16 pixels.
+        "pool": Field((19, 19), (16, 16), (-3, -3)),
+    }
+
+
+def test_a_field_is_found_to_be_larger_than_the_picture() -> None:
+    module = prepare(nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=4, dilation=4) for _ in range(8))))
+    model = Model(module, "wide", Recipe((32, 32), 32, (0.5,) * 3, (0.5,) * 3), "", ())
+    assert receptive_fields(model, enumerate_layers(model))["7"] == Field((65, 65), (1, 1), (-32, -32))
+
+
+def test_what_is_looked_at_is_not_folded() -> None:
+    model = tiny_model()
+    layers = {la.name: la for la in enumerate_layers(model)}
+    found = foldable(model)
+    assert found == (("stem", "norm"), ("block.0", "block.1"))
+    for name, spared in (("stem", "norm"), ("norm", "norm"), ("block.0", "block.1"), ("block.1", "block.1")):
+        twin = fold(model, found, [layers[name]])
+        kinds = {path: isinstance(twin.module.get_submodule(path), FoldedNorm) for _, path in found}
+        assert kinds == {path: path != spared for _, path in found}
+    assert not any(isinstance(m, FoldedNorm) for m in model.module.modules())
