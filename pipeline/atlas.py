@@ -5,7 +5,7 @@
         layer = atlas["blocks.4.2"]
         picture = layer.picture(layer.channels[0])     # (H, W, 3) uint8
         best = layer.examples("max")                   # value, index, y, x, map: (C', k) each
-    heat = layer.heat_map(best.map[0, 0])          # (h, w) float32
+        heat = layer.heat_map(best.map[0, 0])          # (h, w) float32
         table = atlas.units()                          # one row a picture
 
 The site and every comparison read through this module and nothing else.
@@ -26,7 +26,7 @@ from pipeline.errors import AtlasError, nearest
 from pipeline.views import LayerView, ShownPhoto, jpeg_image
 
 SCHEMA = "neuron-atlas"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class Atlas:
@@ -146,21 +146,22 @@ class Atlas:
         return picture.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
 
     def units(self) -> pd.DataFrame:
-        """One row a picture: layer, channel, objective, variant, its numbers, and the best natural response."""
+        """One row a picture: layer, channel, preset, objective, variant, its numbers, and the best natural response."""
         frames = []
         for layer in self:
             stats = layer.stats()
-            for objective in layer.objectives:
-                numbers = layer.numbers(objective)
+            for preset in layer.presets:
+                numbers = layer.numbers(preset)
                 variants = numbers["activation"].shape[1]
                 frame = pd.DataFrame(
                     {
                         "layer": layer.name,
                         "channel": np.repeat(layer.channels, variants),
-                        "objective": objective,
+                        "preset": preset,
+                        "objective": str(layer.render_attributes(preset)["objective"]),
                         "variant": np.tile(np.arange(variants), len(layer.channels)),
                         **{k: v.reshape(-1) for k, v in numbers.items() if v.ndim == 2},
-                        "natural": np.repeat(layer.natural(objective), variants),
+                        "natural": np.repeat(layer.natural(preset), variants),
                         **{k: np.repeat(v, variants) for k, v in stats.items() if v.ndim == 1},
                     }
                 )

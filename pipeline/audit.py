@@ -92,21 +92,23 @@ def _whole(shard: Shard) -> list[tuple[int, int]]:
 def _rendered_again(atlas: Path, made: Plan, sample: int) -> list[Wrong]:
     """Render some pictures of a whole atlas once more and compare."""
     parts = store.parts(atlas)
-    rows = [row for row in made.rows if (row.layer.name, render_digest(made.setup, row.layer, row.canvas)) in parts]
-    units = [(row, channel, v) for row in rows for channel in row.channels for v in range(made.config.render.variants)]
+    digest = {row: render_digest(made.setup, row.layer, row.canvas, row.preset) for row in made.rows}
+    preset = {row: made.config.preset(row.preset) for row in made.rows}
+    rows = [row for row in made.rows if (row.layer.name, digest[row]) in parts]
+    units = [(row, channel, v) for row in rows for channel in row.channels for v in range(preset[row].variants)]
     chosen = np.random.default_rng(made.config.run.seed).permutation(len(units))[:sample]
     worker = Worker(made.setup)
     wrong: list[Wrong] = []
     for row, channel, variant in (units[i] for i in sorted(chosen)):
-        part = parts[row.layer.name, render_digest(made.setup, row.layer, row.canvas)]
+        part = parts[row.layer.name, digest[row]]
         at = part.get("channels")["channels"].tolist().index(channel)
         with part.opened() as opened:
             kept = shards.dataset(opened, "images")[at, variant]
         begins: tuple[Begin, ...] = ()
-        if made.setup.begins:
+        if preset[row].needs_examples:
             with open_atlas(atlas) as opened_atlas:
                 begins = starts.best(opened_atlas, row.layer.name, [channel])
-        again = worker.pictures(row.layer.name, [channel], row.canvas, begins)[variant]
+        again = worker.pictures(row.layer.name, [channel], row.canvas, preset[row], begins)[variant]
         apart = int(np.abs(again.image.astype(int) - kept).max())
         log.info("%s:%d rendered again: %d levels apart at most", row.layer.name, channel, apart)
         if apart > TOLERANCE:

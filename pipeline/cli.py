@@ -7,17 +7,17 @@ happened to an exit code: 0 complete, 1 something was set aside or is wrong, 2 b
 import functools
 import logging
 import os
-import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 import yaml
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -25,6 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline import audit, datasets, photos, run, spectra
+from pipeline.arguments import conf_folder, explain, named
 from pipeline.atlas import open_atlas
 from pipeline.config import from_tree
 from pipeline.errors import AtlasError, nearest
@@ -53,17 +54,8 @@ usage: atlas VERB [group=choice] [key=value] …
 
 `atlas run --help` shows all settings. The verbs from site on also take a run's folder: atlas verify runs/NAME."""
 
-# Verbs that read a run which is there already, and take its folder.
+# Side of the squares that `atlas spectrum` measures, in pixels.
 SPECTRUM_SIDE = 128
-
-ON_FOLDER = ("site", "status", "verify", "repair", "compact", "export")
-
-
-def conf_folder() -> Path:
-    """The folder of YAML files: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
 
 
 class _Stderr(logging.Handler):
@@ -79,6 +71,8 @@ def request_of(composed: DictConfig) -> Request:
     tree: Any = OmegaConf.to_container(composed, resolve=True)
     tree.pop("hydra", None)
     tree.pop("experiment", None)
+    if not tree.get("also"):
+        tree.pop("also", None)
     network = tree.get("model")
     if isinstance(network, dict) and network.get("name") is None and "target" in network:
         place = str(network["target"] or "custom").partition(":")[0]
@@ -96,16 +90,27 @@ def show_plan(made: Plan) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("layer", "kind", "channels", "map", "receptive field", "units", "canvas", "time"):
         table.add_column(name, justify="left" if name in ("layer", "kind") else "right", no_wrap=name == "layer")
-    for row in made.table().to_dict("records"):
+    written = made.table()
+    rows = written.to_dict("records")
+    seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
+    for row in rows:
+        seconds["layer", row["layer"]] += row["seconds"]
+        seconds["preset", row["preset"]] += row["seconds"]
+    main = written[written["preset"] == made.config.render.name]
+    for row in rows[: len(main)]:
         values = [row[key] for key in ("layer", "kind", "channels", "map", "receptive_field", "units", "canvas")]
-        table.add_row(*map(str, values), clock(row["seconds"]))
+        table.add_row(*map(str, values), clock(seconds["layer", row["layer"]]))
     console.print(table)
-    kinds = made.table().groupby("kind", sort=False)
+    kinds = main.groupby("kind", sort=False)
     for kind, part in kinds:
         console.print(f"{kind}: {len(part)} layers, {part['channels'].sum():,} channels, {part['units'].sum():,} units")
     photographs = len(made.setup.dataset.photos)
+    for preset in made.config.presets if made.config.also else ():
+        console.print(
+            f"{preset.name}: {made.units * preset.variants:,} pictures, {clock(seconds['preset', preset.name])}"
+        )
     console.print(
-        f"total: {len(made.rows)} layers, {made.units:,} units, {photographs:,} photographs; "
+        f"total: {len(made.layers)} layers, {made.units:,} units, {photographs:,} photographs; "
         f"about {clock(made.eta)} with {made.crew.workers} × {made.crew.threads} threads on {made.crew.device}"
     )
 
@@ -251,20 +256,6 @@ VERBS: dict[str, Callable[[Request], int]] = {
 }
 
 
-def named(verb: str, arguments: Sequence[str]) -> list[str]:
-    """Arguments with a run's folder given by position turned into overrides."""
-    if verb not in ON_FOLDER:
-        return list(arguments)
-    found = []
-    for argument in arguments:
-        if argument.startswith("-") or "=" in argument or argument.startswith("~"):
-            found.append(argument)
-        else:
-            path = Path(argument)
-            found += [f"run.root='{path.parent if path.parent != Path() else 'runs'}'", f"run.name='{path.name}'"]
-    return found
-
-
 def _complete(arguments: Sequence[str]) -> int | None:
     """Shell completion asks without a verb: complete the verb here, or take it off the line for Hydra."""
     line = os.environ.get("COMP_LINE", "").split(" ")
@@ -326,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if not composing:  # a fault of ours in the work itself: show all of it
             raise
-        return _refuse(_explain(error))
+        return _refuse(explain(error))
     finally:
         sys.argv = saved
         GlobalHydra.instance().clear()
@@ -373,34 +364,6 @@ class _signals:
     def __exit__(self, *_: object) -> None:
         if self.old is not None:
             signal.signal(signal.SIGTERM, self.old)
-
-
-def _explain(error: Exception) -> str:
-    """A composition error in few words, with the nearest valid names."""
-    message = str(error).strip()
-    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        return f"There is no {group}={name}. {nearest(name, error.options, 6)}"
-    match = re.search(r"Could not (?:override|delete|load) '?([\w./@]+)'?", message)
-    if match:
-        return f"{match[1]} is not a setting. {nearest(match[1], _settings())}"
-    cause = f"\n{error.__cause__}" if error.__cause__ is not None else ""
-    return f"{message}{cause}"
-
-
-def _settings() -> Iterator[str]:
-    """All keys of the default configuration, and all groups."""
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-        tree: Any = OmegaConf.to_container(hydra.compose("config"), resolve=False)
-
-    def keys(node: Mapping[str, Any], prefix: str) -> Iterator[str]:
-        for key, value in node.items():
-            yield prefix + key
-            if isinstance(value, Mapping):
-                yield from keys(value, f"{prefix}{key}.")
-
-    return keys(tree, "")
 
 
 def _version() -> str:

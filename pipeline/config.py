@@ -5,6 +5,7 @@ work. Nothing below this module ever sees Hydra's own types.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class EngineConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything a run is made from."""
+    """Everything a run is made from: the preset `render`, and those in `also`, by which all units get pictures too."""
 
     run: RunConfig
     model: ModelConfig
@@ -81,6 +82,16 @@ class Config:
     examples: ExamplesConfig
     engine: EngineConfig
     site: SiteConfig
+    also: tuple[RenderConfig, ...] = ()
+
+    @property
+    def presets(self) -> tuple[RenderConfig, ...]:
+        """All presets of the run, the main one first; their names differ."""
+        return (self.render, *self.also)
+
+    def preset(self, name: str) -> RenderConfig:
+        """The preset of that name."""
+        return next(preset for preset in self.presets if preset.name == name)
 
     @property
     def folder(self) -> Path:
@@ -96,17 +107,22 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
     """A `Config` from a resolved plain tree; an unknown key or a wrong type is an `AtlasError`."""
     sections = dict(tree)
     sections["render"] = render_config(_section(sections, "render"))
+    sections["also"] = tuple(render_config(preset, f"also.{key}") for key, preset in _section(sections, "also").items())
     config = build(Config, sections)
+    twice = [name for name, count in Counter(preset.name for preset in config.presets).items() if count > 1]
+    if twice:
+        raise AtlasError(f"Two presets of this run are called {twice[0]!r}: give one another name, also.KEY.name=…")
     name = config.run.name
     if not name or name in (".", "..") or any(c in name for c in "/\\\0"):
         raise AtlasError(f"run.name={name!r} must be a plain folder name.")
     if config.engine.name not in ("ray", "inline"):
         raise AtlasError(f"engine.name={config.engine.name!r} is not one of ray, inline.")
     for value, key, least in (
-        (config.render.steps, "render.steps", 1),
-        (config.render.variants, "render.variants", 1),
-        (config.render.margin, "render.margin", 0),
-        (config.render.attempts, "render.attempts", 1),
+        *(
+            (getattr(preset, key), f"{where}.{key}", least)
+            for where, preset in (("render", config.render), *((f"also.{p.name}", p) for p in config.also))
+            for key, least in (("steps", 1), ("variants", 1), ("margin", 0), ("attempts", 1))
+        ),
         (config.examples.k, "examples.k", 1),
         (config.examples.batch, "examples.batch", 1),
         (config.examples.sample, "examples.sample", 1),
@@ -129,10 +145,12 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
     if config.data.limit is not None and config.data.limit < 1:
         raise AtlasError(f"data.limit={config.data.limit} is too small: at least 1, or null for all.")
     _check_examples(config.examples)
-    size = config.render.size
-    sides = (size,) if isinstance(size, int) else size
-    if (size not in ("auto", "field")) if isinstance(sides, str) else min(sides) < 16:
-        raise AtlasError(f"render.size={size!r}: use auto, field, or pixels from 16: a number or [height, width].")
+    for preset in config.presets:
+        size = preset.size
+        sides = (size,) if isinstance(size, int) else size
+        if (size not in ("auto", "field")) if isinstance(sides, str) else min(sides) < 16:
+            where = "render" if preset is config.render else f"also.{preset.name}"
+            raise AtlasError(f"{where}.size={size!r}: use auto, field, or pixels from 16: a number or [height, width].")
     for value, key in (
         (config.engine.workers, "engine.workers"),
         (config.engine.cpus_per_worker, "engine.cpus_per_worker"),
@@ -158,12 +176,14 @@ def _check_examples(config: ExamplesConfig) -> None:
         raise AtlasError(f"examples.spectrum={list(edges)}: per cent, rising from 0 to 100.")
 
 
-def render_config(tree: Mapping[str, Any]) -> RenderConfig:
-    """A preset from its plain tree: each group member is found by its `name`."""
+def render_config(tree: Mapping[str, Any], where: str = "render") -> RenderConfig:
+    """A preset from its plain tree: each group member is found by its `name`. Errors call it `where`."""
+    if not isinstance(tree, Mapping):
+        raise AtlasError(f"{where} must be a preset: also=[negative,diverse] names some.")
     values = dict(tree)
     for key, registry in (("objective", OBJECTIVES), ("canvas", CANVASES), ("optimizer", OPTIMIZERS), ("stop", STOPS)):
         if key in values or key != "stop":
-            values[key] = registry.build(values.get(key) or {}, f"render.{key}")
+            values[key] = registry.build(values.get(key) or {}, f"{where}.{key}")
     for key, registry in (
         ("transforms", TRANSFORMS),
         ("penalties", PENALTIES),
@@ -173,12 +193,12 @@ def render_config(tree: Mapping[str, Any]) -> RenderConfig:
     ):
         # A member is called by its key unless it says otherwise, so that one kind can come twice.
         values[key] = tuple(
-            registry.build({"name": name, **(settings or {})}, f"render.{key}.{name}")
+            registry.build({"name": name, **(settings or {})}, f"{where}.{key}.{name}")
             for name, settings in _section(values, key).items()
         )
     # The keys of stages are for people and overrides; their order is the order of work.
     values["schedule"] = list(_section(values, "schedule").values())
-    return build(RenderConfig, values, "render")
+    return build(RenderConfig, values, where)
 
 
 def _section(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -10,9 +10,9 @@ from pipeline.config import Config
 from pipeline.errors import AtlasError, first_line
 from pipeline.layers import Layer
 from pipeline.models import Model
-from pipeline.objectives import Direction
+from pipeline.objectives import Direction, Objective
 from pipeline.policies import channels_of
-from pipeline.presets import Size, canvas_size
+from pipeline.presets import RenderConfig, Size, canvas_size
 from pipeline.starts import opened
 
 
@@ -26,9 +26,23 @@ def check_labels(model: Model, logits: Sequence[Layer]) -> None:
 
 
 def units_of(layer: Layer, config: Config) -> tuple[int, ...]:
-    """Channel numbers of a layer that get pictures: those asked for that the objective has something to say to."""
+    """Channel numbers of a layer that get pictures: those asked for that the objectives have something to say to.
+
+    Raises `AtlasError` where the presets of a run have it about different channels.
+    """
     asked = channels_of(layer, config.layers.channels)
-    objective = config.render.objective
+    found = {preset.name: _told_of(preset.objective, asked) for preset in config.presets}
+    main = found[config.render.name]
+    for name, own in found.items():
+        if own != main:
+            raise AtlasError(
+                f"also={name} is about {len(own)} channels of {layer.name}, {config.render.name} about {len(main)}: "
+                "give it a run of its own."
+            )
+    return main
+
+
+def _told_of(objective: Objective, asked: tuple[int, ...]) -> tuple[int, ...]:
     if objective.whole:
         return asked[:1]
     if isinstance(objective, Direction):
@@ -39,28 +53,34 @@ def units_of(layer: Layer, config: Config) -> tuple[int, ...]:
 def refuse_nonsense(
     config: Config, model: Model, candidates: Sequence[Layer], chosen: Sequence[Layer], heads: Sequence[Layer]
 ) -> tuple[Layer, ...]:
-    """The layers that the preset looks at besides a unit's own; `AtlasError` for a combination without sense.
+    """The layers that the presets look at besides a unit's own; `AtlasError` for a combination without sense.
 
     `heads` are the layers that hold logits.
     """
     known = {layer.name: layer for layer in candidates}
     classifiers = {layer.name for layer in heads}
-    presets.check(config.render, model.recipe.channels)
-    if isinstance(config.render.canvas, Start) and not config.render.canvas.best:
-        opened(config.render.canvas.source, model.recipe.channels)
-    for layer in chosen:
-        presets.check_layer(config.render, layer, known, layer.name in classifiers)
-    return tuple(known[name] for name in config.render.others)
+    for preset in config.presets:
+        try:
+            presets.check(preset, model.recipe.channels)
+            if isinstance(preset.canvas, Start) and not preset.canvas.best:
+                opened(preset.canvas.source, model.recipe.channels)
+            for layer in chosen:
+                presets.check_layer(preset, layer, known, layer.name in classifiers)
+        except AtlasError as error:
+            if preset is config.render:
+                raise
+            raise AtlasError(f"also={preset.name}: {error}") from None
+    return tuple(known[name] for name in dict.fromkeys(n for preset in config.presets for n in preset.others))
 
 
-def fitting(model: Model, chosen: Sequence[Layer], config: Config) -> dict[str, Size]:
-    """The size of each layer's canvas: what was asked for, if the network takes it, else its own input size.
+def fitting(model: Model, chosen: Sequence[Layer], preset: RenderConfig) -> dict[str, Size]:
+    """The size of each layer's canvas: what the preset asks for, if the network takes it, else its own input size.
 
     Transformers and others take one size only; an explicit `render.size` that they can't take is an error, as is
     a schedule that shows them other sizes.
     """
-    own, stages = model.recipe.size, config.render.stages
-    wanted = {layer.name: canvas_size(layer, own, config.render.size) for layer in chosen}
+    own, stages = model.recipe.size, preset.stages
+    wanted = {layer.name: canvas_size(layer, own, preset.size) for layer in chosen}
 
     def views(size: Size) -> set[Size]:
         shares = {stage.canvas if stage.view is None else stage.view for stage in stages}
@@ -71,7 +91,7 @@ def fitting(model: Model, chosen: Sequence[Layer], config: Config) -> dict[str, 
             with torch.no_grad():
                 model.module(model.normalise(torch.zeros(1, model.recipe.channels, *size)))
         except Exception as error:
-            asked = config.render.size
+            asked = preset.size
             if not isinstance(asked, str):
                 raise AtlasError(
                     f"render.size={asked}: {model.name} does not take pictures of {size[0]} x {size[1]} pixels "

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import shards, store
+from pipeline.estimates import Row
 from pipeline.folder import RunFolder
 from pipeline.plan import Plan
 from pipeline.shards import Damaged, Shard
@@ -27,16 +28,16 @@ class Inventory:
         self.total = len(made.setup.dataset.photos)
         self.small: dict[tuple[Path, str], dict[str, np.ndarray]] = dict(known.small) if known else {}
         self.survey = Survey(made, folder.shards)
-        self.pictures: dict[str, list[Shard]] = {}
+        self.pictures: dict[Row, list[Shard]] = {}
         in_atlas = store.parts(folder.atlas)
         for row in made.rows:
             where = folder.shards / "render" / shards.safe(row.layer.name)
-            digest = render_digest(made.setup, row.layer, row.canvas)
+            digest = render_digest(made.setup, row.layer, row.canvas, row.preset)
             found = [shard for shard in shards.find(where, digest) if self._reads(shard)]
-            self.pictures[row.layer.name] = found
+            self.pictures[row] = found
             # An atlas counts for what no shard has: after `atlas compact` that is all of it.
             part = in_atlas.get((row.layer.name, digest))
-            if part is not None and self._reads(part) and self._of(part) - self.channels(row.layer.name):
+            if part is not None and self._reads(part) and self._of(part) - self.channels(row):
                 found.append(part)
 
     def _reads(self, shard: Shard) -> bool:
@@ -56,14 +57,14 @@ class Inventory:
         small = self.small[shard.path, shard.inside]
         return set(map(int, small["channels"][(small["status"] != "missing").all(-1)]))
 
-    def channels(self, layer: str) -> set[int]:
-        """Channels of a layer that have their pictures."""
-        return {c for shard in self.pictures[layer] for c in self._of(shard)}
+    def channels(self, row: Row) -> set[int]:
+        """Channels of a row that have their pictures."""
+        return {c for shard in self.pictures[row] for c in self._of(shard)}
 
-    def failed(self, layer: str) -> list[tuple[int, int]]:
-        """(channel, variant) of pictures of a layer that did not rise."""
+    def failed(self, row: Row) -> list[tuple[int, int]]:
+        """(channel, variant) of pictures of a row that did not rise."""
         found = set()
-        for small in (self.small[shard.path, shard.inside] for shard in self.pictures[layer]):
+        for small in (self.small[shard.path, shard.inside] for shard in self.pictures[row]):
             found |= {(int(small["channels"][i]), int(v)) for i, v in np.argwhere(small["status"] == "failed")}
         return sorted(found)
 

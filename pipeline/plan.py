@@ -35,7 +35,7 @@ LEAST_SECONDS = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The whole run: rows in the order of computation, and what workers need."""
+    """The whole run: rows by preset, in the order of computation, and what workers need."""
 
     config: Config
     rows: tuple[Row, ...]
@@ -47,8 +47,19 @@ class Plan:
     dataset_fingerprint: str
 
     @property
+    def layers(self) -> tuple[tuple[Layer, tuple[int, ...]], ...]:
+        """Each layer once, with its channels."""
+        main = self.config.render.name
+        return tuple((row.layer, row.channels) for row in self.rows if row.preset == main)
+
+    @property
     def units(self) -> int:
         """Number of units (layer:channel pairs)."""
+        return sum(len(channels) for _, channels in self.layers)
+
+    @property
+    def work(self) -> int:
+        """Number of units to be rendered: each counts once for every preset."""
         return sum(len(row.channels) for row in self.rows)
 
     @property
@@ -63,7 +74,7 @@ class Plan:
         ends = pd.DataFrame(
             [
                 {"kind": "photographs", "units": len(self.setup.dataset.photos), "seconds": examples},
-                {"kind": "total", "units": self.units, "seconds": round(self.eta, 1)},
+                {"kind": "total", "units": self.work, "seconds": round(self.eta, 1)},
             ]
         )
         return pd.concat([layers, ends], ignore_index=True)
@@ -74,6 +85,7 @@ class Plan:
             [
                 {
                     "layer": row.layer.name,
+                    "preset": row.preset,
                     "kind": row.layer.kind,
                     "channels": row.layer.channels,
                     "map": f"{row.layer.height}x{row.layer.width}",
@@ -88,22 +100,22 @@ class Plan:
             ]
         )
 
-    def render_tasks(self, folder: Path, done: Mapping[str, set[int]], workers: int = 0) -> list[Task]:
-        """Tasks for the channels that no finished shard holds yet, the dearest layers first.
+    def render_tasks(self, folder: Path, done: Mapping[Row, set[int]], workers: int = 0) -> list[Task]:
+        """Tasks for the channels of rows that no finished shard holds yet, the dearest rows first.
 
         Cut from estimated cost for `workers` (this machine's, if none are given): see `portions`.
         """
-        engine, variants = self.config.engine, self.config.render.variants
-        missing = {row.layer.name: [c for c in row.channels if c not in done[row.layer.name]] for row in self.rows}
-        each = {row.layer.name: row.seconds / len(row.channels) for row in self.rows}
-        left = sum(each[name] * len(channels) for name, channels in missing.items())
-        batch = max(1, engine.batch // variants)
+        engine = self.config.engine
+        missing = {row: [c for c in row.channels if c not in done[row]] for row in self.rows}
+        each = {row: row.seconds / len(row.channels) for row in self.rows}
+        left = sum(each[row] * len(channels) for row, channels in missing.items())
         tasks = []
-        for row in sorted(self.rows, key=lambda row: -each[row.layer.name]):
-            own, cost = missing[row.layer.name], each[row.layer.name]
+        for row in sorted(self.rows, key=lambda row: -each[row]):
+            own, cost = missing[row], each[row]
+            batch = max(1, engine.batch // self.config.preset(row.preset).variants)
             # A GPU takes as long for one picture as for a batch; a core does not.
             least = batch if self.crew.gpus else min(batch, math.ceil(LEAST_SECONDS / cost))
-            digest = render_digest(self.setup, row.layer, row.canvas)
+            digest = render_digest(self.setup, row.layer, row.canvas, row.preset)
             for count in portions(
                 len(own), cost, left, workers or self.crew.workers, engine.task_seconds, batch, least
             ):
@@ -111,7 +123,9 @@ class Plan:
                 left -= cost * count
                 name = f"{part[0]}-{part[-1]}-{count}-{digest[:12]}.h5"
                 path = folder / "render" / safe(row.layer.name) / name
-                tasks.append(Task("render", str(path), digest, cost * count, row.layer.name, part, row.canvas))
+                tasks.append(
+                    Task("render", str(path), digest, cost * count, row.layer.name, part, row.canvas, row.preset)
+                )
         return tasks
 
     def examples_tasks(
@@ -184,7 +198,11 @@ def make_plan(config: Config, timed: bool = True) -> Plan:
     heads = policies.choose(model, candidates, LayersConfig("logits"))
     if config.model.labels is not None:
         check_labels(model, heads)
-    config = dataclasses.replace(config, render=loaded(config.render, "render"))
+    config = dataclasses.replace(
+        config,
+        render=loaded(config.render, "render"),
+        also=tuple(loaded(preset, f"also.{preset.name}") for preset in config.also),
+    )
     others = refuse_nonsense(config, model, candidates, chosen, heads)
     channels = {layer.name: units_of(layer, config) for layer in chosen}
     empty = [name for name, numbers in channels.items() if not numbers]
@@ -194,23 +212,28 @@ def make_plan(config: Config, timed: bool = True) -> Plan:
         log.warning("%s has none of the channels %s and is left out", name, config.layers.channels)
     chosen = [layer for layer in chosen if channels[layer.name]]
     cpus, gpus = local_resources()
-    team = crew(config.engine, [(cpus, gpus)], sum(map(len, channels.values())))
+    pictures = sum(map(len, channels.values())) * len(config.presets)
+    team = crew(config.engine, [(cpus, gpus)], pictures)
     torch.set_num_threads(cpus)
     keep_memory()
     folded = fold(model)
     fields = receptive_fields(folded, chosen)
     chosen = [dataclasses.replace(layer, field=fields[layer.name]) for layer in chosen]
-    canvases = fitting(folded, chosen, config)
+    canvases = {preset.name: fitting(folded, chosen, preset) for preset in config.presets}
     torch.set_num_threads(min(team.threads, cpus))
     here = team.device if not team.device.startswith("cuda") or torch.cuda.is_available() else "cpu"
     if timed:
         rows, per_photo = estimate(folded.to(here), chosen, channels, canvases, config, others)
     else:
-        rows = [Row(la, channels[la.name], canvases[la.name], len(channels[la.name])) for la in chosen]
+        rows = [
+            Row(la, channels[la.name], sizes[la.name], len(channels[la.name]), name)
+            for name, sizes in canvases.items()
+            for la in chosen
+        ]
         per_photo = 1.0
     setup = Setup(config, model.digest, tuple(chosen), dataset, team.threads, team.device, others)
     fingerprint = shards.digest_of(datasets.fingerprint(dataset, model.recipe))
-    if config.render.needs_examples:
+    if any(preset.needs_examples for preset in config.presets):
         setup = dataclasses.replace(setup, begins=examples_digest(setup, fingerprint))
     return Plan(
         config, tuple(rows), setup, team, per_photo * len(dataset.photos), model.labels, model.recipe, fingerprint

@@ -128,9 +128,9 @@ def _stages(made: Plan, held: Inventory, stages: tuple[str, ...]) -> list[Stage]
         if pass_.covered:
             rows.append(Stage("winners", "photographs", pass_.shown, pass_.looked, each * (pass_.shown - pass_.looked)))
     if "render" in stages:
-        missing = {row.layer.name: len(set(row.channels) - held.channels(row.layer.name)) for row in made.rows}
-        cost = sum(row.seconds * missing[row.layer.name] / len(row.channels) for row in made.rows)
-        rows.append(Stage("render", "units", made.units, made.units - sum(missing.values()), cost))
+        missing = {row: len(set(row.channels) - held.channels(row)) for row in made.rows}
+        cost = sum(row.seconds * count / len(row.channels) for row, count in missing.items())
+        rows.append(Stage("render", "units", made.work, made.work - sum(missing.values()), cost))
     return rows
 
 
@@ -146,10 +146,11 @@ def _tasks(
     if "examples" in stages:
         tasks += held.survey.tasks(workers, known)
     if "render" in stages and not any(task.stage in ("ranges", "examples") for task in tasks):
-        done = {row.layer.name: held.channels(row.layer.name) for row in made.rows}
+        done = {row: held.channels(row) for row in made.rows}
+        named = {(row.layer.name, row.preset): row for row in made.rows}
         for task in known:
             if task.stage == "render":
-                done[task.layer] |= set(task.channels)
+                done[named[task.layer, task.preset]] |= set(task.channels)
         missing = made.render_tasks(where, done, workers)
         tasks += _beginning(made, missing) if made.setup.begins else missing
     return tasks
@@ -157,10 +158,14 @@ def _tasks(
 
 def _beginning(made: Plan, tasks: list[Task]) -> list[Task]:
     """The same tasks with the photographs that their pictures begin with, out of this run's atlas.h5."""
-    if not tasks:
-        return []
+    begin = {preset.name for preset in made.config.presets if preset.needs_examples}
+    if not any(task.preset in begin for task in tasks):
+        return tasks
     with open_atlas(made.config.folder) as atlas:
-        return [dataclasses.replace(t, starts=starts.best(atlas, t.layer, t.channels)) for t in tasks]
+        return [
+            dataclasses.replace(t, starts=starts.best(atlas, t.layer, t.channels)) if t.preset in begin else t
+            for t in tasks
+        ]
 
 
 def _work(
@@ -219,13 +224,13 @@ def _consolidate(request: Request, made: Plan, folder: RunFolder, held: Inventor
     paths = made.setup.dataset.photos
     failures += [("examples", paths[i].path, reason, "") for i, reason in failed]
     for row in made.rows:
-        for channel, variant in held.failed(row.layer.name):
-            what = f"{row.layer.name}:{channel} variant {variant}"
+        for channel, variant in held.failed(row):
+            what = f"{row.layer.name}:{channel} {row.preset} variant {variant}"
             failures.append(("render", what, "the objective did not rise in any attempt", ""))
     folder.write_failures(failures)
     # What the file would hold, whichever shards it comes from.
-    digests = {layer: found[0].attributes["digest"] for layer, found in held.pictures.items() if found}
-    channels = [[row.layer.name, row.channels, sorted(held.channels(row.layer.name))] for row in made.rows]
+    digests = [[r.layer.name, r.preset, found[0].attributes["digest"]] for r, found in held.pictures.items() if found]
+    channels = [[row.layer.name, row.channels, sorted(held.channels(row))] for row in made.rows]
     swept = pass_.identity if pass_.complete else ""
     told_of = [failure[:3] for failure in failures]
     identity = shards.digest_of([binding(request.tree), channels, digests, swept, told_of, store.versions()])
@@ -241,13 +246,15 @@ def _consolidate(request: Request, made: Plan, folder: RunFolder, held: Inventor
         config_yaml=request.text,
         labels=made.labels,
         input_size=made.recipe.size,
-        layers=[(row.layer, row.channels) for row in made.rows],
+        layers=made.layers,
         photos=paths if done else (),
         dataset_fingerprint=made.dataset_fingerprint,
         examples=done,
         failures=len(failures),
     )
-    store.consolidate(folder.atlas, content, held.pictures)
+    store.consolidate(
+        folder.atlas, content, {(row.layer.name, row.preset): found for row, found in held.pictures.items()}
+    )
     return len(failures)
 
 

@@ -1,6 +1,6 @@
 """`atlas.h5`: all shards of a run in one file, and what is wrong with such a file.
 
-The schema (version 2) is described in docs/store.md. Pictures are copied chunk by chunk as they are
+The schema (version 3) is described in docs/store.md. Pictures are copied chunk by chunk as they are
 compressed; the file is made under a temporary name and renamed, so that a reader never meets half of one.
 """
 
@@ -85,10 +85,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def consolidate(path: Path, content: Content, rendered: Mapping[str, Sequence[Shard]]) -> None:
-    """Write `atlas.h5` from the shards of each layer (by name) and `content`; an old one is replaced at the end.
+def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str], Sequence[Shard]]) -> None:
+    """Write `atlas.h5` from the shards by (layer, preset) and `content`; an old one is replaced at the end.
 
-    A channel without a finished picture has a black one, status `missing` and NaN for numbers.
+    Presets keep the order of `rendered`. A channel without a finished picture has a black one, status `missing` and
+    NaN for numbers.
     """
     with shards.creating(path) as file:
         file.attrs["schema"] = SCHEMA
@@ -108,8 +109,9 @@ def consolidate(path: Path, content: Content, rendered: Mapping[str, Sequence[Sh
             group = file.create_group(f"layers/{safe(layer.name)}")
             _describe(group, layer, order, content.input_size)
             put(group, "channels", np.array(channels, np.int32))
-            if rendered.get(layer.name):
-                _pictures(group, channels, rendered[layer.name])
+            for (name, preset), found in rendered.items():
+                if name == layer.name and found:
+                    _pictures(group, preset, channels, found)
         if content.photos:
             put(file, "dataset/path", np.array([p.path for p in content.photos], object))
             put(file, "dataset/label", np.array([p.label for p in content.photos], object))
@@ -134,14 +136,16 @@ def _describe(group: h5py.Group, layer: Layer, order: int, input_size: tuple[int
     group.attrs["input_size"] = np.array(input_size, np.int32)
 
 
-def _pictures(group: h5py.Group, channels: Sequence[int], found: Sequence[Shard]) -> None:
+def _pictures(group: h5py.Group, preset: str, channels: Sequence[int], found: Sequence[Shard]) -> None:
     row = {channel: i for i, channel in enumerate(channels)}
     first = found[0]
     with first.opened() as source:
         shape = shards.dataset(source, "images").shape[1:]
         marks = shards.dataset(source, "trace").shape[-1]
-    target = group.create_group(f"render/{first.attributes['objective']}")
-    for key in ("digest", "natural", "objective", "preset", "layer"):
+    target = group.create_group(f"render/{safe(preset)}")
+    target.attrs["order"] = len(shards.group(group, "render")) - 1
+    target.attrs["preset"] = preset  # equal settings under another name have made the same pictures
+    for key in ("digest", "natural", "objective", "layer"):
         target.attrs[key] = first.attributes[key]
     images = shards.create_images(target, "images", (len(channels), *shape))
     size = (len(channels), shape[0])
@@ -289,17 +293,15 @@ def verify(path: Path, planned: Mapping[str, Sequence[int]]) -> list[tuple[str, 
             lost = sorted(set(planned.get(layer.name, ())) - set(map(int, layer.channels)))
             if lost:
                 wrong.append((layer.name, f"{len(lost)} planned channels are not in the atlas, e.g. {lost[:3]}"))
-            for objective in layer.objectives:
-                numbers = layer.numbers(objective)
+            for preset in layer.presets:
+                numbers = layer.numbers(preset)
                 missing = int((numbers["status"] == "missing").any(-1).sum())
                 if missing:
-                    wrong.append(
-                        (f"{layer.name}/{objective}", f"{missing} pictures are missing; `atlas run` makes them")
-                    )
+                    wrong.append((f"{layer.name}/{preset}", f"{missing} pictures are missing; `atlas run` makes them"))
                 finished = numbers["status"] != "missing"
                 if not np.isfinite(numbers["activation"][finished & (numbers["status"] != "failed")]).all():
-                    wrong.append((f"{layer.name}/{objective}", "an activation is not finite"))
-            if planned and not layer.objectives:
+                    wrong.append((f"{layer.name}/{preset}", "an activation is not finite"))
+            if planned and not layer.presets:
                 wrong.append((layer.name, "has no pictures; `atlas run` or `atlas render` makes them"))
             best = layer.examples("max")
             if best is not None and photographs and int(best.index.max()) >= photographs:

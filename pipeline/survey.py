@@ -55,7 +55,7 @@ class Survey:
         self.total = len(made.setup.dataset.photos)
         self.digest = made.examples_digest
         self._scale_digest = shards.digest_of(["ranges", self.digest])
-        self._shown_digest = winners_digest(made.setup, self.digest, [row.channels for row in made.rows])
+        self._shown_digest = winners_digest(made.setup, self.digest, [channels for _, channels in made.layers])
         self._scale = shards.read(self._path("ranges", "ranges", self._scale_digest))
         found = shards.find(folder / "examples", self.digest) if self._scale else []
         # Pieces that were measured with other ranges can't be added to these.
@@ -175,8 +175,7 @@ class Survey:
     @functools.cached_property
     def chosen(self) -> list[Chosen]:
         """The examples of every layer of the plan."""
-        rows = [(row.layer, row.channels) for row in self._made.rows]
-        return winners.choose(self.sweep, rows, self._made.setup.dataset, self._config)
+        return winners.choose(self.sweep, self._made.layers, self._made.setup.dataset, self._config)
 
     @property
     def result(self) -> Surveyed:
@@ -188,9 +187,9 @@ class Survey:
         names, of = dataset.labels
         associations: list[Association | None] = []
         start = 0
-        for row, own in zip(self._made.rows, self.chosen, strict=True):
-            associations.append(self._association(row.layer, start, own, of, ranges) if names else None)
-            start += row.layer.channels
+        for (layer, _), own in zip(self._made.layers, self.chosen, strict=True):
+            associations.append(self._association(layer, start, own, of, ranges) if names else None)
+            start += layer.channels
         return Surveyed(
             self.sweep,
             ranges,

@@ -16,8 +16,8 @@ from pipeline.starts import Begin
 class Setup:
     """All a worker needs, as plain data.
 
-    `others` are layers that the preset looks at besides a unit's own; `begins` is the digest of the dataset pass
-    whose best examples the pictures begin with, if they do.
+    `others` are layers that presets look at besides a unit's own; `begins` is the digest of the dataset pass
+    whose best examples some pictures begin with, if they do.
     """
 
     config: Config
@@ -35,8 +35,8 @@ class Task:
     """A piece of the plan that one worker finishes in minutes, and the shard it ends in.
 
     `examples` tasks cover photographs start … end - 1 for all layers; `ranges` and `winners` tasks the listed
-    `photographs`; `render` tasks some channels of one layer, each with the photograph that its picture begins with,
-    if the canvas asks for that. `given` is what a task builds on, as bytes of a shard.
+    `photographs`; `render` tasks some channels of one layer under one preset, each with the photograph that its picture
+    begins with, if the canvas asks for that. `given` is what a task builds on, as bytes of a shard.
     """
 
     stage: str
@@ -46,6 +46,7 @@ class Task:
     layer: str = ""
     channels: tuple[int, ...] = ()
     canvas: tuple[int, int] = (0, 0)
+    preset: str = ""
     start: int = 0
     end: int = 0
     photographs: tuple[int, ...] = ()
@@ -87,17 +88,19 @@ class Done:
     worn: str = ""
 
 
-def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int]) -> str:
-    """Digest of everything that changes the pictures of `layer`: nothing else makes a shard out of date."""
+def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int], name: str) -> str:
+    """Digest of everything that changes the pictures of `layer` by a preset: nothing else makes a shard stale."""
     config = setup.config
-    preset = canonical(config.render)
+    own = config.preset(name)
+    preset = canonical(own)
     preset.pop("name")  # the same settings under another name are the same pictures
     model = canonical(config.model)
     for key in NAMES_ONLY:
         model.pop(key)  # where weights and code lie says nothing; what they are is in their digest
-    others = [other.tap for other in setup.others]
+    others = [other.tap for other in setup.others if other.name in own.others]
+    begins = setup.begins if own.needs_examples else ""
     return shards.digest_of(
-        ["render 2", setup.weights, model, layer.tap, list(canvas), preset, others, setup.begins, config.run.seed]
+        ["render 2", setup.weights, model, layer.tap, list(canvas), preset, others, begins, config.run.seed]
     )
 
 

@@ -1,6 +1,7 @@
 """What an atlas says of one layer, as NumPy and pandas, read when asked for; `pipeline.atlas` opens the file."""
 
 import dataclasses
+import functools
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -103,9 +104,21 @@ class LayerView:
         return height, width
 
     @property
-    def objectives(self) -> tuple[str, ...]:
-        """Objectives that this layer has pictures for."""
-        return tuple(shards.names(shards.group(self._group, "render"))) if "render" in self._group else ()
+    def presets(self) -> tuple[str, ...]:
+        """Presets that this layer has pictures by, the run's main one first."""
+        return tuple(self._renders)
+
+    @functools.cached_property
+    def _renders(self) -> dict[str, h5py.Group]:
+        """Groups of pictures by preset, in their order."""
+        if "render" not in self._group:
+            return {}
+        parent = shards.group(self._group, "render")
+        found = [shards.group(parent, name) for name in shards.names(parent)]
+        if any("order" not in group.attrs for group in found):  # version 2: one preset, groups by objective
+            return {name: shards.group(parent, name) for name in shards.names(parent)}
+        found.sort(key=lambda group: shards.numbers(group, "order"))
+        return {shards.text(group, "preset"): group for group in found}
 
     def row(self, channel: int) -> int:
         """Row of `channel` in all arrays of this layer."""
@@ -115,22 +128,25 @@ class LayerView:
             )
         return self._row[int(channel)]
 
-    def pictures(self, objective: str = "channel") -> h5py.Dataset:
-        """All pictures, (C', V, H, W, 3) uint8, as an h5py dataset: slices are read when asked for."""
-        return shards.dataset(self._render(objective), "images")
+    def pictures(self, preset: str | None = None) -> h5py.Dataset:
+        """All pictures, (C', V, H, W, 3) uint8, as an h5py dataset: slices are read when asked for.
 
-    def picture(self, channel: int, objective: str = "channel", variant: int = 0) -> np.ndarray:
+        `preset` is the run's main one, if none is named.
+        """
+        return shards.dataset(self._render(preset), "images")
+
+    def picture(self, channel: int, preset: str | None = None, variant: int = 0) -> np.ndarray:
         """One picture, (H, W, 3) uint8."""
-        return self.pictures(objective)[self.row(channel), variant]
+        return self.pictures(preset)[self.row(channel), variant]
 
-    def numbers(self, objective: str = "channel") -> dict[str, np.ndarray]:
+    def numbers(self, preset: str | None = None) -> dict[str, np.ndarray]:
         """What was measured of the pictures: activation, robust, start, seed, status, …; (C', V) each."""
-        group = self._render(objective)
+        group = self._render(preset)
         return {name: shards.get(group, name) for name in shards.names(group) if not name.startswith("images")}
 
-    def render_attributes(self, objective: str = "channel") -> dict[str, Any]:
-        """Preset, its digest, and which statistic of photographs the activation compares with."""
-        return shards.plain(self._render(objective))
+    def render_attributes(self, preset: str | None = None) -> dict[str, Any]:
+        """Preset, objective, digest, and which statistic of photographs the activation compares with."""
+        return shards.plain(self._render(preset))
 
     def examples(self, which: str = "max") -> Examples | None:
         """Photographs by `which`, or None if the atlas has no such list.
@@ -238,9 +254,9 @@ class LayerView:
         order = order[found[order] > -2]
         return pd.DataFrame({"channel": self.channels[order], "correlation": found[order].astype(np.float32)})
 
-    def natural(self, objective: str = "channel") -> np.ndarray:
+    def natural(self, preset: str | None = None) -> np.ndarray:
         """Best response of any photograph by the objective's own measure, (C',); NaN without examples."""
-        measure = shards.text(self._render(objective), "natural")
+        measure = shards.text(self._render(preset), "natural")
         key = {"mean": "best_mean", "max": "max", "min": "min"}.get(measure, "")
         return self.stats().get(key, np.full(len(self.channels), np.nan, np.float32))
 
@@ -266,7 +282,11 @@ class LayerView:
         box = self.crop_box(y, x, least)
         return None if box is None else crops.in_picture(box, self.input_size, photo.box, photo.size)
 
-    def _render(self, objective: str) -> h5py.Group:
-        if objective not in self.objectives:
-            raise AtlasError(f"{self.name} has no pictures for {objective!r}. {nearest(objective, self.objectives)}")
-        return shards.group(self._group, f"render/{objective}")
+    def _render(self, preset: str | None) -> h5py.Group:
+        if not self._renders:
+            raise AtlasError(f"{self.name} has no pictures; `atlas render` makes them.")
+        if preset is None:
+            return next(iter(self._renders.values()))
+        if preset not in self._renders:
+            raise AtlasError(f"{self.name} has no pictures by {preset!r}. {nearest(preset, self.presets)}")
+        return self._renders[preset]

@@ -25,6 +25,7 @@ from pipeline.files import File
 from pipeline.folding import Pair, fold, foldable
 from pipeline.layers import Layer
 from pipeline.models import Model, ModelConfig, load
+from pipeline.presets import RenderConfig
 from pipeline.render import Picture, render
 from pipeline.starts import Begin
 from pipeline.statistics import Ranges
@@ -81,7 +82,8 @@ class Worker:
         self.dataset = setup.dataset
         self.fits: dict[str, int] = {}  # pictures of a layer that fit on this device together
         self.first_memory = 0.0
-        self._twin: tuple[str, Model] | None = None  # the network folded for one layer
+        self._ensembles: dict[str, tuple[Model, ...]] = {}
+        self._twin: tuple[tuple[str, ...], Model] | None = None  # the network folded for one layer and preset
 
     def hello(self) -> str:
         """Who this is: node and process."""
@@ -108,13 +110,15 @@ class Worker:
     def _foldable(self) -> tuple[Pair, ...]:
         return foldable(self.model)
 
-    def folded(self, layer: Layer) -> Model:
+    def folded(self, layer: Layer, preset: RenderConfig) -> Model:
         """Its folded twin for pictures of `layer`: a third faster.
 
-        What `layer` looks at is not folded. The twin is kept until another layer's turn comes.
+        What `layer` and the preset look at is not folded. The twin is kept until another layer's turn comes.
         """
-        if self._twin is None or self._twin[0] != layer.name:
-            self._twin = (layer.name, fold(self.model, self._foldable, [layer, *self.setup.others]))
+        key = (layer.name, *preset.others)
+        if self._twin is None or self._twin[0] != key:
+            others = [other for other in self.setup.others if other.name in preset.others]
+            self._twin = (key, fold(self.model, self._foldable, [layer, *others]))
         return self._twin[1]
 
     @functools.cached_property
@@ -129,12 +133,14 @@ class Worker:
         on_gpu = self.setup.device.startswith("cuda") and torch.cuda.is_available()
         return torch.cuda.get_device_name() if on_gpu else self.setup.device
 
-    @functools.cached_property
-    def ensemble(self) -> tuple[Model, ...]:
-        """The other checkpoints of an ensemble, folded as well."""
-        preset = self.setup.config.render
-        files = [f for a in preset.augmentations if isinstance(a, Ensemble) for f in a.checkpoints]
-        return tuple(fold(load_state(self.setup.config.model, f).to(self.setup.device)) for f in files)
+    def ensemble(self, preset: RenderConfig) -> tuple[Model, ...]:
+        """The other checkpoints of a preset's ensemble, folded as well, loaded once."""
+        if preset.name not in self._ensembles:
+            files = [f for a in preset.augmentations if isinstance(a, Ensemble) for f in a.checkpoints]
+            self._ensembles[preset.name] = tuple(
+                fold(load_state(self.setup.config.model, f).to(self.setup.device)) for f in files
+            )
+        return self._ensembles[preset.name]
 
     def do(self, task: Task, fits: Mapping[str, int] | None = None, files: Mapping[str, bytes] | None = None) -> Done:
         """Finish one task and write its shard.
@@ -216,12 +222,17 @@ class Worker:
             torch.cuda.empty_cache()
 
     def pictures(
-        self, name: str, channels: Sequence[int], canvas: tuple[int, int], begins: Sequence[Begin] = ()
+        self,
+        name: str,
+        channels: Sequence[int],
+        canvas: tuple[int, int],
+        preset: RenderConfig,
+        begins: Sequence[Begin] = (),
     ) -> list[Picture]:
         """All variants of some channels of a layer, channel by channel; `begins` what each starts from, if anything."""
         config, layer = self.setup.config, self.layers[name]
-        preset = config.render
-        model, others = self.folded(layer), {other.name: other for other in self.setup.others}
+        model = self.folded(layer, preset)
+        others = {other.name: other for other in self.setup.others if other.name in preset.others}
 
         own_starts = dict(zip(channels, begins, strict=False))
 
@@ -237,7 +248,7 @@ class Worker:
                 canvas,
                 self.stop,
                 others=others,
-                ensemble=self.ensemble,
+                ensemble=self.ensemble(preset),
                 starts=starts.pictures(preset, canvas, self.model.recipe.channels, own, own_starts),
             )
 
@@ -245,8 +256,8 @@ class Worker:
         return self._in_batches(name, list(channels), per_batch, preset.variants, work)
 
     def _render(self, task: Task) -> bytes:
-        preset = self.setup.config.render
-        pictures = self.pictures(task.layer, task.channels, task.canvas, task.starts)
+        preset = self.setup.config.preset(task.preset)
+        pictures = self.pictures(task.layer, task.channels, task.canvas, preset, task.starts)
         shape = (len(task.channels), preset.variants)
 
         def column(name: str, kind: type) -> np.ndarray:

@@ -65,7 +65,7 @@ def another_picture(path: Path, inside: str) -> None:
 
 
 def images_of(layer: str) -> str:
-    return f"layers/{layer}/render/channel/images"
+    return f"layers/{layer}/render/distill/images"
 
 
 def test_verify_reads_compares_and_renders_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +141,7 @@ def test_compact_deletes_nothing_unless_the_atlas_is_whole(finished: Path, capsy
     times = shard_times(finished)
     another_picture(finished / "atlas.h5", images_of("conv_stem"))
     assert cli.main(["compact", str(finished)]) == 2
-    assert "Not compacted: layers/conv_stem/render/channel" in capsys.readouterr().err
+    assert "Not compacted: layers/conv_stem/render/distill" in capsys.readouterr().err
     (finished / "atlas.h5").unlink()
     assert cli.main(["compact", str(finished)]) == 2
     assert shard_times(finished) == times

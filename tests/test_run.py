@@ -108,13 +108,13 @@ def test_examples_alone_then_pictures_then_site(tiny_run: list[str], tmp_path: P
     folder = tmp_path / "tiny"
     assert cli.main(["examples", *tiny_run]) == 0
     with pipeline.open_atlas(folder) as atlas:
-        assert atlas["conv_stem"].objectives == () and atlas["conv_stem"].examples() is not None
+        assert atlas["conv_stem"].presets == () and atlas["conv_stem"].examples() is not None
     assert cli.main(["site", str(folder)]) == 0
     times = shard_times(folder)
     assert cli.main(["render", *tiny_run]) == 0
     assert all(shard_times(folder)[n] == t for n, t in times.items())
     with pipeline.open_atlas(folder) as atlas:
-        assert atlas["conv_stem"].objectives == ("channel",) and atlas["conv_stem"].examples() is not None
+        assert atlas["conv_stem"].presets == ("distill",) and atlas["conv_stem"].examples() is not None
 
 
 def test_unreadable_photographs_are_counted_and_listed(tiny_run: list[str], tmp_path: Path) -> None:

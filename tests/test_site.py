@@ -238,7 +238,7 @@ def test_numbers_are_those_of_the_store(site):
                 expected = [stats[key][row] for key in ("mean", "max", "nonzero")]
                 assert best is not None
                 expected += [value for value, i in zip(best.value[row], best.index[row], strict=True) if i >= 0][:4]
-                for objective in layer.objectives:
+                for objective in layer.presets:
                     numbers = layer.numbers(objective)
                     for key in ("activation", "robust", "start", "seconds"):
                         expected += list(numbers[key][row])

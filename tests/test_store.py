@@ -53,7 +53,7 @@ def test_pictures_come_back_bit_by_bit_from_several_shards(tmp_path: Path) -> No
     first = write_shard(tmp_path / "s", [0, 4], 1)
     second = write_shard(tmp_path / "s", [2, 8], 2)
     found = shards.find(tmp_path / "s", "d")
-    store.consolidate(tmp_path / "atlas.h5", content((0, 2, 4, 8)), {LAYER.name: found})
+    store.consolidate(tmp_path / "atlas.h5", content((0, 2, 4, 8)), {(LAYER.name, "test"): found})
     with pipeline.open_atlas(tmp_path) as atlas:
         layer = atlas["a/b..c"]
         assert layer.channels.tolist() == [0, 2, 4, 8] and layer.receptive_field == (11, 11)
@@ -73,7 +73,7 @@ def test_pictures_come_back_bit_by_bit_from_several_shards(tmp_path: Path) -> No
 
 def test_a_lost_picture_is_marked_and_reported(tmp_path: Path) -> None:
     write_shard(tmp_path / "s", [0], 1)
-    store.consolidate(tmp_path / "atlas.h5", content((0, 1)), {LAYER.name: shards.find(tmp_path / "s", "d")})
+    store.consolidate(tmp_path / "atlas.h5", content((0, 1)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
     with pipeline.open_atlas(tmp_path) as atlas:
         numbers = atlas[LAYER.name].numbers()
         assert numbers["status"][:, 0].tolist() == ["converged", "missing"] and np.isnan(numbers["activation"][1, 0])
@@ -84,9 +84,9 @@ def test_a_lost_picture_is_marked_and_reported(tmp_path: Path) -> None:
 def test_one_flipped_byte_is_found(tmp_path: Path) -> None:
     write_shard(tmp_path / "s", [0, 1, 2], 1)
     path = tmp_path / "atlas.h5"
-    store.consolidate(path, content((0, 1, 2)), {LAYER.name: shards.find(tmp_path / "s", "d")})
+    store.consolidate(path, content((0, 1, 2)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
     with h5py.File(path) as file:
-        item = shards.dataset(file, f"layers/{shards.safe(LAYER.name)}/render/channel/images")
+        item = shards.dataset(file, f"layers/{shards.safe(LAYER.name)}/render/test/images")
         at = item.id.get_chunk_info_by_coord((1, 0, 0, 0, 0)).byte_offset
     data = bytearray(path.read_bytes())
     data[at + 40] ^= 1
@@ -97,12 +97,12 @@ def test_one_flipped_byte_is_found(tmp_path: Path) -> None:
 
 def test_images_carry_what_viewers_look_for(tmp_path: Path) -> None:
     write_shard(tmp_path / "s", [0], 1)
-    store.consolidate(tmp_path / "atlas.h5", content((0,)), {LAYER.name: shards.find(tmp_path / "s", "d")})
+    store.consolidate(tmp_path / "atlas.h5", content((0,)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
     with h5py.File(tmp_path / "atlas.h5") as file:
-        images = shards.dataset(file, f"layers/{shards.safe(LAYER.name)}/render/channel/images")
+        images = shards.dataset(file, f"layers/{shards.safe(LAYER.name)}/render/test/images")
         assert images.attrs["CLASS"] == b"IMAGE" and images.chunks == (1, 1, 16, 16, 3)
         assert images.compression == "gzip" and images.fletcher32
-        assert file.attrs["schema"] == "neuron-atlas" and file.attrs["schema_version"] == 2
+        assert file.attrs["schema"] == "neuron-atlas" and file.attrs["schema_version"] == 3
 
 
 def test_only_shards_of_the_right_digest_count(tmp_path: Path) -> None:
@@ -201,13 +201,13 @@ def test_what_is_no_atlas_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("h5dump") is None, reason="h5dump is not installed")
 def test_h5dump_reads_it(tmp_path: Path) -> None:
     write_shard(tmp_path / "s", [0], 1)
-    store.consolidate(tmp_path / "atlas.h5", content((0,)), {LAYER.name: shards.find(tmp_path / "s", "d")})
+    store.consolidate(tmp_path / "atlas.h5", content((0,)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
     subprocess.run(["h5dump", "-H", tmp_path / "atlas.h5"], check=True, capture_output=True)
 
 
 def test_crop_boxes_stay_inside_and_around_the_unit(tmp_path: Path) -> None:
     write_shard(tmp_path / "s", [0], 1)
-    store.consolidate(tmp_path / "atlas.h5", content((0,)), {LAYER.name: shards.find(tmp_path / "s", "d")})
+    store.consolidate(tmp_path / "atlas.h5", content((0,)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
     with pipeline.open_atlas(tmp_path) as atlas:
         layer = atlas[LAYER.name]
         # Unit 3 sees rows 3·4 - 5 … 3·4 - 5 + 10 = 7 … 17, whose middle is 12.5.

@@ -62,7 +62,7 @@ def neighbours(atlas: Atlas) -> Iterator[tuple[Link | None, Link | None]]:
 
 def objectives_of(layer: LayerView) -> tuple[str, ...]:
     """Objectives of a layer, `channel` before all others."""
-    return tuple(sorted(layer.objectives, key=lambda name: (name != "channel", name)))
+    return layer.presets
 
 
 def sheet_of(layer: LayerView, before: Link | None, after: Link | None) -> Sheet:

@@ -66,7 +66,7 @@ def measure(folder: Path, more: list[str]) -> tuple[pd.DataFrame, dict[str, np.n
                             "mean": float(stats["best_mean"][row]), "max": float(stats["max"][row])
                         }  # fmt: skip
                 for row, channel in enumerate(map(int, layer.channels)):
-                    images[layer.name, channel] = layer.pictures(layer.objectives[0])[row]
+                    images[layer.name, channel] = layer.pictures()[row]
         measure = "max" if name == "neuron" else "mean"
         best = np.array([natural[key][measure] for key in zip(units["layer"], units["channel"], strict=True)])
         ratio, held = units["activation"] / best, units["robust"] / units["activation"]

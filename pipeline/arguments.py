@@ -1,0 +1,66 @@
+"""What is typed after `atlas VERB` as overrides for Hydra, and Hydra's refusals in words."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
+
+from pipeline.errors import nearest
+
+# Verbs that read a run which is there already, and take its folder.
+ON_FOLDER = ("site", "status", "verify", "repair", "compact", "export")
+
+
+def conf_folder() -> Path:
+    """The folder of YAML files: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def named(verb: str, arguments: Sequence[str]) -> list[str]:
+    """Arguments as Hydra's overrides: a run's folder given by position, and presets in `also=[…]`."""
+    found = []
+    for argument in arguments:
+        if argument.startswith("also="):
+            names = argument.removeprefix("also=").strip("[]").split(",")
+            found += [f"+render@also.{name.strip()}={name.strip()}" for name in names if name.strip()]
+        elif verb not in ON_FOLDER or argument.startswith("-") or "=" in argument or argument.startswith("~"):
+            found.append(argument)
+        else:
+            path = Path(argument)
+            found += [f"run.root='{path.parent if path.parent != Path() else 'runs'}'", f"run.name='{path.name}'"]
+    return found
+
+
+def explain(error: Exception) -> str:
+    """A composition error in few words, with the nearest valid names."""
+    message = str(error).strip()
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"There is no {group}={name}. {nearest(name, error.options, 6)}"
+    match = re.search(r"Could not (?:override|delete|load) '?([\w./@]+)'?", message)
+    if match:
+        return f"{match[1]} is not a setting. {nearest(match[1], settings())}"
+    cause = f"\n{error.__cause__}" if error.__cause__ is not None else ""
+    return f"{message}{cause}"
+
+
+def settings() -> Iterator[str]:
+    """All keys of the default configuration, and all groups."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
+        tree: Any = OmegaConf.to_container(hydra.compose("config"), resolve=False)
+
+    def keys(node: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        for key, value in node.items():
+            yield prefix + key
+            if isinstance(value, Mapping):
+                yield from keys(value, f"{prefix}{key}.")
+
+    return keys(tree, "")

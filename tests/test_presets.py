@@ -1,0 +1,83 @@
+"""Several presets in one run: the same pictures as in runs of their own, side by side in one atlas."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY
+from test_run import shard_times
+
+import pipeline
+from pipeline import cli
+from pipeline.atlas import SCHEMA_VERSION
+
+ALSO = "also=[negative,image_prior,diverse]"
+SMALL = [f"also.{name}.{key}" for name in ("negative", "image_prior", "diverse") for key in ("steps=3", "size=32")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> Path:
+    """A run with four presets, and one of `negative` alone."""
+    root = tmp_path_factory.mktemp("presets")
+    layers = [o for o in TINY if not o.startswith("layers.include")]
+    base = [*layers, "layers.include=[conv_stem,conv_head]", "data=folder", f"data.root={photo_folder}",
+            f"run.root={root}"]  # fmt: skip
+    assert cli.main(["run", *base, ALSO, *SMALL, "also.diverse.variants=2", "run.name=many"]) == 0
+    single = [o for o in base if not o.startswith("render.margin")]
+    alone = [*single, "render=negative", "render.steps=3", "render.margin=24", "run.name=alone"]
+    assert cli.main(["render", *alone]) == 0
+    return root
+
+
+def test_all_presets_are_in_one_atlas_in_their_order(folders: Path) -> None:
+    with pipeline.open_atlas(folders / "many") as atlas:
+        assert atlas.attributes["schema_version"] == SCHEMA_VERSION
+        layer = atlas["conv_stem"]
+        assert layer.presets == ("distill", "negative", "image_prior", "diverse")
+        assert layer.pictures().shape == (3, 1, 32, 32, 3) and layer.pictures("diverse").shape == (3, 2, 32, 32, 3)
+        assert [layer.render_attributes(p)["natural"] for p in layer.presets] == ["mean", "min", "mean", "mean"]
+        table = atlas.units()
+        counts = table.groupby("preset").size().to_dict()
+        assert counts == {"distill": 6, "negative": 6, "image_prior": 6, "diverse": 12}
+        assert table["status"].ne("missing").all()
+
+
+def test_a_preset_among_others_gives_the_same_pictures_as_alone(folders: Path) -> None:
+    with pipeline.open_atlas(folders / "many") as many, pipeline.open_atlas(folders / "alone") as alone:
+        for layer in alone:
+            other = many[layer.name]
+            assert layer.presets == ("negative",)
+            assert np.array_equal(layer.pictures()[()], other.pictures("negative")[()])
+            assert layer.render_attributes()["digest"] == other.render_attributes("negative")["digest"]
+            assert np.array_equal(layer.numbers()["seed"], other.numbers("negative")["seed"])
+
+
+def test_it_is_whole_and_nothing_is_made_again(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    many = folders / "many"
+    times = shard_times(many)
+    assert cli.main(["verify", str(many), "run.check=3"]) == 0
+    assert cli.main(["compact", str(many)]) == 0
+    assert len(shard_times(many)) < len(times)
+    settings = (many / "config.yaml").read_text()
+    assert "also:" in settings and "also:" not in (folders / "alone" / "config.yaml").read_text()
+    capsys.readouterr()
+    assert cli.main(["verify", str(many), "run.check=0"]) == 0
+
+
+def test_what_can_not_go_together_is_refused(tiny_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for more, told in (
+        (["also=[distill]"], "Two presets of this run are called 'distill'"),
+        (["also=[nothing]"], "There is no render=nothing"),
+        (["also=[negative]", "also.negative.size=8"], "also.negative.size=8"),
+        (["also=[negative]", "also.negative.steps=0"], "also.negative.steps=0 is too small"),
+        (["also=[oygard]"], "also=oygard: render.schedule asks for a head"),
+        (["also=[negative]", "render/objective@also.negative.objective=layer"], "give it a run of its own"),
+    ):
+        assert cli.main(["plan", *tiny_run, *more]) == 2, more
+        assert told in capsys.readouterr().err, more
+
+
+def test_the_plan_tells_each_preset(tiny_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *tiny_run, "also=[negative,diverse]"]) == 0
+    printed = capsys.readouterr().out
+    assert "negative: 15 pictures" in printed and "diverse: 60 pictures" in printed and "15 units" in printed
