@@ -7,7 +7,6 @@ happened to an exit code: 0 complete, 1 something was set aside or is wrong, 2 b
 import functools
 import logging
 import os
-import signal
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import audit, datasets, photos, run, spectra
+from pipeline import audit, datasets, interrupts, photos, run, spectra
 from pipeline.arguments import conf_folder, explain, named
 from pipeline.atlas import open_atlas
 from pipeline.config import from_tree
@@ -308,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     saved = sys.argv
     sys.argv = [saved[0], *named(verb, rest)]
     try:
-        with _signals():
+        with interrupts.listening():
             hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)()
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -345,25 +344,6 @@ def _guarded(work: Callable[[], int]) -> int:
 def _refuse(message: str) -> int:
     sys.stderr.write(f"atlas: {message}\n")
     return BAD_INPUT
-
-
-class _signals:
-    """SIGTERM means what Ctrl-C means, while this is entered (in the main thread only)."""
-
-    def __enter__(self) -> None:
-        self.old: Any = None
-
-        def stop(*_: object) -> None:
-            raise KeyboardInterrupt
-
-        try:
-            self.old = signal.signal(signal.SIGTERM, stop)
-        except ValueError:  # not the main thread: a notebook or a test has its own handlers
-            self.old = None
-
-    def __exit__(self, *_: object) -> None:
-        if self.old is not None:
-            signal.signal(signal.SIGTERM, self.old)
 
 
 def _version() -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline import audit, shards, site, starts, store, survey
+from pipeline import audit, interrupts, shards, site, starts, store, survey
 from pipeline.atlas import open_atlas
 from pipeline.config import Config
 from pipeline.engine import Failure, TooManyFailures, opened
@@ -198,7 +198,11 @@ def _work(
                     if task.stage in board.stages:
                         board.add(task.stage, task.size, task.cost, 0.0 if failed else result.seconds, failed=failed)
 
-                engine.execute(tasks, made.setup, finished, board.beat)
+                def idle(board: Board = board) -> None:
+                    interrupts.check()
+                    board.beat()
+
+                engine.execute(tasks, made.setup, finished, idle)
             worked |= {row.name: row for row in rows if row.fresh or row.name not in worked}
             held = Inventory(made, folder, held)
             rows = _stages(made, held, stages)

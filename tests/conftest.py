@@ -18,6 +18,10 @@ from pipeline.run import Request
 # Ray must not write a token into the home folder of whoever runs the tests.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
+# Two processes of tests share the cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "photos"
 
 # Overrides that make any run small: a tiny timm network with random weights, few steps, no Ray.

@@ -1,6 +1,8 @@
 """What the engine decides without Ray: crews, cuts, and what a worker does about memory."""
 
+import contextlib
 import dataclasses
+import signal
 import types
 from pathlib import Path
 from typing import Any
@@ -239,3 +241,17 @@ def test_the_report_says_who_was_idle() -> None:
     lines = told(summary, most=1)
     assert lines[0] == "render: 8 units in 4 s, 2/s" and "62%" in lines[1]
     assert lines[2] == "  b:2: 3 tasks, 25% of 4 s; worker lost" and "1 busier" in lines[3]
+
+
+def test_a_signal_that_an_exception_was_lost_of_is_remembered() -> None:
+    from pipeline import interrupts
+
+    before = signal.getsignal(signal.SIGTERM)
+    with interrupts.listening():
+        interrupts.check()
+        with contextlib.suppress(KeyboardInterrupt):  # as Python does inside a destructor
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+    interrupts.check()
+    assert signal.getsignal(signal.SIGTERM) is before

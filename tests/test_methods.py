@@ -203,9 +203,11 @@ def test_augmentations_are_redrawn_every_so_often(tiny: Model, tiny_layers: dict
 
 def test_an_ensemble_pleases_all_its_members(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
     other = tiny_model()
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in other.module.parameters():
-            weight.add_(torch.randn_like(weight) * weight.std().nan_to_num(0) * 0.7)
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.add_(noise * weight.std().nan_to_num(0) * 0.7)
     from pipeline.files import File
 
     augmentation = Ensemble(checkpoints=(File("other.pt", b"read before"),))
