@@ -61,10 +61,13 @@ class RenderConfig:
 
     @property
     def natural(self) -> str:
-        """The dataset statistic that measures photographs as the objective does: mean, max, min, or empty."""
+        """The dataset statistic that measures photographs as the objective does; empty where there is none.
+
+        Over photographs, the largest spatial `mean` or `max`; of a negative, the `least` mean or the `min`.
+        """
         if self.objective.natural is None:
             return ""
-        return "min" if self.negative else self.objective.natural
+        return {"mean": "least", "max": "min"}[self.objective.natural] if self.negative else self.objective.natural
 
     @property
     def needs_examples(self) -> bool:

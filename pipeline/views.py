@@ -257,7 +257,7 @@ class LayerView:
     def natural(self, preset: str | None = None) -> np.ndarray:
         """Best response of any photograph by the objective's own measure, (C',); NaN without examples."""
         measure = shards.text(self._render(preset), "natural")
-        key = {"mean": "best_mean", "max": "max", "min": "min"}.get(measure, "")
+        key = {"mean": "best_mean", "max": "max", "least": "least_mean", "min": "min"}.get(measure, "")
         return self.stats().get(key, np.full(len(self.channels), np.nan, np.float32))
 
     def crop_box(self, y: int, x: int, least: int = 48) -> tuple[int, int, int, int] | None:

@@ -35,7 +35,7 @@ def test_all_presets_are_in_one_atlas_in_their_order(folders: Path) -> None:
         layer = atlas["conv_stem"]
         assert layer.presets == ("distill", "negative", "image_prior", "diverse")
         assert layer.pictures().shape == (3, 1, 32, 32, 3) and layer.pictures("diverse").shape == (3, 2, 32, 32, 3)
-        assert [layer.render_attributes(p)["natural"] for p in layer.presets] == ["mean", "min", "mean", "mean"]
+        assert [layer.render_attributes(p)["natural"] for p in layer.presets] == ["mean", "least", "mean", "mean"]
         table = atlas.units()
         counts = table.groupby("preset").size().to_dict()
         assert counts == {"distill": 6, "negative": 6, "image_prior": 6, "diverse": 12}
