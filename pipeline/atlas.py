@@ -158,7 +158,7 @@ class Atlas:
                         "layer": layer.name,
                         "channel": np.repeat(layer.channels, variants),
                         "preset": preset,
-                        "objective": str(layer.render_attributes(preset)["objective"]),
+                        "objective": str(layer.render_attributes(preset).get("objective", preset)),
                         "variant": np.tile(np.arange(variants), len(layer.channels)),
                         **{k: v.reshape(-1) for k, v in numbers.items() if v.ndim == 2},
                         "natural": np.repeat(layer.natural(preset), variants),

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pipeline import shards, worker
 from pipeline.config import EngineConfig
 from pipeline.engine import Failure, TooManyFailures, crew, opened, ordered
+from pipeline.estimates import Row
 from pipeline.plan import SHARE, Plan, make_plan, portions
 from pipeline.progress import Post, Stage, report, told
 from pipeline.shards import Shard
@@ -79,14 +80,15 @@ def tiny_plan(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> P
 
 
 def test_tasks_cover_the_plan_once_longest_first(tiny_plan: Plan, tmp_path: Path) -> None:
-    nothing: dict[str, set[int]] = {row.layer.name: set() for row in tiny_plan.rows}
+    nothing: dict[Row, set[int]] = {row: set() for row in tiny_plan.rows}
     tasks = tiny_plan.render_tasks(tmp_path, nothing, 1)
     units = [(task.layer, c) for task in tasks for c in task.channels]
     assert sorted(units) == sorted((row.layer.name, c) for row in tiny_plan.rows for c in row.channels)
     costs = [task.cost for task in ordered(tasks)]
     assert costs == sorted(costs, reverse=True) and len({task.path for task in tasks}) == len(tasks)
     # What is done is not cut again.
-    done = nothing | {tasks[0].layer: set(tasks[0].channels)}
+    first = next(row for row in tiny_plan.rows if row.layer.name == tasks[0].layer)
+    done = nothing | {first: set(tasks[0].channels)}
     rest = tiny_plan.render_tasks(tmp_path, done, 1)
     assert not {(t.layer, c) for t in rest for c in t.channels} & {(tasks[0].layer, c) for c in tasks[0].channels}
     pieces = tiny_plan.examples_tasks(tmp_path, [(0, 6), (14, 20)], 1)
@@ -118,7 +120,16 @@ def test_out_of_memory_halves_the_batch_and_is_remembered(
     setup = dataclasses.replace(tiny_plan.setup, config=config)
     row = tiny_plan.rows[0]
     tasks = [
-        Task("render", str(tmp_path / f"{i}.h5"), "d", 1.0, row.layer.name, tuple(range(i, i + 6)), row.canvas)
+        Task(
+            "render",
+            str(tmp_path / f"{i}.h5"),
+            "d",
+            1.0,
+            row.layer.name,
+            tuple(range(i, i + 6)),
+            row.canvas,
+            row.preset,
+        )
         for i in (0, 6, 12)
     ]
     sizes: list[int] = []
@@ -173,7 +184,9 @@ def test_a_poisoned_context_makes_a_worker_unfit(
     monkeypatch.setattr(worker, "render", poisoned)
     row = tiny_plan.rows[0]
     with pytest.raises(Unfit, match="illegal memory access"):
-        Worker(tiny_plan.setup).do(Task("render", str(tmp_path / "x.h5"), "d", 1.0, row.layer.name, (0,), row.canvas))
+        Worker(tiny_plan.setup).do(
+            Task("render", str(tmp_path / "x.h5"), "d", 1.0, row.layer.name, (0,), row.canvas, row.preset)
+        )
 
 
 def test_a_worker_that_grew_is_worn(tiny_plan: Plan) -> None:

@@ -318,6 +318,6 @@ def test_chaos_in_small() -> None:
     import chaos
 
     told: list[str] = []
-    outcome = chaos.run(4, seed=1, channels=6, steps=10, say=told.append)
-    assert sum(outcome.kills.values()) == 4
+    outcome = chaos.run(3, seed=1, channels=6, steps=10, say=told.append)
+    assert sum(outcome.kills.values()) == 3
     assert (outcome.unreadable, outcome.lost, outcome.different) == ([], [], []), told
