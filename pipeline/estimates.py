@@ -1,6 +1,8 @@
 """How long a plan may take, from a few timed passes on this machine."""
 
+import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -12,6 +14,14 @@ from pipeline.layers import Layer, capture
 from pipeline.models import Model
 from pipeline.presets import RenderConfig, Size
 from pipeline.render import ROBUST_COPIES, render
+
+# At most so many steps are begun to be timed, and after so many seconds no more than two are.
+TIMED = 5
+PATIENCE = 1.0
+
+
+class _Enough(Exception):
+    """Raised out of a picture that was begun for its time only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +52,12 @@ def estimate(
     its ratio to a whole step, and what a step costs beside the network, are measured by rendering two pictures for
     a few steps in the cheapest and the dearest layer.
     """
-    batch = 4
+    batch = 2
     device = next(folded.module.parameters()).device
     images = torch.rand(batch, folded.recipe.channels, *folded.recipe.size, device=device)
     best: dict[str, float] = {}
-    for _ in range(3):
+    start = time.perf_counter()
+    while not best or time.perf_counter() - start < PATIENCE:
         seen: dict[str, float] = {}
         began = time.perf_counter()
 
@@ -80,6 +91,7 @@ def _preset_rows(
     """The rows of one preset; `reach` is the seconds of an image's forward pass up to each layer."""
     pixels = folded.recipe.size[0] * folded.recipe.size[1]
     named = {layer.name: layer for layer in others if layer.name in config.others}
+    device = next(folded.module.parameters()).device
 
     def canvas(layer: Layer) -> Size:
         return canvases[layer.name]
@@ -92,20 +104,27 @@ def _preset_rows(
         return (height + 2 * config.margin) * (width + 2 * config.margin)
 
     def step(layer: Layer) -> float:
-        """Seconds of one step of one picture, by difference: what comes before and after the steps falls out."""
-        times = []
-        for steps in (1, 4):
-            preset = dataclasses.replace(config, steps=steps, attempts=1)
-            units = [(c, v) for c in channels[layer.name][:2] for v in range(preset.variants)]
-            blank = torch.full((folded.recipe.channels, *canvas(layer)), 0.5)
-            began = time.perf_counter()
+        """Seconds of one step of one picture; the first step, which warms up, and all else are left out."""
+        preset = dataclasses.replace(config, steps=TIMED, attempts=1)
+        units = [(c, v) for c in channels[layer.name][:2] for v in range(preset.variants)]
+        blank = torch.full((folded.recipe.channels, *canvas(layer)), 0.5)
+        times: list[float] = []
+
+        def stop() -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+            if len(times) == TIMED or (len(times) > 2 and times[-1] - times[0] > PATIENCE):
+                raise _Enough
+
+        with contextlib.suppress(_Enough):
             # Other checkpoints cost what this one does, and any picture what a grey one does.
             render(
-                folded, layer, units, preset, 0, canvas(layer), others=named, starts=dict.fromkeys(units, blank),
+                folded, layer, units, preset, 0, canvas(layer), stop, others=named, starts=dict.fromkeys(units, blank),
                 ensemble=[folded] * sum(len(a.checkpoints) for a in preset.augmentations if isinstance(a, Ensemble)),
             )  # fmt: skip
-            times.append(time.perf_counter() - began)
-        return max(times[1] - times[0], 1e-4) / 3 / len(units)
+        each = sorted(after - before for before, after in itertools.pairwise(times[1:]))
+        return max(each[len(each) // 2], 1e-4) / len(units)
 
     first, last = min(chosen, key=network), max(chosen, key=network)
     fixed = max(step(first) - 2.7 * network(first), 0.0) / area(first)
