@@ -8,6 +8,7 @@ be merged with any other: any split, merged in any order, is the same to the las
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -200,12 +201,16 @@ def reduced(
     failed: list[tuple[int, str]],
     stop: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(indices (n,), (5, n, C) float32 as `reduction` gives them) of photographs, batch by batch."""
+    """(indices (n,), (5, n, C) float32 as `reduction` gives them) of photographs, batch by batch.
+
+    The numbers are overwritten by the next batch: who wants to keep them copies them.
+    """
     device = next(model.module.parameters()).device
     starts = np.cumsum([0, *(layer.channels for layer in layers)])
     place = {layer.name: i for i, layer in enumerate(layers)}
     centres = [torch.from_numpy(centre[a:b].astype(np.float32)).to(device) for a, b in itertools.pairwise(starts)]
     parts: list[Tensor] = [torch.empty(0)] * len(layers)
+    joined = torch.empty(5, batch, int(starts[-1]), device=device)
 
     def reduce(layer: Layer, maps: Tensor) -> None:
         i = place[layer.name]
@@ -217,7 +222,8 @@ def reduced(
             # Always the same batch size: kernels chosen by size would round differently.
             full = np.concatenate([images, np.repeat(images[-1:], batch - len(images), 0)])
             forward(torch.from_numpy(full).to(device).float() / 255)
-            yield np.array([item.index for item in items]), torch.cat(parts, -1)[:, : len(items)].cpu().numpy()
+            torch.cat(parts, -1, out=joined)
+            yield np.array([item.index for item in items]), joined[:, : len(items)].cpu().numpy()
 
 
 def ranges_of(
@@ -251,19 +257,45 @@ def sweep(
     reducer = Reducer(compile)
     failed: list[tuple[int, str]] = []
     loaded = photos.load(dataset, indices, model.recipe, threads)
-    held: list[tuple[np.ndarray, np.ndarray]] = []
-    for piece in reduced(model, layers, loaded, config.batch, ranges.centre, reducer, failed, stop):
-        held.append(piece)
-        if sum(len(rows) for rows, _ in held) >= BLOCK:
-            _add(gathering, held)
-    _add(gathering, held)
+    collect(gathering, reduced(model, layers, loaded, config.batch, ranges.centre, reducer, failed, stop))
     return gathering.swept(failed)
 
 
-def _add(gathering: Gathering, held: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    if held:
-        gathering.add(np.concatenate([rows for rows, _ in held]), np.concatenate([array for _, array in held], 1))
-        held.clear()
+def collect(gathering: Gathering, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Add what `reduced` gives, block by block, while the network is at work on the next block.
+
+    The network leaves gaps on every core; sorting and counting fit into them, in one thread of their own. Two blocks
+    of memory are used in turn: fresh memory for every batch would scatter the network's own, which then runs slower.
+    """
+    blocks: list[tuple[np.ndarray, np.ndarray]] = []
+    filled = turn = 0
+    pending: list[Future[None]] = []
+    # One thread of PyTorch's: a second team of them would only wait for the cores that the network has.
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as beside:
+
+        def add() -> None:
+            nonlocal filled, turn
+            for one in pending:
+                one.result()
+            rows, values = blocks[turn]
+            pending[:] = [beside.submit(gathering.add, rows[:filled], values[:, :filled])]
+            filled, turn = 0, 1 - turn
+
+        for indices, values in pieces:
+            if not blocks:
+                blocks = [(np.empty(BLOCK, np.int64), np.empty((5, BLOCK, values.shape[2]), np.float32)) for _ in "ab"]
+            start = 0
+            while start < len(indices):
+                count = min(BLOCK - filled, len(indices) - start)
+                blocks[turn][0][filled : filled + count] = indices[start : start + count]
+                blocks[turn][1][:, filled : filled + count] = values[:, start : start + count]
+                filled, start = filled + count, start + count
+                if filled == BLOCK:
+                    add()
+        if filled:
+            add()
+        for one in pending:
+            one.result()
 
 
 def merge(sweeps: Iterable[Sweep], k: int, sources: np.ndarray | None) -> Sweep:

@@ -33,6 +33,15 @@ def rows(maps: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     return maps.amax(2), maps.amin(2), distance.sum(2), (distance * distance).sum(2), above.sum(2)
 
 
+def whole(peak: Tensor, low: Tensor, shift: Tensor, square: Tensor, above: Tensor, places: Tensor) -> Tensor:
+    """What `rows` gives of maps with so many `places` (float64) → (5, B, C) float32: maximum, minimum, three means.
+
+    Sums over rows are float64, and rounded once.
+    """
+    means = [(part.sum(1, dtype=torch.float64) / places).float() for part in (shift, square, above)]
+    return torch.stack([peak.amax(1), low.amin(1), *means])
+
+
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of tensors as one compiled loop, or as it is (said in the log) where compiling does not work here."""
@@ -59,12 +68,10 @@ class Reducer:
     """Reduces maps, with the compiled loop if `compile`."""
 
     def __init__(self, compile: bool) -> None:
-        self._rows = compiled(rows) if compile else rows
+        self._rows, self._whole = (compiled(rows), compiled(whole)) if compile else (rows, whole)
 
     def __call__(self, maps: Tensor, centre: Tensor) -> Tensor:
         """(B, C, H, W) maps → (5, B, C) float32: maximum, minimum, mean d, mean d², share of positions above 0."""
         last = maps.permute(0, 2, 3, 1).float()
-        peak, low, *sums = self._rows(last, centre)
-        places = last.shape[1] * last.shape[2]
-        means = [s.sum(1, dtype=torch.float64).div_(places).float() for s in sums]
-        return torch.stack([peak.amax(1), low.amin(1), *means])
+        places = torch.tensor(float(last.shape[1] * last.shape[2]), dtype=torch.float64, device=last.device)
+        return self._whole(*self._rows(last, centre), places)

@@ -12,6 +12,7 @@ import torch
 
 NONE = np.iinfo(np.int64).min  # the key of an empty place
 _INDEX = 0xFFFFFFFF
+DENSE = 4  # where more than one value in so many may enter a list, all are tried
 
 
 def keys_of(values: np.ndarray, indices: np.ndarray) -> np.ndarray:
@@ -46,12 +47,10 @@ def best_of(keys: np.ndarray, k: int, sources: np.ndarray | None = None) -> np.n
     """
     if sources is not None:
         keys = _once(keys, sources)
-    if keys.shape[1] > k:
-        keys = torch.from_numpy(np.ascontiguousarray(keys)).topk(k, dim=1, sorted=False).values.numpy()
-    ordered = np.sort(keys, axis=1)[:, ::-1]
+    ordered = torch.from_numpy(np.ascontiguousarray(keys)).topk(min(k, keys.shape[1]), dim=1).values.numpy()
     if ordered.shape[1] < k:
         ordered = np.concatenate([ordered, empty(len(ordered), k - ordered.shape[1])], 1)
-    return np.ascontiguousarray(ordered)
+    return ordered
 
 
 def merge(lists: Sequence[np.ndarray], k: int, sources: np.ndarray | None = None) -> np.ndarray:
@@ -65,12 +64,17 @@ def extended(
     """`tops` with (n, C) values of photographs `indices` merged in; channels that none can enter are left alone."""
     last, _ = decode(tops[:, -1])
     # A value equal to the last may have a lower index. Most values are below, and cost this comparison only.
-    image, channel = np.nonzero(values >= np.where(np.isnan(last), np.float32(-np.inf), last))
-    if not len(image):
+    enters = np.ascontiguousarray((values >= np.where(np.isnan(last), np.float32(-np.inf), last)).T)
+    found = np.flatnonzero(enters)
+    if not len(found):
         return tops
-    order = np.argsort(channel, kind="stable")
-    image, channel = image[order], channel[order]
-    rows, starts, counts = np.unique(channel, return_index=True, return_counts=True)
+    if sources is None and len(found) > enters.size // DENSE:
+        return best_of(np.concatenate([tops, keys_of(np.ascontiguousarray(values.T), indices)], 1), tops.shape[1])
+    channel, image = np.divmod(found, enters.shape[1])
+    counts = np.count_nonzero(enters, axis=1)
+    rows = np.flatnonzero(counts)
+    counts = counts[rows]
+    starts = np.cumsum(counts) - counts
     keys = keys_of(values[image, channel], indices[image])
     if sources is not None:
         # Crops of a picture mostly follow one another: the best of each run first, or dedupe compares them all.

@@ -26,7 +26,7 @@ from pipeline.recipes import ModelConfig
 from pipeline.reduction import Reducer
 from pipeline.worker import keep_memory
 
-BLOCK = 64
+BLOCK = 192
 
 
 def bare(model: Model, block: Sequence[Loaded], batch: int) -> None:
@@ -74,11 +74,10 @@ def main() -> None:
         return Gathering(channels, config, ranges, drawn, dataset.sources, config.compile is True)
 
     def passing(into: Gathering, block: Sequence[Loaded]) -> None:
-        found = list(examples.reduced(folded, layers, block, config.batch, ranges.centre, reducer, []))
-        into.add(np.concatenate([i for i, _ in found]), np.concatenate([a for _, a in found], 1))
+        examples.collect(into, examples.reduced(folded, layers, block, config.batch, ranges.centre, reducer, []))
 
     began = time.perf_counter()
-    passing(gathering(), loaded[:BLOCK])
+    passing(gathering(), loaded[: 2 * BLOCK])
     first = time.perf_counter() - began
     bare(model, loaded[:BLOCK], config.batch)
     bare(folded, loaded[:BLOCK], config.batch)
