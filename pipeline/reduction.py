@@ -68,7 +68,8 @@ class Reducer:
     """Reduces maps, with the compiled loop if `compile`."""
 
     def __init__(self, compile: bool) -> None:
-        self._rows, self._whole = (compiled(rows), compiled(whole)) if compile else (rows, whole)
+        self._rows: Callable[..., Any] = compiled(rows) if compile else rows
+        self._whole: Callable[..., Any] = compiled(whole) if compile else whole
 
     def __call__(self, maps: Tensor, centre: Tensor) -> Tensor:
         """(B, C, H, W) maps → (5, B, C) float32: maximum, minimum, mean d, mean d², share of positions above 0."""
