@@ -15,7 +15,7 @@ from pipeline.models import Model
 from pipeline.presets import RenderConfig, Size
 from pipeline.render import ROBUST_COPIES, render
 
-# At most so many steps are begun to be timed, and after so many seconds no more than two are.
+# At most so many steps are begun to be timed, and none after so many seconds.
 TIMED = 5
 PATIENCE = 1.0
 
@@ -104,9 +104,11 @@ def _preset_rows(
         return (height + 2 * config.margin) * (width + 2 * config.margin)
 
     def step(layer: Layer) -> float:
-        """Seconds of one step of one picture; the first step, which warms up, and all else are left out."""
+        """Seconds of one step of one picture; the first, which warms up, counts only if it took too long for more."""
         preset = dataclasses.replace(config, steps=TIMED, attempts=1)
-        units = [(c, v) for c in channels[layer.name][:2] for v in range(preset.variants)]
+        # Two pictures, as a little of a batch; of a dear layer one tells enough.
+        few = 1 if network(layer) > PATIENCE / 10 else 2
+        units = [(c, v) for c in channels[layer.name][:few] for v in range(preset.variants)]
         blank = torch.full((folded.recipe.channels, *canvas(layer)), 0.5)
         times: list[float] = []
 
@@ -114,7 +116,7 @@ def _preset_rows(
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter())
-            if len(times) == TIMED or (len(times) > 2 and times[-1] - times[0] > PATIENCE):
+            if len(times) == TIMED or times[-1] - times[0] > PATIENCE:
                 raise _Enough
 
         with contextlib.suppress(_Enough):
@@ -123,7 +125,7 @@ def _preset_rows(
                 folded, layer, units, preset, 0, canvas(layer), stop, others=named, starts=dict.fromkeys(units, blank),
                 ensemble=[folded] * sum(len(a.checkpoints) for a in preset.augmentations if isinstance(a, Ensemble)),
             )  # fmt: skip
-        each = sorted(after - before for before, after in itertools.pairwise(times[1:]))
+        each = sorted(after - before for before, after in itertools.pairwise(times[1:] if len(times) > 2 else times))
         return max(each[len(each) // 2], 1e-4) / len(units)
 
     first, last = min(chosen, key=network), max(chosen, key=network)

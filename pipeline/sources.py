@@ -56,6 +56,9 @@ def _from_torchvision(config: ModelConfig) -> tuple[nn.Module, Recipe, tuple[str
             # These two renormalise inside; torchvision turns it on only for weights that it loads itself.
             own = config.own_weights is not None and config.name in ("googlenet", "inception_v3")
             options = {"transform_input": True} if own else {}
+            if config.name in ("googlenet", "inception_v3"):
+                # Their own way of drawing random weights takes seconds, and torchvision is about to give it up.
+                options["init_weights"] = False
             default = config.weights == "default" and config.own_weights is None
             chosen = weights if default else None
             module = torchvision.models.get_model(
