@@ -28,6 +28,8 @@ from pipeline.views import LayerView, ShownPhoto, jpeg_image
 SCHEMA = "neuron-atlas"
 SCHEMA_VERSION = 3
 
+_BOX = ("left", "top", "right", "bottom")
+
 
 class Atlas:
     """An open atlas; a context manager. Index it by layer name."""
@@ -128,6 +130,16 @@ class Atlas:
         width, height = shards.dataset(self._file, "dataset/shown/size")[at].tolist()
         left, top, right, bottom = shards.dataset(self._file, "dataset/shown/box")[at].tolist()
         return ShownPhoto(int(index), (width, height), (left, top, right, bottom))
+
+    def shown_photographs(self) -> pd.DataFrame:
+        """All that `shown` tells, one photograph a row: index, width, height, left, top, right, bottom; pixels."""
+        held = self._file.get("dataset/shown")
+        if not isinstance(held, h5py.Group) or "box" not in held:
+            return pd.DataFrame(columns=["index", "width", "height", *_BOX])
+        sizes, boxes = shards.get(held, "size"), shards.get(held, "box")
+        table = pd.DataFrame(np.concatenate([sizes, boxes], 1), columns=["width", "height", *_BOX])
+        table.insert(0, "index", self._shown)
+        return table
 
     def picture(self, index: int) -> Image.Image | None:
         """The whole source picture of a photograph, made smaller, if this atlas holds it."""

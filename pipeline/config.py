@@ -25,7 +25,7 @@ from pipeline.presets import RenderConfig
 from pipeline.recipes import ModelConfig
 from pipeline.registry import build
 from pipeline.schedules import STOPS
-from pipeline.site import SiteConfig
+from pipeline.site.settings import SiteConfig
 from pipeline.transforms import TRANSFORMS
 
 

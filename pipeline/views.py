@@ -97,6 +97,11 @@ class LayerView:
         height, width = shards.numbers(self._group, "receptive_field")
         return (height, width) if height else None
 
+    @functools.cached_property
+    def _geometry(self) -> tuple[tuple[int, ...], ...]:
+        names = ("receptive_field", "receptive_field_stride", "receptive_field_offset", "input_size")
+        return tuple(shards.numbers(self._group, name) for name in names)
+
     @property
     def input_size(self) -> tuple[int, int]:
         """(height, width) of the network's input, in pixels."""
@@ -139,6 +144,11 @@ class LayerView:
         """One picture, (H, W, 3) uint8."""
         return self.pictures(preset)[self.row(channel), variant]
 
+    def picture_digests(self, preset: str | None = None) -> np.ndarray | None:
+        """sha256 of each picture's pixels, (C', V, 32) uint8; None in an atlas that does not say."""
+        group = self._render(preset)
+        return shards.get(group, "images_sha256") if "images_sha256" in group else None
+
     def numbers(self, preset: str | None = None) -> dict[str, np.ndarray]:
         """What was measured of the pictures: activation, robust, start, seed, status, …; (C', V) each."""
         group = self._render(preset)
@@ -180,6 +190,10 @@ class LayerView:
     def heat_maps(self) -> h5py.Dataset | None:
         """All heat-maps as kept, (pairs, h, w) uint8 from the least response (0) to the largest (255) of each."""
         return shards.dataset(self._group, "examples/maps/value") if "examples/maps" in self._group else None
+
+    def heat_ranges(self) -> np.ndarray | None:
+        """(pairs, 2) float32: the responses that 0 and 255 of each heat-map stand for."""
+        return shards.get(self._group, "examples/maps/range") if "examples/maps" in self._group else None
 
     def crop(self, number: int) -> Image.Image | None:
         """What the unit of heat-map `number` saw, where the atlas keeps crops instead of pictures."""
@@ -266,12 +280,9 @@ class LayerView:
         Grown to at least `least` pixels, so that a person can see it, and moved inside the input; None where
         a unit sees the whole image.
         """
-        if self.receptive_field is None:
+        size, stride, offset, limits = self._geometry
+        if not size[0]:
             return None
-        size, stride, offset, limits = (
-            shards.numbers(self._group, name)
-            for name in ("receptive_field", "receptive_field_stride", "receptive_field_offset", "input_size")
-        )
         return crops.seen(int(y), int(x), size, stride, offset, limits, least)
 
     def source_box(self, photo: ShownPhoto, y: int, x: int, least: int = 48) -> tuple[int, int, int, int] | None:

@@ -1,14 +1,19 @@
 """The folder of a site, which is replaced as a whole or not at all."""
 
 import contextlib
+import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import AtlasError
 
 MARK = "neuron-atlas-site.txt"
 MARK_TEXT = "Written by Neuron Atlas. The next build replaces this folder: keep nothing of your own here.\n"
+# What the next build asks about this one. A leading dot: hosts do not serve it.
+BUILT = ".build.json"
 
 
 @contextlib.contextmanager
@@ -28,7 +33,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     for leftover in (new, old):
         if leftover.exists():
             shutil.rmtree(leftover)
-    if folder.exists() and not (folder / MARK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not ours(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise AtlasError(f"{folder} holds something that is no site of Neuron Atlas. Name another folder or move it.")
     new.mkdir(parents=True)
     try:
@@ -53,7 +58,43 @@ def replacing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(new)
 
 
+def ours(folder: Path) -> bool:
+    """Whether `folder` is a site that `replacing` wrote."""
+    return (folder / MARK).is_file()
+
+
+def built(folder: Path) -> dict[str, Any]:
+    """What the build that wrote `folder` said of itself; empty if there is none, or none that can be read."""
+    try:
+        return json.loads((folder / BUILT).read_text(encoding="utf-8")) if ours(folder) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def adopt(old: Path, new: Path, part: str) -> bool:
+    """Take the folder `part` of one site over into another, by hard links where the disk allows; False if not there."""
+    if not (old / part).is_dir():
+        return False
+    shutil.copytree(old / part, new / part, copy_function=_link, dirs_exist_ok=True)
+    return True
+
+
+def write(root: Path, to: str, content: str | bytes) -> None:
+    """A file below `root`, with its folders. A link to a file of the former site is broken, never written through."""
+    path = root / to
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
 def weigh(folder: Path) -> tuple[int, int]:
     """(number of files, bytes) below `folder`."""
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return len(sizes), sum(sizes)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)

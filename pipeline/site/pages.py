@@ -1,26 +1,38 @@
 """Pages and static files of a site, from templates."""
 
-import json
+import hashlib
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 
-from pipeline.site.overview import Overview
-from pipeline.site.sheets import Sheet
-from pipeline.site.units import Unit
+from pipeline.site.facts import Facts
+from pipeline.site.families import Family
+from pipeline.site.folder import write
+from pipeline.site.home import Home
+from pipeline.site.hosts import HEADERS, POLICY
+from pipeline.site.pieces import STRIP_PX, SUFFIX
+from pipeline.site.settings import SiteConfig
+from pipeline.site.sizes import Sizes
+from pipeline.site.sprites import side
+from pipeline.site.twin import table_name
+from pipeline.site.values import number
 
 HERE = Path(__file__).parent
-STATIC = ("atlas.css", "atlas.js", "icon.svg")
+STATIC = ("atlas.css", "core.js", "layer.js", "unit.js", "map.js", "missing.js", "icon.svg")
 
 
 class Pages:
     """Writer of pages below `root`. Everything that comes from an atlas is escaped."""
 
-    def __init__(self, root: Path, title: str) -> None:
+    def __init__(self, root: Path, config: SiteConfig, groups: Sequence[Family], version: str) -> None:
         self._root = root
+        self._config = config
+        self._groups = groups
         self._environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(HERE / "templates"),
             autoescape=True,
@@ -29,55 +41,64 @@ class Pages:
             lstrip_blocks=True,
         )
         self._environment.filters["thousands"] = lambda count: f"{count:,}"
-        self._environment.globals["title"] = title
+        self._environment.filters["number"] = lambda value: number(value).text
+        self._environment.globals.update(
+            title=config.title,
+            version=_version(version),
+            policy=POLICY,
+            suffix=SUFFIX[config.format],
+            groups=groups,
+            unit_link=unit_link,
+            table=table_name(),
+            strip_px=STRIP_PX,
+            strip=config.strip,
+        )
 
-    def write_static(self, cells: str) -> None:
-        """Stylesheets, script and icon; `cells` is the stylesheet of the strips."""
-        folder = self._root / "static"
-        folder.mkdir()
+    def write_static(self) -> None:
+        """Stylesheet, scripts and icon, and what hosts look for."""
         for name in STATIC:
             # Bytes only: a site's permissions should not hang on how the package was installed.
-            shutil.copyfile(HERE / "static" / name, folder / name)
-        self._write("static/cells.css", cells)
+            (self._root / "static").mkdir(exist_ok=True)
+            shutil.copyfile(HERE / "static" / name, self._root / "static" / name)
         # GitHub Pages leaves out files whose names begin with `~` or `_` unless this one is there.
-        self._write(".nojekyll", "")
+        write(self._root, ".nojekyll", "")
+        write(self._root, "_headers", HEADERS)
 
-    def write_home(self, overview: Overview) -> None:
-        """The first page."""
-        self._render("index.html", "index.html", root="", overview=overview)
-
-    def write_layer(self, sheet: Sheet, units: Sequence[Unit]) -> None:
+    def write_layer(self, home: Home, facts: Facts, before: Facts | None, after: Facts | None, sizes: Sizes) -> None:
         """The page of one layer."""
-        self._render("layer.html", sheet.href, root="../", sheet=sheet, units=units)
+        units, per, px = len(facts.channels), sizes.per_thumb, sizes.thumb_px
+        sheets = []
+        for start in range(0, units, per):
+            stop = min(start + per, units)
+            rows = math.ceil((stop - start) / side(per))
+            source = f"media/{facts.slug}/a{start}.{SUFFIX[self._config.format]}"
+            sheets.append((source, side(per) * px, rows * px, facts.channels[start], facts.channels[stop - 1]))
+        shown = {"home": home, "facts": facts, "before": before, "after": after, "sheets": sheets}
+        self._render("layer.html", facts.href, root="../", **shown)
 
-    def write_index(self, overview: Overview) -> None:
-        """What the jump box knows: a script, because pages opened from disk may not fetch data.
-
-        Layers are [name, page, [[first, last], …] of the channels], classes [name, layer's place, channel].
-        """
-        index = {
-            "layers": [[c.sheet.name, c.sheet.href, _runs(c.sheet.channels)] for c in overview.cards],
-            "classes": overview.classes,
-        }
-        # ASCII only, and no way to end a script element, should anybody paste it into a page.
-        text = json.dumps(index, separators=(",", ":")).replace("<", "\\u003c")
-        self._write("static/layers.js", f"window.NEURON_ATLAS={text};\n")
+    def write_others(self, home: Home, mapped: bool) -> None:
+        """The first page, that of units, the map, families, the method, and the one for what is not there."""
+        self._render("index.html", "index.html", root="", home=home)
+        self._render("unit.html", "unit.html", root="", home=home)
+        self._render("map.html", "map.html", root="", home=home, mapped=mapped)
+        self._render("method.html", "method.html", root="", home=home)
+        self._render("families.html", "families.html", root="", home=home)
+        for family in self._groups:
+            self._render("family.html", family.href, root="../", home=home, family=family)
+        self._render("404.html", "404.html", home=home)
 
     def _render(self, template: str, to: str, **context: Any) -> None:
-        self._write(to, self._environment.get_template(template).render(**context))
-
-    def _write(self, to: str, text: str) -> None:
-        path = self._root / to
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="\n")
+        write(self._root, to, self._environment.get_template(template).render(**context))
 
 
-def _runs(channels: Sequence[int]) -> list[list[int]]:
-    """Channels as [first, last] runs: [0, 1, 2, 5] → [[0, 2], [5, 5]]."""
-    runs: list[list[int]] = []
-    for channel in channels:
-        if runs and channel == runs[-1][1] + 1:
-            runs[-1][1] = channel
-        else:
-            runs.append([channel, channel])
-    return runs
+def _version(content: str) -> str:
+    """What keeps caches from giving old files: of the atlas's content and of the static files."""
+    static = hashlib.sha256(content.encode())
+    for name in STATIC:
+        static.update((HERE / "static" / name).read_bytes())
+    return static.hexdigest()[:8]
+
+
+def unit_link(layer: str, channel: int) -> str:
+    """Address of a unit's page, from the site's root: `unit.html#layer:channel`."""
+    return f"unit.html#{quote(layer, safe='/.:')}:{channel}"

@@ -1,0 +1,340 @@
+"""The order in which a site is built, and what of the former one still holds."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.atlas import Atlas, LayerView
+from pipeline.shards import digest_of
+from pipeline.site import families, folder, hosts, indices, plane, twin, workshop
+from pipeline.site.facts import Catalogue, Facts, facts_of, lists_of
+from pipeline.site.folder import BUILT, write
+from pipeline.site.home import Home
+from pipeline.site.pages import Pages
+from pipeline.site.pieces import STRIP_PX, SUFFIX, Made, pieces_of, showing_of, table_of
+from pipeline.site.scripts import text
+from pipeline.site.settings import SiteConfig
+from pipeline.site.sizes import Inventory, Sizes, choose, encode
+from pipeline.site.sprites import sheet, side
+
+# Parts of a layer that a later build takes over as they are.
+KEPT = ("media/{slug}", "data/{slug}")
+# Fields of the configuration that change no layer's files.
+ELSEWHERE = ("title", "families", "aliases", "workers")
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteReport:
+    """What was written, and how many layers, units and pictures it shows; `made` units were not taken over."""
+
+    host: hosts.Report
+    layers: int
+    units: int
+    pictures: int
+    made: int
+    level: int
+
+    @property
+    def files(self) -> int:
+        """Number of files."""
+        return self.host.files
+
+    @property
+    def bytes(self) -> int:
+        """Their size."""
+        return self.host.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What is known of an atlas before anything is drawn, each by layer in order."""
+
+    layers: list[Facts]
+    catalogue: Catalogue
+    responses: list[np.ndarray | None]
+    used: np.ndarray
+    digests: list[str]
+    groups: tuple[families.Family, ...]
+
+
+def build_site(
+    atlas: Atlas,
+    target: Path,
+    config: SiteConfig,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> SiteReport:
+    """Write the site of `atlas` to `target`, in place of the site that may be there.
+
+    The new site is written beside `target` and takes its place when it is finished; until then, and after any
+    error, the old one stands. Layers that have not changed are taken over from it. `progress` hears (units done,
+    units in all). The same atlas and configuration give the same bytes.
+
+    Raises `AtlasError` if `target` holds something that is no site of ours, or a file of families is none.
+    """
+    target = target.absolute()
+    before = folder.built(target)
+    seen = _survey(atlas, config)
+    total = sum(len(facts.channels) for facts in seen.layers)
+    inventory = _inventory(atlas, seen, config)
+    sizes = _sizes(atlas, inventory, config, before)
+    look = digest_of([dataclasses.asdict(sizes), _settings(config), _code(), seen.catalogue.classes])
+    digests = {f.name: digest_of([look, digest]) for f, digest in zip(seen.layers, seen.digests, strict=True)}
+    with folder.replacing(target) as new:
+        old = before.get("layers", {})
+        kept = {f.name for f in seen.layers if old.get(f.name) == digests[f.name] and _adopt(target, new, f)}
+        progress(sum(len(f.channels) for f in seen.layers if f.name in kept), total)
+        ranks, plan = _plane(seen, sizes, before)
+        with workshop.opened(atlas.path, new, config, sizes, total) as crew:
+            _photographs(crew, atlas, seen, sizes, config, new, target, before.get("photos"), look)
+            _layers(crew, new, seen, kept, sizes, config, ranks, digests, progress)
+        pages = Pages(new, config, seen.groups, digest_of([sorted(digests.items()), look])[:8])
+        indices.write_all(new, atlas, seen.layers, seen.catalogue, seen.groups, sizes, config, ranks, plan, digests)
+        home = Home.of(atlas, target, config, seen.layers, seen.catalogue)
+        pages.write_static()
+        for i, facts in enumerate(seen.layers):
+            around = [seen.layers[j] if 0 <= j < len(seen.layers) else None for j in (i - 1, i + 1)]
+            pages.write_layer(home, facts, around[0], around[1], sizes)
+        pages.write_others(home, plan is not None)
+        twin.write_index(new, atlas, seen.layers, seen.catalogue, config.title)
+        state = {
+            "layers": digests,
+            "photos": _photos_digest(atlas, seen, look),
+            "fits": [_fitting(inventory, config), dataclasses.asdict(sizes)],
+            "map": plan and plan.state(),
+        }
+        write(new, BUILT, text(state))
+        report = hosts.weighed(new)
+    made = total - sum(len(f.channels) for f in seen.layers if f.name in kept)
+    return SiteReport(report, len(seen.layers), total, sum(f.pictures for f in seen.layers), made, sizes.level)
+
+
+def _survey(atlas: Atlas, config: SiteConfig) -> Survey:
+    catalogue = Catalogue.of(atlas)
+    layers, responses, used, digests = [], [], [np.zeros(0, np.int64)], []
+    common = _common(atlas)
+    for order, layer in enumerate(atlas):
+        layers.append(facts_of(layer, order, catalogue.classes))
+        responses.append(layer.responses())
+        used += [np.unique(shown.index) for shown in lists_of(layer, config)]
+        digests.append(_digest(layer, layers[-1], responses[-1], common))
+    units = {f.name: frozenset(f.channels) for f in layers}
+    groups = families.read(_families(atlas, config), units)
+    shown = np.unique(np.concatenate(used))
+    return Survey(layers, catalogue, responses, shown[shown >= 0], digests, groups)
+
+
+def _families(atlas: Atlas, config: SiteConfig) -> Path | None:
+    if config.families is not None:
+        return Path(config.families)
+    beside = atlas.path.parent / families.BESIDE
+    return beside if beside.is_file() else None
+
+
+def _common(atlas: Atlas) -> str:
+    """Digest of what all layers show of the photographs."""
+    table, shown = atlas.dataset(), atlas.shown_photographs()
+    parts = [table[key].astype(str).tolist() for key in ("path", "label")]
+    return digest_of([parts, shown.to_numpy(np.float64).tolist(), atlas.examples_store, atlas.dataset_labels])
+
+
+def _digest(layer: LayerView, facts: Facts, responses: np.ndarray | None, common: str) -> str:
+    """Digest of all that a layer's files are made from."""
+    digest = hashlib.sha256(repr((common, facts, layer.spectrum_edges)).encode())
+
+    def add(array: np.ndarray | None) -> None:
+        if array is not None:
+            digest.update(repr((array.shape, str(array.dtype))).encode())
+            digest.update("\0".join(map(str, array.ravel())).encode() if array.dtype == object else array.tobytes())
+
+    for r in facts.rendered:
+        digests = layer.picture_digests(r.key)
+        add(np.asarray(layer.pictures(r.key)[:]) if digests is None else digests)
+        for array in layer.numbers(r.key).values():
+            add(array)
+    for array in layer.stats().values():
+        add(array)
+    for name in ("max", "min", "spectrum"):
+        held = layer.examples(name)
+        for array in (held.value, held.index, held.y, held.x, held.map) if held is not None else ():
+            add(array)
+    for found in (layer.histogram(), layer.labels()):
+        for array in vars(found).values() if found is not None else ():
+            add(array if isinstance(array, np.ndarray) else np.array([array], object))
+    add(responses)
+    maps = layer.heat_maps()
+    add(maps[:] if maps is not None else None)
+    add(layer.heat_ranges())
+    return digest.hexdigest()
+
+
+def _settings(config: SiteConfig) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ELSEWHERE}
+
+
+@functools.cache
+def _code() -> str:
+    """Digest of this package's own code: what another version would make otherwise is made again."""
+    here = Path(__file__).parent
+    return digest_of([hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(here.glob("*.py"))])
+
+
+def _inventory(atlas: Atlas, seen: Survey, config: SiteConfig) -> Inventory:
+    store, boxes = atlas.examples_store, bool(table_of(atlas))
+    # As if whole pictures had a file each; where they do not, there are more crops, and sizes are chosen with these.
+    cells = []
+    heat = []
+    whole = False
+    # Photographs that share a file are heavy to look at one by one, so every unit then has crops of its own.
+    alone = len(seen.used) <= config.max_files // 3
+    for layer, facts in zip(atlas, seen.layers, strict=True):
+        lone = Sizes(0, 1, 1, 1, 1, 1, per_photo=1 if alone else 2)
+        showing = showing_of(store, boxes, facts.whole, config, lone)
+        whole = whole or showing.whole
+        counts = {shown.name: shown.count for shown in lists_of(layer, config)}
+        cells.append(sum(counts.get(name, 0) for name in showing.celled))
+        heat.append(layer.heat_maps() is not None and config.licence != "ids")
+    other = 40 + 4 * len(seen.layers) + len(seen.groups)
+    return Inventory(seen.layers, cells, heat, len(seen.used) if whole else 0, other)
+
+
+def _fitting(inventory: Inventory, config: SiteConfig) -> str:
+    """Digest of what sizes were chosen for: counts, not content, so that a picture made anew changes no size."""
+    layers = [
+        [f.name, len(f.channels), [[r.key, r.variants, r.height, r.width] for r in f.rendered]]
+        for f in inventory.layers
+    ]
+    counts = [inventory.cells, inventory.heat, inventory.photographs, inventory.pages]
+    return digest_of([layers, counts, _settings(config), _code()])
+
+
+def _sizes(atlas: Atlas, inventory: Inventory, config: SiteConfig, before: Mapping[str, Any]) -> Sizes:
+    fitting, kept = before.get("fits", (None, None))
+    return Sizes(**kept) if fitting == _fitting(inventory, config) else choose(atlas, inventory, config)
+
+
+def _adopt(target: Path, new: Path, facts: Facts) -> bool:
+    unit = f"{twin.API}/units/{facts.slug}.json"
+    if not (target / unit).is_file() or not all((target / p.format(slug=facts.slug)).is_dir() for p in KEPT):
+        return False
+    write(new, unit, (target / unit).read_bytes())
+    return all(folder.adopt(target, new, part.format(slug=facts.slug)) for part in KEPT)
+
+
+def _plane(seen: Survey, sizes: Sizes, before: Mapping[str, Any]) -> tuple[list[np.ndarray], indices.Map | None]:
+    """Places of each layer's units in its sheets of small pictures, and the map."""
+    counts = [len(f.channels) for f in seen.layers]
+    vectors = plane.spectra(seen.responses)
+    if vectors is None or len(vectors) < 3:
+        return [np.arange(count) for count in counts], None
+    key = hashlib.sha256(b"".join(r.tobytes() for r in seen.responses if r is not None)).hexdigest()
+    components = plane.axes(vectors)
+    cut = np.cumsum(counts)[:-1]
+    ranks = [plane.blocks(part, sizes.per_tiny) for part in np.split(components, cut)]
+    held = before.get("map")
+    if held and held.get("key") == key:
+        return ranks, indices.Map.again(held)
+    method, places = plane.layout(vectors, components)
+    return ranks, indices.Map(key, method, places)
+
+
+def _photos_digest(atlas: Atlas, seen: Survey, look: str) -> str:
+    fingerprint = atlas.attributes.get("dataset_fingerprint", "")
+    return digest_of([look, fingerprint, _common(atlas), seen.used.tolist()])
+
+
+def _photographs(
+    crew: workshop.Workshop,
+    atlas: Atlas,
+    seen: Survey,
+    sizes: Sizes,
+    config: SiteConfig,
+    new: Path,
+    target: Path,
+    held: str | None,
+    look: str,
+) -> None:
+    """Whole pictures, a file each or many to a sheet; none where they are not to be shown."""
+    table = table_of(atlas)
+    if not showing_of(atlas.examples_store, bool(table), False, config, sizes).whole:
+        return
+    if held == _photos_digest(atlas, seen, look) and folder.adopt(target, new, "photos"):
+        return
+    per = sizes.per_photo
+    if per == 1:
+        crew.photographs([(int(i), [int(i)]) for i in seen.used])
+    else:
+        every = list(table)
+        crew.photographs([(start, every[start : start + per]) for start in range(0, len(every), per)])
+
+
+def _layers(
+    crew: workshop.Workshop,
+    new: Path,
+    seen: Survey,
+    kept: set[str],
+    sizes: Sizes,
+    config: SiteConfig,
+    ranks: Sequence[np.ndarray],
+    digests: Mapping[str, str],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Make what was not kept: sheets and shards by the workshop, and what needs a whole layer here."""
+    total = sum(len(f.channels) for f in seen.layers)
+    done = sum(len(f.channels) for f in seen.layers if f.name in kept)
+    wanted, waiting = [], {}
+    for facts in seen.layers:
+        if facts.name in kept:
+            continue
+        strip = tuple(spaced(list(range(len(facts.channels))), config.strip))
+        pieces = pieces_of(facts, ranks[facts.order], strip)
+        wanted += pieces
+        waiting[facts.name] = len(pieces)
+        if not pieces:
+            _finish(new, facts, [], sizes, config, digests[facts.name])
+    parts: dict[str, list[Made]] = {}
+    for made in crew.pieces(wanted):
+        name = made.piece.layer
+        parts.setdefault(name, []).append(made)
+        if len(parts[name]) == waiting[name]:
+            facts = seen.layers[made.piece.order]
+            ordered = sorted(parts.pop(name), key=lambda m: m.piece.start)
+            _finish(new, facts, ordered, sizes, config, digests[name])
+        done += made.piece.stop - made.piece.start
+        progress(done, total)
+
+
+def _finish(new: Path, facts: Facts, parts: Sequence[Made], sizes: Sizes, config: SiteConfig, digest: str) -> None:
+    """A layer's smallest pictures, in the order of likeness; its strip; its part of the API."""
+    twin.write_units(new, facts, [record for part in parts for record in part.records], digest[:12])
+    media, suffix = f"media/{facts.slug}", SUFFIX[config.format]
+    (new / media).mkdir(parents=True, exist_ok=True)
+    (new / f"data/{facts.slug}").mkdir(parents=True, exist_ok=True)
+    if not parts:
+        return
+    tiny = np.concatenate([part.tiny for part in parts])
+    order = np.argsort(parts[0].piece.ranks)
+    per, px = sizes.per_tiny, sizes.tiny_px
+    for start in range(0, len(order), per):
+        cells = [Image.fromarray(tiny[row]) for row in order[start : start + per]]
+        image = sheet(cells, side(per), (px, px))
+        write(new, f"{media}/b{start}.{suffix}", encode(image, config.format, max(1, sizes.quality - 8)))
+    strip = {row: image for part in parts for row, image in part.strip.items()}
+    rows = parts[0].piece.strip
+    cells = [Image.fromarray(strip[row]) if row in strip else None for row in rows]
+    image = sheet(cells, max(1, len(rows)), (STRIP_PX, STRIP_PX))
+    write(new, f"{media}/strip.{suffix}", encode(image, config.format, max(1, sizes.quality - 8)))
+
+
+def spaced(items: Sequence[int], count: int) -> list[int]:
+    """At most `count` of `items`, evenly spread, the first and last among them."""
+    if len(items) <= count:
+        return list(items)
+    if count == 1:
+        return [items[0]]
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]

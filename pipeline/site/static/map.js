@@ -1,0 +1,241 @@
+// The map: all units on a plane, on a 2-D canvas, which also works from disk.
+(function () {
+  "use strict";
+
+  const { make, find, need, keys, say } = ATLAS;
+  const canvas = find("#map");
+  const tip = find("#map-tip");
+  const context = canvas.getContext("2d");
+  const WHOLE = 4095;
+  const MANY = 1500;
+  const sheets = new Map();
+  let points = [];
+  let view = null;
+  let hits = null;
+  let only = null;
+  let drawing = false;
+
+  Promise.all([ATLAS.indexed, need("map")]).then(([, found]) => {
+    let at = 0;
+    find("#map-method").textContent = found.method === "UMAP" ? "Made by UMAP." : "Made of the first two principal components.";
+    const layers = ATLAS.index.layers.length;
+    for (let order = 0; order < layers; order++) {
+      const layer = ATLAS.layerAt(order);
+      const colour = "hsl(" + Math.round(225 - (225 * order) / Math.max(1, layers - 1)) + " 70% 52%)";
+      for (let row = 0; row < ATLAS.count(layer); row++, at++) {
+        points.push({ layer, row, x: found.x[at], y: found.y[at], rank: found.tiny[order][row], colour });
+      }
+      find("#map-layer").append(make("option", { value: String(order), text: layer.name }));
+    }
+    find(".map-controls").hidden = false;
+    resize();
+    new ResizeObserver(resize).observe(canvas);
+    fromAddress();
+    window.addEventListener("hashchange", fromAddress);
+    document.body.dataset.ready = "yes";
+  });
+
+  // ---------------------------------------------------------------------- view
+
+  const size = () => [canvas.clientWidth, canvas.clientHeight];
+  function whole() {
+    const [w, h] = size();
+    const scale = Math.min(w, h) / (WHOLE * 1.06);
+    view = { scale, x: WHOLE / 2 - w / 2 / scale, y: WHOLE / 2 - h / 2 / scale };
+    draw();
+  }
+  function resize() {
+    const [w, h] = size();
+    const ratio = window.devicePixelRatio || 1;
+    canvas.width = Math.round(w * ratio);
+    canvas.height = Math.round(h * ratio);
+    if (view) draw(); else whole();
+  }
+  function zoom(factor, px, py) {
+    const [w, h] = size();
+    const [x, y] = [px ?? w / 2, py ?? h / 2];
+    const least = Math.min(w, h) / (WHOLE * 2);
+    const scale = Math.min(Math.max(view.scale * factor, least), 6);
+    view.x += x / view.scale - x / scale;
+    view.y += y / view.scale - y / scale;
+    view.scale = scale;
+    draw();
+  }
+  const on = (p) => [(p.x - view.x) * view.scale, (p.y - view.y) * view.scale];
+
+  // ---------------------------------------------------------------------- draw
+
+  function draw() {
+    if (drawing) return;
+    drawing = true;
+    window.requestAnimationFrame(() => { drawing = false; paint(); });
+  }
+
+  // One sheet of small pictures, when it has come; a thousand units near each other share few of them.
+  function picture(p) {
+    const [per, columns, px] = ATLAS.index.sizes.tiny;
+    const start = p.rank - (p.rank % per);
+    const url = ATLAS.media(p.layer, "b" + start);
+    if (!sheets.has(url)) {
+      const image = new Image();
+      sheets.set(url, image);
+      image.onload = draw;
+      image.src = url;
+    }
+    const image = sheets.get(url);
+    const at = p.rank - start;
+    return image.complete && image.naturalWidth ? [image, (at % columns) * px, Math.floor(at / columns) * px, px] : null;
+  }
+
+  function paint() {
+    const [w, h] = size();
+    const ratio = window.devicePixelRatio || 1;
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    context.clearRect(0, 0, w, h);
+    const near = points.filter((p) => {
+      if (only !== null && p.layer.order !== only) return false;
+      [p.px, p.py] = on(p);
+      return p.px > -40 && p.py > -40 && p.px < w + 40 && p.py < h + 40;
+    });
+    const dim = hits !== null;
+    const radius = Math.min(5, Math.max(1.2, 30 / Math.sqrt(near.length + 1)));
+    for (const p of near) {
+      context.globalAlpha = dim && !hits.has(p) ? 0.15 : 0.85;
+      context.fillStyle = p.colour;
+      context.beginPath();
+      context.arc(p.px, p.py, radius, 0, 7);
+      context.fill();
+    }
+    // Pictures, where there is room: one for each square of the screen.
+    const side = near.length > 400 ? 30 : near.length > 120 ? 40 : 52;
+    const taken = new Set();
+    let shown = 0;
+    const few = near.length <= MANY;
+    const order = dim ? near.filter((p) => hits.has(p)).slice(0, 400).concat(few ? near : []) : few ? near : [];
+    for (const p of order) {
+      const place = Math.floor(p.px / side) + "," + Math.floor(p.py / side);
+      if (taken.has(place)) continue;
+      taken.add(place);
+      const found = picture(p);
+      if (!found) continue;
+      const [image, sx, sy, px] = found;
+      context.globalAlpha = dim && !hits.has(p) ? 0.25 : 1;
+      context.drawImage(image, sx, sy, px, px, p.px - side / 2 + 1, p.py - side / 2 + 1, side - 2, side - 2);
+      context.lineWidth = dim && hits.has(p) ? 3 : 2;
+      context.strokeStyle = dim && hits.has(p) ? "#e8692c" : p.colour;
+      context.strokeRect(p.px - side / 2 + 1, p.py - side / 2 + 1, side - 2, side - 2);
+      p.side = side;
+      shown++;
+    }
+    context.globalAlpha = 1;
+    canvas.dataset.shown = shown;
+    canvas.dataset.near = near.length;
+  }
+
+  // -------------------------------------------------------------------- pointing
+
+  function under(x, y) {
+    let best = null;
+    let least = 26 * 26;
+    for (const p of points) {
+      if (only !== null && p.layer.order !== only) continue;
+      const [px, py] = on(p);
+      const far = (px - x) ** 2 + (py - y) ** 2;
+      if (far < least) { least = far; best = p; }
+    }
+    return best;
+  }
+  const nameOf = (p) => p.layer.name + ":" + ATLAS.channelAt(p.layer, p.row);
+  function at(event) {
+    const box = canvas.getBoundingClientRect();
+    return [event.clientX - box.left, event.clientY - box.top];
+  }
+
+  const fingers = new Map();
+  let moved = 0;
+  canvas.addEventListener("pointerdown", (event) => { fingers.set(event.pointerId, at(event)); canvas.setPointerCapture(event.pointerId); moved = 0; });
+  canvas.addEventListener("pointermove", (event) => {
+    const [x, y] = at(event);
+    const held = fingers.get(event.pointerId);
+    if (!held) {
+      const p = under(x, y);
+      canvas.style.cursor = p ? "pointer" : "grab";
+      tip.hidden = !p;
+      if (p) {
+        const pic = make("span", { class: "pic" });
+        ATLAS.tiny(pic, p.layer, p.rank);
+        tip.replaceChildren(pic, make("b", { text: nameOf(p) }));
+        tip.style.left = Math.min(x + 14, size()[0] - 190) + "px";
+        tip.style.top = y + 14 + "px";
+      }
+      return;
+    }
+    const others = Array.from(fingers.entries()).filter(([id]) => id !== event.pointerId);
+    if (others.length === 1) {
+      const [ox, oy] = others[0][1];
+      const before = Math.hypot(held[0] - ox, held[1] - oy);
+      zoom(Math.hypot(x - ox, y - oy) / Math.max(1, before), (x + ox) / 2, (y + oy) / 2);
+    } else {
+      view.x -= (x - held[0]) / view.scale;
+      view.y -= (y - held[1]) / view.scale;
+      draw();
+    }
+    moved += Math.hypot(x - held[0], y - held[1]);
+    fingers.set(event.pointerId, [x, y]);
+  });
+  const lift = (event) => {
+    const held = fingers.delete(event.pointerId);
+    if (held && event.type === "pointerup" && moved < 5) {
+      const p = under(...at(event));
+      if (p) window.location.assign(ATLAS.linkTo(p.layer.name, ATLAS.channelAt(p.layer, p.row)));
+    }
+  };
+  canvas.addEventListener("pointerup", lift);
+  canvas.addEventListener("pointercancel", lift);
+  canvas.addEventListener("pointerleave", () => { tip.hidden = true; });
+  canvas.addEventListener("wheel", (event) => {
+    event.preventDefault();
+    zoom(Math.exp(-event.deltaY * 0.0015), ...at(event));
+  }, { passive: false });
+  canvas.addEventListener("keydown", (event) => {
+    const step = 60 / view.scale;
+    const moves = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -step], ArrowDown: [0, step] };
+    if (moves[event.key]) { view.x += moves[event.key][0]; view.y += moves[event.key][1]; draw(); }
+    else if (event.key === "+" || event.key === "=") zoom(1.4);
+    else if (event.key === "-") zoom(1 / 1.4);
+    else if (event.key === "Enter") {
+      const [w, h] = size();
+      const p = under(w / 2, h / 2);
+      if (p) window.location.assign(ATLAS.linkTo(p.layer.name, ATLAS.channelAt(p.layer, p.row)));
+    } else return;
+    const [w, h] = size();
+    const middle = under(w / 2, h / 2);
+    find("#map-near").textContent = middle ? "In the middle: " + nameOf(middle) + " (Enter opens it)." : "";
+    event.preventDefault();
+  });
+  keys.ArrowLeft = keys.ArrowRight = () => false;
+
+  // ---------------------------------------------------------------------- search
+
+  const box = find("#map-find");
+  async function light() {
+    const text = box.value.trim();
+    if (!text) { hits = null; find("#map-count").textContent = ""; draw(); return; }
+    const words = await need("search", ATLAS.index.identity);
+    const answer = ATLAS.search(text, words, 100000);
+    const wanted = new Set(answer.results.filter((r) => r.layer).map((r) => r.layer.order + ":" + r.row));
+    const layers = new Set(ATLAS.layersNamed(text).map((layer) => layer.order));
+    hits = new Set(points.filter((p) => wanted.has(p.layer.order + ":" + p.row) || (!wanted.size && layers.has(p.layer.order))));
+    find("#map-count").textContent = hits.size + (hits.size === 1 ? " unit" : " units");
+    draw();
+  }
+  function fromAddress() {
+    const query = /[#&]q=([^&]*)/.exec(window.location.hash);
+    if (query) { try { box.value = decodeURIComponent(query[1]); } catch { box.value = query[1]; } light(); }
+  }
+  find(".map-controls").addEventListener("submit", (event) => event.preventDefault());
+  box.addEventListener("input", light);
+  find("#map-layer").addEventListener("change", (event) => { only = event.target.value === "" ? null : Number(event.target.value); draw(); });
+  find("#map-whole").addEventListener("click", whole);
+  if (!context) say("This browser has no canvas.");
+})();

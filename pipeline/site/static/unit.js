@@ -1,0 +1,473 @@
+// A unit's page: unit.html#layer:channel, with &with=layer:channel two of them side by side.
+(function () {
+  "use strict";
+
+  const { make, find, number, share, data, need, keys, say, remember, remembered, sprite, tiny } = ATLAS;
+  const root = ATLAS.root;
+  const place = find("#unit");
+  let latest = 0;
+  let now = null;
+
+  // ------------------------------------------------------------------- address
+
+  function parse(text) {
+    const colon = text.lastIndexOf(":");
+    if (colon < 1 || !/^\d+$/.test(text.slice(colon + 1))) return null;
+    const wanted = text.slice(0, colon);
+    const layer = ATLAS.layer(wanted) || ATLAS.layersNamed(wanted)[0];
+    return layer && { layer, channel: Number(text.slice(colon + 1)), row: ATLAS.rowOf(layer, Number(text.slice(colon + 1))) };
+  }
+  function decoded(text) { try { return decodeURIComponent(text); } catch { return text; } }
+  function asked() {
+    const [first, second] = window.location.hash.slice(1).split("&with=").map(decoded);
+    return { first: parse(first || ""), second: second ? parse(second) : null, text: first };
+  }
+  const nameOf = (unit) => unit.layer.name + ":" + unit.channel;
+
+  async function load(unit) {
+    const per = ATLAS.index.sizes.shard;
+    const start = unit.row - (unit.row % per);
+    const [facts, shard] = await Promise.all([
+      need(unit.layer.slug + "/layer", unit.layer.version), need(unit.layer.slug + "/u" + start, unit.layer.version),
+    ]);
+    return { ...unit, facts, shard, record: shard.units[unit.row - start] };
+  }
+
+  async function show() {
+    const turn = ++latest;
+    const { first, second, text } = asked();
+    if (!first && !text) { window.location.replace(root + "index.html#network"); return; }
+    if (!first || first.row < 0) {
+      place.replaceChildren(make("section", { class: "opening" }, make("h1", { class: "layer", text: text }),
+        make("p", { class: "lead", text: first ? first.layer.name + " has no channel " + first.channel + " in this atlas." : "This atlas has no such unit." }),
+        first ? make("p", {}, make("a", { href: root + "layers/" + first.layer.slug + ".html", text: "All units of " + first.layer.name })) : null));
+      return;
+    }
+    try {
+      const units = await Promise.all([first, second].filter((unit) => unit && unit.row >= 0).map(load));
+      if (turn !== latest) return;
+      const families = ATLAS.index.families.length ? await need("families", ATLAS.index.identity) : {};
+      now = units[0];
+      document.title = units.map(nameOf).join(" | ") + " · " + ATLAS.index.title;
+      place.className = units.length > 1 ? "pair" : "";
+      place.replaceChildren(...units.map((unit, i) => page(unit, families, i)));
+      ATLAS.html.dataset.layer = now.layer.name;
+      document.body.dataset.ready = nameOf(now);
+      // Neighbours are looked at next.
+      const next = now.row + 1 < ATLAS.count(now.layer) && { ...now, row: now.row + 1 };
+      if (next) window.setTimeout(() => load(next), 400);
+    } catch (error) {
+      place.replaceChildren(make("section", { class: "opening" }, make("h1", { class: "layer", text }), make("p", { class: "lead", text: error.message })));
+    }
+  }
+
+  // -------------------------------------------------------------------- pictures
+
+  function picture(unit, rendered, number_, variant) {
+    const [per, variants, columns, width, height] = rendered.sheet;
+    const start = unit.row - (unit.row % per);
+    const cells = Math.min(per, ATLAS.count(unit.layer) - start) * variants;
+    const box = make("span", { class: "pic", role: "img" });
+    box.style.aspectRatio = width + " / " + height;
+    sprite(box, ATLAS.media(unit.layer, "p" + number_ + "-" + start), columns, Math.ceil(cells / columns), (unit.row - start) * variants + variant);
+    return box;
+  }
+
+  function ratio(p) { return p.natural > 0 && p.activation !== null ? p.activation / p.natural : null; }
+
+  function pictures(unit) {
+    const found = [];
+    unit.facts.rendered.forEach((rendered, i) => {
+      (unit.record.pictures[rendered.key] || []).forEach((p, variant) => {
+        if (p.status === "missing") { found.push(make("figure", { class: "absent" }, make("figcaption", { text: rendered.title + ": missing" }))); return; }
+        const box = picture(unit, rendered, i, variant);
+        const times = ratio(p);
+        const title = rendered.title + (unit.record.pictures[rendered.key].length > 1 ? ", " + (variant + 1) : "");
+        box.setAttribute("aria-label", "Feature visualisation of " + nameOf(unit) + ", " + title + ": activation " + number(p.activation) +
+          (times === null ? "" : ", " + number(times) + " times the best photograph") + (p.status === "failed" ? "; failed" : ""));
+        found.push(make("figure", { class: p.status === "failed" ? "failed" : "" }, box,
+          make("figcaption", {}, make("b", { text: title }), " · ", data(p.activation), times === null ? "" : [" · ", number(times), " × natural"],
+            p.status === "failed" ? make("strong", { text: " failed" }) : "")));
+      });
+    });
+    return make("div", { class: "pictures" + (found.length > 1 ? " many" : "") }, found);
+  }
+
+  // -------------------------------------------------------------------- examples
+
+  const MODES = [["crop", "What it saw"], ["heat", "Heat-map"], ["whole", "Whole picture"]];
+  let mode = remembered("mode") || "crop";
+  const clamp = (v) => Math.min(1, Math.max(0, v));
+
+  // What a mode can show of an example: crops may not be kept, whole pictures may not be shown.
+  function shape(unit, entry) {
+    const [, index, , , pair, cell] = entry;
+    const photo = unit.shard.photos[index] || ["", ""];
+    const whole = photo.length > 2;
+    const box = entry.length > 6 ? entry.slice(6, 10) : null;
+    const [inputHeight, inputWidth] = unit.facts.input;
+    let seen = null; // shares of the source picture, left top right bottom
+    if (whole) {
+      const [l, t, r, b] = photo.slice(5);
+      seen = box ? [l + ((r - l) * box[0]) / inputWidth, t + ((b - t) * box[1]) / inputHeight, l + ((r - l) * box[2]) / inputWidth, t + ((b - t) * box[3]) / inputHeight] : [l, t, r, b];
+    }
+    return { photo, whole, box, seen, pair, cell, index, input: [inputWidth, inputHeight] };
+  }
+
+  function ofPhoto(element, s, region) {
+    const [per, columns, total] = ATLAS.index.sizes.photo;
+    const [l, t, r, b] = region.map(clamp);
+    const [, , position, width, height] = s.photo;
+    const across = Math.max(0.01, r - l);
+    const down = Math.max(0.01, b - t);
+    const aspect = (across * width) / (down * height);
+    element.style.aspectRatio = String(aspect);
+    element.style[aspect >= 1 ? "width" : "height"] = "100%";
+    const start = position - (position % per);
+    const url = root + "photos/" + (per > 1 ? "s" + start : s.index) + "." + ATLAS.index.suffix;
+    const rows = per > 1 ? Math.ceil(Math.min(per, total - start) / columns) : 1;
+    sprite(element, url, columns, rows, position - start, [l, t, across, down]);
+    return [l, t, across, down];
+  }
+
+  function heatOver(unit, element, s, area) {
+    const per = ATLAS.index.sizes.heat;
+    const start = unit.row - (unit.row % per);
+    need(unit.layer.slug + "/h" + start, unit.layer.version).then((heat) => {
+      const held = heat.maps[s.pair];
+      if (!held) return;
+      const [low, high, coded] = held;
+      const bytes = Uint8Array.from(window.atob(coded), (c) => c.charCodeAt(0));
+      const canvas = make("canvas", { width: heat.width, height: heat.height, class: "heat", "aria-hidden": "true" });
+      const context = canvas.getContext("2d");
+      const image = context.createImageData(heat.width, heat.height);
+      const zero = high > 0 && low < 0 ? (-low / (high - low)) * 255 : 0;
+      bytes.forEach((v, i) => {
+        const x = Math.max(0, (v - zero) / (255 - zero));
+        image.data.set([255, 70 + 150 * x, 20 + 40 * x, 225 * x], 4 * i);
+      });
+      context.putImageData(image, 0, 0);
+      const [left, top, width, height] = area;
+      Object.assign(canvas.style, { left: 100 * left + "%", top: 100 * top + "%", width: 100 * width + "%", height: 100 * height + "%" });
+      element.append(canvas);
+      element.parentNode.title += "; heat-map from " + number(low) + " to " + number(high);
+    }).catch(() => {});
+  }
+
+  function frame(unit, entry) {
+    const s = shape(unit, entry);
+    const [path, label] = s.photo;
+    const inner = make("span", { class: "pic" });
+    const words = (label || path) + ", response " + number(entry[0]);
+    const outer = make("span", { class: "frame", role: "img", "aria-label": (mode === "heat" ? "Heat-map on photograph: " : "Photograph: ") + words,
+      title: path + (Math.max(...unit.facts.map) > 1 ? " (row " + entry[2] + ", column " + entry[3] + ")" : "") }, inner);
+    const crops = unit.facts.crops;
+    if (mode !== "crop" && s.whole) {
+      ofPhoto(inner, s, [0, 0, 1, 1]);
+      const [l, t, r, b] = s.photo.slice(5);
+      if (mode === "heat") heatOver(unit, inner, s, [l, t, r - l, b - t]);
+      if (s.seen && s.box) {
+        const [x, y, x2, y2] = s.seen.map(clamp);
+        const mark = make("span", { class: "seen" });
+        Object.assign(mark.style, { left: 100 * x + "%", top: 100 * y + "%", width: 100 * (x2 - x) + "%", height: 100 * (y2 - y) + "%" });
+        inner.append(mark);
+      }
+    } else if (s.cell >= 0 && crops) {
+      const [per, each, columns] = crops;
+      const start = unit.row - (unit.row % per);
+      const cells = Math.min(per, ATLAS.count(unit.layer) - start) * each;
+      Object.assign(inner.style, { width: "100%", aspectRatio: "1" });
+      sprite(inner, ATLAS.media(unit.layer, "x" + start), columns, Math.ceil(cells / columns), (unit.row - start) * each + s.cell);
+      if (mode === "heat") {
+        const [w, h] = s.input;
+        const [l, t, r, b] = s.box || [0, 0, w, h];
+        heatOver(unit, inner, s, [-l / (r - l), -t / (b - t), w / (r - l), h / (b - t)]);
+      }
+    } else if (s.whole) {
+      ofPhoto(inner, s, s.seen);
+    } else {
+      outer.classList.add("absent");
+      outer.replaceChildren(path);
+    }
+    return make("figure", { class: "example" }, outer, make("figcaption", {}, data(entry[0]), label ? make("span", { text: label }) : ""));
+  }
+
+  function examples(unit, part, redraw) {
+    const lists = unit.record.examples || {};
+    const section = make("section", { class: "examples" });
+    if (!lists.max && !lists.min) { section.append(make("p", { class: "note", text: "No photographs are kept for this unit." })); return section; }
+    const able = Object.values(lists).flat().filter(Boolean).map((entry) => shape(unit, entry));
+    const shown = able.some((s) => s.whole || s.cell >= 0);
+    const choices = MODES.filter(([key]) => shown && (key === "crop" || (key === "whole" ? able.some((s) => s.whole) : unit.facts.heat)));
+    const toggle = make("div", { class: "toggle", role: "radiogroup", "aria-label": "What is shown of the photographs" });
+    for (const [key, text] of choices.length > 1 ? choices : []) {
+      const id = "mode-" + part + "-" + key;
+      toggle.append(make("input", { type: "radio", name: "mode-" + part, id, value: key, checked: key === mode,
+        onchange: () => { mode = key; remember("mode", key); redraw(); } }), make("label", { for: id, text }));
+    }
+    section.append(make("div", { class: "tools" }, make("h2", { text: "Photographs" }), toggle));
+    const body = make("div", {});
+    section.append(body);
+    section.redraw = () => {
+      body.replaceChildren();
+      for (const [key, title] of [["max", "Strongest"], ["min", "Weakest"]]) {
+        const list = (lists[key] || []).filter(Boolean);
+        if (list.length) body.append(make("h3", { text: title }), make("div", { class: "row" }, list.map((entry) => frame(unit, entry))));
+        else if (key === "max") body.append(make("p", { class: "note", text: "No photograph drove this unit above zero." }));
+      }
+    };
+    section.redraw();
+    return section;
+  }
+
+  // -------------------------------------------------------------------- spectrum
+
+  function spectrum(unit) {
+    const h = unit.record.histogram;
+    const list = (unit.record.examples || {}).spectrum;
+    const edges = unit.facts.edges;
+    if (!h) return null;
+    const bins = Math.max(0, edges.length - 1);
+    const each = bins && list ? list.length / bins : 0;
+    const width = 640;
+    const height = 110;
+    const low = Math.min(h.from, h.ends[0] ?? h.from);
+    const last = h.from + h.step * h.counts.length;
+    const high = Math.max(h.ends[1] ?? last, h.from + h.step);
+    const span = high - low || 1;
+    const x = (value) => Math.min(width, Math.max(0, (width * (value - low)) / span));
+    const most = Math.max(1, ...h.counts);
+    const svg = make("svg", { viewBox: "0 0 " + width + " " + (height + 16), class: "histogram", role: "img",
+      "aria-label": "Histogram of the largest response to each photograph, from " + number(h.ends[0]) + " to " + number(h.ends[1]) });
+    const zones = [];
+    for (let i = 0; i < bins; i++) {
+      const [a, b] = [h.quantiles[i], h.quantiles[i + 1]];
+      if (a === null || b === null) continue;
+      zones[i] = make("rect", { class: "zone", x: x(a), y: 0, width: Math.max(2, x(b) - x(a)), height, "data-bin": i, onpointerenter: () => choose(i), onclick: () => choose(i) });
+      svg.append(zones[i]);
+    }
+    h.counts.forEach((count, i) => {
+      const value = h.from + h.step * i;
+      // The square root, for a few photographs in a tail are what one looks for.
+      const tall = Math.sqrt(count / most) * (height - 4);
+      if (count) svg.append(make("rect", { class: "bar-of", x: x(value), y: height - tall, width: Math.max(1, x(value + h.step) - x(value) - 1), height: tall }, make("title", { text: count + " photographs from " + number(value) })));
+    });
+    if (low < 0 && high > 0) svg.append(make("line", { class: "zero", x1: x(0), x2: x(0), y1: 0, y2: height }), make("text", { x: x(0), y: height + 13, "text-anchor": "middle", text: "0" }));
+    svg.append(make("text", { x: 0, y: height + 13, text: number(low) }), make("text", { x: width, y: height + 13, "text-anchor": "end", text: number(high) }));
+    const row = make("div", { class: "row" });
+    const buttons = [];
+    const names = make("div", { class: "bins", role: "group", "aria-label": "Bins of the spectrum" });
+    let chosen = -1;
+    function choose(i) {
+      if (chosen === i || !each) return;
+      chosen = i;
+      buttons.forEach((b, j) => b && b.setAttribute("aria-pressed", String(j === i)));
+      zones.forEach((z, j) => z && z.classList.toggle("on", j === i));
+      const entries = list.slice(i * each, (i + 1) * each).filter(Boolean);
+      row.replaceChildren(...(entries.length ? entries.map((entry) => frame(unit, entry)) : [make("p", { class: "note", text: "No photograph was drawn from here." })]));
+    }
+    for (let i = 0; i < (each ? bins : 0); i++) {
+      buttons[i] = make("button", { type: "button", "aria-pressed": "false", "data-bin": i, onclick: () => choose(i), onpointerenter: () => choose(i),
+        title: number(h.quantiles[i]) + " to " + number(h.quantiles[i + 1]) }, edges[i] + "–" + edges[i + 1] + " %");
+      names.append(buttons[i]);
+    }
+    const section = make("section", { class: "spectrum" }, make("h2", { text: "Spectrum" }),
+      make("p", { class: "note", text: "How strongly all photographs drive this unit at their best place (heights: square root of the count). Point at a part to see photographs drawn from it by chance." }), svg, names, row);
+    section.redraw = () => { const i = chosen; chosen = -1; choose(i < 0 ? bins - 1 : i); };
+    // Its photographs are loaded when it comes into sight.
+    ATLAS.lazily([section], () => section.redraw(), "0px");
+    return section;
+  }
+
+  // --------------------------------------------------------------------- numbers
+
+  const STATS = [
+    ["max", "largest response", number, "Over all places of all photographs."],
+    ["mean", "mean response", number, "Over all places of all photographs."],
+    ["sd", "standard deviation", number, "Over all places of all photographs."],
+    ["min", "lowest response", number, "Over all places of all photographs."],
+    ["nonzero", "above zero", share, "Share of places in photographs where the unit is above zero."],
+    ["fired", "fired", share, "Share of photographs with any place above zero."],
+    ["sparsity", "sparsity", number, "0: answers all photographs alike. 1: answers to one alone."],
+    ["kurtosis", "kurtosis", number, "Excess kurtosis of the largest responses: how heavy the tails are."],
+    ["best_mean", "best mean", number, "Largest mean over the map that any photograph reached."],
+    ["least_mean", "least mean", number, "Least mean over the map."],
+  ];
+
+  function numbers(unit) {
+    const main = unit.facts.rendered[0];
+    const p = main && unit.record.pictures[main.key][0];
+    const items = [];
+    const item = (name, node, hint, strong) => items.push(make("div", { class: strong ? "main" : "", title: hint }, make("dt", { text: name }), make("dd", {}, node)));
+    if (p && p.status !== "missing") {
+      item("activation", data(p.activation), "What the saved picture drives the unit to, without shaking.", true);
+      item("best photograph", data(p.natural), "The most that any photograph reached, by the same measure.", true);
+      const times = ratio(p);
+      item("achieved ÷ natural", times === null ? "—" : make("data", { value: times.toPrecision(6), text: number(times) }), "Above 1 the picture is purer than any photograph.", true);
+      if ("robust" in p) item("robust", data(p.robust), "Mean activation of 16 shaken copies.", true);
+    }
+    const stats = unit.record.stats || {};
+    for (const [key, name, form, hint] of STATS) if (key in stats) item(name, data(stats[key], form), hint);
+    for (const key of Object.keys(stats)) if (!STATS.some(([k]) => k === key) && typeof stats[key] === "number") item(key.replace(/_/g, " "), data(stats[key]), "");
+    let says = null;
+    const times = p ? ratio(p) : null;
+    if (p && p.status === "failed") says = make("p", { class: "says bad", text: "The optimisation failed: it did not lift the unit above its start or its numbers ran out of range, so this picture says nothing about what the unit looks for." });
+    else if (times !== null && times >= 1) says = make("p", { class: "says" }, "The picture reaches ", number(p.activation), ", ", make("b", { text: number(times) + " times" }), " the best photograph by that measure.");
+    else if (times !== null) says = make("p", { class: "says" }, "The picture reaches only ", make("b", { text: number(times) }), " of what the best photograph reached: trust the photographs more.");
+    else if (p && p.natural !== null && p.activation !== null) says = make("p", { class: "says", text: "No photograph reached above zero by the picture’s measure, so there is no ratio." });
+    if (stats.inactive === true) says = make("p", { class: "says bad", text: "No photograph drove this unit above zero." });
+    return make("section", { class: "figures" }, make("h2", { text: "Numbers" }), says, make("dl", { class: "numbers" }, items),
+      make("p", { class: "note" }, make("a", { href: root + "method.html#numbers", text: "What the numbers mean" })));
+  }
+
+  function labels(unit) {
+    const l = unit.record.labels;
+    if (!l || (!l.over.length && !l.best)) return null;
+    const rows = l.over.map(([name, count, lift]) => make("tr", {}, make("th", { scope: "row", text: name }), make("td", { text: String(count) }), make("td", {}, lift === null ? "—" : data(lift), lift === null ? "" : " ×")));
+    return make("section", { class: "labels" }, make("h2", { text: "Labels" }),
+      rows.length ? make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Labels" }, make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col", text: "among its top photographs" }), make("th", { scope: "col", text: "how many" }), make("th", { scope: "col", text: "lift" }))), make("tbody", {}, rows))) : null,
+      l.best ? make("p", { class: "note" }, "Answers most to ", make("b", { text: l.best }), ": selectivity ", data(l.selectivity), ", AUROC ", data(l.auroc), ".") : null);
+  }
+
+  function neighbour(layer, channel, rank, text) {
+    const name = layer.name + ":" + channel;
+    const pic = make("span", { class: "pic" });
+    const link = make("a", { class: "near", href: ATLAS.linkTo(layer.name, channel), title: name, "aria-label": name + ", " + text }, pic, make("b", { text: String(channel) }), make("span", { text }));
+    ATLAS.lazily([link], () => tiny(pic, layer, rank), "0px");
+    return link;
+  }
+
+  function relations(unit) {
+    const found = [];
+    const similar = unit.record.similar;
+    if (similar && similar.length) {
+      found.push(make("section", { class: "similar" }, make("h2", { text: "Most similar units of the layer" }), make("p", { class: "note", text: "By the correlation of their responses over the dataset." }),
+        make("div", { class: "nears" }, similar.map(([channel, r, rank]) => neighbour(unit.layer, channel, rank, r.toFixed(2).replace("-", "−"))))));
+    }
+    const wiring = unit.record.wiring || {};
+    for (const [key, title, text] of [["inputs", "Strongest inputs", "from"], ["outputs", "Strongest outputs", "to"]]) {
+      const wires = wiring[key];
+      const other = wires && ATLAS.layer(wires.layer);
+      if (!other || !wires.units.length) continue;
+      found.push(make("section", { class: "wiring" }, make("h2", { text: title }),
+        make("p", { class: "note" }, "By the size (L2 norm) of the weights " + text + " ", make("a", { href: root + "layers/" + other.slug + ".html", text: other.name }), ", with the sign of their sum: + excites, − inhibits."),
+        make("div", { class: "nears" }, wires.units.map(([channel, norm, sum, rank]) => neighbour(other, channel, rank, (sum < 0 ? "−" : "+") + number(norm))))));
+    }
+    return found;
+  }
+
+  function provenance(unit) {
+    const rows = [];
+    for (const rendered of unit.facts.rendered) {
+      (unit.record.pictures[rendered.key] || []).forEach((p, variant) => {
+        const trace = (p.trace || []).filter((v) => v !== null);
+        const low = Math.min(...trace);
+        const line = trace.length > 1 ? make("svg", { class: "trace", viewBox: "0 0 80 20", "aria-hidden": "true" }, make("polyline", { points: trace.map((v, i) => (80 * i) / (trace.length - 1) + "," + (19 - (18 * (v - low)) / (Math.max(...trace) - low || 1))).join(" ") })) : "—";
+        rows.push(make("tr", {}, make("th", { scope: "row", text: rendered.title + (variant ? ", " + (variant + 1) : "") }), make("td", { text: p.status || "—" }),
+          make("td", {}, data(p.activation)), make("td", {}, data(p.robust)), make("td", {}, data(p.start)), make("td", {}, data(p.natural)), make("td", {}, data(p.steps, String)), make("td", {}, data(p.seconds)), make("td", {}, p.seed ? make("data", { value: p.seed, text: p.seed }) : "—"), make("td", {}, line),
+          make("td", {}, make("code", { text: rendered.digest.slice(0, 12) || "—", title: rendered.digest }))));
+      });
+    }
+    if (!rows.length) return null;
+    const heads = ["picture", "status", "activation", "robust", "start", "best photograph", "steps", "seconds", "seed", "rise", "digest"];
+    return make("section", { class: "provenance" }, make("h2", { text: "How each picture came about" }),
+      make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "How each picture came about" }, make("table", {}, make("thead", {}, make("tr", {}, heads.map((text) => make("th", { scope: "col", text })))), make("tbody", {}, rows))),
+      make("p", { class: "note" }, "Activations are those of the saved 8-bit pictures", unit.facts.rendered[0] ? ", stored at " + unit.facts.rendered[0].stored.join(" × ") + " px" : "", ". The digest names everything that made a picture: ", make("a", { href: root + "method.html", text: "the method, in words" }), "."));
+  }
+
+  // ----------------------------------------------------------------------- page
+
+  function page(unit, families, part) {
+    const name = nameOf(unit);
+    const labels_ = unit.facts.columns.label ? unit.facts.columns.label[unit.row] : -1;
+    const word = unit.record.class || (labels_ >= 0 ? unit.facts.columns.labels[labels_] : "");
+    const tags = (families[name] || []).map((i) => make("a", { class: "tag", href: root + ATLAS.index.families[i][1], text: ATLAS.index.families[i][0] }));
+    const status = unit.facts.columns.status ? unit.facts.columns.status[unit.row] : "";
+    const first = ATLAS.channelAt(unit.layer, unit.row - 1);
+    const after = unit.row + 1 < ATLAS.count(unit.layer) ? ATLAS.channelAt(unit.layer, unit.row + 1) : -1;
+    const step = (channel, text) => channel >= 0 ? make("a", { href: ATLAS.linkTo(unit.layer.name, channel), text }) : make("span", { text: "" });
+    let photographs = null;
+    let drawn = null;
+    const redraw = () => { photographs.redraw(); if (drawn) drawn.redraw(); };
+    photographs = examples(unit, part, redraw);
+    drawn = spectrum(unit);
+    const actions = make("div", { class: "actions" },
+      make("button", { type: "button", text: "Copy link", onclick: () => copy(window.location.href.split("#")[0] + "#" + ATLAS.linkTo(unit.layer.name, unit.channel).split("#")[1], "link") }),
+      make("button", { type: "button", text: "Copy citation", onclick: () => copy(citation(unit), "citation") }),
+      make("button", { type: "button", text: "Download", title: "All numbers of this unit as JSON", onclick: () => download(unit) }),
+      make("button", { type: "button", text: "Compare", title: "c", onclick: () => compare(unit) }),
+      make("button", { type: "button", text: "Random", title: "r", onclick: ATLAS.random }));
+    return make("article", { class: "unit", "data-unit-shown": name },
+      make("section", { class: "opening" },
+        make("nav", { class: "neighbours", "aria-label": "Units" }, step(unit.row > 0 ? first : -1, "← " + first), make("a", { href: root + "layers/" + unit.layer.slug + ".html", text: unit.layer.name }), step(after, after + " →")),
+        make("h1", { class: "layer" }, make("span", { text: unit.layer.name + ":" }), String(unit.channel)),
+        make("p", { class: "subtitle" }, word ? make("span", { class: "class", text: word }) : "", " ", tags,
+          status === "failed" ? make("strong", { class: "flag", text: "failed" }) : "", (unit.record.stats || {}).inactive ? make("span", { class: "flag quiet", text: "never above zero" }) : ""),
+        actions),
+      make("div", { class: "evidence" }, unit.facts.rendered.length ? pictures(unit) : null, make("div", { class: "beside" }, photographs)),
+      make("div", { class: "two" }, drawn, make("div", {}, numbers(unit), labels(unit))),
+      relations(unit), provenance(unit));
+  }
+
+  // --------------------------------------------------------------------- actions
+
+  function copy(text, what) {
+    const told = () => say("Copied the " + what + ".");
+    const by = () => {
+      const area = make("textarea", { class: "off", text });
+      document.body.append(area);
+      area.select();
+      document.execCommand("copy");
+      area.remove();
+      told();
+    };
+    if (navigator.clipboard && window.isSecureContext) navigator.clipboard.writeText(text).then(told, by);
+    else by();
+  }
+  function citation(unit) {
+    const r = unit.facts.rendered[0];
+    return ATLAS.index.title + ", unit " + nameOf(unit) + " of " + ATLAS.index.model + (r && r.digest ? ", preset " + (r.preset || r.title) + " " + r.digest.slice(0, 12) : "") +
+      (ATLAS.index.identity ? ", atlas " + ATLAS.index.identity : "") + ". " + window.location.href;
+  }
+  function download(unit) {
+    const photographs = Object.fromEntries(Object.entries(unit.shard.photos).map(([i, p]) => [i, { path: p[0], label: p[1] }]));
+    const record = { unit: nameOf(unit), model: ATLAS.index.model, rendered: unit.facts.rendered, ...unit.record, photographs };
+    const url = URL.createObjectURL(new Blob([JSON.stringify(record, null, 1)], { type: "application/json" }));
+    make("a", { href: url, download: nameOf(unit).replace(/[^A-Za-z0-9_.-]+/g, "_") + ".json" }).click();
+    window.setTimeout(() => URL.revokeObjectURL(url), 1000);
+  }
+  function compare(unit) {
+    const held = remembered("held");
+    if (held && held !== nameOf(unit) && parse(held)) {
+      remember("held", "");
+      window.location.hash = ATLAS.linkTo(parse(held).layer.name, parse(held).channel).split("#")[1] + "&with=" + ATLAS.linkTo(unit.layer.name, unit.channel).split("#")[1];
+    } else {
+      remember("held", nameOf(unit));
+      say(nameOf(unit) + " is held. Press c at another unit to compare.");
+    }
+  }
+
+  const go = (layer, channel) => { window.location.hash = ATLAS.linkTo(layer.name, channel).split("#")[1]; };
+  const step = (by) => () => {
+    const row = now ? now.row + by : -1;
+    if (now && row >= 0 && row < ATLAS.count(now.layer)) go(now.layer, ATLAS.channelAt(now.layer, row));
+  };
+  const across = (by) => () => {
+    const to = now && ATLAS.layerAt(now.layer.order + by);
+    if (to && ATLAS.count(to)) go(to, ATLAS.channelAt(to, Math.min(now.row, ATLAS.count(to) - 1)));
+  };
+  keys.ArrowLeft = step(-1);
+  keys.ArrowRight = step(1);
+  keys.ArrowUp = across(-1);
+  keys.ArrowDown = across(1);
+  keys["["] = across(-1);
+  keys["]"] = across(1);
+  keys.c = () => { if (now) compare(now); };
+
+  let listening = false;
+  ATLAS.indexed.then(() => {
+    show();
+    if (!listening) window.addEventListener("hashchange", () => { window.scrollTo(0, 0); show(); });
+    listening = true;
+  });
+})();
