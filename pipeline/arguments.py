@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from pipeline.errors import nearest
 
 # Verbs that read a run which is there already, and take its folder.
-ON_FOLDER = ("site", "status", "verify", "repair", "compact", "export")
+ON_FOLDER = ("site", "serve", "publish", "status", "verify", "repair", "compact", "export")
 
 
 def conf_folder() -> Path:
@@ -26,6 +26,8 @@ def conf_folder() -> Path:
 def named(verb: str, arguments: Sequence[str]) -> list[str]:
     """Arguments as Hydra's overrides: a run's folder given by position, and presets in `also=[…]`."""
     found = []
+    if verb == "publish":
+        _, arguments = target(arguments)
     for argument in arguments:
         if argument.startswith("also="):
             names = argument.removeprefix("also=").strip("[]").split(",")
@@ -36,6 +38,15 @@ def named(verb: str, arguments: Sequence[str]) -> list[str]:
             path = Path(argument)
             found += [f"run.root='{path.parent if path.parent != Path() else 'runs'}'", f"run.name='{path.name}'"]
     return found
+
+
+def target(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Where `publish` goes, its first plain word, and the arguments without it."""
+    plain = [a for a in arguments if not a.startswith(("-", "~")) and "=" not in a]
+    rest = list(arguments)
+    if plain:
+        rest.remove(plain[0])
+    return plain[0] if plain else "", rest
 
 
 def explain(error: Exception) -> str:

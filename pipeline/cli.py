@@ -4,6 +4,7 @@ Hydra composes the configuration; this module turns it into frozen dataclasses, 
 happened to an exit code: 0 complete, 1 something was set aside or is wrong, 2 bad input, 130 interrupted.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -24,7 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline import audit, datasets, interrupts, photos, run, spectra
-from pipeline.arguments import conf_folder, explain, named
+from pipeline.arguments import conf_folder, explain, named, target
 from pipeline.atlas import open_atlas
 from pipeline.config import from_tree
 from pipeline.errors import AtlasError, nearest
@@ -33,6 +34,8 @@ from pipeline.plan import Plan, make_plan
 from pipeline.progress import clock, told
 from pipeline.run import BAD_INPUT, COMPLETE, INTERRUPTED, SET_ASIDE, Request
 from pipeline.shards import making, safe
+from pipeline.site.hosts import prepare
+from pipeline.site.serve import server
 
 log = logging.getLogger("pipeline")
 
@@ -43,7 +46,9 @@ usage: atlas VERB [group=choice] [key=value] …
   plan       the table of layers and the time a run will take
   examples   the dataset pass alone
   render     the pictures alone
-  site       the pages again, from atlas.h5
+  site       the pages again, from atlas.h5: only what changed
+  serve      show the pages on this machine: atlas serve runs/NAME port=8000
+  publish    make the pages ready for github, gitlab, cloudflare, huggingface or bucket: atlas publish github runs/NAME
   status     how far a run is
   verify     what is wrong with a run, if anything
   repair     set aside what is broken and keep what is whole of it; `run` makes the rest again
@@ -138,6 +143,24 @@ def _site(request: Request) -> int:
     folder = request.folder.existing()
     with folder.locked():
         run.build_site(request, folder)
+    return COMPLETE
+
+
+def _serve(request: Request, port: str = "8000") -> int:
+    """Until somebody presses Ctrl-C."""
+    if not port.isdigit():
+        raise AtlasError(f"port={port!r} must be a number.")
+    with server(request.folder.existing().site, int(port)) as found:
+        print(f"http://{found.server_name}:{found.server_port}/index.html (Ctrl-C ends it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            found.serve_forever()
+    return COMPLETE
+
+
+def _publish(request: Request, target: str = "") -> int:
+    folder = request.folder.existing()
+    report, command = prepare(folder.site, target, request.config.site.title)
+    print("\n".join([*report.lines(), "", "Ready. What is left to type:", "", f"  {command}"]))
     return COMPLETE
 
 
@@ -246,6 +269,8 @@ VERBS: dict[str, Callable[[Request], int]] = {
     "examples": _examples,
     "render": _render,
     "site": _site,
+    "serve": _serve,
+    "publish": _publish,
     "status": _status,
     "verify": _verify,
     "repair": _repair,
@@ -293,6 +318,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         places = [argument.removeprefix("out=") for argument in rest if argument.startswith("out=")]
         rest = [argument for argument in rest if not argument.startswith("out=")]
         work = functools.partial(_spectrum, out=places[-1] if places else None)
+    if verb == "serve":
+        ports = [argument.removeprefix("port=") for argument in rest if argument.startswith("port=")]
+        rest = [argument for argument in rest if not argument.startswith("port=")]
+        work = functools.partial(_serve, port=(ports or ["8000"])[-1])
+    if verb == "publish":
+        work = functools.partial(_publish, target=target(rest)[0])
     codes: list[int] = []
     composing = [True]
 

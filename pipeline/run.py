@@ -286,8 +286,29 @@ def _refresh_site(request: Request, folder: RunFolder) -> None:
 
 
 def build_site(request: Request, folder: RunFolder) -> None:
-    """Write the pages from atlas.h5."""
+    """Write the pages from atlas.h5, with a line of progress now and then and a report on who will host them."""
+    config = request.config
+    began = told_at = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told_at
+        now = time.monotonic()
+        if now - told_at >= config.engine.progress_seconds and done < total:
+            told_at = now
+            log.info("site: %d of %d units, %.0f/s", done, total, done / max(now - began, 1e-6))
+
     with open_atlas(folder.path) as atlas:
-        report = site.build_site(atlas, folder.site, request.config.site)
+        report = site.build_site(atlas, folder.site, config.site, progress)
     (folder.path / ".site").unlink(missing_ok=True)
-    log.info("site: %d files, %.1f MB; open %s", report.files, report.bytes / 1e6, folder.site / "index.html")
+    kept = report.units - report.made
+    log.info(
+        "site: %d units of %d layers in %s%s", report.units, report.layers, clock(time.monotonic() - began),
+        f", {kept} of them taken over as they were" if kept else "",
+    )  # fmt: skip
+    if report.level:
+        log.info("site: sizes are those of step %d of 4 below the best, to fit into site.max_bytes", report.level)
+    for line in report.host.lines():
+        log.info("%s", line)
+    if report.bytes > config.site.max_bytes or report.files > config.site.max_files:
+        log.warning("The site is larger than site.max_bytes or site.max_files, even at its smallest sizes")
+    log.info("open %s", folder.site / "index.html")

@@ -42,6 +42,11 @@ class Diagram:
     stages: tuple[tuple[float, float, str], ...]
     lines: tuple[tuple[float, float, float], ...]
 
+    @property
+    def hues(self) -> list[str]:
+        """The colours in it, in order of appearance."""
+        return list(dict.fromkeys(box.hue for box in self.boxes))
+
 
 def draw(layers: Sequence[Facts]) -> Diagram:
     """Lay out `layers` from left to right, in as many rows as they need."""
@@ -57,7 +62,7 @@ def draw(layers: Sequence[Facts]) -> Diagram:
         weights = [2 + math.log2(facts.total + 1) for facts in part]
         free = ACROSS - DEPTH - GAP * (len(part) - 1)
         # A short row does not blow its boxes up to fill the line.
-        scale = min(free / max(1e-9, sum(weights)), 7.0)
+        scale = min(free / max(1e-9, sum(weights)), 14.0)
         x, middle = 0.0, bottom + DEPTH + TALL / 2
         start = middle
         last = ""

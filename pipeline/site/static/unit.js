@@ -231,9 +231,8 @@
     const each = bins && list ? list.length / bins : 0;
     const width = 640;
     const height = 110;
-    const low = Math.min(h.from, h.ends[0] ?? h.from);
-    const last = h.from + h.step * h.counts.length;
-    const high = Math.max(h.ends[1] ?? last, h.from + h.step);
+    const low = h.ends[0] ?? h.from;
+    const high = h.ends[1] ?? h.from + h.step * h.counts.length;
     const span = high - low || 1;
     const x = (value) => Math.min(width, Math.max(0, (width * (value - low)) / span));
     const most = Math.max(1, ...h.counts);
