@@ -151,7 +151,7 @@ def _serve(request: Request, port: str = "8000") -> int:
     if not port.isdigit():
         raise AtlasError(f"port={port!r} must be a number.")
     with server(request.folder.existing().site, int(port)) as found:
-        print(f"http://{found.server_name}:{found.server_port}/index.html (Ctrl-C ends it)", flush=True)
+        print(f"http://127.0.0.1:{found.server_port}/index.html (Ctrl-C ends it)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             found.serve_forever()
     return COMPLETE

@@ -63,7 +63,8 @@ def write_all(
         "families": [[family.name, family.href, len(family.present)] for family in groups],
         "aliases": dict(config.aliases),
         "sizes": {
-            "shard": sizes.per_shard, "heat": sizes.per_heat, "photo": [sizes.per_photo, side(sizes.per_photo), photographs],
+            "shard": sizes.per_shard, "heat": sizes.per_heat,
+            "photo": [sizes.per_photo, side(sizes.per_photo), photographs],
             "thumb": [sizes.per_thumb, side(sizes.per_thumb), sizes.thumb_px],
             "tiny": [sizes.per_tiny, side(sizes.per_tiny), sizes.tiny_px],
         },
