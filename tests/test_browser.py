@@ -214,11 +214,11 @@ def test_a_unit_shows_what_the_store_holds(visit, folder):
     with open_atlas(folder / "somewhere/below") as atlas:
         layer = atlas["blocks.0.conv"]
         row = layer.row(20)
-        numbers = layer.numbers("channel")
+        numbers = layer.numbers()
         best = layer.examples("max")
         assert best is not None
         expected = [numbers[key][row, 0] for key in ("activation", "robust", "start", "seconds")]
-        expected += [layer.natural("channel")[row], *best.value[row][:3], *(v[row] for v in layer.stats().values())]
+        expected += [layer.natural()[row], *best.value[row][:3], *(v[row] for v in layer.stats().values())]
         labels = atlas.dataset_labels
     written = page.eval_on_selector_all("data", "all => all.map(e => e.value)")
     floats = {np.float32(text) for text in written if text not in ("true", "false")}
@@ -234,7 +234,7 @@ def test_a_unit_shows_what_the_store_holds(visit, folder):
 def test_several_pictures_of_a_unit(visit):
     page = visit("unit.html#blocks.1.conv:5")
     titles = page.locator(".pictures figcaption b").all_inner_texts()
-    assert titles == ["channel", "neuron, 1", "neuron, 2"]
+    assert titles == ["distill", "neuron, 1", "neuron, 2"]
     assert page.locator(".provenance tbody tr").count() == 3
 
 

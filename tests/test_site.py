@@ -23,8 +23,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipeline.arguments import conf_folder
 from pipeline.atlas import open_atlas
-from pipeline.cli import conf_folder
 from pipeline.errors import AtlasError
 from pipeline.shards import creating, put, safe
 from pipeline.site import SiteConfig, build_site, families, hosts, method, plane, sizes, twin
@@ -79,7 +79,7 @@ def write_atlas(path: Path, pictures: bool = True, examples: bool = True, layers
     rng = np.random.default_rng(0)
     with creating(path) as file:
         file.attrs.update(
-            schema="neuron-atlas", schema_version=2, model="tiny", weights_sha256="ab" * 32,
+            schema="neuron-atlas", schema_version=3, model="tiny", weights_sha256="ab" * 32,
             dataset_fingerprint="cd" * 32, versions=json.dumps({"torch": "9.9", "numpy": "8.8"}),
             created="2026-01-02T03:04:05+00:00", run="test", failures=1, identity="ef" * 32,
         )  # fmt: skip
@@ -114,10 +114,10 @@ def write_layer(file: h5py.File, rng, order: int, layer, pictures: bool, example
         if name == "stem":
             best[3] = -0.5
         write_examples(group, rng, name, len(channels), side, best)
-    for objective, variants in (("channel", 1), ("neuron", 2)) if pictures else ():
-        if objective == "neuron" and name != "blocks.1.conv":
+    for number, (preset, variants) in enumerate((("distill", 1), ("neuron", 2)) if pictures else ()):
+        if preset == "neuron" and name != "blocks.1.conv":
             continue
-        render = f"render/{objective}"
+        render = f"render/{preset}"
         shape = (len(channels), variants)
         colours = rng.integers(0, 255, (*shape, 1, 1, depth))
         images = np.broadcast_to((colours + seed) % 256, (*shape, size, size, depth)).astype(np.uint8)
@@ -131,8 +131,10 @@ def write_layer(file: h5py.File, rng, order: int, layer, pictures: bool, example
         if name == "blocks.0.conv":
             status[1] = "failed"
         put(group, f"{render}/status", status)
-        natural = "mean" if objective == "channel" else "max"
-        group[render].attrs.update(natural=natural, objective=objective, preset="distill", digest=f"{order}f" * 32)
+        natural, objective = ("max", "neuron") if number else ("mean", "channel")
+        group[render].attrs.update(
+            natural=natural, objective=objective, preset=preset, digest=f"{order}f" * 32, order=number
+        )
 
 
 def write_examples(group: h5py.Group, rng, name: str, count: int, side: int, best: np.ndarray) -> None:
@@ -283,7 +285,7 @@ def check_links(site: Path) -> int:
                 assert target.is_file(), (path, tag, link)
                 outside = site.resolve() not in target.parents
                 assert not outside or target == site.resolve().parent / "atlas.h5", (path, link)
-                if target.name == "unit.html":
+                if target.name == "unit.html" and parts.path:
                     layer, _, channel = urllib.parse.unquote(parts.fragment).rpartition(":")
                     assert layer in known and channel.isdigit(), link
                 elif parts.fragment:
@@ -334,7 +336,7 @@ def test_numbers_are_those_of_the_store(site):
                 assert unit == found["units"][row] and unit["channel"] == channel
                 for key, array in stats.items():
                     assert unit["stats"][key] == array[row].item() or np.float32(unit["stats"][key]) == array[row]
-                for key in layer.objectives:
+                for key in layer.presets:
                     numbers, natural = layer.numbers(key), layer.natural(key)[row]
                     for variant, picture in enumerate(unit["pictures"][key]):
                         for name in ("activation", "robust", "start", "seconds"):
@@ -343,7 +345,7 @@ def test_numbers_are_those_of_the_store(site):
                         assert picture["seed"] == str(numbers["seed"][row, variant])
                         assert picture["steps"] == numbers["steps"][row, variant]
                         assert picture["status"] == numbers["status"][row, variant]
-                main = unit["pictures"]["channel"][0]
+                main = unit["pictures"]["distill"][0]
                 ratio = facts["columns"]["ratio"][row]
                 if main["natural"] > 0:
                     assert ratio == pytest.approx(main["activation"] / main["natural"], rel=1e-3)
@@ -419,10 +421,12 @@ def test_method_is_told_from_the_configuration(site):
     for fact in ("model: tiny", "Feature Visualization", "distill", "torch 9.9", "maxₓ", "Σᵢⱼ", "decay = 1.25", "1/f",
                  "Turn about the centre", "degrees = 10.0", "steps = 128", "Treves–Rolls"):  # fmt: skip
         assert fact in words, fact
-    several = method.tell("render:\n  a: {objective: {name: neuron}, negative: true}\n  b: {objective: {name: own}}\n")
-    assert [p.name for p in several] == ["a", "b"]
+    several = method.tell(
+        "render: {objective: {name: neuron}, negative: true}\n"
+        "also: {b: {name: own, objective: {name: mine}}, c: 3}"
+    )
+    assert [p.name for p in several] == ["render", "own"]
     assert several[0].formula.startswith("minₓ") and several[1].objective.text == ()
-    assert method.tell("presets: [{name: x, objective: {name: channel}}]")[0].name == "x"
     assert method.tell("[1]") == method.tell("a: 'b") == ()
 
 
@@ -526,7 +530,7 @@ def test_pages_forbid_all_but_their_own(site):
 
 def test_failed_and_silent_units_are_flagged(site):
     with open_atlas(site.parent) as atlas:
-        assert unit_of(site, atlas["blocks.0.conv"], 2)[0]["pictures"]["channel"][0]["status"] == "failed"
+        assert unit_of(site, atlas["blocks.0.conv"], 2)[0]["pictures"]["distill"][0]["status"] == "failed"
         assert unit_of(site, atlas["stem"], 3)[0]["stats"]["inactive"] is True
     statuses = shard(site, "blocks.0.conv/layer")["columns"]["status"]
     assert statuses.index("failed") == 1 and statuses.count("failed") == 1

@@ -93,16 +93,11 @@ class Facts:
         return down, across
 
 
-def keys_of(layer: LayerView) -> tuple[str, ...]:
-    """What a layer has pictures for, the main one first: as the atlas lists them, but `channel` before `neuron`."""
-    return tuple(sorted(layer.objectives, key=lambda name: name != "channel"))
-
-
 def facts_of(layer: LayerView, order: int, classes: Sequence[str]) -> Facts:
     """The facts of `layer`, which is number `order` of its atlas; no picture is read."""
     channels = tuple(int(c) for c in layer.channels)
     rendered = []
-    for key in keys_of(layer):
+    for key in layer.presets:
         numbers, attributes = layer.numbers(key), layer.render_attributes(key)
         _, variants, height, width, _ = layer.pictures(key).shape
         status = numbers["status"]
@@ -113,8 +108,8 @@ def facts_of(layer: LayerView, order: int, classes: Sequence[str]) -> Facts:
         rendered.append(
             Rendered(
                 key=key,
-                # The key is the preset's name where a run has several; else an objective, and the preset says more.
-                title=key if not preset or preset == key else preset if len(layer.objectives) == 1 else key,
+                # In old atlases the key is an objective; where it is the only one, the preset says more.
+                title=preset if preset and len(layer.presets) == 1 else key,
                 objective=objective or key,
                 preset=preset,
                 digest=str(attributes.get("digest", "")),

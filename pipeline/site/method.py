@@ -79,20 +79,11 @@ def tell(config: str) -> tuple[Preset, ...]:
 
 
 def _presets(tree: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Wherever the configuration keeps them: one under `render`, or several by name under `render` or `presets`."""
-    for key in ("presets", "render"):
-        found = tree.get(key)
-        if isinstance(found, list):
-            found = {str(p.get("name", i)): p for i, p in enumerate(found) if isinstance(p, Mapping)}
-        if not isinstance(found, Mapping):
-            continue
-        if "objective" in found:
+    """The run's main preset, and those that it has beside it."""
+    main, also = tree.get("render"), tree.get("also")
+    for key, found in [("render", main), *(also.items() if isinstance(also, Mapping) else ())]:
+        if isinstance(found, Mapping) and "objective" in found:
             yield str(found.get("name", key)), found
-            continue
-        several = [(str(k), v) for k, v in found.items() if isinstance(v, Mapping) and "objective" in v]
-        yield from several
-        if several:
-            return
 
 
 def _preset(name: str, tree: Mapping[str, Any]) -> Preset:
