@@ -11,6 +11,8 @@
 The site and every comparison read through this module and nothing else.
 """
 
+import functools
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +25,7 @@ from PIL import Image
 
 from pipeline import shards
 from pipeline.errors import AtlasError, nearest
-from pipeline.views import LayerView, ShownPhoto, jpeg_image
+from pipeline.views import LayerView, ShownPhoto
 
 SCHEMA = "neuron-atlas"
 SCHEMA_VERSION = 3
@@ -125,28 +127,40 @@ class Atlas:
     def shown(self, index: int) -> ShownPhoto | None:
         """Size and place of a photograph that is an example of any unit; None if it is of none."""
         at = int(np.searchsorted(self._shown, index))
-        if at == len(self._shown) or self._shown[at] != index or "dataset/shown/box" not in self._file:
+        if at == len(self._shown) or self._shown[at] != index or self._boxes is None:
             return None
-        width, height = shards.dataset(self._file, "dataset/shown/size")[at].tolist()
-        left, top, right, bottom = shards.dataset(self._file, "dataset/shown/box")[at].tolist()
-        return ShownPhoto(int(index), (width, height), (left, top, right, bottom))
+        width, height, left, top, right, bottom = self._boxes[at].tolist()
+        return ShownPhoto(int(index), (int(width), int(height)), (left, top, right, bottom))
+
+    @functools.cached_property
+    def _boxes(self) -> np.ndarray | None:
+        """(shown, 6) width, height, left, top, right, bottom of each photograph shown; None in old atlases."""
+        if "dataset/shown/box" not in self._file:
+            return None
+        return np.concatenate([shards.get(self._file, f"dataset/shown/{name}") for name in ("size", "box")], 1)
+
+    @functools.cached_property
+    def _jpegs(self) -> tuple[np.ndarray, h5py.Dataset] | None:
+        """Offsets of the whole pictures, and their bytes; None in an atlas that does not hold them."""
+        if "dataset/shown/jpeg" not in self._file:
+            return None
+        return shards.get(self._file, "dataset/shown/offset"), shards.dataset(self._file, "dataset/shown/jpeg")
 
     def shown_photographs(self) -> pd.DataFrame:
         """All that `shown` tells, one photograph a row: index, width, height, left, top, right, bottom; pixels."""
-        held = self._file.get("dataset/shown")
-        if not isinstance(held, h5py.Group) or "box" not in held:
+        if self._boxes is None:
             return pd.DataFrame(columns=["index", "width", "height", *_BOX])
-        sizes, boxes = shards.get(held, "size"), shards.get(held, "box")
-        table = pd.DataFrame(np.concatenate([sizes, boxes], 1), columns=["width", "height", *_BOX])
+        table = pd.DataFrame(self._boxes, columns=["width", "height", *_BOX])
         table.insert(0, "index", self._shown)
         return table
 
     def picture(self, index: int) -> Image.Image | None:
         """The whole source picture of a photograph, made smaller, if this atlas holds it."""
         at = int(np.searchsorted(self._shown, index))
-        if at == len(self._shown) or self._shown[at] != index or "dataset/shown/jpeg" not in self._file:
+        if at == len(self._shown) or self._shown[at] != index or self._jpegs is None:
             return None
-        return jpeg_image(shards.group(self._file, "dataset/shown"), at)
+        offsets, data = self._jpegs
+        return Image.open(io.BytesIO(data[int(offsets[at]) : int(offsets[at + 1])].tobytes()))
 
     def photo(self, index: int) -> Image.Image | None:
         """A photograph as the network saw it, cut from `picture`, if this atlas holds it."""

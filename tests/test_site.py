@@ -422,8 +422,7 @@ def test_method_is_told_from_the_configuration(site):
                  "Turn about the centre", "degrees = 10.0", "steps = 128", "Treves–Rolls"):  # fmt: skip
         assert fact in words, fact
     several = method.tell(
-        "render: {objective: {name: neuron}, negative: true}\n"
-        "also: {b: {name: own, objective: {name: mine}}, c: 3}"
+        "render: {objective: {name: neuron}, negative: true}\nalso: {b: {name: own, objective: {name: mine}}, c: 3}"
     )
     assert [p.name for p in several] == ["render", "own"]
     assert several[0].formula.startswith("minₓ") and several[1].objective.text == ()

@@ -18,14 +18,15 @@ class Photos:
         self._atlas = atlas
         self._side = side
         self._blur = blur
+        self._cropped = atlas.examples_store == "crops"
         self._kept: OrderedDict[int, Image.Image | None] = OrderedDict()
         self._bytes = 0
 
     def crop(self, layer: LayerView, index: int, y: int, x: int, pair: int) -> Image.Image | None:
         """What unit (y, x) of `layer` saw of photograph `index`, RGB; None if the atlas does not hold it."""
-        kept = layer.crop(pair)
-        if kept is not None:
-            return self._square(kept.convert("RGB"))
+        if self._cropped:
+            kept = layer.crop(pair)
+            return kept and self._square(kept.convert("RGB"))
         photo = self._photo(index)
         if photo is None:
             return None

@@ -88,6 +88,9 @@ def alike(vectors: np.ndarray, rows: slice, count: int) -> tuple[np.ndarray, np.
     found[np.arange(len(own)), own] = -2
     found[:, ~vectors.any(1)] = -2
     found[~vectors[rows].any(1)] = -2
-    order = np.argsort(-found, axis=1, kind="stable")[:, :count]
+    # The best few first, then these in order, ties by number.
+    few = np.sort(np.argpartition(-found, min(count, found.shape[1] - 1), axis=1)[:, :count], axis=1)
+    ranked = np.argsort(-np.take_along_axis(found, few, 1), axis=1, kind="stable")
+    order = np.take_along_axis(few, ranked, 1)
     value = np.take_along_axis(found, order, 1)
     return np.where(value > -2, order, -1), value

@@ -45,22 +45,22 @@ class Sizes:
     @property
     def per_thumb(self) -> int:
         """Units in a sheet of thumbnails."""
-        return divisor(48 if self.spread < 3 else 60)
+        return divisor(48 if self.spread < 8 else 80)
 
     @property
     def per_tiny(self) -> int:
         """Units in a sheet of the smallest pictures."""
-        return divisor(24 * min(2, self.spread))
+        return divisor(24 if self.spread < 3 else 40 if self.spread < 8 else 60)
 
     @property
     def per_shard(self) -> int:
         """Units in a shard of numbers."""
-        return divisor(12 * min(2, self.spread))
+        return divisor(12 if self.spread == 1 else 20 if self.spread < 4 else 12 * min(5, self.spread))
 
     @property
     def per_heat(self) -> int:
         """Units in a shard of heat-maps."""
-        return divisor(24 * min(3, self.spread))
+        return divisor(24 * min(10, self.spread))
 
     def picture(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in which a picture is shown: never enlarged."""
@@ -69,11 +69,11 @@ class Sizes:
 
     def per_picture(self, height: int, width: int, variants: int) -> int:
         """Units in a sheet of pictures, whose (height, width) is that of `picture`."""
-        return divisor(min(24, self.spread * 150_000 // (height * width * variants)))
+        return divisor(min(60, self.spread * 150_000 // (height * width * variants)))
 
     def per_crops(self, cells: int) -> int:
         """Units in a sheet of crops, with so many cells each."""
-        return divisor(min(24, self.spread * 130_000 // max(1, cells * self.example_px**2)))
+        return divisor(min(60, self.spread * 130_000 // max(1, cells * self.example_px**2)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +110,15 @@ def files(sizes: Sizes, inventory: Inventory) -> int:
 
 def choose(atlas: Atlas, inventory: Inventory, config: SiteConfig) -> Sizes:
     """The best sizes with which the site fits into `max_files` and `max_bytes`; the smallest if none does."""
-    sizes = levels(config)[0]
-    for spread in (1, 2, 3, 4, 6, 8, 12, 24):
-        # Whole pictures a file each are the lightest to look at, as long as they are few beside all else.
-        room = 1 if inventory.photographs <= config.max_files // 3 else 4 * spread
-        sizes = dataclasses.replace(sizes, spread=spread, per_photo=room)
-        if files(sizes, inventory) <= config.max_files:
-            break
     sample = _sample(atlas, inventory)
+    sizes = levels(config)[0]
     for level in levels(config):
-        sizes = dataclasses.replace(level, spread=sizes.spread, per_photo=sizes.per_photo)
+        for spread in (1, 2, 3, 4, 6, 8, 12, 24):
+            # Whole pictures a file each are the lightest to look at, as long as they are few beside all else.
+            room = 1 if inventory.photographs <= config.max_files // 3 else 4 * spread
+            sizes = dataclasses.replace(level, spread=spread, per_photo=room)
+            if files(sizes, inventory) <= config.max_files:
+                break
         if _bytes(sizes, inventory, sample, config) <= MARGIN * config.max_bytes:
             break
     return sizes
@@ -154,7 +153,8 @@ def _sample(atlas: Atlas, inventory: Inventory) -> dict[str, list[Image.Image]]:
     found = [facts for facts in inventory.layers if facts.channels]
     for i in range(SAMPLE if found else 0):
         facts = found[i * len(found) // SAMPLE]
-        layer, row = atlas[facts.name], (i * 7) % len(facts.channels)
+        layer = atlas[facts.name]
+        row = (i * 7) % len(layer.channels)
         if facts.rendered:
             pictures.append(visible(layer.pictures(facts.rendered[0].key)[row, 0]).convert("RGB"))
         best = layer.examples("max")
