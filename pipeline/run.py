@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline import audit, interrupts, shards, site, starts, store, survey
+from pipeline import audit, interrupts, shards, site, starts, store, survey, wiring
 from pipeline.atlas import open_atlas
 from pipeline.config import Config
 from pipeline.engine import Failure, TooManyFailures, opened
 from pipeline.errors import AtlasError
 from pipeline.folder import RunFolder, binding, write_text
 from pipeline.inventory import Inventory
+from pipeline.models import load
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Board, Post, Stage, clock, report, told
 from pipeline.shards import Damaged
@@ -242,6 +243,7 @@ def _consolidate(request: Request, made: Plan, folder: RunFolder, held: Inventor
         return len(failures)
     if pass_.complete:
         done = pass_.result
+    inputs, outputs = wiring.wires(load(config.model).to("cpu"), [layer for layer, _ in made.layers])
     content = store.Content(
         identity=identity,
         run=config.run.name,
@@ -254,6 +256,8 @@ def _consolidate(request: Request, made: Plan, folder: RunFolder, held: Inventor
         photos=paths if done else (),
         dataset_fingerprint=made.dataset_fingerprint,
         examples=done,
+        inputs=inputs,
+        outputs=outputs,
         failures=len(failures),
     )
     store.consolidate(

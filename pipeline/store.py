@@ -25,6 +25,7 @@ from pipeline.shards import Damaged, Shard, put, safe
 from pipeline.statistics import statistics
 from pipeline.survey import Surveyed
 from pipeline.winners import Chosen
+from pipeline.wiring import Wires
 
 LIBRARIES = ("neuron-atlas", "torch", "torchvision", "timm", "h5py", "numpy", "pillow")
 
@@ -43,6 +44,8 @@ class Content:
     photos: Sequence[Photo] = ()
     dataset_fingerprint: str = ""
     examples: Surveyed | None = None
+    inputs: Mapping[str, Wires] = dataclasses.field(default_factory=dict)
+    outputs: Mapping[str, Wires] = dataclasses.field(default_factory=dict)
     failures: int = 0
     identity: str = ""
 
@@ -109,6 +112,9 @@ def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str],
             group = file.create_group(f"layers/{safe(layer.name)}")
             _describe(group, layer, order, content.input_size)
             put(group, "channels", np.array(channels, np.int32))
+            for side, wires in (("inputs", content.inputs), ("outputs", content.outputs)):
+                if layer.name in wires:
+                    _wiring(group, side, channels, wires[layer.name])
             for (name, preset), found in rendered.items():
                 if name == layer.name and found:
                     _pictures(group, preset, channels, found)
@@ -134,6 +140,13 @@ def _describe(group: h5py.Group, layer: Layer, order: int, input_size: tuple[int
     group.attrs["receptive_field_stride"] = np.array(field.stride if field else (0, 0), np.int32)
     group.attrs["receptive_field_offset"] = np.array(field.offset if field else (0, 0), np.int32)
     group.attrs["input_size"] = np.array(input_size, np.int32)
+
+
+def _wiring(group: h5py.Group, side: str, channels: Sequence[int], wires: Wires) -> None:
+    rows = np.array(channels, int)
+    for key in ("channel", "norm", "sum"):
+        put(group, f"wiring/{side}/{key}", getattr(wires, key)[rows])
+    group[f"wiring/{side}"].attrs["layer"] = wires.layer
 
 
 def _pictures(group: h5py.Group, preset: str, channels: Sequence[int], found: Sequence[Shard]) -> None:

@@ -62,6 +62,19 @@ class Histogram:
 
 
 @dataclasses.dataclass(frozen=True)
+class Wiring:
+    """The units of `layer` that each unit of another is most strongly wired to; (C', k) arrays, strongest first.
+
+    `channel` is −1 where there are fewer; `norm` and `sum` are those of the weights between the two.
+    """
+
+    layer: str
+    channel: np.ndarray
+    norm: np.ndarray
+    sum: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Labels:
     """Labels of each unit, by number in `Atlas.dataset_labels`; −1 and NaN where there is nothing to say.
 
@@ -243,6 +256,13 @@ class LayerView:
             return None
         group = shards.group(self._group, "labels")
         return Labels(shards.text(group, "method"), **{name: shards.get(group, name) for name in shards.names(group)})
+
+    def wiring(self, side: str) -> Wiring | None:
+        """`inputs` or `outputs`: what each unit is wired to in the layer before or after; None where nobody knows."""
+        if f"wiring/{side}" not in self._group:
+            return None
+        held = shards.group(self._group, f"wiring/{side}")
+        return Wiring(shards.text(held, "layer"), **{key: shards.get(held, key) for key in ("channel", "norm", "sum")})
 
     def responses(self) -> np.ndarray | None:
         """(C', n) float16 maxima of every unit on the photographs `Atlas.responses_index`; None without examples."""

@@ -233,6 +233,14 @@ def test_a_unit_shows_what_the_store_holds(visit, folder):
     assert page.locator(".similar .near").count() == 8
 
 
+def test_wired_units_are_shown(visit):
+    page = visit(UNIT)
+    near = page.locator(".wiring .near")
+    assert near.all_inner_texts() == ["5−2.50", "0+0.500"] or near.count() == 2
+    near.first.click()
+    arrives(page, "stem:5")
+
+
 def test_several_pictures_of_a_unit(visit):
     page = visit("unit.html#blocks.1.conv:5")
     titles = page.locator(".pictures figcaption b").all_inner_texts()

@@ -175,6 +175,11 @@ def write_examples(group: h5py.Group, rng, name: str, count: int, side: int, bes
     for key in ("selectivity", "auroc"):
         put(group, f"labels/{key}", rng.uniform(0, 1, count).astype(np.float32))
     group["labels"].attrs["method"] = "responses"
+    if name == "blocks.0.conv":
+        put(group, "wiring/inputs/channel", np.tile(np.array([[5, 0, -1]], np.int32), (count, 1)))
+        put(group, "wiring/inputs/norm", np.tile(np.array([[2.5, 0.5, 0]], np.float32), (count, 1)))
+        put(group, "wiring/inputs/sum", np.tile(np.array([[-1.5, 0.25, 0]], np.float32), (count, 1)))
+        group["wiring/inputs"].attrs["layer"] = "stem"
 
 
 def write_photos(file: h5py.File) -> None:
@@ -376,6 +381,15 @@ def test_numbers_are_those_of_the_store(site):
             low, high, coded = heat["maps"][str(pair)]
             assert np.array_equal(np.frombuffer(base64.b64decode(coded), np.uint8), maps[pair].ravel())
             assert [np.float32(low), np.float32(high)] == layer.heat_ranges()[pair].tolist()
+
+
+def test_wiring_is_that_of_the_store(site):
+    with open_atlas(site.parent) as atlas:
+        unit, _ = unit_of(site, atlas["blocks.0.conv"], 4)
+        ranks = [unit_of(site, atlas["stem"], channel)[0]["tiny"] for channel in (5, 0)]
+    assert unit["wiring"] == {
+        "inputs": {"layer": "stem", "units": [[5, 2.5, -1.5, ranks[0]], [0, 0.5, 0.25, ranks[1]]]}
+    }
 
 
 def test_api_keeps_its_schema(site):

@@ -61,6 +61,7 @@ class Survey:
     used: np.ndarray
     digests: list[str]
     groups: tuple[families.Family, ...]
+    wired: list[tuple[str, ...]]
 
 
 def build_site(
@@ -84,12 +85,12 @@ def build_site(
     inventory = _inventory(atlas, seen, config)
     sizes = _sizes(atlas, inventory, config, before)
     look = digest_of([dataclasses.asdict(sizes), _settings(config), _code(), seen.catalogue.classes])
-    digests = {f.name: digest_of([look, digest]) for f, digest in zip(seen.layers, seen.digests, strict=True)}
+    ranks, plan = _plane(seen, sizes, before)
+    digests = _digests(seen, look, ranks)
     with folder.replacing(target) as new:
         old = before.get("layers", {})
         kept = {f.name for f in seen.layers if old.get(f.name) == digests[f.name] and _adopt(target, new, f)}
         progress(sum(len(f.channels) for f in seen.layers if f.name in kept), total)
-        ranks, plan = _plane(seen, sizes, before)
         with workshop.opened(atlas.path, new, config, sizes, total) as crew:
             _photographs(crew, atlas, seen, sizes, config, new, target, before.get("photos"), look)
             _layers(crew, new, seen, kept, sizes, config, ranks, digests, progress)
@@ -116,17 +117,27 @@ def build_site(
 
 def _survey(atlas: Atlas, config: SiteConfig) -> Survey:
     catalogue = Catalogue.of(atlas)
-    layers, responses, used, digests = [], [], [np.zeros(0, np.int64)], []
+    layers, responses, used, digests, wired = [], [], [np.zeros(0, np.int64)], [], []
     common = _common(atlas)
     for order, layer in enumerate(atlas):
         layers.append(facts_of(layer, order, catalogue.classes))
         responses.append(layer.responses())
         used += [np.unique(shown.index) for shown in lists_of(layer, config)]
+        wired.append(tuple(w.layer for side in ("inputs", "outputs") if (w := layer.wiring(side)) is not None))
         digests.append(_digest(layer, layers[-1], responses[-1], common))
     units = {f.name: frozenset(f.channels) for f in layers}
     groups = families.read(_families(atlas, config), units)
     shown = np.unique(np.concatenate(used))
-    return Survey(layers, catalogue, responses, shown[shown >= 0], digests, groups)
+    return Survey(layers, catalogue, responses, shown[shown >= 0], digests, groups, wired)
+
+
+def _digests(seen: Survey, look: str, ranks: Sequence[np.ndarray]) -> dict[str, str]:
+    """Digest of each layer's files: its own content, how it is shown, and the places of what it is wired to."""
+    places = {facts.name: ranks[facts.order].tolist() for facts in seen.layers}
+    return {
+        facts.name: digest_of([look, digest, [[name, places.get(name)] for name in wired]])
+        for facts, digest, wired in zip(seen.layers, seen.digests, seen.wired, strict=True)
+    }
 
 
 def _families(atlas: Atlas, config: SiteConfig) -> Path | None:
@@ -163,7 +174,7 @@ def _digest(layer: LayerView, facts: Facts, responses: np.ndarray | None, common
         held = layer.examples(name)
         for array in (held.value, held.index, held.y, held.x, held.map) if held is not None else ():
             add(array)
-    for found in (layer.histogram(), layer.labels()):
+    for found in (layer.histogram(), layer.labels(), layer.wiring("inputs"), layer.wiring("outputs")):
         for array in vars(found).values() if found is not None else ():
             add(array if isinstance(array, np.ndarray) else np.array([array], object))
     add(responses)
@@ -233,13 +244,12 @@ def _plane(seen: Survey, sizes: Sizes, before: Mapping[str, Any]) -> tuple[list[
     if vectors is None or len(vectors) < 3:
         return [np.arange(count) for count in counts], None
     key = hashlib.sha256(b"".join(r.tobytes() for r in seen.responses if r is not None)).hexdigest()
-    components = plane.axes(vectors)
-    cut = np.cumsum(counts)[:-1]
-    ranks = [plane.blocks(part, sizes.per_tiny) for part in np.split(components, cut)]
+    parts = np.split(vectors, np.cumsum(counts)[:-1])
+    ranks = [plane.blocks(plane.own_axes(part), sizes.per_tiny) if len(part) else np.arange(0) for part in parts]
     held = before.get("map")
     if held and held.get("key") == key:
         return ranks, indices.Map.again(held)
-    method, places = plane.layout(vectors, components)
+    method, places = plane.layout(vectors, plane.axes(vectors))
     return ranks, indices.Map(key, method, places)
 
 
@@ -288,11 +298,17 @@ def _layers(
     total = sum(len(f.channels) for f in seen.layers)
     done = sum(len(f.channels) for f in seen.layers if f.name in kept)
     wanted, waiting = [], {}
+    places = {facts.name: facts.order for facts in seen.layers}
     for facts in seen.layers:
         if facts.name in kept:
             continue
         strip = tuple(spaced(list(range(len(facts.channels))), config.strip))
-        pieces = pieces_of(facts, ranks[facts.order], strip)
+        others = {
+            name: dict(zip(seen.layers[places[name]].channels, ranks[places[name]].tolist(), strict=True))
+            for name in seen.wired[facts.order]
+            if name in places
+        }
+        pieces = pieces_of(facts, ranks[facts.order], strip, others)
         wanted += pieces
         waiting[facts.name] = len(pieces)
         if not pieces:

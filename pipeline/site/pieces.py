@@ -33,7 +33,10 @@ class Showing:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What to make: rows of a layer, `order` in the atlas; `ranks` of the layer's small pictures."""
+    """What to make: rows of a layer, `order` in the atlas; `ranks` of the layer's small pictures.
+
+    `others` are the ranks of the layers that it is wired to, by channel.
+    """
 
     layer: str
     order: int
@@ -41,6 +44,7 @@ class Piece:
     stop: int
     ranks: np.ndarray
     strip: tuple[int, ...]
+    others: Mapping[str, Mapping[int, int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Maker:
             layer = self._atlas[piece.layer]
             facts = facts_of(layer, piece.order, self._catalogue.classes)
             lists = lists_of(layer, self._config)
-            recorder = Recorder(layer, facts, self._catalogue, lists, piece.ranks, self._config.similar)
+            recorder = Recorder(layer, facts, self._catalogue, lists, piece.ranks, self._config.similar, piece.others)
             maps = layer.heat_maps()
             self._last = layer, facts, lists, recorder, None if maps is None else maps[:]
         layer, facts, lists, recorder, maps = self._last
@@ -266,10 +270,12 @@ def table_of(atlas: Atlas) -> dict[int, tuple[object, ...]]:
     }
 
 
-def pieces_of(facts: Facts, ranks: np.ndarray, strip: tuple[int, ...]) -> list[Piece]:
+def pieces_of(
+    facts: Facts, ranks: np.ndarray, strip: tuple[int, ...], others: Mapping[str, Mapping[int, int]]
+) -> list[Piece]:
     """All pieces of a layer."""
     units = len(facts.channels)
     return [
-        Piece(facts.name, facts.order, start, min(start + CHUNK, units), ranks, strip)
+        Piece(facts.name, facts.order, start, min(start + CHUNK, units), ranks, strip, others)
         for start in range(0, units, CHUNK)
     ]

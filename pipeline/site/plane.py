@@ -42,6 +42,17 @@ def axes(vectors: np.ndarray, count: int = AXES) -> np.ndarray:
     return np.pad(components, ((0, 0), (0, max(0, count - components.shape[1]))))
 
 
+def own_axes(vectors: np.ndarray, count: int = AXES) -> np.ndarray:
+    """(units, n) → (units, count): the widest axes of one layer alone, by a few rounds of subspace iteration.
+
+    Not those of the whole atlas, so that a layer's order does not change with another layer.
+    """
+    found = np.random.default_rng(0).normal(size=(vectors.shape[1], min(count, *vectors.shape))).astype(np.float32)
+    for _ in range(4):
+        found, _ = np.linalg.qr(vectors.T @ (vectors @ found))
+    return vectors @ found
+
+
 def layout(vectors: np.ndarray, components: np.ndarray) -> tuple[str, np.ndarray]:
     """(method, (units, 2) int in 0 … 4095): where each unit lies; the same vectors give the same places."""
     method, places = "PCA", components[:, :2]

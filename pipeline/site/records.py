@@ -83,6 +83,7 @@ class Recorder:
         lists: Sequence[Shown],
         ranks: np.ndarray,
         similar: int,
+        others: Mapping[str, Mapping[int, int]],
     ) -> None:
         self._layer = layer
         self._facts = facts
@@ -94,7 +95,7 @@ class Recorder:
         self._stats = {k: v.tolist() if v.dtype == bool else exact(v) for k, v in layer.stats().items()}
         self._labels = layer.labels()
         self._vectors = plane.spectra([layer.responses()]) if similar else None
-        self._wiring = wiring_of(layer)
+        self._wiring = wiring_of(layer, others)
         held = layer.histogram()
         self._histogram = held
         if held is not None:
@@ -204,6 +205,22 @@ def named(pair: int, index: int) -> int:
     return pair if pair >= 0 else -2 - index
 
 
-def wiring_of(layer: LayerView) -> Callable[[int], dict[str, Any]] | None:
-    """What each row's unit is most strongly wired to, or None where the atlas does not say."""
-    return None
+def wiring_of(layer: LayerView, ranks: Mapping[str, Mapping[int, int]]) -> Callable[[int], dict[str, Any]] | None:
+    """What each row's unit is most strongly wired to, or None where the atlas does not say.
+
+    `ranks` are the places of small pictures by layer and channel; −1 stands for a unit that the atlas does not have.
+    """
+    sides = {side: found for side in ("inputs", "outputs") if (found := layer.wiring(side)) is not None}
+    if not sides:
+        return None
+
+    def of(row: int) -> dict[str, Any]:
+        told = {}
+        for side, wires in sides.items():
+            known = ranks.get(wires.layer, {})
+            triples = zip(wires.channel[row].tolist(), exact(wires.norm[row]), exact(wires.sum[row]), strict=True)
+            units = [[c, norm, total, known.get(c, -1)] for c, norm, total in triples if c >= 0]
+            told[side] = {"layer": wires.layer, "units": units}
+        return told
+
+    return of

@@ -331,6 +331,7 @@
   function neighbour(layer, channel, rank, text) {
     const name = layer.name + ":" + channel;
     const pic = make("span", { class: "pic" });
+    if (rank < 0) return make("span", { class: "near", title: name + " is not in this atlas" }, pic, make("b", { text: String(channel) }), make("span", { text }));
     const link = make("a", { class: "near", href: ATLAS.linkTo(layer.name, channel), title: name, "aria-label": name + ", " + text }, pic, make("b", { text: String(channel) }), make("span", { text }));
     ATLAS.lazily([link], () => tiny(pic, layer, rank), "0px");
     return link;
