@@ -107,7 +107,7 @@ def visit(browser, base) -> Iterator[Callable[..., Any]]:
         page.on("dialog", dialog)
         page.goto(base + to)
         if script and to.startswith(("layers/", "unit.html#", "map.html")):
-            page.wait_for_function("document.body.dataset.ready")
+            page.wait_for_function("() => document.body.dataset.ready")
         return page
 
     yield go
@@ -275,7 +275,7 @@ def test_toggle(visit):
     assert seen["x"] + seen["width"] == pytest.approx(whole["x"] + whole["width"], abs=3)
     assert seen["y"] == pytest.approx(whole["y"], abs=3)
     page.reload()
-    page.wait_for_function("document.body.dataset.ready")
+    page.wait_for_function("() => document.body.dataset.ready")
     assert page.locator("input[value=whole]").is_checked()
 
 
@@ -343,22 +343,22 @@ def test_order(visit):
     data = page.evaluate("ATLAS.need('blocks.0.conv/layer').then(l => l.columns)")
     for key in ("ratio", "max", "sparsity"):
         for option, sign in ((f"{key}-down", -1), (f"{key}-up", 1)):
-            page.get_by_label("Order").select_option(option)
+            page.locator("#sort").select_option(option)
             rank = dict(zip(channels, data[key], strict=True))
             assert shown(page) == sorted(channels, key=lambda c, rank=rank, sign=sign: (sign * rank[c], int(c)))
-    page.get_by_label("Order").select_option("status")
+    page.locator("#sort").select_option("status")
     assert shown(page)[-1] == "2"
-    page.get_by_label("Order").select_option("label")
+    page.locator("#sort").select_option("label")
     words = [data["labels"][i] for i in data["label"]]
     assert shown(page) == sorted(channels, key=lambda c: (words[channels.index(c)], int(c)))
-    page.get_by_label("Order").select_option("channel")
+    page.locator("#sort").select_option("channel")
     assert shown(page) == channels
 
 
 def test_units_without_a_ratio_come_last(visit):
     page = visit(STEM)
     for option in ("ratio-down", "ratio-up"):
-        page.get_by_label("Order").select_option(option)
+        page.locator("#sort").select_option(option)
         assert shown(page)[-1] == "3"
 
 
@@ -373,14 +373,14 @@ def test_filter(visit):
     box.fill("nothing like it")
     assert shown(page) == []
     box.fill("")
-    page.get_by_label("Status").select_option("failed")
+    page.locator("#status").select_option("failed")
     assert shown(page) == ["2"]
-    page.get_by_label("Status").select_option("")
-    page.get_by_label("Only").select_option("max")
+    page.locator("#status").select_option("")
+    page.locator("#measure").select_option("max")
     largest = page.evaluate("ATLAS.need('blocks.0.conv/layer').then(l => l.columns.max)")
-    page.get_by_label("from").fill(str(sorted(largest)[10]))
+    page.locator("#from").fill(str(sorted(largest)[10]))
     assert len(shown(page)) == 10
-    page.get_by_label("to", exact=True).fill(str(sorted(largest)[12]))
+    page.locator("#to").fill(str(sorted(largest)[12]))
     assert len(shown(page)) == 3
 
 
@@ -391,7 +391,7 @@ def test_size(visit):
     page.get_by_label("Size").fill("200")
     assert page.evaluate(width) > 1.5 * before
     page.reload()
-    page.wait_for_function("document.body.dataset.ready")
+    page.wait_for_function("() => document.body.dataset.ready")
     assert page.evaluate(width) > 1.5 * before
 
 
@@ -401,7 +401,7 @@ def test_keys(visit, base):
     page.wait_for_url(base + STEM)
     page.keyboard.press("]")
     page.wait_for_url(base + EVEN)
-    page.wait_for_function("document.body.dataset.ready")
+    page.wait_for_function("() => document.body.dataset.ready")
     for key, channel in (("Right", "0"), ("Right", "2"), ("Right", "4"), ("Left", "2")):
         page.keyboard.press("Arrow" + key)
         assert page.evaluate("document.activeElement.dataset.channel") == channel
@@ -419,7 +419,7 @@ def test_keys(visit, base):
     page.keyboard.press("ArrowRight")
     arrives(page, "stem:2")
     page.keyboard.press("c")
-    page.wait_for_function("document.querySelectorAll('article.unit').length === 2")
+    page.wait_for_function("() => document.querySelectorAll('article.unit').length === 2")
     names = page.eval_on_selector_all("article.unit", "all => all.map(e => e.dataset.unitShown)")
     assert names == ["stem:1", "stem:2"] and page.url.endswith("#stem:1&with=stem:2")
     page.keyboard.press("?")
@@ -455,29 +455,30 @@ def test_buttons(visit, base):
 
 def test_map(visit):
     page = visit(MAP)
-    page.wait_for_function("Number(document.querySelector('#map').dataset.shown) > 20")
+    page.wait_for_function("() => Number(document.querySelector('#map').dataset.shown) > 20")
     assert page.locator("#map").get_attribute("data-near") == str(sum(len(layer[3]) for layer in LAYERS))
     box = page.get_by_label("Light up")
     box.fill("goldfish")
-    page.wait_for_function("document.querySelector('#map-count').textContent.startsWith('8 ')")
+    page.wait_for_function("() => document.querySelector('#map-count').textContent.startsWith('8 ')")
     page.locator("#map").scroll_into_view_if_needed()
     spot = page.locator("#map").bounding_box()
     page.mouse.move(spot["x"] + spot["width"] / 2, spot["y"] + spot["height"] / 2)
     page.mouse.wheel(0, -2500)
-    page.wait_for_function("Number(document.querySelector('#map').dataset.near) < 30")
+    page.wait_for_function("() => Number(document.querySelector('#map').dataset.near) < 30")
     page.get_by_role("button", name="Whole map").click()
-    page.wait_for_function("Number(document.querySelector('#map').dataset.near) > 30")
+    page.wait_for_function("() => Number(document.querySelector('#map').dataset.near) > 30")
+    page.mouse.move(spot["x"] + 60, spot["y"] + 60)
     page.mouse.down()
-    page.mouse.move(spot["x"] + 2000, spot["y"] + spot["height"] / 2, steps=3)
+    page.mouse.move(spot["x"] + spot["width"] - 20, spot["y"] + 80, steps=3)
     page.mouse.up()
-    page.wait_for_function("Number(document.querySelector('#map').dataset.near) < 30")
+    page.wait_for_function("() => Number(document.querySelector('#map').dataset.near) < 30")
     page.get_by_role("button", name="Whole map").click()
     page.locator("#map").focus()
     page.keyboard.press("+")
     page.keyboard.press("ArrowLeft")
-    page.get_by_label("Layer").select_option("4")
-    page.wait_for_function("Number(document.querySelector('#map').dataset.near) <= 5")
-    page.get_by_label("Layer").select_option("")
+    page.locator("#map-layer").select_option("4")
+    page.wait_for_function("() => Number(document.querySelector('#map').dataset.near) <= 5")
+    page.locator("#map-layer").select_option("")
     page.get_by_role("button", name="Whole map").click()
     # A unit under the pointer is named, and a click goes there.
     for x in range(200, int(spot["width"]) - 100, 20):
@@ -496,14 +497,14 @@ def test_search_lights_up_the_map(visit, base):
     page.get_by_label("Search", exact=True).fill("tench")
     page.get_by_text("Light them up on the map").click()
     page.wait_for_url(base + "map.html#q=tench")
-    page.wait_for_function("document.querySelector('#map-count').textContent.endsWith('units')")
+    page.wait_for_function("() => document.querySelector('#map-count').textContent.endsWith('units')")
 
 
 def test_families(visit):
     page = visit(FAMILY)
     page.locator(".card h3 a").click()
     page.wait_for_url("**/families/*")
-    page.wait_for_function("document.querySelector('.mini').style.backgroundImage")
+    page.wait_for_function("() => document.querySelector('.mini').style.backgroundImage")
     assert page.locator(".members li").count() == 4
     assert page.locator(".flag").all_inner_texts() == ["not in this atlas"] * 2
     page.locator(".members a code").first.click()

@@ -242,7 +242,7 @@ def looked(site: Path, rows: list[tuple[str, str, str]]) -> None:
             page.close()
         page = browser.new_page(viewport={"width": 1440, "height": 900})
         page.goto(f"{base}layers/{largest[1]}.html")
-        page.wait_for_function("document.body.dataset.ready")
+        page.wait_for_function("() => document.body.dataset.ready")
         paint = page.evaluate(
             "new Promise(done => new PerformanceObserver(list => done(list.getEntries()[0].startTime))"
             ".observe({type: 'paint', buffered: true}))"
@@ -270,7 +270,7 @@ def looked(site: Path, rows: list[tuple[str, str, str]]) -> None:
         began = time.monotonic()
         page = browser.new_page(viewport={"width": 1440, "height": 900})
         page.goto(base + "map.html")
-        page.wait_for_function("document.body.dataset.ready")
+        page.wait_for_function("() => document.body.dataset.ready")
         rows.append(("map of all units, ready", f"{time.monotonic() - began:.2f} s", ""))
         page.locator("#search").focus()
         page.wait_for_timeout(1000)
