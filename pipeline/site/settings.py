@@ -30,7 +30,7 @@ class SiteConfig:
     picture_px: int = 256
     thumb_px: int = 96
     example_px: int = 96
-    photo_px: int = 320
+    photo_px: int = 256
     examples: int = 8
     least: int = 4
     per_bin: int = 2
