@@ -73,7 +73,11 @@
     return box;
   }
 
-  function ratio(p) { return p.natural > 0 && p.activation !== null ? p.activation / p.natural : null; }
+  // Of a negative, both are as far below zero as they can be.
+  function ratio(p, rendered) {
+    const sign = rendered.natural === "least" || rendered.natural === "min" ? -1 : 1;
+    return sign * p.natural > 0 && p.activation !== null ? p.activation / p.natural : null;
+  }
 
   function pictures(unit) {
     const found = [];
@@ -81,7 +85,7 @@
       (unit.record.pictures[rendered.key] || []).forEach((p, variant) => {
         if (p.status === "missing") { found.push(make("figure", { class: "absent" }, make("figcaption", { text: rendered.title + ": missing" }))); return; }
         const box = picture(unit, rendered, i, variant);
-        const times = ratio(p);
+        const times = ratio(p, rendered);
         const title = rendered.title + (unit.record.pictures[rendered.key].length > 1 ? ", " + (variant + 1) : "");
         box.setAttribute("aria-label", "Feature visualisation of " + nameOf(unit) + ", " + title + ": activation " + number(p.activation) +
           (times === null ? "" : ", " + number(times) + " times the best photograph") + (p.status === "failed" ? "; failed" : ""));
@@ -301,7 +305,7 @@
     if (p && p.status !== "missing") {
       item("activation", data(p.activation), "What the saved picture drives the unit to, without shaking.", true);
       item("best photograph", data(p.natural), "The most that any photograph reached, by the same measure.", true);
-      const times = ratio(p);
+      const times = ratio(p, main);
       item("achieved ÷ natural", times === null ? "—" : make("data", { value: times.toPrecision(6), text: number(times) }), "Above 1 the picture is purer than any photograph.", true);
       if ("robust" in p) item("robust", data(p.robust), "Mean activation of 16 shaken copies.", true);
     }
@@ -309,7 +313,7 @@
     for (const [key, name, form, hint] of STATS) if (key in stats) item(name, data(stats[key], form), hint);
     for (const key of Object.keys(stats)) if (!STATS.some(([k]) => k === key) && typeof stats[key] === "number") item(key.replace(/_/g, " "), data(stats[key]), "");
     let says = null;
-    const times = p ? ratio(p) : null;
+    const times = p ? ratio(p, main) : null;
     if (p && p.status === "failed") says = make("p", { class: "says bad", text: "The optimisation failed: it did not lift the unit above its start or its numbers ran out of range, so this picture says nothing about what the unit looks for." });
     else if (times !== null && times >= 1) says = make("p", { class: "says" }, "The picture reaches ", number(p.activation), ", ", make("b", { text: number(times) + " times" }), " the best photograph by that measure.");
     else if (times !== null) says = make("p", { class: "says" }, "The picture reaches only ", make("b", { text: number(times) }), " of what the best photograph reached: trust the photographs more.");
