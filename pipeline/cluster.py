@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 # How often the nodes of the cluster are counted, in seconds.
 COUNT_EVERY = 2.0
 
+# Where a node has room, a first worker may take so many times `engine.patience`: other work may hold the node for a
+# while, and Python takes minutes to import torch from a busy disk or a network's.
+SLOW_START = 5.0
+
 # So many workers in a row that raise before they can say hello mean that none ever will.
 UNBORN = 3
 
@@ -130,6 +134,22 @@ class OnRay:
                 log.info("the cluster now has room for %d workers", room)
             self.wanted, self.counted = room, now
 
+    def _patient(self, alone: float) -> None:
+        """Raise `AtlasError` if there has been no worker for too long; `alone` in seconds."""
+        patience, size = self.config.patience, f"one takes {self.crew.cpus:g} CPUs and {self.crew.gpus:g} GPUs"
+        if alone <= patience:
+            return
+        if self.crew.room(self._nodes()) < 1:
+            raise AtlasError(
+                f"No node had room for a worker within {patience:g} s (engine.patience): {size}. "
+                "Everything finished is kept: run again later."
+            )
+        if alone > SLOW_START * patience:
+            raise AtlasError(
+                f"No worker has started within {alone:.0f} s, though a node has room: other work may hold it ({size}), "
+                "or its disk is slow. Everything finished is kept: run again later, or raise engine.patience."
+            )
+
     def execute(self, tasks: Sequence[Task], setup: Setup, finished: Told, idle: Callable[[], None]) -> None:
         """See `engine.Engine.execute`."""
         ray, team = self.ray, self.crew
@@ -178,11 +198,8 @@ class OnRay:
                 idle()
                 if free or any(hand.post.name for hand in hands.values()):
                     alone = time.monotonic()
-                elif time.monotonic() - alone > self.config.patience:
-                    raise AtlasError(
-                        f"No node had room for a worker within {self.config.patience:g} s (engine.patience): one takes "
-                        f"{team.cpus:g} CPUs and {team.gpus:g} GPUs. Everything finished is kept: run again later."
-                    )
+                else:
+                    self._patient(time.monotonic() - alone)
                 for reference in ready:
                     hand = hands.pop(reference)
                     task, hand.task = hand.task, None

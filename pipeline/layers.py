@@ -166,7 +166,7 @@ def enumerate_layers(
     outputs: set[int] = set()
     used: set[str] = set()
     for call in trace.calls:
-        name = (call.path or "output") + (f"#{call.index}" if call.index > 1 else "")
+        name = call.name
         found = axes.get(call.key)
         for pattern, layout in (layouts or {}).items():
             if fnmatch.fnmatchcase(name, pattern):

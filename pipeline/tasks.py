@@ -7,6 +7,7 @@ from pipeline import shards
 from pipeline.config import Config
 from pipeline.datasets import Dataset
 from pipeline.layers import Layer
+from pipeline.presets import RenderConfig
 from pipeline.recipes import NAMES_ONLY
 from pipeline.registry import canonical
 from pipeline.starts import Begin
@@ -28,6 +29,10 @@ class Setup:
     device: str
     others: tuple[Layer, ...] = ()
     begins: str = ""
+
+    def others_of(self, preset: RenderConfig) -> dict[str, Layer]:
+        """Those of `others` that one preset looks at, by name."""
+        return {layer.name: layer for layer in self.others if layer.name in preset.others}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +102,7 @@ def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int], name: str
     model = canonical(config.model)
     for key in NAMES_ONLY:
         model.pop(key)  # where weights and code lie says nothing; what they are is in their digest
-    others = [other.tap for other in setup.others if other.name in own.others]
+    others = [other.tap for other in setup.others_of(own).values()]
     begins = setup.begins if own.needs_examples else ""
     return shards.digest_of(
         ["render 2", setup.weights, model, layer.tap, list(canvas), preset, others, begins, config.run.seed]

@@ -94,6 +94,11 @@ class Call:
         """Module path and call index."""
         return self.path, self.index
 
+    @property
+    def name(self) -> str:
+        """What a layer tapped here is called: the module's path, `#2` for its second call; the network's: output."""
+        return (self.path or "output") + (f"#{self.index}" if self.index > 1 else "")
+
 
 class Trace:
     """All module calls of one forward pass on noise, in the order in which they ended.

@@ -47,7 +47,7 @@ def wires(model: Model, layers: Sequence[Layer]) -> tuple[dict[str, Wires], dict
     inputs: dict[str, Wires] = {}
     outputs: dict[str, Wires] = {}
     for call in trace.calls:
-        name = call.path if call.index == 1 else f"{call.path}#{call.index}"
+        name = call.name
         if name not in known or not call.inputs:
             continue
         found = _source(trace, made, call, known)
@@ -105,9 +105,8 @@ def _source(trace: Trace, made: dict[int, Call], call: Call, known: dict[str, La
     seen = made.get(call.inputs[0])
     while seen is not None:
         module = trace.modules[seen.path]
-        name = seen.path if seen.index == 1 else f"{seen.path}#{seen.index}"
-        if name in known:
-            return name, through
+        if seen.name in known:
+            return seen.name, through
         if kind_of(module) in ("conv", "linear"):
             channels = int(getattr(module, "groups", 0))
             weight = getattr(module, "weight", None)

@@ -117,8 +117,8 @@ class Worker:
         """
         key = (layer.name, *preset.others)
         if self._twin is None or self._twin[0] != key:
-            others = [other for other in self.setup.others if other.name in preset.others]
-            self._twin = (key, fold(self.model, self._foldable, [layer, *others]))
+            looked_at = [layer, *self.setup.others_of(preset).values()]
+            self._twin = (key, fold(self.model, self._foldable, looked_at))
         return self._twin[1]
 
     @functools.cached_property
@@ -232,7 +232,7 @@ class Worker:
         """All variants of some channels of a layer, channel by channel; `begins` what each starts from, if anything."""
         config, layer = self.setup.config, self.layers[name]
         model = self.folded(layer, preset)
-        others = {other.name: other for other in self.setup.others if other.name in preset.others}
+        others = self.setup.others_of(preset)
 
         own_starts = dict(zip(channels, begins, strict=False))
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +226,28 @@ def test_too_many_failures_stop_it_on_ray(tmp_path: Path) -> None:
     assert [type(r) for _, r in results] == [Failure, Failure, Failure, TooManyFailures]
 
 
+HOLD = """
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+@ray.remote(num_cpus=int(sys.argv[2]))
+class Holder:
+    def hold(self): return True
+holder = Holder.remote()
+print(ray.get(holder.hold.remote()), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def holding(address: str, cpus: int) -> Iterator[None]:
+    """Somebody else's actor on a cluster, with so many of its CPUs."""
+    command = [sys.executable, "-c", HOLD, address, str(cpus)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        yield  # its stdin is closed on exit, and with it the process ends
+
+
 def test_workers_join_and_leave_with_their_nodes(tmp_path: Path) -> None:
     """`engine.workers=auto`: a run that begins on no node goes on with one, then three, and after one has died."""
     from ray.cluster_utils import Cluster
@@ -252,6 +274,12 @@ def test_workers_join_and_leave_with_their_nodes(tmp_path: Path) -> None:
         assert any(post.end for post in engine.posts)
         with pytest.raises(AtlasError, match=r"within 1 s \(engine\.patience\)"):
             do_all(tmp_path, ["good"], address=cluster.address, patience=1.0, cpus_per_worker=64)
+        # A node that has room but is held by others is waited for longer, and the message says why.
+        with (
+            holding(cluster.address, cpus=2),
+            pytest.raises(AtlasError, match=r"No worker has started within .* though a node has room"),
+        ):
+            do_all(tmp_path, ["good"], address=cluster.address, patience=0.5, cpus_per_worker=2)
     finally:
         cluster.shutdown()
 

@@ -53,8 +53,12 @@ class SiteReport:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What is known of an atlas before anything is drawn, each by layer in order."""
+    """What is known of an atlas before anything is drawn, each by layer in order.
 
+    `common` is a digest of what all layers show of the photographs.
+    """
+
+    common: str
     layers: list[Facts]
     catalogue: Catalogue
     responses: list[np.ndarray | None]
@@ -128,7 +132,7 @@ def _survey(atlas: Atlas, config: SiteConfig) -> Survey:
     units = {f.name: frozenset(f.channels) for f in layers}
     groups = families.read(_families(atlas, config), units)
     shown = np.unique(np.concatenate(used))
-    return Survey(layers, catalogue, responses, shown[shown >= 0], digests, groups, wired)
+    return Survey(common, layers, catalogue, responses, shown[shown >= 0], digests, groups, wired)
 
 
 def _digests(seen: Survey, look: str, ranks: Sequence[np.ndarray]) -> dict[str, str]:
@@ -255,7 +259,7 @@ def _plane(seen: Survey, sizes: Sizes, before: Mapping[str, Any]) -> tuple[list[
 
 def _photos_digest(atlas: Atlas, seen: Survey, look: str) -> str:
     fingerprint = atlas.attributes.get("dataset_fingerprint", "")
-    return digest_of([look, fingerprint, _common(atlas), seen.used.tolist()])
+    return digest_of([look, fingerprint, seen.common, seen.used.tolist()])
 
 
 def _photographs(

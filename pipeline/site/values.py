@@ -30,11 +30,6 @@ def whole(value: int) -> Value:
     return Value(f"{int(value):,}", str(int(value)))
 
 
-def seed(value: int) -> Value:
-    """A seed: a name more than a number, so all digits and nothing between them."""
-    return Value(str(int(value)), str(int(value)))
-
-
 def share(value: float) -> Value:
     """A share between 0 and 1, as a percentage."""
     value = float(value)
