@@ -12,7 +12,7 @@ whole image.
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -43,9 +43,10 @@ def receptive_fields(model: Model, layers: Sequence[Layer]) -> dict[str, Field |
     local = _local(model, spatial) if spatial else []
     if not local:
         return found
-    axes = [_along(model, local, axis) for axis in ((0, 1) if not _isotropic(model) else (0,))]
+    down = _along(model, local, 0, {})
+    across = down if _isotropic(model) else _along(model, local, 1, down)
     for layer in local:
-        rows, columns = axes[0].get(layer.name), axes[-1].get(layer.name)
+        rows, columns = down.get(layer.name), across.get(layer.name)
         if rows is not None and columns is not None:
             found[layer.name] = Field((rows[0], columns[0]), (rows[1], columns[1]), (rows[2], columns[2]))
     return found
@@ -96,8 +97,13 @@ def _local(model: Model, layers: Sequence[Layer]) -> list[Layer]:
     return [layer for layer in layers if layer.name in local]
 
 
-def _along(model: Model, layers: Sequence[Layer], axis: int) -> dict[str, Axis | None]:
-    """(size, stride, offset) along one axis of each layer by name; None for the whole image."""
+def _along(
+    model: Model, layers: Sequence[Layer], axis: int, guesses: Mapping[str, Axis | None]
+) -> dict[str, Axis | None]:
+    """(size, stride, offset) along one axis of each layer by name; None for the whole image.
+
+    Good `guesses` save time; the answer is the same with any.
+    """
     own, other = model.recipe.size[axis], model.recipe.size[1 - axis]
     narrow, counts = _narrowest(model, layers, axis, own, other)
     strides = {la.name: max(1, round(own / counts.get(la.name, (la.height, la.width)[axis]))) for la in layers}
@@ -113,7 +119,10 @@ def _along(model: Model, layers: Sequence[Layer], axis: int) -> dict[str, Axis |
     rest = [la for la in layers if la not in left]  # of one size for every picture (adaptive pools)
     length = own
     while left and length <= max(LONGEST, own):
-        alike, fit = _uniform(model, left, _Probe(axis, length, narrow), strides)
+        # Layers of one stride often differ by whole strides on both sides, which guesses need not know.
+        near = {f[1]: f for f in found.values() if f is not None}
+        likely = {la.name: guesses.get(la.name) or near.get(strides[la.name]) for la in left}
+        alike, fit = _uniform(model, left, _Probe(axis, length, narrow), strides, likely)
         found.update(alike)
         rest += [la for la in left if la.name in fit - set(alike)]
         left = [la for la in left if la.name not in fit]
@@ -143,12 +152,16 @@ def _counts(model: Model, layers: Sequence[Layer], probe: _Probe) -> dict[str, i
 
 
 def _uniform(
-    model: Model, layers: Sequence[Layer], probe: _Probe, strides: dict[str, int]
+    model: Model,
+    layers: Sequence[Layer],
+    probe: _Probe,
+    strides: dict[str, int],
+    guesses: Mapping[str, Axis | None],
 ) -> tuple[dict[str, Axis], set[str]]:
     """Size, stride and offset of layers whose fields are alike from unit to unit, and all names whose fields fit.
 
     A block as long as the longest stride is slid from the middle on. By one stride on, one more unit sees its end
-    and one less its beginning; where between, is found by halving.
+    and one less its beginning; where between, is found by halving, unless it is where `guesses` say.
     """
     block = max(strides[la.name] for la in layers)
     middle = probe.length // 2 - block
@@ -172,7 +185,13 @@ def _uniform(
     slide({0, block}, layers)
     left = [la for la in layers if la.name in fit]
     steps = {la.name: [k * strides[la.name] for k in range(4) if k * strides[la.name] <= block] for la in left}
-    asked = {i for shifts in steps.values() for i in shifts} - {0, block}
+    asked = {i for shifts in steps.values() for i in shifts}
+    for name, stride in ((la.name, strides[la.name]) for la in left):
+        if (guess := guesses.get(name)) is not None and guess[1] == stride:
+            into = (guess[2] - middle - block) % stride + 1
+            out = (guess[2] + guess[0] - 1 - middle) % stride
+            asked |= {into - 1, into, out, out + 1}
+    asked -= {0, block}
     if asked:
         slide(asked, left)
 
@@ -242,7 +261,7 @@ def _edges(
     the far end. Nothing at all where the network does not take the probe.
     """
     known: dict[str, dict[int, torch.Tensor]] = {layer.name: {} for layer in layers}
-    wanted = {*range(1, probe.length, min(strides[la.name] for la in layers)), probe.length}
+    wanted = {*range(1, probe.length, max(strides[la.name] for la in layers)), probe.length}
     result: dict[str, tuple[int | None, torch.Tensor]] = {}
     while wanted:
         order = sorted(wanted)
