@@ -120,8 +120,8 @@ def _along(
     length = own
     while left and length <= max(LONGEST, own):
         # Layers of one stride often differ by whole strides on both sides, which guesses need not know.
-        near = {f[1]: f for f in found.values() if f is not None}
-        likely = {la.name: guesses.get(la.name) or near.get(strides[la.name]) for la in left}
+        near = [f for f in found.values() if f is not None][-1:]
+        likely = {la.name: guesses.get(la.name) or (near[0] if near else None) for la in left}
         alike, fit = _uniform(model, left, _Probe(axis, length, narrow), strides, likely)
         found.update(alike)
         rest += [la for la in left if la.name in fit - set(alike)]
@@ -138,7 +138,7 @@ def _along(
 
 def _narrowest(model: Model, layers: Sequence[Layer], axis: int, own: int, other: int) -> tuple[int, dict[str, int]]:
     """The least width across the axis that the network takes, and how many units each layer has along it."""
-    for width in sorted({w for w in (32, 64, 96, 128) if w < other} | {other}):
+    for width in sorted({w for w in range(32, 129, 16) if w < other} | {other}):
         counts = _counts(model, layers, _Probe(axis, own, width))
         if counts:
             return width, counts
@@ -185,13 +185,7 @@ def _uniform(
     slide({0, block}, layers)
     left = [la for la in layers if la.name in fit]
     steps = {la.name: [k * strides[la.name] for k in range(4) if k * strides[la.name] <= block] for la in left}
-    asked = {i for shifts in steps.values() for i in shifts}
-    for name, stride in ((la.name, strides[la.name]) for la in left):
-        if (guess := guesses.get(name)) is not None and guess[1] == stride:
-            into = (guess[2] - middle - block) % stride + 1
-            out = (guess[2] + guess[0] - 1 - middle) % stride
-            asked |= {into - 1, into, out, out + 1}
-    asked -= {0, block}
+    asked = {i for shifts in steps.values() for i in shifts} - {0, block}
     if asked:
         slide(asked, left)
 
@@ -204,8 +198,12 @@ def _uniform(
     left = [la for la in left if alike(la.name)]
     brackets = {(la.name, edge): _bracket(seen[la.name], edge, strides[la.name]) for la in left for edge in (0, 1)}
     while open_ := {key: (i, j) for key, (i, j) in brackets.items() if j - i > 1}:
+        asked = set()
+        for (name, edge), bracket in open_.items():
+            size, period, begin = guesses.get(name) or (0, 0, 0)
+            asked |= _between(bracket, begin - middle + (1 - block if edge else size), period)
         names = {name for name, _ in open_}
-        slide({(i + j) // 2 for i, j in open_.values()}, [la for la in left if la.name in names])
+        slide(asked, [la for la in left if la.name in names])
         brackets.update({key: _bracket(seen[key[0]], key[1], strides[key[0]]) for key in open_})
     found = {}
     for name, stride in ((la.name, strides[la.name]) for la in left if la.name in fit):
@@ -215,6 +213,12 @@ def _uniform(
         end = middle + out - stride * seen[name][out][0]
         found[name] = (end - begin + 1, stride, begin)
     return found, fit
+
+
+def _between(bracket: Edge, likely: int, period: int) -> set[int]:
+    """Where to look for a change: on both sides of the one place that is likely, or in the middle."""
+    places = [i for i in range(bracket[0] + 1, bracket[1] + 1) if period and (i - likely) % period == 0]
+    return {places[0] - 1, places[0]} - {*bracket} if len(places) == 1 else {sum(bracket) // 2}
 
 
 def _bracket(seen: dict[int, Edge], edge: int, stride: int) -> tuple[int, int]:
