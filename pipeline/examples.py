@@ -8,7 +8,6 @@ be merged with any other: any split, merged in any order, is the same to the las
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -17,13 +16,16 @@ from torch import Tensor
 from pipeline import photos, reduction, toplists
 from pipeline.datasets import Dataset
 from pipeline.layers import Layer, capture
-from pipeline.models import Model
+from pipeline.models import Model, in_place
 from pipeline.photos import Loaded
 from pipeline.reduction import Reducer
 from pipeline.spectrum import subset
-from pipeline.statistics import BLOCK, Ranges, Tally, tally
+from pipeline.statistics import Ranges, Tally, tally
 
 LISTS = ("max", "mean", "min")
+
+# So many photographs are sorted and counted together.
+HELD = 192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class ExamplesConfig:
     sample: int = 64
     subset: int = 1024
     labelled: int = 32_768
-    batch: int = 16
+    batch: int = 32
     per_task: int | str = "auto"
     compile: bool | str = "auto"
     store: str = "images"
@@ -146,23 +148,11 @@ class Gathering:
 
     def add(self, indices: np.ndarray, reduced: np.ndarray) -> None:
         """Photographs `indices` (n,) with what `reduction` says of them, (5, n, C) float32."""
-        if not np.isfinite(reduced.sum()):
+        if not torch.from_numpy(reduced).sum().isfinite():
             # A network may overflow on some picture: what is no number must not enter sums of whole numbers.
             reduced = np.nan_to_num(reduced)
-        for start in range(0, len(indices), BLOCK):
-            self._add(indices[start : start + BLOCK], *reduced[:, start : start + BLOCK])
-
-    def _add(
-        self,
-        indices: np.ndarray,
-        peaks: np.ndarray,
-        lows: np.ndarray,
-        shifts: np.ndarray,
-        squares: np.ndarray,
-        positives: np.ndarray,
-    ) -> None:
-        ranked = {"max": peaks, "mean": shifts + self._centre, "min": -lows}
-        for name, values in ranked.items():
+        peaks, lows, shifts, squares, positives = reduced
+        for name, values in {"max": peaks, "mean": shifts + self._centre, "min": -lows}.items():
             self._tops[name] = toplists.extended(self._tops[name], values, indices, self._sources)
         codes = self._ranges.codes(peaks)
         self._tally = self._tally + tally(
@@ -216,7 +206,8 @@ def reduced(
         i = place[layer.name]
         parts[i] = reducer(maps, centres[i])
 
-    with capture(model, layers, each=reduce) as forward, torch.no_grad():
+    # A map is reduced the moment it is there: what comes after may overwrite it.
+    with in_place(model), capture(model, layers, each=reduce) as forward, torch.no_grad():
         for items, images in photos.batches(loaded, batch, failed):
             stop()
             # Always the same batch size: kernels chosen by size would round differently.
@@ -262,40 +253,26 @@ def sweep(
 
 
 def collect(gathering: Gathering, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Add what `reduced` gives, block by block, while the network is at work on the next block.
+    """Add what `reduced` gives, many photographs at a time, in memory that is used again.
 
-    The network leaves gaps on every core; sorting and counting fit into them, in one thread of their own. Two blocks
-    of memory are used in turn: fresh memory for every batch would scatter the network's own, which then runs slower.
+    Fresh memory for every batch would scatter the network's own, which then runs slower. All of it beside the
+    network would take from it what it wins.
     """
-    blocks: list[tuple[np.ndarray, np.ndarray]] = []
-    filled = turn = 0
-    pending: list[Future[None]] = []
-    # One thread of PyTorch's: a second team of them would only wait for the cores that the network has.
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as beside:
-
-        def add() -> None:
-            nonlocal filled, turn
-            for one in pending:
-                one.result()
-            rows, values = blocks[turn]
-            pending[:] = [beside.submit(gathering.add, rows[:filled], values[:, :filled])]
-            filled, turn = 0, 1 - turn
-
-        for indices, values in pieces:
-            if not blocks:
-                blocks = [(np.empty(BLOCK, np.int64), np.empty((5, BLOCK, values.shape[2]), np.float32)) for _ in "ab"]
-            start = 0
-            while start < len(indices):
-                count = min(BLOCK - filled, len(indices) - start)
-                blocks[turn][0][filled : filled + count] = indices[start : start + count]
-                blocks[turn][1][:, filled : filled + count] = values[:, start : start + count]
-                filled, start = filled + count, start + count
-                if filled == BLOCK:
-                    add()
-        if filled:
-            add()
-        for one in pending:
-            one.result()
+    rows, block, filled = np.empty(HELD, np.int64), np.empty((5, 0, 0), np.float32), 0
+    for indices, values in pieces:
+        if not block.size:
+            block = np.empty((5, HELD, values.shape[2]), np.float32)
+        start = 0
+        while start < len(indices):
+            count = min(HELD - filled, len(indices) - start)
+            rows[filled : filled + count] = indices[start : start + count]
+            block[:, filled : filled + count] = values[:, start : start + count]
+            filled, start = filled + count, start + count
+            if filled == HELD:
+                gathering.add(rows, block)
+                filled = 0
+    if filled:
+        gathering.add(rows[:filled], block[:, :filled])
 
 
 def merge(sweeps: Iterable[Sweep], k: int, sources: np.ndarray | None) -> Sweep:

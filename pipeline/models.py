@@ -4,11 +4,12 @@ A `Model` is in eval mode, frozen, without in-place activations, and carries its
 of its weights. Everything downstream trusts these four things.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from pipeline.recipes import INTERPOLATIONS, ModelConfig, Recipe
 from pipeline.sources import SOURCES
 
 log = logging.getLogger(__name__)
+
+# Marks modules whose in-place activation was switched off.
+_WAS_IN_PLACE = "_was_in_place"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +139,24 @@ def prepare(module: nn.Module) -> nn.Module:
         child.training = False
         if getattr(child, "inplace", False) is True:
             child.inplace = False  # type: ignore[assignment]
+            setattr(child, _WAS_IN_PLACE, True)
     return module
+
+
+@contextlib.contextmanager
+def in_place(model: Model) -> Iterator[None]:
+    """Activations overwrite what they read, as the network's author had it: a tenth faster, for who keeps no map.
+
+    They are as before on exit. For copies (`fold`) as well as for what `load` gave.
+    """
+    found = [module for module in model.module.modules() if getattr(module, _WAS_IN_PLACE, False)]
+    try:
+        for module in found:
+            module.inplace = True  # type: ignore[assignment]
+        yield
+    finally:
+        for module in found:
+            module.inplace = False  # type: ignore[assignment]
 
 
 def read_labels(path: Path) -> tuple[str, ...]:

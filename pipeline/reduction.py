@@ -33,26 +33,31 @@ def rows(maps: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     return maps.amax(2), maps.amin(2), distance.sum(2), (distance * distance).sum(2), above.sum(2)
 
 
-def whole(peak: Tensor, low: Tensor, shift: Tensor, square: Tensor, above: Tensor, places: Tensor) -> Tensor:
-    """What `rows` gives of maps with so many `places` (float64) → (5, B, C) float32: maximum, minimum, three means.
+def whole(maps: Tensor, centre: Tensor, places: Tensor) -> Tensor:
+    """(B, H, W, C) maps of so many `places` (float64) → (5, B, C) float32: maximum, minimum, three means.
 
     Sums over rows are float64, and rounded once.
     """
-    means = [(part.sum(1, dtype=torch.float64) / places).float() for part in (shift, square, above)]
+    peak, low, *sums = rows(maps, centre)
+    # Converted apart from the sum: the compiler makes vector code of this, and none of a sum of another type.
+    means = [(part.double().sum(1) / places).float() for part in sums]
     return torch.stack([peak.amax(1), low.amin(1), *means])
 
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of tensors as one compiled loop, or as it is (said in the log) where compiling does not work here."""
+    """`function` of tensors as one compiled loop, or as it is (said in the log) where compiling does not work here.
+
+    Compiled once for all sizes above 1, with gradients off whoever calls: a loop compiled anew takes ten seconds.
+    """
     fast = torch.compile(function, dynamic=True)
     works = True
 
     def call(*tensors: Tensor) -> Any:
         nonlocal works
-        if works:
+        if works and all(size > 1 for tensor in tensors for size in tensor.shape):
             try:
-                with warnings.catch_warnings():
+                with torch.no_grad(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # the compiler's own, on a first shape
                     return fast(*tensors)
             except Exception as error:
@@ -64,15 +69,22 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+@functools.cache
+def prepared() -> Callable[..., Any]:
+    """`whole`, compiled on maps whose sizes all differ: the compiler takes sizes that are equal to be equal always."""
+    function = compiled(whole)
+    function(torch.zeros(24, 28, 56, 96), torch.zeros(96), torch.tensor(28.0 * 56.0, dtype=torch.float64))
+    return function
+
+
 class Reducer:
     """Reduces maps, with the compiled loop if `compile`."""
 
     def __init__(self, compile: bool) -> None:
-        self._rows: Callable[..., Any] = compiled(rows) if compile else rows
-        self._whole: Callable[..., Any] = compiled(whole) if compile else whole
+        self._whole: Callable[..., Any] = prepared() if compile else whole
 
     def __call__(self, maps: Tensor, centre: Tensor) -> Tensor:
         """(B, C, H, W) maps → (5, B, C) float32: maximum, minimum, mean d, mean d², share of positions above 0."""
         last = maps.permute(0, 2, 3, 1).float()
         places = torch.tensor(float(last.shape[1] * last.shape[2]), dtype=torch.float64, device=last.device)
-        return self._whole(*self._rows(last, centre), places)
+        return self._whole(last, centre, places)

@@ -17,6 +17,9 @@ from pipeline import reduction
 
 BINS = 254  # of a histogram, between `low` and `high`; one more at each end for what lies beyond
 
+# So many channels are counted at a time: their table stays in the processor's own memory.
+NEAR = 512
+
 # Contributions are counted in units of 2^-bits, and one of more than 2^47 units counts as that many. Float64 sums of
 # at most BLOCK of them are then sums of whole numbers below 2^53: exact.
 BLOCK = 64
@@ -68,7 +71,8 @@ class Ranges:
 
     def codes(self, peaks: np.ndarray) -> np.ndarray:
         """(n, C) maxima → their bins, uint8: 0 below the range, 1 … 254 inside, 255 above."""
-        return (np.floor(self.places(peaks) * BINS).clip(-1, BINS) + 1).astype(np.uint8)
+        low, width = torch.from_numpy(self.low), torch.from_numpy(1 / (self.high - self.low))
+        return _codes(torch.from_numpy(np.ascontiguousarray(peaks)), low, width).numpy()
 
     def places(self, peaks: np.ndarray) -> np.ndarray:
         """(n, C) maxima in parts of the range: 0 at `low`, 1 at `high`; float64."""
@@ -153,30 +157,36 @@ def tally(
     layers: Sequence[int],
     compile: bool = False,
 ) -> Tally:
-    """The sums of a block of at most `BLOCK` images: (n, C) float32 each as `reduction` gives them, and their codes."""
-    assert 0 < len(peaks) <= BLOCK
+    """The sums of n images: (n, C) float32 each as `reduction` gives them, and their codes."""
     count = reduction.compiled(units) if compile else units
     values = [torch.from_numpy(np.ascontiguousarray(a)) for a in (peaks, shifts, squares, positives)]
     within = [torch.from_numpy(a) for a in (1 / ranges.scale, ranges.low, 10 / (ranges.high - ranges.low))]
-    sums = [column.numpy().astype(np.int64) for column in count(*values, *within)]
+    sums = np.zeros((len(_BITS), peaks.shape[1]), np.int64)
+    for blocks in zip(*(v.split(BLOCK) for v in values), strict=True):
+        sums += torch.stack(count(*blocks, *within)).long().numpy()
     starts = np.cumsum([0, *layers[:-1]])
     fires = np.maximum(peaks, np.float32(0)).astype(np.float64)
     total, squared = np.add.reduceat(fires, starts, axis=1), np.add.reduceat(fires * fires, starts, axis=1)
     crowd = sparsity(total, squared, np.asarray(layers, np.float64))
-    means = [(ranges.centre + end).astype(np.float32) for end in (shifts.max(0), shifts.min(0))]
+    peak, shift, low = values[0], values[1], torch.from_numpy(lows)
+    best_mean, least_mean = ((ranges.centre + end.numpy()).astype(np.float32) for end in (shift.amax(0), shift.amin(0)))
     return Tally(
         images=len(peaks),
-        fired=(peaks > 0).sum(0),
+        fired=(peak > 0).sum(0).numpy(),
         histogram=_histogram(codes),
         crowd=np.rint(np.nan_to_num(crowd) * 2.0**32).sum(0).astype(np.int64),
         crowded=np.isfinite(crowd).sum(0),
-        max=peaks.max(0),
-        best_mean=means[0],
-        min=lows.min(0),
-        peak_least=peaks.min(0),
-        least_mean=means[1],
+        max=peak.amax(0).numpy(),
+        best_mean=best_mean,
+        min=low.amin(0).numpy(),
+        peak_least=peak.amin(0).numpy(),
+        least_mean=least_mean,
         **dict(zip(_BITS, sums, strict=True)),
     )
+
+
+def _codes(peaks: Tensor, low: Tensor, width: Tensor) -> Tensor:
+    return (((peaks.double() - low) * width * BINS).floor_().clamp_(-1, BINS) + 1).to(torch.uint8)
 
 
 def units(
@@ -206,9 +216,12 @@ def units(
 
 
 def _histogram(codes: np.ndarray) -> np.ndarray:
-    channels = codes.shape[1]
-    flat = np.arange(channels, dtype=np.int64) * (BINS + 2) + codes
-    return np.bincount(flat.ravel(), minlength=channels * (BINS + 2)).astype(np.int32).reshape(channels, BINS + 2)
+    counts = np.empty((codes.shape[1], BINS + 2), np.int32)
+    for start in range(0, len(counts), NEAR):
+        part = counts[start : start + NEAR]
+        flat = np.arange(len(part)) * (BINS + 2) + codes[:, start : start + NEAR]
+        part[:] = np.bincount(flat.ravel(), minlength=part.size).reshape(part.shape)
+    return counts
 
 
 def sparsity(total: np.ndarray, squares: np.ndarray, count: np.ndarray | float) -> np.ndarray:

@@ -16,7 +16,7 @@ import torch
 from conftest import PHOTOS, tiny_model
 from PIL import Image
 
-from pipeline import datasets, examples, photos, reduction, statistics, toplists, winners
+from pipeline import datasets, examples, models, photos, reduction, statistics, toplists, winners
 from pipeline.datasets import DataConfig, Dataset, Photo
 from pipeline.errors import AtlasError
 from pipeline.examples import Drawn, ExamplesConfig, Sweep
@@ -112,10 +112,24 @@ def test_without_a_compiler_it_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    reduction.compiled.cache_clear()
+    for kept in (reduction.compiled, reduction.prepared):
+        kept.cache_clear()
     maps, centre = torch.randn(2, 3, 4, 5), torch.zeros(3)
     assert torch.equal(reduction.Reducer(True)(maps, centre), reduction.Reducer(False)(maps, centre))
-    reduction.compiled.cache_clear()
+    for kept in (reduction.compiled, reduction.prepared):
+        kept.cache_clear()
+
+
+def test_activations_write_in_place_only_while_nothing_is_kept() -> None:
+    """The pass lets them, as the network's author did; everyone else finds every map as it was computed."""
+    model = tiny_model()
+    relus = [module for module in model.module.modules() if isinstance(module, torch.nn.ReLU)]
+    assert relus and not any(relu.inplace for relu in relus)
+    author = [relu for relu in relus if hasattr(relu, models._WAS_IN_PLACE)]
+    assert author
+    with models.in_place(model):
+        assert [relu for relu in relus if relu.inplace] == author
+    assert not any(relu.inplace for relu in relus)
 
 
 @pytest.mark.parametrize("cuts", [(8, 12), (1, 2), (7, 19)])

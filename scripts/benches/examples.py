@@ -65,6 +65,8 @@ def main() -> None:
     began = time.perf_counter()
     loaded = [item for item in photos.load(dataset, range(len(dataset.photos)), model.recipe) if item.array is not None]
     decoding = (time.perf_counter() - began) / len(loaded)
+    # The pass fills up its last batch, once a task; here every block would have such a last one.
+    loaded = loaded[: len(loaded) // config.batch * config.batch]
     began = time.perf_counter()
     ranges = examples.ranges_of(folded, layers, dataset, config, drawn.sample.tolist())
     sampling = time.perf_counter() - began
