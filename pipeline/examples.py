@@ -211,8 +211,11 @@ def reduced(
         for items, images in photos.batches(loaded, batch, failed):
             stop()
             # Always the same batch size: kernels chosen by size would round differently.
-            full = np.concatenate([images, np.repeat(images[-1:], batch - len(images), 0)])
-            forward(torch.from_numpy(full).to(device).float() / 255)
+            if len(images) < batch:
+                images = np.concatenate([images, np.repeat(images[-1:], batch - len(images), 0)])
+            # Turned round while they are bytes.
+            full = torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last)
+            forward(full.float().div_(255))
             torch.cat(parts, -1, out=joined)
             yield np.array([item.index for item in items]), joined[:, : len(items)].cpu().numpy()
 

@@ -46,7 +46,7 @@ class Model:
         std = images.new_tensor(self.recipe.std).view(1, -1, 1, 1)
         if (low, high) != (0.0, 1.0):
             images = images * (high - low) + low
-        return (images - mean) / std
+        return (images - mean).div_(std)
 
     def to(self, device: torch.device | str) -> "Model":
         """The same model on `device`, its convolutions channels-last, which is faster on CPU and GPU alike."""
