@@ -107,7 +107,7 @@ class LayerView:
     @property
     def receptive_field(self) -> tuple[int, int] | None:
         """(height, width) in input pixels that one unit sees, or None for the whole image."""
-        height, width = shards.numbers(self._group, "receptive_field")
+        height, width = self._geometry[0]
         return (height, width) if height else None
 
     @functools.cached_property
@@ -118,7 +118,7 @@ class LayerView:
     @property
     def input_size(self) -> tuple[int, int]:
         """(height, width) of the network's input, in pixels."""
-        height, width = shards.numbers(self._group, "input_size")
+        height, width = self._geometry[3]
         return height, width
 
     @property

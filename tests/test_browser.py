@@ -262,7 +262,7 @@ def test_toggle(visit):
     page = visit(UNIT)
     frame = page.locator(".examples .frame").first
     box = "e => getComputedStyle(e.firstChild).backgroundImage"
-    assert "/media/blocks.0.conv/x0.webp" in frame.evaluate(box)
+    assert "/media/blocks.0.conv/x0.jpg" in frame.evaluate(box)
     page.get_by_text("Heat-map", exact=True).click()
     canvas = page.locator(".examples canvas.heat").first
     canvas.wait_for()

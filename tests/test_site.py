@@ -30,7 +30,7 @@ from pipeline.shards import creating, put, safe
 from pipeline.site import SiteConfig, build_site, families, hosts, method, plane, sizes, twin
 from pipeline.site import values as v
 from pipeline.site.facts import facts_of
-from pipeline.site.pieces import Piece
+from pipeline.site.pieces import Piece, showing_of
 from pipeline.site.serve import server
 
 SIDE = 64
@@ -486,12 +486,12 @@ def test_pictures_and_crops_show_the_right_thing(site):
         unit, photos = unit_of(site, layer, 2)
         for value, photo, *_, at in [entry[:6] for entry in unit["examples"]["max"]]:
             assert value and at >= 0
-            crop = cell(site, "media/blocks.0.conv/x0.webp", (1 % group) * each + at, columns, side, side)
+            crop = cell(site, "media/blocks.0.conv/x0.jpg", (1 % group) * each + at, columns, side, side)
             assert np.abs(crop[4:12, 20:28].mean((0, 1)) - (10, 250, 10)).max() < 25
             # Whole pictures are kept once for all units, with the part that the network saw.
             place, width, height, *box = photos[str(photo)][2:]
             assert (place, width, height, box) == (photo, 4 * SIDE, 2 * SIDE, [0.5, 0, 1, 1])
-            with Image.open(site / f"photos/{photo}.webp") as whole:
+            with Image.open(site / f"photos/{photo}.jpg") as whole:
                 assert whole.size == (64, 32)
         # Where a unit sees everything, its photographs are shown and nothing is kept twice.
         assert shard(site, f"{safe('../../x')}/layer")["crops"] is None
@@ -555,7 +555,7 @@ def test_without_examples(tmp_path):
     report = build(path)
     assert report.pictures > 0
     assert check_links(tmp_path / "site") > 50
-    assert not list((tmp_path / "site").rglob("x*.webp")) and not (tmp_path / "site/photos").exists()
+    assert not list((tmp_path / "site").rglob("x*.jpg")) and not (tmp_path / "site/photos").exists()
     assert "holds no photographs" in Page(tmp_path / "site/index.html").plain
     assert "holds no responses" in Page(tmp_path / "site/map.html").plain
     assert "nan" not in (tmp_path / "site/data/stem/u0.js").read_text().lower()
@@ -590,7 +590,7 @@ def test_no_examples_wanted(tmp_path):
     build(path, config=dataclasses.replace(SMALL, examples=0, least=0, per_bin=0, similar=0))
     unit = shard(tmp_path / "site", "stem/u0")["units"][0]
     assert "examples" not in unit and "similar" not in unit and unit["stats"]
-    assert not list((tmp_path / "site").rglob("x*.webp"))
+    assert not list((tmp_path / "site").rglob("x*.jpg"))
 
 
 def test_a_site_elsewhere_has_no_download(tmp_path):
@@ -609,7 +609,7 @@ def test_licences(tmp_path, site, licence):
     path = write_atlas(tmp_path / "atlas.h5", layers=LAYERS[1:4])
     build(path, config=dataclasses.replace(SMALL, licence=licence))
     here = tmp_path / "site"
-    crops, photos = list(here.rglob("x*.webp")), list(here.glob("photos/*"))
+    crops, photos = list(here.rglob("x*.jpg")), list(here.glob("photos/*"))
     unit = shard(here, "blocks.0.conv/u0")
     told = next(iter(unit["photos"].values()))
     assert told[0].endswith(".jpg")
@@ -738,7 +738,7 @@ def test_sizes_are_chosen_to_fit(tmp_path):
     plain = build(path, tmp_path / "plain")
     few = build(path, tmp_path / "few", dataclasses.replace(SMALL, max_files=100))
     assert few.files < plain.files and few.files <= 110
-    assert list((tmp_path / "few/photos").glob("s*.webp")) or few.files <= 100
+    assert list((tmp_path / "few/photos").glob("s*.jpg")) or few.files <= 100
     with open_atlas(path) as atlas:
         layers = LAYERS[1:2]
         assert layers
@@ -915,3 +915,20 @@ def test_shares_and_ratios_do_not_lie():
     assert v.ratio(6, -2) == v.ratio(6, 0) == v.ratio(float("nan"), 2) == v.ratio(6, float("nan"))
     assert float(v.number(np.float32(0.1)).exact) == pytest.approx(0.1)
     assert np.float32(v.number(np.float32(1) / 3).exact) == np.float32(1) / np.float32(3)
+
+
+@pytest.mark.parametrize(
+    ("store", "share", "licence", "per_photo", "celled", "whole"),
+    [
+        ("images", 0.2, "full", 1, ("max", "min"), True),
+        ("images", 0.5, "full", 1, (), True),
+        ("images", 0.5, "full", 4, ("max", "min"), True),
+        ("images", 0.5, "crop", 1, ("max", "min", "spectrum"), False),
+        ("crops", 0.5, "full", 1, ("max", "min", "spectrum"), False),
+        ("images", 0.5, "ids", 1, (), False),
+    ],
+)
+def test_crops_are_kept_where_whole_pictures_cannot_show_them(store, share, licence, per_photo, celled, whole):
+    chosen = dataclasses.replace(sizes.levels(SiteConfig())[0], per_photo=per_photo)
+    showing = showing_of(store, True, share, SiteConfig(licence=licence), chosen)
+    assert (showing.celled, showing.whole) == (celled, whole)

@@ -209,7 +209,7 @@ def _inventory(atlas: Atlas, seen: Survey, config: SiteConfig) -> Inventory:
     alone = len(seen.used) <= config.max_files // 3
     for layer, facts in zip(atlas, seen.layers, strict=True):
         lone = Sizes(0, 1, 1, 1, 1, 1, per_photo=1 if alone else 2)
-        showing = showing_of(store, boxes, facts.whole, config, lone)
+        showing = showing_of(store, boxes, facts.share, config, lone)
         whole = whole or showing.whole
         counts = {shown.name: shown.count for shown in lists_of(layer, config)}
         cells.append(sum(counts.get(name, 0) for name in showing.celled))
@@ -275,7 +275,7 @@ def _photographs(
 ) -> None:
     """Whole pictures, a file each or many to a sheet; none where they are not to be shown."""
     table = table_of(atlas)
-    if not showing_of(atlas.examples_store, bool(table), False, config, sizes).whole:
+    if not showing_of(atlas.examples_store, bool(table), 0.0, config, sizes).whole:
         return
     if held == _photos_digest(atlas, seen, look) and folder.adopt(target, new, "photos"):
         return

@@ -21,6 +21,8 @@ from pipeline.site.sprites import sheet, shrunk, side, square
 
 SUFFIX = {"webp": "webp", "avif": "avif", "jpeg": "jpg"}
 STRIP_PX = 64
+# Units that see less than this share of the input's side get crops of their own.
+COARSE = 1 / 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Maker:
             self._last = layer, facts, lists, recorder, None if maps is None else maps[:]
         layer, facts, lists, recorder, maps = self._last
         rows = slice(piece.start, piece.stop)
-        showing = showing_of(self._atlas.examples_store, bool(self._table), facts.whole, self._config, self._sizes)
+        showing = showing_of(self._atlas.examples_store, bool(self._table), facts.share, self._config, self._sizes)
         media = f"media/{facts.slug}"
         thumbs = self._pictures(layer, facts, rows, media)
         cells = self._crops(layer, facts, lists, showing, rows, media, thumbs)
@@ -114,20 +116,20 @@ class Maker:
             found = [(i, self._photos.whole(i, px)) for i in indices]
             for index, image in found:
                 if image is not None:
-                    self._save(image, f"photos/{index}")
+                    self._save(image, f"photos/{index}", self._config.photo_format)
             return sum(image is not None for _, image in found)
         # In a sheet every picture fills a square cell; the page, which knows its shape, undoes that.
         cells = [photo and photo.resize((px, px)) for photo in (self._photos.whole(i, px) for i in indices)]
-        self._save(sheet(cells, side(per), (px, px)), f"photos/s{start}")
+        self._save(sheet(cells, side(per), (px, px)), f"photos/s{start}", self._config.photo_format)
         return len(cells)
 
-    def _save(self, image: Image.Image, name: str) -> None:
-        kind = self._config.format
+    def _save(self, image: Image.Image, name: str, kind: str) -> None:
         write(self._root, f"{name}.{SUFFIX[kind]}", encode(image, kind, self._sizes.quality))
 
     def _sheets(self, cells: Sequence[Image.Image | None], rows: slice, per: int, px: int, name: str) -> None:
         for start in range(0, len(cells), per):
-            self._save(sheet(cells[start : start + per], side(per), (px, px)), f"{name}{rows.start + start}")
+            image = sheet(cells[start : start + per], side(per), (px, px))
+            self._save(image, f"{name}{rows.start + start}", self._config.format)
 
     def _pictures(self, layer: LayerView, facts: Facts, rows: slice, media: str) -> list[Image.Image | None]:
         """Write the sheets of pictures of every key; returns a thumbnail of each unit, where it has a picture."""
@@ -146,7 +148,8 @@ class Maker:
                         cells.append(image)
                         if image is not None and thumbs[row - rows.start] is None:
                             thumbs[row - rows.start] = square(image, self._sizes.thumb_px)
-                self._save(sheet(cells, side(per * r.variants), (width, height)), f"{media}/p{number}-{start}")
+                image = sheet(cells, side(per * r.variants), (width, height))
+                self._save(image, f"{media}/p{number}-{start}", self._config.format)
         return thumbs
 
     def _crops(
@@ -183,7 +186,7 @@ class Maker:
                             place[key] = len(cells) - first
                             cells.append(self._photos.blurred(crop))
                 cells += [None] * (first + each - len(cells))
-            self._save(sheet(cells, side(per * each), (px, px)), f"{media}/x{start}")
+            self._save(sheet(cells, side(per * each), (px, px)), f"{media}/x{start}", self._config.photo_format)
         self._stand_in(layer, lists, rows, thumbs)
         return place
 
@@ -241,17 +244,18 @@ def _places(shown: Shown, row: int) -> list[tuple[int, int, int, int]]:
     return [(i, y, x, pair) for i, y, x, pair in found if i >= 0]
 
 
-def showing_of(store: str, boxes: bool, whole: bool, config: SiteConfig, sizes: Sizes) -> Showing:
+def showing_of(store: str, boxes: bool, share: float, config: SiteConfig, sizes: Sizes) -> Showing:
     """What of the photographs a layer's units are shown with: by licence and by what the atlas holds (`store`).
 
-    `boxes` says whether it knows which part of a picture became the input, `whole` whether units see all of that.
+    `boxes` says whether it knows which part of a picture became the input, `share` how much of its side units see.
     """
     if config.licence == "ids" or store == "ids":
         return Showing((), False)
     if config.licence == "crop" or store == "crops" or not boxes:
         return Showing(("max", "min", "spectrum"), False)
-    # Where units see everything, crops would be the same pictures again for every unit.
-    return Showing(() if whole and sizes.per_photo == 1 else ("max", "min"), True)
+    # A page cuts out of the whole pictures what a unit saw, unless that is so small that it would look coarse, or
+    # pictures share files, which are heavy to look at one by one.
+    return Showing(() if share > COARSE and sizes.per_photo == 1 else ("max", "min"), True)
 
 
 def table_of(atlas: Atlas) -> dict[int, tuple[object, ...]]:

@@ -18,6 +18,7 @@ class SiteConfig:
     with the largest responses, `least` with the lowest and `per_bin` of each bin of the spectrum are shown of a unit,
     `similar` units of its layer beside it, and `strip` pictures of a layer on the first page.
 
+    `format` is that of rendered pictures, `photo_format` that of photographs, which are JPEG already.
     `licence` says what may be shown of photographs: `full` (crops and whole pictures), `crop` (only what units saw),
     `blur` (both, blurred), `ids` (names alone). `families` is a YAML file of named groups of units; null takes
     families.yaml beside the atlas, if it is there. `aliases` maps former layer names to present ones, so that old
@@ -26,6 +27,7 @@ class SiteConfig:
 
     title: str = "Neuron Atlas"
     format: str = "webp"
+    photo_format: str = "jpeg"
     quality: int = 78
     picture_px: int = 256
     thumb_px: int = 96
@@ -44,7 +46,7 @@ class SiteConfig:
     workers: int | str = "auto"
 
     def __post_init__(self) -> None:
-        for key, valid in (("licence", LICENCES), ("format", FORMATS)):
+        for key, valid in (("licence", LICENCES), ("format", FORMATS), ("photo_format", FORMATS)):
             if getattr(self, key) not in valid:
                 raise AtlasError(f"site.{key}={getattr(self, key)!r} is not one of {', '.join(valid)}.")
         for key, least, most in (

@@ -166,18 +166,19 @@ def _sample(atlas: Atlas, inventory: Inventory) -> dict[str, list[Image.Image]]:
 def _bytes(sizes: Sizes, inventory: Inventory, sample: dict[str, list[Image.Image]], config: SiteConfig) -> float:
     """What the site will weigh."""
 
-    def density(images: Sequence[Image.Image], longest: int) -> float:
+    def density(images: Sequence[Image.Image], longest: int, kind: str) -> float:
         """Bytes a pixel, without what a file costs however small it is."""
         total, pixels = 0, 0
         for image in images:
             scale = min(1.0, longest / max(image.size))
             small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-            total += len(encode(small, config.format, sizes.quality))
+            total += len(encode(small, kind, sizes.quality))
             pixels += small.width * small.height
         return total / pixels if pixels else 0.0
 
-    picture, thumb, tiny = (density(sample["pictures"], px) for px in (sizes.picture_px, sizes.thumb_px, sizes.tiny_px))
-    crop, photo = (density(sample["photos"], px) for px in (sizes.example_px, sizes.photo_px))
+    sides = (sizes.picture_px, sizes.thumb_px, sizes.tiny_px)
+    picture, thumb, tiny = (density(sample["pictures"], px, config.format) for px in sides)
+    crop, photo = (density(sample["photos"], px, config.photo_format) for px in (sizes.example_px, sizes.photo_px))
     total = inventory.photographs * photo * sizes.photo_px**2 * 0.72 + 1e6
     for facts, cells, heat in zip(inventory.layers, inventory.cells, inventory.heat, strict=True):
         each = thumb * sizes.thumb_px**2 + tiny * sizes.tiny_px**2 + crop * cells * sizes.example_px**2

@@ -90,7 +90,7 @@ window.ATLAS = (function () {
 
   // --------------------------------------------------------------------- units
 
-  let index = { layers: [], families: [], aliases: {}, sizes: {}, suffix: "webp" };
+  let index = { layers: [], families: [], aliases: {}, sizes: {}, suffix: "webp", photo_suffix: "jpg" };
   const bySlug = new Map();
   const byName = new Map();
   const indexed = ready("index").then((found) => {
@@ -154,8 +154,8 @@ window.ATLAS = (function () {
     const place = (from, part, whole) => (Math.abs(whole - part) < 1e-9 ? 0 : (100 * from) / (whole - part)) + "%";
     style.backgroundPosition = place(x, width, columns) + " " + place(y, height, rows);
   }
-  function media(layer, name) {
-    return root + "media/" + layer.slug + "/" + name + "." + index.suffix + "?v=" + layer.version;
+  function media(layer, name, suffix) {
+    return root + "media/" + layer.slug + "/" + name + "." + (suffix || index.suffix) + "?v=" + layer.version;
   }
   // Cell `at` of a sheet that holds `per` of `total` cells.
   function cell(element, layer, prefix, per, columns, at, total) {

@@ -128,7 +128,7 @@
     element.style.aspectRatio = String(aspect);
     element.style[aspect >= 1 ? "width" : "height"] = "100%";
     const start = position - (position % per);
-    const url = root + "photos/" + (per > 1 ? "s" + start : s.index) + "." + ATLAS.index.suffix;
+    const url = root + "photos/" + (per > 1 ? "s" + start : s.index) + "." + ATLAS.index.photo_suffix;
     const rows = per > 1 ? Math.ceil(Math.min(per, total - start) / columns) : 1;
     sprite(element, url, columns, rows, position - start, [l, t, across, down]);
     return [l, t, across, down];
@@ -181,7 +181,7 @@
       const start = unit.row - (unit.row % per);
       const cells = Math.min(per, ATLAS.count(unit.layer) - start) * each;
       Object.assign(inner.style, { width: "100%", aspectRatio: "1" });
-      sprite(inner, ATLAS.media(unit.layer, "x" + start), columns, Math.ceil(cells / columns), (unit.row - start) * each + s.cell);
+      sprite(inner, ATLAS.media(unit.layer, "x" + start, ATLAS.index.photo_suffix), columns, Math.ceil(cells / columns), (unit.row - start) * each + s.cell);
       if (mode === "heat") {
         const [w, h] = s.input;
         const [l, t, r, b] = s.box || [0, 0, w, h];
