@@ -154,10 +154,8 @@ class Gathering:
         peaks, lows, shifts, squares, positives = reduced
         for name, values in {"max": peaks, "mean": shifts + self._centre, "min": -lows}.items():
             self._tops[name] = toplists.extended(self._tops[name], values, indices, self._sources)
-        codes = self._ranges.codes(peaks)
-        self._tally = self._tally + tally(
-            peaks, lows, shifts, squares, positives, codes, self._ranges, self._layers, self._compile
-        )
+        added, codes = tally(peaks, lows, shifts, squares, positives, self._ranges, self._layers, self._compile)
+        self._tally = self._tally + added
         for kept, drawn, values in (
             (self._responses, self._drawn.subset, peaks),
             (self._codes, self._drawn.labelled, codes),

@@ -71,8 +71,7 @@ class Ranges:
 
     def codes(self, peaks: np.ndarray) -> np.ndarray:
         """(n, C) maxima → their bins, uint8: 0 below the range, 1 … 254 inside, 255 above."""
-        low, width = torch.from_numpy(self.low), torch.from_numpy(1 / (self.high - self.low))
-        return _codes(torch.from_numpy(np.ascontiguousarray(peaks)), low, width).numpy()
+        return _codes(torch.from_numpy(self.places(peaks))).numpy()
 
     def places(self, peaks: np.ndarray) -> np.ndarray:
         """(n, C) maxima in parts of the range: 0 at `low`, 1 at `high`; float64."""
@@ -152,54 +151,69 @@ def tally(
     shifts: np.ndarray,
     squares: np.ndarray,
     positives: np.ndarray,
-    codes: np.ndarray,
     ranges: Ranges,
     layers: Sequence[int],
     compile: bool = False,
-) -> Tally:
-    """The sums of n images: (n, C) float32 each as `reduction` gives them, and their codes."""
-    count = reduction.compiled(units) if compile else units
-    values = [torch.from_numpy(np.ascontiguousarray(a)) for a in (peaks, shifts, squares, positives)]
-    within = [torch.from_numpy(a) for a in (1 / ranges.scale, ranges.low, 10 / (ranges.high - ranges.low))]
+) -> tuple[Tally, np.ndarray]:
+    """The sums of n images, (n, C) float32 each as `reduction` gives them, and the codes of their maxima, (n, C)."""
+    count = reduction.compiled(counted) if compile else counted
+    values = [torch.from_numpy(np.ascontiguousarray(a)) for a in (peaks, lows, shifts, squares, positives)]
+    within = [torch.from_numpy(a) for a in (1 / ranges.scale, ranges.low, 1 / (ranges.high - ranges.low))]
     sums = np.zeros((len(_BITS), peaks.shape[1]), np.int64)
+    found = []
     for blocks in zip(*(v.split(BLOCK) for v in values), strict=True):
-        sums += torch.stack(count(*blocks, *within)).long().numpy()
+        codes, added, *ends = count(*blocks, *within)
+        sums += added.long().numpy()
+        found.append((codes, *ends))
+    parts = list(zip(*found, strict=True))
+    codes = torch.cat(parts[0]).numpy()
+    highest, lowest, fired = (torch.stack(part) for part in parts[1:])
+    (most, best), (least, peak_least, worst) = highest.amax(0).numpy(), lowest.amin(0).numpy()
     starts = np.cumsum([0, *layers[:-1]])
     fires = np.maximum(peaks, np.float32(0)).astype(np.float64)
     total, squared = np.add.reduceat(fires, starts, axis=1), np.add.reduceat(fires * fires, starts, axis=1)
     crowd = sparsity(total, squared, np.asarray(layers, np.float64))
-    peak, shift, low = values[0], values[1], torch.from_numpy(lows)
-    best_mean, least_mean = ((ranges.centre + end.numpy()).astype(np.float32) for end in (shift.amax(0), shift.amin(0)))
-    return Tally(
+    best_mean, least_mean = ((ranges.centre + end).astype(np.float32) for end in (best, worst))
+    added = Tally(
         images=len(peaks),
-        fired=(peak > 0).sum(0).numpy(),
+        fired=fired.sum(0).numpy(),
         histogram=_histogram(codes),
         crowd=np.rint(np.nan_to_num(crowd) * 2.0**32).sum(0).astype(np.int64),
         crowded=np.isfinite(crowd).sum(0),
-        max=peak.amax(0).numpy(),
+        max=most,
         best_mean=best_mean,
-        min=low.amin(0).numpy(),
-        peak_least=peak.amin(0).numpy(),
+        min=least,
+        peak_least=peak_least,
         least_mean=least_mean,
         **dict(zip(_BITS, sums, strict=True)),
     )
+    return added, codes
 
 
-def _codes(peaks: Tensor, low: Tensor, width: Tensor) -> Tensor:
-    return (((peaks.double() - low) * width * BINS).floor_().clamp_(-1, BINS) + 1).to(torch.uint8)
+def _codes(places: Tensor) -> Tensor:
+    return ((places * BINS).floor().clamp(-1, BINS) + 1).to(torch.uint8)
 
 
-def units(
-    peaks: Tensor, shifts: Tensor, squares: Tensor, positives: Tensor, per: Tensor, low: Tensor, tenths: Tensor
+def counted(
+    peaks: Tensor,
+    lows: Tensor,
+    shifts: Tensor,
+    squares: Tensor,
+    positives: Tensor,
+    per: Tensor,
+    low: Tensor,
+    width: Tensor,
 ) -> tuple[Tensor, ...]:
-    """(n, C) float32 of n images → (C,) float64 sums, whole numbers of the units of `_BITS` and in its order.
+    """(n, C) float32 of n images → codes (n, C), sums (9, C), two highest and three lowest ends, how many fired.
 
-    `per` is 1 / scale, `low` and `tenths` place a maximum in the range. Each contribution is rounded by itself, and
-    no sum is rounded at all, so that order and number of threads do not matter.
+    Sums are float64, whole numbers of the units of `_BITS` and in its order. Ends are of the maxima and means, and of
+    minima, maxima and means. `per` is 1 / scale; `low` and `width` (1 / span) place a maximum in the range. Each
+    contribution is rounded by itself, and no sum is rounded at all, so that order and number of threads do not matter.
     """
     peak = peaks.double()
     rate = peak.clamp(min=0) * per
-    place = ((peak - low) * tenths - 4).clamp(-_FAR, _FAR)
+    inside = (peak - low) * width
+    place = (inside * 10 - 4).clamp(-_FAR, _FAR)
     second = place * place
     contributions = {
         "shift": shifts.double() * per,
@@ -212,7 +226,9 @@ def units(
         "third": second * place,
         "fourth": second * second,
     }
-    return tuple((contributions[k] * 2.0**bits).clamp(-_MOST, _MOST).round().sum(0) for k, bits in _BITS.items())
+    sums = [(contributions[k] * 2.0**bits).clamp(-_MOST, _MOST).round().sum(0) for k, bits in _BITS.items()]
+    highest, lowest = [peaks.amax(0), shifts.amax(0)], [lows.amin(0), peaks.amin(0), shifts.amin(0)]
+    return _codes(inside), torch.stack(sums), torch.stack(highest), torch.stack(lowest), (peaks > 0).sum(0)
 
 
 def _histogram(codes: np.ndarray) -> np.ndarray:
