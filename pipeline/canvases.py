@@ -91,7 +91,7 @@ class Canvas:
         """(B, C, H, W) of any range → colours in (0, 1)."""
         matrix = self.matrix(plain.shape[1])
         if matrix is not None:
-            plain = torch.einsum("rc,bchw->brhw", matrix.to(plain), plain)
+            plain = (matrix.to(plain) @ plain.flatten(2)).view_as(plain)
         return torch.sigmoid(plain)
 
     def unsquash(self, images: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class Canvas:
         plain = torch.logit(images.clamp(EDGE, 1 - EDGE))
         matrix = self.matrix(plain.shape[1])
         if matrix is not None:
-            plain = torch.einsum("rc,bchw->brhw", torch.linalg.inv(matrix.double()).to(plain), plain)
+            plain = (torch.linalg.inv(matrix.double()).to(plain) @ plain.flatten(2)).view_as(plain)
         return plain
 
     def start(self, generator: Generator, channels: int, size: Size) -> Tensor:
@@ -200,7 +200,7 @@ class Fourier(Canvas):
 
     def image(self, parameters: Tensor, size: Size) -> Tensor:
         """(B, C, H, W // 2 + 1, 2) → (B, C, H, W) in (0, 1)."""
-        spectrum = torch.view_as_complex(parameters * self.scale(size, parameters.device)[..., None].to(parameters))
+        spectrum = torch.view_as_complex(parameters * _scales(self, size, parameters.device).to(parameters))
         # norm="ortho" is lucid's inverse transform times its factor sqrt(h·w).
         return self.squash(torch.fft.irfft2(spectrum, s=size, norm="ortho"))
 
@@ -228,6 +228,12 @@ class Fourier(Canvas):
         # The orthonormal transform divides by the root of the number of pixels.
         grown = (new[0] * new[1] / (old[0] * old[1])) ** 0.5
         return torch.view_as_real(target * grown / self.scale(new, parameters.device)).contiguous()
+
+
+@functools.lru_cache(maxsize=8)
+def _scales(canvas: Fourier, size: Size, device: torch.device) -> Tensor:
+    """(H, W // 2 + 1, 2): its scale for real and imaginary parts, laid out in full, for broadcasting is slow."""
+    return canvas.scale(size, device)[..., None].expand(-1, -1, 2).contiguous()
 
 
 @CANVASES.add("laplacian")

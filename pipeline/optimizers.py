@@ -72,9 +72,10 @@ class Adam(Optimizer):
         first, second = state
         first.lerp_(gradient, 1 - self.beta1)
         second.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
-        corrected = second / (1 - self.beta2 ** (at + 1))
-        mean_square = corrected.mean(dim=tuple(range(1, corrected.ndim)), keepdim=True)
-        denominator = corrected.sqrt_().add_(self.damping * mean_square.sqrt() + 1e-8)
+        # The second moment's own bias is a factor of everything below the line: it goes into the rate.
+        shrunk = math.sqrt(1 - self.beta2 ** (at + 1))
+        mean_square = second.mean(dim=tuple(range(1, second.ndim)), keepdim=True)
+        denominator = second.sqrt().add_(self.damping * mean_square.sqrt() + 1e-8 * shrunk)
         direction = first
         bias = 1 - self.beta1 ** (at + 1)
         if self.nesterov:
@@ -82,7 +83,7 @@ class Adam(Optimizer):
             ahead = self.beta1 * bias / (1 - self.beta1 ** (at + 2))
             direction = first * ahead + gradient * (1 - self.beta1)
         self.shrink(parameters, rate)
-        parameters.addcdiv_(direction, denominator, value=rate / bias)
+        parameters.addcdiv_(direction, denominator, value=rate / bias * shrunk)
 
     def shrink(self, parameters: Tensor, rate: float) -> None:
         """Weight decay, where there is any."""
