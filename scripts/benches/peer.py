@@ -1,0 +1,282 @@
+"""Lucent 0.1.8 against this project, unit by unit: time, activation of the saved picture, robustness.
+
+scripts/bench peer [--units 2] [--render distill,fast] [--steps 512] [--out runs/peer]
+
+The same units of five layers of the default network, on the same cores, in turn: for each layer first ours, then
+Lucent's channels one by one, then ours again. Lucent renders one channel at a time at the network's input size with
+its own transforms and optimiser, in one process with all cores. Ours renders as a run does: a batch of 8 channels in
+each of as many processes as `engine.workers=auto` takes, of which the first channels are Lucent's; a channel's time
+is the wall clock of the slowest process over all channels rendered. Loading and folding the network, once a layer in
+a run, is counted on neither side.
+
+Both pictures are saved in 8 bits and measured alike, on the network as it was loaded: the channel's mean over the
+map, clean and as the mean over 16 copies that are shaken. Lucent is installed beside the project, into --home; it
+needs two functions that kornia has moved, which are put back.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import json
+import multiprocessing
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageDraw
+
+from pipeline.arguments import conf_folder
+from pipeline.config import Config, from_tree
+from pipeline.engine import crew, local_resources
+from pipeline.feasibility import fitting
+from pipeline.fields import receptive_fields
+from pipeline.folding import fold, foldable
+from pipeline.layers import Layer, capture
+from pipeline.models import Model, load
+from pipeline.policies import LayersConfig, found_layers
+from pipeline.render import Picture, render
+from pipeline.seeds import seed_of
+from pipeline.transforms import STANDARD, draw, shake
+from pipeline.worker import keep_memory
+
+LAYERS = ("blocks.1.1", "blocks.3.1", "blocks.4.2", "blocks.5.3", "conv_head")
+# conv_head alone is a convolution without its activation, which comes in bn2: Lucent and we look at the same tensor.
+COPIES = 16
+PACKAGES = (
+    ("--no-deps", "torch-lucent==0.1.8", "kornia==0.9.0", "kornia_rs"),
+    ("decorator", "ipython", "scikit-learn", "tqdm"),
+)
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+@functools.cache
+def config_of(preset: str) -> Config:
+    """The default configuration with another preset."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        tree: Any = OmegaConf.to_container(
+            compose("config", [f"render={preset}", "run.name=peer", "layers=all", "data=samples"]), resolve=True
+        )
+    for key in ("experiment", "also"):
+        tree.pop(key, None)
+    return from_tree(tree)
+
+
+# ------------------------------------------------------------------------------------------------------------ Lucent
+
+
+def install(home: Path) -> None:
+    """Put Lucent and what it needs beside PyTorch into a folder of its own, once."""
+    if (home / "lucent").is_dir():
+        return
+    for packages in PACKAGES:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(home), *packages]
+        subprocess.run(command, check=True)
+
+
+class Lucent:
+    """Lucent's `render_vis` as its README calls it, on our network."""
+
+    def __init__(self, home: Path, model: Model, threads: int) -> None:
+        torch.set_num_threads(threads)
+        sys.path.append(str(home))
+        kornia: Any = importlib.import_module("kornia")
+        geometry: Any = importlib.import_module("kornia.geometry.transform")
+        for name in ("get_rotation_matrix2d", "warp_affine"):
+            if not hasattr(kornia, name):
+                setattr(kornia, name, getattr(geometry, name))
+        self.optvis: Any = importlib.import_module("lucent.optvis.render")
+        self.param: Any = importlib.import_module("lucent.optvis.param")
+        self.transform: Any = importlib.import_module("lucent.optvis.transform")
+        self.model = model
+        recipe = model.recipe
+        mean, sd = (torch.tensor(v).view(1, -1, 1, 1) for v in (recipe.mean, recipe.std))
+        self.transforms = [*self.transform.standard_transforms, lambda image: (image - mean) / sd]
+        self.side = recipe.size[0]
+
+    def picture(self, layer: str, channel: int, steps: int) -> tuple[np.ndarray, float]:
+        """(H, W, 3) uint8, and seconds."""
+        torch.manual_seed(0)
+        np.random.seed(0)  # its transforms draw from here
+        hooks = [(m, dict(m._forward_hooks)) for m in self.model.module.modules()]
+        began = time.perf_counter()
+        images = self.optvis.render_vis(
+            self.model.module, f"{layer.replace('.', '_')}:{channel}", lambda: self.param.image(self.side),
+            transforms=self.transforms, preprocess=False, thresholds=(steps,), progress=False, show_image=False,
+        )  # fmt: skip
+        took = time.perf_counter() - began
+        for module, before in hooks:  # it leaves its hooks behind
+            module._forward_hooks.clear()
+            module._forward_hooks.update(before)
+        return (images[-1][0] * 255).round().clip(0, 255).astype(np.uint8), took
+
+
+# -------------------------------------------------------------------------------------------------------------- ours
+
+
+@functools.cache
+def prepared(preset: str, name: str, threads: int) -> tuple[Model, Layer, Config, tuple[int, int]]:
+    """The folded network, the layer and its canvas, as a worker has them when a task begins."""
+    keep_memory()
+    torch.set_num_threads(threads)
+    config = config_of(preset)
+    model = load(config.model)
+    (layer,) = [found for found in found_layers(model, LayersConfig(), config.model.aliases) if found.name == name]
+    folded = fold(model, foldable(model), [layer])
+    (field,) = receptive_fields(fold(model), [layer]).values()
+    layer = dataclasses.replace(layer, field=field)
+    return folded, layer, config, fitting(folded, [layer], config.render)[name]
+
+
+def prepare(preset: str, name: str, threads: int) -> None:
+    folded, layer, config, size = prepared(preset, name, threads)
+    render(folded, layer, [(0, 0)], dataclasses.replace(config.render, steps=2), 1, size)
+
+
+def ours(preset: str, name: str, threads: int, channels: Sequence[int]) -> tuple[list[Picture], float, float]:
+    """Pictures of `channels` in one batch; when it began and ended."""
+    folded, layer, config, size = prepared(preset, name, threads)
+    began = time.monotonic()
+    pictures = render(folded, layer, [(c, 0) for c in channels], config.render, config.run.seed, size)
+    return pictures, began, time.monotonic()
+
+
+# ---------------------------------------------------------------------------------------------------------- measures
+
+
+def measured(model: Model, layer: Layer, channel: int, image: np.ndarray) -> tuple[float, float]:
+    """Mean over the map of the channel, on the saved picture as it is and over 16 shaken copies."""
+    picture = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    size = (image.shape[0], image.shape[1])
+    draws = draw(STANDARD, torch.Generator().manual_seed(seed_of("peer", layer.name, channel)), COPIES)
+    with torch.no_grad(), capture(model, [layer]) as run:
+        clean = run(picture)[layer.name][0, channel].mean().item()
+        robust = run(shake(picture.expand(COPIES, -1, -1, -1), STANDARD, draws, size))[layer.name][:, channel].mean()
+    return clean, robust.item()
+
+
+def sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], titles: Sequence[str], side: int = 224) -> Image.Image:
+    """Pictures side by side at the size of the larger, a unit a row."""
+    page = Image.new("RGB", (len(titles) * (side + 8) + 130, len(rows) * (side + 8) + 24), "white")
+    pen = ImageDraw.Draw(page)
+    for j, title in enumerate(titles):
+        pen.text((132 + j * (side + 8), 6), title, fill="black")
+    for i, (name, images) in enumerate(rows):
+        pen.text((4, 28 + i * (side + 8)), name, fill="black")
+        for j, image in enumerate(images):
+            # At the scale of pixels: a smaller canvas is a smaller picture, not a coarser one.
+            found = Image.fromarray(image)
+            page.paste(found, (130 + j * (side + 8), 24 + i * (side + 8)))
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--units", type=int, default=2, help="channels of each layer")
+    parser.add_argument("--layers", default=",".join(LAYERS))
+    parser.add_argument("--render", default="distill", help="presets of ours, separated by commas")
+    parser.add_argument("--steps", type=int, default=512, help="Lucent's")
+    parser.add_argument("--out", type=Path, default=Path("runs/peer"))
+    parser.add_argument("--home", type=Path, default=Path(".venv/peer"), help="where Lucent is installed")
+    options = parser.parse_args()
+    presets = options.render.split(",")
+    options.out.mkdir(parents=True, exist_ok=True)
+    install(options.home)
+    config = config_of(presets[0])
+    model = load(config.model)
+    cores = local_resources()[0]
+    found = {layer.name: layer for layer in found_layers(model, LayersConfig(), config.model.aliases)}
+    team = crew(config.engine, [(cores, 0)], 10_000)
+    lucent = Lucent(options.home, model, cores)
+    batch = config.engine.batch
+    rows: list[dict[str, Any]] = []
+    pages: list[tuple[str, list[np.ndarray]]] = []
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        pools = [stack.enter_context(context.Pool(1)) for _ in range(team.workers)]
+
+        def round_of(preset: str, name: str, channels: list[int]) -> tuple[list[Picture], float]:
+            """All pictures of the layer's channels, and seconds a channel."""
+            parts = [channels[i * batch : (i + 1) * batch] for i in range(len(pools))]
+            for result in [p.apply_async(prepare, (preset, name, team.threads)) for p in pools]:
+                result.get()
+            jobs = [
+                p.apply_async(ours, (preset, name, team.threads, part)) for p, part in zip(pools, parts, strict=True)
+            ]
+            done = [job.get() for job in jobs]
+            seconds = max(end for _, _, end in done) - min(start for _, start, _ in done)
+            return [picture for pictures, _, _ in done for picture in pictures], seconds / len(channels)
+
+        for name in options.layers.split(","):
+            layer = found[name]
+            step = layer.channels // (options.units + 1)
+            units = [step * (i + 1) for i in range(options.units)]
+            others = [c for c in range(layer.channels) if c not in units]
+            rest = others[:: max(1, len(others) // (batch * len(pools)))][: batch * len(pools) - len(units)]
+            channels = units + rest
+            first = {preset: round_of(preset, name, channels) for preset in presets}
+            theirs = [lucent.picture(name, channel, options.steps) for channel in units]
+            again = {preset: round_of(preset, name, channels)[1] for preset in presets}
+            for i, channel in enumerate(units):
+                image, took = theirs[i]
+                clean, robust = measured(model, layer, channel, image)
+                row = {"layer": name, "channel": channel, "lucent_seconds": took}
+                row |= {"lucent_clean": clean, "lucent_robust": robust}
+                images = [image]
+                for preset in presets:
+                    pictures, each = first[preset]
+                    (own,) = [p for p in pictures if p.channel == channel]
+                    clean, robust = measured(model, layer, channel, own.image)
+                    row |= {
+                        f"{preset}_seconds": (each + again[preset]) / 2, f"{preset}_clean": clean,
+                        f"{preset}_robust": robust, f"{preset}_px": own.image.shape[0],
+                    }  # fmt: skip
+                    images.append(own.image)
+                rows.append(row)
+                pages.append((f"{name}:{channel}", images))
+                Image.fromarray(image).save(options.out / f"lucent-{name}-{channel}.png")
+                say(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}))
+    table = pd.DataFrame(rows)
+    table.to_csv(options.out / "peer.csv", index=False)
+    sheet(pages, [f"Lucent, {options.steps} steps", *presets]).save(options.out / "peer.png")
+    lines = []
+    for preset in presets:
+        speed = table["lucent_seconds"].sum() / table[f"{preset}_seconds"].sum()
+        clean = (table[f"{preset}_clean"] / table["lucent_clean"]).mean()
+        robust = (table[f"{preset}_robust"] / table["lucent_robust"]).mean()
+        total = table[f"{preset}_clean"].sum() / table["lucent_clean"].sum()
+        held = table[f"{preset}_robust"].sum() / table["lucent_robust"].sum()
+        lines.append(
+            {
+                "preset": preset, "times faster": round(speed, 1), "clean ÷ Lucent's, mean of ratios": round(clean, 3),
+                "robust ÷ Lucent's, mean of ratios": round(robust, 3), "clean, ratio of means": round(total, 3),
+                "robust, ratio of means": round(held, 3),
+                "seconds a channel": round(table[f"{preset}_seconds"].mean(), 2),
+                "Lucent's": round(table["lucent_seconds"].mean(), 1),
+            }
+        )  # fmt: skip
+    by_layer = table.drop(columns="channel").groupby("layer", sort=False).mean()
+    say(by_layer.round(3).to_string())
+    for line in lines:
+        say(" · ".join(f"{k} {v}" for k, v in line.items()))
+    (options.out / "peer.json").write_text(json.dumps({"units": rows, "summary": lines}, indent=1))
+    say(f"{options.out}/peer.csv, peer.json, peer.png")
+
+
+if __name__ == "__main__":
+    main()

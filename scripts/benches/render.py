@@ -1,0 +1,150 @@
+"""What the optimisation loop costs beside the network itself, layer by layer.
+
+scripts/bench render [--layers convs] [--include 'blocks.*'] [--render distill] [--threads N] [--seconds 2]
+                     [--model resnet50] [--device cuda] [--batch 8] [--json FILE]
+
+For each layer, on the same batch, size and threads, in turn: the bare loop (folded network, cut behind the layer,
+forward and backward to its input, nothing else) and our whole step (canvas, transforms, network, optimiser). Rates
+are image-steps a second, theirs is a ratio within one run. Channels an hour and the estimate of the full atlas count
+what a picture costs beside its steps too: starting, measuring, 16 shaken copies.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.arguments import conf_folder
+from pipeline.config import Config, from_tree
+from pipeline.feasibility import fitting
+from pipeline.fields import receptive_fields
+from pipeline.folding import fold, foldable
+from pipeline.layers import Layer, capture
+from pipeline.models import Model, load
+from pipeline.policies import LayersConfig, choose, found_layers
+from pipeline.render import render
+from pipeline.worker import keep_memory
+
+SHORT, LONG = 4, 12
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def config_of(preset: str, model: str) -> Config:
+    """The default configuration with another preset and network."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    overrides = [f"render={preset}", f"model={model}", "run.name=bench"]
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        tree: Any = OmegaConf.to_container(compose("config", overrides), resolve=True)
+    for key in ("experiment", "also"):
+        tree.pop(key, None)
+    return from_tree(tree)
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    """Wall time of `work`, with all that it left to a GPU."""
+    began = time.perf_counter()
+    work()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def bare(model: Model, layer: Layer, batch: int, size: tuple[int, int], steps: int) -> Callable[[], None]:
+    """`steps` forward and backward passes of the network cut behind `layer`."""
+    device = next(model.module.parameters()).device
+    pixels = torch.rand(batch, model.recipe.channels, *size, device=device).requires_grad_(True)
+    rows = torch.arange(batch, device=device)
+
+    def work() -> None:
+        with capture(model, [layer]) as run:
+            for _ in range(steps):
+                found = run(pixels)[layer.name]
+                torch.autograd.grad(found[rows, rows % found.shape[1]].float().mean(dim=(1, 2)).sum(), pixels)
+
+    return work
+
+
+def measured(model: Model, layer: Layer, config: Config, batch: int, least: float, device: str) -> dict[str, Any]:
+    """One row of the table; medians over rounds in turn, for at least `least` seconds of each."""
+    preset = config.render
+    folded = fold(model, foldable(model), [layer])
+    size = fitting(folded, [layer], preset)[layer.name]
+    units = [(c % layer.channels, c // layer.channels) for c in range(batch)]
+
+    def ours(steps: int) -> Callable[[], object]:
+        short = dataclasses.replace(preset, steps=steps, attempts=1)
+        return lambda: render(folded, layer, units, short, 0, size)
+
+    loop = bare(folded, layer, batch, size, LONG - SHORT)
+    for work in (loop, ours(SHORT)):
+        work()
+    theirs, own, fixed, spent = [], [], [], 0.0
+    while spent < least or len(own) < 3:
+        theirs.append(seconds(loop, device))
+        short, long = seconds(ours(SHORT), device), seconds(ours(LONG), device)
+        own.append(long - short)
+        fixed.append(short)
+        spent += theirs[-1] + short + long
+    each, step = statistics.median(theirs) / (LONG - SHORT) / batch, statistics.median(own) / (LONG - SHORT) / batch
+    whole = max(0.0, statistics.median(fixed) / batch - SHORT * step) + preset.steps * step
+    return {
+        "layer": layer.name, "px": "x".join(map(str, size)), "channels": layer.channels,
+        "bare, ms": round(1e3 * each, 3), "ours, ms": round(1e3 * step, 3),
+        "image-steps/s": round(1 / step, 1), "of bare": round(each / step, 3),
+        "seconds a channel": round(whole, 3), "channels/h": round(3600 / whole),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="efficientnet_lite0")
+    parser.add_argument("--layers", default="convs")
+    parser.add_argument("--include", default="", help="globs, separated by commas")
+    parser.add_argument("--render", default="distill")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2, help="workers that share the full atlas, for the estimate")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=2.0, help="at least so long a layer")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    keep_memory()
+    torch.set_num_threads(options.threads)
+    config = config_of(options.render, options.model)
+    model = load(config.model).to(options.device)
+    policy = LayersConfig(options.layers, tuple(p for p in options.include.split(",") if p))
+    cpu = fold(load(config.model))
+    chosen = choose(cpu, found_layers(cpu, policy, config.model.aliases), policy)
+    fields = receptive_fields(cpu, chosen)
+    rows = []
+    for layer in chosen:
+        layer = dataclasses.replace(layer, field=fields[layer.name])
+        rows.append(measured(model, layer, config, options.batch, options.seconds, options.device))
+        if len(rows) == 1:
+            say("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+        say("| " + " | ".join(map(str, rows[-1].values())) + " |")
+    hours = sum(row["channels"] * row["seconds a channel"] for row in rows) / options.workers / 3600
+    total = sum(row["channels"] for row in rows)
+    least = min(rows, key=lambda row: row["of bare"])
+    say(f"{total:,} channels of {len(rows)} layers with {options.workers} workers that do not slow each other: "
+        f"{hours:.1f} h; of the bare loop at least {least['of bare']:.1%} ({least['layer']}), "
+        f"median {statistics.median(row['of bare'] for row in rows):.1%}")  # fmt: skip
+    if options.json:
+        options.json.write_text(json.dumps({"model": options.model, "render": options.render, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
