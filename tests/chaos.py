@@ -251,6 +251,6 @@ if __name__ == "__main__":
         int(sys.argv[2]) if len(sys.argv) > 2 else 0,
         say=lambda line: sys.stdout.write(f"{line}\n") and sys.stdout.flush(),
     )
-    told = dataclasses.asdict(outcome) | {"seconds": round(time.monotonic() - began)}
+    told = vars(outcome) | {"seconds": round(time.monotonic() - began)}
     sys.stdout.write(json.dumps(told, indent=1) + "\n")
     sys.exit(bool(outcome.unreadable or outcome.lost or outcome.different))
