@@ -22,11 +22,25 @@ log = logging.getLogger(__name__)
 PEAK, LOW, SHIFT, SQUARE, POSITIVE = range(5)
 
 
-def rows(maps: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(B, H, W, C) maps, each row of a map on its own → five (B, H, C): largest, smallest, Σd, Σd², count above 0.
+# Positions whose sums are float32, at most: few enough for their last bits, many enough that the sums of these weigh
+# nothing beside the maps.
+TOGETHER = 256
 
-    d is the distance to `centre`, (C,): squares about a value near the mean do not cancel. Row by row, float32 sums
-    are short, and no sum is ever split among threads: its last bit is the same whoever computes it.
+
+@functools.cache
+def together(places: int) -> int:
+    """How many of a map's places are summed in float32: as many as divide it, within `TOGETHER`, and not all of it.
+
+    Not all, for the compiled loop wants more than one of everything.
+    """
+    return max((n for n in range(1, min(TOGETHER, places // 2) + 1) if places % n == 0), default=1)
+
+
+def parts(maps: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(B, n, P, C) maps in n parts of P positions → five (B, n, C): largest, smallest, Σd, Σd², count above 0.
+
+    d is the distance to `centre`, (C,): squares about a value near the mean do not cancel. Float32 sums are short,
+    and none is ever split among threads: its last bit is the same whoever computes it.
     """
     distance = maps - centre
     above = (maps > 0).to(maps.dtype)
@@ -34,11 +48,11 @@ def rows(maps: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, 
 
 
 def whole(maps: Tensor, centre: Tensor, places: Tensor) -> Tensor:
-    """(B, H, W, C) maps of so many `places` (float64) → (5, B, C) float32: maximum, minimum, three means.
+    """(B, n, P, C) maps of so many `places` (float64) → (5, B, C) float32: maximum, minimum, three means.
 
-    Sums over rows are float64, and rounded once.
+    Sums over parts are float64, and rounded once.
     """
-    peak, low, *sums = rows(maps, centre)
+    peak, low, *sums = parts(maps, centre)
     # Converted apart from the sum: the compiler makes vector code of this, and none of a sum of another type.
     means = [(part.double().sum(1) / places).float() for part in sums]
     return torch.stack([peak.amax(1), low.amin(1), *means])
@@ -73,7 +87,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def prepared() -> Callable[..., Any]:
     """`whole`, compiled on maps whose sizes all differ: the compiler takes sizes that are equal to be equal always."""
     function = compiled(whole)
-    function(torch.zeros(24, 28, 56, 96), torch.zeros(96), torch.tensor(28.0 * 56.0, dtype=torch.float64))
+    function(torch.zeros(24, 28, 112, 96), torch.zeros(96), torch.tensor(28.0 * 112.0, dtype=torch.float64))
     return function
 
 
@@ -85,6 +99,6 @@ class Reducer:
 
     def __call__(self, maps: Tensor, centre: Tensor) -> Tensor:
         """(B, C, H, W) maps → (5, B, C) float32: maximum, minimum, mean d, mean d², share of positions above 0."""
-        last = maps.permute(0, 2, 3, 1).float()
-        places = torch.tensor(float(last.shape[1] * last.shape[2]), dtype=torch.float64, device=last.device)
-        return self._whole(last, centre, places)
+        last = maps.permute(0, 2, 3, 1).float().flatten(1, 2)
+        places = torch.tensor(float(last.shape[1]), dtype=torch.float64, device=maps.device)
+        return self._whole(last.unflatten(1, (-1, together(last.shape[1]))), centre, places)
