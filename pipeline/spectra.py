@@ -6,8 +6,10 @@ photographs by the same command.
 """
 
 import dataclasses
+import functools
 import io
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,6 +62,13 @@ class Spectrum:
         found[:, low] = first[:, None]
         found[:, 0, 0] = np.abs(self.mean) * np.sqrt(height * width)
         return torch.from_numpy(found)
+
+
+@functools.cache
+def packaged() -> Spectrum:
+    """The spectrum that comes with the package: colour photographs of the sample kind."""
+    path = Path(__file__).with_name("spectrum.npz")
+    return Spectrum.of(File(path.name, path.read_bytes()))
 
 
 def measure(images: Iterable[np.ndarray]) -> Spectrum:
