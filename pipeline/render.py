@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline import quality
 from pipeline.augmentations import Ensemble
 from pipeline.canvases import Start
 from pipeline.filters import rms
@@ -25,6 +26,7 @@ from pipeline.rectifiers import STEPS as REDIRECTED_STEPS
 from pipeline.rectifiers import redirected
 from pipeline.schedules import Moment, Stage, flat, moments
 from pipeline.seeds import seed_of
+from pipeline.spectra import packaged
 from pipeline.transforms import STANDARD, centre, draw, shake
 
 ROBUST_COPIES = 16
@@ -41,6 +43,8 @@ class Picture:
     its mean over 16 copies shaken by the standard transforms, whatever the preset's own; `start` its value before
     the first step. `status` is converged, limit (all steps done, still rising), retried (rose with another seed)
     or failed; `reason` says why it failed. `trace` holds 16 values of the objective, evenly over the steps.
+    `response` is the largest answer of each of the layer's channels to the image, (C,) float16; `measures` are
+    `quality.MEASURES` of it.
     """
 
     channel: int
@@ -55,6 +59,8 @@ class Picture:
     steps: int
     seconds: float
     trace: np.ndarray
+    response: np.ndarray
+    measures: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +253,7 @@ def _attempt(job: Job, units: Sequence[Unit], attempt: int) -> list[Picture]:
             images = saved(centre(config.canvas.image(final, final_size), job.size))
             after = value(images)
             robust = torch.stack([value(shake(images, STANDARD, u, job.size)) for u in batch.proofs]).mean(0)
+        peaks, measured = _judged(job, images, channels)
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     sign = -1 if config.negative else 1
     numbers = torch.stack([after, robust, before]).mul(sign).T.cpu().tolist()
@@ -263,9 +270,28 @@ def _attempt(job: Job, units: Sequence[Unit], attempt: int) -> list[Picture]:
             Picture(
                 channel=channel, variant=variant, image=pixels[i], activation=activation, robust=held, start=begun,
                 seed=batch.seeds[i], status=status, reason=reason, steps=len(own), seconds=each, trace=told,
+                response=peaks[i], measures={name: values[i] for name, values in measured.items()},
             )
         )  # fmt: skip
     return pictures
+
+
+@torch.no_grad()
+def _judged(job: Job, images: Tensor, channels: Tensor) -> tuple[np.ndarray, dict[str, list[float]]]:
+    """(B, C) float16 largest answers of the layer to finished pictures, and `quality.MEASURES` of each."""
+    config, layer = job.config, job.layer
+    with capture(job.model, [layer]) as answer:
+        maps = answer(images)[layer.name].float().flatten(2)
+    # Units are ranked by what the objective raises: the mean of a map, or its largest value.
+    raised = -maps if config.negative else maps
+    strengths = raised.amax(2) if config.objective.natural == "max" else raised.mean(2)
+    ranks = quality.rank(strengths, channels)
+    if config.objective.whole:  # such a picture is no unit's
+        ranks = torch.full_like(ranks, torch.nan)
+    size = job.model.recipe.size
+    apart = max(layer.field.stride) if layer.field else round(min(size[0] / layer.height, size[1] / layer.width))
+    found = quality.of_pictures(images, quality.strides(apart), packaged()) | {"rank": ranks}
+    return quality.kept(maps.amax(2)), {name: found[name].tolist() for name in quality.MEASURES}
 
 
 def _verdict(trace: Tensor, after: float, before: float, early: bool, attempt: int) -> tuple[str, str]:

@@ -15,12 +15,14 @@ from typing import Any
 
 import h5py
 import numpy as np
+import torch
 
-from pipeline import shards
+from pipeline import quality, shards
 from pipeline.atlas import SCHEMA, SCHEMA_VERSION, open_atlas
 from pipeline.datasets import Photo
 from pipeline.errors import AtlasError
 from pipeline.layers import Layer
+from pipeline.quality import MEASURES, RELATIONS
 from pipeline.shards import Damaged, Shard, put, safe
 from pipeline.statistics import statistics
 from pipeline.survey import Surveyed
@@ -126,6 +128,11 @@ def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str],
             _dataset(file, content.examples)
             groups = [shards.group(file, f"layers/{safe(layer.name)}") for layer, _ in content.layers]
             _surveyed(groups, [layer for layer, _ in content.layers], content.examples)
+        start = 0
+        for i, (layer, _) in enumerate(content.layers):
+            group, end = shards.group(file, f"layers/{safe(layer.name)}"), start + layer.channels
+            _related(group, content.examples, i, slice(start, end))
+            start = end
 
 
 def _describe(group: h5py.Group, layer: Layer, order: int, input_size: tuple[int, int]) -> None:
@@ -169,7 +176,11 @@ def _pictures(group: h5py.Group, preset: str, channels: Sequence[int], found: Se
         "steps": np.zeros(size, np.int32),
         **{k: np.full(size, np.nan, np.float32) for k in ("activation", "robust", "start", "seconds")},
         "trace": np.full((*size, marks), np.nan, np.float32),
+        # Shards of former versions have none of these: NaN then, and nothing at all where no shard has them.
+        **{k: np.full(size, np.nan, np.float32) for k in MEASURES},
+        "response": np.full((*size, shards.numbers(group, "channels")[0]), np.nan, np.float16),
     }
+    held: set[str] = set()
     digests = np.zeros((*size, 32), np.uint8)
     filled: set[int] = set()
     for shard in found:
@@ -183,6 +194,9 @@ def _pictures(group: h5py.Group, preset: str, channels: Sequence[int], found: Se
             ]
             filled |= {j for _, j in kept}
             for name, array in arrays.items():
+                if name in (*MEASURES, "response") and name not in source:
+                    continue
+                held.add(name)
                 values = shards.get(source, name)
                 for i, j in kept:
                     array[j] = values[i]
@@ -197,8 +211,27 @@ def _pictures(group: h5py.Group, preset: str, channels: Sequence[int], found: Se
                     mask, chunk = pictures.id.read_direct_chunk((i, v, 0, 0, 0))
                     images.id.write_direct_chunk((j, v, 0, 0, 0), chunk, mask)
     for name, array in arrays.items():
-        put(target, name, array)
+        if name in held:
+            put(target, name, array)
     put(target, "images_sha256", digests)
+
+
+def _related(group: h5py.Group, found: Surveyed | None, i: int, at: slice) -> None:
+    """What a layer's answers to its pictures say beside each other and beside those to photographs.
+
+    The layer is number `i`; its channels are `at` among those of the dataset pass.
+    """
+    for target in shards.group(group, "render").values() if "render" in group else ():
+        if "response" not in target:
+            continue
+        answers = torch.from_numpy(shards.get(target, "response").astype(np.float32))
+        put(target, "agreement", quality.agreement(answers).numpy())
+        if found is None or not len(found.sweep.responses):
+            continue
+        top = found.chosen[i].top(shards.text(target, "natural") in ("least", "min"))
+        natural = quality.mean_answers(top, found.looks[f"{i}/top"], found.looks[f"{i}/answer"])
+        usual = torch.from_numpy(found.sweep.responses[:, at].mean(0))
+        put(target, "transfer", quality.transfer(answers, torch.from_numpy(natural), usual).numpy())
 
 
 def _dataset(file: h5py.File, found: Surveyed) -> None:
@@ -314,6 +347,10 @@ def verify(path: Path, planned: Mapping[str, Sequence[int]]) -> list[tuple[str, 
                 finished = numbers["status"] != "missing"
                 if not np.isfinite(numbers["activation"][finished & (numbers["status"] != "failed")]).all():
                     wrong.append((f"{layer.name}/{preset}", "an activation is not finite"))
+                for name, (low, high) in (MEASURES | RELATIONS).items():
+                    values = numbers.get(name, np.zeros(0))
+                    if (values < low - 1e-3).any() or (values > high + 1e-3).any():
+                        wrong.append((f"{layer.name}/{preset}", f"{name} is not between {low:g} and {high:g}"))
             if planned and not layer.presets:
                 wrong.append((layer.name, "has no pictures; `atlas run` or `atlas render` makes them"))
             best = layer.examples("max")

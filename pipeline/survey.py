@@ -88,7 +88,7 @@ class Survey:
         shard = shards.read(self._path("winners", "table", self._shown_digest))
         if shard is not None:
             return Winners.from_arrays(shard.arrays())
-        table = Winners(tuple(c.channels for c in self.chosen), tuple(c.pairs() for c in self.chosen))
+        table = Winners.of(self.chosen)
         path = self._path("winners", "table", self._shown_digest)
         shards.write(path, {"digest": shards.digest_of(["table", self._shown_digest])}, table.arrays())
         return table
@@ -138,11 +138,7 @@ class Survey:
             cuts = np.linspace(begin, end, pieces + 1).astype(int).tolist()
             for a, b in itertools.pairwise(cuts):
                 own = images[a:b]
-                pairs = tuple(
-                    p[np.searchsorted(p[:, 0], own[0]) : np.searchsorted(p[:, 0], own[-1], "right")]
-                    for p in self._table.pairs
-                )
-                given = shards.image({}, Winners(self._table.channels, pairs).arrays())
+                given = shards.image({}, self._table.part(int(own[0]), int(own[-1])).arrays())
                 path = self._folder / "winners" / f"{a}-{b}-{self._shown_digest[:12]}.h5"
                 cost = self._made.examples_seconds * len(own) / self.total
                 tasks.append(

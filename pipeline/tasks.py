@@ -121,4 +121,4 @@ def winners_digest(setup: Setup, examples: str, channels: Sequence[Sequence[int]
     """Digest of everything that changes which examples are shown, and how."""
     config = setup.config.examples
     shown = [config.spectrum, config.per_bin, config.store, config.side, config.crop_side, config.jpeg_quality]
-    return shards.digest_of(["winners 1", examples, channels, shown, config.maps])
+    return shards.digest_of(["winners 2", examples, channels, shown, config.maps])

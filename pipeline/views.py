@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from pipeline import crops, shards
+from pipeline import crops, quality, shards
 from pipeline.errors import AtlasError, nearest
 
 
@@ -163,9 +163,27 @@ class LayerView:
         return shards.get(group, "images_sha256") if "images_sha256" in group else None
 
     def numbers(self, preset: str | None = None) -> dict[str, np.ndarray]:
-        """What was measured of the pictures: activation, robust, start, seed, status, …; (C', V) each."""
+        """What was measured of the pictures: activation, robust, start, seed, status, …; (C', V) each.
+
+        Beside what is stored: `gain` and `robust_gain`, activation and robust ÷ `natural` (`quality.gain`). The
+        measures of `quality` are there as far as the atlas has them: older ones don't.
+        """
         group = self._render(preset)
-        return {name: shards.get(group, name) for name in shards.names(group) if not name.startswith("images")}
+        left = ("images", "images_sha256", "response")
+        found = {name: shards.get(group, name) for name in shards.names(group) if name not in left}
+        natural, negative = self.natural(preset), self.render_attributes(preset).get("natural") in ("least", "min")
+        for name, reached in (("gain", "activation"), ("robust_gain", "robust")):
+            if reached in found:
+                found[name] = quality.gain(found[reached], natural, negative)
+        return found
+
+    def picture_responses(self, preset: str | None = None) -> np.ndarray | None:
+        """(C', V, channels of the network's layer) float16: the largest answer of each channel to each picture.
+
+        NaN where a picture is missing; None in an atlas that does not say.
+        """
+        group = self._render(preset)
+        return shards.get(group, "response") if "response" in group else None
 
     def render_attributes(self, preset: str | None = None) -> dict[str, Any]:
         """Preset, objective, digest, and which statistic of photographs the activation compares with."""
@@ -290,7 +308,7 @@ class LayerView:
 
     def natural(self, preset: str | None = None) -> np.ndarray:
         """Best response of any photograph by the objective's own measure, (C',); NaN without examples."""
-        measure = shards.text(self._render(preset), "natural")
+        measure = str(self.render_attributes(preset).get("natural", ""))
         key = {"mean": "best_mean", "max": "max", "least": "least_mean", "min": "min"}.get(measure, "")
         return self.stats().get(key, np.full(len(self.channels), np.nan, np.float32))
 

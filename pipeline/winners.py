@@ -15,11 +15,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline import bands, crops, photos, spectrum, toplists
+from pipeline import bands, crops, photos, quality, spectrum, toplists
 from pipeline.datasets import Dataset
 from pipeline.examples import LISTS, ExamplesConfig, Sweep
 from pipeline.layers import Layer, capture
 from pipeline.models import Model
+
+# So many of a unit's strongest and weakest photographs have the answers of the whole layer kept: their mean is what a
+# picture is held against. Of k each, that would be more than everything else that the pass keeps.
+TOP = 4
 
 # Side of the copy that crops are cut from, when only crops are kept.
 CUT_FROM = 1024
@@ -44,6 +48,10 @@ class Chosen:
         everyone = np.unique(np.concatenate(found), axis=0).astype(np.int32)
         # Of (image, row, 0) and (image, row, 1) the first stays.
         return everyone[np.r_[True, (everyone[1:, :2] != everyone[:-1, :2]).any(1)]] if len(everyone) else everyone
+
+    def top(self, negative: bool = False) -> np.ndarray:
+        """(C', at most TOP) photographs that a unit answers most strongly, or most weakly; −1 for none."""
+        return self.lists["min" if negative else "max"][1][:, :TOP]
 
 
 def choose(
@@ -84,10 +92,36 @@ def choose(
 
 @dataclasses.dataclass(frozen=True)
 class Winners:
-    """Who is looked at again: for each layer its channels (C',) and pairs (P, 3), by image."""
+    """Who is looked at again: for each layer its channels (C',), pairs (P, 3), by image, and `top` (m,) int32.
+
+    `top` are the images, rising, to which the answers of the whole layer are kept.
+    """
 
     channels: tuple[np.ndarray, ...]
     pairs: tuple[np.ndarray, ...]
+    top: tuple[np.ndarray, ...]
+
+    @classmethod
+    def of(cls, chosen: Sequence[Chosen]) -> "Winners":
+        """Of what was chosen of each layer."""
+        tops = [np.unique(np.concatenate([c.top().ravel(), c.top(True).ravel()])) for c in chosen]
+        return cls(
+            tuple(c.channels for c in chosen),
+            tuple(c.pairs() for c in chosen),
+            tuple(top[top >= 0].astype(np.int32) for top in tops),
+        )
+
+    def part(self, first: int, last: int) -> "Winners":
+        """The same for the images `first` to `last` alone, both included."""
+
+        def inside(images: np.ndarray) -> slice:
+            return slice(*np.searchsorted(images, [first, last + 1]))
+
+        return Winners(
+            self.channels,
+            tuple(p[inside(p[:, 0])] for p in self.pairs),
+            tuple(t[inside(t)] for t in self.top),
+        )
 
     @property
     def images(self) -> np.ndarray:
@@ -96,14 +130,14 @@ class Winners:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """As they go into a shard."""
-        arrays = {f"{i}/channels": c for i, c in enumerate(self.channels)}
-        return arrays | {f"{i}/pairs": p for i, p in enumerate(self.pairs)}
+        parts = {"channels": self.channels, "pairs": self.pairs, "top": self.top}
+        return {f"{i}/{name}": array for name, arrays in parts.items() for i, array in enumerate(arrays)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Winners":
         """The inverse of `arrays`."""
         count = sum(name.endswith("/pairs") for name in arrays)
-        return cls(*(tuple(arrays[f"{i}/{what}"] for i in range(count)) for what in ("channels", "pairs")))
+        return cls(*(tuple(arrays[f"{i}/{what}"] for i in range(count)) for what in ("channels", "pairs", "top")))
 
 
 def look(
@@ -119,7 +153,9 @@ def look(
     """Places, heat-maps and pictures of the pairs of `images`, as they go into a shard.
 
     For layer i: `i/pairs` (p, 3), `i/place` (p, 4) int16 (y and x of the maximum, y and x of the minimum), `i/range`
-    (p, 2) float32 and `i/map` (p, h, w) uint8, 0 and 255 standing for the range's ends. For the pictures:
+    (p, 2) float32 and `i/map` (p, h, w) uint8, 0 and 255 standing for the range's ends; `i/top` (m,) int32, those of
+    `winners.top`, and `i/answer` (m, C) float16, the largest answers of all the layer's channels to them. For the
+    pictures:
     `shown/index`, `shown/size` (width, height), `shown/box` (the part that became the input) and the JPEG bytes with
     their offsets, one an image (`shown/offset`) or, for crops, one a pair (`i/offset`); none for ids.
     """
@@ -127,6 +163,8 @@ def look(
     place = {layer.name: i for i, layer in enumerate(layers)}
     found: dict[int, list[dict[str, np.ndarray]]] = {i: [] for i in range(len(layers))}
     rows_of = [{image: pairs[a:b, 1:] for image, a, b in _runs(pairs[:, 0], images)} for pairs in winners.pairs]
+    tops = [set(top.tolist()) for top in winners.top]
+    answers: dict[int, list[tuple[int, np.ndarray]]] = {i: [] for i in range(len(layers))}
     current: Sequence[photos.Loaded] = ()
 
     def reduce(layer: Layer, maps: Tensor) -> None:
@@ -140,6 +178,10 @@ def look(
         own = maps[batch.to(device), channel.to(device)].float()  # (p, H, W)
         pairs = np.stack([np.concatenate([np.full(len(r), image) for _, image, r in which]), rows, lowest], 1)
         found[i].append({"pairs": pairs.astype(np.int32), **_measured(own, config.maps)})
+        top = [b for b, item in enumerate(current) if item.index in tops[i]]
+        if top:
+            peaks = maps[top].float().flatten(2).amax(2)
+            answers[i] += zip((current[b].index for b in top), quality.kept(peaks), strict=True)
 
     def whole(index: int, image: Image.Image | bands.Bands) -> dict[str, Any]:
         box = photos.input_box(image.size, dataset.photos[index].box, model.recipe)[2]
@@ -194,6 +236,8 @@ def look(
         }
         parts = [nothing, *found[i]]
         arrays |= {f"{i}/{name}": np.concatenate([p[name] for p in parts]) for name in nothing}
+        arrays[f"{i}/top"] = np.array([image for image, _ in answers[i]], np.int32)
+        arrays[f"{i}/answer"] = np.array([a for _, a in answers[i]], np.float16).reshape(-1, layer.channels)
         if config.store == "crops":
             arrays |= blob(f"{i}/", [cuts[i][int(a), int(b)] for a, b, _ in arrays[f"{i}/pairs"]])
     return arrays

@@ -26,6 +26,7 @@ from pipeline.folding import Pair, fold, foldable
 from pipeline.layers import Layer
 from pipeline.models import Model, ModelConfig, load
 from pipeline.presets import RenderConfig
+from pipeline.quality import MEASURES
 from pipeline.render import Picture, render
 from pipeline.starts import Begin
 from pipeline.statistics import Ranges
@@ -273,6 +274,8 @@ class Worker:
             "seed": column("seed", np.int64),
             "steps": column("steps", np.int32),
             **{k: column(k, np.float32) for k in ("activation", "robust", "start", "seconds")},
+            **{k: np.array([p.measures[k] for p in pictures], np.float32).reshape(shape) for k in MEASURES},
+            "response": np.stack([p.response for p in pictures]).reshape(*shape, -1),
         }
         attributes = {
             "digest": task.digest,

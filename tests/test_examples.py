@@ -185,7 +185,7 @@ def test_the_second_look_finds_places_maps_and_pictures(photo_folder: Path, tiny
         config = ExamplesConfig(k=3, batch=4, maps=4, store=store, side=48, crop_side=24)
         found, _ = swept(tiny, layers, dataset, range(20), config)
         chosen = winners.choose(found, [(la, (0, 3, 5)) for la in layers], dataset, config)
-        table = winners.Winners(tuple(c.channels for c in chosen), tuple(c.pairs() for c in chosen))
+        table = winners.Winners.of(chosen)
         looks = winners.look(tiny, layers, table, table.images.tolist(), dataset, config)
         seen = seen_by(tiny, layers, dataset, 4)
         for i, layer in enumerate(layers):
@@ -198,6 +198,15 @@ def test_the_second_look_finds_places_maps_and_pictures(photo_folder: Path, tiny
                 pooled = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(maps)[None], (4, 4))[0].numpy()
                 back = ends[0] + (ends[1] - ends[0]) * (small / 255)
                 assert np.abs(back - pooled).max() <= (ends[1] - ends[0]) / 500 + 1e-6
+            wanted = set(chosen[i].top().ravel()) | set(chosen[i].top(True).ravel())
+            assert sorted(looks[f"{i}/top"]) == sorted(wanted - {-1}) and len(wanted) > 1
+            # Of all channels of the layer, not only of those whose examples are kept.
+            for image, answer in zip(looks[f"{i}/top"], looks[f"{i}/answer"], strict=True):
+                assert answer == pytest.approx(seen[layer.name][image].max((1, 2)), rel=1e-3, abs=1e-3)
+        halves = [winners.look(tiny, layers, table.part(a, b - 1), [n for n in table.images.tolist() if a <= n < b],
+                               dataset, config) for a, b in ((0, 9), (9, 20))]  # fmt: skip
+        for name in ("0/pairs", "0/place", "0/top", "0/answer", "1/top", "1/answer"):
+            assert np.array_equal(np.concatenate([half[name] for half in halves]), looks[name])
         assert ("shown/jpeg" in looks) == (store == "images") and ("0/jpeg" in looks) == (store == "crops")
         if store == "images":
             start, end = looks["shown/offset"][:2]

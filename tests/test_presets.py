@@ -4,12 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, compose
+from test_examples import seen_by
 from test_run import shard_times
 
 import pipeline
-from pipeline import cli
+from pipeline import cli, datasets, quality
 from pipeline.atlas import SCHEMA_VERSION
+from pipeline.layers import enumerate_layers
+from pipeline.models import load
 
 ALSO = "also=[negative,image_prior,diverse]"
 SMALL = [f"also.{name}.{key}" for name in ("negative", "image_prior", "diverse") for key in ("steps=3", "size=32")]
@@ -40,6 +43,35 @@ def test_all_presets_are_in_one_atlas_in_their_order(folders: Path) -> None:
         counts = table.groupby("preset").size().to_dict()
         assert counts == {"distill": 6, "negative": 6, "image_prior": 6, "diverse": 12}
         assert table["status"].ne("missing").all()
+
+
+def test_pictures_are_measured_and_held_against_photographs(folders: Path) -> None:
+    with pipeline.open_atlas(folders / "many") as atlas:
+        table = atlas.units()
+        for name, (low, high) in (quality.MEASURES | quality.RELATIONS).items():
+            values = table[name] if name != "agreement" else table[name][table["preset"] == "diverse"]
+            assert values.between(low - 1e-3, high + 1e-3).all(), name
+        assert table["agreement"].notna().sum() == 12
+        natural = table["natural"].where(table["natural"] * np.where(table["preset"] == "negative", -1, 1) > 0)
+        assert np.allclose(table["gain"], table["activation"] / natural, equal_nan=True)
+        assert np.allclose(table["robust_gain"], table["robust"] / natural, equal_nan=True) and natural.notna().any()
+
+
+def test_transfer_is_that_of_a_pass_over_the_best_photographs(folders: Path, photo_folder: Path) -> None:
+    base = [o for o in TINY if not o.startswith("layers.include")]
+    config = compose([*base, "data=folder", f"data.root={photo_folder}"]).config
+    model, dataset = load(config.model).to("cpu"), datasets.listing(config.data)
+    with pipeline.open_atlas(folders / "many") as atlas:
+        for view in atlas:
+            layer = next(la for la in enumerate_layers(model) if la.name == view.name)
+            answers = seen_by(model, [layer], dataset, 4)[layer.name].max((2, 3))
+            for preset, which in (("distill", "max"), ("negative", "min")):
+                best, own = view.examples(which), view.picture_responses(preset)
+                assert best is not None and own is not None and own.shape == (3, 1, layer.channels)
+                for row, index in enumerate(best.index):
+                    a, b = own[row, 0] - answers.mean(0), answers[index].mean(0) - answers.mean(0)
+                    cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+                    assert view.numbers(preset)["transfer"][row, 0] == pytest.approx(cosine, abs=5e-3)
 
 
 def test_a_preset_among_others_gives_the_same_pictures_as_alone(folders: Path) -> None:

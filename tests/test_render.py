@@ -8,10 +8,11 @@ import torch
 from conftest import tiny_model
 from torch import nn
 
+from pipeline import quality, spectra
 from pipeline.canvases import Fourier
-from pipeline.layers import Layer, enumerate_layers
+from pipeline.layers import Layer, capture, enumerate_layers
 from pipeline.models import Model
-from pipeline.objectives import Channel
+from pipeline.objectives import Channel, Neuron, WholeLayer
 from pipeline.optimizers import Adam
 from pipeline.presets import RenderConfig, canvas_size
 from pipeline.render import render
@@ -98,6 +99,36 @@ def test_the_network_is_left_as_it_was_found(tiny: Model, tiny_layers: dict[str,
     assert all(torch.equal(v, before[k]) for k, v in tiny.module.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny.module.modules())
     assert all(p.grad is None for p in tiny.module.parameters())
+
+
+def test_a_finished_picture_is_measured_as_saved(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
+    layer = tiny_layers["late"]
+    pictures = render(tiny, layer, [(c, v) for c in range(8) for v in range(2)], PRESET, seed=3)
+    images = torch.from_numpy(np.stack([p.image for p in pictures])).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad(), capture(tiny, [layer]) as forward:
+        maps = forward(images)[layer.name]
+    expected = quality.of_pictures(images, (2, 4), spectra.packaged())
+    for i, picture in enumerate(pictures):
+        own = maps[i].mean((1, 2))
+        assert picture.activation == pytest.approx(float(own[picture.channel]), abs=1e-4)
+        assert picture.measures["rank"] == 1 + int((own > own[picture.channel]).sum())
+        assert picture.response == pytest.approx(maps[i].amax((1, 2)).numpy(), rel=2e-3, abs=1e-3)
+        assert {k: float(v[i]) for k, v in expected.items()}.items() <= picture.measures.items()
+    assert len({p.measures["rank"] for p in pictures}) > 1
+
+
+def test_ranks_follow_what_is_raised(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
+    layer = tiny_layers["late"]
+    negative = dataclasses.replace(PRESET, negative=True)
+    neuron = dataclasses.replace(PRESET, objective=Neuron())
+    for preset, by in ((negative, lambda m: -m.mean((1, 2))), (neuron, lambda m: m.amax((1, 2)))):
+        for picture in render(tiny, layer, [(c, 0) for c in range(8)], preset, seed=0):
+            image = torch.from_numpy(picture.image).permute(2, 0, 1)[None].float() / 255
+            with torch.no_grad(), capture(tiny, [layer]) as forward:
+                strengths = by(forward(image)[layer.name][0])
+            assert picture.measures["rank"] == 1 + int((strengths > strengths[picture.channel]).sum())
+    (whole,) = render(tiny, layer, [(0, 0)], dataclasses.replace(PRESET, objective=WholeLayer(), steps=2), seed=0)
+    assert np.isnan(whole.measures["rank"])
 
 
 def test_canvas_follows_the_layer(tiny_layers: dict[str, Layer]) -> None:

@@ -19,6 +19,7 @@ import pipeline
 from pipeline import shards, store
 from pipeline.errors import AtlasError
 from pipeline.layers import Field, Layer
+from pipeline.quality import MEASURES
 from pipeline.store import Content
 
 LAYER = Layer("a/b..c", "conv", "a", 1, "out", "maps", 9, 7, 7, 1.0, Field((11, 11), (4, 4), (-5, -5)))
@@ -38,8 +39,18 @@ def pictures(seed: int, count: int, variants: int = 1) -> dict[str, np.ndarray]:
     }
 
 
-def write_shard(folder: Path, channels: list[int], seed: int, digest: str = "d") -> dict[str, np.ndarray]:
-    arrays = {"channels": np.array(channels, np.int32), **pictures(seed, len(channels))}
+def measured(seed: int, count: int, variants: int = 1) -> dict[str, np.ndarray]:
+    """What a shard holds besides since pictures are measured."""
+    rng = np.random.default_rng(seed)
+    found = {k: rng.random((count, variants), np.float32) for k in MEASURES}
+    found["rank"] += 1
+    return found | {"response": rng.normal(size=(count, variants, LAYER.channels)).astype(np.float16)}
+
+
+def write_shard(
+    folder: Path, channels: list[int], seed: int, digest: str = "d", variants: int = 1, **more: np.ndarray
+) -> dict[str, np.ndarray]:
+    arrays = {"channels": np.array(channels, np.int32), **pictures(seed, len(channels), variants), **more}
     attributes = {"digest": digest, "objective": "channel", "natural": "mean", "preset": "test", "layer": LAYER.name}
     shards.write(folder / f"{channels[0]}-{digest}.h5", attributes, arrays)
     return arrays
@@ -69,6 +80,43 @@ def test_pictures_come_back_bit_by_bit_from_several_shards(tmp_path: Path) -> No
         with pytest.raises(AtlasError, match=r"Nearest: a/b\.\.c"):
             atlas["a/b"]
     assert store.verify(tmp_path / "atlas.h5", {LAYER.name: [0, 2, 4, 8]}) == []
+
+
+def test_measures_come_back_and_answers_are_compared(tmp_path: Path) -> None:
+    folder, path = tmp_path / "s", tmp_path / "atlas.h5"
+    whole = write_shard(folder, [0, 4], 1, variants=2, **measured(1, 2, 2))
+    # One of a former version, without measures, and a channel that nobody made.
+    write_shard(folder, [2], 2, variants=2)
+    store.consolidate(path, content((0, 2, 4, 8)), {(LAYER.name, "test"): shards.find(folder, "d")})
+    with pipeline.open_atlas(path) as atlas:
+        layer = atlas[LAYER.name]
+        numbers, answers = layer.numbers(), layer.picture_responses()
+        for name in MEASURES:
+            assert np.array_equal(numbers[name][[0, 2]], whole[name]) and np.isnan(numbers[name][[1, 3]]).all()
+        assert answers is not None and np.array_equal(answers[[0, 2]], whole["response"])
+        assert "response" not in numbers and "transfer" not in numbers  # there are no photographs
+        own = whole["response"].astype(np.float64)
+        own -= own.mean((0, 1))
+        cosine = [(a @ b) / np.linalg.norm(a) / np.linalg.norm(b) for a, b in own]
+        assert numbers["agreement"][[0, 2]] == pytest.approx(np.repeat(cosine, 2).reshape(2, 2), abs=1e-4)
+        assert np.isnan(numbers["agreement"][[1, 3]]).all()
+        table = atlas.units()
+        assert {*MEASURES, "agreement", "gain", "robust_gain"} <= set(table.columns) and len(table) == 8
+    assert [what for where, what in store.verify(path, {}) if "missing" not in what] == []
+    with h5py.File(path, "r+") as file:
+        file[f"layers/{shards.safe(LAYER.name)}/render/test/saturated"][0, 0] = 1.5
+    assert (f"{LAYER.name}/test", "saturated is not between 0 and 1") in store.verify(path, {})
+
+
+def test_an_atlas_of_before_the_measures_opens(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s", [0, 1], 1)
+    path = tmp_path / "atlas.h5"
+    store.consolidate(path, content((0, 1)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
+    with pipeline.open_atlas(path) as atlas:
+        numbers = atlas[LAYER.name].numbers()
+        assert not numbers.keys() & {*MEASURES, "agreement", "transfer"} and np.isnan(numbers["gain"]).all()
+        assert atlas[LAYER.name].picture_responses() is None and len(atlas.units()) == 2
+    assert store.verify(path, {LAYER.name: [0, 1]}) == []
 
 
 def test_a_lost_picture_is_marked_and_reported(tmp_path: Path) -> None:
