@@ -15,6 +15,7 @@ import pytest
 from test_site import FAMILIES, LABELS, LAYERS, build, write_atlas
 
 from pipeline.atlas import open_atlas
+from pipeline.quality import MEASURES, RELATIONS
 from pipeline.shards import safe
 from pipeline.site.serve import server
 
@@ -248,6 +249,24 @@ def test_several_pictures_of_a_unit(visit):
     titles = page.locator(".pictures figcaption b").all_inner_texts()
     assert titles == ["distill", "neuron, 1", "neuron, 2"]
     assert page.locator(".provenance tbody tr").count() == 3
+
+
+def test_measures_of_pictures_are_told_with_a_word_on_each(visit, folder):
+    page = visit("unit.html#blocks.1.conv:5")
+    table = page.locator(".quality table")
+    heads = table.locator("thead th").all_inner_texts()
+    assert heads == ["measure", "distill", "neuron, 1", "neuron, 2", "what it says"]
+    with open_atlas(folder / "somewhere/below") as atlas:
+        layer = atlas["blocks.1.conv"]
+        row = layer.row(5)
+        for name in ("gain", "robust_gain", *MEASURES, *RELATIONS):
+            line = table.locator(f"tr[data-measure={name}]")
+            written = line.locator("data").evaluate_all("all => all.map(e => e.value)")
+            stored = [v for preset in layer.presets for v in layer.numbers(preset)[name][row] if np.isfinite(v)]
+            assert [np.float32(text) for text in written] == stored, name
+            assert len(line.locator("td").last.inner_text()) > 40
+    # An atlas of before there were measures has no such table.
+    assert visit("unit.html#stem:2").locator(".quality").count() == 0
 
 
 def test_failed_and_silent_units_say_so(visit):

@@ -26,6 +26,7 @@ from PIL import Image
 from pipeline.arguments import conf_folder
 from pipeline.atlas import open_atlas
 from pipeline.errors import AtlasError
+from pipeline.quality import MEASURES, RELATIONS
 from pipeline.shards import creating, put, safe
 from pipeline.site import SiteConfig, build_site, families, hosts, method, plane, sizes, twin
 from pipeline.site import values as v
@@ -124,6 +125,12 @@ def write_layer(file: h5py.File, rng, order: int, layer, pictures: bool, example
         put(group, f"{render}/images", images)
         for key in ("activation", "robust", "start", "seconds"):
             put(group, f"{render}/{key}", rng.normal(3, 1, shape).astype(np.float32))
+        if name != "stem":  # which is as in an atlas of before there were measures
+            judged = np.random.default_rng(order)
+            for key, (low, high) in (MEASURES | RELATIONS).items():
+                values = judged.uniform(low, min(high, low + 9), shape).astype(np.float32)
+                alone = key == "agreement" and variants == 1
+                put(group, f"{render}/{key}", np.full_like(values, np.nan) if alone else values)
         put(group, f"{render}/seed", rng.integers(2**53, 2**62, shape))
         put(group, f"{render}/steps", np.full(shape, 512, np.int32))
         put(group, f"{render}/trace", np.sort(rng.normal(0, 1, (*shape, 16))).astype(np.float32))
@@ -346,11 +353,20 @@ def test_numbers_are_those_of_the_store(site):
                     for variant, picture in enumerate(unit["pictures"][key]):
                         for name in ("activation", "robust", "start", "seconds"):
                             assert np.float32(picture[name]) == numbers[name][row, variant]
+                        for name in {"gain", "robust_gain", *MEASURES, *RELATIONS} & numbers.keys():
+                            value = numbers[name][row, variant]
+                            assert picture[name] is None if np.isnan(value) else np.float32(picture[name]) == value
+                        assert ("transfer" in picture) == (layer.name != "stem")
                         assert np.float32(picture["natural"]) == natural
                         assert picture["seed"] == str(numbers["seed"][row, variant])
                         assert picture["steps"] == numbers["steps"][row, variant]
                         assert picture["status"] == numbers["status"][row, variant]
                 main = unit["pictures"]["distill"][0]
+                for name in ("transfer", "rank", "checkerboard"):
+                    column = facts["columns"].get(name)
+                    assert (column is None) == (layer.name == "stem")
+                    assert column is None or column[row] == pytest.approx(main[name], rel=1e-3)
+                assert "agreement" not in facts["columns"]
                 ratio = facts["columns"]["ratio"][row]
                 if main["natural"] > 0:
                     assert ratio == pytest.approx(main["activation"] / main["natural"], rel=1e-3)

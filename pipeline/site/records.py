@@ -14,6 +14,10 @@ from pipeline.site.facts import Catalogue, Facts, Shown
 from pipeline.site.scripts import exact, rounded
 
 BARS = 64
+# What was measured of the main picture that a layer's grid sorts and filters by; `ratio` beside it is its gain.
+SORTED = (
+    "robust_gain", "transfer", "agreement", "rank", "spectral_distance", "high_frequency", "checkerboard", "saturated",
+)  # fmt: skip
 
 
 def bars(counts: np.ndarray) -> np.ndarray:
@@ -33,7 +37,9 @@ def columns(layer: LayerView, facts: Facts, catalogue: Catalogue) -> dict[str, A
     if facts.rendered:
         main = facts.rendered[0].key
         numbers = layer.numbers(main)
-        found["ratio"] = rounded(ratio(numbers["activation"][:, 0], layer.natural(main)))
+        found["ratio"] = rounded(numbers["gain"][:, 0])
+        # What no unit has (agreement, with one picture each) is nothing to sort by.
+        found |= {k: rounded(numbers[k][:, 0]) for k in SORTED if k in numbers and np.isfinite(numbers[k][:, 0]).any()}
         found["status"] = [str(s) for s in worst(numbers["status"])]
     names, used = labels_of(layer, facts, catalogue)
     if used:
@@ -45,12 +51,6 @@ def worst(status: np.ndarray) -> list[str]:
     """(C', V) statuses → the one that a reader must know of, per unit."""
     rank = {"missing": 3, "failed": 2, "retried": 1}
     return [max(map(str, row), key=lambda s: rank.get(s, 0)) for row in status]
-
-
-def ratio(activation: np.ndarray, natural: np.ndarray) -> np.ndarray:
-    """Achieved ÷ natural; NaN where no photograph reached above zero."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(natural > 0, activation.astype(np.float64) / natural, np.nan)
 
 
 def labels_of(layer: LayerView, facts: Facts, catalogue: Catalogue) -> tuple[list[int], list[str]]:

@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
 from pipeline.atlas import Atlas
+from pipeline.quality import MEASURES, RELATIONS
 from pipeline.site.facts import Catalogue, Facts
 from pipeline.site.folder import write
 from pipeline.site.hosts import yaml_text
@@ -114,16 +116,22 @@ def schema() -> dict[str, Any]:
     picture = {
         "type": "object",
         "description": "one picture: what the saved 8-bit image reaches without transforms (activation), the mean over "
-        "16 shaken copies (robust), before the first step (start), and the best photograph's (natural)",
+        "16 shaken copies (robust), before the first step (start), and the best photograph's (natural); gain and "
+        "robust_gain are activation and robust ÷ natural; method.html says what the other measures are, and an atlas "
+        "of before them has none",
         "properties": {
-            **{k: NUMBER for k in ("activation", "robust", "start", "natural", "seconds")},
+            **{k: NUMBER for k in ("activation", "robust", "start", "natural", "seconds", "gain", "robust_gain")},
+            **{
+                k: NUMBER | {f"{side}imum": end for side, end in (("min", low), ("max", high)) if end < math.inf}
+                for k, (low, high) in (MEASURES | RELATIONS).items()
+            },
             "seed": {"type": "string"},
             "steps": {"type": "integer"},
             "status": {"type": "string"},
             "reason": {"type": "string"},
             "trace": NUMBERS,
         },
-        "required": ["activation", "natural", "status"],
+        "required": ["activation", "natural", "gain", "status"],
     }
     labels = {
         "type": "object",

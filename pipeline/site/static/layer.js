@@ -15,6 +15,8 @@
 
   const MEASURES = {
     max: "largest response", mean: "mean response", sparsity: "sparsity", nonzero: "share above zero", ratio: "achieved ÷ natural",
+    robust_gain: "robust ÷ natural", transfer: "transfer", agreement: "agreement of starts", rank: "rank in the layer", spectral_distance: "distance from photographs’ spectrum",
+    high_frequency: "high frequencies", checkerboard: "checkerboard", saturated: "saturated",
   };
   const bad = { failed: 1, missing: 1 };
 

@@ -73,19 +73,13 @@
     return box;
   }
 
-  // Of a negative, both are as far below zero as they can be.
-  function ratio(p, rendered) {
-    const sign = rendered.natural === "least" || rendered.natural === "min" ? -1 : 1;
-    return sign * p.natural > 0 && p.activation !== null ? p.activation / p.natural : null;
-  }
-
   function pictures(unit) {
     const found = [];
     unit.facts.rendered.forEach((rendered, i) => {
       (unit.record.pictures[rendered.key] || []).forEach((p, variant) => {
         if (p.status === "missing") { found.push(make("figure", { class: "absent" }, make("figcaption", { text: rendered.title + ": missing" }))); return; }
         const box = picture(unit, rendered, i, variant);
-        const times = ratio(p, rendered);
+        const times = p.gain;
         const title = rendered.title + (unit.record.pictures[rendered.key].length > 1 ? ", " + (variant + 1) : "");
         box.setAttribute("aria-label", "Feature visualisation of " + nameOf(unit) + ", " + title + ": activation " + number(p.activation) +
           (times === null ? "" : ", " + number(times) + " times the best photograph") + (p.status === "failed" ? "; failed" : ""));
@@ -305,15 +299,14 @@
     if (p && p.status !== "missing") {
       item("activation", data(p.activation), "What the saved picture drives the unit to, without shaking.", true);
       item("best photograph", data(p.natural), "The most that any photograph reached, by the same measure.", true);
-      const times = ratio(p, main);
-      item("achieved ÷ natural", times === null ? "—" : make("data", { value: times.toPrecision(6), text: number(times) }), "Above 1 the picture is purer than any photograph.", true);
+      item("achieved ÷ natural", data(p.gain), "Above 1 the picture is purer than any photograph.", true);
       if ("robust" in p) item("robust", data(p.robust), "Mean activation of 16 shaken copies.", true);
     }
     const stats = unit.record.stats || {};
     for (const [key, name, form, hint] of STATS) if (key in stats) item(name, data(stats[key], form), hint);
     for (const key of Object.keys(stats)) if (!STATS.some(([k]) => k === key) && typeof stats[key] === "number") item(key.replace(/_/g, " "), data(stats[key]), "");
     let says = null;
-    const times = p ? ratio(p, main) : null;
+    const times = p ? p.gain : null;
     if (p && p.status === "failed") says = make("p", { class: "says bad", text: "The optimisation failed: it did not lift the unit above its start or its numbers ran out of range, so this picture says nothing about what the unit looks for." });
     else if (times !== null && times >= 1) says = make("p", { class: "says" }, "The picture reaches ", number(p.activation), ", ", make("b", { text: number(times) + " times" }), " the best photograph by that measure.");
     else if (times !== null) says = make("p", { class: "says" }, "The picture reaches only ", make("b", { text: number(times) }), " of what the best photograph reached: trust the photographs more.");
@@ -358,6 +351,36 @@
         make("div", { class: "nears" }, wires.units.map(([channel, norm, sum, rank]) => neighbour(other, channel, rank, (sum < 0 ? "−" : "+") + number(norm))))));
     }
     return found;
+  }
+
+  const QUALITY = [
+    ["gain", "achieved ÷ natural", number, "What the saved picture reaches ÷ the best that any photograph reached. Above 1 it is purer than any photograph."],
+    ["robust_gain", "robust ÷ natural", number, "The same for the mean of 16 shaken copies. Far below the line above, the answer hangs on single pixels."],
+    ["rank", "rank in the layer", (v) => String(v), "1: no other channel of the layer answers this picture more strongly."],
+    ["transfer", "transfer", number, "Whether the whole layer answers the picture as it answers the unit’s best photographs. 1: the same; 0: as unlike as may be."],
+    ["agreement", "agreement of starts", number, "Whether the unit’s other pictures by this preset, from other starts, get the same answer of the layer. 1: the same; 0: no more than those of any two units."],
+    ["spectral_distance", "distance from photographs’ spectrum", number, "How far contrast is shared out over scales otherwise than in photographs, in powers of ten. Photographs: 0.04 to 0.2; white noise: 0.53."],
+    ["high_frequency", "high frequencies", share, "Share of the energy in details finer than 4 pixels. Photographs: 1 to 15%; white noise: 80%."],
+    ["checkerboard", "checkerboard", number, "Energy at the grid of the network’s strides ÷ that around it. Photographs: 1.3 to 5; from 10 on there is a lattice."],
+    ["total_variation", "total variation", number, "Mean difference between neighbouring values, of 1. Photographs: 0.01 to 0.08; white noise: 0.33."],
+    ["saturated", "saturated", share, "Share of values that are black or white and could go no further."],
+  ];
+
+  function quality(unit) {
+    const shown = [];
+    for (const rendered of unit.facts.rendered) {
+      const all = unit.record.pictures[rendered.key] || [];
+      all.forEach((p, i) => { if (p.status !== "missing") shown.push([rendered.title + (all.length > 1 ? ", " + (i + 1) : ""), p]); });
+    }
+    // Gains stand among the numbers already: a table is for what an atlas has beyond them.
+    const there = QUALITY.filter(([key]) => shown.some(([, p]) => typeof p[key] === "number"));
+    if (!there.some(([key]) => key !== "gain" && key !== "robust_gain")) return null;
+    const rows = there.map(([key, name, form, says]) => make("tr", { "data-measure": key }, make("th", { scope: "row", text: name }),
+      shown.map(([, p]) => make("td", {}, typeof p[key] === "number" ? data(p[key], form) : "—")), make("td", { text: says })));
+    return make("section", { class: "quality" }, make("h2", { text: shown.length > 1 ? "How good the pictures are" : "How good the picture is" }),
+      make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Measures of the pictures" }, make("table", {},
+        make("thead", {}, make("tr", {}, make("th", { scope: "col", text: "measure" }), shown.map(([title]) => make("th", { scope: "col", text: title })), make("th", { scope: "col", text: "what it says" }))), make("tbody", {}, rows))),
+      make("p", { class: "note" }, "Measured on the saved pictures; none was optimised. ", make("a", { href: root + "method.html#numbers", text: "Their formulas" }), "."));
   }
 
   function provenance(unit) {
@@ -410,7 +433,7 @@
         actions),
       make("div", { class: "evidence" }, unit.facts.rendered.length ? pictures(unit) : null, make("div", { class: "beside" }, photographs)),
       make("div", { class: "two" }, drawn, make("div", {}, numbers(unit), labels(unit))),
-      relations(unit), provenance(unit));
+      quality(unit), relations(unit), provenance(unit));
   }
 
   // --------------------------------------------------------------------- actions
