@@ -33,20 +33,9 @@ class Pages:
         self._root = root
         self._config = config
         self._groups = groups
-        self._environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(HERE / "templates"),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        self._environment.filters["thousands"] = lambda count: f"{count:,}"
-        self._environment.filters["number"] = lambda value: number(value).text
+        self._environment = environment(config, HERE / "templates")
         self._environment.globals.update(
-            title=config.title,
             version=_version(version),
-            policy=POLICY,
-            suffix=SUFFIX[config.format],
             groups=groups,
             unit_link=unit_link,
             table=table_name(),
@@ -89,6 +78,21 @@ class Pages:
 
     def _render(self, template: str, to: str, **context: Any) -> None:
         write(self._root, to, self._environment.get_template(template).render(**context))
+
+
+def environment(config: SiteConfig, *folders: Path) -> jinja2.Environment:
+    """Templates of `folders`, the first that has one, with what all pages know; everything put into them is escaped."""
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folders),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters["thousands"] = lambda count: f"{count:,}"
+    found.filters["number"] = lambda value: number(value).text
+    found.globals.update(title=config.title, policy=POLICY, suffix=SUFFIX[config.format])
+    return found
 
 
 def _version(content: str) -> str:

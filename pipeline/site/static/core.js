@@ -197,6 +197,8 @@ window.ATLAS = (function () {
   // -------------------------------------------------------------------- search
 
   const here = () => html.dataset.layer;
+  // Not every site of these has a map.
+  const mapped = all(".places a").some((a) => a.href.endsWith("map.html"));
 
   // Units whose label holds `word`, in `only` these layers if given: [layer, row, label]; at most `most`, and how many.
   function labelled(word, words, only, most) {
@@ -299,7 +301,7 @@ window.ATLAS = (function () {
       if (answer.says || answer.total > answer.results.length) {
         list.append(make("p", { class: "detail", text: answer.says || answer.results.length + " of " + answer.total + " shown" }));
       }
-      if (answer.results.some((r) => r.layer)) {
+      if (mapped && answer.results.some((r) => r.layer)) {
         list.append(make("a", { class: "detail", href: root + "map.html#q=" + encodeURIComponent(box.value.trim()), text: "Light them up on the map", tabindex: "-1" }));
       }
       list.hidden = !box.value.trim();
@@ -382,7 +384,7 @@ window.ATLAS = (function () {
       else if (event.key === "]") goLayer(1);
       else if (event.key === "?") help.showModal();
       else if (event.key === "/" || event.key === "g") { box.focus(); box.select(); }
-      else if (event.key === "m") window.location.assign(root + "map.html");
+      else if (event.key === "m" && mapped) window.location.assign(root + "map.html");
       else if (event.key === "r") random();
       else if (event.key === "c") compare();
       else return;
