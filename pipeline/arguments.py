@@ -1,5 +1,6 @@
 """What is typed after `atlas VERB` as overrides for Hydra, and Hydra's refusals in words."""
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,15 @@ from pipeline.errors import nearest
 ON_FOLDER = ("site", "serve", "publish", "status", "verify", "repair", "compact", "export")
 
 
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """What `compare` is asked: runs by name or folder, the presets that count (all, if none), and where to."""
+
+    runs: tuple[str, ...]
+    presets: tuple[str, ...]
+    out: str | None
+
+
 def conf_folder() -> Path:
     """The folder of YAML files: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent
@@ -28,6 +38,8 @@ def named(verb: str, arguments: Sequence[str]) -> list[str]:
     found = []
     if verb == "publish":
         _, arguments = target(arguments)
+    if verb == "compare":
+        _, arguments = compared(arguments)
     for argument in arguments:
         if argument.startswith("also="):
             names = argument.removeprefix("also=").strip("[]").split(",")
@@ -47,6 +59,23 @@ def target(arguments: Sequence[str]) -> tuple[str, list[str]]:
     if plain:
         rest.remove(plain[0])
     return plain[0] if plain else "", rest
+
+
+def compared(arguments: Sequence[str]) -> tuple[Compare, list[str]]:
+    """What is compared: `runs=[a,b]` (or plain words), `presets=[…]` and `out=…`; and the arguments without them."""
+    rest, found = [], {"runs": [], "presets": []}
+    out = None
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key in found and equals:
+            found[key] += [name.strip().strip("'\"") for name in value.strip("[]").split(",") if name.strip()]
+        elif key == "out" and equals:
+            out = value
+        elif equals or argument.startswith(("-", "~")):
+            rest.append(argument)
+        else:
+            found["runs"].append(argument)
+    return Compare(tuple(found["runs"]), tuple(found["presets"]), out), rest
 
 
 def explain(error: Exception) -> str:

@@ -24,9 +24,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import audit, datasets, interrupts, photos, run, spectra
-from pipeline.arguments import conf_folder, explain, named, target
+from pipeline import audit, compare, datasets, interrupts, photos, run, spectra
+from pipeline.arguments import Compare, compared, conf_folder, explain, named, target
 from pipeline.atlas import open_atlas
+from pipeline.compare.printed import show
 from pipeline.config import from_tree
 from pipeline.errors import AtlasError, nearest
 from pipeline.models import load
@@ -54,6 +55,7 @@ usage: atlas VERB [group=choice] [key=value] …
   repair     set aside what is broken and keep what is whole of it; `run` makes the rest again
   compact    delete the shards that atlas.h5 holds
   export     the table of units as a file of its own: --parquet (the default) or --csv
+  compare    runs against each other, as tables and as a site: runs=[distill,tv] presets=[…] out=runs/compare-distill-tv
   spectrum   amplitudes and colours of the photographs in data=…, for canvases: out=mine.npz
 
 `atlas run --help` shows all settings. The verbs from site on also take a run's folder: atlas verify runs/NAME."""
@@ -246,6 +248,18 @@ def _export(request: Request, kind: str = "parquet") -> int:
     return COMPLETE
 
 
+def _compare(request: Request, asked: Compare) -> int:
+    """Tables and a site of runs beside each other, in a folder of their own."""
+    config = request.config
+    names = [safe(Path(run).name.removesuffix(".h5")) for run in asked.runs]
+    out = Path(asked.out or Path(config.run.root) / "-".join(["compare", *names]))
+    with compare.opened(asked.runs, asked.presets, Path(config.run.root)) as contest:
+        made = compare.build(contest, out, config.site)
+    show(made.comparison, Console(width=None if sys.stdout.isatty() else 160))
+    print(f"{out / 'index.html'}: {made.host.files:,} files, {made.host.bytes / 1e6:.1f} MB; compare.csv, summary.csv")
+    return COMPLETE
+
+
 def _spectrum(request: Request, out: str | None = None) -> int:
     """Measure the middles of the photographs as the network sees them, and keep the result as a small .npz."""
     if out is None:
@@ -277,6 +291,7 @@ VERBS: dict[str, Callable[[Request], int]] = {
     "compact": _compact,
     "export": _export,
     "spectrum": _spectrum,
+    "compare": lambda request: _compare(request, Compare((), (), None)),
 }
 
 
@@ -322,6 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ports = [argument.removeprefix("port=") for argument in rest if argument.startswith("port=")]
         rest = [argument for argument in rest if not argument.startswith("port=")]
         work = functools.partial(_serve, port=(ports or ["8000"])[-1])
+    if verb == "compare":
+        work = functools.partial(_compare, asked=compared(rest)[0])
     if verb == "publish":
         work = functools.partial(_publish, target=target(rest)[0])
     codes: list[int] = []

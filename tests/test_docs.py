@@ -52,6 +52,7 @@ def test_python_runs_as_printed(
 ) -> None:
     name = "efficientnet_lite0-distill"
     overrides = [o for o in tiny_run if not o.startswith("run.")]
+    overrides += ["also=[naive]", "also.naive.steps=2", "also.naive.size=32"]
     assert cli.main(["run", *overrides, f"run.root={tmp_path}/runs", f"run.name={name}"]) == 0
     monkeypatch.chdir(tmp_path)
     for page, block in blocks("python"):
