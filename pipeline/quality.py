@@ -218,8 +218,8 @@ def transfer(responses: Tensor, natural: Tensor, usual: Tensor) -> Tensor:
     """Whether a picture excites the layer as the unit's best photographs do, (G, V, C) → (G, V), −1 … 1.
 
     cos(r − u, n − u) with r the layer's answer to the picture, n (G, C) its mean answer to the unit's best photographs
-    and u (C,) its mean answer to photographs of any kind. 1: the same; 0: as unlike as may be; a picture that excites
-    the unit by other means than photographs do is low here, whatever its activation. NaN where either is. Source:
+    and u (C,) its mean answer to photographs of any kind. 1: the same; 0: no likeness; a picture that excites the
+    unit by other means than photographs do is low here, whatever its activation. NaN where either is. Source:
     Geirhos et al. 2023, "Don't trust your eyes", who ask so whether pictures are processed as photographs are.
     """
     ours, theirs = responses - usual, (natural - usual)[:, None].expand_as(responses)

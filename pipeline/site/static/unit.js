@@ -357,7 +357,7 @@
     ["gain", "achieved ÷ natural", number, "What the saved picture reaches ÷ the best that any photograph reached. Above 1 it is purer than any photograph."],
     ["robust_gain", "robust ÷ natural", number, "The same for the mean of 16 shaken copies. Far below the line above, the answer hangs on single pixels."],
     ["rank", "rank in the layer", (v) => String(v), "1: no other channel of the layer answers this picture more strongly."],
-    ["transfer", "transfer", number, "Whether the whole layer answers the picture as it answers the unit’s best photographs. 1: the same; 0: as unlike as may be."],
+    ["transfer", "transfer", number, "Whether the whole layer answers the picture as it answers the unit’s best photographs. 1: the same; 0: no likeness."],
     ["agreement", "agreement of starts", number, "Whether the unit’s other pictures by this preset, from other starts, get the same answer of the layer. 1: the same; 0: no more than those of any two units."],
     ["spectral_distance", "distance from photographs’ spectrum", number, "How far contrast is shared out over scales otherwise than in photographs, in powers of ten. Photographs: 0.04 to 0.2; white noise: 0.53."],
     ["high_frequency", "high frequencies", share, "Share of the energy in details finer than 4 pixels. Photographs: 1 to 15%; white noise: 80%."],
