@@ -103,7 +103,7 @@
     set(part);
     keys[","] = () => set(part - 5);
     keys["."] = () => set(part + 5);
-    return make("figure", { class: "swipe" }, stage, slider, make("figcaption", {}, swatch(asked.a), side("a"), " ", swatch(asked.b), side("b")));
+    return make("figure", { class: "swipe" }, stage, slider, make("figcaption", {}, ["a", "b"].map((key) => make("span", {}, swatch(asked[key]), side(key)))));
   }
   function side(key) {
     const many = ATLAS.index.contenders.length > 2;
