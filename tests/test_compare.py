@@ -160,8 +160,22 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).mkdir()
         write_atlas(root / name / "atlas.h5", layers=layers, seed=seed)
         (root / name / "config.yaml").write_text("model: tiny\n")
-    change(root / "one" / "atlas.h5", "stem", "distill", activation=[1, 2, 3, 4, 5, 6], checkerboard=[3, 3, 3, 3, 3, 3])
-    change(root / "two" / "atlas.h5", "stem", "distill", activation=[2, 2, 1, 9, 6, 7], checkerboard=[1, 2, 3, 4, 1, 1])
+    change(
+        root / "one" / "atlas.h5",
+        "stem",
+        "distill",
+        activation=[1, 2, 3, 4, 5, 6],
+        checkerboard=[3] * 6,
+        newly_found=range(6),
+    )
+    change(
+        root / "two" / "atlas.h5",
+        "stem",
+        "distill",
+        activation=[2, 2, 1, 9, 6, 7],
+        checkerboard=[1, 2, 3, 4, 1, 1],
+        newly_found=range(6),
+    )
     return root
 
 
@@ -182,9 +196,9 @@ def test_numbers_stand_beside_each_other(root: Path) -> None:
     activation = next(m for m in found.measures if m.name == "activation")
     assert found.disagreement(stem, activation).tolist() == [1, 0, 2, 5, 1, 1]
     assert np.isnan(found.disagreement(stem, found.main)).tolist() == [False] * 3 + [True] + [False] * 2
-    assert [m.name for m in found.measures] == [
-        "gain", "robust_gain", "checkerboard", "activation", "robust", "start", "steps", "seconds"
-    ]  # fmt: skip
+    names = [m.name for m in found.measures]
+    assert names[:2] == ["gain", "robust_gain"] and names[-5:] == ["activation", "robust", "start", "steps", "seconds"]
+    assert names.index("checkerboard") < names.index("newly_found") < names.index("activation")
     assert found.main.name == "gain" and found.whole.of("gain").shape == (2, sum(len(layer[3]) for layer in LAYERS))
 
 
@@ -193,11 +207,13 @@ def test_the_summary_counts_wins(root: Path) -> None:
     row = table.loc[("stem", "activation", "two", "one")]
     assert (row.wins, row.losses, row.ties, row.units, row.left_out) == (4, 1, 1, 6, 0)
     assert row["median"] == 1.0 and row.p == pytest.approx(2 * (1 + 5) / 32)
-    # Less of a checkerboard is better, and only stem has the measure.
+    # Less of a checkerboard is better.
     row = table.loc[("stem", "checkerboard", "two", "one")]
     assert (row.wins, row.losses, row.ties, row.better) == (4, 1, 1, "lower")
-    assert table.loc[("*", "checkerboard", "two", "one")].units == 6
-    assert table.loc[("head", "checkerboard", "one", "")].units == 0
+    # Only stem has this one, and nobody knows what it is.
+    row = table.loc[("*", "newly_found", "two", "one")]
+    assert (row.units, row.ties, row.better) == (6, 6, "neither") and math.isnan(row.p)
+    assert table.loc[("head", "newly_found", "one", "")].units == 0
     gain = table.loc[("stem", "gain", "two", "one")]
     assert gain.units == 5 and gain.left_out == 1  # the one that no photograph drives above zero
     assert table.loc[("stem", "activation", "one", "")]["median"] == 3.5
@@ -377,7 +393,7 @@ def test_tables_beside_the_site(site: Path, root: Path) -> None:
     assert (stem.difference > 0.2).all() and stem.difference.tolist() == other.difference.tolist()
     late = units[(units.layer == "blocks.0.conv") & units.picture & (units.channel > 2)]
     assert len(late) == 36 and (late.difference < 0.05).all()  # the same colours in the two that have them
-    assert len(summary) == 6 * 8 * (3 + 3)
+    assert len(summary) == 6 * summary.measure.nunique() * (3 + 3)
 
 
 def test_the_same_atlases_give_the_same_bytes(site: Path, root: Path) -> None:

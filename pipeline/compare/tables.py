@@ -10,6 +10,7 @@ import pandas as pd
 from pipeline.compare.contenders import Contender, Contest
 from pipeline.compare.inference import Duel, Median, duel, median
 from pipeline.compare.measures import HIGHER, LOWER, MAIN, NEITHER, Measure, in_order
+from pipeline.quality import gain
 from pipeline.views import LayerView
 
 # What the summary calls all layers together.
@@ -207,8 +208,8 @@ def _part(contest: Contest, name: str) -> Part | None:
                 values.setdefault(key, np.full(shape, np.nan))[at, rows[at]] = _of_unit(array, numbers["status"])
     for ratio, reached in _RATIOS.items():
         if reached in values:
-            signs = np.array([[-1 if contender.negative else 1] for contender in contest.contenders])
-            values[ratio] = _ratio(values[reached], natural, signs)
+            sides = zip(values[reached], natural, contest.contenders, strict=True)
+            values[ratio] = np.stack([gain(own[:, None], best, c.negative)[:, 0] for own, best, c in sides])
     return Part(name, channels, values, natural, there, failed, np.full(len(channels), np.nan))
 
 
@@ -226,9 +227,3 @@ def _lend(natural: np.ndarray, contenders: Sequence[Contender]) -> None:
             if lender.natural == contender.natural:
                 gaps = np.isnan(natural[at])
                 natural[at, gaps] = natural[other, gaps]
-
-
-def _ratio(reached: np.ndarray, natural: np.ndarray, signs: np.ndarray) -> np.ndarray:
-    """Achieved ÷ natural; NaN where photographs did not go the way that the picture was to go."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(signs * natural > 0, reached / natural, np.nan)
