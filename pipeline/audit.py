@@ -6,6 +6,7 @@ own, and shards go only when atlas.h5 was seen to hold, to the last pixel, what 
 
 import dataclasses
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -124,15 +125,19 @@ def rescue(shard: Shard, folder: RunFolder) -> int:
     For an atlas this means every picture in it that no shard has.
     """
     if not shard.inside:
-        kept = _rescue_part(shard, folder)
+        kept = copy_pictures(shard, folder)
     else:
-        kept = sum(_rescue_part(part, folder) for part in store.parts(shard.path).values())
+        kept = sum(copy_pictures(part, folder) for part in store.parts(shard.path).values())
     aside = put_aside(shard.path)
     log.warning("%s: %d whole pictures kept, the file set aside as %s", shard.path, kept, aside.name)
     return kept
 
 
-def _rescue_part(shard: Shard, folder: RunFolder) -> int:
+def copy_pictures(shard: Shard, folder: RunFolder, wanted: Collection[int] | None = None) -> int:
+    """Give whole pictures that no other shard of `folder` has a shard there; returns how many they are.
+
+    `shard` may be a part of an atlas, also another run's; `wanted` are the channels to be copied, None for all.
+    """
     if "layer" not in shard.attributes:  # a piece of the dataset pass is whole or not at all
         return 0
     try:
@@ -152,7 +157,9 @@ def _rescue_part(shard: Shard, folder: RunFolder) -> int:
     rows = [
         i
         for i, channel in enumerate(arrays["channels"].tolist())
-        if channel not in have and all((i, v) in whole for v in range(variants))
+        if channel not in have
+        and (wanted is None or channel in wanted)
+        and all((i, v) in whole for v in range(variants))
     ]
     if not rows:
         return 0
@@ -160,7 +167,7 @@ def _rescue_part(shard: Shard, folder: RunFolder) -> int:
         images = np.stack([shards.dataset(opened, "images")[i] for i in rows])
     content = {name: array[rows] for name, array in arrays.items() if name != "images_sha256"}
     numbers = content["channels"].tolist()
-    name = f"{numbers[0]}-{numbers[-1]}-{len(rows)}-rescued-{digest[:12]}.h5"
+    name = f"{numbers[0]}-{numbers[-1]}-{len(rows)}-copied-{digest[:12]}.h5"
     keys = ("digest", "layer", "objective", "natural", "preset")
     attributes = {key: value for key, value in shard.attributes.items() if key in keys}
     shards.write(where / name, attributes, content | {"images": images})

@@ -5,6 +5,7 @@ happened to an exit code: 0 complete, 1 something was set aside or is wrong, 2 b
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -115,10 +116,9 @@ def show_plan(made: Plan) -> None:
         console.print(
             f"{preset.name}: {made.units * preset.variants:,} pictures, {clock(seconds['preset', preset.name])}"
         )
-    console.print(
-        f"total: {len(made.layers)} layers, {made.units:,} units, {photographs:,} photographs; "
-        f"about {clock(made.eta)} with {made.crew.workers} × {made.crew.threads} threads on {made.crew.device}"
-    )
+    console.print(f"total: {len(made.layers)} layers, {made.units:,} units, {photographs:,} photographs")
+    for line in made.outlook():
+        console.print(line, soft_wrap=True)
 
 
 def _run(request: Request) -> int:
@@ -191,8 +191,11 @@ def _status(request: Request) -> int:
 
 
 def _stored(request: Request) -> Plan:
-    """The plan of a run that is there, from the configuration it was made with; nothing is timed."""
-    return make_plan(from_tree(yaml.safe_load(request.folder.existing().config.read_text(encoding="utf-8"))), False)
+    """The plan of a run that is there, from what it was made with; nothing is timed, and no base is asked."""
+    folder = request.folder.existing()
+    config = from_tree(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+    units = {name: tuple(channels) for name, channels in folder.planned().items()}
+    return make_plan(dataclasses.replace(config, base=None, only=None), timed=False, units=units or None)
 
 
 def _table(rows: Sequence[tuple[str, str]], title: str) -> None:

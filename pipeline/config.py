@@ -25,6 +25,7 @@ from pipeline.presets import RenderConfig
 from pipeline.recipes import ModelConfig
 from pipeline.registry import build
 from pipeline.schedules import STOPS
+from pipeline.selection import Only
 from pipeline.site.settings import SiteConfig
 from pipeline.transforms import TRANSFORMS
 
@@ -72,7 +73,11 @@ class EngineConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything a run is made from: the preset `render`, and those in `also`, by which all units get pictures too."""
+    """Everything a run is made from: the preset `render`, and those in `also`, by which all units get pictures too.
+
+    `base` is the folder of a run that lends what it has of this one. `units`, a table, and `only`, a condition on the
+    base's pictures, choose units in the place of `layers.policy` and `layers.channels`.
+    """
 
     run: RunConfig
     model: ModelConfig
@@ -83,6 +88,9 @@ class Config:
     engine: EngineConfig
     site: SiteConfig
     also: tuple[RenderConfig, ...] = ()
+    base: str | None = None
+    units: str | None = None
+    only: str | None = None
 
     @property
     def presets(self) -> tuple[RenderConfig, ...]:
@@ -99,8 +107,8 @@ class Config:
         return Path(self.run.root, self.run.name)
 
 
-# Sections that change no result: a run folder may be continued under another engine or page layout.
-FREE = ("engine", "site", "run")
+# What changes no result: a run folder may be continued under another engine or page layout, and with or without a base.
+FREE = ("engine", "site", "run", "base")
 
 
 def from_tree(tree: Mapping[str, Any]) -> Config:
@@ -115,6 +123,10 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
     name = config.run.name
     if not name or name in (".", "..") or any(c in name for c in "/\\\0"):
         raise AtlasError(f"run.name={name!r} must be a plain folder name.")
+    if config.only is not None:
+        Only.of(config.only)
+        if config.base is None:
+            raise AtlasError(f"only={config.only} needs base=runs/NAME: the run whose pictures it judges.")
     if config.engine.name not in ("ray", "inline"):
         raise AtlasError(f"engine.name={config.engine.name!r} is not one of ray, inline.")
     for value, key, least in (

@@ -39,18 +39,13 @@ class Row:
 
 
 def estimate(
-    folded: Model,
-    chosen: Sequence[Layer],
-    channels: dict[str, tuple[int, ...]],
-    canvases: dict[str, dict[str, Size]],
-    config: Config,
-    others: Sequence[Layer],
+    folded: Model, chosen: Sequence[Layer], rows: Sequence[Row], config: Config, others: Sequence[Layer]
 ) -> tuple[list[Row], float]:
-    """Rows with estimated seconds, and seconds a photograph, from a few timed passes on this machine.
+    """The same rows with estimated seconds, and seconds a photograph, from a few timed passes on this machine.
 
-    `canvases` are the sizes by preset and layer. The forward pass is timed up to every layer at once; for each preset
-    its ratio to a whole step, and what a step costs beside the network, are measured by rendering two pictures for
-    a few steps in the cheapest and the dearest layer.
+    The forward pass is timed up to every one of the `chosen` layers, which hold those of all rows, at once; for each
+    preset its ratio to a whole step, and what a step costs beside the network, are measured by rendering two pictures
+    for a few steps in the cheapest and the dearest layer.
     """
     batch = 2
     device = next(folded.module.parameters()).device
@@ -70,25 +65,21 @@ def estimate(
             forward(images)
         best = {name: min(best.get(name, t), t) for name, t in seen.items()}
     reach = {name: t / batch for name, t in best.items()}
-    rows = [
-        row
-        for preset in config.presets
-        for row in _preset_rows(folded, chosen, channels, canvases[preset.name], preset, others, reach)
-    ]
+    timed: dict[tuple[str, str], Row] = {}
+    for preset in config.presets:
+        own = [row for row in rows if row.preset == preset.name]
+        if own:
+            timed |= {(row.layer.name, row.preset): row for row in _preset_rows(folded, own, preset, others, reach)}
     # Decoding and reduction cost about as much again as half the forward pass.
-    return rows, 1.5 * max(reach.values())
+    return [timed[row.layer.name, row.preset] for row in rows], 1.5 * max(reach.values())
 
 
 def _preset_rows(
-    folded: Model,
-    chosen: Sequence[Layer],
-    channels: dict[str, tuple[int, ...]],
-    canvases: dict[str, Size],
-    config: RenderConfig,
-    others: Sequence[Layer],
-    reach: dict[str, float],
+    folded: Model, rows: Sequence[Row], config: RenderConfig, others: Sequence[Layer], reach: dict[str, float]
 ) -> list[Row]:
     """The rows of one preset; `reach` is the seconds of an image's forward pass up to each layer."""
+    chosen, channels = [row.layer for row in rows], {row.layer.name: row.channels for row in rows}
+    canvases = {row.layer.name: row.canvas for row in rows}
     pixels = folded.recipe.size[0] * folded.recipe.size[1]
     named = {layer.name: layer for layer in others if layer.name in config.others}
     device = next(folded.module.parameters()).device
@@ -131,12 +122,11 @@ def _preset_rows(
     first, last = min(chosen, key=network), max(chosen, key=network)
     fixed = max(step(first) - 2.7 * network(first), 0.0) / area(first)
     ratio = max(step(last) - fixed * area(last), 0.0) / network(last)
-    rows = []
-    for layer in chosen:
-        own = channels[layer.name]
-        pictures = len(own) * config.variants
+    timed = []
+    for row in rows:
+        layer, pictures = row.layer, len(row.channels) * config.variants
         each = fixed * area(layer) + ratio * network(layer)
         # Measuring the finished picture costs forward passes on its shaken copies.
         extra = (ROBUST_COPIES + 2) * network(layer)
-        rows.append(Row(layer, own, canvas(layer), pictures * (each * config.steps + extra), config.name))
-    return rows
+        timed.append(dataclasses.replace(row, seconds=pictures * (each * config.steps + extra)))
+    return timed

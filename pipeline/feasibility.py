@@ -11,7 +11,6 @@ from pipeline.errors import AtlasError, first_line
 from pipeline.layers import Layer
 from pipeline.models import Model
 from pipeline.objectives import Direction, Objective
-from pipeline.policies import channels_of
 from pipeline.presets import RenderConfig, Size, canvas_size
 from pipeline.starts import opened
 
@@ -25,12 +24,11 @@ def check_labels(model: Model, logits: Sequence[Layer]) -> None:
         )
 
 
-def units_of(layer: Layer, config: Config) -> tuple[int, ...]:
-    """Channel numbers of a layer that get pictures: those asked for that the objectives have something to say to.
+def units_of(layer: Layer, asked: tuple[int, ...], config: Config) -> tuple[int, ...]:
+    """Channel numbers of a layer that get pictures: those `asked` for that the objectives have something to say to.
 
     Raises `AtlasError` where the presets of a run have it about different channels.
     """
-    asked = channels_of(layer, config.layers.channels)
     found = {preset.name: _told_of(preset.objective, asked) for preset in config.presets}
     main = found[config.render.name]
     for name, own in found.items():

@@ -20,14 +20,15 @@ class Inventory:
     """Finished work of a plan.
 
     Small arrays are read, pictures are not: those are held against their digests when they are copied into
-    atlas.h5, and a damaged one is made again then. What `known` has read before is not read again.
+    atlas.h5, and a damaged one is made again then. What `known` has read before is not read again. With `keep=False`
+    nothing in the folder is touched: for folders of other runs, and before a run has its lock.
     """
 
-    def __init__(self, made: Plan, folder: RunFolder, known: "Inventory | None" = None) -> None:
-        self.folder = folder
+    def __init__(self, made: Plan, folder: RunFolder, known: "Inventory | None" = None, keep: bool = True) -> None:
+        self.folder, self._keep = folder, keep
         self.total = len(made.setup.dataset.photos)
         self.small: dict[tuple[Path, str], dict[str, np.ndarray]] = dict(known.small) if known else {}
-        self.survey = Survey(made, folder.shards)
+        self.survey = Survey(made, folder.shards, keep)
         self.pictures: dict[Row, list[Shard]] = {}
         in_atlas = store.parts(folder.atlas)
         for row in made.rows:
@@ -37,7 +38,7 @@ class Inventory:
             self.pictures[row] = found
             # An atlas counts for what no shard has: after `atlas compact` that is all of it.
             part = in_atlas.get((row.layer.name, digest))
-            if part is not None and self._reads(part) and self._of(part) - self.channels(row):
+            if part is not None and self._reads(part) and self.channels_in(part) - self.channels(row):
                 found.append(part)
 
     def _reads(self, shard: Shard) -> bool:
@@ -47,19 +48,22 @@ class Inventory:
             try:
                 self.small[key] = shard.get("channels", "status")
             except Damaged as error:
+                if not self._keep:
+                    return False
                 log.warning("%s; its work is done again", error)
                 if not shard.inside:
                     put_aside(shard.path)
                 return False
         return True
 
-    def _of(self, shard: Shard) -> set[int]:
+    def channels_in(self, shard: Shard) -> set[int]:
+        """Channels whose pictures one of these shards holds."""
         small = self.small[shard.path, shard.inside]
         return set(map(int, small["channels"][(small["status"] != "missing").all(-1)]))
 
     def channels(self, row: Row) -> set[int]:
         """Channels of a row that have their pictures."""
-        return {c for shard in self.pictures[row] for c in self._of(shard)}
+        return {c for shard in self.pictures[row] for c in self.channels_in(shard)}
 
     def failed(self, row: Row) -> list[tuple[int, int]]:
         """(channel, variant) of pictures of a row that did not rise."""

@@ -1,15 +1,17 @@
 """What a run will do: the table of layers and channels, the tasks, and how long they may take."""
 
 import dataclasses
+import functools
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from pipeline import datasets, policies, shards
+from pipeline import datasets, inputs, policies, shards
+from pipeline.base import based_on, check
 from pipeline.config import Config
 from pipeline.engine import Crew, crew, local_resources
 from pipeline.errors import AtlasError
@@ -17,11 +19,15 @@ from pipeline.estimates import Row, estimate
 from pipeline.feasibility import check_labels, fitting, refuse_nonsense, units_of
 from pipeline.fields import receptive_fields
 from pipeline.files import loaded
+from pipeline.folder import RunFolder
 from pipeline.folding import fold
-from pipeline.layers import Layer
-from pipeline.models import load
+from pipeline.inputs import Inputs, network_digest
+from pipeline.layers import Field, Layer
+from pipeline.models import Model, load
 from pipeline.policies import LayersConfig
+from pipeline.progress import clock
 from pipeline.recipes import Recipe
+from pipeline.selection import Units, selected
 from pipeline.shards import safe
 from pipeline.tasks import Setup, Task, examples_digest, render_digest
 from pipeline.worker import keep_memory
@@ -34,8 +40,45 @@ LEAST_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
+class Held:
+    """What is finished of a plan before it begins: photographs of its dataset pass, and pictures.
+
+    `where` says in words where they are.
+    """
+
+    where: str
+    photographs: int
+    pictures: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Left:
+    """What of a plan is still to be made.
+
+    `channels` counts those without pictures, by layer and preset; `photographs` are to be swept, and `looks` of those
+    that were are to be looked at again, as far as that is known yet. `held` says where the rest is, `why` in words why
+    a base does not lend its dataset pass.
+    """
+
+    channels: Mapping[tuple[str, str], int]
+    photographs: int
+    looks: int = 0
+    held: tuple[Held, ...] = ()
+    why: str = ""
+
+    @property
+    def nothing(self) -> bool:
+        """Whether all is finished."""
+        return not (self.photographs or self.looks or any(self.channels.values()))
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
-    """The whole run: rows by preset, in the order of computation, and what workers need."""
+    """The whole run: rows by preset, in the order of computation, and what workers need.
+
+    `network` is the digest that receptive fields are known again by. `left` is what was still to be made when the plan
+    was: all of it, where nobody looked.
+    """
 
     config: Config
     rows: tuple[Row, ...]
@@ -45,6 +88,13 @@ class Plan:
     labels: tuple[str, ...]
     recipe: Recipe
     dataset_fingerprint: str
+    network: str
+    left: Left
+
+    @property
+    def inputs(self) -> Inputs:
+        """What this plan was made from, to be kept beside it."""
+        return Inputs(self.setup.weights, self.dataset_fingerprint, self.network, self.recipe, self.layers)
 
     @property
     def layers(self) -> tuple[tuple[Layer, tuple[int, ...]], ...]:
@@ -64,13 +114,47 @@ class Plan:
 
     @property
     def eta(self) -> float:
-        """Estimated seconds of the whole run, examples included."""
-        return (sum(row.seconds for row in self.rows) + self.examples_seconds) / self.crew.workers
+        """Estimated seconds of all that is left, examples included."""
+        return (sum(map(self._cost, self.rows)) + self._examples_cost) / self.crew.workers
+
+    @property
+    def pictures(self) -> int:
+        """Number of pictures of the whole run."""
+        return sum(len(row.channels) * self.config.preset(row.preset).variants for row in self.rows)
+
+    @property
+    def pictures_left(self) -> int:
+        """Number of pictures that are still to be rendered."""
+        return sum(n * self.config.preset(preset).variants for (_, preset), n in self.left.channels.items())
+
+    def outlook(self) -> list[str]:
+        """What is there, and where, and what is to be made in how long, a line each."""
+        lines = [
+            f"{held.where}: examples of {held.photographs:,} photographs, "
+            f"{held.pictures:,} of {self.pictures:,} pictures"
+            for held in self.left.held
+        ]
+        if self.left.nothing:
+            return [*lines, "to do: nothing is missing"]
+        if self.left.why:
+            lines.append(f"the dataset pass is made anew: {self.left.why}")
+        again = f" ({self.left.looks:,} looked at again)" if self.left.looks else ""
+        todo = f"to do: examples of {self.left.photographs:,} photographs{again}, {self.pictures_left:,} pictures; "
+        crew = f"{self.crew.workers} × {self.crew.threads} threads on {self.crew.device}"
+        return [*lines, f"{todo}about {clock(self.eta)} with {crew}"]
+
+    def _cost(self, row: Row) -> float:
+        """Seconds of one worker for what is left of a row."""
+        return row.seconds * self.left.channels[row.layer.name, row.preset] / len(row.channels)
+
+    @property
+    def _examples_cost(self) -> float:
+        return self.examples_seconds * (self.left.photographs + self.left.looks) / len(self.setup.dataset.photos)
 
     def written(self) -> pd.DataFrame:
         """The table as it goes into plan.csv: the layers, the dataset pass and the total."""
         layers = self.table()
-        examples = round(self.examples_seconds / self.crew.workers, 1)
+        examples = round(self._examples_cost / self.crew.workers, 1)
         ends = pd.DataFrame(
             [
                 {"kind": "photographs", "units": len(self.setup.dataset.photos), "seconds": examples},
@@ -80,7 +164,7 @@ class Plan:
         return pd.concat([layers, ends], ignore_index=True)
 
     def table(self) -> pd.DataFrame:
-        """One row a layer, as it is printed."""
+        """One row a layer and preset, as it is printed; seconds are those of what is left."""
         return pd.DataFrame(
             [
                 {
@@ -93,7 +177,7 @@ class Plan:
                     "stride": row.layer.field.stride[0] if row.layer.field else "",
                     "units": len(row.channels),
                     "canvas": row.canvas[0] if row.canvas[0] == row.canvas[1] else "x".join(map(str, row.canvas)),
-                    "seconds": round(row.seconds / self.crew.workers, 1),
+                    "seconds": round(self._cost(row) / self.crew.workers, 1),
                     "channel_list": " ".join(map(str, row.channels)),
                 }
                 for row in self.rows
@@ -180,10 +264,14 @@ def _field(layer: Layer) -> str:
     return "whole image" if layer.field is None else "x".join(map(str, layer.field.size))
 
 
-def make_plan(config: Config, timed: bool = True) -> Plan:
+def make_plan(
+    config: Config, timed: bool = True, look: Callable[[Plan], Left] | None = None, units: Units | None = None
+) -> Plan:
     """Load the network, find and choose layers, list photographs, and estimate: seconds, not minutes.
 
-    With `timed=False` nothing is timed, and every picture costs a second: for what wants no estimate.
+    `look` says what of the plan is still to be made: no time is spent on estimates of anything else. With
+    `timed=False` nothing is timed, and every picture costs a second: for what wants no estimate. `units` says which
+    channels of which layers, whatever the configuration chooses.
 
     Raises `AtlasError` for everything that is wrong with the input, before any work starts.
     """
@@ -192,9 +280,13 @@ def make_plan(config: Config, timed: bool = True) -> Plan:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, folder=str(Path.cwd())))
     model = load(config.model).to("cpu")
     dataset = datasets.listing(config.data, model.recipe.channels)
-    wanted = config.layers
-    candidates = policies.found_layers(model, wanted, config.model.aliases)
-    chosen = policies.choose(model, candidates, wanted)
+    fingerprint = shards.digest_of(datasets.fingerprint(dataset, model.recipe))
+    base = based_on(config)
+    if base is not None:
+        check(base, config, model, fingerprint)
+    candidates = policies.found_layers(model, config.layers, config.model.aliases)
+    asked = _asked(config, model, candidates, base) if units is None else units
+    chosen = [layer for layer in candidates if layer.name in asked]
     heads = policies.choose(model, candidates, LayersConfig("logits"))
     if config.model.labels is not None:
         check_labels(model, heads)
@@ -204,7 +296,7 @@ def make_plan(config: Config, timed: bool = True) -> Plan:
         also=tuple(loaded(preset, f"also.{preset.name}") for preset in config.also),
     )
     others = refuse_nonsense(config, model, candidates, chosen, heads)
-    channels = {layer.name: units_of(layer, config) for layer in chosen}
+    channels = {layer.name: units_of(layer, asked[layer.name], config) for layer in chosen}
     empty = [name for name, numbers in channels.items() if not numbers]
     if len(empty) == len(chosen):
         raise AtlasError(f"layers.channels={config.layers.channels} leaves no channel in any layer.")
@@ -216,25 +308,53 @@ def make_plan(config: Config, timed: bool = True) -> Plan:
     team = crew(config.engine, [(cpus, gpus)], pictures)
     torch.set_num_threads(cpus)
     keep_memory()
-    folded = fold(model)
-    fields = receptive_fields(folded, chosen)
+    folded = functools.cache(lambda: fold(model))
+    network = network_digest(model, config.model)
+    fields: dict[str, Field | None] = {}
+    for folder in (base.path if base else None, config.folder):
+        known = inputs.read(folder) if folder else None
+        fields |= known.fields(network, chosen) if known else {}
+    unknown = [layer for layer in chosen if layer.name not in fields]
+    fields |= receptive_fields(folded(), unknown) if unknown else {}
     chosen = [dataclasses.replace(layer, field=fields[layer.name]) for layer in chosen]
-    canvases = {preset.name: fitting(folded, chosen, preset) for preset in config.presets}
+    canvases = {preset.name: fitting(model, chosen, preset) for preset in config.presets}
     torch.set_num_threads(min(team.threads, cpus))
-    here = team.device if not team.device.startswith("cuda") or torch.cuda.is_available() else "cpu"
-    if timed:
-        rows, per_photo = estimate(folded.to(here), chosen, channels, canvases, config, others)
-    else:
-        rows = [
-            Row(la, channels[la.name], sizes[la.name], len(channels[la.name]), name)
-            for name, sizes in canvases.items()
-            for la in chosen
-        ]
-        per_photo = 1.0
+    rows = tuple(
+        Row(la, channels[la.name], sizes[la.name], len(channels[la.name]), name)
+        for name, sizes in canvases.items()
+        for la in chosen
+    )
     setup = Setup(config, model.digest, tuple(chosen), dataset, team.threads, team.device, others)
-    fingerprint = shards.digest_of(datasets.fingerprint(dataset, model.recipe))
     if any(preset.needs_examples for preset in config.presets):
         setup = dataclasses.replace(setup, begins=examples_digest(setup, fingerprint))
-    return Plan(
-        config, tuple(rows), setup, team, per_photo * len(dataset.photos), model.labels, model.recipe, fingerprint
+    everything = Left({(row.layer.name, row.preset): len(row.channels) for row in rows}, len(dataset.photos))
+    made = Plan(
+        config, rows, setup, team, len(dataset.photos), model.labels, model.recipe, fingerprint, network, everything
     )
+    made = made if look is None else dataclasses.replace(made, left=look(made))
+    if not timed or made.left.nothing:
+        return made
+    here = team.device if not team.device.startswith("cuda") or torch.cuda.is_available() else "cpu"
+    open_rows = [row for row in rows if made.left.channels[row.layer.name, row.preset]]
+    found, each = estimate(folded().to(here), chosen, open_rows, config, others)
+    better = {(row.layer.name, row.preset): row for row in found}
+    return dataclasses.replace(
+        made,
+        rows=tuple(better.get((row.layer.name, row.preset), row) for row in rows),
+        examples_seconds=each * len(dataset.photos),
+    )
+
+
+def _asked(config: Config, model: Model, candidates: Sequence[Layer], base: RunFolder | None) -> Units:
+    """Channels by layer as the configuration chooses them: by table and condition, or else by policy."""
+    wanted = config.layers
+    listed = selected(config.units, config.only, base.path if base else None, config.render.name, candidates)
+    if listed is None:
+        return {
+            layer.name: policies.channels_of(layer, wanted.channels)
+            for layer in policies.choose(model, candidates, wanted)
+        }
+    within = policies.narrowed([layer for layer in candidates if layer.name in listed], candidates, wanted)
+    if not within:
+        raise AtlasError("layers.include and layers.exclude leave none of the layers that units and only choose.")
+    return {layer.name: listed[layer.name] for layer in within}

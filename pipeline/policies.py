@@ -55,6 +55,17 @@ def choose(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[
         chosen = list(layers)
     else:
         chosen = POLICIES[config.policy](model, layers, config)
+    chosen = narrowed(chosen, layers, config)
+    if not chosen:
+        raise AtlasError(
+            f"layers: nothing is left of policy {config.policy!r} after include and exclude. "
+            "`atlas plan layers=all` lists every layer."
+        )
+    return chosen
+
+
+def narrowed(chosen: Sequence[Layer], layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
+    """Those of the `chosen` of all `layers` that `include` and `exclude` leave; each pattern must match some layer."""
     for key, patterns in (("include", config.include), ("exclude", config.exclude)):
         for pattern in patterns:
             if not any(_matches(layer, pattern) for layer in layers):
@@ -62,13 +73,7 @@ def choose(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[
                 raise AtlasError(f"layers.{key}: no layer matches {pattern!r}. {nearest(pattern, names)}")
     if config.include:
         chosen = [la for la in chosen if any(_matches(la, p) for p in config.include)]
-    chosen = [la for la in chosen if not any(_matches(la, p) for p in config.exclude)]
-    if not chosen:
-        raise AtlasError(
-            f"layers: nothing is left of policy {config.policy!r} after include and exclude. "
-            "`atlas plan layers=all` lists every layer."
-        )
-    return chosen
+    return [la for la in chosen if not any(_matches(la, p) for p in config.exclude)]
 
 
 def _matches(layer: Layer, pattern: str) -> bool:

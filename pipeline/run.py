@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline import audit, interrupts, shards, site, starts, store, survey, wiring
+from pipeline import audit, inputs, interrupts, lending, shards, site, starts, store, wiring
 from pipeline.atlas import open_atlas
 from pipeline.config import Config
 from pipeline.engine import Failure, TooManyFailures, opened
@@ -44,10 +44,11 @@ def plan(request: Request) -> Plan:
     """Make the plan and write plan.csv. Touches no folder before everything asked for was found."""
     folder = request.folder
     folder.check(request.tree, request.config.run.update)
-    made = make_plan(request.config)
+    made = make_plan(request.config, look=lambda made: lending.look(made, folder))
     with folder.locked():
         write_text(folder.config, request.text)
         write_text(folder.plan, made.written().to_csv(index=False))
+        write_text(folder.path / inputs.NAME, made.inputs.text())
     return made
 
 
@@ -67,8 +68,7 @@ def run(request: Request, made: Plan, stages: tuple[str, ...] = ("examples", "re
     with folder.locked():
         shards.sweep(folder.path)
         audit.put_aside_unreadable(folder)
-        if "examples" in stages:
-            survey.adopt(made, folder.shards)
+        lending.lend(made, folder, stages)
         posts: list[Post] = []
         worked: dict[str, Stage] = {}
         held: Inventory | None = None

@@ -36,6 +36,11 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def content(arrays: Mapping[str, np.ndarray]) -> str:
+    """Digest of what arrays hold, by their names."""
+    return digest_of([[name, array.tobytes().hex()] for name, array in sorted(arrays.items())])
+
+
 def safe(name: str) -> str:
     """A file, group and page name for any layer name; reversible, and never a way out of a folder.
 

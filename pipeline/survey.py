@@ -1,16 +1,12 @@
-"""The dataset pass as the driver sees it: its three rounds, what a folder holds of them, what a former run lends.
+"""The dataset pass as the driver sees it: its three rounds, and what a folder holds of them.
 
 First a sample of photographs sets the ranges of histograms, then all photographs are swept, then the winners are
 looked at again. Each round builds on the whole of the one before; within a round, order and portions do not matter.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
-import logging
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,8 +21,6 @@ from pipeline.shards import Shard
 from pipeline.statistics import Ranges
 from pipeline.tasks import Task, winners_digest
 from pipeline.winners import Chosen, Winners
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,90 +41,101 @@ class Surveyed:
 
 
 class Survey:
-    """What is finished of a plan's dataset pass below `folder` (the run's shards), and what is next."""
+    """What is finished of a plan's dataset pass below `folder` (the run's shards), and what is next.
 
-    def __init__(self, made: Plan, folder: Path) -> None:
-        self._made, self._folder = made, folder
+    With `keep=False` nothing is ever written there: for folders of other runs, and before a run has its lock.
+    """
+
+    def __init__(self, made: Plan, folder: Path, keep: bool = True) -> None:
+        self._made, self.folder, self._keep = made, folder, keep
         self._config = made.config.examples
         self.total = len(made.setup.dataset.photos)
         self.digest = made.examples_digest
-        self._scale_digest = shards.digest_of(["ranges", self.digest])
-        self._shown_digest = winners_digest(made.setup, self.digest, [channels for _, channels in made.layers])
-        self._scale = shards.read(self._path("ranges", "ranges", self._scale_digest))
-        found = shards.find(folder / "examples", self.digest) if self._scale else []
+        self.layers = made.layers
+        self.scale_digest = shards.digest_of(["ranges", self.digest])
+        self.shown_digest = winners_digest(made.setup, self.digest, [channels for _, channels in made.layers])
+        self.scale = shards.read(self.path("ranges", "ranges", self.scale_digest))
+        found = shards.find(folder / "examples", self.digest) if self.scale else []
         # Pieces that were measured with other ranges can't be added to these.
         self.ranges = chosen_ranges(s for s in found if s.attributes.get("ranges") == self.content)
-        self._looks = chosen_ranges(shards.find(folder / "winners", self._shown_digest))
+        self.looks = chosen_ranges(shards.find(folder / "winners", self.shown_digest))
 
-    def _path(self, kind: str, name: str, digest: str) -> Path:
-        return self._folder / kind / f"{name}-{digest[:12]}.h5"
+    def path(self, kind: str, name: str, digest: str) -> Path:
+        """Where a piece of the pass lies: `kind` is ranges, examples or winners."""
+        return self.folder / kind / f"{name}-{digest[:12]}.h5"
 
     @property
     def content(self) -> str:
         """Digest of the ranges that all pieces of the pass were measured with."""
-        return str(self._scale.attributes["content"]) if self._scale else ""
+        return str(self.scale.attributes["content"]) if self.scale else ""
 
     def paths(self) -> list[Path]:
         """All files of the pass."""
-        scale = [self._scale.path] if self._scale else []
-        table = self._path("winners", "table", self._shown_digest)
-        pieces = [*self.ranges.values(), *self._looks.values()]
+        scale = [self.scale.path] if self.scale else []
+        table = self.path("winners", "table", self.shown_digest)
+        pieces = [*self.ranges.values(), *self.looks.values()]
         return [*scale, *(s.path for s in pieces), *([table] if table.is_file() else [])]
 
     @property
     def covered(self) -> bool:
         """Whether every photograph was swept."""
-        return self._scale is not None and not gaps(self.ranges, self.total)
+        return self.scale is not None and not gaps(self.ranges, self.total)
 
     @functools.cached_property
-    def _table(self) -> Winners:
+    def table(self) -> Winners:
         """Who is looked at again; kept beside the looks, so that a later run need not merge the pass to know."""
-        shard = shards.read(self._path("winners", "table", self._shown_digest))
+        shard = shards.read(self.path("winners", "table", self.shown_digest))
         if shard is not None:
             return Winners.from_arrays(shard.arrays())
         table = Winners.of(self.chosen)
-        path = self._path("winners", "table", self._shown_digest)
-        shards.write(path, {"digest": shards.digest_of(["table", self._shown_digest])}, table.arrays())
+        path = self.path("winners", "table", self.shown_digest)
+        if self._keep:
+            shards.write(path, {"digest": shards.digest_of(["table", self.shown_digest])}, table.arrays())
         return table
 
     @property
     def shown(self) -> int:
         """How many photographs are looked at again; 0 while that is not known."""
-        return len(self._table.images) if self.covered else 0
+        return len(self.table.images) if self.covered else 0
 
     @property
     def looked(self) -> int:
         """How many of them were."""
-        return sum(end - start for start, end in self._looks)
+        return sum(end - start for start, end in self.looks)
+
+    @property
+    def swept(self) -> int:
+        """How many photographs were swept."""
+        return sum(end - start for start, end in self.ranges)
 
     @property
     def complete(self) -> bool:
         """Whether nothing of the pass is missing."""
-        return self.covered and not gaps(self._looks, self.shown)
+        return self.covered and not gaps(self.looks, self.shown)
 
     @property
     def identity(self) -> str:
         """Digest of all that the pass puts into an atlas."""
-        return shards.digest_of([self.content, self._shown_digest])
+        return shards.digest_of([self.content, self.shown_digest])
 
     def tasks(self, workers: int, known: Sequence[Task] = ()) -> list[Task]:
         """Tasks of the next round, without what the `known` ones are about; none when it is complete or stuck."""
         lost = {stage: [(t.start, t.end) for t in known if t.stage == stage] for stage in ("examples", "winners")}
-        if self._scale is None:
+        if self.scale is None:
             if any(task.stage == "ranges" for task in known):
                 return []
             sample = tuple(Drawn.of(self._made.setup.dataset, self._config).sample.tolist())
-            path = self._path("ranges", "ranges", self._scale_digest)
+            path = self.path("ranges", "ranges", self.scale_digest)
             cost = self._made.examples_seconds * len(sample) / self.total
-            return [Task("ranges", str(path), self._scale_digest, cost, photographs=sample)]
+            return [Task("ranges", str(path), self.scale_digest, cost, photographs=sample)]
         if not self.covered:
-            given = shards.image({}, self._scale.arrays())
+            given = shards.image({}, self.scale.arrays())
             todo = gaps([*self.ranges, *lost["examples"]], self.total)
-            return self._made.examples_tasks(self._folder, todo, workers, given)
-        return self._look_tasks(gaps([*self._looks, *lost["winners"]], self.shown), workers)
+            return self._made.examples_tasks(self.folder, todo, workers, given)
+        return self._look_tasks(gaps([*self.looks, *lost["winners"]], self.shown), workers)
 
     def _look_tasks(self, todo: Sequence[tuple[int, int]], workers: int) -> list[Task]:
-        images = self._table.images
+        images = self.table.images
         tasks = []
         most = self._config.portion(len(images))
         for begin, end in todo:
@@ -138,14 +143,14 @@ class Survey:
             cuts = np.linspace(begin, end, pieces + 1).astype(int).tolist()
             for a, b in itertools.pairwise(cuts):
                 own = images[a:b]
-                given = shards.image({}, self._table.part(int(own[0]), int(own[-1])).arrays())
-                path = self._folder / "winners" / f"{a}-{b}-{self._shown_digest[:12]}.h5"
+                given = shards.image({}, self.table.part(int(own[0]), int(own[-1])).arrays())
+                path = self.folder / "winners" / f"{a}-{b}-{self.shown_digest[:12]}.h5"
                 cost = self._made.examples_seconds * len(own) / self.total
                 tasks.append(
                     Task(
                         "winners",
                         str(path),
-                        self._shown_digest,
+                        self.shown_digest,
                         cost,
                         start=a,
                         end=b,
@@ -176,10 +181,10 @@ class Survey:
     @property
     def result(self) -> Surveyed:
         """What an atlas keeps. Raises `Damaged` for a shard that can't be read."""
-        assert self._scale is not None
+        assert self.scale is not None
         dataset = self._made.setup.dataset
-        ranges = Ranges(**self._scale.arrays())
-        pieces = [shard.arrays() for _, shard in sorted(self._looks.items())]
+        ranges = Ranges(**self.scale.arrays())
+        pieces = [shard.arrays() for _, shard in sorted(self.looks.items())]
         names, of = dataset.labels
         associations: list[Association | None] = []
         start = 0
@@ -223,48 +228,6 @@ def _joined(pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]
             arrays = [arrays[0][:1], *(a[1:] + end for a, end in zip(arrays, ends, strict=False))]
         found[name] = np.concatenate(arrays)
     return found
-
-
-def adopt(made: Plan, folder: Path) -> int:
-    """Take over what other runs beside this one have of the same pass; returns the number of shards.
-
-    A pass is the same if dataset, weights, layers and all that is kept are: its digest says so. Files are linked,
-    or copied where links can't be made; none is changed.
-    """
-    survey = Survey(made, folder)
-    if survey.complete:
-        return 0
-    own = folder.resolve()
-    count = 0
-    for other in sorted(made.config.folder.absolute().parent.glob("*/shards")):
-        if other.resolve() == own:
-            continue
-        lent = Survey(made, other)
-        if not lent.ranges or (survey.content and survey.content != lent.content):
-            continue
-        for path in lent.paths():
-            count += _lend(path, folder / path.relative_to(other))
-        survey = Survey(made, folder)
-        if survey.covered and survey.complete:
-            break
-    if count:
-        log.info("the dataset pass of a former run is used again (%d shards)", count)
-    return count
-
-
-def _lend(path: Path, target: Path) -> int:
-    if target.exists():
-        return 0
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.tmp-{os.uname().nodename}-{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            os.link(path, temporary)
-        except OSError:
-            shutil.copyfile(path, temporary)
-        temporary.replace(target)
-        return 1
-    return 0
 
 
 def chosen_ranges(found: Iterable[Shard]) -> dict[tuple[int, int], Shard]:

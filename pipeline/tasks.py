@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from pipeline import shards
 from pipeline.config import Config
@@ -104,9 +105,17 @@ def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int], name: str
         model.pop(key)  # where weights and code lie says nothing; what they are is in their digest
     others = [other.tap for other in setup.others_of(own).values()]
     begins = setup.begins if own.needs_examples else ""
-    return shards.digest_of(
-        ["render 2", setup.weights, model, layer.tap, list(canvas), preset, others, begins, config.run.seed]
-    )
+    made_of = [setup.weights, model, layer.tap, list(canvas), preset, others, begins, config.run.seed]
+    return shards.digest_of(["render 2", *made_of, *_built(config)])
+
+
+def _built(config: Config) -> list[Any]:
+    """What builds a network of a library beside its name, if anything does: weights alone do not tell of a stride.
+
+    The digest of a network of the user's own code has its arguments in it.
+    """
+    arguments = config.model.arguments if config.model.source != "custom" else None
+    return [canonical(arguments)] if arguments else []
 
 
 def examples_digest(setup: Setup, fingerprint: str) -> str:
@@ -114,7 +123,7 @@ def examples_digest(setup: Setup, fingerprint: str) -> str:
     taps = [layer.tap for layer in setup.layers]
     config = setup.config.examples
     kept = [config.k, config.batch, config.sample, config.subset, config.labelled]
-    return shards.digest_of(["examples 2", setup.weights, fingerprint, taps, kept])
+    return shards.digest_of(["examples 2", setup.weights, fingerprint, taps, kept, *_built(setup.config)])
 
 
 def winners_digest(setup: Setup, examples: str, channels: Sequence[Sequence[int]]) -> str:

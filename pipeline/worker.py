@@ -313,20 +313,18 @@ class Worker:
         arrays = self._portioned(
             lambda config: examples.ranges_of(model, layers, self.dataset, config, task.photographs)
         ).arrays()
-        content = shards.digest_of([[name, array.tobytes().hex()] for name, array in sorted(arrays.items())])
-        return shards.image({"digest": task.digest, "content": content}, arrays)
+        return shards.image({"digest": task.digest, "content": shards.content(arrays)}, arrays)
 
     def _examples(self, task: Task) -> bytes:
         layers, model, threads = self.setup.layers, self.measured, max(2, self.setup.threads)
         given = shards.unpack(task.given)
-        content = shards.digest_of([[name, array.tobytes().hex()] for name, array in sorted(given.items())])
         ranges = Ranges(**given)
         found = self._portioned(
             lambda config: examples.sweep(
                 model, layers, self.dataset, task.indices, config, ranges, self.drawn, self.stop, threads
             )
         )
-        attributes = {"digest": task.digest, "start": task.start, "end": task.end, "ranges": content}
+        attributes = {"digest": task.digest, "start": task.start, "end": task.end, "ranges": shards.content(given)}
         return shards.image(attributes, found.arrays(), "lzf")
 
     def _winners(self, task: Task) -> bytes:

@@ -86,10 +86,10 @@ def test_bad_input_on_a_worker_ends_the_run_at_once(
 
     whole = run.make_plan
 
-    def other_weights(config):  # type: ignore[no-untyped-def]
+    def other_weights(config, **rest):  # type: ignore[no-untyped-def]
         import dataclasses
 
-        made = whole(config)
+        made = whole(config, **rest)
         return dataclasses.replace(made, setup=dataclasses.replace(made.setup, weights="0" * 64))
 
     monkeypatch.setattr(run, "make_plan", other_weights)
