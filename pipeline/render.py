@@ -251,9 +251,9 @@ def _attempt(job: Job, units: Sequence[Unit], attempt: int) -> list[Picture]:
                 start = torch.nn.functional.interpolate(start, job.size, mode="bilinear", antialias=True)
             before = value(saved(start))
             images = saved(centre(config.canvas.image(final, final_size), job.size))
-            after = value(images)
+            after, _, answers = forward(images, channels, variants)
             robust = torch.stack([value(shake(images, STANDARD, u, job.size)) for u in batch.proofs]).mean(0)
-        peaks, measured = _judged(job, images, channels)
+        peaks, measured = _judged(job, images, answers, channels)
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     sign = -1 if config.negative else 1
     numbers = torch.stack([after, robust, before]).mul(sign).T.cpu().tolist()
@@ -276,12 +276,9 @@ def _attempt(job: Job, units: Sequence[Unit], attempt: int) -> list[Picture]:
     return pictures
 
 
-@torch.no_grad()
-def _judged(job: Job, images: Tensor, channels: Tensor) -> tuple[np.ndarray, dict[str, list[float]]]:
-    """(B, C) float16 largest answers of the layer to finished pictures, and `quality.MEASURES` of each."""
-    config, layer = job.config, job.layer
-    with capture(job.model, [layer]) as answer:
-        maps = answer(images)[layer.name].float().flatten(2)
+def _judged(job: Job, images: Tensor, answers: Tensor, channels: Tensor) -> tuple[np.ndarray, dict[str, list[float]]]:
+    """(B, C) float16 largest of the layer's `answers` to finished pictures, and `quality.MEASURES` of each."""
+    config, layer, maps = job.config, job.layer, answers.flatten(2)
     # Units are ranked by what the objective raises: the mean of a map, or its largest value.
     raised = -maps if config.negative else maps
     strengths = raised.amax(2) if config.objective.natural == "max" else raised.mean(2)
@@ -309,12 +306,12 @@ def _verdict(trace: Tensor, after: float, before: float, early: bool, attempt: i
     return ("converged" if early or bool(flat(trace[:, None], width, 0.02)) else "limit"), ""
 
 
-_Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+_Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor]]
 
 
 @contextlib.contextmanager
 def _forward(job: Job, model: Model, stage: Stage) -> Iterator[_Forward]:
-    """A function (images, channels, variants) → ((B,) values, (B,) couplings or None) for a stage of the schedule."""
+    """A function (images, channels, variants) → ((B,) values, (B,) couplings or None, the layer's maps) for a stage."""
     config = job.config
     own = job.others[stage.layer] if stage.layer else job.layer
     taps = {own.name: own, **{n: job.others[n] for n in config.others if n != own.name and not _head(config, n)}}
@@ -322,19 +319,19 @@ def _forward(job: Job, model: Model, stage: Stage) -> Iterator[_Forward]:
     terms = [c for c in config.couplings if c.space == "layer"]
     with capture(model, list(taps.values())) as run:
 
-        def forward(images: Tensor, channels: Tensor, variants: Tensor) -> tuple[Tensor, Tensor | None]:
+        def forward(images: Tensor, channels: Tensor, variants: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
             maps = {name: found.float() for name, found in run(images).items()}
             responses = Responses(maps[own.name], channels, variants, config.variants, maps)
             values = config.objective.value(responses)
             if config.negative:
                 values = -values
             if not terms or not torch.is_grad_enabled():
-                return values, None
+                return values, None, maps[own.name]
             total = torch.zeros_like(values)
             for term in terms:
                 seen = maps[getattr(term, "layer", None) or own.name]
                 total = total + term.weight * term.value(seen.unflatten(0, groups)).flatten()
-            return values, total * values.detach().abs()
+            return values, total * values.detach().abs(), maps[own.name]
 
         yield forward
 
@@ -366,7 +363,7 @@ def _gradient(
 
     def excite() -> tuple[Tensor, Tensor]:
         seen = shake(images, config.transforms, batch.shaking[step], view)
-        values, coupled = forward(seen, batch.channels, batch.variants)
+        values, coupled, _ = forward(seen, batch.channels, batch.variants)
         total = values.sum() if coupled is None else values.sum() + coupled.sum()
         return values.detach(), torch.autograd.grad(total, images)[0]
 
