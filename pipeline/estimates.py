@@ -37,6 +37,10 @@ class Row:
     seconds: float
     preset: str
 
+    def cost(self, count: int) -> float:
+        """Seconds of one worker for so many of the channels."""
+        return self.seconds * count / len(self.channels)
+
 
 def estimate(
     folded: Model, chosen: Sequence[Layer], rows: Sequence[Row], config: Config, others: Sequence[Layer]

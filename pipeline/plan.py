@@ -145,7 +145,7 @@ class Plan:
 
     def _cost(self, row: Row) -> float:
         """Seconds of one worker for what is left of a row."""
-        return row.seconds * self.left.channels[row.layer.name, row.preset] / len(row.channels)
+        return row.cost(self.left.channels[row.layer.name, row.preset])
 
     @property
     def _examples_cost(self) -> float:
@@ -191,7 +191,7 @@ class Plan:
         """
         engine = self.config.engine
         missing = {row: [c for c in row.channels if c not in done[row]] for row in self.rows}
-        each = {row: row.seconds / len(row.channels) for row in self.rows}
+        each = {row: row.cost(1) for row in self.rows}
         left = sum(each[row] * len(channels) for row, channels in missing.items())
         tasks = []
         for row in sorted(self.rows, key=lambda row: -each[row]):

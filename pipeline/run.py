@@ -130,7 +130,7 @@ def _stages(made: Plan, held: Inventory, stages: tuple[str, ...]) -> list[Stage]
             rows.append(Stage("winners", "photographs", pass_.shown, pass_.looked, each * (pass_.shown - pass_.looked)))
     if "render" in stages:
         missing = {row: len(set(row.channels) - held.channels(row)) for row in made.rows}
-        cost = sum(row.seconds * count / len(row.channels) for row, count in missing.items())
+        cost = sum(row.cost(count) for row, count in missing.items())
         rows.append(Stage("render", "units", made.work, made.work - sum(missing.values()), cost))
     return rows
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pipeline import quality
 from pipeline.atlas import Atlas, open_atlas
 from pipeline.errors import AtlasError, first_line, nearest
 from pipeline.layers import Layer
@@ -160,15 +161,12 @@ def judge(atlas: Atlas, only: Only, preset: str) -> list[tuple[str, int]]:
 
 
 def best_ratio(layer: LayerView, preset: str) -> np.ndarray:
-    """Achieved ÷ natural of the best picture of each unit, (C',) float64; −inf where no activation is finite.
+    """Achieved ÷ natural of the best picture of each unit, (C',) float32; −inf where no activation is finite.
 
     NaN where photographs say nothing: none drove the unit the way that the pictures do. Of negatives both are below
     zero.
     """
-    activation, natural = layer.numbers(preset)["activation"].astype(np.float64), layer.natural(preset)
-    sign = -1.0 if layer.render_attributes(preset).get("natural") in ("least", "min") else 1.0
-    usable = sign * natural > 0
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = activation / natural[:, None]
-    best = np.where(np.isfinite(ratio), ratio, -np.inf).max(1)
-    return np.where(usable, best, np.nan)
+    activation = layer.numbers(preset)["activation"]
+    negative = layer.render_attributes(preset).get("natural") in ("least", "min")
+    reached = np.where(np.isfinite(activation), activation, np.inf if negative else -np.inf)
+    return quality.gain(reached, layer.natural(preset), negative).max(1)

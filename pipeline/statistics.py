@@ -69,10 +69,6 @@ class Ranges:
         reach = np.maximum(np.maximum(most - centre, centre - lows.astype(np.float64).min(0)), span)
         return cls(least - span / 2, most + span, centre, 2.0 ** np.ceil(np.log2(reach)))
 
-    def codes(self, peaks: np.ndarray) -> np.ndarray:
-        """(n, C) maxima → their bins, uint8: 0 below the range, 1 … 254 inside, 255 above."""
-        return _codes(torch.from_numpy(self.places(peaks))).numpy()
-
     def places(self, peaks: np.ndarray) -> np.ndarray:
         """(n, C) maxima in parts of the range: 0 at `low`, 1 at `high`; float64."""
         return (peaks - self.low) * (1 / (self.high - self.low))
@@ -190,7 +186,8 @@ def tally(
     return added, codes
 
 
-def _codes(places: Tensor) -> Tensor:
+def bins_of(places: Tensor) -> Tensor:
+    """Places in the range (0 at its low end, 1 at its high) → bins, uint8: 0 below it, 1 … 254 inside, 255 above."""
     return ((places * BINS).floor().clamp(-1, BINS) + 1).to(torch.uint8)
 
 
@@ -228,7 +225,7 @@ def counted(
     }
     sums = [(contributions[k] * 2.0**bits).clamp(-_MOST, _MOST).round().sum(0) for k, bits in _BITS.items()]
     highest, lowest = [peaks.amax(0), shifts.amax(0)], [lows.amin(0), peaks.amin(0), shifts.amin(0)]
-    return _codes(inside), torch.stack(sums), torch.stack(highest), torch.stack(lowest), (peaks > 0).sum(0)
+    return bins_of(inside), torch.stack(sums), torch.stack(highest), torch.stack(lowest), (peaks > 0).sum(0)
 
 
 def _histogram(codes: np.ndarray) -> np.ndarray:

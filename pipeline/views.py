@@ -310,7 +310,12 @@ class LayerView:
         """Best response of any photograph by the objective's own measure, (C',); NaN without examples."""
         measure = str(self.render_attributes(preset).get("natural", ""))
         key = {"mean": "best_mean", "max": "max", "least": "least_mean", "min": "min"}.get(measure, "")
-        return self.stats().get(key, np.full(len(self.channels), np.nan, np.float32))
+        held = f"stats/{key}"
+        return (
+            shards.get(self._group, held)
+            if key and held in self._group
+            else np.full(len(self.channels), np.nan, np.float32)
+        )
 
     def crop_box(self, y: int, x: int, least: int = 48) -> tuple[int, int, int, int] | None:
         """(left, top, right, bottom) of what unit (y, x) sees, in pixels of the network's input.

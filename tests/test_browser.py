@@ -158,23 +158,27 @@ def test_everything_fits_and_loads(visit, base, width):
 def test_axe_finds_nothing_serious(visit, base):
     if base.startswith("http"):
         pytest.skip("the same pages as from disk")
-    script = (Path(axe.__file__).parent / "axe.min.js").read_text()
     for to in (HOME, EVEN, UNIT, MAP, METHOD, FAMILY):
         page = visit(to)
-        page.evaluate(script)
-        for scheme in ("light", "dark"):
-            page.emulate_media(color_scheme=scheme)
-            page.wait_for_timeout(100)
-            # Colours are all that differs in the dark.
-            rules = "" if scheme == "light" else ", runOnly: ['color-contrast']"
-            found = page.evaluate(f"axe.run(document, {{preload: false{rules}}}).then(r => r.violations)")
-            serious = [
-                (to, scheme, v["id"], [n["html"][:160] for n in v["nodes"][:3]])
-                for v in found
-                if v["impact"] in ("serious", "critical")
-            ]
-            assert not serious, json.dumps(serious, indent=1)
+        nothing_serious(page, to)
         page.context.close()
+
+
+def nothing_serious(page, to: str) -> None:
+    """axe-core finds no serious violation on a page as it stands, in light and in dark."""
+    page.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text())
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        page.wait_for_timeout(100)
+        # Colours are all that differs in the dark.
+        rules = "" if scheme == "light" else ", runOnly: ['color-contrast']"
+        found = page.evaluate(f"axe.run(document, {{preload: false{rules}}}).then(r => r.violations)")
+        serious = [
+            (to, scheme, v["id"], [n["html"][:160] for n in v["nodes"][:3]])
+            for v in found
+            if v["impact"] in ("serious", "critical")
+        ]
+        assert not serious, json.dumps(serious, indent=1)
 
 
 def test_from_home_to_a_unit(visit):

@@ -1,12 +1,11 @@
 """The compare site in a real browser, from disk and from a sub-folder of a web host."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import test_browser
-from test_browser import axe
+from test_browser import nothing_serious
 from test_compare import change
 from test_site import LAYERS, SMALL, write_atlas
 
@@ -78,22 +77,10 @@ def test_everything_fits_and_loads(visit, base, width):
 def test_axe_finds_nothing_serious(visit, base):
     if base.startswith("http"):
         pytest.skip("the same pages as from disk")
-    script = (Path(axe.__file__).parent / "axe.min.js").read_text()
     for to in (HOME, EVEN, UNIT):
         page = home(visit, to=to)
         page.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
-        page.evaluate(script)
-        for scheme in ("light", "dark"):
-            page.emulate_media(color_scheme=scheme)
-            page.wait_for_timeout(100)
-            rules = "" if scheme == "light" else ", runOnly: ['color-contrast']"
-            found = page.evaluate(f"axe.run(document, {{preload: false{rules}}}).then(r => r.violations)")
-            serious = [
-                (to, scheme, v["id"], [n["html"][:160] for n in v["nodes"][:3]])
-                for v in found
-                if v["impact"] in ("serious", "critical")
-            ]
-            assert not serious, json.dumps(serious, indent=1)
+        nothing_serious(page, to)
         page.context.close()
 
 

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -195,7 +196,7 @@ def test_labels_are_found_with_lift_selectivity_and_auroc() -> None:
     peaks[of == 2, 0] += 3
     low, high = peaks.min(0).astype(np.float64) - 0.1, peaks.max(0).astype(np.float64) + 0.1
     ranges = Ranges(low, high, low, high)
-    found = labels.by_responses(ranges.codes(peaks), of, low, high)
+    found = labels.by_responses(statistics.bins_of(torch.from_numpy(ranges.places(peaks))).numpy(), of, low, high)
     top = np.argsort(-peaks[:, 0])[:20]
     assert found.method == "responses" and found.best[0] == found.over[0, 0] == 2
     share = (of[top] == 2).mean()

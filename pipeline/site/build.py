@@ -209,7 +209,7 @@ def _inventory(atlas: Atlas, seen: Survey, config: SiteConfig) -> Inventory:
     alone = len(seen.used) <= config.max_files // 3
     for layer, facts in zip(atlas, seen.layers, strict=True):
         lone = Sizes(0, 1, 1, 1, 1, 1, per_photo=1 if alone else 2)
-        showing = showing_of(store, boxes, facts.share, config, lone)
+        showing = showing_of(store, boxes, max(facts.aperture), config, lone)
         whole = whole or showing.whole
         counts = {shown.name: shown.count for shown in lists_of(layer, config)}
         cells.append(sum(counts.get(name, 0) for name in showing.celled))

@@ -75,12 +75,6 @@ class Facts:
         return self.seen is None or all(a >= b for a, b in zip(self.seen, self.input_size, strict=True))
 
     @property
-    def share(self) -> float:
-        """Side of what a unit sees as a share of the input's, the larger of both, at most 1."""
-        shares = (a / b for a, b in zip(self.seen or self.input_size, self.input_size, strict=True))
-        return min(1.0, max(shares))
-
-    @property
     def failed(self) -> tuple[int, ...]:
         """Channels with a failed picture, in order."""
         return tuple(sorted({channel for r in self.rendered for channel in r.failed}))

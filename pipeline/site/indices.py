@@ -79,7 +79,7 @@ def write_all(
         places, names = labels_of(layer, facts, catalogue)
         numbers = [vocabulary.setdefault(name, len(vocabulary)) for name in names]
         search.append([numbers[i] if i >= 0 else -1 for i in places] if names else [])
-        celled = showing_of(store, boxes, facts.share, config, sizes).celled
+        celled = showing_of(store, boxes, max(facts.aperture), config, sizes).celled
         _shard(root, f"{facts.slug}/layer", _layer(atlas, facts, catalogue, celled, sizes, config, rank))
     _shard(root, "search", {"words": list(vocabulary), "units": search})
     members: dict[str, list[int]] = {}

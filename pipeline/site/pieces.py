@@ -90,7 +90,8 @@ class Maker:
             self._last = layer, facts, lists, recorder, None if maps is None else maps[:]
         layer, facts, lists, recorder, maps = self._last
         rows = slice(piece.start, piece.stop)
-        showing = showing_of(self._atlas.examples_store, bool(self._table), facts.share, self._config, self._sizes)
+        share = max(facts.aperture)
+        showing = showing_of(self._atlas.examples_store, bool(self._table), share, self._config, self._sizes)
         media = f"media/{facts.slug}"
         thumbs = self._pictures(layer, facts, rows, media)
         cells = self._crops(layer, facts, lists, showing, rows, media, thumbs)

@@ -33,9 +33,9 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageDraw
+from render import config_of, say
 
-from pipeline.arguments import conf_folder
-from pipeline.config import Config, from_tree
+from pipeline.config import Config
 from pipeline.engine import crew, local_resources
 from pipeline.feasibility import fitting
 from pipeline.fields import receptive_fields
@@ -51,30 +51,11 @@ from pipeline.worker import keep_memory
 LAYERS = ("blocks.1.1", "blocks.3.1", "blocks.4.2", "blocks.5.3", "conv_head")
 # conv_head alone is a convolution without its activation, which comes in bn2: Lucent and we look at the same tensor.
 COPIES = 16
+MODEL = "efficientnet_lite0"
 PACKAGES = (
     ("--no-deps", "torch-lucent==0.1.8", "kornia==0.9.0", "kornia_rs"),
     ("decorator", "ipython", "scikit-learn", "tqdm"),
 )
-
-
-def say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
-@functools.cache
-def config_of(preset: str) -> Config:
-    """The default configuration with another preset."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        tree: Any = OmegaConf.to_container(
-            compose("config", [f"render={preset}", "run.name=peer", "layers=all", "data=samples"]), resolve=True
-        )
-    for key in ("experiment", "also"):
-        tree.pop(key, None)
-    return from_tree(tree)
 
 
 # ------------------------------------------------------------------------------------------------------------ Lucent
@@ -134,7 +115,7 @@ def prepared(preset: str, name: str, threads: int) -> tuple[Model, Layer, Config
     """The folded network, the layer and its canvas, as a worker has them when a task begins."""
     keep_memory()
     torch.set_num_threads(threads)
-    config = config_of(preset)
+    config = config_of(preset, MODEL)
     model = load(config.model)
     (layer,) = [found for found in found_layers(model, LayersConfig(), config.model.aliases) if found.name == name]
     folded = fold(model, foldable(model), [layer])
@@ -197,7 +178,7 @@ def main() -> None:
     presets = options.render.split(",")
     options.out.mkdir(parents=True, exist_ok=True)
     install(options.home)
-    config = config_of(presets[0])
+    config = config_of(presets[0], MODEL)
     model = load(config.model)
     cores = local_resources()[0]
     found = {layer.name: layer for layer in found_layers(model, LayersConfig(), config.model.aliases)}

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from pipeline.arguments import conf_folder
-from pipeline.config import Config, from_tree
+from pipeline.cli import request_of
+from pipeline.config import Config
 from pipeline.feasibility import fitting
 from pipeline.fields import receptive_fields
 from pipeline.folding import fold, foldable
@@ -43,14 +44,10 @@ def say(line: str) -> None:
 def config_of(preset: str, model: str) -> Config:
     """The default configuration with another preset and network."""
     from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
 
     overrides = [f"render={preset}", f"model={model}", "run.name=bench"]
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        tree: Any = OmegaConf.to_container(compose("config", overrides), resolve=True)
-    for key in ("experiment", "also"):
-        tree.pop(key, None)
-    return from_tree(tree)
+        return request_of(compose("config", overrides)).config
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
