@@ -1,14 +1,21 @@
 """A layer's maps, reduced in one reading to five numbers an image and channel.
 
-The maps of all convolutions of a small network are tens of megabytes an image: reading them five times costs
-more than the network itself. `torch.compile` makes one loop of the five reductions; where there is no compiler,
-or compiling would not pay, the same lines run one after the other.
+The maps of all convolutions of a small network are tens of megabytes an image: reading them five times costs more
+than the network itself. reduction.c reads them once, row by row as they lie in memory, for which any C compiler is
+enough; on a GPU `torch.compile` makes one loop of the five reductions. Where there is no compiler, or compiling would
+not pay, the same lines run one after the other.
 """
 
+import ctypes
 import functools
 import logging
+import os
+import shutil
+import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,21 +91,50 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def prepared() -> Callable[..., Any]:
-    """`whole`, compiled on maps whose sizes all differ: the compiler takes sizes that are equal to be equal always."""
-    function = compiled(whole)
-    function(torch.zeros(24, 28, 112, 96), torch.zeros(96), torch.tensor(28.0 * 112.0, dtype=torch.float64))
-    return function
+def native() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """reduction.c, compiled for this processor: (B, P, C) maps and (C,) centres → (5, B, C), all float32 on the CPU.
+
+    None where that does not work, which the log says. It takes half a second, so every process does it anew.
+    """
+    source = Path(__file__).with_suffix(".c")
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    try:
+        with tempfile.TemporaryDirectory(prefix="neuron-atlas-") as folder:
+            library = Path(folder, "reduction.so")
+            # Its threads are PyTorch's own: the symbols of OpenMP are there already.
+            flags = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+            command = [compiler or "cc", *flags, "-o", str(library), str(source), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+            reduce = ctypes.CDLL(str(library)).reduce
+    except (OSError, subprocess.SubprocessError) as error:
+        said = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        log.info("maps are reduced by uncompiled lines, which takes longer: %s", said[0])
+        return None
+    reduce.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_ssize_t] * 3
+    reduce.restype = None
+
+    def call(maps: Tensor, centre: Tensor) -> Tensor:
+        maps, centre = maps.contiguous(), centre.contiguous()
+        found = maps.new_empty(5, maps.shape[0], maps.shape[2])
+        reduce(maps.data_ptr(), centre.data_ptr(), found.data_ptr(), *maps.shape)
+        return found
+
+    return call
 
 
 class Reducer:
-    """Reduces maps, with the compiled loop if `compile`."""
+    """Reduces maps, with a compiled loop if `compile`."""
 
     def __init__(self, compile: bool) -> None:
-        self._whole: Callable[..., Any] = prepared() if compile else whole
+        self._native = native() if compile else None
+        self._whole: Callable[..., Any] = compiled(whole) if compile else whole
 
     def __call__(self, maps: Tensor, centre: Tensor) -> Tensor:
         """(B, C, H, W) maps → (5, B, C) float32: maximum, minimum, mean d, mean d², share of positions above 0."""
         last = maps.permute(0, 2, 3, 1).float().flatten(1, 2)
-        places = torch.tensor(float(last.shape[1]), dtype=torch.float64, device=maps.device)
-        return self._whole(last.unflatten(1, (-1, together(last.shape[1]))), centre, places)
+        on_cpu = last.device.type == "cpu"
+        if on_cpu and self._native:
+            return self._native(last, centre)
+        places = torch.tensor(float(last.shape[1]), dtype=torch.float64, device=last.device)
+        function = whole if on_cpu else self._whole
+        return function(last.unflatten(1, (-1, together(last.shape[1]))), centre, places)

@@ -104,7 +104,30 @@ def test_the_compiled_reduction_says_the_same(photo_folder: Path, tiny: Model) -
     check(found, ranges, seen_by(tiny, layers, dataset, 6), dataset, 4)
 
 
-def test_without_a_compiler_it_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no compiler here")
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 1), (3, 40, 7, 7), (2, 257, 5, 3), (2, 600, 17, 31)])
+def test_the_compiled_loop_reduces_maps_of_any_shape(shape: tuple[int, int, int, int]) -> None:
+    maps = torch.randn(shape, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=torch.channels_last)
+    centre = torch.linspace(-1, 1, shape[1])
+    assert reduction.native() is not None
+    compiled, lines = (reduction.Reducer(compile)(maps, centre) for compile in (True, False))
+    assert torch.equal(compiled[: reduction.SHIFT], lines[: reduction.SHIFT])  # extremes are no sums
+    assert torch.equal(compiled[reduction.POSITIVE], lines[reduction.POSITIVE])
+    assert torch.allclose(compiled, lines, rtol=1e-6, atol=1e-6)
+    assert torch.equal(compiled, reduction.Reducer(True)(maps.contiguous(), centre))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no compiler here")
+def test_the_compiled_loop_tells_what_is_no_number() -> None:
+    maps = torch.ones(2, 3, 4, 4)
+    maps[0, 1, 2, 2] = torch.nan
+    found = reduction.Reducer(True)(maps, torch.zeros(3))
+    assert found[:4, 0, 1].isnan().all()
+    assert found.isnan().sum() == 4
+    assert (found[:, 1] == 1).all()
+
+
+def test_without_a_compiler_it_falls_back(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def broken(*_: object, **__: object) -> object:
         def call(*_: object) -> None:
             raise RuntimeError("no C++ compiler")
@@ -112,11 +135,17 @@ def test_without_a_compiler_it_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    for kept in (reduction.compiled, reduction.prepared):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    caches = (reduction.compiled, reduction.native)
+    for kept in caches:
         kept.cache_clear()
     maps, centre = torch.randn(2, 3, 4, 5), torch.zeros(3)
-    assert torch.equal(reduction.Reducer(True)(maps, centre), reduction.Reducer(False)(maps, centre))
-    for kept in (reduction.compiled, reduction.prepared):
+    with caplog.at_level("INFO", logger="pipeline"):
+        assert torch.equal(reduction.Reducer(True)(maps, centre), reduction.Reducer(False)(maps, centre))
+        assert reduction.compiled(statistics.bins_of)(centre).tolist() == [1, 1, 1]
+    assert "no-such-compiler" in caplog.text
+    assert "bins_of runs uncompiled: no C++ compiler" in caplog.text
+    for kept in caches:
         kept.cache_clear()
 
 
