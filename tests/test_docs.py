@@ -28,7 +28,7 @@ COMMANDS = sorted(
         line.partition(" #")[0].strip()
         for _, block in blocks("bash")
         for line in block.splitlines()
-        if line.startswith("scripts/atlas")
+        if line.startswith(("scripts/atlas", "scripts/study"))
     }
 )
 
@@ -36,6 +36,8 @@ COMMANDS = sorted(
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_compose(command: str) -> None:
     verb, *arguments = shlex.split(command)[1:]
+    if command.startswith("scripts/study"):
+        verb, arguments = "run", [f"experiment=study/{verb}", *arguments]
     assert verb in cli.VERBS
     overrides = [a for a in cli.named(verb, arguments) if not a.startswith(("--", "out="))]
     # A sweep over several values is composed with the first of them.

@@ -1,0 +1,38 @@
+"""Runs a study: `scripts/study NAME [key=value …]`; the settings are in conf/experiment/study, the page in docs."""
+
+import importlib
+import sys
+import time
+from pathlib import Path
+
+from page import publish
+
+from pipeline.cli import main
+
+HERE = Path(__file__).resolve().parent
+NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("__main__", "page"))
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    name, *settings = sys.argv[1:] or [""]
+    if name not in NAMES:
+        raise SystemExit(f"scripts/study NAME [key=value …], one of: {' '.join(NAMES)}")
+    study = importlib.import_module(name)
+    began = time.perf_counter()
+    if hasattr(study, "prepare"):
+        study.prepare()
+    code = main(["run", f"experiment=study/{name}", *settings])
+    if code not in (0, 1):
+        raise SystemExit(code)
+    given = dict(setting.split("=", 1) for setting in settings if "=" in setting)
+    run = Path(given.get("run.root", "runs"), given.get("run.name", f"study-{name}"))
+    report = study.report(run)
+    publish(report, HERE.parents[1] / "docs" / "studies" / f"{name}.md")
+    for title, table in report.tables.items():
+        say(f"\n{title}\n{table.to_string(index=False)}")
+    say(f"\ndocs/studies/{name}.md and {name}.jpg, {(time.perf_counter() - began) / 60:.1f} minutes")

@@ -1,0 +1,149 @@
+"""What all studies share: medians with intervals, pairs against a reference, sheets of pictures, and the page.
+
+A page in docs/studies is written by hand but for what stands between `<!-- numbers -->` and `<!-- end -->`, which the
+study's command writes; and it shows the figure NAME.jpg beside it, which the command makes as well.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+from PIL import Image, ImageDraw
+
+from pipeline.atlas import Atlas, open_atlas
+from pipeline.compare import align, opened
+from pipeline.compare.inference import Duel, Median, median
+from pipeline.compare.measures import known
+from pipeline.compare.tables import Comparison
+from pipeline.config import Config, from_tree
+
+NUMBERS = re.compile(r"(<!-- numbers -->\n).*?(<!-- end -->)", re.DOTALL)
+SIDE = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a study found: tables by the line that stands above each, and a figure."""
+
+    tables: Mapping[str, pd.DataFrame]
+    figure: Image.Image
+
+
+def publish(report: Report, page: Path) -> None:
+    """Put the tables between the marks of `page` and the figure beside it."""
+    text = "\n".join(f"{title}\n\n{markdown(table)}\n" for title, table in report.tables.items())
+    written = page.read_text(encoding="utf-8")
+    if not NUMBERS.search(written):
+        raise SystemExit(f"{page} has no place for numbers: <!-- numbers --> … <!-- end -->")
+    page.write_text(NUMBERS.sub(lambda found: f"{found[1]}\n{text}\n{found[2]}", written), encoding="utf-8")
+    report.figure.save(page.with_suffix(".jpg"), quality=85)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table in Markdown, its index left out."""
+    lines = [" | ".join(table.columns), " | ".join("---" for _ in table.columns)]
+    lines += [" | ".join(map(str, row)) for row in table.itertuples(index=False)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def told(found: Median, digits: int = 2) -> str:
+    """A median with the ends of its interval: 0.53 [0.48, 0.60]."""
+    return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
+def dueled(found: Duel, digits: int = 2) -> str:
+    """A median difference with its interval, wins and losses: +0.10 [0.02, 0.20], 20 : 4."""
+    at = found.difference
+    return f"{at.value:+.{digits}f} [{at.low:+.{digits}f}, {at.high:+.{digits}f}], {found.wins} : {found.losses}"
+
+
+def config_of(atlas: Atlas) -> Config:
+    """The configuration that an atlas was made with."""
+    return from_tree(yaml.safe_load(atlas.config))
+
+
+def compared(run: Path) -> Comparison:
+    """All presets of a run, unit by unit."""
+    with opened([str(run)], root=run.parent) as contest:
+        return align(contest)
+
+
+def medians(found: Comparison, measures: Mapping[str, int]) -> pd.DataFrame:
+    """A row a preset, a column a measure: medians over all units; `measures` are names with their digits."""
+    whole = found.whole
+    rows = []
+    for at, contender in enumerate(found.contenders):
+        values = {known(m).title: told(median(whole.of(m)[at]), digits) for m, digits in measures.items()}
+        rows.append({"preset": f"`{contender.label}`", **values})
+    return pd.DataFrame(rows)
+
+
+def pairs(found: Comparison, against: str, measures: Mapping[str, int]) -> pd.DataFrame:
+    """A row a preset: median difference to `against` over the same units, with wins : losses."""
+    whole, labels = found.whole, [contender.label for contender in found.contenders]
+    rows = []
+    for at, label in enumerate(labels):
+        if label == against:
+            continue
+        row = {"preset": f"`{label}`"}
+        for name, digits in measures.items():
+            one = found.duel(whole, known(name), at, labels.index(against))
+            row[known(name).title] = "" if one is None else dueled(one, digits)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def by_layer(found: Comparison, measure: str, digits: int = 2) -> pd.DataFrame:
+    """A row a preset, a column a layer: the median of one measure."""
+    rows = [
+        {"preset": f"`{contender.label}`"}
+        | {part.name: told(median(part.of(measure)[at]), digits) for part in found.layers}
+        for at, contender in enumerate(found.contenders)
+    ]
+    return pd.DataFrame(rows)
+
+
+def sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[np.ndarray]]], side: int = SIDE) -> Image.Image:
+    """Pictures (H, W, 3) uint8 as a table with titles; each is brought to `side` pixels."""
+    page = Image.new("RGB", (92 + len(columns) * (side + 4), 20 + len(rows) * (side + 4)), "white")
+    pen = ImageDraw.Draw(page)
+    for j, title in enumerate(columns):
+        pen.text((92 + j * (side + 4), 5), title, fill="black")
+    for i, (name, images) in enumerate(rows):
+        pen.text((4, 20 + i * (side + 4) + side // 2), name, fill="black")
+        for j, image in enumerate(images):
+            small = Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS)
+            page.paste(small, (92 + j * (side + 4), 20 + i * (side + 4)))
+    return page
+
+
+def first_units(atlas: Atlas, presets: Sequence[str], unit: int = 0, variant: int = 0) -> Image.Image:
+    """A sheet: of each layer one unit, by every preset."""
+    rows = [
+        (f"{layer.name}:{layer.channels[unit]}", [layer.pictures(preset)[unit, variant] for preset in presets])
+        for layer in atlas
+    ]
+    return sheet(presets, rows)
+
+
+def contest(run: Path, against: str, measures: Mapping[str, int], judged: Mapping[str, int]) -> Report:
+    """Medians of `measures` for all presets, pairs of `judged` against one of them, and one unit a layer by each."""
+    found = compared(run)
+    with open_atlas(run) as atlas:
+        figure = first_units(atlas, [contender.preset for contender in found.contenders])
+    units = len(found.whole.channels)
+    return Report(
+        {
+            f"Medians over {units} units of {len(found.layers)} layers, with their 95 % intervals:": medians(
+                found, measures
+            ),
+            f"Difference to `{against}` over the same units, and on how many each was better:": pairs(
+                found, against, judged
+            ),
+        },
+        figure,
+    )

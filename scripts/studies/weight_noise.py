@@ -1,0 +1,63 @@
+"""Study 5: does noise on the network's parameters regularize as noise on the image does?"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from page import Report, config_of, contest, told
+
+from pipeline.atlas import LayerView, open_atlas
+from pipeline.augmentations import WeightNoise
+from pipeline.compare.inference import median
+from pipeline.layers import capture
+from pipeline.models import Model, load
+from pipeline.policies import LayersConfig, found_layers
+
+MEASURES = {
+    "gain": 2, "robust_gain": 2, "agreement": 2, "transfer": 2, "high_frequency": 3, "checkerboard": 1,
+    "spectral_distance": 3, "seconds": 1,
+}  # fmt: skip
+JUDGED = {"robust_gain": 2, "agreement": 2, "transfer": 2, "high_frequency": 3, "checkerboard": 1}
+# Networks that no picture has seen: other seeds than the runs', and levels between theirs.
+LEVELS = (0.1, 0.2)
+DRAWS = 8
+SEED = 1_000_000
+
+
+def left(view: LayerView, model: Model, presets: Sequence[str], sd: float) -> np.ndarray:
+    """(presets, pictures) share of each picture's activation that noisy networks leave, mean over `DRAWS` of them."""
+    (layer,) = [found for found in found_layers(model, LayersConfig(), {}) if found.name == view.name]
+    pictures = np.stack([view.pictures(preset)[:] for preset in presets])  # (presets, units, variants, H, W, 3)
+    channels = np.broadcast_to(view.channels[None, :, None], pictures.shape[:3]).flatten()
+    images = torch.from_numpy(pictures.reshape(-1, *pictures.shape[3:])).permute(0, 3, 1, 2).float() / 255
+    at = torch.arange(len(channels)), torch.from_numpy(channels).long()
+    noise = WeightNoise(sd=sd)
+    with torch.no_grad(), capture(model, [layer]) as run:
+
+        def answered() -> torch.Tensor:
+            return torch.cat([run(part)[layer.name].flatten(2).mean(2) for part in images.split(16)])[at]
+
+        clean, noisy = answered(), []
+        for draw in range(DRAWS):
+            with noise.applied(model.module, SEED + draw) as drawn:
+                drawn.to(0)
+                noisy.append(answered())
+    return (torch.stack(noisy).mean(0) / clean).view(len(presets), -1).numpy()
+
+
+def report(run: Path) -> Report:
+    """Medians of all ten, each against neither noise nor transforms, and what is left of them on other networks."""
+    found = contest(run, "plain", MEASURES, JUDGED)
+    with open_atlas(run) as atlas:
+        model = load(config_of(atlas).model)
+        presets = list(next(iter(atlas)).presets)
+        shares = {sd: np.concatenate([left(view, model, presets, sd) for view in atlas], 1) for sd in LEVELS}
+    rows = [
+        {"preset": f"`{preset}`"} | {f"noise of {sd:.0%}": told(median(shares[sd][i])) for sd in LEVELS}
+        for i, preset in enumerate(presets)
+    ]
+    title = f"Activation on {DRAWS} noisy networks that no picture has seen ÷ that on the network itself, medians:"
+    return dataclasses.replace(found, tables={**found.tables, title: pd.DataFrame(rows)})
