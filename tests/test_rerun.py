@@ -177,11 +177,14 @@ def test_only_what_is_missing_is_timed(
 ) -> None:
     base, settings = finished
     timed: list[str] = []
+    costs: list[float] = []
     whole = plan.estimate
 
     def noting(folded: Any, chosen: Any, rows: Any, *rest: Any) -> Any:
         timed.extend(row.layer.name for row in rows)
-        return whole(folded, chosen, rows, *rest)
+        found = whole(folded, chosen, rows, *rest)
+        costs.extend(row.cost(1) for row in found[0])
+        return found
 
     monkeypatch.setattr(plan, "estimate", noting)
     more = [*settings, f"run.root={tmp_path}", "run.name=more", f"base={base}", "layers.include=[conv_*,blocks.0.0.*]"]
@@ -189,7 +192,8 @@ def test_only_what_is_missing_is_timed(
     assert timed and "conv_stem" not in timed and all(name.startswith("blocks.0.0") for name in timed)
     written = (tmp_path / "more" / "plan.csv").read_text().splitlines()
     seconds = {line.split(",")[0]: float(line.split(",")[-2]) for line in written[1:-2]}
-    assert seconds["conv_stem"] == 0 and seconds[timed[0]] > 0
+    assert seconds["conv_stem"] == 0 and timed[0] in seconds  # tenths of a second; so small a layer may have none
+    assert costs and all(cost > 0 for cost in costs)
 
 
 @pytest.mark.parametrize("store", ["images", "crops"])

@@ -1,6 +1,8 @@
 """Runs a study: `scripts/study NAME [key=value …]`; the settings are in conf/experiment/study, the page in docs."""
 
 import importlib
+import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -26,13 +28,19 @@ if __name__ == "__main__":
     began = time.perf_counter()
     if hasattr(study, "prepare"):
         study.prepare()
-    code = main(["run", f"experiment=study/{name}", *settings])
+    given = dict(setting.split("=", 1) for setting in settings if "=" in setting)
+    # Other settings are another run: study-mosaic-layers.include, say.
+    own = re.sub(r"[^\w.]+", "-", "-".join(["study", name, *settings])).strip("-")
+    run = Path(given.get("run.root", "runs"), given.get("run.name", own))
+    code = main(["run", f"experiment=study/{name}", *settings, f"run.name={run.name}"])
     if code not in (0, 1):
         raise SystemExit(code)
-    given = dict(setting.split("=", 1) for setting in settings if "=" in setting)
-    run = Path(given.get("run.root", "runs"), given.get("run.name", f"study-{name}"))
     report = study.report(run)
-    publish(report, HERE.parents[1] / "docs" / "studies" / f"{name}.md")
+    page = HERE.parents[1] / "docs" / "studies" / f"{name}.md"
+    if settings:
+        # The page in docs says what the study found as it stands; another one gets a page of its own.
+        page = Path(shutil.copy(page, run))
+    publish(report, page)
     for title, table in report.tables.items():
         say(f"\n{title}\n{table.to_string(index=False)}")
-    say(f"\ndocs/studies/{name}.md and {name}.jpg, {(time.perf_counter() - began) / 60:.1f} minutes")
+    say(f"\n{page} and {page.stem}.jpg, {(time.perf_counter() - began) / 60:.1f} minutes")
