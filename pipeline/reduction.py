@@ -97,13 +97,13 @@ def native() -> Callable[[Tensor, Tensor], Tensor] | None:
     None where that does not work, which the log says. It takes half a second, so every process does it anew.
     """
     source = Path(__file__).with_suffix(".c")
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
     try:
         with tempfile.TemporaryDirectory(prefix="neuron-atlas-") as folder:
             library = Path(folder, "reduction.so")
             # Its threads are PyTorch's own: the symbols of OpenMP are there already.
             flags = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
-            command = [compiler or "cc", *flags, "-o", str(library), str(source), "-lm"]
+            command = [compiler, *flags, "-o", str(library), str(source), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
             reduce = ctypes.CDLL(str(library)).reduce
     except (OSError, subprocess.SubprocessError) as error:

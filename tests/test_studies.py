@@ -53,7 +53,7 @@ def test_variance_goes_where_it_comes_from() -> None:
     assert prior.components(both) == pytest.approx((0, 0, 1), abs=0.01)
     # Standard deviations 1, 2 and 1: a sixth, two thirds, a sixth.
     assert prior.components(units + 2 * starts + both) == pytest.approx((1 / 6, 2 / 3, 1 / 6), abs=0.05)
-    # A standard error is that of a share when other units are drawn: of 200 draws of 8 units, within a third.
+    # A standard error is that of a share when other units are drawn: of 200 draws of 8 units, within half of it.
     drawn = [rng.normal(size=(8, 1, 3)) + rng.normal(size=(1, 6, 3)) + rng.normal(size=(8, 6, 3)) for _ in range(200)]
     shares = np.array([prior.components(values) for values in drawn])
     told = np.array([prior.errors(values) for values in drawn]).mean(0)
