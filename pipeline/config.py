@@ -50,9 +50,10 @@ class EngineConfig:
     """Who does the work. `auto` and null are decided from the machine or cluster when the run starts.
 
     `batch` is the number of pictures optimised together, halved where a GPU has no memory for so many; a task is
-    as many batches as are estimated to take `task_seconds`, and less towards the end. With `shared_fs=false`
-    photographs travel to the workers, and finished shards back. A worker that has grown beyond `memory_gb` is
-    replaced; `auto` is its share of the machine.
+    as many batches as are estimated to take `task_seconds`, and less towards the end. `precision` is what steps are
+    computed in, `float32`, `bfloat16`, or `auto`: see `lowering`; what a finished picture is measured by is float32.
+    With `shared_fs=false` photographs travel to the workers, and finished shards back. A worker that has grown beyond
+    `memory_gb` is replaced; `auto` is its share of the machine.
     """
 
     name: str = "ray"
@@ -61,8 +62,9 @@ class EngineConfig:
     cpus_per_worker: float | str = "auto"
     gpus_per_worker: float | str = "auto"
     device: str = "auto"
+    precision: str = "auto"
     shared_fs: bool = True
-    batch: int = 8
+    batch: int = 16
     task_seconds: float = 120.0
     memory_gb: float | str = "auto"
     patience: float = 60.0
@@ -157,6 +159,8 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
     if config.data.limit is not None and config.data.limit < 1:
         raise AtlasError(f"data.limit={config.data.limit} is too small: at least 1, or null for all.")
     _check_examples(config.examples)
+    if config.engine.precision not in ("auto", "float32", "bfloat16"):
+        raise AtlasError(f"engine.precision={config.engine.precision!r}: use auto, float32 or bfloat16.")
     for preset in config.presets:
         size = preset.size
         sides = (size,) if isinstance(size, int) else size

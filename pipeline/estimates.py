@@ -43,7 +43,7 @@ class Row:
 
 
 def estimate(
-    folded: Model, chosen: Sequence[Layer], rows: Sequence[Row], config: Config, others: Sequence[Layer]
+    folded: Model, lowered: Model, chosen: Sequence[Layer], rows: Sequence[Row], config: Config, others: Sequence[Layer]
 ) -> tuple[list[Row], float]:
     """The same rows with estimated seconds, and seconds a photograph, from a few timed passes on this machine.
 
@@ -73,13 +73,19 @@ def estimate(
     for preset in config.presets:
         own = [row for row in rows if row.preset == preset.name]
         if own:
-            timed |= {(row.layer.name, row.preset): row for row in _preset_rows(folded, own, preset, others, reach)}
+            found = _preset_rows(folded, lowered, own, preset, others, reach)
+            timed |= {(row.layer.name, row.preset): row for row in found}
     # Decoding and reduction cost about as much again as half the forward pass.
     return [timed[row.layer.name, row.preset] for row in rows], 1.5 * max(reach.values())
 
 
 def _preset_rows(
-    folded: Model, rows: Sequence[Row], config: RenderConfig, others: Sequence[Layer], reach: dict[str, float]
+    folded: Model,
+    lowered: Model,
+    rows: Sequence[Row],
+    config: RenderConfig,
+    others: Sequence[Layer],
+    reach: dict[str, float],
 ) -> list[Row]:
     """The rows of one preset; `reach` is the seconds of an image's forward pass up to each layer."""
     chosen, channels = [row.layer for row in rows], {row.layer.name: row.channels for row in rows}
@@ -117,7 +123,8 @@ def _preset_rows(
         with contextlib.suppress(_Enough):
             # Other checkpoints cost what this one does, and any picture what a grey one does.
             render(
-                folded, layer, units, preset, 0, canvas(layer), stop, others=named, starts=dict.fromkeys(units, blank),
+                folded, layer, units, preset, 0, canvas(layer), stop,
+                lowered=lowered, others=named, starts=dict.fromkeys(units, blank),
                 ensemble=[folded] * sum(len(a.checkpoints) for a in preset.augmentations if isinstance(a, Ensemble)),
             )  # fmt: skip
         each = sorted(after - before for before, after in itertools.pairwise(times[1:] if len(times) > 2 else times))

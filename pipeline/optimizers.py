@@ -1,12 +1,16 @@
 """How parameters follow the gradient. State and step sizes are per picture: nothing couples a batch."""
 
+import ctypes
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from pipeline import native
 from pipeline.errors import AtlasError
 from pipeline.registry import Registry
 
@@ -45,6 +49,17 @@ class Optimizer:
         raise NotImplementedError
 
 
+@functools.cache
+def _adam() -> Callable[..., None] | None:
+    """optimizers.c: four tensors, their sizes and seven numbers; None where it can't be compiled."""
+    library = native.library("optimizers")
+    if library is None:
+        return None
+    library.adam.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_ssize_t] * 2 + [ctypes.c_float] * 7
+    library.adam.restype = None
+    return library.adam
+
+
 @OPTIMIZERS.add("adam")
 @dataclasses.dataclass(frozen=True)
 class Adam(Optimizer):
@@ -70,20 +85,28 @@ class Adam(Optimizer):
     def step(self, parameters: Tensor, gradient: Tensor, state: Any, at: int, rate: float) -> None:
         """One Adam step up the gradient, in place."""
         first, second = state
-        first.lerp_(gradient, 1 - self.beta1)
-        second.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
         # The second moment's own bias is a factor of everything below the line: it goes into the rate.
         shrunk = math.sqrt(1 - self.beta2 ** (at + 1))
-        mean_square = second.mean(dim=tuple(range(1, second.ndim)), keepdim=True)
-        denominator = second.sqrt().add_(self.damping * mean_square.sqrt() + 1e-8 * shrunk)
-        direction = first
+        least = 1e-8 * shrunk
         bias = 1 - self.beta1 ** (at + 1)
+        ahead, now = 1.0, 0.0
         if self.nesterov:
             # Dozat 2016, equation 8 with a constant momentum: the gradient's own part is not delayed.
-            ahead = self.beta1 * bias / (1 - self.beta1 ** (at + 2))
-            direction = first * ahead + gradient * (1 - self.beta1)
+            ahead, now = self.beta1 * bias / (1 - self.beta1 ** (at + 2)), 1 - self.beta1
+        rate_now = rate / bias * shrunk
         self.shrink(parameters, rate)
-        parameters.addcdiv_(direction, denominator, value=rate / bias * shrunk)
+        loop = _adam() if parameters.device.type == "cpu" else None
+        tensors = (parameters, gradient, first, second)
+        if loop is not None and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors):
+            numbers = (self.beta1, self.beta2, ahead, now, self.damping, least, rate_now)
+            loop(*(t.data_ptr() for t in tensors), len(parameters), parameters[0].numel(), *numbers)
+            return
+        first.lerp_(gradient, 1 - self.beta1)
+        second.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        mean_square = second.mean(dim=tuple(range(1, second.ndim)), keepdim=True)
+        denominator = second.sqrt().add_(self.damping * mean_square.sqrt() + least)
+        direction = first * ahead + gradient * now if self.nesterov else first
+        parameters.addcdiv_(direction, denominator, value=rate_now)
 
     def shrink(self, parameters: Tensor, rate: float) -> None:
         """Weight decay, where there is any."""

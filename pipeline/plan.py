@@ -20,9 +20,10 @@ from pipeline.feasibility import check_labels, fitting, refuse_nonsense, units_o
 from pipeline.fields import receptive_fields
 from pipeline.files import loaded
 from pipeline.folder import RunFolder
-from pipeline.folding import fold
+from pipeline.folding import fold, foldable
 from pipeline.inputs import Inputs, network_digest
 from pipeline.layers import Field, Layer
+from pipeline.lowering import lower, precision_of
 from pipeline.models import Model, load
 from pipeline.policies import LayersConfig
 from pipeline.progress import clock
@@ -308,7 +309,8 @@ def make_plan(
     team = crew(config.engine, [(cpus, gpus)], pictures)
     torch.set_num_threads(cpus)
     keep_memory()
-    folded = functools.cache(lambda: fold(model))
+    pairs = functools.cache(lambda: foldable(model))
+    folded = functools.cache(lambda: fold(model, pairs()))
     network = network_digest(model, config.model)
     fields: dict[str, Field | None] = {}
     for folder in (base.path if base else None, config.folder):
@@ -336,7 +338,10 @@ def make_plan(
         return made
     here = team.device if not team.device.startswith("cuda") or torch.cuda.is_available() else "cpu"
     open_rows = [row for row in rows if made.left.channels[row.layer.name, row.preset]]
-    found, each = estimate(folded().to(here), chosen, open_rows, config, others)
+    whole = folded().to(here)
+    # What a layer looks at is not folded in a run; for its time that makes no difference.
+    lowered = lower(whole, pairs(), precision_of(config.engine.precision, torch.device(here).type))
+    found, each = estimate(whole, lowered, chosen, open_rows, config, others)
     better = {(row.layer.name, row.preset): row for row in found}
     return dataclasses.replace(
         made,

@@ -127,9 +127,11 @@ def check_layer(config: RenderConfig, layer: Layer, others: Mapping[str, Layer],
 def canvas_size(layer: Layer, model_size: Size, asked: int | tuple[int, int] | str) -> Size:
     """(height, width) of the finished picture in pixels.
 
-    `auto` gives a layer a map of about 8 × 8 units: enough for its channel mean to be a texture, and no pixel
-    more, for the time of a step grows with the area. Never under 128 nor over the network's own size, which small
-    networks keep. `field` is the receptive field of one unit, at least 32 and at most the network's own size.
+    `auto` gives a layer what one of its units sees: features have a size in pixels, and the time of a step grows with
+    the area. In steps of 32 pixels, never under 128 (where a unit sees less, its channel's mean becomes a texture) and
+    never over six sevenths of the network's own size: 192 of 224. Where units see everything, 8 × the stride stands
+    for their field. Small networks, and maps of one place, keep the network's own size. `field` is the receptive field
+    of one unit itself, at least 32 and at most the network's own size.
     """
     if isinstance(asked, int):
         return asked, asked
@@ -142,6 +144,8 @@ def canvas_size(layer: Layer, model_size: Size, asked: int | tuple[int, int] | s
     stride = max(1, round(min(model_size) / max(1, min(layer.height, layer.width))))
     if min(layer.height, layer.width) == 1:
         return model_size
-    side = min(min(model_size), max(128, 8 * stride))
+    seen = 8 * stride if layer.field is None else max(layer.field.size)
+    most = min(model_size) * 6 // 7 // 32 * 32
+    side = min(min(model_size), max(128, min(most, -(-seen // 32) * 32)))
     # A network of other than square input keeps its proportions.
     return round(model_size[0] * side / min(model_size)), round(model_size[1] * side / min(model_size))

@@ -16,6 +16,38 @@ from torch import Tensor, nn
 STEPS = 16
 
 
+# What a rectifier lets through: values from … to, None for no end.
+Limits = tuple[float, float | None]
+
+
+def limits_of(module: nn.Module) -> Limits | None:
+    """What a module of PyTorch's lets through; None for one that is no rectifier, or some other kind."""
+    if type(module) is nn.ReLU:
+        return 0.0, None
+    return (0.0, 6.0) if type(module) is nn.ReLU6 else None
+
+
+def passed(gradient: Tensor, rectified: Tensor | None, limits: Limits | None) -> Tensor:
+    """What a rectifier that gave `rectified` passes on of a gradient."""
+    if limits is None or rectified is None:
+        return gradient
+    low, high = limits
+    return torch.ops.aten.hardtanh_backward(gradient, rectified, low, torch.inf if high is None else high)
+
+
+def redirect(x: Tensor, limits: Limits) -> Tensor:
+    """`x` between the limits, with a gradient that finds its way to dead units."""
+    return _Redirected.apply(x, limits[1])
+
+
+class Rectifying(nn.Module):
+    """A module that holds a rectifier of its own, and must `redirect` in its place while `redirecting` is set."""
+
+    def __init__(self, limits: Limits | None) -> None:
+        super().__init__()
+        self.limits, self.redirecting = limits, False
+
+
 class _Redirected(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, high: float | None) -> Tensor:
@@ -36,18 +68,24 @@ class _Redirected(torch.autograd.Function):
 
 @contextlib.contextmanager
 def redirected(module: nn.Module) -> Iterator[None]:
-    """Rectifiers (nn.ReLU, nn.ReLU6) of `module` redirect gradients while this is entered."""
+    """Rectifiers (nn.ReLU, nn.ReLU6, `Rectifying`) of `module` redirect gradients while this is entered."""
     changed: list[nn.Module] = []
+    switched: list[Rectifying] = []
 
     def forward(high: float | None) -> Callable[[Tensor], Tensor]:
         return lambda x: _Redirected.apply(x, high)  # type: ignore[no-any-return]
 
     try:
         for child in module.modules():
-            if isinstance(child, (nn.ReLU, nn.ReLU6)) and "forward" not in vars(child):
+            if isinstance(child, Rectifying):
+                child.redirecting = True
+                switched.append(child)
+            elif isinstance(child, (nn.ReLU, nn.ReLU6)) and "forward" not in vars(child):
                 child.forward = forward(6.0 if isinstance(child, nn.ReLU6) else None)  # type: ignore[method-assign]
                 changed.append(child)
         yield
     finally:
         for child in changed:
             del child.forward
+        for child in switched:
+            child.redirecting = False

@@ -9,18 +9,14 @@ not pay, the same lines run one after the other.
 import ctypes
 import functools
 import logging
-import os
-import shutil
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline import native
 from pipeline.errors import first_line
 
 log = logging.getLogger(__name__)
@@ -91,25 +87,12 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def native() -> Callable[[Tensor, Tensor], Tensor] | None:
-    """reduction.c, compiled for this processor: (B, P, C) maps and (C,) centres → (5, B, C), all float32 on the CPU.
-
-    None where that does not work, which the log says. It takes half a second, so every process does it anew.
-    """
-    source = Path(__file__).with_suffix(".c")
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
-    try:
-        with tempfile.TemporaryDirectory(prefix="neuron-atlas-") as folder:
-            library = Path(folder, "reduction.so")
-            # Its threads are PyTorch's own: the symbols of OpenMP are there already.
-            flags = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
-            command = [compiler, *flags, "-o", str(library), str(source), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-            reduce = ctypes.CDLL(str(library)).reduce
-    except (OSError, subprocess.SubprocessError) as error:
-        said = str(getattr(error, "stderr", None) or error).strip().splitlines()
-        log.info("maps are reduced by uncompiled lines, which takes longer: %s", said[0])
+def loop() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """reduction.c: (B, P, C) maps and (C,) centres → (5, B, C), all float32 on the CPU; None where not compiled."""
+    library = native.library("reduction")
+    if library is None:
         return None
+    reduce = library.reduce
     reduce.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_ssize_t] * 3
     reduce.restype = None
 
@@ -126,7 +109,7 @@ class Reducer:
     """Reduces maps, with a compiled loop if `compile`."""
 
     def __init__(self, compile: bool) -> None:
-        self._native = native() if compile else None
+        self._native = loop() if compile else None
         self._whole: Callable[..., Any] = compiled(whole) if compile else whole
 
     def __call__(self, maps: Tensor, centre: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ class Job:
     """What is rendered on: everything but the units, the same for all attempts."""
 
     model: Model
+    lowered: Model
     layer: Layer
     config: RenderConfig
     seed: int
@@ -98,22 +99,26 @@ def render(
     size: Size | None = None,
     stop: Callable[[], None] = lambda: None,
     *,
+    lowered: Model | None = None,
     others: Mapping[str, Layer] | None = None,
     ensemble: Sequence[Model] = (),
     starts: Mapping[Unit, Tensor] | None = None,
 ) -> list[Picture]:
     """Pictures for `units`, pairs of (channel, variant), all in one batch on the model's device.
 
-    They are `size` = (height, width) pixels; None leaves that to `canvas_size`. `others` are the layers that
-    `config.others` names, `ensemble` the networks of an ensemble beside `model`, `starts` the photographs (C, H, W)
-    in [0, 1] that an `image` canvas starts from, margins included.
+    They are `size` = (height, width) pixels; None leaves that to `canvas_size`. `lowered` is a twin of `model` that
+    steps are made on, where there is a faster one; finished pictures are measured on `model`. `others` are the layers
+    that `config.others` names, `ensemble` the networks of an ensemble beside `model`, `starts` the photographs
+    (C, H, W) in [0, 1] that an `image` canvas starts from, margins included.
 
     A picture whose objective did not rise, or went through NaN, is tried again with another seed and half the
     learning rate, at most `config.attempts` times in all; then it is kept and marked `failed`. Pictures that a
     coupling holds together are tried again together. `stop` is called at every step and may raise.
     """
     size = size or canvas_size(layer, model.recipe.size, config.size)
-    job = Job(model, layer, config, seed, size, others or {}, ensemble, starts or {}, stop)
+    # Noise on weights is noise on those of the network as it is.
+    lowered = model if lowered is None or config.augmentations else lowered
+    job = Job(model, lowered, layer, config, seed, size, others or {}, ensemble, starts or {}, stop)
     done: dict[Unit, Picture] = {}
     todo = list(units)
     for attempt in range(config.attempts):
@@ -205,7 +210,7 @@ def _attempt(job: Job, units: Sequence[Unit], attempt: int) -> list[Picture]:
             stage = stages[moment.stage]
             if moment.stage != at:
                 stack.close()
-                forwards = [stack.enter_context(_forward(job, m, stage)) for m in (job.model, *job.ensemble)]
+                forwards = [stack.enter_context(_forward(job, m, stage)) for m in (job.lowered, *job.ensemble)]
                 if at is not None and job.canvas(stages[at]) != job.canvas(stage):
                     batch.resize(job, job.canvas(stages[at]), job.canvas(stage))
                 at = moment.stage
@@ -371,7 +376,7 @@ def _gradient(
     if step < REDIRECTED_STEPS:
         dead = gradient.flatten(1).abs().sum(dim=1) == 0
         if bool(dead.any()):
-            with redirected(job.model.module):
+            with redirected(job.lowered.module):
                 _, helped = excite()
             gradient = torch.where(dead.view(-1, 1, 1, 1), helped, gradient)
     pulls: dict[bool, Tensor] = {}

@@ -167,6 +167,9 @@ def _pictures(group: h5py.Group, preset: str, channels: Sequence[int], found: Se
     target.attrs["preset"] = preset  # equal settings under another name have made the same pictures
     for key in ("digest", "natural", "objective", "layer"):
         target.attrs[key] = first.attributes[key]
+    # Workers of a mixed cluster may differ; shards of former versions are float32.
+    told = {name for shard in found for name in shard.attributes.get("precision", "float32").split()}
+    target.attrs["precision"] = " ".join(sorted(told))
     images = shards.create_images(target, "images", (len(channels), *shape))
     size = (len(channels), shape[0])
     arrays: dict[str, np.ndarray] = {

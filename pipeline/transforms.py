@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 
 from pipeline.filters import blur
 from pipeline.registry import Registry
+from pipeline.sampling import sample
 
 TRANSFORMS = Registry("transform")
 
@@ -280,17 +281,6 @@ def shake(images: Tensor, transforms: Sequence[Transform], u: Tensor, size: Size
                 images = centre(images, size)
             images = transform.apply(images, own)
     return images if (images.shape[-2], images.shape[-1]) == size else centre(images, size)
-
-
-def sample(images: Tensor, matrix: Tensor, size: Size) -> Tensor:
-    """(B, C, H, W) seen through `matrix` (B, 3, 3; output → input pixels from the centre) as (B, C, *size)."""
-    height, width = images.shape[-2:]
-    # From pixels about the centre to grid_sample's [-1, 1]: of the output on the right, of the input on the left.
-    to = matrix.new_tensor([2 / width, 2 / height]).view(1, 2, 1)
-    of = matrix.new_tensor([size[1] / 2, size[0] / 2, 1.0]).view(1, 1, 3)
-    theta = matrix[:, :2, :] * to * of
-    grid = F.affine_grid(theta.to(images.dtype), [*images.shape[:2], *size], align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 # The yardstick of robustness for every picture, whatever it was shaken by while it was made.

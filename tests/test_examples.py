@@ -16,7 +16,7 @@ import torch
 from conftest import PHOTOS, tiny_model
 from PIL import Image
 
-from pipeline import datasets, examples, models, photos, reduction, statistics, toplists, winners
+from pipeline import datasets, examples, models, native, photos, reduction, statistics, toplists, winners
 from pipeline.datasets import DataConfig, Dataset, Photo
 from pipeline.errors import AtlasError
 from pipeline.examples import Drawn, ExamplesConfig, Sweep
@@ -109,7 +109,7 @@ def test_the_compiled_reduction_says_the_same(photo_folder: Path, tiny: Model) -
 def test_the_compiled_loop_reduces_maps_of_any_shape(shape: tuple[int, int, int, int]) -> None:
     maps = torch.randn(shape, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=torch.channels_last)
     centre = torch.linspace(-1, 1, shape[1])
-    assert reduction.native() is not None
+    assert reduction.loop() is not None
     compiled, lines = (reduction.Reducer(compile)(maps, centre) for compile in (True, False))
     assert torch.equal(compiled[: reduction.SHIFT], lines[: reduction.SHIFT])  # extremes are no sums
     assert torch.equal(compiled[reduction.POSITIVE], lines[reduction.POSITIVE])
@@ -136,7 +136,7 @@ def test_without_a_compiler_it_falls_back(monkeypatch: pytest.MonkeyPatch, caplo
 
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setenv("CC", "no-such-compiler")
-    caches = (reduction.compiled, reduction.native)
+    caches = (reduction.compiled, reduction.loop, native.library)
     for kept in caches:
         kept.cache_clear()
     maps, centre = torch.randn(2, 3, 4, 5), torch.zeros(3)

@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline import quality, spectra
 from pipeline.canvases import Fourier
-from pipeline.layers import Layer, capture, enumerate_layers
+from pipeline.layers import Field, Layer, capture, enumerate_layers
 from pipeline.models import Model
 from pipeline.objectives import Channel, Neuron, WholeLayer
 from pipeline.optimizers import Adam
@@ -135,9 +135,12 @@ def test_canvas_follows_the_layer(tiny_layers: dict[str, Layer]) -> None:
     def sized(**changes: object) -> tuple[int, int]:
         return canvas_size(dataclasses.replace(tiny_layers["late"], **changes), (224, 224), "auto")  # type: ignore[arg-type]
 
-    assert sized(height=112, width=112) == (128, 128)
-    assert sized(height=14, width=14) == (128, 128)
-    assert sized(height=7, width=7) == (224, 224)
+    def field(side: int) -> Field:
+        return Field((side, side), (8, 8), (0, 0))
+
+    assert [sized(field=field(side))[0] for side in (7, 128, 129, 161, 851)] == [128, 128, 160, 192, 192]
+    assert sized(field=None, height=14, width=14) == (128, 128)
+    assert sized(field=None, height=7, width=7) == (192, 192)
     assert sized(layout="vector", height=1, width=1) == (224, 224)
     assert canvas_size(tiny_layers["late"], (32, 32), "auto") == (32, 32)
     assert canvas_size(tiny_layers["late"], (224, 224), 64) == (64, 64)

@@ -41,6 +41,7 @@ from pipeline.feasibility import fitting
 from pipeline.fields import receptive_fields
 from pipeline.folding import fold, foldable
 from pipeline.layers import Layer, capture
+from pipeline.lowering import lower, precision_of
 from pipeline.models import Model, load
 from pipeline.policies import LayersConfig, found_layers
 from pipeline.render import Picture, render
@@ -111,29 +112,31 @@ class Lucent:
 
 
 @functools.cache
-def prepared(preset: str, name: str, threads: int) -> tuple[Model, Layer, Config, tuple[int, int]]:
-    """The folded network, the layer and its canvas, as a worker has them when a task begins."""
+def prepared(preset: str, name: str, threads: int) -> tuple[Model, Model, Layer, Config, tuple[int, int]]:
+    """The folded network, that lowered, the layer and its canvas, as a worker has them when a task begins."""
     keep_memory()
     torch.set_num_threads(threads)
     config = config_of(preset, MODEL)
     model = load(config.model)
     (layer,) = [found for found in found_layers(model, LayersConfig(), config.model.aliases) if found.name == name]
-    folded = fold(model, foldable(model), [layer])
+    pairs = foldable(model)
+    folded = fold(model, pairs, [layer])
+    lowered = lower(folded, pairs, precision_of(config.engine.precision, "cpu"))
     (field,) = receptive_fields(fold(model), [layer]).values()
     layer = dataclasses.replace(layer, field=field)
-    return folded, layer, config, fitting(folded, [layer], config.render)[name]
+    return folded, lowered, layer, config, fitting(folded, [layer], config.render)[name]
 
 
 def prepare(preset: str, name: str, threads: int) -> None:
-    folded, layer, config, size = prepared(preset, name, threads)
-    render(folded, layer, [(0, 0)], dataclasses.replace(config.render, steps=2), 1, size)
+    folded, lowered, layer, config, size = prepared(preset, name, threads)
+    render(folded, layer, [(0, 0)], dataclasses.replace(config.render, steps=2), 1, size, lowered=lowered)
 
 
 def ours(preset: str, name: str, threads: int, channels: Sequence[int]) -> tuple[list[Picture], float, float]:
     """Pictures of `channels` in one batch; when it began and ended."""
-    folded, layer, config, size = prepared(preset, name, threads)
+    folded, lowered, layer, config, size = prepared(preset, name, threads)
     began = time.monotonic()
-    pictures = render(folded, layer, [(c, 0) for c in channels], config.render, config.run.seed, size)
+    pictures = render(folded, layer, [(c, 0) for c in channels], config.render, config.run.seed, size, lowered=lowered)
     return pictures, began, time.monotonic()
 
 

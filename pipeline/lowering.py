@@ -1,0 +1,235 @@
+"""A folded network lowered onto what a CPU does fastest: the same function to rounding, for the steps of a picture.
+
+An image-step waits for memory and for kernels that nobody tuned, so three things are exchanged:
+
+* A convolution of 1 x 1 pixels is a matrix product over the rows of a channels-last map.
+* The gradient of a depthwise convolution is a depthwise convolution itself, of the gradient spread out over the
+  stride, with the kernel turned round. PyTorch's own is a reference loop in bfloat16 and slow in float32.
+* The rectifier that a folded normalisation holds works in place on what the convolution wrote.
+
+In bfloat16 there is half as much to read and write, and processors with tiles (AMX) multiply it eight times as fast.
+What a finished picture is measured on stays the folded network in float32.
+"""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.conv2d_same import Conv2dSame
+from torch import Tensor, nn
+
+from pipeline.folding import FoldedNorm, Pair
+from pipeline.models import Model
+from pipeline.rectifiers import Limits, Rectifying, limits_of, passed, redirect
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether this processor multiplies bfloat16 in tiles (AMX)."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def precision_of(asked: str, device: str) -> torch.dtype:
+    """What steps are computed in: `auto` takes bfloat16 on a CPU with tiles, float32 elsewhere."""
+    if asked == "auto":
+        return torch.bfloat16 if device == "cpu" and has_tiles() else torch.float32
+    return torch.float32 if asked == "float32" else torch.bfloat16
+
+
+def lower(folded: Model, pairs: Sequence[Pair], dtype: torch.dtype = torch.float32) -> Model:
+    """A twin of a `folded` network in `dtype`, on a CPU with its convolutions exchanged; `folded` stays as it is.
+
+    `pairs` are those that `foldable` found. A pair that was spared, for its inside is looked at, stays as it is.
+    """
+    on_cpu = next(folded.module.parameters()).device.type == "cpu"
+    if not on_cpu and dtype == torch.float32:
+        return folded
+    # Tensors are shared only where none is converted: a module converts its parameters in place.
+    shared = {id(t): t for t in (*folded.module.parameters(), *folded.module.buffers())}
+    module = copy.deepcopy(folded.module, shared if dtype == torch.float32 else None)
+    if on_cpu:
+        norms = dict(pairs)
+        for path, conv in list(module.named_modules()):
+            kind = _kind(conv)
+            if kind is None or not path:
+                continue
+            norm = module.get_submodule(norms[path]) if path in norms else None
+            limits = None
+            if isinstance(norm, FoldedNorm) and isinstance(norm.drop, nn.Identity):
+                limits = limits_of(norm.act)
+                if limits is not None:
+                    norm.act = nn.Identity()
+            parent, _, name = path.rpartition(".")
+            assert isinstance(conv, nn.Conv2d)
+            setattr(module.get_submodule(parent), name, kind(conv, limits).eval())
+    if dtype != torch.float32:
+        module.to(dtype)
+
+        def converted(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in inputs)
+
+        module.register_forward_pre_hook(converted)
+    return dataclasses.replace(folded, module=module)
+
+
+def _kind(module: nn.Module) -> "type[Lowered] | None":
+    """What a module is exchanged for; None where nothing is known that is faster."""
+    # A subclass may do anything with its weights; timm's Conv2dSame only pads.
+    if type(module) not in (nn.Conv2d, Conv2dSame):
+        return None
+    assert isinstance(module, nn.Conv2d)
+    if module.padding_mode != "zeros" or isinstance(module.padding, str) or hasattr(module, "parametrizations"):
+        return None
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if isinstance(module, Conv2dSame) and module.dilation != (1, 1):
+        return None
+    if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.groups == 1 and module.padding == (0, 0):
+        return Pointwise
+    reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    inside = all(p <= r for p, r in zip(module.padding, reach, strict=True))
+    if module.groups == module.in_channels == module.out_channels > 1 and inside:
+        return Depthwise
+    return None
+
+
+class Lowered(Rectifying):
+    """A convolution, and the rectifier behind it if `limits` says one."""
+
+    def __init__(self, conv: nn.Conv2d, limits: Limits | None) -> None:
+        super().__init__(limits)
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The convolution alone, by PyTorch's own operations."""
+        raise NotImplementedError
+
+    def swift(self, x: Tensor) -> Tensor:
+        """The convolution and its rectifier."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C', H', W')."""
+        if self.redirecting and self.limits is not None:
+            return redirect(self.plain(x), self.limits)
+        return self.swift(x)
+
+
+def _rectified(y: Tensor, limits: Limits | None) -> Tensor:
+    """In place: between the limits."""
+    return y if limits is None else y.clamp_(*limits)
+
+
+class _Pointwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits | None) -> Tensor:
+        y = _rectified(F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2), limits)
+        ctx.weight, ctx.limits = weight, limits
+        ctx.save_for_backward(None if limits is None else y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = grads
+        rows = passed(gradient, ctx.saved_tensors[0], ctx.limits).permute(0, 2, 3, 1)
+        back = rows.reshape(-1, rows.shape[-1]) @ ctx.weight
+        return back.view(*rows.shape[:3], -1).permute(0, 3, 1, 2), None, None, None
+
+
+class Pointwise(Lowered):
+    """A convolution of 1 × 1 pixels."""
+
+    def plain(self, x: Tensor) -> Tensor:
+        """As a convolution."""
+        return F.conv2d(x, self.weight, self.bias)
+
+    def swift(self, x: Tensor) -> Tensor:
+        """As a matrix product over (B, H, W) rows of C."""
+        return _Pointwise.apply(x, self.weight[:, :, 0, 0], self.bias, self.limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """The numbers of a convolution, (down, across) each."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, steps: _Steps, limits: Limits | None
+    ) -> Tensor:
+        y = F.conv2d(x, weight, bias, steps.stride, steps.padding, steps.dilation, len(weight))
+        y = _rectified(y, limits)
+        ctx.weight, ctx.steps, ctx.limits, ctx.size = weight, steps, limits, x.shape[-2:]
+        ctx.save_for_backward(None if limits is None else y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,), steps = grads, ctx.steps
+        gradient = passed(gradient, ctx.saved_tensors[0], ctx.limits)
+        reach = [d * (k - 1) for d, k in zip(steps.dilation, ctx.weight.shape[2:], strict=True)]
+        if steps.stride != (1, 1):
+            # What a stride left out had no part in any output.
+            size = [n + 2 * p - r for n, p, r in zip(ctx.size, steps.padding, reach, strict=True)]
+            spread = gradient.new_zeros(len(gradient), *size, gradient.shape[1]).permute(0, 3, 1, 2)
+            spread[:, :, :: steps.stride[0], :: steps.stride[1]] = gradient
+            gradient = spread
+        padding = [r - p for r, p in zip(reach, steps.padding, strict=True)]
+        turned = ctx.weight.flip(2, 3)
+        back = F.conv2d(gradient, turned, None, 1, padding, steps.dilation, len(turned))
+        return back, None, None, None, None
+
+
+class Depthwise(Lowered):
+    """A convolution of each channel by itself.
+
+    Padding that is "same" and uneven, as TensorFlow's is where a stride halves the map, becomes an even one of a
+    kernel with zeros in front: nothing is copied.
+    """
+
+    def __init__(self, conv: nn.Conv2d, limits: Limits | None) -> None:
+        super().__init__(conv, limits)
+        self.same = isinstance(conv, Conv2dSame)
+        self.steps = _Steps(
+            (conv.stride[0], conv.stride[1]), (int(conv.padding[0]), int(conv.padding[1])),
+            (conv.dilation[0], conv.dilation[1]),
+        )  # fmt: skip
+        self._framed: dict[tuple[int, int], Tensor] = {}
+
+    def _of(self, x: Tensor) -> tuple[Tensor, _Steps]:
+        """Kernel and numbers for maps of this size."""
+        if not self.same:
+            return self.weight, self.steps
+        stride = self.steps.stride
+        # As many places as strides begin in the map: what is then read beyond it is padding.
+        sides = zip(x.shape[-2:], self.weight.shape[2:], stride, strict=True)
+        both = [max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in sides]
+        front = [total // 2 for total in both]
+        back = [total - f for total, f in zip(both, front, strict=True)]
+        more = (back[0] - front[0], back[1] - front[1])
+        if more not in self._framed:
+            self._framed[more] = F.pad(self.weight, (more[1], 0, more[0], 0))
+        return self._framed[more], _Steps(stride, (back[0], back[1]), self.steps.dilation)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """By PyTorch's own operations."""
+        weight, s = self._of(x)
+        return F.conv2d(x, weight, self.bias, s.stride, s.padding, s.dilation, len(weight))
+
+    def swift(self, x: Tensor) -> Tensor:
+        """With its own gradient."""
+        weight, steps = self._of(x)
+        return _Depthwise.apply(x, weight, self.bias, steps, self.limits)
