@@ -1,12 +1,12 @@
 """What the optimisation loop costs beside the network itself, layer by layer.
 
 scripts/bench render [--layers convs] [--include 'blocks.*'] [--render distill] [--threads N] [--seconds 2]
-                     [--model resnet50] [--device cuda] [--batch 8] [--json FILE]
+                     [--model resnet50] [--device cuda] [--batch 16] [--json FILE]
 
 For each layer, on the same batch, size and threads, in turn: the bare loop (folded network, cut behind the layer,
-forward and backward to its input, nothing else) and our whole step (canvas, transforms, network, optimiser). Rates
-are image-steps a second, theirs is a ratio within one run. Channels an hour and the estimate of the full atlas count
-what a picture costs beside its steps too: starting, measuring, 16 shaken copies.
+forward and backward to its input, nothing else), the same of the lowered network, and our whole step (canvas,
+transforms, network, optimiser). Rates are image-steps a second, theirs are ratios within one run. Channels an hour and
+the estimate of the full atlas count what a picture costs beside its steps too: starting, measuring, 16 shaken copies.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from pipeline.feasibility import fitting
 from pipeline.fields import receptive_fields
 from pipeline.folding import fold, foldable
 from pipeline.layers import Layer, capture
+from pipeline.lowering import lower, precision_of
 from pipeline.models import Model, load
 from pipeline.policies import LayersConfig, choose, found_layers
 from pipeline.render import render
@@ -77,30 +78,34 @@ def bare(model: Model, layer: Layer, batch: int, size: tuple[int, int], steps: i
 def measured(model: Model, layer: Layer, config: Config, batch: int, least: float, device: str) -> dict[str, Any]:
     """One row of the table; medians over rounds in turn, for at least `least` seconds of each."""
     preset = config.render
-    folded = fold(model, foldable(model), [layer])
+    pairs = foldable(model)
+    folded = fold(model, pairs, [layer])
+    lowered = lower(folded, pairs, precision_of(config.engine.precision, torch.device(device).type))
     size = fitting(folded, [layer], preset)[layer.name]
     units = [(c % layer.channels, c // layer.channels) for c in range(batch)]
 
     def ours(steps: int) -> Callable[[], object]:
         short = dataclasses.replace(preset, steps=steps, attempts=1)
-        return lambda: render(folded, layer, units, short, 0, size)
+        return lambda: render(folded, layer, units, short, 0, size, lowered=lowered)
 
-    loop = bare(folded, layer, batch, size, LONG - SHORT)
-    for work in (loop, ours(SHORT)):
+    loops = [bare(twin, layer, batch, size, LONG - SHORT) for twin in (folded, lowered)]
+    for work in (*loops, ours(SHORT)):
         work()
-    theirs, own, fixed, spent = [], [], [], 0.0
+    theirs, swift, own, fixed, spent = [], [], [], [], 0.0
     while spent < least or len(own) < 3:
-        theirs.append(seconds(loop, device))
+        began = time.perf_counter()
+        theirs.append(seconds(loops[0], device))
+        swift.append(seconds(loops[1], device))
         short, long = seconds(ours(SHORT), device), seconds(ours(LONG), device)
         own.append(long - short)
         fixed.append(short)
-        spent += theirs[-1] + short + long
-    each, step = statistics.median(theirs) / (LONG - SHORT) / batch, statistics.median(own) / (LONG - SHORT) / batch
+        spent += time.perf_counter() - began
+    each, lean, step = (statistics.median(times) / (LONG - SHORT) / batch for times in (theirs, swift, own))
     whole = max(0.0, statistics.median(fixed) / batch - SHORT * step) + preset.steps * step
     return {
         "layer": layer.name, "px": "x".join(map(str, size)), "channels": layer.channels,
-        "bare, ms": round(1e3 * each, 3), "ours, ms": round(1e3 * step, 3),
-        "image-steps/s": round(1 / step, 1), "of bare": round(each / step, 3),
+        "bare, ms": round(1e3 * each, 3), "lowered, ms": round(1e3 * lean, 3), "ours, ms": round(1e3 * step, 3),
+        "image-steps/s": round(1 / step, 1), "of bare": round(each / step, 3), "of lowered": round(lean / step, 3),
         "seconds a channel": round(whole, 3), "channels/h": round(3600 / whole),
     }  # fmt: skip
 
@@ -111,7 +116,7 @@ def main() -> None:
     parser.add_argument("--layers", default="convs")
     parser.add_argument("--include", default="", help="globs, separated by commas")
     parser.add_argument("--render", default="distill")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2, help="workers that share the full atlas, for the estimate")
     parser.add_argument("--device", default="cpu")

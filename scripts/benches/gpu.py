@@ -1,0 +1,80 @@
+"""The whole bench of a GPU in one call of under 9 minutes: two networks, both precisions, a table and JSON.
+
+PYTHONPATH=. python scripts/benches/gpu.py [--device cuda] [--minutes 8] [--every 4] [--batch 64]
+                                           [--models efficientnet_lite0,resnet50] [--out gpu.json]
+
+Of every fourth convolution, in turn: the bare loop and our whole step, as `scripts/bench render` measures them. The
+layers between count as the measured one before them. Weights are random: they make no difference to the time. What the
+minutes leave no room for is said. Nothing is installed: PyTorch, timm, h5py, hydra-core and pandas must be there.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch
+from render import config_of, measured, say
+
+from pipeline.config import Config
+from pipeline.fields import receptive_fields
+from pipeline.folding import fold
+from pipeline.layers import Layer
+from pipeline.models import Model, load
+from pipeline.policies import LayersConfig, choose, found_layers
+
+
+def network(name: str) -> tuple[Config, Model, list[Layer]]:
+    """The configuration, the network with random weights, and its convolutions with their fields."""
+    config = config_of("distill", name)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=None))
+    model, policy = load(config.model), LayersConfig("convs", exclude=("classifier", "fc"))
+    chosen = choose(model, found_layers(model, policy, config.model.aliases), policy)
+    fields = receptive_fields(fold(model), chosen)
+    return config, model, [dataclasses.replace(layer, field=fields[layer.name]) for layer in chosen]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--every", type=int, default=4)
+    parser.add_argument("--models", default="efficientnet_lite0,resnet50")
+    parser.add_argument("--precisions", default="float32,bfloat16")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    options = parser.parse_args()
+    over = time.monotonic() + 60 * options.minutes
+    card = torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device
+    found, left = [], []
+    for name in options.models.split(","):
+        config, model, layers = network(name)
+        model = model.to(options.device)
+        for precision in options.precisions.split(","):
+            engine = dataclasses.replace(config.engine, precision=precision)
+            seconds, total = 0.0, 0.0
+            for i, layer in enumerate(layers):
+                if i % options.every == 0:
+                    if time.monotonic() > over:
+                        left.append(f"{name} {precision} from {layer.name}")
+                        break
+                    own = dataclasses.replace(config, engine=engine)
+                    row = measured(model, layer, own, options.batch, options.seconds, options.device)
+                    found.append({"model": name, "precision": precision, **row})
+                    seconds = row["seconds a channel"]
+                    say(json.dumps(found[-1]))
+                total += seconds * layer.channels
+            else:
+                channels = sum(layer.channels for layer in layers)
+                say(f"{name}, {precision}, {card}: {channels:,} channels in {total / 60:.1f} min")
+    for missing in left:
+        say(f"no time for {missing}")
+    options.out.write_text(
+        json.dumps({"device": card, "torch": torch.__version__, "rows": found, "left": left}, indent=1)
+    )
+
+
+if __name__ == "__main__":
+    main()
