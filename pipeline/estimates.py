@@ -43,7 +43,7 @@ class Row:
 
 
 def estimate(
-    folded: Model, lowered: Model, chosen: Sequence[Layer], rows: Sequence[Row], config: Config, others: Sequence[Layer]
+    folded: Model, chosen: Sequence[Layer], rows: Sequence[Row], config: Config, others: Sequence[Layer], lowered: Model
 ) -> tuple[list[Row], float]:
     """The same rows with estimated seconds, and seconds a photograph, from a few timed passes on this machine.
 

@@ -341,7 +341,7 @@ def make_plan(
     whole = folded().to(here)
     # What a layer looks at is not folded in a run; for its time that makes no difference.
     lowered = lower(whole, pairs(), precision_of(config.engine.precision, torch.device(here).type))
-    found, each = estimate(whole, lowered, chosen, open_rows, config, others)
+    found, each = estimate(whole, chosen, open_rows, config, others, lowered)
     better = {(row.layer.name, row.preset): row for row in found}
     return dataclasses.replace(
         made,

@@ -38,6 +38,7 @@ TINY = [
     "render.margin=4",
     "engine=inline",
     "engine.batch=2",
+    "engine.precision=float32",  # alike on every processor
     "examples.k=3",
     "examples.batch=4",
     "examples.per_task=8",

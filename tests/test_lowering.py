@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
-from pipeline import lowering
+from pipeline import lowering, worker
 from pipeline.audit import verify
 from pipeline.errors import AtlasError
 from pipeline.folder import RunFolder
@@ -193,7 +193,9 @@ def test_the_precision_is_chosen_by_the_processor(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-def test_an_atlas_says_what_its_steps_were_computed_in(tiny_run: list[str], precision: str) -> None:
+def test_an_atlas_says_what_its_steps_were_computed_in(
+    tiny_run: list[str], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`verify` renders again in the same, whatever this machine would choose."""
 
     def plan(precision: str) -> Plan:
@@ -206,15 +208,19 @@ def test_an_atlas_says_what_its_steps_were_computed_in(tiny_run: list[str], prec
         layers: Any = file["layers"]
         told = {preset.attrs["precision"] for layer in layers.values() for preset in layer["render"].values()}
     assert told == {precision}
-    assert verify(folder, plan({"bfloat16": "float32"}.get(precision, "bfloat16")), 3) == []
+    other = plan({"bfloat16": "float32"}.get(precision, "bfloat16"))
+    assert verify(folder, other, 3) == []
+    # A picture from another start is another picture.
+    whole = worker.render
+    monkeypatch.setattr(worker, "render", lambda *a, **rest: whole(*a[:4], 99, *a[5:], **rest))
+    assert len(verify(folder, other, 3)) == 3
 
 
 def test_noise_on_weights_is_made_on_the_network_as_it_is(tiny_run: list[str]) -> None:
     images = []
     for precision in ("bfloat16", "float32"):
         config = compose([*tiny_run, "render=weight_noise", "render.size=32", f"engine.precision={precision}"]).config
-        worker = Worker(make_plan(config).setup)
-        images.append(worker.pictures("conv_stem", [0], (32, 32), config.render)[0].image)
+        images.append(Worker(make_plan(config).setup).pictures("conv_stem", [0], (32, 32), config.render)[0].image)
     assert np.array_equal(*images)
 
 

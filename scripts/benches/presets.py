@@ -24,8 +24,8 @@ LAYERS = "[blocks.1.0,blocks.2.0,blocks.3.0,blocks.4.0,blocks.5.3]"
 SHOWN = ("blocks.3.0", "blocks.5.3")
 # In the order of the story: the problem, one remedy at a time, both, and what else there is.
 ORDER = (
-    "naive", "tv", "blur_image", "blur_gradient", "decorrelated_only", "robust_only", "distill", "lucid", "maco",
-    "image_prior", "weight_noise", "oygard", "neuron", "diverse", "negative",
+    "naive", "tv", "blur_image", "blur_gradient", "decorrelated_only", "robust_only", "distill", "fast", "best",
+    "lucid", "maco", "image_prior", "weight_noise", "oygard", "neuron", "diverse", "negative",
 )  # fmt: skip
 
 
