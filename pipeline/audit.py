@@ -115,7 +115,7 @@ def _rendered_again(atlas: Path, made: Plan, sample: int) -> list[Wrong]:
                 begins = starts.best(opened_atlas, row.layer.name, [channel])
         # Where workers differed, one of them has made it.
         apart: list[int] = []
-        for name in part.attributes.get("precision", "float32").split():
+        for name in store.precisions(part):
             again = workers[name].pictures(row.layer.name, [channel], row.canvas, preset[row], begins)[variant]
             difference = again.image.astype(float) - kept
             apart.append(int(np.abs(difference).max()))

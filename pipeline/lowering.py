@@ -52,9 +52,9 @@ def lower(folded: Model, pairs: Sequence[Pair], dtype: torch.dtype = torch.float
     on_cpu = next(folded.module.parameters()).device.type == "cpu"
     if not on_cpu and dtype == torch.float32:
         return folded
-    # Tensors are shared only where none is converted: a module converts its parameters in place.
-    shared = {id(t): t for t in (*folded.module.parameters(), *folded.module.buffers())}
-    module = copy.deepcopy(folded.module, shared if dtype == torch.float32 else None)
+    # Modules are copied; tensors are shared, or converted one by one.
+    tensors = (*folded.module.parameters(), *folded.module.buffers())
+    module = copy.deepcopy(folded.module, {id(t): _converted(t, dtype) for t in tensors})
     if on_cpu:
         norms = dict(pairs)
         for path, conv in list(module.named_modules()):
@@ -71,13 +71,20 @@ def lower(folded: Model, pairs: Sequence[Pair], dtype: torch.dtype = torch.float
             assert isinstance(conv, nn.Conv2d)
             setattr(module.get_submodule(parent), name, kind(conv, limits).eval())
     if dtype != torch.float32:
-        module.to(dtype)
 
-        def converted(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        def in_dtype(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in inputs)
 
-        module.register_forward_pre_hook(converted)
+        module.register_forward_pre_hook(in_dtype)
     return dataclasses.replace(folded, module=module)
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter or buffer in `dtype`, for which it is no longer shared; as it is for float32."""
+    if dtype == torch.float32 or not tensor.is_floating_point():
+        return tensor
+    found = tensor.to(dtype)
+    return nn.Parameter(found, requires_grad=False) if isinstance(tensor, nn.Parameter) else found
 
 
 def _kind(module: nn.Module) -> "type[Lowered] | None":
@@ -157,40 +164,44 @@ class Pointwise(Lowered):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Steps:
-    """The numbers of a convolution, (down, across) each."""
+class _Kernel:
+    """A depthwise convolution's weights, the same turned round for its gradient, and its numbers, (down, across)."""
 
+    weight: Tensor
+    turned: Tensor
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
+    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution."""
+        return F.conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation, len(self.weight))
+
+    def back(self, gradient: Tensor, size: Sequence[int]) -> Tensor:
+        """The gradient of what it gave → that of the maps of `size` = (height, width) it was given."""
+        reach = [d * (k - 1) for d, k in zip(self.dilation, self.weight.shape[2:], strict=True)]
+        if self.stride != (1, 1):
+            # What a stride left out had no part in any output.
+            size = [n + 2 * p - r for n, p, r in zip(size, self.padding, reach, strict=True)]
+            spread = gradient.new_zeros(len(gradient), *size, gradient.shape[1]).permute(0, 3, 1, 2)
+            spread[:, :, :: self.stride[0], :: self.stride[1]] = gradient
+            gradient = spread
+        padding = [r - p for r, p in zip(reach, self.padding, strict=True)]
+        return F.conv2d(gradient, self.turned, None, 1, padding, self.dilation, len(self.turned))
+
 
 class _Depthwise(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, steps: _Steps, limits: Limits | None
-    ) -> Tensor:
-        y = F.conv2d(x, weight, bias, steps.stride, steps.padding, steps.dilation, len(weight))
-        y = _rectified(y, limits)
-        ctx.weight, ctx.steps, ctx.limits, ctx.size = weight, steps, limits, x.shape[-2:]
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, kernel: _Kernel, limits: Limits | None) -> Tensor:
+        y = _rectified(kernel.apply(x, bias), limits)
+        ctx.kernel, ctx.limits, ctx.size = kernel, limits, x.shape[-2:]
         ctx.save_for_backward(None if limits is None else y)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (gradient,), steps = grads, ctx.steps
-        gradient = passed(gradient, ctx.saved_tensors[0], ctx.limits)
-        reach = [d * (k - 1) for d, k in zip(steps.dilation, ctx.weight.shape[2:], strict=True)]
-        if steps.stride != (1, 1):
-            # What a stride left out had no part in any output.
-            size = [n + 2 * p - r for n, p, r in zip(ctx.size, steps.padding, reach, strict=True)]
-            spread = gradient.new_zeros(len(gradient), *size, gradient.shape[1]).permute(0, 3, 1, 2)
-            spread[:, :, :: steps.stride[0], :: steps.stride[1]] = gradient
-            gradient = spread
-        padding = [r - p for r, p in zip(reach, steps.padding, strict=True)]
-        turned = ctx.weight.flip(2, 3)
-        back = F.conv2d(gradient, turned, None, 1, padding, steps.dilation, len(turned))
-        return back, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient = passed(grads[0], ctx.saved_tensors[0], ctx.limits)
+        return ctx.kernel.back(gradient, ctx.size), None, None, None
 
 
 class Depthwise(Lowered):
@@ -203,33 +214,28 @@ class Depthwise(Lowered):
     def __init__(self, conv: nn.Conv2d, limits: Limits | None) -> None:
         super().__init__(conv, limits)
         self.same = isinstance(conv, Conv2dSame)
-        self.steps = _Steps(
-            (conv.stride[0], conv.stride[1]), (int(conv.padding[0]), int(conv.padding[1])),
-            (conv.dilation[0], conv.dilation[1]),
-        )  # fmt: skip
-        self._framed: dict[tuple[int, int], Tensor] = {}
+        self.stride, self.dilation = (conv.stride[0], conv.stride[1]), (conv.dilation[0], conv.dilation[1])
+        self.padding = int(conv.padding[0]), int(conv.padding[1])
+        self._kernels: dict[tuple[tuple[int, int], tuple[int, int]], _Kernel] = {}
 
-    def _of(self, x: Tensor) -> tuple[Tensor, _Steps]:
-        """Kernel and numbers for maps of this size."""
-        if not self.same:
-            return self.weight, self.steps
-        stride = self.steps.stride
-        # As many places as strides begin in the map: what is then read beyond it is padding.
-        sides = zip(x.shape[-2:], self.weight.shape[2:], stride, strict=True)
-        both = [max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in sides]
-        front = [total // 2 for total in both]
-        back = [total - f for total, f in zip(both, front, strict=True)]
-        more = (back[0] - front[0], back[1] - front[1])
-        if more not in self._framed:
-            self._framed[more] = F.pad(self.weight, (more[1], 0, more[0], 0))
-        return self._framed[more], _Steps(stride, (back[0], back[1]), self.steps.dilation)
+    def kernel(self, size: Sequence[int]) -> _Kernel:
+        """What convolves maps of `size` = (height, width); kept, for there are few sizes and many steps."""
+        padding, more = self.padding, (0, 0)
+        if self.same:
+            # As many places as strides begin in the map: what is then read beyond it is padding.
+            sides = zip(size, self.weight.shape[2:], self.stride, strict=True)
+            down, across = (max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in sides)
+            padding, more = (-(-down // 2), -(-across // 2)), (down % 2, across % 2)
+        if (padding, more) not in self._kernels:
+            weight = F.pad(self.weight, (more[1], 0, more[0], 0))
+            kernel = _Kernel(weight, weight.flip(2, 3), self.stride, padding, self.dilation)
+            self._kernels[padding, more] = kernel
+        return self._kernels[padding, more]
 
     def plain(self, x: Tensor) -> Tensor:
         """By PyTorch's own operations."""
-        weight, s = self._of(x)
-        return F.conv2d(x, weight, self.bias, s.stride, s.padding, s.dilation, len(weight))
+        return self.kernel(x.shape[-2:]).apply(x, self.bias)
 
     def swift(self, x: Tensor) -> Tensor:
         """With its own gradient."""
-        weight, steps = self._of(x)
-        return _Depthwise.apply(x, weight, self.bias, steps, self.limits)
+        return _Depthwise.apply(x, self.bias, self.kernel(x.shape[-2:]), self.limits)

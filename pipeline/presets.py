@@ -60,6 +60,11 @@ class RenderConfig:
         return tuple(dict.fromkeys(named))
 
     @property
+    def as_it_is(self) -> bool:
+        """True where steps need the network's own weights: noise on them is none on a lowered network's."""
+        return bool(self.augmentations)
+
+    @property
     def natural(self) -> str:
         """The dataset statistic that measures photographs as the objective does; empty where there is none.
 

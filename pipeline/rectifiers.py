@@ -6,7 +6,8 @@ dead unit dead beside a living one), and for any network: the modules' forward i
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -72,16 +73,14 @@ def redirected(module: nn.Module) -> Iterator[None]:
     changed: list[nn.Module] = []
     switched: list[Rectifying] = []
 
-    def forward(high: float | None) -> Callable[[Tensor], Tensor]:
-        return lambda x: _Redirected.apply(x, high)  # type: ignore[no-any-return]
-
     try:
         for child in module.modules():
             if isinstance(child, Rectifying):
                 child.redirecting = True
                 switched.append(child)
             elif isinstance(child, (nn.ReLU, nn.ReLU6)) and "forward" not in vars(child):
-                child.forward = forward(6.0 if isinstance(child, nn.ReLU6) else None)  # type: ignore[method-assign]
+                limits = (0.0, 6.0 if isinstance(child, nn.ReLU6) else None)
+                child.forward = functools.partial(redirect, limits=limits)  # type: ignore[method-assign]
                 changed.append(child)
         yield
     finally:

@@ -116,8 +116,7 @@ def render(
     coupling holds together are tried again together. `stop` is called at every step and may raise.
     """
     size = size or canvas_size(layer, model.recipe.size, config.size)
-    # Noise on weights is noise on those of the network as it is.
-    lowered = model if lowered is None or config.augmentations else lowered
+    lowered = model if lowered is None or config.as_it_is else lowered
     job = Job(model, lowered, layer, config, seed, size, others or {}, ensemble, starts or {}, stop)
     done: dict[Unit, Picture] = {}
     todo = list(units)

@@ -61,6 +61,14 @@ def identity(path: Path) -> str | None:
         return None
 
 
+def precisions(shard: Shard) -> list[str]:
+    """What steps of its pictures were computed in; more than one only in an atlas, where a cluster's workers differed.
+
+    Shards of former versions do not say, and are float32.
+    """
+    return shard.attributes.get("precision", "float32").split()
+
+
 def parts(path: Path) -> dict[tuple[str, str], Shard]:
     """What an atlas holds of each layer, by its name and digest, in the shape of shards; empty if there is none.
 
@@ -167,9 +175,7 @@ def _pictures(group: h5py.Group, preset: str, channels: Sequence[int], found: Se
     target.attrs["preset"] = preset  # equal settings under another name have made the same pictures
     for key in ("digest", "natural", "objective", "layer"):
         target.attrs[key] = first.attributes[key]
-    # Workers of a mixed cluster may differ; shards of former versions are float32.
-    told = {name for shard in found for name in shard.attributes.get("precision", "float32").split()}
-    target.attrs["precision"] = " ".join(sorted(told))
+    target.attrs["precision"] = " ".join(sorted({name for shard in found for name in precisions(shard)}))
     images = shards.create_images(target, "images", (len(channels), *shape))
     size = (len(channels), shape[0])
     arrays: dict[str, np.ndarray] = {

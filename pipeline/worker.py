@@ -291,8 +291,7 @@ class Worker:
             "objective": type(preset.objective).__name__.lower(),
             "natural": preset.natural,
             "preset": preset.name,
-            # Noise on weights is noise on those of the network as it is.
-            "precision": "float32" if preset.augmentations else str(self.precision).removeprefix("torch."),
+            "precision": "float32" if preset.as_it_is else str(self.precision).removeprefix("torch."),
         }
         return shards.image(attributes, arrays)
 

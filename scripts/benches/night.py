@@ -15,18 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from hydra import compose, initialize_config_dir
-from render import say
+from render import request, say
 
-from pipeline.arguments import conf_folder
-from pipeline.cli import request_of
 from pipeline.plan import make_plan
-from pipeline.run import Request, run
-
-
-def request(overrides: list[str]) -> Request:
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return request_of(compose("config", overrides))
+from pipeline.run import run
 
 
 class Memory(threading.Thread):

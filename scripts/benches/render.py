@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
 
 from pipeline.arguments import conf_folder
 from pipeline.cli import request_of
@@ -32,6 +33,7 @@ from pipeline.lowering import lower, precision_of
 from pipeline.models import Model, load
 from pipeline.policies import LayersConfig, choose, found_layers
 from pipeline.render import render
+from pipeline.run import Request
 from pipeline.worker import keep_memory
 
 SHORT, LONG = 4, 12
@@ -42,13 +44,15 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+def request(overrides: list[str]) -> Request:
+    """What the command line would make of `overrides`."""
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return request_of(compose("config", overrides))
+
+
 def config_of(preset: str, model: str) -> Config:
     """The default configuration with another preset and network."""
-    from hydra import compose, initialize_config_dir
-
-    overrides = [f"render={preset}", f"model={model}", "run.name=bench"]
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return request_of(compose("config", overrides)).config
+    return request([f"render={preset}", f"model={model}", "run.name=bench"]).config
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
