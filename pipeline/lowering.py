@@ -5,7 +5,8 @@ An image-step waits for memory and for kernels that nobody tuned, so three thing
 * A convolution of 1 x 1 pixels is a matrix product over the rows of a channels-last map.
 * The gradient of a depthwise convolution is a depthwise convolution itself, of the gradient spread out over the
   stride, with the kernel turned round. PyTorch's own is a reference loop in bfloat16 and slow in float32.
-* The rectifier that a folded normalisation holds works in place on what the convolution wrote.
+* The rectifier that a folded normalisation holds is part of the convolution: oneDNN applies it to each number before
+  writing it, where PyTorch has oneDNN; elsewhere it works in place on what the convolution wrote.
 
 In bfloat16 there is half as much to read and write, and processors with tiles (AMX) multiply it eight times as fast.
 What a finished picture is measured on stays the folded network in float32.
@@ -130,15 +131,34 @@ class Lowered(Rectifying):
         return self.swift(x)
 
 
-def _rectified(y: Tensor, limits: Limits | None) -> Tensor:
-    """In place: between the limits."""
-    return y if limits is None else y.clamp_(*limits)
+@functools.cache
+def _fusing(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch has convolutions that end in a rectifier for numbers of a kind: what its compiler uses."""
+    ops = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if not (hasattr(ops, "_linear_pointwise") and hasattr(ops, "_convolution_pointwise")):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(ops._is_mkldnn_bf16_supported()))
+
+
+def _ending(limits: Limits) -> tuple[str, list[float], str]:
+    """oneDNN's name of a rectifier, its numbers, and the algorithm, of which there is but one."""
+    low, high = limits
+    return ("relu", [], "") if high is None else ("hardtanh", [low, high], "")
 
 
 class _Pointwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits | None) -> Tensor:
-        y = _rectified(F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2), limits)
+        rows = x.permute(0, 2, 3, 1)
+        if limits is None:
+            y = F.linear(rows, weight, bias)
+        elif _fusing(x.dtype):
+            y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, *_ending(limits))
+        else:
+            y = F.linear(rows, weight, bias).clamp_(*limits)
+        y = y.permute(0, 3, 1, 2)
         ctx.weight, ctx.limits = weight, limits
         ctx.save_for_backward(None if limits is None else y)
         return y
@@ -173,9 +193,16 @@ class _Kernel:
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
-    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution."""
-        return F.conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation, len(self.weight))
+    def apply(self, x: Tensor, bias: Tensor | None, limits: Limits | None = None) -> Tensor:
+        """The convolution, and the rectifier that `limits` says."""
+        groups = len(self.weight)
+        if limits is None:
+            return F.conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation, groups)
+        if _fusing(x.dtype):
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, self.weight, bias, self.padding, self.stride, self.dilation, groups, *_ending(limits)
+            )
+        return self.apply(x, bias).clamp_(*limits)
 
     def back(self, gradient: Tensor, size: Sequence[int]) -> Tensor:
         """The gradient of what it gave → that of the maps of `size` = (height, width) it was given."""
@@ -193,7 +220,7 @@ class _Kernel:
 class _Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, kernel: _Kernel, limits: Limits | None) -> Tensor:
-        y = _rectified(kernel.apply(x, bias), limits)
+        y = kernel.apply(x, bias, limits)
         ctx.kernel, ctx.limits, ctx.size = kernel, limits, x.shape[-2:]
         ctx.save_for_backward(None if limits is None else y)
         return y

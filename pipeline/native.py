@@ -17,7 +17,16 @@ log = logging.getLogger(__name__)
 
 # Its threads are PyTorch's own: the symbols of OpenMP are there already. Nothing is contracted, so that a loop gives
 # the same bits with every compiler.
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+)
 
 
 @functools.cache

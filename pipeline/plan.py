@@ -24,6 +24,7 @@ from pipeline.folding import fold, foldable
 from pipeline.inputs import Inputs, network_digest
 from pipeline.layers import Field, Layer
 from pipeline.lowering import lower, precision_of
+from pipeline.memory import keep_memory
 from pipeline.models import Model, load
 from pipeline.policies import LayersConfig
 from pipeline.progress import clock
@@ -31,7 +32,6 @@ from pipeline.recipes import Recipe
 from pipeline.selection import Units, selected
 from pipeline.shards import safe
 from pipeline.tasks import Setup, Task, examples_digest, render_digest
-from pipeline.worker import keep_memory
 
 log = logging.getLogger(__name__)
 

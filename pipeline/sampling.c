@@ -1,9 +1,13 @@
 /* Pictures seen through a matrix, bilinearly, and back: sampling.py says what for. */
 #include <math.h>
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { WIDE = 2048 };
+
+/* Up to four channels of a pixel lie together, so that one instruction does all of them. */
+typedef float pixel __attribute__((vector_size(16)));
 
 /* A coordinate in pixels, reflected at the outer edges of the first and last pixel, then held at their centres. */
 static inline float within(float x, float size) {
@@ -11,7 +15,9 @@ static inline float within(float x, float size) {
     const float times = floorf(away / size), rest = away - times * size;
     const float odd = times - 2.0f * floorf(times * 0.5f);
     const float found = (odd > 0.5f ? size - rest : rest) - 0.5f;
-    return fminf(fmaxf(found, 0.0f), size - 1.0f);
+    /* Not fmaxf and fminf: they may be calls, and a loop with a call is not made wide. What is no number becomes 0. */
+    const float held = found > 0.0f ? found : 0.0f;
+    return held < size - 1.0f ? held : size - 1.0f;
 }
 
 /* Where a row of the view lies on the picture: the offsets of two pixels above and two below, and their weights. */
@@ -34,45 +40,80 @@ static inline void row_of(const float *matrix, ptrdiff_t y, ptrdiff_t H, ptrdiff
     }
 }
 
-/* Images (B, C, H, W) through matrices (B, 2, 3) to a view (B, h, w, C). */
-void look(const float *restrict images, const float *restrict matrices, float *restrict view, ptrdiff_t B, ptrdiff_t C,
-          ptrdiff_t H, ptrdiff_t W, ptrdiff_t h, ptrdiff_t w) {
-#pragma omp parallel for collapse(2) schedule(static)
-    for (ptrdiff_t b = 0; b < B; b++)
-        for (ptrdiff_t y = 0; y < h; y++) {
-            int at[4][WIDE];
-            float weight[4][WIDE], row[WIDE];
-            row_of(matrices + 6 * b, y, H, W, h, w, at, weight);
-            for (ptrdiff_t c = 0; c < C; c++) {
-                const float *image = images + (b * C + c) * H * W;
-                float *to = view + (b * h + y) * w * C + c;
-                for (int x = 0; x < (int)w; x++)
-                    row[x] = weight[0][x] * image[at[0][x]] + weight[1][x] * image[at[1][x]] +
-                             weight[2][x] * image[at[2][x]] + weight[3][x] * image[at[3][x]];
-                for (int x = 0; x < (int)w; x++) to[x * C] = row[x];
-            }
+/* One image (C, H, W) to a view (h, w, C) by way of `picture`, H * W pixels; C is known when this is compiled. */
+__attribute__((always_inline)) static inline void look_at(const float *image, const float *matrix, float *view,
+                                                          pixel *picture, const int C, ptrdiff_t H, ptrdiff_t W,
+                                                          ptrdiff_t h, ptrdiff_t w) {
+    int at[4][WIDE];
+    float weight[4][WIDE];
+    for (ptrdiff_t i = 0; i < H * W; i++)
+        for (int c = 0; c < 4; c++) picture[i][c] = image[(c < C ? c : 0) * H * W + i];
+    for (ptrdiff_t y = 0; y < h; y++) {
+        row_of(matrix, y, H, W, h, w, at, weight);
+        float *to = view + y * w * C;
+        for (int x = 0; x < (int)w; x++) {
+            const pixel found = weight[0][x] * picture[at[0][x]] + weight[1][x] * picture[at[1][x]] +
+                                weight[2][x] * picture[at[2][x]] + weight[3][x] * picture[at[3][x]];
+            memcpy(to + x * C, &found, (size_t)C * sizeof(float));
         }
+    }
 }
 
-/* The gradient of a view (B, h, w, C) to that of the images (B, C, H, W), which is zero before. */
-void back(const float *restrict view, const float *restrict matrices, float *restrict images, ptrdiff_t B, ptrdiff_t C,
-          ptrdiff_t H, ptrdiff_t W, ptrdiff_t h, ptrdiff_t w) {
-#pragma omp parallel for schedule(static)
-    for (ptrdiff_t b = 0; b < B; b++)
-        for (ptrdiff_t y = 0; y < h; y++) {
-            int at[4][WIDE];
-            float weight[4][WIDE];
-            row_of(matrices + 6 * b, y, H, W, h, w, at, weight);
-            for (ptrdiff_t c = 0; c < C; c++) {
-                const float *from = view + (b * h + y) * w * C + c;
-                float *image = images + (b * C + c) * H * W;
-                for (int x = 0; x < (int)w; x++) {
-                    const float g = from[x * C];
-                    image[at[0][x]] += g * weight[0][x];
-                    image[at[1][x]] += g * weight[1][x];
-                    image[at[2][x]] += g * weight[2][x];
-                    image[at[3][x]] += g * weight[3][x];
-                }
-            }
+/* The gradient of a view (h, w, C) to that of its image (C, H, W) by way of `picture`. */
+__attribute__((always_inline)) static inline void back_from(const float *view, const float *matrix, float *image,
+                                                            pixel *picture, const int C, ptrdiff_t H, ptrdiff_t W,
+                                                            ptrdiff_t h, ptrdiff_t w) {
+    int at[4][WIDE];
+    float weight[4][WIDE];
+    memset(picture, 0, (size_t)(H * W) * sizeof(pixel));
+    for (ptrdiff_t y = 0; y < h; y++) {
+        row_of(matrix, y, H, W, h, w, at, weight);
+        const float *from = view + y * w * C;
+        for (int x = 0; x < (int)w; x++) {
+            pixel g = {0, 0, 0, 0};
+            memcpy(&g, from + x * C, (size_t)C * sizeof(float));
+            for (int i = 0; i < 4; i++) picture[at[i][x]] += g * weight[i][x];
         }
+    }
+    for (int c = 0; c < C; c++)
+        for (ptrdiff_t i = 0; i < H * W; i++) image[c * H * W + i] = picture[i][c];
+}
+
+/* Calls `one` with the number of channels as a constant. */
+#define FOR_CHANNELS(one, from, matrix, to, picture)                                                                   \
+    switch (C) {                                                                                                       \
+    case 1: one(from, matrix, to, picture, 1, H, W, h, w); break;                                                      \
+    case 2: one(from, matrix, to, picture, 2, H, W, h, w); break;                                                      \
+    case 3: one(from, matrix, to, picture, 3, H, W, h, w); break;                                                      \
+    default: one(from, matrix, to, picture, 4, H, W, h, w);                                                            \
+    }
+
+/* Images (B, C, H, W) of at most four channels through matrices (B, 2, 3) to a view (B, h, w, C); 0 without memory. */
+int look(const float *restrict images, const float *restrict matrices, float *restrict view, ptrdiff_t B, ptrdiff_t C,
+         ptrdiff_t H, ptrdiff_t W, ptrdiff_t h, ptrdiff_t w) {
+    int done = 1;
+#pragma omp parallel for schedule(static) reduction(&& : done)
+    for (ptrdiff_t b = 0; b < B; b++) {
+        pixel *picture = malloc((size_t)(H * W) * sizeof(pixel));
+        done = done && picture;
+        if (!picture) continue;
+        FOR_CHANNELS(look_at, images + b * C * H * W, matrices + 6 * b, view + b * h * w * C, picture)
+        free(picture);
+    }
+    return done;
+}
+
+/* The gradient of a view (B, h, w, C) to that of the images (B, C, H, W); 0 without memory. */
+int back(const float *restrict view, const float *restrict matrices, float *restrict images, ptrdiff_t B, ptrdiff_t C,
+         ptrdiff_t H, ptrdiff_t W, ptrdiff_t h, ptrdiff_t w) {
+    int done = 1;
+#pragma omp parallel for schedule(static) reduction(&& : done)
+    for (ptrdiff_t b = 0; b < B; b++) {
+        pixel *picture = malloc((size_t)(H * W) * sizeof(pixel));
+        done = done && picture;
+        if (!picture) continue;
+        FOR_CHANNELS(back_from, view + b * h * w * C, matrices + 6 * b, images + b * C * H * W, picture)
+        free(picture);
+    }
+    return done;
 }

@@ -1,7 +1,6 @@
 """What does the work: a loaded network and a loop body. Knows nothing of who hands out the tasks."""
 
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import gc
@@ -25,6 +24,7 @@ from pipeline.files import File
 from pipeline.folding import Pair, fold, foldable
 from pipeline.layers import Layer
 from pipeline.lowering import lower, precision_of
+from pipeline.memory import keep_memory, memory_share
 from pipeline.models import Model, ModelConfig, load
 from pipeline.presets import RenderConfig
 from pipeline.quality import MEASURES
@@ -46,28 +46,6 @@ T = TypeVar("T")
 
 class Unfit(Exception):
     """This worker can do nothing more, and its process must end: a CUDA context was poisoned."""
-
-
-def keep_memory() -> None:
-    """Stop glibc from giving large tensors back to the kernel at every step and faulting them in again.
-
-    Measured on two cores: a third of an image-step in early layers. Without glibc this does nothing.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
-    for option, value in ((trim_threshold, 1 << 30), (top_pad, 1 << 26), (mmap_threshold, 1 << 30)):
-        mallopt(option, value)
-
-
-def memory_share(threads: int) -> float:
-    """Bytes that one worker may take: its share of the cores, of nine tenths of the machine's or container's memory."""
-    total = psutil.virtual_memory().total
-    with contextlib.suppress(OSError, ValueError):
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return 0.9 * total * min(1.0, threads / (os.cpu_count() or 1))
 
 
 class Worker:

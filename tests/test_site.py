@@ -140,7 +140,12 @@ def write_layer(file: h5py.File, rng, order: int, layer, pictures: bool, example
         put(group, f"{render}/status", status)
         natural, objective = ("max", "neuron") if number else ("mean", "channel")
         group[render].attrs.update(
-            natural=natural, objective=objective, preset=preset, digest=f"{order}f" * 32, order=number
+            natural=natural,
+            objective=objective,
+            preset=preset,
+            digest=f"{order}f" * 32,
+            order=number,
+            precision="bfloat16 float32" if order else "float32",
         )
 
 
@@ -421,6 +426,15 @@ def test_api_keeps_its_schema(site):
         pd.testing.assert_frame_equal(pd.read_parquet(site / "units.parquet"), atlas.units())
     cited = yaml.safe_load((site / "CITATION.cff").read_text())
     assert cited["title"] == "Neuron Atlas: tiny" and cited["cff-version"] == "1.2.0"
+
+
+def test_a_page_says_what_steps_were_computed_in(site):
+    assert "computed in bfloat16 and float32" in Page(site / "method.html").plain
+    index = json.loads((site / "api/v1/index.json").read_text())
+    for order, layer in enumerate(index["layers"]):
+        for preset in layer["presets"]:
+            assert preset["precision"] == (["bfloat16", "float32"] if order else ["float32"])
+            assert f"steps in {' and '.join(preset['precision'])}:" in Page(site / layer["page"]).plain
 
 
 def test_without_parquet_the_table_is_csv(tmp_path, monkeypatch):

@@ -16,7 +16,8 @@ from pipeline.views import Examples
 class Rendered:
     """Pictures under one key of a layer: `variants` of each unit, (height, width) in pixels.
 
-    `counts` are pictures by status, `seconds` the time that all of them took.
+    `counts` are pictures by status, `seconds` the time that all of them took, `precisions` what their steps
+    were computed in, where the atlas says so.
     """
 
     key: str
@@ -32,6 +33,7 @@ class Rendered:
     failed: tuple[int, ...]
     seconds: float
     steps: tuple[int, int]
+    precisions: tuple[str, ...]
 
     @property
     def pictures(self) -> int:
@@ -121,6 +123,7 @@ def facts_of(layer: LayerView, order: int, classes: Sequence[str]) -> Facts:
                 failed=tuple(failed),
                 seconds=seconds,
                 steps=(int(steps.min()), int(steps.max())) if steps.size else (0, 0),
+                precisions=tuple(str(attributes.get("precision", "")).split()),
             )
         )
     return Facts(

@@ -26,6 +26,7 @@ class Making:
     seconds: float
     steps: tuple[int, int]
     sides: tuple[int, int]
+    precisions: list[str]
 
     @property
     def time(self) -> str:
@@ -136,6 +137,7 @@ def _makings(layers: list[Facts]) -> list[Making]:
                 len({r.digest for r in rendered}), sum(r.seconds for r in rendered),
                 (min(steps, default=0), max(steps, default=0)),
                 (min(r.width for r in rendered), max(r.width for r in rendered)),
+                sorted({name for r in rendered for name in r.precisions}),
             )
         )  # fmt: skip
     return makings

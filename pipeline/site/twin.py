@@ -46,7 +46,10 @@ def write_index(root: Path, atlas: Atlas, layers: Sequence[Facts], catalogue: Ca
                 "map": f.map_size,
                 "receptive_field": f.seen,
                 "input": f.input_size,
-                "presets": [{"key": r.key, "preset": r.preset, "digest": r.digest} for r in f.rendered],
+                "presets": [
+                    {"key": r.key, "preset": r.preset, "digest": r.digest, "precision": r.precisions}
+                    for r in f.rendered
+                ],
                 "units": f"{API}/units/{f.slug}.json",
                 "page": f.href,
             }

@@ -19,12 +19,12 @@ import torch
 from pipeline import datasets, examples, photos, shards
 from pipeline.examples import Drawn, ExamplesConfig, Gathering
 from pipeline.folding import fold, foldable
+from pipeline.memory import keep_memory
 from pipeline.models import Model, load
 from pipeline.photos import Loaded
 from pipeline.policies import LayersConfig, choose, found_layers
 from pipeline.recipes import ModelConfig
 from pipeline.reduction import Reducer
-from pipeline.worker import keep_memory
 
 BLOCK = 192
 

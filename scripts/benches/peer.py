@@ -42,12 +42,12 @@ from pipeline.fields import receptive_fields
 from pipeline.folding import fold, foldable
 from pipeline.layers import Layer, capture
 from pipeline.lowering import lower, precision_of
+from pipeline.memory import keep_memory
 from pipeline.models import Model, load
 from pipeline.policies import LayersConfig, found_layers
 from pipeline.render import Picture, render
 from pipeline.seeds import seed_of
 from pipeline.transforms import STANDARD, draw, shake
-from pipeline.worker import keep_memory
 
 LAYERS = ("blocks.1.1", "blocks.3.1", "blocks.4.2", "blocks.5.3", "conv_head")
 # conv_head alone is a convolution without its activation, which comes in bn2: Lucent and we look at the same tensor.

@@ -30,11 +30,11 @@ from pipeline.fields import receptive_fields
 from pipeline.folding import fold, foldable
 from pipeline.layers import Layer, capture
 from pipeline.lowering import lower, precision_of
+from pipeline.memory import keep_memory
 from pipeline.models import Model, load
 from pipeline.policies import LayersConfig, choose, found_layers
 from pipeline.render import render
 from pipeline.run import Request
-from pipeline.worker import keep_memory
 
 SHORT, LONG = 4, 12
 
