@@ -130,7 +130,15 @@ def calls(model: Model) -> int:
     return count
 
 
-@pytest.mark.parametrize("expected", TABLE, ids=lambda e: e.label)
+# About a minute each.
+LONG = ("inception_v3", "swin_t")
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [pytest.param(e, marks=[pytest.mark.long] if e.name in LONG else []) for e in TABLE],
+    ids=lambda e: e.label,
+)
 def test_layers_channels_fields_and_pictures(expected: Expected, tmp_path: Path) -> None:
     model = network(expected, tmp_path)
     before = state_of(model)

@@ -182,6 +182,7 @@ def isolated() -> bool:
         return False
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not isolated(), reason="needs unshare, so that `ray stop` finds only its own")
 def test_the_slurm_script_with_the_real_symmetric_run(
     tmp_path: Path, slurm: dict[str, str], tiny_run: list[str]
@@ -249,6 +250,7 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
         shutil.rmtree(short, ignore_errors=True)
 
 
+@pytest.mark.long
 def test_a_real_job_on_a_real_cluster(tmp_path: Path, head: dict[str, str], tiny_run: list[str]) -> None:
     pytest.importorskip("aiohttp", reason="needs the cluster extra")
     settings = [o for o in tiny_run if not o.startswith("engine=")]

@@ -191,6 +191,7 @@ def do_all(
     return results, engine
 
 
+@pytest.mark.long
 def test_every_way_a_task_can_end(tmp_path: Path) -> None:
     """Raising, poisoned, killed and outgrown workers: each task is tried again, and each unfit worker replaced."""
     layers = ["good", "moody", "broken", "poisoned", "deadly", "killer", "growing", "tight", "good", "growing", "good"]
@@ -340,6 +341,7 @@ with connected(EngineConfig()) as ray:
     assert not any(line.endswith(" 8265") for line in lines) and not Path(home, ".ray").exists()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_chaos_in_small() -> None:
     """Some kills of workers, the driver and nodes; scripts/chaos does hundreds."""

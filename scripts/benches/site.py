@@ -102,7 +102,7 @@ def synthetic(path: Path, layers: list[tuple[str, int, int, int]], changed: str 
                 receptive_field_offset=[-(field // 2)] * 2, input_size=[224] * 2,
             )  # fmt: skip
             put(group, "channels", np.arange(channels, dtype=np.int32))
-            px = min(224, max(128, 8 * stride))
+            px = min(192, max(128, field or 192))
             if px not in made:
                 made[px] = [(chunk_of(p), p) for p in (noise((px, px), i) for i in range(DIFFERENT))]
             _pictures(group, rng, channels, px, made[px], order + (7 if name == changed else 0))
