@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -48,10 +49,12 @@ def gradients(module: nn.Module, x: torch.Tensor, weights: torch.Tensor | None) 
     act=st.sampled_from(sorted(ACTS)),
     bias=st.booleans(),
     last=st.booleans(),
+    fusing=st.booleans(),
 )
 def test_any_lowered_convolution_is_the_convolution(
-    data: st.DataObject, depthwise: bool, same: bool, act: str, bias: bool, last: bool
+    data: st.DataObject, depthwise: bool, same: bool, act: str, bias: bool, last: bool, fusing: bool
 ) -> None:
+    """Also where this PyTorch has no rectifiers inside oneDNN's convolutions."""
     channels = data.draw(st.integers(2, 5))
     x = torch.rand(2, channels, *(data.draw(st.integers(7, 14)) for _ in range(2)))
     if depthwise:
@@ -72,7 +75,9 @@ def test_any_lowered_convolution_is_the_convolution(
         x = x.contiguous(memory_format=torch.channels_last)
     lowered = kind(conv, limits_of(ACTS[act]))
     wanted = gradients(nn.Sequential(conv, ACTS[act]), x, None)
-    torch.testing.assert_close(gradients(lowered, x, None), wanted, rtol=1e-4, atol=1e-5)
+    there = lowering._fusing(x.dtype)
+    with mock.patch.object(lowering, "_fusing", lambda _: fusing and there):
+        torch.testing.assert_close(gradients(lowered, x, None), wanted, rtol=1e-4, atol=1e-5)
     lowered.redirecting = True
     torch.testing.assert_close(lowered(x), wanted[0], rtol=1e-4, atol=1e-5)
 
