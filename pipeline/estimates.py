@@ -15,7 +15,8 @@ from pipeline.models import Model
 from pipeline.presets import RenderConfig, Size
 from pipeline.render import ROBUST_COPIES, render
 
-# At most so many steps are begun to be timed, and none after so many seconds.
+# At most so many steps are begun to be timed, and none after so many seconds. The first warms up (it compiles loops and
+# kernels) and may take ten times as long.
 TIMED = 5
 PATIENCE = 1.0
 
@@ -117,7 +118,8 @@ def _preset_rows(
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter())
-            if len(times) == TIMED or times[-1] - times[0] > PATIENCE:
+            waited = times[-1] - times[0] > 10 * PATIENCE or (len(times) > 2 and times[-1] - times[1] > PATIENCE)
+            if len(times) == TIMED or waited:
                 raise _Enough
 
         with contextlib.suppress(_Enough):
