@@ -28,7 +28,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     seed=st.integers(0, 9999),
     picture=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     view=st.tuples(st.integers(1, 60), st.integers(1, 60)),
-    channels=st.integers(1, 4),
+    channels=st.integers(1, sampling.DEEP + 1),
 )
 def test_any_matrix_shows_what_grid_sample_shows(
     seed: int, picture: tuple[int, int], view: tuple[int, int], channels: int
