@@ -142,6 +142,11 @@ def _fusing(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(ops._is_mkldnn_bf16_supported()))
 
 
+def _rectified(y: Tensor, limits: Limits | None) -> Tensor:
+    """In place: between the limits."""
+    return y if limits is None else y.clamp_(*limits)
+
+
 def _ending(limits: Limits) -> tuple[str, list[float], str]:
     """oneDNN's name of a rectifier, its numbers, and the algorithm, of which there is but one."""
     low, high = limits
@@ -152,12 +157,10 @@ class _Pointwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits | None) -> Tensor:
         rows = x.permute(0, 2, 3, 1)
-        if limits is None:
-            y = F.linear(rows, weight, bias)
-        elif _fusing(x.dtype):
+        if limits is not None and _fusing(x.dtype):
             y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, *_ending(limits))
         else:
-            y = F.linear(rows, weight, bias).clamp_(*limits)
+            y = _rectified(F.linear(rows, weight, bias), limits)
         y = y.permute(0, 3, 1, 2)
         ctx.weight, ctx.limits = weight, limits
         ctx.save_for_backward(None if limits is None else y)
@@ -196,13 +199,11 @@ class _Kernel:
     def apply(self, x: Tensor, bias: Tensor | None, limits: Limits | None = None) -> Tensor:
         """The convolution, and the rectifier that `limits` says."""
         groups = len(self.weight)
-        if limits is None:
-            return F.conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation, groups)
-        if _fusing(x.dtype):
+        if limits is not None and _fusing(x.dtype):
             return torch.ops.mkldnn._convolution_pointwise(
                 x, self.weight, bias, self.padding, self.stride, self.dilation, groups, *_ending(limits)
             )
-        return self.apply(x, bias).clamp_(*limits)
+        return _rectified(F.conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation, groups), limits)
 
     def back(self, gradient: Tensor, size: Sequence[int]) -> Tensor:
         """The gradient of what it gave → that of the maps of `size` = (height, width) it was given."""

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import psutil
 
-# How far the heap is stretched at once: addresses only, memory is taken where they are written to.
-STRETCH = 1 << 30
+# Free memory at the heap's end that glibc gives back when it is more.
+TRIM = 1 << 30
+
+# How far the heap is stretched at once: addresses only, memory is taken where they are written to. With the quarter
+# that makes it grow this stays below TRIM, or glibc would take the stretch back at once.
+STRETCH = 3 << 28
 
 
 def keep_memory() -> None:
@@ -24,7 +28,7 @@ def keep_memory() -> None:
     except (OSError, AttributeError):
         return
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3
-    for option, value in ((trim_threshold, 1 << 30), (top_pad, STRETCH), (mmap_threshold, 1 << 30)):
+    for option, value in ((trim_threshold, TRIM), (top_pad, STRETCH), (mmap_threshold, 1 << 30)):
         mallopt(option, value)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
@@ -32,7 +36,7 @@ def keep_memory() -> None:
     libc.free(libc.malloc(STRETCH // 4))
     with contextlib.suppress(OSError):
         _in_huge_pages(libc)
-    mallopt(top_pad, STRETCH // 16)
+    mallopt(top_pad, 1 << 26)
 
 
 def _in_huge_pages(libc: ctypes.CDLL) -> None:

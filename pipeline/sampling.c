@@ -88,31 +88,21 @@ __attribute__((always_inline)) static inline void back_from(const float *view, c
     default: one(from, matrix, to, picture, 4, H, W, h, w);                                                            \
     }
 
-/* Images (B, C, H, W) of at most four channels through matrices (B, 2, 3) to a view (B, h, w, C); 0 without memory. */
-int look(const float *restrict images, const float *restrict matrices, float *restrict view, ptrdiff_t B, ptrdiff_t C,
-         ptrdiff_t H, ptrdiff_t W, ptrdiff_t h, ptrdiff_t w) {
+/* Images (B, C, H, W) of at most four channels through matrices (B, 2, 3) to a view (B, h, w, C); or, `backwards`, the
+   gradient of such a view to that of its images. 0 without memory. */
+int sample(const float *restrict from, const float *restrict matrices, float *restrict to, int backwards, ptrdiff_t B,
+           ptrdiff_t C, ptrdiff_t H, ptrdiff_t W, ptrdiff_t h, ptrdiff_t w) {
+    const ptrdiff_t image = C * H * W, view = h * w * C;
     int done = 1;
 #pragma omp parallel for schedule(static) reduction(&& : done)
     for (ptrdiff_t b = 0; b < B; b++) {
         pixel *picture = malloc((size_t)(H * W) * sizeof(pixel));
         done = done && picture;
         if (!picture) continue;
-        FOR_CHANNELS(look_at, images + b * C * H * W, matrices + 6 * b, view + b * h * w * C, picture)
-        free(picture);
-    }
-    return done;
-}
-
-/* The gradient of a view (B, h, w, C) to that of the images (B, C, H, W); 0 without memory. */
-int back(const float *restrict view, const float *restrict matrices, float *restrict images, ptrdiff_t B, ptrdiff_t C,
-         ptrdiff_t H, ptrdiff_t W, ptrdiff_t h, ptrdiff_t w) {
-    int done = 1;
-#pragma omp parallel for schedule(static) reduction(&& : done)
-    for (ptrdiff_t b = 0; b < B; b++) {
-        pixel *picture = malloc((size_t)(H * W) * sizeof(pixel));
-        done = done && picture;
-        if (!picture) continue;
-        FOR_CHANNELS(back_from, view + b * h * w * C, matrices + 6 * b, images + b * C * H * W, picture)
+        if (backwards)
+            FOR_CHANNELS(back_from, from + b * view, matrices + 6 * b, to + b * image, picture)
+        else
+            FOR_CHANNELS(look_at, from + b * image, matrices + 6 * b, to + b * view, picture)
         free(picture);
     }
     return done;

@@ -25,10 +25,10 @@ WIDE, DEEP = 2048, 4
 def sample(images: Tensor, matrix: Tensor, size: Size) -> Tensor:
     """(B, C, H, W) seen through `matrix` (B, 3, 3; output → input pixels from the centre) as (B, C, *size)."""
     fits = images.device.type == "cpu" and images.dtype == torch.float32 and size[1] <= WIDE and images.shape[1] <= DEEP
-    loops = _loops() if fits else None
-    if loops is None:
+    loop = _loop() if fits else None
+    if loop is None:
         return by_grid(images, matrix, size)
-    return _Sample.apply(images, matrix[:, :2].to(torch.float32).contiguous(), size, *loops)
+    return _Sample.apply(images, matrix[:, :2].to(torch.float32).contiguous(), size, loop)
 
 
 def by_grid(images: Tensor, matrix: Tensor, size: Size) -> Tensor:
@@ -46,32 +46,35 @@ _Loop = Callable[..., int]
 
 
 @functools.cache
-def _loops() -> tuple[_Loop, _Loop] | None:
+def _loop() -> _Loop | None:
+    """sampling.c: what is read, the matrices, what is written, whether backwards, and six sizes."""
     library = native.library("sampling")
     if library is None:
         return None
-    for loop in (library.look, library.back):
-        loop.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_ssize_t] * 6
-        loop.restype = ctypes.c_int
-    return library.look, library.back
+    library.sample.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int] + [ctypes.c_ssize_t] * 6
+    library.sample.restype = ctypes.c_int
+    return library.sample
 
 
 class _Sample(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, images: Tensor, matrix: Tensor, size: Size, look: _Loop, back: _Loop) -> Tensor:
+    def forward(ctx: Any, images: Tensor, matrix: Tensor, size: Size, loop: _Loop) -> Tensor:
         images = images.contiguous()
-        numbers = *images.shape, *size
         view = images.new_empty(len(images), *size, images.shape[1])
-        if not look(images.data_ptr(), matrix.data_ptr(), view.data_ptr(), *numbers):
-            raise MemoryError("no room for a picture to be looked at")
-        ctx.matrix, ctx.numbers, ctx.loop = matrix, numbers, back
+        ctx.matrix, ctx.numbers, ctx.loop = matrix, (*images.shape, *size), loop
+        _Sample.run(ctx, images, view, backwards=False)
         return view.permute(0, 3, 1, 2)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = grads
         gradient = gradient.to(torch.float32).permute(0, 2, 3, 1).contiguous()
         found = gradient.new_empty(ctx.numbers[:4])
-        if not ctx.loop(gradient.data_ptr(), ctx.matrix.data_ptr(), found.data_ptr(), *ctx.numbers):
-            raise MemoryError("no room for a picture's gradient")
-        return found, None, None, None, None
+        _Sample.run(ctx, gradient, found, backwards=True)
+        return found, None, None, None
+
+    @staticmethod
+    def run(ctx: Any, read: Tensor, written: Tensor, *, backwards: bool) -> None:
+        """The loop, from one tensor to another."""
+        if not ctx.loop(read.data_ptr(), ctx.matrix.data_ptr(), written.data_ptr(), backwards, *ctx.numbers):
+            raise MemoryError("no room for a picture to be looked at")

@@ -15,8 +15,9 @@ def planned(monkeypatch: pytest.MonkeyPatch, overrides: list[str], waits: list[f
     """A plan, and the steps begun for each of its timings, if the n-th step took waits[n] seconds."""
     begun: list[int] = []
 
-    def render(*_: Any, stop: Callable[[], None] | None = None, **__: Any) -> None:
-        stop = stop or next(a for a in _ if callable(a) and getattr(a, "__name__", "") == "stop")
+    def render(
+        model: Any, layer: Any, units: Any, config: Any, seed: int, size: Any, stop: Callable[[], None], **_: Any
+    ) -> None:
         begun.append(0)
         for wait in waits:
             stop()

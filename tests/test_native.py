@@ -19,7 +19,7 @@ compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="no compiler he
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizers, "_adam", lambda: None)
-    monkeypatch.setattr(sampling, "_loops", lambda: None)
+    monkeypatch.setattr(sampling, "_loop", lambda: None)
 
 
 @compiled
@@ -40,7 +40,7 @@ def test_any_matrix_shows_what_grid_sample_shows(
     turn = torch.randint(-8, 9, (2, 3, 3), generator=generator) / 4 + 0.03
     matrix = torch.where(torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 0]]) > 0, turn, turn * 16)
     matrix[:, 2] = torch.tensor([0.0, 0.0, 1.0])
-    assert sampling._loops() is not None
+    assert sampling._loop() is not None
     noise = torch.randn(2, channels, *view, generator=generator)
     seen: list[tuple[Tensor, Tensor]] = []
     for function in (sample, by_grid):
