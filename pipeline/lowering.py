@@ -8,7 +8,8 @@ An image-step waits for memory and for kernels that nobody tuned, so three thing
 * The rectifier that a folded normalisation holds is part of the convolution: oneDNN applies it to each number before
   writing it, where PyTorch has oneDNN; elsewhere it works in place on what the convolution wrote.
 
-In bfloat16 there is half as much to read and write, and processors with tiles (AMX) multiply it eight times as fast.
+In bfloat16 there is half as much to read and write, and processors that multiply it themselves do that twice (vectors:
+AVX512_BF16) to eight times (tiles: AMX) as fast.
 What a finished picture is measured on stays the folded network in float32.
 """
 
@@ -30,18 +31,19 @@ from pipeline.rectifiers import Limits, Rectifying, limits_of, passed, redirect
 
 
 @functools.cache
-def has_tiles() -> bool:
-    """Whether this processor multiplies bfloat16 in tiles (AMX)."""
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16: in vectors (AVX512_BF16) or tiles (AMX)."""
     try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+        told = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
+    return "avx512_bf16" in told or "amx_bf16" in told
 
 
 def precision_of(asked: str, device: str) -> torch.dtype:
-    """What steps are computed in: `auto` takes bfloat16 on a CPU with tiles, float32 elsewhere."""
+    """What steps are computed in: `auto` takes bfloat16 on a CPU that multiplies it, float32 elsewhere."""
     if asked == "auto":
-        return torch.bfloat16 if device == "cpu" and has_tiles() else torch.float32
+        return torch.bfloat16 if device == "cpu" and multiplies_bfloat16() else torch.float32
     return torch.float32 if asked == "float32" else torch.bfloat16
 
 

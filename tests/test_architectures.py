@@ -167,9 +167,11 @@ def test_layers_channels_fields_and_pictures(expected: Expected, tmp_path: Path)
     assert all(field is None or field.size[0] == field.size[1] for field in found.values())
 
     steps = 6 if expected.side < 200 else 3
+    # Random networks are steep: so few steps climb only if they are small, and then on any processor.
     preset = compose(
-        [f"render.steps={steps}", "render.margin=4", "render.attempts=1", "render/transforms=none"]
-    ).config.render
+        [f"render.steps={steps}", "render.margin=4", "render.attempts=1", "render/transforms=none",
+         "render.optimizer.lr=0.01"]
+    ).config.render  # fmt: skip
     first = {la.kind: la for la in reversed(layers)}
     size = (expected.side, expected.side)
     with capture(model, list(first.values())) as forward, torch.no_grad():

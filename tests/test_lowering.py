@@ -187,8 +187,8 @@ def test_pictures_of_bfloat16_steps_are_measured_in_float32(network: Model, laye
 
 
 def test_the_precision_is_chosen_by_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    for tiles, wanted in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(lowering, "has_tiles", lambda tiles=tiles: tiles)
+    for able, wanted in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(lowering, "multiplies_bfloat16", lambda able=able: able)
         assert precision_of("auto", "cpu") == wanted
         assert precision_of("auto", "cuda") == torch.float32
         assert precision_of("bfloat16", "cuda") == torch.bfloat16
@@ -229,8 +229,17 @@ def test_noise_on_weights_is_made_on_the_network_as_it_is(tiny_run: list[str]) -
     assert np.array_equal(*images)
 
 
-def test_no_processor_says_no_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lowering.has_tiles.cache_clear()
-    monkeypatch.setattr(lowering, "Path", lambda _: tmp_path / "absent")
-    assert not lowering.has_tiles()
-    lowering.has_tiles.cache_clear()
+@pytest.mark.parametrize(
+    ("told", "able"),
+    [(None, False), ("flags : avx512f avx512_vnni", False), ("flags : avx512_bf16", True), ("flags : amx_bf16", True)],
+)
+def test_a_processor_says_whether_it_multiplies_bfloat16(
+    told: str | None, able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cpuinfo"
+    if told is not None:
+        file.write_text(told)
+    lowering.multiplies_bfloat16.cache_clear()
+    monkeypatch.setattr(lowering, "Path", lambda _: file)
+    assert lowering.multiplies_bfloat16() == able
+    lowering.multiplies_bfloat16.cache_clear()
