@@ -1,10 +1,11 @@
 """A folded network lowered onto what a CPU does fastest: the same function to rounding, for the steps of a picture.
 
-An image-step waits for memory and for kernels that nobody tuned, so three things are exchanged:
+An image-step waits for memory and for kernels that nobody tuned, so four things are exchanged:
 
 * A convolution of 1 x 1 pixels is a matrix product over the rows of a channels-last map.
 * The gradient of a depthwise convolution is a depthwise convolution itself, of the gradient spread out over the
-  stride, with the kernel turned round. PyTorch's own is a reference loop in bfloat16 and slow in float32.
+  stride, with the kernel turned round. PyTorch's own is a reference loop in bfloat16 and slow in float32. Where there
+  is a stride, and for the first convolution, which reads few colours, `striding` has loops of its own.
 * The rectifier that a folded normalisation holds is part of the convolution: oneDNN applies it to each number before
   writing it, where PyTorch has oneDNN; elsewhere it works in place on what the convolution wrote.
 
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
+from pipeline import striding
 from pipeline.folding import FoldedNorm, Pair
 from pipeline.models import Model
 from pipeline.rectifiers import Limits, Rectifying, limits_of, passed, redirect
@@ -108,7 +110,16 @@ def _kind(module: nn.Module) -> "type[Lowered] | None":
     inside = all(p <= r for p, r in zip(module.padding, reach, strict=True))
     if module.groups == module.in_channels == module.out_channels > 1 and inside:
         return Depthwise
+    if module.groups == 1 and module.in_channels <= THIN and module.dilation == (1, 1) and inside:
+        return Thin
     return None
+
+
+# Along the map: down, across.
+Places = tuple[int, int]
+
+# A convolution of more channels than this is dense: its gradient has kernels that are tuned.
+THIN = 4
 
 
 class Lowered(Rectifying):
@@ -190,13 +201,18 @@ class Pointwise(Lowered):
 
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
-    """A depthwise convolution's weights, the same turned round for its gradient, and its numbers, (down, across)."""
+    """A depthwise convolution's weights, the same turned round for its gradient, and its numbers, (down, across).
+
+    `taps` are the weights (kh, kw, C) as `striding` takes them, without zeros, and `front` their padding.
+    """
 
     weight: Tensor
     turned: Tensor
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    taps: Tensor
+    stride: Places
+    padding: Places
+    front: Places
+    dilation: Places
 
     def apply(self, x: Tensor, bias: Tensor | None, limits: Limits | None = None) -> Tensor:
         """The convolution, and the rectifier that `limits` says."""
@@ -207,13 +223,23 @@ class _Kernel:
             )
         return _rectified(F.conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation, groups), limits)
 
-    def back(self, gradient: Tensor, size: Sequence[int]) -> Tensor:
-        """The gradient of what it gave → that of the maps of `size` = (height, width) it was given."""
+    def back(
+        self, gradient: Tensor, size: Places, rectified: Tensor | None = None, limits: Limits | None = None
+    ) -> Tensor:
+        """The gradient of what it gave → that of the maps of `size` = (height, width) it was given.
+
+        A rectifier of `limits` behind it gave `rectified`.
+        """
+        fits = len(self.weight) >= striding.LANES and self.weight[0].numel() <= striding.TAPS
+        if self.stride != (1, 1) and fits and striding.available(gradient):
+            numbers = (self.taps, size, self.stride, self.front, self.dilation)
+            return striding.depthwise(gradient, rectified, limits, *numbers)
+        gradient = passed(gradient, rectified, limits)
         reach = [d * (k - 1) for d, k in zip(self.dilation, self.weight.shape[2:], strict=True)]
         if self.stride != (1, 1):
             # What a stride left out had no part in any output.
-            size = [n + 2 * p - r for n, p, r in zip(size, self.padding, reach, strict=True)]
-            spread = gradient.new_zeros(len(gradient), *size, gradient.shape[1]).permute(0, 3, 1, 2)
+            room = [n + 2 * p - r for n, p, r in zip(size, self.padding, reach, strict=True)]
+            spread = gradient.new_zeros(len(gradient), *room, gradient.shape[1]).permute(0, 3, 1, 2)
             spread[:, :, :: self.stride[0], :: self.stride[1]] = gradient
             gradient = spread
         padding = [r - p for r, p in zip(reach, self.padding, strict=True)]
@@ -224,21 +250,23 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, kernel: _Kernel, limits: Limits | None) -> Tensor:
         y = kernel.apply(x, bias, limits)
-        ctx.kernel, ctx.limits, ctx.size = kernel, limits, x.shape[-2:]
+        ctx.kernel, ctx.limits, ctx.size = kernel, limits, tuple(x.shape[-2:])
         ctx.save_for_backward(None if limits is None else y)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        gradient = passed(grads[0], ctx.saved_tensors[0], ctx.limits)
-        return ctx.kernel.back(gradient, ctx.size), None, None, None
+        return ctx.kernel.back(grads[0], ctx.size, ctx.saved_tensors[0], ctx.limits), None, None, None
 
 
-class Depthwise(Lowered):
-    """A convolution of each channel by itself.
+def _less(places: Places, by: Places) -> Places:
+    return places[0] - by[0], places[1] - by[1]
 
-    Padding that is "same" and uneven, as TensorFlow's is where a stride halves the map, becomes an even one of a
-    kernel with zeros in front: nothing is copied.
+
+class Padded(Lowered):
+    """A convolution with padding, which may be "same" and uneven, as TensorFlow's is where a stride halves the map.
+
+    That becomes an even one of a kernel with zeros in front: nothing is copied.
     """
 
     def __init__(self, conv: nn.Conv2d, limits: Limits | None) -> None:
@@ -246,20 +274,38 @@ class Depthwise(Lowered):
         self.same = isinstance(conv, Conv2dSame)
         self.stride, self.dilation = (conv.stride[0], conv.stride[1]), (conv.dilation[0], conv.dilation[1])
         self.padding = int(conv.padding[0]), int(conv.padding[1])
-        self._kernels: dict[tuple[tuple[int, int], tuple[int, int]], _Kernel] = {}
+
+    def padded(self, size: Sequence[int]) -> tuple[Places, Places]:
+        """For maps of `size` = (height, width): padding on all sides, and zeros in front of the kernel.
+
+        Without these the kernel itself has so much less padding in front.
+        """
+        if not self.same:
+            return self.padding, (0, 0)
+        # As many places as strides begin in the map: what is then read beyond it is padding.
+        sides = zip(size, self.weight.shape[2:], self.stride, strict=True)
+        down, across = (max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in sides)
+        return (-(-down // 2), -(-across // 2)), (down % 2, across % 2)
+
+    def zeroed(self, more: Places) -> Tensor:
+        """The weights with zeros in front."""
+        return F.pad(self.weight, (more[1], 0, more[0], 0))
+
+
+class Depthwise(Padded):
+    """A convolution of each channel by itself."""
+
+    def __init__(self, conv: nn.Conv2d, limits: Limits | None) -> None:
+        super().__init__(conv, limits)
+        self._kernels: dict[tuple[Places, Places], _Kernel] = {}
 
     def kernel(self, size: Sequence[int]) -> _Kernel:
         """What convolves maps of `size` = (height, width); kept, for there are few sizes and many steps."""
-        padding, more = self.padding, (0, 0)
-        if self.same:
-            # As many places as strides begin in the map: what is then read beyond it is padding.
-            sides = zip(size, self.weight.shape[2:], self.stride, strict=True)
-            down, across = (max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in sides)
-            padding, more = (-(-down // 2), -(-across // 2)), (down % 2, across % 2)
+        padding, more = self.padded(size)
         if (padding, more) not in self._kernels:
-            weight = F.pad(self.weight, (more[1], 0, more[0], 0))
-            kernel = _Kernel(weight, weight.flip(2, 3), self.stride, padding, self.dilation)
-            self._kernels[padding, more] = kernel
+            weight, taps = self.zeroed(more), self.weight[:, 0].permute(1, 2, 0).float().contiguous()
+            numbers = (self.stride, padding, _less(padding, more), self.dilation)
+            self._kernels[padding, more] = _Kernel(weight, weight.flip(2, 3), taps, *numbers)
         return self._kernels[padding, more]
 
     def plain(self, x: Tensor) -> Tensor:
@@ -269,3 +315,39 @@ class Depthwise(Lowered):
     def swift(self, x: Tensor) -> Tensor:
         """With its own gradient."""
         return _Depthwise.apply(x, self.bias, self.kernel(x.shape[-2:]), self.limits)
+
+
+class _Thin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: "Thin") -> Tensor:
+        y = _rectified(layer.plain(x), layer.limits)
+        ctx.layer, ctx.size = layer, tuple(x.shape[-2:])
+        ctx.save_for_backward(None if layer.limits is None else y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        layer: Thin = ctx.layer
+        gradient = passed(grads[0], ctx.saved_tensors[0], layer.limits)
+        padding, more = layer.padded(ctx.size)
+        if striding.available(gradient):
+            weight = layer.weight.permute(0, 2, 3, 1).flatten(1)
+            kernel = (layer.weight.shape[2], layer.weight.shape[3])
+            return striding.dense(gradient, weight, kernel, ctx.size, layer.stride, _less(padding, more)), None
+        back = torch.ops.aten.convolution_backward
+        like, numbers = gradient.new_empty(len(gradient), layer.weight.shape[1], *ctx.size), (padding, (1, 1))
+        weight, wanted = layer.zeroed(more), (True, False, False)
+        return back(gradient, like, weight, None, layer.stride, *numbers, False, (0, 0), 1, wanted)[0], None
+
+
+class Thin(Padded):
+    """A convolution that reads few channels: a network's first, of colours."""
+
+    def plain(self, x: Tensor) -> Tensor:
+        """By PyTorch's own operations."""
+        padding, more = self.padded(x.shape[-2:])
+        return F.conv2d(x, self.zeroed(more), self.bias, self.stride, padding)
+
+    def swift(self, x: Tensor) -> Tensor:
+        """With its own gradient."""
+        return _Thin.apply(x, self)

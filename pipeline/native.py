@@ -30,14 +30,18 @@ FLAGS = (
 
 
 @functools.cache
-def library(name: str) -> ctypes.CDLL | None:
-    """pipeline/NAME.c, compiled; None where that does not work, which the log says."""
+def library(name: str, fused: bool = False) -> ctypes.CDLL | None:
+    """pipeline/NAME.c, compiled; None where that does not work, which the log says.
+
+    `fused` lets a product and a sum be one instruction that rounds once, where there is one.
+    """
     source = Path(__file__).with_name(f"{name}.c")
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
     try:
         with tempfile.TemporaryDirectory(prefix="neuron-atlas-") as folder:
             target = Path(folder, f"{name}.so")
-            command = [compiler, *FLAGS, "-o", str(target), str(source), "-lm"]
+            contract = ["-ffp-contract=fast"] if fused else []
+            command = [compiler, *FLAGS, *contract, "-o", str(target), str(source), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
             return ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:

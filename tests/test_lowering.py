@@ -22,7 +22,7 @@ from pipeline.errors import AtlasError
 from pipeline.folder import RunFolder
 from pipeline.folding import FoldedNorm, fold, foldable
 from pipeline.layers import Layer, capture, enumerate_layers
-from pipeline.lowering import Depthwise, Lowered, Pointwise, lower, precision_of
+from pipeline.lowering import Depthwise, Lowered, Pointwise, Thin, lower, precision_of
 from pipeline.models import Model, ModelConfig, load
 from pipeline.plan import Plan, make_plan
 from pipeline.rectifiers import limits_of, redirected
@@ -44,7 +44,7 @@ def gradients(module: nn.Module, x: torch.Tensor, weights: torch.Tensor | None) 
 @settings(max_examples=60, deadline=None)
 @given(
     data=st.data(),
-    depthwise=st.booleans(),
+    kind=st.sampled_from([Depthwise, Pointwise, Thin]),
     same=st.booleans(),
     act=st.sampled_from(sorted(ACTS)),
     bias=st.booleans(),
@@ -52,28 +52,31 @@ def gradients(module: nn.Module, x: torch.Tensor, weights: torch.Tensor | None) 
     fusing=st.booleans(),
 )
 def test_any_lowered_convolution_is_the_convolution(
-    data: st.DataObject, depthwise: bool, same: bool, act: str, bias: bool, last: bool, fusing: bool
+    data: st.DataObject, kind: type[Lowered], same: bool, act: str, bias: bool, last: bool, fusing: bool
 ) -> None:
     """Also where this PyTorch has no rectifiers inside oneDNN's convolutions."""
-    channels = data.draw(st.integers(2, 5))
+    channels = data.draw(st.integers(2, 4 if kind is Thin else 20))
     x = torch.rand(2, channels, *(data.draw(st.integers(7, 14)) for _ in range(2)))
-    if depthwise:
+    if kind is not Pointwise:
+        out, groups = (channels, channels) if kind is Depthwise else (data.draw(st.integers(1, 6)), 1)
         kernel, stride = (data.draw(st.tuples(*2 * [st.integers(1, most)])) for most in (5, 3))
         if same:
-            conv: Any = Conv2dSame(channels, channels, kernel, stride, groups=channels, bias=bias)
+            conv: Any = Conv2dSame(channels, out, kernel, stride, groups=groups, bias=bias)
         else:
-            dilation = data.draw(st.tuples(*(st.integers(1, 2 if k < 4 else 1) for k in kernel)))
+            most = 1 if kind is Thin else 2
+            dilation = data.draw(st.tuples(*(st.integers(1, most if k < 4 else 1) for k in kernel)))
             padding = data.draw(
                 st.tuples(*(st.integers(0, d * (k - 1)) for k, d in zip(kernel, dilation, strict=True)))
             )
-            conv = nn.Conv2d(channels, channels, kernel, stride, padding, dilation, channels, bias)
+            conv = nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups, bias)
     else:
         conv = nn.Conv2d(channels, data.draw(st.integers(1, 6)), 1, bias=bias)
-    kind = lowering._kind(conv)
-    assert kind is not None and kind is (Depthwise if depthwise else Pointwise)
+    found = lowering._kind(conv)
+    # A kernel of one place and stride is a matrix product, whatever its channels.
+    assert found is kind or (kind is Thin and found is Pointwise and conv.kernel_size == conv.stride == (1, 1))
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
-    lowered = kind(conv, limits_of(ACTS[act]))
+    lowered = found(conv, limits_of(ACTS[act]))
     wanted = gradients(nn.Sequential(conv, ACTS[act]), x, None)
     there = lowering._fusing(x.dtype)
     with mock.patch.object(lowering, "_fusing", lambda _: fusing and there):
@@ -87,7 +90,9 @@ def test_any_lowered_convolution_is_the_convolution(
     [
         nn.Conv2d(4, 4, 3, groups=2),
         nn.Conv2d(4, 8, 3, groups=4),
-        nn.Conv2d(4, 4, 1, stride=2),
+        nn.Conv2d(5, 4, 1, stride=2),
+        nn.Conv2d(4, 4, 3, dilation=2),
+        nn.Conv2d(4, 4, 3, padding=3),
         nn.Conv2d(4, 4, 3, padding=1, groups=4, padding_mode="reflect"),
         nn.Conv2d(4, 4, 3, padding="same", groups=4),
         nn.Conv2d(4, 4, 1, padding=1),
@@ -153,7 +158,8 @@ def test_rectifiers_of_folded_norms_work_where_the_convolution_wrote(network: Mo
     # Each block has two rectifiers (the first one), and the head has one.
     assert len(kinds) > 40 and len(held) > 30
     norms = [m for m in lowered.module.modules() if isinstance(m, FoldedNorm)]
-    assert sum(isinstance(m.act, nn.ReLU6) for m in norms) == 1  # the stem's, which is no kind that is exchanged
+    assert norms and not any(isinstance(m.act, nn.ReLU6) for m in norms)
+    assert sum(isinstance(m, Thin) for m in kinds) == 1  # the stem
 
 
 def test_dead_units_find_a_way_through_lowered_rectifiers() -> None:
