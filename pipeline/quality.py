@@ -6,13 +6,15 @@ out in double precision, so that the same picture has the same numbers on every 
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.measures import MEASURES as MEASURES
+from pipeline.measures import RELATIONS as RELATIONS
+from pipeline.measures import gain as gain
 from pipeline.spectra import EDGE, Spectrum
 
 # Frequencies above so many cycles a pixel count as high: what a picture half as large could not have.
@@ -23,17 +25,6 @@ NEAR = 2 / 255
 RINGS = 12
 # Energy of what is plain to double precision.
 NOTHING = 1e-12
-
-# Measures of each picture that are made with it, and what is made of them when all are there; the ends of each.
-MEASURES = {
-    "high_frequency": (0.0, 1.0),
-    "checkerboard": (0.0, math.inf),
-    "total_variation": (0.0, 1.0),
-    "spectral_distance": (0.0, math.inf),
-    "saturated": (0.0, 1.0),
-    "rank": (1.0, math.inf),
-}
-RELATIONS = {"agreement": (-1.0, 1.0), "transfer": (-1.0, 1.0)}
 
 
 def of_pictures(images: Tensor, strides: Sequence[int], photographs: Spectrum) -> dict[str, Tensor]:
@@ -182,17 +173,6 @@ def rank(responses: Tensor, channels: Tensor) -> Tensor:
     """
     own = responses.gather(1, channels[:, None])
     return (responses > own).sum(1).double() + 1
-
-
-def gain(reached: np.ndarray, natural: np.ndarray, negative: bool) -> np.ndarray:
-    """Achieved ÷ natural: `reached` (C', V) by pictures, by the best photograph `natural` (C',) → (C', V) float32.
-
-    Without unit; above 1 the picture goes beyond every photograph. Of a `negative` both are below zero. NaN where the
-    photographs never came to the right side of zero, for a ratio to that says nothing.
-    """
-    best = np.asarray(natural, np.float32)[:, None]
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        return np.where(-best > 0 if negative else best > 0, reached / best, np.nan).astype(np.float32)
 
 
 def agreement(responses: Tensor) -> Tensor:

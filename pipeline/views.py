@@ -1,9 +1,13 @@
 """What an atlas says of one layer, as NumPy and pandas, read when asked for; `pipeline.atlas` opens the file."""
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
-from collections.abc import Sequence
+import math
+import zlib
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import h5py
@@ -11,7 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from pipeline import crops, quality, shards
+from pipeline import crops, measures, shards
 from pipeline.errors import AtlasError, nearest
 
 
@@ -92,6 +96,31 @@ class Labels:
     auroc: np.ndarray
 
 
+class Stack:
+    """Pictures of a stack (N, V, H, W, C) one by one, (H, W, C) uint8 and read-only, the fastest way there is.
+
+    A picture is one chunk, so its bytes can be had as they lie in the file; HDF5's own way to unpack and check them
+    takes half as long again. What zlib has packed carries a checksum of its own. Whatever is not as
+    `shards.create_images` makes it goes HDF5's way, with its words on what is wrong.
+    """
+
+    def __init__(self, images: h5py.Dataset) -> None:
+        self._images = images
+        self._shape = images.shape[2:]
+        self._size = math.prod(self._shape)
+        packed = images.compression == "gzip" and images.fletcher32 and not images.shuffle
+        self._plain = packed and images.chunks == (1, 1, *self._shape) and images.dtype == np.uint8
+
+    def __getitem__(self, at: tuple[int, int]) -> np.ndarray:
+        if self._plain:
+            with contextlib.suppress(OSError, RuntimeError, ValueError, zlib.error):
+                mask, packed = self._images.id.read_direct_chunk((*at, 0, 0, 0))
+                pixels = zlib.decompress(memoryview(packed)[:-4], bufsize=self._size)  # without HDF5's checksum
+                if mask == 0 and len(pixels) == self._size:
+                    return np.frombuffer(pixels, np.uint8).reshape(self._shape)
+        return np.asarray(self._images[at])
+
+
 class LayerView:
     """One layer of an atlas. `channels` holds the channel numbers that the atlas has, (C',) int32."""
 
@@ -101,8 +130,34 @@ class LayerView:
         self.kind = shards.text(group, "kind")
         self.total_channels = shards.numbers(group, "channels")[0]
         self.map_size = (shards.numbers(group, "map_height")[0], shards.numbers(group, "map_width")[0])
+        self._kept: dict[str, np.ndarray] | None = None
         self.channels = shards.get(group, "channels")
         self._row = {int(c): i for i, c in enumerate(self.channels)}
+
+    def keep(self) -> "LayerView":
+        """Remember every array that is read from now on, read-only, for whoever asks the same layer much; itself."""
+        self._kept = {}
+        return self
+
+    def _get(self, parent: h5py.Group, name: str) -> np.ndarray:
+        if self._kept is None:
+            return shards.get(parent, name)
+        key = f"{parent.name}/{name}"
+        if key not in self._kept:
+            self._kept[key] = shards.get(parent, name)
+            self._kept[key].flags.writeable = False
+        return self._kept[key]
+
+    def fingerprint(self, part: str = "") -> str:
+        """sha256 of all that the file holds of this layer, or of one `part` of it, as it is stored; "" without it.
+
+        What is changed, is told; so may be what was only packed otherwise. Pictures count by their own digests.
+        """
+        if part and part not in self._group:
+            return ""
+        digest = hashlib.sha256()
+        shards.add_stored(digest, self._group[part] if part else self._group, ("images_sha256", "images"))
+        return digest.hexdigest()
 
     @property
     def receptive_field(self) -> tuple[int, int] | None:
@@ -157,24 +212,32 @@ class LayerView:
         """One picture, (H, W, 3) uint8."""
         return self.pictures(preset)[self.row(channel), variant]
 
+    def stack(self, preset: str | None = None) -> "Stack":
+        """All pictures, to read one after another: `stack[row, variant]` is (H, W, C) uint8."""
+        return Stack(self.pictures(preset))
+
     def picture_digests(self, preset: str | None = None) -> np.ndarray | None:
         """sha256 of each picture's pixels, (C', V, 32) uint8; None in an atlas that does not say."""
         group = self._render(preset)
-        return shards.get(group, "images_sha256") if "images_sha256" in group else None
+        return self._get(group, "images_sha256") if "images_sha256" in group else None
 
-    def numbers(self, preset: str | None = None) -> dict[str, np.ndarray]:
+    def numbers(self, preset: str | None = None, only: Collection[str] = ()) -> dict[str, np.ndarray]:
         """What was measured of the pictures: activation, robust, start, seed, status, …; (C', V) each.
 
-        Beside what is stored: `gain` and `robust_gain`, activation and robust ÷ `natural` (`quality.gain`). The
-        measures of `quality` are there as far as the atlas has them: older ones don't.
+        Beside what is stored: `gain` and `robust_gain`, activation and robust ÷ `natural` (`measures.gain`). The
+        measures of `measures` are there as far as the atlas has them: older ones don't. `only` names those to read,
+        of what is stored.
         """
         group = self._render(preset)
         left = ("images", "images_sha256", "response")
-        found = {name: shards.get(group, name) for name in shards.names(group) if name not in left}
+        wanted = [name for name in shards.names(group) if name not in left and (not only or name in only)]
+        found = {name: self._get(group, name) for name in wanted}
+        if only:
+            return found
         natural, negative = self.natural(preset), self.render_attributes(preset).get("natural") in ("least", "min")
         for name, reached in (("gain", "activation"), ("robust_gain", "robust")):
             if reached in found:
-                found[name] = quality.gain(found[reached], natural, negative)
+                found[name] = measures.gain(found[reached], natural, negative)
         return found
 
     def picture_responses(self, preset: str | None = None) -> np.ndarray | None:
@@ -183,7 +246,7 @@ class LayerView:
         NaN where a picture is missing; None in an atlas that does not say.
         """
         group = self._render(preset)
-        return shards.get(group, "response") if "response" in group else None
+        return self._get(group, "response") if "response" in group else None
 
     def render_attributes(self, preset: str | None = None) -> dict[str, Any]:
         """Preset, objective, digest, and which statistic of photographs the activation compares with."""
@@ -199,9 +262,9 @@ class LayerView:
         if path not in self._group:
             return None
         held = shards.group(self._group, path)
-        arrays = {key: shards.get(held, key) for key in ("value", "index", "y", "x")}
+        arrays = {key: self._get(held, key) for key in ("value", "index", "y", "x")}
         absent = np.full(arrays["index"].shape, -1, np.int32)
-        return Examples(**arrays, map=shards.get(held, "map") if "map" in held else absent)
+        return Examples(**arrays, map=self._get(held, "map") if "map" in held else absent)
 
     @property
     def spectrum_edges(self) -> tuple[float, ...]:
@@ -224,7 +287,7 @@ class LayerView:
 
     def heat_ranges(self) -> np.ndarray | None:
         """(pairs, 2) float32: the responses that 0 and 255 of each heat-map stand for."""
-        return shards.get(self._group, "examples/maps/range") if "examples/maps" in self._group else None
+        return self._get(self._group, "examples/maps/range") if "examples/maps" in self._group else None
 
     def crop(self, number: int) -> Image.Image | None:
         """What the unit of heat-map `number` saw, where the atlas keeps crops instead of pictures."""
@@ -237,7 +300,7 @@ class LayerView:
         if "stats" not in self._group:
             return {}
         group = shards.group(self._group, "stats")
-        return {name: shards.get(group, name) for name in shards.names(group)}
+        return {name: self._get(group, name) for name in shards.names(group)}
 
     @property
     def population_sparsity(self) -> float:
@@ -249,8 +312,8 @@ class LayerView:
         """Histograms of per-image maxima, or None without examples."""
         if "histogram" not in self._group:
             return None
-        counts, ends = shards.get(self._group, "histogram/counts"), shards.get(self._group, "histogram/ends")
-        low, high = shards.get(self._group, "histogram/range").T[..., None]
+        counts, ends = self._get(self._group, "histogram/counts"), self._get(self._group, "histogram/ends")
+        low, high = self._get(self._group, "histogram/range").T[..., None]
         edges = low + (high - low) * np.linspace(0, 1, counts.shape[1] - 1)
         return Histogram(counts[:, 1:-1], edges, counts[:, 0], counts[:, -1], ends)
 
@@ -273,18 +336,18 @@ class LayerView:
         if "labels" not in self._group:
             return None
         group = shards.group(self._group, "labels")
-        return Labels(shards.text(group, "method"), **{name: shards.get(group, name) for name in shards.names(group)})
+        return Labels(shards.text(group, "method"), **{name: self._get(group, name) for name in shards.names(group)})
 
     def wiring(self, side: str) -> Wiring | None:
         """`inputs` or `outputs`: what each unit is wired to in the layer before or after; None where nobody knows."""
         if f"wiring/{side}" not in self._group:
             return None
         held = shards.group(self._group, f"wiring/{side}")
-        return Wiring(shards.text(held, "layer"), **{key: shards.get(held, key) for key in ("channel", "norm", "sum")})
+        return Wiring(shards.text(held, "layer"), **{key: self._get(held, key) for key in ("channel", "norm", "sum")})
 
     def responses(self) -> np.ndarray | None:
         """(C', n) float16 maxima of every unit on the photographs `Atlas.responses_index`; None without examples."""
-        return shards.get(self._group, "responses") if "responses" in self._group else None
+        return self._get(self._group, "responses") if "responses" in self._group else None
 
     def similar(self, channel: int, count: int = 8) -> pd.DataFrame:
         """The units of this layer whose responses go most with those of `channel`: channel, correlation; best first.
@@ -312,7 +375,7 @@ class LayerView:
         key = {"mean": "best_mean", "max": "max", "least": "least_mean", "min": "min"}.get(measure, "")
         held = f"stats/{key}"
         return (
-            shards.get(self._group, held)
+            self._get(self._group, held)
             if key and held in self._group
             else np.full(len(self.channels), np.nan, np.float32)
         )

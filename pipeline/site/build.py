@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.atlas import Atlas, LayerView
+from pipeline.atlas import Atlas
 from pipeline.shards import digest_of
 from pipeline.site import families, folder, hosts, indices, plane, twin, workshop
 from pipeline.site.facts import Catalogue, Facts, facts_of, lists_of
 from pipeline.site.folder import BUILT, write
 from pipeline.site.home import Home
 from pipeline.site.pages import Pages
-from pipeline.site.pieces import STRIP_PX, SUFFIX, Made, pieces_of, showing_of, table_of
+from pipeline.site.pieces import STRIP_PX, SUFFIX, Made, Piece, pieces_of, showing_of, table_of
 from pipeline.site.scripts import text
 from pipeline.site.settings import SiteConfig
 from pipeline.site.sizes import Inventory, Sizes, choose, encode
@@ -55,13 +55,15 @@ class SiteReport:
 class Survey:
     """What is known of an atlas before anything is drawn, each by layer in order.
 
-    `common` is a digest of what all layers show of the photographs.
+    `common` is a digest of what all layers show of the photographs, `counts` are the examples of a unit by list,
+    `answers` fingerprints of the responses that likeness is made from.
     """
 
     common: str
     layers: list[Facts]
     catalogue: Catalogue
-    responses: list[np.ndarray | None]
+    counts: list[dict[str, int]]
+    answers: list[str]
     used: np.ndarray
     digests: list[str]
     groups: tuple[families.Family, ...]
@@ -89,24 +91,29 @@ def build_site(
     inventory = _inventory(atlas, seen, config)
     sizes = _sizes(atlas, inventory, config, before)
     look = digest_of([dataclasses.asdict(sizes), _settings(config), _code(), seen.catalogue.classes])
-    ranks, plan = _plane(seen, sizes, before)
+    ranks, plan = _plane(atlas, seen, sizes, before)
     digests = _digests(seen, look, ranks)
     with folder.replacing(target) as new:
         old = before.get("layers", {})
         kept = {f.name for f in seen.layers if old.get(f.name) == digests[f.name] and _adopt(target, new, f)}
         progress(sum(len(f.channels) for f in seen.layers if f.name in kept), total)
-        with workshop.opened(atlas.path, new, config, sizes, total) as crew:
-            _photographs(crew, atlas, seen, sizes, config, new, target, before.get("photos"), look)
-            _layers(crew, new, seen, kept, sizes, config, ranks, digests, progress)
-        pages = Pages(new, config, seen.groups, digest_of([sorted(digests.items()), look])[:8])
-        indices.write_all(new, atlas, seen.layers, seen.catalogue, seen.groups, sizes, config, ranks, plan, digests)
-        home = Home.of(atlas, target, config, seen.layers, seen.catalogue)
-        pages.write_static()
-        for i, facts in enumerate(seen.layers):
-            around = [seen.layers[j] if 0 <= j < len(seen.layers) else None for j in (i - 1, i + 1)]
-            pages.write_layer(home, facts, around[0], around[1], sizes)
-        pages.write_others(home, plan is not None)
-        twin.write_index(new, atlas, seen.layers, seen.catalogue, config.title)
+        made = total - sum(len(f.channels) for f in seen.layers if f.name in kept)
+        with workshop.opened(atlas.path, new, config, sizes, made) as crew:
+            groups = _photographs(atlas, seen, sizes, config, new, target, before.get("photos"), look)
+            crew.begin(_pieces(seen, kept, config, ranks), groups)
+            # All that needs no picture, while others make these.
+            indices.write_all(
+                new, atlas, seen.layers, seen.catalogue, seen.groups, sizes, config, ranks, plan, digests, kept
+            )
+            home = Home.of(atlas, target, config, seen.layers, seen.catalogue)
+            pages = Pages(new, config, seen.groups, digest_of([sorted(digests.items()), look])[:8])
+            pages.write_static()
+            for i, facts in enumerate(seen.layers):
+                around = [seen.layers[j] if 0 <= j < len(seen.layers) else None for j in (i - 1, i + 1)]
+                pages.write_layer(home, facts, around[0], around[1], sizes)
+            pages.write_others(home, plan is not None)
+            twin.write_index(new, atlas, seen.layers, seen.catalogue, config.title)
+            _layers(crew, new, seen, kept, sizes, config, digests, progress)
         state = {
             "layers": digests,
             "photos": _photos_digest(atlas, seen, look),
@@ -115,24 +122,25 @@ def build_site(
         }
         write(new, BUILT, text(state))
         report = hosts.weighed(new)
-    made = total - sum(len(f.channels) for f in seen.layers if f.name in kept)
     return SiteReport(report, len(seen.layers), total, sum(f.pictures for f in seen.layers), made, sizes.level)
 
 
 def _survey(atlas: Atlas, config: SiteConfig) -> Survey:
     catalogue = Catalogue.of(atlas)
-    layers, responses, used, digests, wired = [], [], [np.zeros(0, np.int64)], [], []
-    common = _common(atlas)
+    layers, used, digests, wired, counts, answers = [], [np.zeros(0, np.int64)], [], [], [], []
+    common = _common(atlas, catalogue)
     for order, layer in enumerate(atlas):
         layers.append(facts_of(layer, order, catalogue.classes))
-        responses.append(layer.responses())
-        used += [np.unique(shown.index) for shown in lists_of(layer, config)]
+        lists = lists_of(layer, config)
+        used += [np.unique(shown.index) for shown in lists]
+        counts.append({shown.name: shown.count for shown in lists})
+        answers.append(layer.fingerprint("responses"))
         wired.append(tuple(w.layer for side in ("inputs", "outputs") if (w := layer.wiring(side)) is not None))
-        digests.append(_digest(layer, layers[-1], responses[-1], common))
+        digests.append(digest_of([common, repr(layers[-1]), layer.fingerprint()]))
     units = {f.name: frozenset(f.channels) for f in layers}
     groups = families.read(_families(atlas, config), units)
     shown = np.unique(np.concatenate(used))
-    return Survey(common, layers, catalogue, responses, shown[shown >= 0], digests, groups, wired)
+    return Survey(common, layers, catalogue, counts, answers, shown[shown >= 0], digests, groups, wired)
 
 
 def _digests(seen: Survey, look: str, ranks: Sequence[np.ndarray]) -> dict[str, str]:
@@ -151,41 +159,18 @@ def _families(atlas: Atlas, config: SiteConfig) -> Path | None:
     return beside if beside.is_file() else None
 
 
-def _common(atlas: Atlas) -> str:
+def _common(atlas: Atlas, catalogue: Catalogue) -> str:
     """Digest of what all layers show of the photographs."""
-    table, shown = atlas.dataset(), atlas.shown_photographs()
-    parts = [table[key].astype(str).tolist() for key in ("path", "label")]
-    return digest_of([parts, shown.to_numpy(np.float64).tolist(), atlas.examples_store, atlas.dataset_labels])
-
-
-def _digest(layer: LayerView, facts: Facts, responses: np.ndarray | None, common: str) -> str:
-    """Digest of all that a layer's files are made from."""
-    digest = hashlib.sha256(repr((common, facts, layer.spectrum_edges)).encode())
-
-    def add(array: np.ndarray | None) -> None:
-        if array is not None:
-            digest.update(repr((array.shape, str(array.dtype))).encode())
-            digest.update("\0".join(map(str, array.ravel())).encode() if array.dtype == object else array.tobytes())
-
-    for r in facts.rendered:
-        digests = layer.picture_digests(r.key)
-        add(np.asarray(layer.pictures(r.key)[:]) if digests is None else digests)
-        for array in layer.numbers(r.key).values():
-            add(array)
-    for array in layer.stats().values():
-        add(array)
-    for name in ("max", "min", "spectrum"):
-        held = layer.examples(name)
-        for array in (held.value, held.index, held.y, held.x, held.map) if held is not None else ():
-            add(array)
-    for found in (layer.histogram(), layer.labels(), layer.wiring("inputs"), layer.wiring("outputs")):
-        for array in vars(found).values() if found is not None else ():
-            add(array if isinstance(array, np.ndarray) else np.array([array], object))
-    add(responses)
-    maps = layer.heat_maps()
-    add(maps[:] if maps is not None else None)
-    add(layer.heat_ranges())
-    return digest.hexdigest()
+    shown = atlas.shown_photographs()
+    return digest_of(
+        [
+            catalogue.paths,
+            catalogue.labels,
+            shown.to_numpy(np.float64).tolist(),
+            atlas.examples_store,
+            atlas.dataset_labels,
+        ]
+    )
 
 
 def _settings(config: SiteConfig) -> dict[str, Any]:
@@ -207,11 +192,10 @@ def _inventory(atlas: Atlas, seen: Survey, config: SiteConfig) -> Inventory:
     whole = False
     # Photographs that share a file are heavy to look at one by one, so every unit then has crops of its own.
     alone = len(seen.used) <= config.max_files // 3
-    for layer, facts in zip(atlas, seen.layers, strict=True):
+    for layer, facts, counts in zip(atlas, seen.layers, seen.counts, strict=True):
         lone = Sizes(0, 1, 1, 1, 1, 1, per_photo=1 if alone else 2)
         showing = showing_of(store, boxes, max(facts.aperture), config, lone)
         whole = whole or showing.whole
-        counts = {shown.name: shown.count for shown in lists_of(layer, config)}
         cells.append(sum(counts.get(name, 0) for name in showing.celled))
         heat.append(layer.heat_maps() is not None and config.licence != "ids")
     other = 40 + 4 * len(seen.layers) + len(seen.groups)
@@ -241,20 +225,23 @@ def _adopt(target: Path, new: Path, facts: Facts) -> bool:
     return all(folder.adopt(target, new, part.format(slug=facts.slug)) for part in KEPT)
 
 
-def _plane(seen: Survey, sizes: Sizes, before: Mapping[str, Any]) -> tuple[list[np.ndarray], indices.Map | None]:
+def _plane(
+    atlas: Atlas, seen: Survey, sizes: Sizes, before: Mapping[str, Any]
+) -> tuple[list[np.ndarray], indices.Map | None]:
     """Places of each layer's units in its sheets of small pictures, and the map."""
     counts = [len(f.channels) for f in seen.layers]
-    vectors = plane.spectra(seen.responses)
-    if vectors is None or len(vectors) < 3:
-        return [np.arange(count) for count in counts], None
-    key = hashlib.sha256(b"".join(r.tobytes() for r in seen.responses if r is not None)).hexdigest()
-    parts = np.split(vectors, np.cumsum(counts)[:-1])
-    ranks = [plane.blocks(plane.own_axes(part), sizes.per_tiny) if len(part) else np.arange(0) for part in parts]
+    key = digest_of([seen.answers, counts, sizes.per_tiny])
     held = before.get("map")
     if held and held.get("key") == key:
-        return ranks, indices.Map.again(held)
+        found = indices.Map.again(held)
+        return np.split(found.ranks, np.cumsum(counts)[:-1]), found
+    vectors = plane.spectra([layer.responses() for layer in atlas])
+    if vectors is None or len(vectors) < 3:
+        return [np.arange(count) for count in counts], None
+    each = np.split(vectors, np.cumsum(counts)[:-1])
+    ranks = [plane.blocks(plane.own_axes(part), sizes.per_tiny) if len(part) else np.arange(0) for part in each]
     method, places = plane.layout(vectors, plane.axes(vectors))
-    return ranks, indices.Map(key, method, places)
+    return ranks, indices.Map(key, method, places, np.concatenate(ranks))
 
 
 def _photos_digest(atlas: Atlas, seen: Survey, look: str) -> str:
@@ -263,7 +250,6 @@ def _photos_digest(atlas: Atlas, seen: Survey, look: str) -> str:
 
 
 def _photographs(
-    crew: workshop.Workshop,
     atlas: Atlas,
     seen: Survey,
     sizes: Sizes,
@@ -272,37 +258,24 @@ def _photographs(
     target: Path,
     held: str | None,
     look: str,
-) -> None:
-    """Whole pictures, a file each or many to a sheet; none where they are not to be shown."""
+) -> list[workshop.Group]:
+    """Whole pictures to make, a file each or many to a sheet; none where they are there or not to be shown."""
     table = table_of(atlas)
     if not showing_of(atlas.examples_store, bool(table), 0.0, config, sizes).whole:
-        return
+        return []
     if held == _photos_digest(atlas, seen, look) and folder.adopt(target, new, "photos"):
-        return
+        return []
     per = sizes.per_photo
     if per == 1:
-        crew.photographs([(int(i), [int(i)]) for i in seen.used])
-    else:
-        every = list(table)
-        crew.photographs([(start, every[start : start + per]) for start in range(0, len(every), per)])
+        return [(int(i), [int(i)]) for i in seen.used]
+    every = list(table)
+    return [(start, every[start : start + per]) for start in range(0, len(every), per)]
 
 
-def _layers(
-    crew: workshop.Workshop,
-    new: Path,
-    seen: Survey,
-    kept: set[str],
-    sizes: Sizes,
-    config: SiteConfig,
-    ranks: Sequence[np.ndarray],
-    digests: Mapping[str, str],
-    progress: Callable[[int, int], None],
-) -> None:
-    """Make what was not kept: sheets and shards by the workshop, and what needs a whole layer here."""
-    total = sum(len(f.channels) for f in seen.layers)
-    done = sum(len(f.channels) for f in seen.layers if f.name in kept)
-    wanted, waiting = [], {}
+def _pieces(seen: Survey, kept: set[str], config: SiteConfig, ranks: Sequence[np.ndarray]) -> list[Piece]:
+    """The pieces of all layers that were not kept."""
     places = {facts.name: facts.order for facts in seen.layers}
+    found: list[Piece] = []
     for facts in seen.layers:
         if facts.name in kept:
             continue
@@ -312,19 +285,34 @@ def _layers(
             for name in seen.wired[facts.order]
             if name in places
         }
-        pieces = pieces_of(facts, ranks[facts.order], strip, others)
-        wanted += pieces
-        waiting[facts.name] = len(pieces)
-        if not pieces:
+        found += pieces_of(facts, ranks[facts.order], strip, others)
+    return found
+
+
+def _layers(
+    crew: workshop.Workshop,
+    new: Path,
+    seen: Survey,
+    kept: set[str],
+    sizes: Sizes,
+    config: SiteConfig,
+    digests: Mapping[str, str],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Finish every layer that was not kept, when all its pieces are there: what needs a whole layer."""
+    total = sum(len(f.channels) for f in seen.layers)
+    done = sum(len(f.channels) for f in seen.layers if f.name in kept)
+    for facts in seen.layers:
+        if facts.name not in kept and not facts.channels:
             _finish(new, facts, [], sizes, config, digests[facts.name])
     parts: dict[str, list[Made]] = {}
-    for made in crew.pieces(wanted):
-        name = made.piece.layer
-        parts.setdefault(name, []).append(made)
-        if len(parts[name]) == waiting[name]:
-            facts = seen.layers[made.piece.order]
-            ordered = sorted(parts.pop(name), key=lambda m: m.piece.start)
-            _finish(new, facts, ordered, sizes, config, digests[name])
+    for made in crew.made():
+        facts = seen.layers[made.piece.order]
+        held = parts.setdefault(facts.name, [])
+        held.append(made)
+        if sum(part.piece.stop - part.piece.start for part in held) == len(facts.channels):
+            ordered = sorted(parts.pop(facts.name), key=lambda m: m.piece.start)
+            _finish(new, facts, ordered, sizes, config, digests[facts.name])
         done += made.piece.stop - made.piece.start
         progress(done, total)
 

@@ -100,7 +100,8 @@ def facts_of(layer: LayerView, order: int, classes: Sequence[str]) -> Facts:
     channels = tuple(int(c) for c in layer.channels)
     rendered = []
     for key in layer.presets:
-        numbers, attributes = layer.numbers(key), layer.render_attributes(key)
+        numbers = layer.numbers(key, ("status", "steps", "seconds"))
+        attributes = layer.render_attributes(key)
         _, variants, height, width, _ = layer.pictures(key).shape
         status = numbers["status"]
         failed = [c for c, row in zip(channels, status, strict=True) if (row == "failed").any()]

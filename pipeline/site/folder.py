@@ -82,15 +82,13 @@ def adopt(old: Path, new: Path, part: str) -> bool:
 def write(root: Path, to: str, content: str | bytes) -> None:
     """A file below `root`, with its folders. A link to a file of the former site is broken, never written through."""
     path = root / to
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-
-
-def weigh(folder: Path) -> tuple[int, int]:
-    """(number of files, bytes) below `folder`."""
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    return len(sizes), sum(sizes)
+    held = content.encode("utf-8") if isinstance(content, str) else content
+    try:
+        path.unlink(missing_ok=True)
+        path.write_bytes(held)
+    except FileNotFoundError:  # no such folder yet, which is rare
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(held)
 
 
 def _link(source: str, target: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import AtlasError, nearest
-from pipeline.site.folder import ours, weigh, write
+from pipeline.site.folder import ours, write
 
 MB = 1_000_000
 
@@ -88,16 +88,22 @@ class Report:
 
 def weighed(folder: Path) -> Report:
     """Weigh a finished site."""
-    files, size = weigh(folder)
-    largest, most, tops = 0, 0, {}
-    for where, _, names in os.walk(folder):
-        most = max(most, len(names))
-        relative = Path(where).relative_to(folder)
-        top = relative.parts[0] + "/" if relative.parts else "./"
-        sizes = [(Path(where) / name).stat().st_size for name in names]
+    files, size, largest, most = 0, 0, 0, 0
+    tops: dict[str, tuple[int, int]] = {}
+    waiting = [(os.fspath(folder), "./")]
+    while waiting:
+        where, top = waiting.pop()
+        sizes: list[int] = []
+        with os.scandir(where) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append((entry.path, f"{entry.name}/" if top == "./" else top))
+                else:
+                    sizes.append(entry.stat().st_size)
+        files, size = files + len(sizes), size + sum(sizes)
+        largest, most = max([largest, *sizes]), max(most, len(sizes))
         count, total = tops.get(top, (0, 0))
         tops[top] = (count + len(sizes), total + sum(sizes))
-        largest = max([largest, *sizes])
     name, (count, total) = max(tops.items(), key=lambda item: item[1][1], default=("./", (0, 0)))
     return Report(files, size, name, count, total, largest, most)
 

@@ -1,13 +1,13 @@
 """What the pages' script knows of the whole atlas: layers, words to search, the map, families, each a shard."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.atlas import Atlas
+from pipeline.atlas import Atlas, LayerView
 from pipeline.site.facts import Catalogue, Facts
 from pipeline.site.families import Family
 from pipeline.site.folder import write
@@ -21,20 +21,24 @@ from pipeline.site.sprites import side
 
 @dataclasses.dataclass(frozen=True)
 class Map:
-    """Where each unit of the atlas lies, (units, 2) whole numbers up to 4095, by `method`, for the responses `key`."""
+    """Where each unit of the atlas lies, (units, 2) whole numbers up to 4095, by `method`, for the responses `key`.
+
+    `ranks` (units,) are the places in the sheets of its layer's small pictures, from the same responses.
+    """
 
     key: str
     method: str
     places: np.ndarray
+    ranks: np.ndarray
 
     def state(self) -> dict[str, Any]:
         """As plain data, for the next build."""
-        return {"key": self.key, "method": self.method, "places": self.places.tolist()}
+        return {"key": self.key, "method": self.method, "places": self.places.tolist(), "ranks": self.ranks.tolist()}
 
     @staticmethod
     def again(state: Mapping[str, Any]) -> "Map":
         """Back from `state`."""
-        return Map(state["key"], state["method"], np.asarray(state["places"], int))
+        return Map(state["key"], state["method"], *(np.asarray(state[name], int) for name in ("places", "ranks")))
 
 
 def write_all(
@@ -48,8 +52,9 @@ def write_all(
     ranks: Sequence[np.ndarray],
     plan: Map | None,
     digests: Mapping[str, str],
+    kept: Collection[str],
 ) -> None:
-    """Write the shards `index`, `search`, `families`, `map`, and one for each layer's grid."""
+    """Write the shards `index`, `search`, `families`, `map`, and one for each layer's grid that was not `kept`."""
     attributes = atlas.attributes
     photographs = len(table_of(atlas))
     listed = [[f.name, f.slug, f.kind, runs(f.channels), digests[f.name][:8], f.total] for f in layers]
@@ -75,12 +80,13 @@ def write_all(
     search = []
     store, boxes = atlas.examples_store, bool(table_of(atlas))
     for facts, rank in zip(layers, ranks, strict=True):
-        layer = atlas[facts.name]
+        layer = atlas[facts.name].keep()
         places, names = labels_of(layer, facts, catalogue)
         numbers = [vocabulary.setdefault(name, len(vocabulary)) for name in names]
         search.append([numbers[i] if i >= 0 else -1 for i in places] if names else [])
-        celled = showing_of(store, boxes, max(facts.aperture), config, sizes).celled
-        _shard(root, f"{facts.slug}/layer", _layer(atlas, facts, catalogue, celled, sizes, config, rank))
+        if facts.name not in kept:
+            celled = showing_of(store, boxes, max(facts.aperture), config, sizes).celled
+            _shard(root, f"{facts.slug}/layer", _layer(layer, facts, catalogue, celled, sizes, config, rank))
     _shard(root, "search", {"words": list(vocabulary), "units": search})
     members: dict[str, list[int]] = {}
     for number, family in enumerate(groups):
@@ -94,7 +100,7 @@ def write_all(
 
 
 def _layer(
-    atlas: Atlas,
+    layer: LayerView,
     facts: Facts,
     catalogue: Catalogue,
     celled: Sequence[str],
@@ -103,7 +109,6 @@ def _layer(
     rank: np.ndarray,
 ) -> dict[str, Any]:
     """What a layer's grid and its units' pages need to know of the layer."""
-    layer = atlas[facts.name]
     lists = {"max": config.examples, "min": config.least, "spectrum": config.per_bin}
     counts = {}
     for name, most in lists.items():

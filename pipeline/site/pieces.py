@@ -73,6 +73,7 @@ class Maker:
         self._catalogue = Catalogue.of(self._atlas)
         self._photos = Photos(self._atlas, sizes.example_px, config.licence == "blur")
         self._table = table_of(self._atlas)
+        self._words: dict[tuple[int, bool], str] = {}
         self._last: tuple[LayerView, Facts, list[Shown], Recorder, np.ndarray | None] | None = None
 
     def close(self) -> None:
@@ -82,7 +83,7 @@ class Maker:
     def make(self, piece: Piece) -> Made:
         """Write the files of `piece`."""
         if self._last is None or self._last[1].name != piece.layer:
-            layer = self._atlas[piece.layer]
+            layer = self._atlas[piece.layer].keep()
             facts = facts_of(layer, piece.order, self._catalogue.classes)
             lists = lists_of(layer, self._config)
             recorder = Recorder(layer, facts, self._catalogue, lists, piece.ranks, self._config.similar, piece.others)
@@ -138,7 +139,7 @@ class Maker:
         for number, r in enumerate(facts.rendered):
             height, width = self._sizes.picture(r.height, r.width)
             per = self._sizes.per_picture(height, width, r.variants)
-            images, status = layer.pictures(r.key), layer.numbers(r.key)["status"]
+            images, status = layer.stack(r.key), layer.numbers(r.key)["status"]
             for start in range(rows.start, rows.stop, per):
                 stop = min(start + per, rows.stop)
                 cells: list[Image.Image | None] = []
@@ -207,19 +208,21 @@ class Maker:
         for start in range(rows.start, rows.stop, per):
             stop = min(start + per, rows.stop)
             used = np.unique(np.concatenate([shown.index[start:stop].ravel() for shown in lists] or [np.zeros(0, int)]))
-            photos = {str(i): self._told(i, showing.whole) for i in used.tolist() if i >= 0}
-            body = f'{{"units":[{",".join(records[start - rows.start : stop - rows.start])}],"photos":{text(photos)}}}'
+            photos = ",".join(f'"{i}":{self._told(i, showing.whole)}' for i in used.tolist() if i >= 0)
+            body = f'{{"units":[{",".join(records[start - rows.start : stop - rows.start])}],"photos":{{{photos}}}}}'
             write(self._root, f"data/{facts.slug}/u{start}.js", put(f"{facts.slug}/u{start}", body))
 
-    def _told(self, index: int, whole: bool) -> list[object]:
+    def _told(self, index: int, whole: bool) -> str:
         """[path, label] of a photograph, and [place, width, height, left, top, right, bottom] if it is shown whole.
 
-        The box is the part that became the input, as shares of the picture.
+        As JSON, made once for all units. The box is the part that became the input, as shares of the picture.
         """
-        catalogue = self._catalogue
-        known = index < len(catalogue.paths)
-        told: list[object] = [catalogue.paths[index], catalogue.labels[index]] if known else [f"number {index}", ""]
-        return told + list(self._table.get(index, ())) if whole else told
+        if (index, whole) not in self._words:
+            catalogue = self._catalogue
+            known = index < len(catalogue.paths)
+            told: list[object] = [catalogue.paths[index], catalogue.labels[index]] if known else [f"number {index}", ""]
+            self._words[index, whole] = text(told + list(self._table.get(index, ())) if whole else told)
+        return self._words[index, whole]
 
     def _heat(self, facts: Facts, layer: LayerView, lists: Sequence[Shown], rows: slice, maps: np.ndarray) -> None:
         """Write the heat-maps of what is shown, base64 of their bytes, with the responses of 0 and 255."""

@@ -3,6 +3,7 @@
 `docs/site.md` and `api/v1/schema.json` say what each key means.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -69,6 +70,9 @@ def labels_of(layer: LayerView, facts: Facts, catalogue: Catalogue) -> tuple[lis
     return [place.get(word, -1) for word in words], used
 
 
+_ABSENT = object()
+
+
 class Recorder:
     """Makes the records of one layer's units; everything but pictures is read once, when it is made.
 
@@ -91,7 +95,7 @@ class Recorder:
         self._lists = lists
         self._ranks = ranks
         self._similar = similar
-        self._numbers = {r.key: (layer.numbers(r.key), exact(layer.natural(r.key))) for r in facts.rendered}
+        self._pictures = {r.key: _told(layer.numbers(r.key), layer.natural(r.key)) for r in facts.rendered}
         self._stats = {k: v.tolist() if v.dtype == bool else exact(v) for k, v in layer.stats().items()}
         self._labels = layer.labels()
         self._vectors = plane.spectra([layer.responses()]) if similar else None
@@ -102,102 +106,118 @@ class Recorder:
             # Bars beyond the bins that there are would stretch the picture: each is so many whole bins wide.
             each = -(-held.counts.shape[1] // BARS)
             self._bars = bars(held.counts)
+            self._lows, self._ends = exact(held.edges[:, 0]), exact(held.ends)
             self._step = rounded((held.edges[:, -1] - held.edges[:, 0]) / held.counts.shape[1] * each, 7)
             shares = layer.spectrum_edges
-            self._marks = layer.quantiles([s / 100 for s in shares]) if shares else np.zeros((len(facts.channels), 0))
+            marks = layer.quantiles([s / 100 for s in shares]) if shares else np.zeros((len(facts.channels), 0))
+            self._marks = rounded(marks, 5)
+        if self._labels is not None:
+            self._lift = exact(self._labels.lift)
+            self._choice = exact(np.stack([self._labels.selectivity, self._labels.auroc], -1))
+        # Units see the same places again and again.
+        self._box = functools.lru_cache(maxsize=1 << 16)(layer.crop_box)
 
     def units(self, rows: slice, cells: Mapping[tuple[int, int], int]) -> list[dict[str, Any]]:
         """Records of the units in `rows`. `cells` says in which crop a (row, pair) is shown."""
         facts, classes = self._facts, self._catalogue.classes
         found: list[dict[str, Any]] = []
         near = plane.alike(self._vectors, rows, self._similar) if self._vectors is not None else None
+        # As close as it is written, and as plain numbers: n units, then n correlations, a row a unit.
+        alike = (near[0].tolist(), np.round(near[1].astype(np.float64), 4).tolist()) if near is not None else ([], [])
+        entries = {shown.name: self._entries(shown, rows, cells) for shown in self._lists}
         for i, row in enumerate(range(rows.start, rows.stop)):
             channel = facts.channels[row]
             unit: dict[str, Any] = {"channel": channel, "tiny": int(self._ranks[row])}
             if facts.classifier:
                 unit["class"] = classes[channel]
             if facts.rendered:
-                unit["pictures"] = {key: self._pictures(key, row) for key in self._numbers}
+                unit["pictures"] = {key: told[row] for key, told in self._pictures.items()}
             if self._stats:
                 unit["stats"] = {key: values[row] for key, values in self._stats.items()}
             if self._histogram is not None:
                 unit["histogram"] = self._bins(row)
             if self._lists:
-                unit["examples"] = {shown.name: self._entries(shown, row, cells) for shown in self._lists}
+                unit["examples"] = {name: told[i] for name, told in entries.items()}
             if self._labels is not None:
                 unit["labels"] = self._words(row)
             if near is not None:
-                pairs = zip(near[0][i].tolist(), np.round(near[1][i].astype(np.float64), 4).tolist(), strict=True)
+                pairs = zip(alike[0][i], alike[1][i], strict=True)
                 unit["similar"] = [[facts.channels[n], v, int(self._ranks[n])] for n, v in pairs if n >= 0]
             if self._wiring is not None:
                 unit["wiring"] = self._wiring(row)
             found.append(unit)
         return found
 
-    def _pictures(self, key: str, row: int) -> list[dict[str, Any]]:
-        """A unit's variants with all that was measured of them; seeds are text, for they exceed a double."""
-        numbers, natural = self._numbers[key]
-        found: list[dict[str, Any]] = []
-        for variant in range(numbers["activation"].shape[1]):
-            one: dict[str, Any] = {"natural": natural[row]}
-            for name, array in numbers.items():
-                value = array[row, variant]
-                if name == "trace":
-                    one[name] = rounded(value)
-                elif value is None or np.ndim(value):
-                    continue
-                elif isinstance(value, np.floating):
-                    one[name] = float(str(np.float32(value))) if np.isfinite(value) else None
-                elif name == "seed" or not isinstance(value, np.integer):
-                    one[name] = str(value)
-                else:
-                    one[name] = int(value)
-            found.append(one)
-        return found
-
     def _bins(self, row: int) -> dict[str, Any]:
         held = self._histogram
         assert held is not None
-        low, *ends = exact(np.array([held.edges[row, 0], *held.ends[row]]))
         return {
             "counts": self._bars[row].tolist(),
-            "from": low,
+            "from": self._lows[row],
             "step": self._step[row],
             "under": int(held.under[row]),
             "over": int(held.over[row]),
-            "ends": ends,
-            "quantiles": rounded(self._marks[row], 5),
+            "ends": self._ends[row],
+            "quantiles": self._marks[row],
         }
 
-    def _entries(self, shown: Shown, row: int, cells: Mapping[tuple[int, int], int]) -> list[list[Any] | None]:
-        """[value, photograph, y, x, heat-map, crop, left, top, right, bottom] of each example.
+    def _entries(self, shown: Shown, rows: slice, cells: Mapping[tuple[int, int], int]) -> list[list[list[Any] | None]]:
+        """[value, photograph, y, x, heat-map, crop, left, top, right, bottom] of each example of each unit in `rows`.
 
         The box is what the unit saw, in pixels of the network's input, and left out where that is all of it. In the
         spectrum an example's place says its bin, so one that is missing is null.
         """
-        entries: list[list[Any] | None] = []
-        places = zip(*(a[row].tolist() for a in (shown.index, shown.y, shown.x, shown.pair)), strict=True)
-        for value, (index, y, x, pair) in zip(exact(shown.value[row]), places, strict=True):
-            if index < 0:
-                if shown.name == "spectrum":
-                    entries.append(None)
-                continue
-            entry = [value, index, y, x, pair, cells.get((row, named(pair, index)), -1)]
-            if not self._facts.whole:
-                entry += self._layer.crop_box(y, x) or ()
-            entries.append(entry)
-        return entries
+        whole, gaps = self._facts.whole, shown.name == "spectrum"
+        columns = (exact(shown.value[rows]), *(a[rows].tolist() for a in (shown.index, shown.y, shown.x, shown.pair)))
+        found: list[list[list[Any] | None]] = []
+        for row, told in zip(range(rows.start, rows.stop), zip(*columns, strict=True), strict=True):
+            entries: list[list[Any] | None] = []
+            for value, index, y, x, pair in zip(*told, strict=True):
+                if index < 0:
+                    if gaps:
+                        entries.append(None)
+                    continue
+                entry = [value, index, y, x, pair, cells.get((row, named(pair, index)), -1)]
+                if not whole:
+                    entry += self._box(y, x) or ()
+                entries.append(entry)
+            found.append(entries)
+        return found
 
     def _words(self, row: int) -> dict[str, Any]:
         held, names = self._labels, self._catalogue.names
         assert held is not None
-        over = zip(held.over[row].tolist(), held.count[row].tolist(), exact(held.lift[row]), strict=True)
+        over = zip(held.over[row].tolist(), held.count[row].tolist(), self._lift[row], strict=True)
         found: dict[str, Any] = {"over": [[names[o], count, value] for o, count, value in over if o >= 0]}
         best = int(held.best[row])
         if best >= 0:
-            selectivity, auroc = exact(np.array([held.selectivity[row], held.auroc[row]]))
+            selectivity, auroc = self._choice[row]
             found |= {"best": names[best], "selectivity": selectivity, "auroc": auroc}
         return found
+
+
+def _told(numbers: Mapping[str, np.ndarray], natural: np.ndarray) -> list[list[dict[str, Any]]]:
+    """What was measured of each unit's variants; seeds are text, for they exceed a double."""
+    columns: dict[str, list[list[Any]]] = {}
+    for name, array in numbers.items():
+        if name == "trace":
+            columns[name] = rounded(array)
+        elif array.ndim > 2:
+            continue
+        elif np.issubdtype(array.dtype, np.floating):
+            columns[name] = exact(array)
+        elif name == "seed" or not np.issubdtype(array.dtype, np.integer):
+            columns[name] = [[_ABSENT if value is None else str(value) for value in row] for row in array.tolist()]
+        else:
+            columns[name] = array.tolist()
+    variants = numbers["activation"].shape[1]
+    return [
+        [
+            {"natural": best} | {name: told[row][v] for name, told in columns.items() if told[row][v] is not _ABSENT}
+            for v in range(variants)
+        ]
+        for row, best in enumerate(exact(natural))
+    ]
 
 
 def named(pair: int, index: int) -> int:
@@ -213,12 +233,13 @@ def wiring_of(layer: LayerView, ranks: Mapping[str, Mapping[int, int]]) -> Calla
     sides = {side: found for side in ("inputs", "outputs") if (found := layer.wiring(side)) is not None}
     if not sides:
         return None
+    strengths = {side: (exact(wires.norm), exact(wires.sum)) for side, wires in sides.items()}
 
     def of(row: int) -> dict[str, Any]:
         told = {}
         for side, wires in sides.items():
             known = ranks.get(wires.layer, {})
-            triples = zip(wires.channel[row].tolist(), exact(wires.norm[row]), exact(wires.sum[row]), strict=True)
+            triples = zip(wires.channel[row].tolist(), *(told[row] for told in strengths[side]), strict=True)
             units = [[c, norm, total, known.get(c, -1)] for c, norm, total in triples if c >= 0]
             told[side] = {"layer": wires.layer, "units": units}
         return told

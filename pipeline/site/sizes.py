@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline.atlas import Atlas
 from pipeline.bands import visible
+from pipeline.site import webp
 from pipeline.site.facts import Facts
 from pipeline.site.settings import SiteConfig
 
@@ -141,8 +142,10 @@ def levels(config: SiteConfig) -> list[Sizes]:
 
 def encode(image: Image.Image, kind: str, quality: int) -> bytes:
     """A picture as bytes of a web page; the fastest method, for a site may have a hundred thousand of them."""
+    if kind == "webp":
+        return webp.encode(image, quality)
     with io.BytesIO() as buffer:
-        options: dict[str, Any] = {"webp": {"method": 0}, "avif": {"speed": 9}}.get(kind, {})
+        options: dict[str, Any] = {"speed": 9} if kind == "avif" else {}
         image.save(buffer, kind.upper(), quality=quality, **options)
         return buffer.getvalue()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.atlas import Atlas
-from pipeline.quality import MEASURES, RELATIONS
+from pipeline.measures import MEASURES, RELATIONS
 from pipeline.site.facts import Catalogue, Facts
 from pipeline.site.folder import write
 from pipeline.site.hosts import yaml_text

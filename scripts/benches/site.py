@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 import pipeline
+import pipeline.cli  # what `atlas site` has loaded by then, torch among it, is no part of a build
 from pipeline.shards import create_images, creating, put
 from pipeline.site import SiteConfig, SiteReport, build_site
 from pipeline.site.serve import _Handler
