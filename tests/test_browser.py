@@ -365,7 +365,7 @@ def test_order(visit):
     page = visit(EVEN)
     channels = [str(c) for c in LAYERS[1][3]]
     assert shown(page) == channels
-    data = page.evaluate("ATLAS.need('blocks.0.conv/layer').then(l => l.columns)")
+    data = page.evaluate("ATLAS.need('blocks.0.conv/grid')")
     for key in ("ratio", "max", "sparsity"):
         for option, sign in ((f"{key}-down", -1), (f"{key}-up", 1)):
             page.locator("#sort").select_option(option)
@@ -402,7 +402,7 @@ def test_filter(visit):
     assert shown(page) == ["2"]
     page.locator("#status").select_option("")
     page.locator("#measure").select_option("max")
-    largest = page.evaluate("ATLAS.need('blocks.0.conv/layer').then(l => l.columns.max)")
+    largest = page.evaluate("ATLAS.need('blocks.0.conv/grid').then(columns => columns.max)")
     page.locator("#from").fill(str(sorted(largest)[10]))
     assert len(shown(page)) == 10
     page.locator("#to").fill(str(sorted(largest)[12]))

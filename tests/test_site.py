@@ -21,6 +21,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.arguments import conf_folder
@@ -28,11 +30,12 @@ from pipeline.atlas import open_atlas
 from pipeline.errors import AtlasError
 from pipeline.quality import MEASURES, RELATIONS
 from pipeline.shards import creating, put, safe
-from pipeline.site import SiteConfig, build_site, families, hosts, method, plane, sizes, twin
+from pipeline.site import SiteConfig, build_site, families, hosts, method, plane, scripts, sizes, twin, webp
 from pipeline.site import values as v
 from pipeline.site.facts import facts_of
 from pipeline.site.pieces import Piece, showing_of
 from pipeline.site.serve import server
+from pipeline.views import Stack
 
 SIDE = 64
 PHOTOS = 12
@@ -347,7 +350,7 @@ def test_numbers_are_those_of_the_store(site):
             assert (found["layer"], found["of"], len(found["units"])) == (
                 layer.name, layer.total_channels, len(layer.channels)
             )  # fmt: skip
-            facts = shard(site, f"{safe(layer.name)}/layer")
+            facts, grid = (shard(site, f"{safe(layer.name)}/{name}") for name in ("layer", "grid"))
             for row, channel in enumerate(layer.channels.tolist()):
                 unit, photos = unit_of(site, layer, channel)
                 assert unit == found["units"][row] and unit["channel"] == channel
@@ -368,11 +371,11 @@ def test_numbers_are_those_of_the_store(site):
                         assert picture["status"] == numbers["status"][row, variant]
                 main = unit["pictures"]["distill"][0]
                 for name in ("transfer", "rank", "checkerboard"):
-                    column = facts["columns"].get(name)
+                    column = grid.get(name)
                     assert (column is None) == (layer.name == "stem")
                     assert column is None or column[row] == pytest.approx(main[name], rel=1e-3)
-                assert "agreement" not in facts["columns"]
-                ratio = facts["columns"]["ratio"][row]
+                assert "agreement" not in grid
+                ratio = grid["ratio"][row]
                 if main["natural"] > 0:
                     assert ratio == pytest.approx(main["activation"] / main["natural"], rel=1e-3)
                 else:
@@ -575,7 +578,7 @@ def test_failed_and_silent_units_are_flagged(site):
     with open_atlas(site.parent) as atlas:
         assert unit_of(site, atlas["blocks.0.conv"], 2)[0]["pictures"]["distill"][0]["status"] == "failed"
         assert unit_of(site, atlas["stem"], 3)[0]["stats"]["inactive"] is True
-    statuses = shard(site, "blocks.0.conv/layer")["columns"]["status"]
+    statuses = shard(site, "blocks.0.conv/grid")["status"]
     assert statuses.index("failed") == 1 and statuses.count("failed") == 1
     assert "blocks.0.conv:2" in Page(site / "index.html").words
 
@@ -690,6 +693,89 @@ def test_only_what_changed_is_made_again(tmp_path):
     assert (tmp_path / "site/media/head/a0.webp").stat().st_ino == stood.st_ino
     assert build(path, config=dataclasses.replace(SMALL, quality=60)).made == report.units
     assert build(path, config=dataclasses.replace(SMALL, quality=60, title="Another")).made == 0
+
+
+def test_all_that_a_layer_holds_is_told_by_its_fingerprint(tmp_path):
+    """Whatever is changed of a layer, and nothing else, gives it another fingerprint."""
+    path = write_atlas(tmp_path / "atlas.h5")
+
+    def prints():
+        with open_atlas(path) as atlas:
+            return {layer.name: layer.fingerprint() for layer in atlas}
+
+    found = [prints()]
+    for change in ("a number", "a text", "an attribute", "a picture", "its digest"):
+        with h5py.File(path, "r+") as file:
+            layer = file["layers/stem"]
+            if change == "a number":
+                layer["stats/max"][0] += 1
+            elif change == "a text":
+                layer["render/distill/status"][0] = "retried"
+            elif change == "an attribute":
+                layer["render/distill"].attrs["preset"] = "another"
+            elif change == "a picture":
+                layer["render/distill/images"][0, 0, 0, 0] += 1
+            else:
+                put(layer["render/distill"], "images_sha256", np.zeros((6, 1, 32), np.uint8))
+        found.append(prints())
+    assert len({each["stem"] for each in found}) == 6
+    assert all(each["head"] == found[0]["head"] for each in found)
+
+
+def test_pictures_are_read_as_hdf5_reads_them(tmp_path):
+    with creating(tmp_path / "one.h5") as file:
+        rng = np.random.default_rng(0)
+        kept = rng.integers(0, 255, (3, 2, 5, 7, 3), np.uint8)
+        put(file, "images", kept)
+        file.create_dataset("plain", data=kept)
+        file.create_dataset("shuffled", data=kept, chunks=(1, 1, 5, 7, 3), compression="gzip", shuffle=True)
+        file.create_dataset("empty", (3, 2, 5, 7, 3), np.uint8, chunks=(1, 1, 5, 7, 3), compression="gzip")
+    with h5py.File(tmp_path / "one.h5") as file:
+        for name in ("images", "plain", "shuffled"):
+            stack = Stack(file[name])
+            assert all((stack[at] == kept[at]).all() for at in itertools.product(range(3), range(2)))
+        assert not Stack(file["empty"])[1, 1].any()
+        at = file["images"].id.get_chunk_info_by_coord((1, 1, 0, 0, 0))
+    with (tmp_path / "one.h5").open("r+b") as raw:  # a picture whose bytes have gone bad is an error, never a picture
+        raw.seek(at.byte_offset + at.size // 2)
+        byte = raw.read(1)[0]
+        raw.seek(-1, io.SEEK_CUR)
+        raw.write(bytes([byte ^ 255]))
+    with h5py.File(tmp_path / "one.h5") as file:
+        assert (Stack(file["images"])[1, 0] == kept[1, 0]).all()
+        with pytest.raises(OSError):
+            Stack(file["images"])[1, 1]
+
+
+@given(
+    st.lists(st.floats(width=32) | st.floats(-100, 100, width=32) | st.integers(-9, 9).map(float), min_size=1).map(
+        lambda values: np.resize(np.array(values, np.float32), (40, 3))
+    )
+)
+def test_decimals_are_the_shortest_however_many_there_are(values):
+    """Numbers that are turned together come out as each would alone: NumPy's own shortest."""
+    alone = [[float(str(v)) if np.isfinite(v) else None for v in row] for row in values]
+    assert scripts.exact(values) == alone == [scripts.exact(row) for row in values]
+    drawn = [[float(f"{v:.4g}") if np.isfinite(v) else None for v in row] for row in values.astype(float).tolist()]
+    near = [v == w or abs(v - w) <= 1.001e-3 * abs(v) for a, b in zip(drawn, scripts.rounded(values), strict=True)
+            for v, w in zip(a, b, strict=True)]  # fmt: skip
+    assert all(near)
+
+
+def test_webp_is_what_pillow_makes(monkeypatch):
+    rng = np.random.default_rng(0)
+    pixels = np.asarray(Image.fromarray(rng.integers(0, 255, (9, 11, 3), np.uint8)).resize((111, 91)))
+    assert webp.library() is not None, "Pillow as installed brings a libwebp that can be called"
+    ours = [webp.encode(Image.fromarray(pixels), quality) for quality in (20, 78, 100)]
+    monkeypatch.setattr(webp, "library", lambda: None)
+    theirs = [webp.encode(Image.fromarray(pixels), quality) for quality in (20, 78, 100)]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert abs(len(mine) - len(other)) <= 0.02 * len(other)
+        seen, held = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int) for data in (mine, other))
+        assert np.abs(seen - held).mean() < 1
+    grey = Image.fromarray(pixels[..., 0])
+    monkeypatch.undo()
+    assert np.asarray(Image.open(io.BytesIO(webp.encode(grey, 90))).convert("L")).shape == (91, 111)
 
 
 def test_beside_this_process(site, tmp_path):

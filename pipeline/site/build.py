@@ -198,7 +198,7 @@ def _inventory(atlas: Atlas, seen: Survey, config: SiteConfig) -> Inventory:
         whole = whole or showing.whole
         cells.append(sum(counts.get(name, 0) for name in showing.celled))
         heat.append(layer.heat_maps() is not None and config.licence != "ids")
-    other = 40 + 4 * len(seen.layers) + len(seen.groups)
+    other = 40 + 5 * len(seen.layers) + len(seen.groups)
     return Inventory(seen.layers, cells, heat, len(seen.used) if whole else 0, other)
 
 

@@ -54,7 +54,7 @@ def write_all(
     digests: Mapping[str, str],
     kept: Collection[str],
 ) -> None:
-    """Write the shards `index`, `search`, `families`, `map`, and one for each layer's grid that was not `kept`."""
+    """Write the shards `index`, `search`, `families`, `map`, and two for each layer that was not `kept`."""
     attributes = atlas.attributes
     photographs = len(table_of(atlas))
     listed = [[f.name, f.slug, f.kind, runs(f.channels), digests[f.name][:8], f.total] for f in layers]
@@ -86,7 +86,8 @@ def write_all(
         search.append([numbers[i] if i >= 0 else -1 for i in places] if names else [])
         if facts.name not in kept:
             celled = showing_of(store, boxes, max(facts.aperture), config, sizes).celled
-            _shard(root, f"{facts.slug}/layer", _layer(layer, facts, catalogue, celled, sizes, config, rank))
+            _shard(root, f"{facts.slug}/layer", _layer(layer, facts, celled, sizes, config, rank))
+            _shard(root, f"{facts.slug}/grid", columns(layer, facts, catalogue))
     _shard(root, "search", {"words": list(vocabulary), "units": search})
     members: dict[str, list[int]] = {}
     for number, family in enumerate(groups):
@@ -102,13 +103,12 @@ def write_all(
 def _layer(
     layer: LayerView,
     facts: Facts,
-    catalogue: Catalogue,
     celled: Sequence[str],
     sizes: Sizes,
     config: SiteConfig,
     rank: np.ndarray,
 ) -> dict[str, Any]:
-    """What a layer's grid and its units' pages need to know of the layer."""
+    """What its units' pages need to know of the layer; what its grid sorts by is a shard of its own."""
     lists = {"max": config.examples, "min": config.least, "spectrum": config.per_bin}
     counts = {}
     for name, most in lists.items():
@@ -130,7 +130,6 @@ def _layer(
         "crops": [sizes.per_crops(each), each, side(sizes.per_crops(each) * each), sizes.example_px] if each else None,
         "heat": layer.heat_maps() is not None and config.licence != "ids",
         "tiny": rank.tolist(),
-        "columns": columns(layer, facts, catalogue),
         "rendered": [],
     }
     for r in facts.rendered:

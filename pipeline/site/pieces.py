@@ -20,7 +20,7 @@ from pipeline.site.sizes import CHUNK, Sizes, encode
 from pipeline.site.sprites import sheet, shrunk, side, square
 
 SUFFIX = {"webp": "webp", "avif": "avif", "jpeg": "jpg"}
-STRIP_PX = 64
+STRIP_PX = 56
 # Units that see less than this share of the input's side get crops of their own.
 COARSE = 1 / 3
 

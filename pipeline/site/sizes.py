@@ -70,7 +70,8 @@ class Sizes:
 
     def per_picture(self, height: int, width: int, variants: int) -> int:
         """Units in a sheet of pictures, whose (height, width) is that of `picture`."""
-        return divisor(min(60, self.spread * 150_000 // (height * width * variants)))
+        # A page shows one unit's, so these grow the slowest.
+        return divisor(min(60, (75_000 + self.spread * 75_000) // (height * width * variants)))
 
     def per_crops(self, cells: int) -> int:
         """Units in a sheet of crops, with so many cells each."""

@@ -5,7 +5,8 @@ scripts/bench site --run runs/NAME                       an atlas that is there:
 
 Pictures of the synthetic atlas are noise with the spectrum of a natural image, of the sizes that `render.size=auto`
 gives; 240 different ones a size are used over and over, as are 240 photographs for the 3,000 that are shown.
-The browser is Debian's Chromium; bytes are those of the files asked for, uncompressed.
+The browser is Debian's Chromium. Weights are those of the files asked for as hosts send them, text packed by gzip;
+beside them what lies on the disk.
 """
 
 import argparse
@@ -212,14 +213,14 @@ def looked(site: Path, rows: list[tuple[str, str, str]]) -> None:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
 
-        def opened(path: str) -> tuple[Any, dict[str, int]]:
+        def opened(path: str) -> tuple[Any, dict[str, tuple[int, int]]]:
             page = browser.new_page(viewport={"width": 1440, "height": 900})
             page.set_default_timeout(60_000)
-            weights: dict[str, int] = {}
+            weights: dict[str, tuple[int, int]] = {}
 
             def took(response: Any) -> None:
                 name = response.url.removeprefix(base).partition("?")[0].partition("#")[0]
-                weights[name] = (site / name).stat().st_size if (site / name).is_file() else 0
+                weights[name] = weighed(site / name)
 
             page.on("response", took)
             page.goto(base + path)
@@ -228,7 +229,8 @@ def looked(site: Path, rows: list[tuple[str, str, str]]) -> None:
 
         def weigh(what: str, path: str, most: str) -> Any:
             page, weights = opened(path)
-            rows.append((what, f"{sum(weights.values()) / 1e3:.0f} kB in {len(weights)} files", most))
+            sent, stored = (sum(sizes) / 1e3 for sizes in zip(*weights.values(), strict=True))
+            rows.append((what, f"{sent:.0f} kB in {len(weights)} files ({stored:.0f} kB on the disk)", most))
             return page, weights
 
         weigh("home", "index.html", "200 kB")
@@ -239,7 +241,7 @@ def looked(site: Path, rows: list[tuple[str, str, str]]) -> None:
             page, weights = weigh(f"unit view ({name})", f"unit.html#{name}:{index_first(index, name)}", "300 kB")
             page.mouse.wheel(0, 4000)
             page.wait_for_timeout(800)
-            rows.append(("   scrolled to its end", f"{sum(weights.values()) / 1e3:.0f} kB", ""))
+            rows.append(("   scrolled to its end", f"{sum(sent for sent, _ in weights.values()) / 1e3:.0f} kB", ""))
             page.close()
         page = browser.new_page(viewport={"width": 1440, "height": 900})
         page.goto(f"{base}layers/{largest[1]}.html")
@@ -282,6 +284,15 @@ def looked(site: Path, rows: list[tuple[str, str, str]]) -> None:
         rows.append(("search over all units", f"{took:.1f} ms", ""))
         browser.close()
         server.shutdown()
+
+
+def weighed(path: Path) -> tuple[int, int]:
+    """Bytes of a file as a host sends it, and as it lies there."""
+    if not path.is_file():
+        return 0, 0
+    held = path.read_bytes()
+    text = path.suffix in {".html", ".js", ".css", ".json", ".svg"}
+    return len(gzip.compress(held, 6)) if text else len(held), len(held)
 
 
 def index_first(index: dict[str, Any], name: str) -> int:

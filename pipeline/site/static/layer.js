@@ -22,15 +22,14 @@
 
   ATLAS.indexed.then(() => {
     const layer = ATLAS.layer(html.dataset.layer);
-    return ATLAS.need(layer.slug + "/layer", layer.version).then((found) => show(layer, found));
+    return ATLAS.need(layer.slug + "/grid", layer.version).then((columns) => show(layer, columns));
   });
 
-  function show(layer, found) {
+  function show(layer, columns) {
     const grid = find(".grid");
     const controls = find(".controls");
     const total = ATLAS.count(layer);
     if (!total) return;
-    const columns = found.columns;
     const [per, across] = ATLAS.index.sizes.thumb;
     const label = (row) => (columns.label && columns.label[row] >= 0 ? columns.labels[columns.label[row]] : "");
     const tiles = [];
@@ -47,16 +46,20 @@
       tiles.push(make("div", { role: "listitem" }, tile));
     }
     grid.append(...tiles);
-    find(".contact").remove();
     grid.hidden = controls.hidden = false;
-    // Far enough ahead that a reader who scrolls meets no grey.
-    const seen = ATLAS.lazily(tiles, (item) => {
+    const fill = (item) => {
       const tile = item.firstChild;
       cell(tile.firstChild, layer, "a", per, across, Number(tile.dataset.row), total);
-    }, "900px 0px 2200px");
-    // Once the page stands still, the other sheets come one by one, for those who jump.
-    if (seen) window.addEventListener("scroll", ahead, { once: true });
+    };
+    // At first little more than what is in sight; at the first sign of a reader far enough ahead to meet no grey, and
+    // then the other sheets one by one, for those who jump.
+    const seen = ATLAS.lazily(tiles, fill, "100px 0px 200px");
+    const signs = ["scroll", "wheel", "pointermove", "pointerdown", "touchstart", "keydown"];
+    if (seen) for (const sign of signs) window.addEventListener(sign, ahead, { passive: true });
     function ahead() {
+      for (const sign of signs) window.removeEventListener(sign, ahead);
+      seen.disconnect();
+      ATLAS.lazily(tiles, fill, "900px 0px 2200px");
       let start = 0;
       const next = () => {
         if (start >= total) return;

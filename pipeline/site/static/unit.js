@@ -85,7 +85,7 @@
           (times === null ? "" : ", " + number(times) + " times the best photograph") + (p.status === "failed" ? "; failed" : ""));
         found.push(make("figure", { class: p.status === "failed" ? "failed" : "" }, box,
           make("figcaption", {}, make("b", { text: title }), " · ", data(p.activation), times === null ? "" : [" · ", number(times), " × natural"],
-            p.status === "failed" ? make("strong", { text: " failed" }) : "")));
+            p.failed ? make("strong", { text: " failed" }) : "")));
       });
     });
     return make("div", { class: "pictures" + (found.length > 1 ? " many" : "") }, found);
@@ -406,10 +406,11 @@
 
   function page(unit, families, part) {
     const name = nameOf(unit);
-    const labels_ = unit.facts.columns.label ? unit.facts.columns.label[unit.row] : -1;
-    const word = unit.record.class || (labels_ >= 0 ? unit.facts.columns.labels[labels_] : "");
+    const over = unit.record.labels ? unit.record.labels.over : [];
+    const word = unit.record.class || (over.length ? over[0][0] : "");
     const tags = (families[name] || []).map((i) => make("a", { class: "tag", href: root + ATLAS.index.families[i][1], text: ATLAS.index.families[i][0] }));
-    const status = unit.facts.columns.status ? unit.facts.columns.status[unit.row] : "";
+    const main = unit.facts.rendered[0];
+    const failed = main && unit.record.pictures[main.key].some((p) => p.status === "failed");
     const first = ATLAS.channelAt(unit.layer, unit.row - 1);
     const after = unit.row + 1 < ATLAS.count(unit.layer) ? ATLAS.channelAt(unit.layer, unit.row + 1) : -1;
     const step = (channel, text) => channel >= 0 ? make("a", { href: ATLAS.linkTo(unit.layer.name, channel), text }) : make("span", { text: "" });
@@ -429,7 +430,7 @@
         make("nav", { class: "neighbours", "aria-label": "Units" }, step(unit.row > 0 ? first : -1, "← " + first), make("a", { href: root + "layers/" + unit.layer.slug + ".html", text: unit.layer.name }), step(after, after + " →")),
         make("h1", { class: "layer" }, make("span", { text: unit.layer.name + ":" }), String(unit.channel)),
         make("p", { class: "subtitle" }, word ? make("span", { class: "class", text: word }) : "", " ", tags,
-          status === "failed" ? make("strong", { class: "flag", text: "failed" }) : "", (unit.record.stats || {}).inactive ? make("span", { class: "flag quiet", text: "never above zero" }) : ""),
+          failed ? make("strong", { class: "flag", text: "failed" }) : "", (unit.record.stats || {}).inactive ? make("span", { class: "flag quiet", text: "never above zero" }) : ""),
         actions),
       make("div", { class: "evidence" }, unit.facts.rendered.length ? pictures(unit) : null, make("div", { class: "beside" }, photographs)),
       make("div", { class: "two" }, drawn, make("div", {}, numbers(unit), labels(unit))),
