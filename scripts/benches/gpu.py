@@ -29,8 +29,9 @@ def network(name: str) -> tuple[Config, Model, list[Layer]]:
     """The configuration, the network with random weights, and its convolutions with their fields."""
     config = config_of("distill", name)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=None))
-    model, policy = load(config.model), LayersConfig("convs", exclude=("classifier", "fc"))
-    chosen = choose(model, found_layers(model, policy, config.model.aliases), policy)
+    model, policy = load(config.model), LayersConfig("convs")
+    candidates = choose(model, found_layers(model, policy, config.model.aliases), policy)
+    chosen = [layer for layer in candidates if layer.kind == "conv"]
     fields = receptive_fields(fold(model), chosen)
     return config, model, [dataclasses.replace(layer, field=fields[layer.name]) for layer in chosen]
 
