@@ -1,6 +1,7 @@
 """The bench of a GPU is ready for the day when there is one: the same code, on a CPU."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ BENCHES = Path(__file__).resolve().parents[1] / "scripts" / "benches"
 
 @pytest.mark.long
 def test_the_gpu_bench_measures_both_precisions(tmp_path: Path) -> None:
-    asked = "--device cpu --models resnet18 --every 16 --batch 2 --seconds 0.01 --out gpu.json".split()
+    asked = shlex.split("--device cpu --models resnet18 --every 16 --batch 2 --seconds 0.01 --out gpu.json")
     command = [sys.executable, str(BENCHES / "gpu.py"), *asked]
     environment = {"PYTHONPATH": str(BENCHES.parents[1]), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
