@@ -16,8 +16,8 @@ from pipeline.presets import RenderConfig, Size
 from pipeline.render import ROBUST_COPIES, render
 
 # At most so many steps are begun to be timed, and none after so many seconds. The first warms up (it compiles loops and
-# kernels) and may take ten times as long.
-TIMED = 5
+# kernels) and may take ten times as long; the next ones run twice where a unit is silent and rectifiers are redirected.
+TIMED = 8
 PATIENCE = 1.0
 
 
@@ -106,7 +106,7 @@ def _preset_rows(
         return (height + 2 * config.margin) * (width + 2 * config.margin)
 
     def step(layer: Layer) -> float:
-        """Seconds of one step of one picture; the first, which warms up, counts only if it took too long for more."""
+        """Seconds of one step of one picture: of those timed the fastest, for whatever else happens slows them."""
         preset = dataclasses.replace(config, steps=TIMED, attempts=1)
         # Two pictures, as a little of a batch; of a dear layer one tells enough.
         few = 1 if network(layer) > PATIENCE / 10 else 2
@@ -129,8 +129,7 @@ def _preset_rows(
                 lowered=lowered, others=named, starts=dict.fromkeys(units, blank),
                 ensemble=[folded] * sum(len(a.checkpoints) for a in preset.augmentations if isinstance(a, Ensemble)),
             )  # fmt: skip
-        each = sorted(after - before for before, after in itertools.pairwise(times[1:] if len(times) > 2 else times))
-        return max(each[len(each) // 2], 1e-4) / len(units)
+        return max(min(after - before for before, after in itertools.pairwise(times)), 1e-4) / len(units)
 
     first, last = min(chosen, key=network), max(chosen, key=network)
     fixed = max(step(first) - 2.7 * network(first), 0.0) / area(first)

@@ -129,19 +129,15 @@ class Lowered(Rectifying):
         super().__init__(limits)
         self.weight, self.bias = conv.weight, conv.bias
 
-    def plain(self, x: Tensor) -> Tensor:
-        """The convolution alone, by PyTorch's own operations."""
-        raise NotImplementedError
-
-    def swift(self, x: Tensor) -> Tensor:
-        """The convolution and its rectifier."""
+    def convolved(self, x: Tensor, limits: Limits | None) -> Tensor:
+        """The convolution, and a rectifier of `limits`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C', H', W')."""
         if self.redirecting and self.limits is not None:
-            return redirect(self.plain(x), self.limits)
-        return self.swift(x)
+            return redirect(self.convolved(x, None), self.limits)
+        return self.convolved(x, self.limits)
 
 
 @functools.cache
@@ -190,13 +186,9 @@ class _Pointwise(torch.autograd.Function):
 class Pointwise(Lowered):
     """A convolution of 1 × 1 pixels."""
 
-    def plain(self, x: Tensor) -> Tensor:
-        """As a convolution."""
-        return F.conv2d(x, self.weight, self.bias)
-
-    def swift(self, x: Tensor) -> Tensor:
+    def convolved(self, x: Tensor, limits: Limits | None) -> Tensor:
         """As a matrix product over (B, H, W) rows of C."""
-        return _Pointwise.apply(x, self.weight[:, :, 0, 0], self.bias, self.limits)
+        return _Pointwise.apply(x, self.weight[:, :, 0, 0], self.bias, limits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,46 +300,38 @@ class Depthwise(Padded):
             self._kernels[padding, more] = _Kernel(weight, weight.flip(2, 3), taps, *numbers)
         return self._kernels[padding, more]
 
-    def plain(self, x: Tensor) -> Tensor:
-        """By PyTorch's own operations."""
-        return self.kernel(x.shape[-2:]).apply(x, self.bias)
-
-    def swift(self, x: Tensor) -> Tensor:
+    def convolved(self, x: Tensor, limits: Limits | None) -> Tensor:
         """With its own gradient."""
-        return _Depthwise.apply(x, self.bias, self.kernel(x.shape[-2:]), self.limits)
+        return _Depthwise.apply(x, self.bias, self.kernel(x.shape[-2:]), limits)
 
 
 class _Thin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: "Thin") -> Tensor:
-        y = _rectified(layer.plain(x), layer.limits)
-        ctx.layer, ctx.size = layer, tuple(x.shape[-2:])
-        ctx.save_for_backward(None if layer.limits is None else y)
+    def forward(ctx: Any, x: Tensor, layer: "Thin", limits: Limits | None) -> Tensor:
+        padding, more = layer.padded(x.shape[-2:])
+        y = _rectified(F.conv2d(x, layer.zeroed(more), layer.bias, layer.stride, padding), limits)
+        ctx.layer, ctx.limits, ctx.size = layer, limits, tuple(x.shape[-2:])
+        ctx.save_for_backward(None if limits is None else y)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         layer: Thin = ctx.layer
-        gradient = passed(grads[0], ctx.saved_tensors[0], layer.limits)
+        gradient = passed(grads[0], ctx.saved_tensors[0], ctx.limits)
         padding, more = layer.padded(ctx.size)
         if striding.available(gradient):
             weight = layer.weight.permute(0, 2, 3, 1).flatten(1)
             kernel = (layer.weight.shape[2], layer.weight.shape[3])
-            return striding.dense(gradient, weight, kernel, ctx.size, layer.stride, _less(padding, more)), None
+            return striding.dense(gradient, weight, kernel, ctx.size, layer.stride, _less(padding, more)), None, None
         back = torch.ops.aten.convolution_backward
         like, numbers = gradient.new_empty(len(gradient), layer.weight.shape[1], *ctx.size), (padding, (1, 1))
         weight, wanted = layer.zeroed(more), (True, False, False)
-        return back(gradient, like, weight, None, layer.stride, *numbers, False, (0, 0), 1, wanted)[0], None
+        return back(gradient, like, weight, None, layer.stride, *numbers, False, (0, 0), 1, wanted)[0], None, None
 
 
 class Thin(Padded):
     """A convolution that reads few channels: a network's first, of colours."""
 
-    def plain(self, x: Tensor) -> Tensor:
-        """By PyTorch's own operations."""
-        padding, more = self.padded(x.shape[-2:])
-        return F.conv2d(x, self.zeroed(more), self.bias, self.stride, padding)
-
-    def swift(self, x: Tensor) -> Tensor:
+    def convolved(self, x: Tensor, limits: Limits | None) -> Tensor:
         """With its own gradient."""
-        return _Thin.apply(x, self)
+        return _Thin.apply(x, self, limits)
