@@ -59,12 +59,15 @@ class _Redirected(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,), (gradient,) = ctx.saved_tensors, grads
+        usual = passed(gradient, x, (0.0, ctx.high))
+        dead = ~usual.any(dim=tuple(range(1, x.ndim)), keepdim=True)
+        # Mostly one rectifier is to blame, and all others need no second look.
+        if not bool(dead.any()):
+            return usual, None
         low, above = x <= 0, torch.zeros_like(x, dtype=torch.bool) if ctx.high is None else x >= ctx.high
-        passed = gradient * ~(low | above)
         # What is raised is the objective, so a positive gradient asks for more.
         wanted = gradient * ((low & (gradient > 0)) | (above & (gradient < 0)))
-        dead = passed.flatten(1).abs().sum(dim=1) == 0
-        return torch.where(dead.view(-1, *[1] * (x.ndim - 1)), wanted, passed), None
+        return torch.where(dead, wanted, usual), None
 
 
 @contextlib.contextmanager
