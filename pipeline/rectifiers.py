@@ -49,6 +49,11 @@ class Rectifying(nn.Module):
         self.limits, self.redirecting = limits, False
 
 
+def _silent(gradient: Tensor) -> Tensor:
+    """(B, 1, …) bool: of which images nothing is left."""
+    return gradient.abs().sum(dim=tuple(range(1, gradient.ndim)), keepdim=True) == 0
+
+
 class _Redirected(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, high: float | None) -> Tensor:
@@ -60,9 +65,9 @@ class _Redirected(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,), (gradient,) = ctx.saved_tensors, grads
         usual = passed(gradient, x, (0.0, ctx.high))
-        dead = ~usual.any(dim=tuple(range(1, x.ndim)), keepdim=True)
-        # Mostly one rectifier is to blame, and all others need no second look.
-        if not bool(dead.any()):
+        # Mostly one rectifier is to blame; others need no second look, nor does a gradient that was nothing already.
+        dead = _silent(usual)
+        if not bool(dead.any()) or not bool((dead := dead & ~_silent(gradient)).any()):
             return usual, None
         low, above = x <= 0, torch.zeros_like(x, dtype=torch.bool) if ctx.high is None else x >= ctx.high
         # What is raised is the objective, so a positive gradient asks for more.

@@ -36,7 +36,8 @@ from pipeline.policies import LayersConfig, choose, found_layers
 from pipeline.render import render
 from pipeline.run import Request
 
-SHORT, LONG = 4, 12
+# The step is that of what lies between: after the first ones, which run twice where a unit is silent.
+SHORT, LONG = 16, 24
 
 
 def say(line: str) -> None:
