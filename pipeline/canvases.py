@@ -56,6 +56,8 @@ class Canvas:
     packaged: ClassVar[str] = "spectrum.npz"
     can_blur: ClassVar[bool] = True
     can_grow: ClassVar[bool] = True
+    # True where the last axis of the parameters holds real and imaginary parts.
+    paired: ClassVar[bool] = False
 
     def wants(self, field: str) -> bool:
         """Whether a file among its settings is used at all."""
@@ -189,6 +191,8 @@ class Fourier(Canvas):
     sd: float = 0.01
     decay: float = 1.0
     gain: float = 0.25
+
+    paired: ClassVar[bool] = True
 
     def scale(self, size: Size, device: torch.device | None = None) -> Tensor:
         """(H, W // 2 + 1) factor of each frequency."""

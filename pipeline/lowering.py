@@ -11,7 +11,7 @@ An image-step waits for memory and for kernels that nobody tuned, so four things
 
 In bfloat16 there is half as much to read and write, and processors that multiply it themselves do that twice (vectors:
 AVX512_BF16) to eight times (tiles: AMX) as fast.
-What a finished picture is measured on stays the folded network in float32.
+What a finished picture is measured on stays in float32.
 """
 
 import copy
@@ -82,6 +82,21 @@ def lower(folded: Model, pairs: Sequence[Pair], dtype: torch.dtype = torch.float
 
         module.register_forward_pre_hook(in_dtype)
     return dataclasses.replace(folded, module=module)
+
+
+@dataclasses.dataclass(frozen=True)
+class Twins:
+    """A `folded` network, that `lowered` for the steps of a picture, and `exact`: lowered, but in float32."""
+
+    folded: Model
+    lowered: Model
+    exact: Model
+
+
+def twins(folded: Model, pairs: Sequence[Pair], dtype: torch.dtype) -> Twins:
+    """Both ways of lowering a `folded` network, for steps in `dtype`; weights in float32 are shared."""
+    exact = lower(folded, pairs)
+    return Twins(folded, exact if dtype == torch.float32 else lower(folded, pairs, dtype), exact)
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -69,6 +69,7 @@ class Job:
 
     model: Model
     lowered: Model
+    exact: Model
     layer: Layer
     config: RenderConfig
     seed: int
@@ -100,6 +101,7 @@ def render(
     stop: Callable[[], None] = lambda: None,
     *,
     lowered: Model | None = None,
+    exact: Model | None = None,
     others: Mapping[str, Layer] | None = None,
     ensemble: Sequence[Model] = (),
     starts: Mapping[Unit, Tensor] | None = None,
@@ -107,9 +109,10 @@ def render(
     """Pictures for `units`, pairs of (channel, variant), all in one batch on the model's device.
 
     They are `size` = (height, width) pixels; None leaves that to `canvas_size`. `lowered` is a twin of `model` that
-    steps are made on, where there is a faster one; finished pictures are measured on `model`. `others` are the layers
-    that `config.others` names, `ensemble` the networks of an ensemble beside `model`, `starts` the photographs
-    (C, H, W) in [0, 1] that an `image` canvas starts from, margins included.
+    steps are made on, `exact` one that finished pictures are measured on, where there are faster ones: the second is
+    the same function to float32's rounding. `others` are the layers that `config.others` names, `ensemble` the
+    networks of an ensemble beside `model`, `starts` the photographs (C, H, W) in [0, 1] that an `image` canvas starts
+    from, margins included.
 
     A picture whose objective did not rise, or went through NaN, is tried again with another seed and half the
     learning rate, at most `config.attempts` times in all; then it is kept and marked `failed`. Pictures that a
@@ -117,7 +120,8 @@ def render(
     """
     size = size or canvas_size(layer, model.recipe.size, config.size)
     lowered = model if lowered is None or config.as_it_is else lowered
-    job = Job(model, lowered, layer, config, seed, size, others or {}, ensemble, starts or {}, stop)
+    exact = model if exact is None or config.as_it_is else exact
+    job = Job(model, lowered, exact, layer, config, seed, size, others or {}, ensemble, starts or {}, stop)
     done: dict[Unit, Picture] = {}
     todo = list(units)
     for attempt in range(config.attempts):
@@ -157,7 +161,7 @@ class _Batch:
         self.proofs = torch.stack(proofs, dim=1).to(device)  # (copies, B, draws)
         self.channels = torch.tensor([c for c, _ in units], device=device)
         self.variants = torch.tensor([v for _, v in units], device=device)
-        self.state = config.optimizer.start(self.parameters)
+        self.state = config.optimizer.start(self.parameters, config.canvas.paired)
         self.since = 0
 
     @staticmethod
@@ -182,7 +186,7 @@ class _Batch:
         """Go on at another size of canvas, with a fresh optimiser state."""
         grown = job.config.canvas.resized(self.parameters.detach(), old, new)
         self.parameters = grown.requires_grad_(True)
-        self.state, self.since = job.config.optimizer.start(self.parameters), 0
+        self.state, self.since = job.config.optimizer.start(self.parameters, job.config.canvas.paired), 0
 
 
 def _attempt(job: Job, units: Sequence[Unit], attempt: int) -> list[Picture]:
@@ -244,7 +248,7 @@ def _attempt(job: Job, units: Sequence[Unit], attempt: int) -> list[Picture]:
         stack.close()
         for one in drawn:
             one.off()
-        with torch.no_grad(), _forward(job, job.model, Stage()) as forward:
+        with torch.no_grad(), _forward(job, job.exact, Stage()) as forward:
             channels, variants = (torch.tensor(n, device=everyone.device) for n in zip(*units, strict=True))
 
             def value(images: Tensor) -> Tensor:
@@ -365,19 +369,22 @@ def _gradient(
     painted = config.canvas.image(batch.parameters, job.canvas(stage))
     images = painted.detach().requires_grad_(True)
 
-    def excite() -> tuple[Tensor, Tensor]:
-        seen = shake(images, config.transforms, batch.shaking[step], view)
-        values, coupled, _ = forward(seen, batch.channels, batch.variants)
+    def excite(images: Tensor, which: slice | Tensor = slice(None)) -> tuple[Tensor, Tensor]:
+        seen = shake(images, config.transforms, batch.shaking[step, which], view)
+        values, coupled, _ = forward(seen, batch.channels[which], batch.variants[which])
         total = values.sum() if coupled is None else values.sum() + coupled.sum()
         return values.detach(), torch.autograd.grad(total, images)[0]
 
-    values, gradient = excite()
+    values, gradient = excite(images)
     if step < REDIRECTED_STEPS:
         dead = gradient.flatten(1).abs().sum(dim=1) == 0
         if bool(dead.any()):
+            # A coupling compares all pictures of a channel.
+            groups = dead.view(-1, config.variants if config.couplings else 1)
+            again = groups.any(1).repeat_interleave(groups.shape[1])
             with redirected(job.lowered.module):
-                _, helped = excite()
-            gradient = torch.where(dead.view(-1, 1, 1, 1), helped, gradient)
+                _, helped = excite(images.detach()[again].requires_grad_(True), again)
+            gradient = gradient.index_put((dead,), helped[dead[again]])
     pulls: dict[bool, Tensor] = {}
     for penalty in config.penalties:
         if _anchored(config) and anchor.shape != images.shape:

@@ -23,7 +23,7 @@ from pipeline.errors import AtlasError
 from pipeline.files import File
 from pipeline.folding import Pair, fold, foldable
 from pipeline.layers import Layer
-from pipeline.lowering import lower, precision_of
+from pipeline.lowering import Twins, precision_of, twins
 from pipeline.memory import keep_memory, memory_share
 from pipeline.models import Model, ModelConfig, load
 from pipeline.presets import RenderConfig
@@ -63,7 +63,7 @@ class Worker:
         self.fits: dict[str, int] = {}  # pictures of a layer that fit on this device together
         self.first_memory = 0.0
         self._ensembles: dict[str, tuple[Model, ...]] = {}
-        self._twin: tuple[tuple[str, ...], Model, Model] | None = None  # `twins` of one layer and preset
+        self._twins: tuple[tuple[str, ...], Twins] | None = None  # of one layer and preset
 
     def hello(self) -> str:
         """Who this is: node and process."""
@@ -90,17 +90,17 @@ class Worker:
     def _foldable(self) -> tuple[Pair, ...]:
         return foldable(self.model)
 
-    def twins(self, layer: Layer, preset: RenderConfig) -> tuple[Model, Model]:
-        """The network folded for pictures of `layer`, and that lowered for their steps: a third of the time.
+    def twins(self, layer: Layer, preset: RenderConfig) -> Twins:
+        """The network folded and lowered for pictures of `layer`: steps take a third of the time.
 
-        What `layer` and the preset look at is not folded. Both are kept until another layer's turn comes.
+        What `layer` and the preset look at is not folded. They are kept until another layer's turn comes.
         """
         key = (layer.name, *preset.others)
-        if self._twin is None or self._twin[0] != key:
+        if self._twins is None or self._twins[0] != key:
             looked_at = [layer, *self.setup.others_of(preset).values()]
             folded = fold(self.model, self._foldable, looked_at)
-            self._twin = (key, folded, lower(folded, self._foldable, self.precision))
-        return self._twin[1:]
+            self._twins = key, twins(folded, self._foldable, self.precision)
+        return self._twins[1]
 
     @functools.cached_property
     def precision(self) -> torch.dtype:
@@ -217,7 +217,7 @@ class Worker:
     ) -> list[Picture]:
         """All variants of some channels of a layer, channel by channel; `begins` what each starts from, if anything."""
         config, layer = self.setup.config, self.layers[name]
-        model, lowered = self.twins(layer, preset)
+        found = self.twins(layer, preset)
         others = self.setup.others_of(preset)
 
         own_starts = dict(zip(channels, begins, strict=False))
@@ -226,14 +226,15 @@ class Worker:
             # All pictures of a channel stay together: a coupling compares them.
             own = [(c, v) for c in part for v in range(preset.variants)]
             return render(
-                model,
+                found.folded,
                 layer,
                 own,
                 preset,
                 config.run.seed,
                 canvas,
                 self.stop,
-                lowered=lowered,
+                lowered=found.lowered,
+                exact=found.exact,
                 others=others,
                 ensemble=self.ensemble(preset),
                 starts=starts.pictures(preset, canvas, self.model.recipe.channels, own, own_starts),

@@ -314,6 +314,7 @@ def test_redirection_is_per_image_and_goes_where_it_was() -> None:
         (["render/augmentations=[ensemble]"], "checkpoints is empty"),
         (["render.canvas.colour=blue"], "is not one of plain, decorrelated, measured"),
         (["render.optimizer.lr=0"], "must be above 0"),
+        (["render.optimizer.fall=quickly"], "is not one of cosine, linear"),
         (["render/augmentations=[dropout]", "render.augmentations.dropout.p=1"], r"must lie in \[0, 1\)"),
     ],
 )

@@ -24,6 +24,8 @@ def test_adams_rate_warms_up_and_decays() -> None:
     rates = [adam.rate(i, 20) for i in range(20)]
     assert rates[:3] == [0.25, 0.5, 0.75] and rates[3] == 1.0
     assert rates[3:] == sorted(rates[3:], reverse=True) and 0.1 <= rates[-1] < 0.13
+    straight = Adam(lr=1.0, warmup=4, floor=0.2, fall="linear")
+    assert [straight.rate(i, 20) for i in (4, 12, 20)] == pytest.approx([1.0, 0.6, 0.2])
 
 
 def test_damping_is_each_pictures_own() -> None:
@@ -33,6 +35,25 @@ def test_damping_is_each_pictures_own() -> None:
     optimizer.step(both, gradient, optimizer.start(both), 0, 0.1)
     optimizer.step(alone, gradient[:1], optimizer.start(alone), 0, 0.1)
     assert torch.allclose(both[:1], alone)
+
+
+def test_where_the_corner_of_a_picture_is_makes_no_difference_to_joint_steps() -> None:
+    """Gradients of a picture that lies elsewhere lead to the same picture, elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(5, 1, 8, 10, generator=generator)
+
+    def painted(adam: Adam, gradients: torch.Tensor) -> torch.Tensor:
+        parameters = torch.zeros(1, 8, 6, 2)
+        state = adam.start(parameters, paired=True)
+        for at, gradient in enumerate(gradients):
+            own = torch.view_as_real(torch.fft.rfft2(gradient)).contiguous()
+            adam.step(parameters, own, state, at, 0.1)
+        return torch.fft.irfft2(torch.view_as_complex(parameters), s=(8, 10))
+
+    for joint in (True, False):
+        adam = Adam(beta1=0.5, beta2=0.9, damping=0.03, joint=joint)
+        moved = painted(adam, gradients.roll((3, 4), (2, 3))).roll((-3, -4), (1, 2))
+        assert torch.allclose(moved, painted(adam, gradients), atol=1e-5) == joint
 
 
 def test_adamw_is_torchs() -> None:

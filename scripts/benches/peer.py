@@ -41,7 +41,7 @@ from pipeline.feasibility import fitting
 from pipeline.fields import receptive_fields
 from pipeline.folding import fold, foldable
 from pipeline.layers import Layer, capture
-from pipeline.lowering import lower, precision_of
+from pipeline.lowering import Twins, precision_of, twins
 from pipeline.memory import keep_memory
 from pipeline.models import Model, load
 from pipeline.policies import LayersConfig, found_layers
@@ -112,8 +112,8 @@ class Lucent:
 
 
 @functools.cache
-def prepared(preset: str, name: str, threads: int) -> tuple[Model, Model, Layer, Config, tuple[int, int]]:
-    """The folded network, that lowered, the layer and its canvas, as a worker has them when a task begins."""
+def prepared(preset: str, name: str, threads: int) -> tuple[Twins, Layer, Config, tuple[int, int]]:
+    """The network folded and lowered, the layer and its canvas, as a worker has them when a task begins."""
     keep_memory()
     torch.set_num_threads(threads)
     config = config_of(preset, MODEL)
@@ -121,22 +121,26 @@ def prepared(preset: str, name: str, threads: int) -> tuple[Model, Model, Layer,
     (layer,) = [found for found in found_layers(model, LayersConfig(), config.model.aliases) if found.name == name]
     pairs = foldable(model)
     folded = fold(model, pairs, [layer])
-    lowered = lower(folded, pairs, precision_of(config.engine.precision, "cpu"))
+    found = twins(folded, pairs, precision_of(config.engine.precision, "cpu"))
     (field,) = receptive_fields(fold(model), [layer]).values()
     layer = dataclasses.replace(layer, field=field)
-    return folded, lowered, layer, config, fitting(folded, [layer], config.render)[name]
+    return found, layer, config, fitting(folded, [layer], config.render)[name]
 
 
 def prepare(preset: str, name: str, threads: int) -> None:
-    folded, lowered, layer, config, size = prepared(preset, name, threads)
-    render(folded, layer, [(0, 0)], dataclasses.replace(config.render, steps=2), 1, size, lowered=lowered)
+    found, layer, config, size = prepared(preset, name, threads)
+    short = dataclasses.replace(config.render, steps=2)
+    render(found.folded, layer, [(0, 0)], short, 1, size, lowered=found.lowered, exact=found.exact)
 
 
 def ours(preset: str, name: str, threads: int, channels: Sequence[int]) -> tuple[list[Picture], float, float]:
     """Pictures of `channels` in one batch; when it began and ended."""
-    folded, lowered, layer, config, size = prepared(preset, name, threads)
+    found, layer, config, size = prepared(preset, name, threads)
     began = time.monotonic()
-    pictures = render(folded, layer, [(c, 0) for c in channels], config.render, config.run.seed, size, lowered=lowered)
+    pictures = render(
+        found.folded, layer, [(c, 0) for c in channels], config.render, config.run.seed, size,
+        lowered=found.lowered, exact=found.exact,
+    )  # fmt: skip
     return pictures, began, time.monotonic()
 
 

@@ -29,7 +29,7 @@ from pipeline.feasibility import fitting
 from pipeline.fields import receptive_fields
 from pipeline.folding import fold, foldable
 from pipeline.layers import Layer, capture
-from pipeline.lowering import lower, precision_of
+from pipeline.lowering import precision_of, twins
 from pipeline.memory import keep_memory
 from pipeline.models import Model, load
 from pipeline.policies import LayersConfig, choose, found_layers
@@ -85,15 +85,15 @@ def measured(model: Model, layer: Layer, config: Config, batch: int, least: floa
     preset = config.render
     pairs = foldable(model)
     folded = fold(model, pairs, [layer])
-    lowered = lower(folded, pairs, precision_of(config.engine.precision, torch.device(device).type))
+    found = twins(folded, pairs, precision_of(config.engine.precision, torch.device(device).type))
     size = fitting(folded, [layer], preset)[layer.name]
     units = [(c % layer.channels, c // layer.channels) for c in range(batch)]
 
     def ours(steps: int) -> Callable[[], object]:
         short = dataclasses.replace(preset, steps=steps, attempts=1)
-        return lambda: render(folded, layer, units, short, 0, size, lowered=lowered)
+        return lambda: render(folded, layer, units, short, 0, size, lowered=found.lowered, exact=found.exact)
 
-    loops = [bare(twin, layer, batch, size, LONG - SHORT) for twin in (folded, lowered)]
+    loops = [bare(twin, layer, batch, size, LONG - SHORT) for twin in (folded, found.lowered)]
     for work in (*loops, ours(SHORT)):
         work()
     theirs, swift, own, fixed, spent = [], [], [], [], 0.0
