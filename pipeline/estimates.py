@@ -13,11 +13,12 @@ from pipeline.config import Config
 from pipeline.layers import Layer, capture
 from pipeline.lowering import Twins
 from pipeline.presets import RenderConfig, Size
+from pipeline.rectifiers import STEPS as REDIRECTED_STEPS
 from pipeline.render import ROBUST_COPIES, render
 
 # At most so many steps are begun to be timed, and none after so many seconds. The first warms up (it compiles loops and
-# kernels) and may take ten times as long; the next ones run twice where a unit is silent and rectifiers are redirected.
-TIMED = 8
+# kernels) and may take ten times as long; in the next ones silent units pass twice, so a few come after those.
+TIMED = REDIRECTED_STEPS + 5
 PATIENCE = 1.0
 
 

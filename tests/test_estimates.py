@@ -30,8 +30,8 @@ def planned(monkeypatch: pytest.MonkeyPatch, overrides: list[str], waits: list[f
 
 def test_a_slow_first_step_is_not_counted(monkeypatch: pytest.MonkeyPatch, photo_folder: Any) -> None:
     folder = ["data=folder", f"data.root={photo_folder}", "render.steps=10"]
-    monkeypatch.setattr(estimates, "PATIENCE", 0.2)
-    made, begun = planned(monkeypatch, folder, [0.5] + [0.01] * 10)
+    monkeypatch.setattr(estimates, "PATIENCE", 1.0)
+    made, begun = planned(monkeypatch, folder, [0.5] + [0.01] * 40)
     units = sum(len(row.channels) for row in made.rows)
     # Two pictures a step: 5 ms each, or 0.25 s if the first step counted.
     assert sum(row.seconds for row in made.rows) < 10 * units * 0.05
