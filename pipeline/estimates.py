@@ -11,9 +11,9 @@ import torch
 from pipeline.augmentations import Ensemble
 from pipeline.config import Config
 from pipeline.layers import Layer, capture
-from pipeline.lowering import Twins
+from pipeline.models import Model
 from pipeline.presets import RenderConfig, Size
-from pipeline.rectifiers import STEPS as REDIRECTED_STEPS
+from pipeline.rectifiers import REDIRECTED_STEPS
 from pipeline.render import ROBUST_COPIES, render
 
 # At most so many steps are begun to be timed, and none after so many seconds. The first warms up (it compiles loops and
@@ -45,7 +45,7 @@ class Row:
 
 
 def estimate(
-    found: Twins, chosen: Sequence[Layer], rows: Sequence[Row], config: Config, others: Sequence[Layer]
+    folded: Model, chosen: Sequence[Layer], rows: Sequence[Row], config: Config, others: Sequence[Layer], lowered: Model
 ) -> tuple[list[Row], float]:
     """The same rows with estimated seconds, and seconds a photograph, from a few timed passes on this machine.
 
@@ -53,7 +53,7 @@ def estimate(
     preset its ratio to a whole step, and what a step costs beside the network, are measured by rendering two pictures
     for a few steps in the cheapest and the dearest layer.
     """
-    batch, folded = 2, found.folded
+    batch = 2
     device = next(folded.module.parameters()).device
     images = torch.rand(batch, folded.recipe.channels, *folded.recipe.size, device=device)
     best: dict[str, float] = {}
@@ -75,14 +75,15 @@ def estimate(
     for preset in config.presets:
         own = [row for row in rows if row.preset == preset.name]
         if own:
-            rated = _preset_rows(found, own, preset, others, reach)
-            timed |= {(row.layer.name, row.preset): row for row in rated}
+            found = _preset_rows(folded, lowered, own, preset, others, reach)
+            timed |= {(row.layer.name, row.preset): row for row in found}
     # Decoding and reduction cost about as much again as half the forward pass.
     return [timed[row.layer.name, row.preset] for row in rows], 1.5 * max(reach.values())
 
 
 def _preset_rows(
-    found: Twins,
+    folded: Model,
+    lowered: Model,
     rows: Sequence[Row],
     config: RenderConfig,
     others: Sequence[Layer],
@@ -91,7 +92,6 @@ def _preset_rows(
     """The rows of one preset; `reach` is the seconds of an image's forward pass up to each layer."""
     chosen, channels = [row.layer for row in rows], {row.layer.name: row.channels for row in rows}
     canvases = {row.layer.name: row.canvas for row in rows}
-    folded = found.folded
     pixels = folded.recipe.size[0] * folded.recipe.size[1]
     named = {layer.name: layer for layer in others if layer.name in config.others}
     device = next(folded.module.parameters()).device
@@ -127,7 +127,7 @@ def _preset_rows(
             # Other checkpoints cost what this one does, and any picture what a grey one does.
             render(
                 folded, layer, units, preset, 0, canvas(layer), stop,
-                lowered=found.lowered, exact=found.exact, others=named, starts=dict.fromkeys(units, blank),
+                lowered=lowered, others=named, starts=dict.fromkeys(units, blank),
                 ensemble=[folded] * sum(len(a.checkpoints) for a in preset.augmentations if isinstance(a, Ensemble)),
             )  # fmt: skip
         return max(min(after - before for before, after in itertools.pairwise(times)), 1e-4) / len(units)

@@ -23,7 +23,7 @@ from pipeline.folder import RunFolder
 from pipeline.folding import fold, foldable
 from pipeline.inputs import Inputs, network_digest
 from pipeline.layers import Field, Layer
-from pipeline.lowering import precision_of, twins
+from pipeline.lowering import lower, precision_of
 from pipeline.memory import keep_memory
 from pipeline.models import Model, load
 from pipeline.policies import LayersConfig
@@ -340,8 +340,8 @@ def make_plan(
     open_rows = [row for row in rows if made.left.channels[row.layer.name, row.preset]]
     whole = folded().to(here)
     # What a layer looks at is not folded in a run; for its time that makes no difference.
-    lowered = twins(whole, pairs(), precision_of(config.engine.precision, torch.device(here).type))
-    found, each = estimate(lowered, chosen, open_rows, config, others)
+    lowered = lower(whole, pairs(), precision_of(config.engine.precision, torch.device(here).type))
+    found, each = estimate(whole, chosen, open_rows, config, others, lowered)
     better = {(row.layer.name, row.preset): row for row in found}
     return dataclasses.replace(
         made,

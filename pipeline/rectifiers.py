@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 # lucid redirects during the first 16 steps.
-STEPS = 16
+REDIRECTED_STEPS = 16
 
 
 # What a rectifier lets through: values from … to, None for no end.
@@ -49,7 +49,7 @@ class Rectifying(nn.Module):
         self.limits, self.redirecting = limits, False
 
 
-def _silent(gradient: Tensor) -> Tensor:
+def silent(gradient: Tensor) -> Tensor:
     """(B, 1, …) bool: of which images nothing is left."""
     return gradient.abs().sum(dim=tuple(range(1, gradient.ndim)), keepdim=True) == 0
 
@@ -66,8 +66,8 @@ class _Redirected(torch.autograd.Function):
         (x,), (gradient,) = ctx.saved_tensors, grads
         usual = passed(gradient, x, (0.0, ctx.high))
         # Mostly one rectifier is to blame; others need no second look, nor does a gradient that was nothing already.
-        dead = _silent(usual)
-        if not bool(dead.any()) or not bool((dead := dead & ~_silent(gradient)).any()):
+        dead = silent(usual)
+        if not bool(dead.any()) or not bool((dead := dead & ~silent(gradient)).any()):
             return usual, None
         low, above = x <= 0, torch.zeros_like(x, dtype=torch.bool) if ctx.high is None else x >= ctx.high
         # What is raised is the objective, so a positive gradient asks for more.

@@ -22,8 +22,7 @@ from pipeline.layers import Layer, capture
 from pipeline.models import Model
 from pipeline.objectives import Responses
 from pipeline.presets import RenderConfig, Size, canvas_size
-from pipeline.rectifiers import STEPS as REDIRECTED_STEPS
-from pipeline.rectifiers import redirected
+from pipeline.rectifiers import REDIRECTED_STEPS, redirected, silent
 from pipeline.schedules import Moment, Stage, flat, moments
 from pipeline.seeds import seed_of
 from pipeline.spectra import packaged
@@ -377,7 +376,7 @@ def _gradient(
 
     values, gradient = excite(images)
     if step < REDIRECTED_STEPS:
-        dead = gradient.flatten(1).abs().sum(dim=1) == 0
+        dead = silent(gradient).flatten()
         if bool(dead.any()):
             # A coupling compares all pictures of a channel.
             groups = dead.view(-1, config.variants if config.couplings else 1)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY, compose
+from conftest import TINY
 
 from pipeline import cli
 
@@ -29,7 +29,7 @@ def test_hydras_help_and_configuration(capsys: pytest.CaptureFixture[str]) -> No
     printed = capsys.readouterr().out
     assert "render/canvas: fourier, image, laplacian, maco, pixel" in printed and "efficientnet_lite0" in printed
     assert cli.main(["run", "--cfg", "job", "render=distill"]) == 0
-    assert f"steps: {compose([]).config.render.steps}" in capsys.readouterr().out
+    assert "steps: 160" in capsys.readouterr().out
 
 
 def test_multirun_goes_through_all_choices(tmp_path: Path, photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

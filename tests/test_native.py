@@ -57,7 +57,11 @@ def test_a_view_wider_than_a_row_is_sampled_by_the_grid() -> None:
 
 
 @compiled
-@pytest.mark.parametrize("optimizer", [Adam(damping=0.03), Adam(joint=True), NAdam(damping=0.1)], ids=str)
+@pytest.mark.parametrize(
+    "optimizer",
+    [Adam(damping=0.03), Adam(beta1=0.5, beta2=0.9), Adam(damping=0.03, joint=True), NAdam(damping=0.1)],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7, 5), (2, 3, 40, 51), (2, 3, 47, 31, 2)], ids=str)
 def test_one_step_of_adam_is_the_same_in_c(
     optimizer: Adam, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch

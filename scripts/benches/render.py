@@ -33,11 +33,12 @@ from pipeline.lowering import precision_of, twins
 from pipeline.memory import keep_memory
 from pipeline.models import Model, load
 from pipeline.policies import LayersConfig, choose, found_layers
+from pipeline.rectifiers import REDIRECTED_STEPS
 from pipeline.render import render
 from pipeline.run import Request
 
-# The step is that of what lies between: after the first ones, which run twice where a unit is silent.
-SHORT, LONG = 16, 24
+# The step is that of what lies between: after the first ones, in which silent units pass twice.
+SHORT, LONG = REDIRECTED_STEPS, REDIRECTED_STEPS + 8
 
 
 def say(line: str) -> None:
