@@ -1,5 +1,7 @@
 """What of a request this network can do: everything that makes no sense is refused before any work."""
 
+import dataclasses
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -14,14 +16,28 @@ from pipeline.objectives import Direction, Objective
 from pipeline.presets import RenderConfig, Size, canvas_size
 from pipeline.starts import opened
 
+log = logging.getLogger(__name__)
 
-def check_labels(model: Model, logits: Sequence[Layer]) -> None:
-    """Raise `AtlasError` where the labels that the user gave are not as many as the classifier's outputs."""
-    if all(layer.channels != len(model.labels) for layer in logits):
+
+def with_labels(model: Model, heads: Sequence[Layer], given: bool) -> Model:
+    """Return `model` with its class names where one of the `heads`, the layers of logits, has as many channels.
+
+    Names that come with a library's network are dropped where its head is another one. Raises `AtlasError` for names
+    `given` by the user that no head has room for.
+    """
+    if any(layer.channels == len(model.labels) for layer in heads):
+        return model
+    if given and not heads:
         raise AtlasError(
-            f"model.labels has {len(model.labels)} names, but {logits[-1].name} has {logits[-1].channels} outputs: "
+            f"model.labels has {len(model.labels)} names, but {model.name} has no classifier: no layer gives its "
+            "output. Leave model.labels null."
+        )
+    if given:
+        raise AtlasError(
+            f"model.labels has {len(model.labels)} names, but {heads[-1].name} has {heads[-1].channels} outputs: "
             "one name each, in their order."
         )
+    return dataclasses.replace(model, labels=())
 
 
 def units_of(layer: Layer, asked: tuple[int, ...], config: Config) -> tuple[int, ...]:
@@ -88,7 +104,10 @@ def fitting(model: Model, chosen: Sequence[Layer], preset: RenderConfig) -> dict
         try:
             with torch.no_grad():
                 model.module(model.normalise(torch.zeros(1, model.recipe.channels, *size)))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
+            # Networks refuse a size with whatever error their code raises: a shape, an assertion, a value.
             asked = preset.size
             if not isinstance(asked, str):
                 raise AtlasError(
@@ -99,6 +118,10 @@ def fitting(model: Model, chosen: Sequence[Layer], preset: RenderConfig) -> dict
                 raise AtlasError(
                     f"{model.name} takes one size of picture only: render/schedule can't change it."
                 ) from None
+            log.info(
+                "canvases are %d x %d pixels: %s does not take %d x %d (%s: %s)", *own, model.name, *size,
+                type(error).__name__, first_line(error),
+            )  # fmt: skip
             return dict.fromkeys(wanted, own)
     return wanted
 

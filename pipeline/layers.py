@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from pipeline.errors import AtlasError, nearest
 from pipeline.layouts import Axes, Layout, Part, as_maps, checked, find_axes
 from pipeline.models import Model
-from pipeline.trace import Call, Trace, class_of, kind_of, tensor_of
+from pipeline.trace import Call, Trace, class_of, kind_of, modules_of, tensor_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def capture(model: Model, layers: Sequence[Layer], each: Any = None, stop: bool 
     `images` are in [0, 1]. With `each`, every layer's output is handed to `each(layer, maps)` as soon as it
     exists and is not kept. With `stop`, the network is not run past the last wanted layer.
     """
-    modules = dict(model.module.named_modules())
+    modules = modules_of(model.module)
     found: dict[str, Any] = {}
     calls: dict[tuple[str, str], int] = {}
     own, batch, size = model.recipe.size, 1, (1.0, 1.0)
@@ -96,8 +96,11 @@ def capture(model: Model, layers: Sequence[Layer], each: Any = None, stop: bool 
         calls[path, side] = call = calls.get((path, side), 0) + 1
         tensor = tensor_of(value)
         for layer in wanted.get(call, ()):
-            assert tensor is not None, f"{layer.name} gives no tensor"
+            if tensor is None:
+                raise AtlasError(f"{layer.name} gives no tensor for these images. layers.exclude leaves it out.")
             maps = layer.maps(tensor, batch, size)
+            if maps.dtype == torch.float64:
+                maps = maps.float()  # what follows computes in single precision
             found[layer.name] = maps if each is None else None
             if each is not None:
                 each(layer, maps)
@@ -113,15 +116,17 @@ def capture(model: Model, layers: Sequence[Layer], each: Any = None, stop: bool 
     try:
         for (path, side), wanted in taps.items():
 
-            def before(_: nn.Module, args: Any, path: str = path, wanted: Any = wanted) -> None:
-                see(path, "in", args, wanted)
+            def before(_: nn.Module, args: Any, kwargs: Any, path: str = path, wanted: Any = wanted) -> None:
+                see(path, "in", (args, kwargs), wanted)
 
             def after(_: nn.Module, __: Any, output: Any, path: str = path, wanted: Any = wanted) -> None:
                 see(path, "out", output, wanted)
 
             module = modules[path]
             handles.append(
-                module.register_forward_pre_hook(before) if side == "in" else module.register_forward_hook(after)
+                module.register_forward_pre_hook(before, with_kwargs=True)
+                if side == "in"
+                else module.register_forward_hook(after)
             )
 
         def forward(images: Tensor) -> dict[str, Tensor]:
@@ -129,8 +134,7 @@ def capture(model: Model, layers: Sequence[Layer], each: Any = None, stop: bool 
             found.clear()
             calls.clear()
             batch, size = images.shape[0], (images.shape[-2] / own[0], images.shape[-1] / own[1])
-            # Channels-last is the faster layout for convolutions, on CPU and GPU alike.
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = images.contiguous(memory_format=model.memory_format)
             with contextlib.suppress(_Stop):
                 model.module(model.normalise(images))
             missing = [layer.name for layer in layers if layer.name not in found]

@@ -6,7 +6,7 @@ Where a network takes one size only, the kind of module and the shape decide.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.errors import AtlasError
 from pipeline.models import Model
+from pipeline.refusals import NotTaken
 from pipeline.trace import Call, Trace, class_of, kind_of
 
 Layout = Literal["maps", "maps_last", "tokens", "tokens_first", "flat", "windows", "vector"]
@@ -84,15 +85,19 @@ def find_axes(model: Model) -> tuple[Trace, dict[tuple[str, int], Axes]]:
     Left out are outputs that are not per image (tables of positions), that have no channel axis (attention
     weights), and, with the reason in the log, those that depend on the other images of the batch or on chance.
     """
-    trace = Trace(model)
+    try:
+        trace = Trace(model)
+    except NotTaken as error:
+        raise error.explained() from error
     other = next(_other(model), None)
     small = other or Trace(model)
     try:
         two = Trace(model, small.size, half=small)
     except AtlasError as error:
         raise AtlasError(
-            f"{model.name} takes one image at a time: {str(error).splitlines()[0]}\nPictures are made in batches. An "
-            "exported program needs a batch of any size: torch.export.export(..., dynamic_shapes=({0: Dim('batch')},))."
+            f"{model.name} takes one image at a time: {str(error).splitlines()[0]}\nVisualizations are made in "
+            "batches. An exported program needs a batch of any size: torch.export.export(..., "
+            "dynamic_shapes=({0: Dim('batch')},))."
         ) from error
     seconds = {call.key: call for call in small.calls} if other else {}
     batches = {call.key: call for call in two.calls}
@@ -107,13 +112,37 @@ def find_axes(model: Model) -> tuple[Trace, dict[tuple[str, int], Axes]]:
         if layout is not None:
             layouts[call.output] = layout
             found[call.key] = Axes(layout)
-    coupled = [call.path for call in two.calls if not call.same and call.key in found]
-    if coupled:
-        raise AtlasError(
-            f"{model.name} gives one image another response in a batch of two, or at every pass, from {coupled[0]!r} "
-            "on: a dropout or a normalisation that eval() does not turn off. Pictures of such a network would be wrong."
-        )
+    _refuse_not_finite(model, trace, found)
+    _refuse_coupled(model, two, found)
     return trace, {key: _grid(axes, key, trace, found, seconds) for key, axes in found.items()}
+
+
+def _refuse_not_finite(model: Model, trace: Trace, layers: Container[tuple[str, int]]) -> None:
+    """Raise `AtlasError` where a layer's output holds infinity or NaN for an image of noise, naming the first one."""
+    wrong = next((call for call in trace.calls if not call.finite and call.key in layers), None)
+    if wrong is not None:
+        raise AtlasError(
+            f"{model.name} gives infinity or NaN for an image of noise, first in {wrong.name!r}, a "
+            f"{type(trace.modules[wrong.path]).__name__}. Nothing can be optimised through that: check the weights, "
+            "and the input's range (model.mean, model.std, model.value_range)."
+        )
+
+
+def _refuse_coupled(model: Model, two: Trace, layers: Container[tuple[str, int]]) -> None:
+    """Raise `AtlasError` where an image's output depends on chance or on the other image of a batch of two."""
+    wrong = next((i for i, call in enumerate(two.calls) if not call.same and call.key in layers), None)
+    if wrong is None:
+        return
+    call = two.calls[wrong]
+    # The cause may lie between modules, as a dropout called as a function does: behind the last output that agrees.
+    before = next((c for c in reversed(two.calls[:wrong]) if c.same and c.key in layers), None)
+    inside = before is not None and before.output in call.inputs
+    place = f"in {call.name!r}" if inside or before is None else f"between {before.name!r} and {call.name!r}"
+    raise AtlasError(
+        f"{model.name} gives one image another output in a batch of two, or at every pass, and this begins {place}: "
+        "a dropout that is always on (training=True), noise, or a normalization by the batch's own statistics "
+        "(track_running_stats=False). Visualizations of such a network would be wrong: switch it off in the builder."
+    )
 
 
 def checked(axes: Axes, layout: str, call: Call, where: str) -> Axes:
@@ -150,7 +179,9 @@ def _layout(
     if len(shape) not in (2, 3, 4) or 0 in shape:
         return None
     if batch == 0 and call.shape[0] > 1:
-        return "windows" if kind_of(module) != "conv" else None
+        # Windows become more with the image; a fixed number of them are regions that a detector has chosen.
+        fixed = second is not None and second.shape[0] == shape[0]
+        return "windows" if kind_of(module) != "conv" and not fixed else None
     if batch != 0:
         return "tokens_first" if len(shape) == 3 and batch == 1 else None
     if len(shape) == 2:

@@ -14,7 +14,6 @@ AVX512_BF16) to eight times (tiles: AMX) as fast.
 What a finished picture is measured on stays in float32.
 """
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from pipeline import striding
-from pipeline.folding import FoldedNorm, Pair
+from pipeline.folding import FoldedNorm, Pair, copy_network, only_argument, plain_forward
 from pipeline.models import Model
 from pipeline.rectifiers import Limits, Rectifying, limits_of, passed, redirect
 
@@ -49,62 +48,77 @@ def precision_of(asked: str, device: str) -> torch.dtype:
     return torch.float32 if asked == "float32" else torch.bfloat16
 
 
-def lower(folded: Model, pairs: Sequence[Pair], dtype: torch.dtype = torch.float32) -> Model:
-    """A twin of a `folded` network in `dtype`, on a CPU with its convolutions exchanged; `folded` stays as it is.
+def lower(folded: Model, pairs: Sequence[Pair], dtype: torch.dtype = torch.float32, mixed: bool = False) -> Model:
+    """Return a copy of a `folded` network in `dtype`, on a CPU with its convolutions replaced.
 
-    `pairs` are those that `foldable` found. A pair that was spared, for its inside is looked at, stays as it is.
+    Args:
+        folded: The network; it is not changed.
+        pairs: What `foldable` returned. Pairs that were not folded, because a layer is read inside, stay as they are.
+        dtype: Data type of weights and activations. Tensors are shared where it is the type that they have.
+        mixed: Whether to run under autocast, for networks that create float32 tensors in their forward pass or use
+            operators that need them: operators then receive the type that they support.
     """
     on_cpu = next(folded.module.parameters()).device.type == "cpu"
     if not on_cpu and dtype == torch.float32:
         return folded
-    # Modules are copied; tensors are shared, or converted one by one.
-    tensors = (*folded.module.parameters(), *folded.module.buffers())
-    module = copy.deepcopy(folded.module, {id(t): _converted(t, dtype) for t in tensors})
-    if on_cpu:
-        norms = dict(pairs)
-        for path, conv in list(module.named_modules()):
-            kind = _kind(conv)
-            if kind is None or not path:
-                continue
-            norm = module.get_submodule(norms[path]) if path in norms else None
-            limits = None
-            if isinstance(norm, FoldedNorm) and isinstance(norm.drop, nn.Identity):
-                limits = limits_of(norm.act)
-                if limits is not None:
-                    norm.act = nn.Identity()
-            parent, _, name = path.rpartition(".")
-            assert isinstance(conv, nn.Conv2d)
-            setattr(module.get_submodule(parent), name, kind(conv, limits).eval())
+    model = in_precision(folded, dtype)
+    # The replacements compute channels-last.
+    if on_cpu and folded.channels_last:
+        _replace_convolutions(model.module, dict(pairs))
+    if mixed:
+        _run_mixed(model.module, dtype)
+    return model
+
+
+def in_precision(model: Model, dtype: torch.dtype) -> Model:
+    """Return a copy of a network whose weights, buffers and input are in `dtype`; tensors of that type are shared."""
+    module = copy_network(model.module, lambda tensor: _converted(tensor, dtype))
     if dtype != torch.float32:
 
-        def in_dtype(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in inputs)
+        def in_dtype(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            def cast(x: Any) -> Any:
+                return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
-        module.register_forward_pre_hook(in_dtype)
-    return dataclasses.replace(folded, module=module)
+            return tuple(map(cast, args)), {key: cast(x) for key, x in kwargs.items()}
 
-
-@dataclasses.dataclass(frozen=True)
-class Twins:
-    """A `folded` network, that `lowered` for the steps of a picture, and `exact`: lowered, but in float32."""
-
-    folded: Model
-    lowered: Model
-    exact: Model
+        module.register_forward_pre_hook(in_dtype, with_kwargs=True)
+    return dataclasses.replace(model, module=module)
 
 
-def twins(folded: Model, pairs: Sequence[Pair], dtype: torch.dtype) -> Twins:
-    """Both ways of lowering a `folded` network, for steps in `dtype`; weights in float32 are shared."""
-    exact = lower(folded, pairs)
-    return Twins(folded, exact if dtype == torch.float32 else lower(folded, pairs, dtype), exact)
+def _run_mixed(module: nn.Module, dtype: torch.dtype) -> None:
+    """Make a module run its forward pass under autocast."""
+    forward, device = module.forward, next(module.parameters()).device.type
+
+    def autocast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device, dtype):
+            return forward(*args, **kwargs)
+
+    module.forward = autocast  # type: ignore[method-assign]
+
+
+def _replace_convolutions(module: nn.Module, norms: dict[str, str]) -> None:
+    """Replace the convolutions of `module` in place; `norms` are the folded normalizations by their convolution."""
+    for path, conv in list(module.named_modules()):
+        kind = _kind(conv)
+        if kind is None or not path:
+            continue
+        norm = module.get_submodule(norms[path]) if path in norms else None
+        limits = None
+        if isinstance(norm, FoldedNorm) and isinstance(norm.drop, nn.Identity):
+            limits = limits_of(norm.act)
+            if limits is not None:
+                norm.act = nn.Identity()
+        parent, _, name = path.rpartition(".")
+        assert isinstance(conv, nn.Conv2d)
+        setattr(module.get_submodule(parent), name, kind(conv, limits).eval())
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A parameter or buffer in `dtype`, for which it is no longer shared; as it is for float32."""
+    """Return a parameter, a buffer or a tensor kept as an attribute in `dtype`; the same tensor for float32."""
     if dtype == torch.float32 or not tensor.is_floating_point():
         return tensor
-    found = tensor.to(dtype)
-    return nn.Parameter(found, requires_grad=False) if isinstance(tensor, nn.Parameter) else found
+    converted = tensor.detach().to(dtype)
+    return nn.Parameter(converted, requires_grad=False) if isinstance(tensor, nn.Parameter) else converted
 
 
 def _kind(module: nn.Module) -> "type[Lowered] | None":
@@ -113,9 +127,9 @@ def _kind(module: nn.Module) -> "type[Lowered] | None":
     if type(module) not in (nn.Conv2d, Conv2dSame):
         return None
     assert isinstance(module, nn.Conv2d)
-    if module.padding_mode != "zeros" or isinstance(module.padding, str) or hasattr(module, "parametrizations"):
+    if module.padding_mode != "zeros" or isinstance(module.padding, str) or not plain_forward(module):
         return None
-    if module._forward_hooks or module._forward_pre_hooks:
+    if not module.weight.is_floating_point() or module.weight.dtype == torch.float64:
         return None
     if isinstance(module, Conv2dSame) and module.dilation != (1, 1):
         return None
@@ -148,8 +162,10 @@ class Lowered(Rectifying):
         """The convolution, and a rectifier of `limits`."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C', H', W')."""
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C', H', W'); the input may be given by whatever keyword the replaced module has for it."""
+        # Under autocast the input may be of another type than the weights.
+        x = only_argument(args, kwargs).to(self.weight.dtype)
         if self.redirecting and self.limits is not None:
             return redirect(self.convolved(x, None), self.limits)
         return self.convolved(x, self.limits)
@@ -177,6 +193,15 @@ def _ending(limits: Limits) -> tuple[str, list[float], str]:
     return ("relu", [], "") if high is None else ("hardtanh", [low, high], "")
 
 
+def _as_maps(rows: Tensor) -> Tensor:
+    """Return (B, H, W, C) as (B, C, H, W) on the same memory, without being a view of it for autograd.
+
+    Autograd forbids writing in place into a view that a custom function returns, as `y += x` after a convolution.
+    """
+    maps = rows.permute(0, 3, 1, 2)
+    return rows.new_empty(0).set_(rows.untyped_storage(), rows.storage_offset(), maps.shape, maps.stride())
+
+
 class _Pointwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits | None) -> Tensor:
@@ -185,7 +210,7 @@ class _Pointwise(torch.autograd.Function):
             y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, *_ending(limits))
         else:
             y = _rectified(F.linear(rows, weight, bias), limits)
-        y = y.permute(0, 3, 1, 2)
+        y = _as_maps(y)
         ctx.weight, ctx.limits = weight, limits
         ctx.save_for_backward(None if limits is None else y)
         return y

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 
 from pipeline.checkpoints import load_checkpoint
 from pipeline.custom import code_digest
@@ -38,6 +39,12 @@ class Model:
     recipe: Recipe
     digest: str
     labels: tuple[str, ...]
+    channels_last: bool = True  # whether the network takes images whose channels lie together in memory
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The memory format in which the network is run; channels-last is the faster one for convolutions."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1] → the values that the network was trained on."""
@@ -50,9 +57,41 @@ class Model:
         return (rows - mean).div_(std).unflatten(2, (images.shape[-1], -1)).permute(0, 3, 1, 2)
 
     def to(self, device: torch.device | str) -> "Model":
-        """The same model on `device`, its convolutions channels-last, which is faster on CPU and GPU alike."""
-        module = self.module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return dataclasses.replace(self, module=module)
+        """Return the same model on `device`, its convolutions channels-last where the network runs so.
+
+        A forward pass that ends in `x.view(len(x), -1)` does not: such networks stay as they are.
+        """
+        model = dataclasses.replace(self, module=self.module.to(device))
+        for channels_last in (True, False):
+            _set_format(model.module, channels_last)
+            model = dataclasses.replace(model, channels_last=channels_last)
+            if _error(model) is None:
+                return model
+        # It does not take its own input at all; enumerating its layers says why.
+        _set_format(model.module, True)
+        return dataclasses.replace(model, channels_last=True)
+
+
+def _set_format(module: nn.Module, channels_last: bool) -> None:
+    """Bring the weights of two-dimensional convolutions into a memory format; no other tensor has one."""
+    wanted = torch.channels_last if channels_last else torch.contiguous_format
+    for child in module.modules():
+        for tensor in child._parameters.values() if isinstance(child, nn.modules.conv._ConvNd) else ():
+            if tensor is not None and tensor.dim() == 4:
+                tensor.data = tensor.data.contiguous(memory_format=wanted)
+
+
+def _error(model: Model) -> Exception | None:
+    """What the network raises for one black image of its own size, if anything."""
+    parameter = next(model.module.parameters())
+    images = torch.zeros(1, model.recipe.channels, *model.recipe.size, device=parameter.device)
+    try:
+        with torch.no_grad():
+            model.module(model.normalise(images).contiguous(memory_format=model.memory_format))
+    except Exception as error:
+        # The network is the user's code, and may raise anything.
+        return error
+    return None
 
 
 def load(config: ModelConfig, state: Mapping[str, Tensor] | None = None) -> Model:
@@ -75,6 +114,9 @@ def load(config: ModelConfig, state: Mapping[str, Tensor] | None = None) -> Mode
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, recipe, labels = SOURCES[config.source](config)
+    module = unwrapped(module)
+    refuse_quantized(module, config.name)
+    double = any(parameter.dtype == torch.float64 for parameter in module.parameters())
     module = prepare(module)
     if (config.arguments or {}).get("aux_logits") is True:
         # torchvision runs auxiliary heads in training only. This flag of the top module alone, whose own forward
@@ -90,10 +132,60 @@ def load(config: ModelConfig, state: Mapping[str, Tensor] | None = None) -> Mode
         labels = read_labels(config.locate(config.labels))
     elif config.labels is not None:
         labels = config.labels
+    recipe = with_overrides(recipe, config)
+    if double:
+        _restore_double(Model(module, config.name, recipe, "", labels))
     digest = weights_digest(module)
     if config.source == "custom":
         digest = hashlib.sha256(f"{digest} {code_digest(config)}".encode()).hexdigest()
-    return Model(module, config.name, with_overrides(recipe, config), digest, labels)
+    return Model(module, config.name, recipe, digest, labels)
+
+
+def _restore_double(model: Model) -> None:
+    """Give a network its double precision back where it does not run without, as with `x.double()` in its forward."""
+    if _error(model) is None:
+        return
+    model.module.double()
+    if _error(model) is not None:
+        model.module.float()
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return a network without the modules that training put around it or around its parts.
+
+    Compiled networks (`torch.compile`, `Module.compile`), `DataParallel`, `DistributedDataParallel` and averaged models
+    compute what the module inside them does, under names that begin with `_orig_mod.` or `module.`.
+    """
+    while (inner := _inner(module)) is not None:
+        module = inner
+    for child in module.modules():
+        child._compiled_call_impl = None
+        for name, part in list(child._modules.items()):
+            if part is not None and _inner(part) is not None:
+                child._modules[name] = unwrapped(part)
+    return module
+
+
+def _inner(module: nn.Module) -> nn.Module | None:
+    """The module that a wrapper holds; None for a module that is no wrapper."""
+    if isinstance(module, torch._dynamo.OptimizedModule):
+        return module._orig_mod
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+    return module.module if isinstance(module, wrappers) else None
+
+
+def refuse_quantized(module: nn.Module, name: str) -> None:
+    """Raise `AtlasError` for a network with quantized modules or weights, through which no gradient passes."""
+    places = ("nn.quantized", "nn.intrinsic.quantized", "torchao.")
+    for path, child in module.named_modules():
+        tensors = [t for t in (*child._parameters.values(), *child._buffers.values()) if t is not None]
+        quantized = any(t.is_quantized or type(t).__module__.startswith("torchao") for t in tensors)
+        if quantized or any(place in type(child).__module__ for place in places):
+            raise AtlasError(
+                f"{name} is quantized: {path or 'it'} is a {type(child).__name__}, through which no gradient passes. "
+                "Use the floating-point network that it was made from, before torch.ao.quantization or a like tool "
+                "converted it."
+            )
 
 
 def with_overrides(recipe: Recipe, config: ModelConfig) -> Recipe:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,22 +17,22 @@ from pipeline.config import Config
 from pipeline.engine import Crew, crew, local_resources
 from pipeline.errors import AtlasError
 from pipeline.estimates import Row, estimate
-from pipeline.feasibility import check_labels, fitting, refuse_nonsense, units_of
+from pipeline.feasibility import fitting, refuse_nonsense, units_of, with_labels
 from pipeline.fields import receptive_fields
 from pipeline.files import loaded
 from pipeline.folder import RunFolder
 from pipeline.folding import fold, foldable
 from pipeline.inputs import Inputs, network_digest
 from pipeline.layers import Field, Layer
-from pipeline.lowering import lower, precision_of
+from pipeline.lowering import precision_of
 from pipeline.memory import keep_memory
 from pipeline.models import Model, load
-from pipeline.policies import LayersConfig
 from pipeline.progress import clock
 from pipeline.recipes import Recipe
 from pipeline.selection import Units, selected
 from pipeline.shards import safe
 from pipeline.tasks import Setup, Task, examples_digest, render_digest
+from pipeline.variants import layers_without_gradient, verified_variants
 
 log = logging.getLogger(__name__)
 
@@ -74,11 +75,21 @@ class Left:
 
 
 @dataclasses.dataclass(frozen=True)
+class Unrendered:
+    """A layer that gets dataset examples but no visualizations, with its channels and the reason."""
+
+    layer: Layer
+    channels: tuple[int, ...]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """The whole run: rows by preset, in the order of computation, and what workers need.
 
-    `network` is the digest that receptive fields are known again by. `left` is what was still to be made when the plan
-    was: all of it, where nobody looked.
+    `unrendered` are layers without rows, for which only the dataset pass is made. `network` is the digest that
+    receptive fields are known again by. `left` is what was still to be made when the plan was: all of it, where nobody
+    looked.
     """
 
     config: Config
@@ -91,6 +102,7 @@ class Plan:
     dataset_fingerprint: str
     network: str
     left: Left
+    unrendered: tuple[Unrendered, ...] = ()
 
     @property
     def inputs(self) -> Inputs:
@@ -101,12 +113,14 @@ class Plan:
     def layers(self) -> tuple[tuple[Layer, tuple[int, ...]], ...]:
         """Each layer once, with its channels."""
         main = self.config.render.name
-        return tuple((row.layer, row.channels) for row in self.rows if row.preset == main)
+        channels = {row.layer.name: row.channels for row in self.rows if row.preset == main}
+        channels |= {one.layer.name: one.channels for one in self.unrendered}
+        return tuple((layer, channels[layer.name]) for layer in self.setup.layers)
 
     @property
     def units(self) -> int:
-        """Number of units (layer:channel pairs)."""
-        return sum(len(channels) for _, channels in self.layers)
+        """Number of units (layer:channel pairs) that get visualizations."""
+        return sum(len(row.channels) for row in self.rows if row.preset == self.config.render.name)
 
     @property
     def work(self) -> int:
@@ -165,25 +179,27 @@ class Plan:
         return pd.concat([layers, ends], ignore_index=True)
 
     def table(self) -> pd.DataFrame:
-        """One row a layer and preset, as it is printed; seconds are those of what is left."""
-        return pd.DataFrame(
-            [
-                {
-                    "layer": row.layer.name,
-                    "preset": row.preset,
-                    "kind": row.layer.kind,
-                    "channels": row.layer.channels,
-                    "map": f"{row.layer.height}x{row.layer.width}",
-                    "receptive_field": _field(row.layer),
-                    "stride": row.layer.field.stride[0] if row.layer.field else "",
-                    "units": len(row.channels),
-                    "canvas": row.canvas[0] if row.canvas[0] == row.canvas[1] else "x".join(map(str, row.canvas)),
-                    "seconds": round(self._cost(row) / self.crew.workers, 1),
-                    "channel_list": " ".join(map(str, row.channels)),
-                }
-                for row in self.rows
-            ]
-        )
+        """One row a layer and preset, as it is printed; seconds are those of what is left.
+
+        Layers without visualizations have a row under the main preset, with no units.
+        """
+        records = [
+            _record(
+                row.layer,
+                preset=row.preset,
+                units=len(row.channels),
+                canvas=row.canvas[0] if row.canvas[0] == row.canvas[1] else "x".join(map(str, row.canvas)),
+                seconds=round(self._cost(row) / self.crew.workers, 1),
+                channel_list=" ".join(map(str, row.channels)),
+            )
+            for row in self.rows
+        ]
+        main = sum(row.preset == self.config.render.name for row in self.rows)
+        without = [
+            _record(one.layer, preset=self.config.render.name, units=0, canvas="none", seconds=0.0, channel_list="")
+            for one in self.unrendered
+        ]
+        return pd.DataFrame(records[:main] + without + records[main:])
 
     def render_tasks(self, folder: Path, done: Mapping[Row, set[int]], workers: int = 0) -> list[Task]:
         """Tasks for the channels of rows that no finished shard holds yet, the dearest rows first.
@@ -261,6 +277,20 @@ def portions(
         count, left = count - size, left - size * each
 
 
+def _record(layer: Layer, **settings: Any) -> dict[str, Any]:
+    """One row of the plan's table."""
+    described = {
+        "layer": layer.name,
+        "preset": settings.pop("preset"),
+        "kind": layer.kind,
+        "channels": layer.channels,
+        "map": f"{layer.height}x{layer.width}",
+        "receptive_field": _field(layer),
+        "stride": layer.field.stride[0] if layer.field else "",
+    }
+    return described | settings
+
+
 def _field(layer: Layer) -> str:
     return "whole image" if layer.field is None else "x".join(map(str, layer.field.size))
 
@@ -288,9 +318,8 @@ def make_plan(
     candidates = policies.found_layers(model, config.layers, config.model.aliases)
     asked = _asked(config, model, candidates, base) if units is None else units
     chosen = [layer for layer in candidates if layer.name in asked]
-    heads = policies.choose(model, candidates, LayersConfig("logits"))
-    if config.model.labels is not None:
-        check_labels(model, heads)
+    heads = policies.logit_layers(model, candidates)
+    model = with_labels(model, heads, given=config.model.labels is not None)
     config = dataclasses.replace(
         config,
         render=loaded(config.render, "render"),
@@ -304,8 +333,12 @@ def make_plan(
     for name in empty:
         log.warning("%s has none of the channels %s and is left out", name, config.layers.channels)
     chosen = [layer for layer in chosen if channels[layer.name]]
+    reasons = layers_without_gradient(model, chosen)
+    for name, reason in reasons.items():
+        log.warning("%s gets dataset examples but no visualizations: %s", name, reason)
+    rendered = [layer for layer in chosen if layer.name not in reasons]
     cpus, gpus = local_resources()
-    pictures = sum(map(len, channels.values())) * len(config.presets)
+    pictures = sum(len(channels[layer.name]) for layer in rendered) * len(config.presets)
     team = crew(config.engine, [(cpus, gpus)], pictures)
     torch.set_num_threads(cpus)
     keep_memory()
@@ -319,29 +352,35 @@ def make_plan(
     unknown = [layer for layer in chosen if layer.name not in fields]
     fields |= receptive_fields(folded(), unknown) if unknown else {}
     chosen = [dataclasses.replace(layer, field=fields[layer.name]) for layer in chosen]
-    canvases = {preset.name: fitting(model, chosen, preset) for preset in config.presets}
+    unrendered = tuple(Unrendered(la, channels[la.name], reasons[la.name]) for la in chosen if la.name in reasons)
+    rendered = [layer for layer in chosen if layer.name not in reasons]
+    canvases = {preset.name: fitting(model, rendered, preset) for preset in config.presets}
     torch.set_num_threads(min(team.threads, cpus))
     rows = tuple(
         Row(la, channels[la.name], sizes[la.name], len(channels[la.name]), name)
         for name, sizes in canvases.items()
-        for la in chosen
+        for la in rendered
     )
     setup = Setup(config, model.digest, tuple(chosen), dataset, team.threads, team.device, others)
     if any(preset.needs_examples for preset in config.presets):
         setup = dataclasses.replace(setup, begins=examples_digest(setup, fingerprint))
     everything = Left({(row.layer.name, row.preset): len(row.channels) for row in rows}, len(dataset.photos))
     made = Plan(
-        config, rows, setup, team, len(dataset.photos), model.labels, model.recipe, fingerprint, network, everything
-    )
+        config, rows, setup, team, len(dataset.photos), model.labels, model.recipe, fingerprint, network, everything,
+        unrendered,
+    )  # fmt: skip
     made = made if look is None else dataclasses.replace(made, left=look(made))
     if not timed or made.left.nothing:
         return made
     here = team.device if not team.device.startswith("cuda") or torch.cuda.is_available() else "cpu"
     open_rows = [row for row in rows if made.left.channels[row.layer.name, row.preset]]
-    whole = folded().to(here)
-    # What a layer looks at is not folded in a run; for its time that makes no difference.
-    lowered = lower(whole, pairs(), precision_of(config.engine.precision, torch.device(here).type))
-    found, each = estimate(whole, chosen, open_rows, config, others, lowered)
+    deepest = max(open_rows, key=lambda row: row.layer.cost, default=None)
+    looked_at = [*([deepest.layer] if deepest else chosen[-1:]), *others]
+    precision = precision_of(config.engine.precision, torch.device(here).type)
+    variants = verified_variants(model.to(here), pairs(), looked_at, precision, deepest.canvas if deepest else None)
+    if variants.reason:
+        log.info("steps run on the %s network: %s", variants.level, variants.reason)
+    found, each = estimate(variants.folded, chosen, open_rows, config, others, variants.steps)
     better = {(row.layer.name, row.preset): row for row in found}
     return dataclasses.replace(
         made,

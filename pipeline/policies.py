@@ -58,7 +58,7 @@ def choose(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[
     chosen = narrowed(chosen, layers, config)
     if not chosen:
         raise AtlasError(
-            f"layers: nothing is left of policy {config.policy!r} after include and exclude. "
+            f"layers: nothing is left of layers={config.policy} after layers.include and layers.exclude. "
             "`atlas plan layers=all` lists every layer."
         )
     return chosen
@@ -154,20 +154,60 @@ def _blocks(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list
 
 
 def _logits(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
-    """The classifier: the last linear layer or, in fully convolutional heads, the last convolution.
+    """The classifier's layer or layers; see `logit_layers`."""
+    found = logit_layers(model, layers)
+    if not found:
+        raise AtlasError(
+            f"{model.name} has no classifier: no linear layer or convolution gives its output. Choose other layers, as "
+            "layers=convs."
+        )
+    return found
 
-    With it other vectors of as many channels that no module reads: a distilled transformer has two heads.
+
+def logit_layers(model: Model, layers: Sequence[Layer]) -> list[Layer]:
+    """Return the layers of logits: what gives the network's output; empty for backbones, towers of maps, detectors.
+
+    The last linear layer or, in a fully convolutional head (SqueezeNet, a segmentation network), the last convolution
+    that no normalization follows, if only activations, pooling and functions lie between it and the output. With a
+    linear layer come other vectors of as many channels that no module reads: a distilled transformer has two heads.
     """
-    ends = _convs(model, layers, config)
+    ends = _convs(model, layers, LayersConfig())
     if not ends:
-        raise AtlasError(f"{model.name} has no convolution and no linear layer; use layers=all.")
+        return []
     last = ends[-1]
-    twins = [la for la in ends if la.layout == last.layout == "vector" and la.channels == last.channels]
-    if len(twins) == 1:
-        return [last]
     trace = Trace(model)
+    if not _gives_output(trace, last):
+        return []
+    if last.layout != "vector":
+        return [last]
+    same = [la for la in ends if la.layout == "vector" and la.channels == last.channels]
     read = {c.key for c in trace.calls if any(r.path and r.path != c.path for r in trace.readers.get(c.output, ()))}
-    return [la for la in twins if la is last or (la.module, la.call) not in read]
+    return [la for la in same if la is last or (la.module, la.call) not in read]
+
+
+# Modules between a layer of logits and the output that leave its channels what they are.
+BEHIND_LOGITS = ("activation", "pool", "dropout", "flatten", "identity")
+
+
+def _gives_output(trace: Trace, layer: Layer) -> bool:
+    """Whether a linear layer or convolution gives the network's output, but for activations, pooling and functions."""
+    whole = next((call for call in trace.calls if not call.path), None)
+    own = next((c for c in trace.calls if (c.path, c.index) == (layer.module, layer.call)), None)
+    if own is None or layer.side == "in" or kind_of(trace.modules[own.path]) == "norm":
+        return False  # a normalization follows
+    if whole is None:
+        return layer.layout == "vector"  # an output without channels, as of one class
+    inner = {identity for call in trace.calls if call.path for identity in call.results}
+    reached = {own.output}
+    for call in trace.calls:
+        kind = kind_of(trace.modules[call.path])
+        if call.path and kind in BEHIND_LOGITS and reached & set(call.inputs):
+            reached.add(call.output)
+    if reached & set(whole.results):
+        return True
+    # Functions gave the output; it is this layer's if it has its channels.
+    axis = -1 if layer.layout in ("maps_last", "tokens", "windows") else 1
+    return not (inner & set(whole.results)) and whole.shape[axis] == layer.channels
 
 
 def _tour(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:

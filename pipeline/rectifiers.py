@@ -6,8 +6,7 @@ dead unit dead beside a living one), and for any network: the modules' forward i
 """
 
 import contextlib
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -75,6 +74,15 @@ class _Redirected(torch.autograd.Function):
         return torch.where(dead, wanted, usual), None
 
 
+def _redirecting(limits: Limits) -> Callable[[Tensor], Tensor]:
+    """Return a forward with the parameter name of PyTorch's rectifiers, for networks that call them by keyword."""
+
+    def forward(input: Tensor) -> Tensor:
+        return redirect(input, limits)
+
+    return forward
+
+
 @contextlib.contextmanager
 def redirected(module: nn.Module) -> Iterator[None]:
     """Rectifiers (nn.ReLU, nn.ReLU6, `Rectifying`) of `module` redirect gradients while this is entered."""
@@ -88,7 +96,7 @@ def redirected(module: nn.Module) -> Iterator[None]:
                 switched.append(child)
             elif isinstance(child, (nn.ReLU, nn.ReLU6)) and "forward" not in vars(child):
                 limits = (0.0, 6.0 if isinstance(child, nn.ReLU6) else None)
-                child.forward = functools.partial(redirect, limits=limits)  # type: ignore[method-assign]
+                child.forward = _redirecting(limits)  # type: ignore[method-assign]
                 changed.append(child)
         yield
     finally:

@@ -259,6 +259,7 @@ def _consolidate(request: Request, made: Plan, folder: RunFolder, held: Inventor
         inputs=inputs,
         outputs=outputs,
         failures=len(failures),
+        unrendered={one.layer.name: one.reason for one in made.unrendered},
     )
     store.consolidate(
         folder.atlas, content, {(row.layer.name, row.preset): found for row, found in held.pictures.items()}

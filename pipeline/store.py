@@ -34,7 +34,10 @@ LIBRARIES = ("neuron-atlas", "torch", "torchvision", "timm", "h5py", "numpy", "p
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What goes into an atlas, beside the rendered shards."""
+    """What goes into an atlas, beside the rendered shards.
+
+    `unrendered` says by layer name why a layer has no visualizations, where that was known before any work.
+    """
 
     run: str
     model: str
@@ -50,6 +53,7 @@ class Content:
     outputs: Mapping[str, Wires] = dataclasses.field(default_factory=dict)
     failures: int = 0
     identity: str = ""
+    unrendered: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def identity(path: Path) -> str | None:
@@ -67,6 +71,16 @@ def precisions(shard: Shard) -> list[str]:
     Shards of former versions do not say, and are float32.
     """
     return shard.attributes.get("precision", "float32").split()
+
+
+# What separates several values in an attribute; no cause of a fallback is more than one line.
+SEPARATOR = "\n"
+
+
+def _distinct(shards_: Sequence[Shard], key: str) -> str:
+    """The different values of an attribute of shards, in order; shards of former versions may lack it."""
+    values = {line for shard in shards_ for line in str(shard.attributes.get(key, "")).split(SEPARATOR)}
+    return SEPARATOR.join(sorted(values - {""}))
 
 
 def parts(path: Path) -> dict[tuple[str, str], Shard]:
@@ -122,6 +136,8 @@ def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str],
             group = file.create_group(f"layers/{safe(layer.name)}")
             _describe(group, layer, order, content.input_size)
             put(group, "channels", np.array(channels, np.int32))
+            if layer.name in content.unrendered:
+                group.attrs["unrendered"] = content.unrendered[layer.name]
             for side, wires in (("inputs", content.inputs), ("outputs", content.outputs)):
                 if layer.name in wires:
                     _wiring(group, side, channels, wires[layer.name])
@@ -176,6 +192,8 @@ def _pictures(group: h5py.Group, preset: str, channels: Sequence[int], found: Se
     for key in ("digest", "natural", "objective", "layer"):
         target.attrs[key] = first.attributes[key]
     target.attrs["precision"] = " ".join(sorted({name for shard in found for name in precisions(shard)}))
+    for key in ("level", "level_reason"):
+        target.attrs[key] = _distinct(found, key)
     images = shards.create_images(target, "images", (len(channels), *shape))
     size = (len(channels), shape[0])
     arrays: dict[str, np.ndarray] = {

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import AtlasError, first_line
+from pipeline.errors import AtlasError
 from pipeline.models import Model
+from pipeline.refusals import NotTaken
 
 CONVS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -71,12 +72,29 @@ def tensor_of(value: Any) -> Tensor | None:
     return next(tensors_in(value), None)
 
 
+def modules_of(module: nn.Module) -> dict[str, nn.Module]:
+    """All modules that hooks can observe, by path: what lies inside a compiled script runs where no hook looks.
+
+    A script module is one layer as a whole.
+    """
+    modules: dict[str, nn.Module] = {}
+    opaque: list[str] = []
+    for path, child in module.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in opaque):
+            continue
+        modules[path] = child
+        if isinstance(child, torch.jit.ScriptModule):
+            opaque.append(path)
+    return modules
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """The `index`-th call of the module at `path`: shape and identity of its output, identities of its inputs.
 
-    `cost` is the number of multiply-adds up to here. `batch` is the axis that grew with the batch, where the
-    pass was compared with another of half its batch; `same` whether the shared half came out the same.
+    `results` are the identities of all tensors of the output, of which `output` is the first. `cost` is the number of
+    multiply-adds up to here. `batch` is the axis that grew with the batch, where the pass was compared with another of
+    half its batch; `same` whether the shared half came out the same. `finite` is False for infinity or NaN.
     """
 
     path: str
@@ -88,6 +106,8 @@ class Call:
     sample: Tensor | None = None
     batch: int | None = None
     same: bool = True
+    finite: bool = True
+    results: tuple[int, ...] = ()
 
     @property
     def key(self) -> tuple[str, int]:
@@ -108,7 +128,7 @@ class Trace:
     """
 
     def __init__(self, model: Model, size: tuple[int, int] | None = None, half: "Trace | None" = None) -> None:
-        self.modules = dict(model.module.named_modules())
+        self.modules = modules_of(model.module)
         self.size = size or model.recipe.size
         self.calls: list[Call] = []
         known = {call.key: call for call in half.calls} if half else {}
@@ -119,18 +139,19 @@ class Trace:
         def after(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             nonlocal spent
             counts[path] = index = counts.get(path, 0) + 1
-            tensor = tensor_of(output)
+            results = list(tensors_in(output))
+            tensor = results[0] if results else None
             if tensor is None or not tensor.is_floating_point() or tensor.dim() < 2:
                 return
             if kind_of(module) in ("conv", "linear") and isinstance(weight := getattr(module, "weight", None), Tensor):
                 spent += tensor.numel() * weight.numel() / weight.shape[0]
             inputs = list(tensors_in((args, kwargs)))
             keep.extend(inputs)
-            keep.append(tensor)
+            keep.extend(results)
             shape = tuple(tensor.shape)
-            batch, same, sample = None, True, None
+            batch, same, sample, finite = None, True, None, True
             if half is None:
-                sample = _sampled(tensor)
+                sample, finite = _sampled(tensor), bool(tensor.isfinite().all())
             elif (before := known.get((path, index))) is not None:
                 batch = _batch_axis(before.shape, shape)
                 if batch is not None and before.sample is not None:
@@ -138,8 +159,10 @@ class Trace:
                     # Kernels are chosen by size and round differently; a dropout or a batch mean differs grossly.
                     scale = float(before.sample.abs().max()) + 1e-6
                     same = bool((_sampled(first) - before.sample).abs().max() <= 1e-2 * scale)
-            identities = tuple(id(a) for a in inputs)
-            self.calls.append(Call(path, index, shape, identities, id(tensor), spent, sample, batch, same))
+            ids, results_ids = tuple(map(id, inputs)), tuple(map(id, results))
+            self.calls.append(
+                Call(path, index, shape, ids, id(tensor), spent, sample, batch, same, finite, results_ids)
+            )
 
         handles = [
             module.register_forward_hook(
@@ -156,11 +179,7 @@ class Trace:
         except AtlasError:
             raise
         except Exception as error:
-            shape = " × ".join(map(str, images.shape))
-            raise AtlasError(
-                f"{model.name} does not take {shape} (images × channels × height × width): {type(error).__name__}: "
-                f"{first_line(error)}\nmodel.input_size and model.channels must be what it was made for."
-            ) from error
+            raise NotTaken(model, images, error) from error
         finally:
             for handle in handles:
                 handle.remove()

@@ -248,6 +248,11 @@ class LayerView:
         group = self._render(preset)
         return self._get(group, "response") if "response" in group else None
 
+    @property
+    def unrendered(self) -> str:
+        """Why this layer has no visualizations by design, such as a missing gradient; empty where it may have some."""
+        return str(self._group.attrs.get("unrendered", ""))
+
     def render_attributes(self, preset: str | None = None) -> dict[str, Any]:
         """Preset, objective, digest, and which statistic of photographs the activation compares with."""
         return shards.plain(self._render(preset))

@@ -21,9 +21,9 @@ from pipeline import examples, shards, starts, winners
 from pipeline.augmentations import Ensemble
 from pipeline.errors import AtlasError
 from pipeline.files import File
-from pipeline.folding import Pair, fold, foldable
+from pipeline.folding import Pair, foldable
 from pipeline.layers import Layer
-from pipeline.lowering import Twins, precision_of, twins
+from pipeline.lowering import precision_of
 from pipeline.memory import keep_memory, memory_share
 from pipeline.models import Model, ModelConfig, load
 from pipeline.presets import RenderConfig
@@ -32,6 +32,7 @@ from pipeline.render import Picture, render
 from pipeline.starts import Begin
 from pipeline.statistics import Ranges
 from pipeline.tasks import Done, Setup, Task
+from pipeline.variants import ModelVariants, verified_fold, verified_variants
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ class Worker:
         self.fits: dict[str, int] = {}  # pictures of a layer that fit on this device together
         self.first_memory = 0.0
         self._ensembles: dict[str, tuple[Model, ...]] = {}
-        self._twins: tuple[tuple[str, ...], Twins] | None = None  # of one layer and preset
+        self._variants: tuple[tuple[Any, ...], ModelVariants] | None = None  # of one layer and preset
+        self._fallbacks: set[tuple[str, str]] = set()  # levels and causes that the log has
 
     def hello(self) -> str:
         """Who this is: node and process."""
@@ -90,17 +92,23 @@ class Worker:
     def _foldable(self) -> tuple[Pair, ...]:
         return foldable(self.model)
 
-    def twins(self, layer: Layer, preset: RenderConfig) -> Twins:
-        """The network folded and lowered for pictures of `layer`: steps take a third of the time.
+    def variants(self, layer: Layer, preset: RenderConfig, size: tuple[int, int]) -> ModelVariants:
+        """Return the fastest variants of the network that equal it at `layer`, for visualizations of `size` pixels.
 
-        What `layer` and the preset look at is not folded. They are kept until another layer's turn comes.
+        Batch normalizations that `layer` and the preset look into are not folded. They are kept until another layer or
+        preset is asked for.
         """
-        key = (layer.name, *preset.others)
-        if self._twins is None or self._twins[0] != key:
-            looked_at = [layer, *self.setup.others_of(preset).values()]
-            folded = fold(self.model, self._foldable, looked_at)
-            self._twins = key, twins(folded, self._foldable, self.precision)
-        return self._twins[1]
+        key = (layer.name, size, *preset.others)
+        if self._variants is None or self._variants[0] != key:
+            self._variants = None
+            layers = [layer, *self.setup.others_of(preset).values()]
+            made = verified_variants(self.model, self._foldable, layers, self.precision, size)
+            told = (made.level, made.reason)
+            if made.reason and told not in self._fallbacks:
+                self._fallbacks.add(told)
+                log.warning("%s: steps of %s run on the %s network: %s", self.model.name, layer.name, *told)
+            self._variants = key, made
+        return self._variants[1]
 
     @functools.cached_property
     def precision(self) -> torch.dtype:
@@ -109,9 +117,8 @@ class Worker:
 
     @functools.cached_property
     def measured(self) -> Model:
-        """The network that examples are measured on: its values, with all pairs folded whose inside no layer sees."""
-        inside = {layer.module for layer in self.setup.layers}
-        return fold(self.model, [pair for pair in self._foldable if pair[0] not in inside])
+        """The network that dataset examples are measured on: folded where its values are the same at all layers."""
+        return verified_fold(self.model, self._foldable, self.setup.layers)
 
     @functools.cached_property
     def device_name(self) -> str:
@@ -123,9 +130,9 @@ class Worker:
         """The other checkpoints of a preset's ensemble, folded as well, loaded once."""
         if preset.name not in self._ensembles:
             files = [f for a in preset.augmentations if isinstance(a, Ensemble) for f in a.checkpoints]
-            self._ensembles[preset.name] = tuple(
-                fold(load_state(self.setup.config.model, f).to(self.setup.device)) for f in files
-            )
+            members = [load_state(self.setup.config.model, f).to(self.setup.device) for f in files]
+            layers = [*self.setup.layers, *self.setup.others_of(preset).values()]
+            self._ensembles[preset.name] = tuple(verified_fold(m, foldable(m), layers) for m in members)
         return self._ensembles[preset.name]
 
     def do(self, task: Task, fits: Mapping[str, int] | None = None, files: Mapping[str, bytes] | None = None) -> Done:
@@ -217,7 +224,7 @@ class Worker:
     ) -> list[Picture]:
         """All variants of some channels of a layer, channel by channel; `begins` what each starts from, if anything."""
         config, layer = self.setup.config, self.layers[name]
-        found = self.twins(layer, preset)
+        variants = self.variants(layer, preset, canvas)
         others = self.setup.others_of(preset)
 
         own_starts = dict(zip(channels, begins, strict=False))
@@ -226,15 +233,15 @@ class Worker:
             # All pictures of a channel stay together: a coupling compares them.
             own = [(c, v) for c in part for v in range(preset.variants)]
             return render(
-                found.folded,
+                variants.folded,
                 layer,
                 own,
                 preset,
                 config.run.seed,
                 canvas,
                 self.stop,
-                lowered=found.lowered,
-                exact=found.exact,
+                lowered=variants.steps,
+                exact=variants.exact,
                 others=others,
                 ensemble=self.ensemble(preset),
                 starts=starts.pictures(preset, canvas, self.model.recipe.channels, own, own_starts),
@@ -246,6 +253,7 @@ class Worker:
     def _render(self, task: Task) -> bytes:
         preset = self.setup.config.preset(task.preset)
         pictures = self.pictures(task.layer, task.channels, task.canvas, preset, task.starts)
+        variants = self.variants(self.layers[task.layer], preset, task.canvas)
         shape = (len(task.channels), preset.variants)
 
         def column(name: str, kind: type) -> np.ndarray:
@@ -270,7 +278,9 @@ class Worker:
             "objective": type(preset.objective).__name__.lower(),
             "natural": preset.natural,
             "preset": preset.name,
-            "precision": "float32" if preset.as_it_is else str(self.precision).removeprefix("torch."),
+            "precision": "float32" if preset.as_it_is else variants.precision,
+            "level": variants.plain_level if preset.as_it_is else variants.level,
+            "level_reason": "" if preset.as_it_is else variants.reason,
         }
         return shards.image(attributes, arrays)
 

@@ -17,7 +17,8 @@ class Rendered:
     """Pictures under one key of a layer: `variants` of each unit, (height, width) in pixels.
 
     `counts` are pictures by status, `seconds` the time that all of them took, `precisions` what their steps
-    were computed in, where the atlas says so.
+    were computed in, `levels` on which variants of the network, and `fallbacks` why not on a faster one, where the
+    atlas says so.
     """
 
     key: str
@@ -34,6 +35,8 @@ class Rendered:
     seconds: float
     steps: tuple[int, int]
     precisions: tuple[str, ...]
+    levels: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
 
     @property
     def pictures(self) -> int:
@@ -46,7 +49,7 @@ class Facts:
     """One layer. `seen` is the (height, width) in input pixels that a unit sees, None for the whole image.
 
     `whole` says that what a unit sees is no less than the network's input, so that crops show nothing of their own.
-    `classifier` says that channels are the network's classes.
+    `classifier` says that channels are the network's classes, `unrendered` why there are no visualizations by design.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Facts:
     map_size: tuple[int, int]
     seen: tuple[int, int] | None
     input_size: tuple[int, int]
+    unrendered: str
     rendered: tuple[Rendered, ...]
     classifier: bool
 
@@ -125,6 +129,8 @@ def facts_of(layer: LayerView, order: int, classes: Sequence[str]) -> Facts:
                 seconds=seconds,
                 steps=(int(steps.min()), int(steps.max())) if steps.size else (0, 0),
                 precisions=tuple(str(attributes.get("precision", "")).split()),
+                levels=tuple(str(attributes.get("level", "")).splitlines()),
+                fallbacks=tuple(str(attributes.get("level_reason", "")).splitlines()),
             )
         )
     return Facts(
@@ -137,6 +143,7 @@ def facts_of(layer: LayerView, order: int, classes: Sequence[str]) -> Facts:
         map_size=layer.map_size,
         seen=layer.receptive_field,
         input_size=layer.input_size,
+        unrendered=layer.unrendered,
         rendered=tuple(rendered),
         classifier=layer.kind == "linear" and len(classes) == layer.total_channels,
     )

@@ -1,6 +1,8 @@
 """What the first page tells: the network, what the atlas covers and what failed, and where it came from."""
 
 import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ class Making:
     steps: tuple[int, int]
     sides: tuple[int, int]
     precisions: list[str]
+    levels: list[tuple[str, int]]
+    fallbacks: list[tuple[str, list[str]]]
 
     @property
     def time(self) -> str:
@@ -138,9 +142,21 @@ def _makings(layers: list[Facts]) -> list[Making]:
                 (min(steps, default=0), max(steps, default=0)),
                 (min(r.width for r in rendered), max(r.width for r in rendered)),
                 sorted({name for r in rendered for name in r.precisions}),
+                sorted(Counter(level for r in rendered for level in r.levels).items(), key=lambda item: -item[1]),
+                _fallbacks(layers, first.key),
             )
         )  # fmt: skip
     return makings
+
+
+def _fallbacks(layers: Sequence[Facts], key: str) -> list[tuple[str, list[str]]]:
+    """Why steps ran on a plainer network than was asked for, and the layers that this is true of."""
+    causes: dict[str, list[str]] = {}
+    for layer in layers:
+        for rendered in layer.rendered:
+            for cause in rendered.fallbacks if rendered.key == key else ():
+                causes.setdefault(cause, []).append(layer.name)
+    return list(causes.items())
 
 
 def _range(ends: tuple[int, int]) -> str:
