@@ -158,6 +158,8 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
             raise AtlasError(f"{key}={value} is too small: at least {least}.")
     if config.data.limit is not None and config.data.limit < 1:
         raise AtlasError(f"data.limit={config.data.limit} is too small: at least 1, or null for all.")
+    if config.data.max_pixels is not None and config.data.max_pixels < 1:
+        raise AtlasError(f"data.max_pixels={config.data.max_pixels} is too small: at least 1, or null for no limit.")
     _check_examples(config.examples)
     if config.engine.precision not in ("auto", "float32", "bfloat16"):
         raise AtlasError(f"engine.precision={config.engine.precision!r}: use auto, float32 or bfloat16.")

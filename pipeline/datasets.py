@@ -12,6 +12,8 @@ import json
 import logging
 import os
 import tarfile
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,22 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from pipeline import bands
+from pipeline import bands, formats
 from pipeline.errors import AtlasError, first_line, nearest
 from pipeline.recipes import Recipe
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+# A picture of more pixels than this is refused before it is decoded, unless `data.max_pixels` says otherwise: a small
+# file can unpack to gigabytes.
+MAX_PIXELS = 64_000_000
+
+# Files of these suffixes have 8 bits a channel: their pixel values have never been scaled.
+EIGHT_BITS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"})
+
+# How files without a suffix are counted, and how many kinds of files a message lists.
+NO_SUFFIX = "(no suffix)"
+KINDS = 12
 
 # Photographs in the wheels of scikit-image and scikit-learn (all free to use; see the packages' own notes).
 # Left out: drawings, test charts, thumbnails, and the right half of the motorcycle stereo pair.
@@ -48,7 +59,8 @@ class DataConfig:
     """Which photographs: a source of `LISTINGS`, the folder `root` that it lists, and where the labels are.
 
     `labels` is a table of paths and labels (CSV, TSV or a JSON object) that replaces the source's own labels;
-    `image` and `label` are columns of a table, found by type and name where they are null.
+    `image` and `label` are columns of a table, found by type and name where they are null. Images of more than
+    `max_pixels` are refused before they are decoded; null sets no limit.
     """
 
     source: str = "samples"
@@ -57,6 +69,7 @@ class DataConfig:
     labels: str | None = None
     image: str | None = None
     label: str | None = None
+    max_pixels: int | None = MAX_PIXELS
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,12 +96,16 @@ class Photo:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A listed dataset: its photographs in order, where they lie on this machine, and the column with pictures."""
+    """A listed dataset: its photographs in order, where they lie on this machine, and the column with pictures.
+
+    Pictures of more than `max_pixels` are not decoded.
+    """
 
     photos: tuple[Photo, ...]
     roots: dict[str, str]
     column: str = ""
     sent: bool = False  # whether every picture lies by itself below the one root, under what it is called
+    max_pixels: int | None = MAX_PIXELS
 
     def locate(self, photo: Photo) -> Path:
         """The file that holds a photograph."""
@@ -112,10 +129,24 @@ class Dataset:
         value = _pictures(str(path), group, self.column)[row].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if content is None and isinstance(value, dict) and value.get("path"):
-            return path.parent / value["path"]
+            return self._beside(path, str(value["path"]))
         if not isinstance(content, bytes):
             raise ValueError("an empty cell")
         return io.BytesIO(content)
+
+    def _beside(self, table: Path, name: str) -> Path:
+        """The file that a row of a table names, relative to the table's folder or to the root.
+
+        Raises ValueError where it is outside the root, by its name or by a link: a table that somebody else made must
+        not be able to open any file of this machine, or to send it to workers.
+        """
+        root = Path(self.roots[""]).resolve()
+        places = [(folder / name).resolve() for folder in (table.parent, root)]
+        inside = [place for place in places if place.is_relative_to(root)]
+        there = [place for place in inside if place.exists()]
+        if Path(name).is_absolute() or not (there or inside == places):
+            raise ValueError(f"outside the dataset: the path {name!r} must be relative and lie below data.root")
+        return [*there, *inside][0]
 
     def content(self, photo: Photo) -> bytes:
         """The bytes of a picture, to be sent to where its file can't be seen. Raises OSError or ValueError."""
@@ -143,25 +174,26 @@ def listing(config: DataConfig, channels: int = 3) -> Dataset:
     """
     if config.source not in LISTINGS:
         raise AtlasError(f"data.source={config.source!r} is unknown. {nearest(config.source, LISTINGS)}")
-    suffixes = SUFFIXES if channels in (1, 3) else bands.SUFFIXES
     if channels in (1, 3):
         dataset = LISTINGS[config.source](config)
     elif config.source == "folder":
-        dataset = _folder(config, suffixes)
+        dataset = _folder(config, bands.SUFFIXES)
     else:
         raise AtlasError(
             f"The network takes {channels} channels, and photographs have 1 or 3. Give data=folder data.root=DIR with "
-            f"files of {channels} bands ({', '.join(sorted(suffixes))})."
+            f"files of {channels} bands ({', '.join(sorted(bands.SUFFIXES))})."
         )
-    if config.limit is not None:
-        dataset = dataclasses.replace(dataset, photos=dataset.photos[: config.limit])
+    dataset = dataclasses.replace(dataset, photos=dataset.photos[: config.limit], max_pixels=config.max_pixels)
     if not dataset.photos:
-        raise AtlasError(f"data={config.source}: no image at all. Suffixes read: {', '.join(sorted(suffixes))}.")
+        raise AtlasError(f"data={config.source}: no image at all.")
     return _labelled(dataset, Path(config.labels).expanduser()) if config.labels else dataset
 
 
 def fingerprint(dataset: Dataset, recipe: Recipe) -> list[object]:
-    """What identifies the pixels that a network sees: paths, labels, crops, file sizes and the input recipe."""
+    """What identifies the pixels that a network sees: paths, labels, crops, file sizes and the input recipe.
+
+    The limit of pixels counts wherever it is not the usual one, since it decides which photographs are read.
+    """
     sizes = {}
     for photo in dataset.photos:
         name = photo.file or photo.picture
@@ -169,7 +201,13 @@ def fingerprint(dataset: Dataset, recipe: Recipe) -> list[object]:
             path = dataset.locate(photo)
             sizes[name] = path.stat().st_size if path.exists() else -1
     photos = [[p.path, p.label, p.source, p.box, p.at, sizes[p.file or p.picture]] for p in dataset.photos]
-    return [photos, dataset.column, dataclasses.asdict(recipe)]
+    more: list[object] = []
+    # The packaged samples have 8 bits, though they are PNG.
+    if "" in dataset.roots and any(Path(p.picture).suffix.lower() not in EIGHT_BITS for p in dataset.photos):
+        more.append("levels by type")  # former versions scaled them by their values
+    if dataset.max_pixels != MAX_PIXELS:
+        more.append(["max_pixels", dataset.max_pixels])
+    return [photos, dataset.column, dataclasses.asdict(recipe), *more]
 
 
 def _labelled(dataset: Dataset, path: Path) -> Dataset:
@@ -230,16 +268,28 @@ def grid_boxes(width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
                     yield box
 
 
-def _files(config: DataConfig, suffixes: frozenset[str]) -> tuple[Path, list[str]]:
-    """The root and the relative posix paths of all files below it, sorted as text: the same on every file system."""
+def _files(
+    config: DataConfig, suffixes: frozenset[str], contents: bool = False
+) -> tuple[Path, list[str], Counter[str]]:
+    """The root and the relative posix paths of all files below it, sorted as text: the same on every file system.
+
+    With `contents`, files without a suffix are listed as well if they begin like an image. The third result counts the
+    files that are passed over, by suffix.
+    """
     if not config.root:
         raise AtlasError(f"data={config.source} needs data.root=<folder>.")
+
+    def listed(path: Path) -> bool:
+        kind = path.suffix.lower()
+        return kind in suffixes or (contents and not kind and _is_image(path))
+
     root = Path(config.root).expanduser().absolute()
-    if root.is_file() and root.suffix.lower() in suffixes:
-        return root.parent, [root.name]
+    if root.is_file() and listed(root):
+        return root.parent, [root.name], Counter()
     if not root.is_dir():
         raise AtlasError(f"data.root={config.root}: there is no such folder.")
     files = []
+    passed: Counter[str] = Counter()
     walked: set[str] = set()
     for folder, folders, names in os.walk(root, followlinks=True):
         # A link may lead back up: every real folder is walked once.
@@ -249,19 +299,63 @@ def _files(config: DataConfig, suffixes: frozenset[str]) -> tuple[Path, list[str
             continue
         walked.add(real)
         folders.sort()
-        files += [Path(folder, name).relative_to(root) for name in names if Path(name).suffix.lower() in suffixes]
-    return root, sorted(path.as_posix() for path in files)
+        for path in (Path(folder, name) for name in names):
+            if listed(path):
+                files.append(path.relative_to(root))
+            else:
+                passed[path.suffix.lower() or NO_SUFFIX] += 1
+    return root, sorted(path.as_posix() for path in files), passed
 
 
-def _folder(config: DataConfig, suffixes: frozenset[str] = SUFFIXES) -> Dataset:
-    root, files = _files(config, suffixes)
+def _is_image(path: Path) -> bool:
+    """Whether the first bytes of a file are those of an image that this machine can decode."""
+    try:
+        if not path.is_file():  # opening a pipe would wait for somebody to write
+            return False
+        with path.open("rb") as handle:
+            return _begins_as_image(handle.read(formats.HEAD))
+    except OSError:
+        return False
+
+
+def _begins_as_image(head: bytes) -> bool:
+    found = formats.identified(head)
+    return found is not None and formats.readable(found)
+
+
+def _report(config: DataConfig, found: bool, passed: Counter[str], suffixes: frozenset[str]) -> None:
+    """Log what was passed over, by kind. Raises `AtlasError` where nothing was `found`."""
+    total = passed.total()
+    kinds = [f"{kind} {count}" for kind, count in sorted(passed.items(), key=lambda item: (-item[1], item[0]))]
+    rest = f", and {len(kinds) - KINDS} more kinds" if len(kinds) > KINDS else ""
+    counted = ", ".join(kinds[:KINDS]) + rest
+    remedies = formats.remedies(passed)
+    if not found:
+        there = f"{total} files of other kinds: {counted}" if total else "no file"
+        fixes = "".join(f" {remedy[0].upper()}{remedy[1:]}." for remedy in remedies)
+        raise AtlasError(
+            f"data={config.source}: no image at all. data.root={config.root} holds {there}. "
+            f"Suffixes read: {', '.join(sorted(suffixes))}.{fixes}"
+        )
+    if total:
+        files = "1 file of another kind" if total == 1 else f"{total:,} files of other kinds"
+        log.info("%s passed over: %s", files, "; ".join([counted, *remedies]))
+
+
+def _folder(config: DataConfig, suffixes: frozenset[str] | None = None) -> Dataset:
+    """All image files below the root: of the given suffixes, or of all formats that this machine can decode."""
+    read = formats.suffixes() if suffixes is None else suffixes
+    root, files, passed = _files(config, read, contents=suffixes is None)
+    _report(config, bool(files), passed, read)
     photos = [Photo(path, path.partition("/")[0] if "/" in path else "", i) for i, path in enumerate(files)]
     return Dataset(tuple(photos), {"": str(root)})
 
 
 def _webdataset(config: DataConfig) -> Dataset:
     """Tar shards: the headers are read once, the pictures later from their offsets. `<key>.cls` holds a label."""
-    root, files = _files(config, frozenset({".tar"}))
+    root, files, passed = _files(config, frozenset({".tar"}))
+    if not files:
+        raise AtlasError(f"data.root={config.root}: no .tar there (compressed archives must be unpacked to .tar).")
     photos: list[Photo] = []
     for file in files:
         members: list[tuple[str, int, int]] = []
@@ -269,31 +363,48 @@ def _webdataset(config: DataConfig) -> Dataset:
         try:
             with tarfile.open(root / file, "r:") as archive:
                 for member in archive:
-                    if not member.isfile():
-                        continue
-                    folder, _, name = member.name.rpartition("/")
-                    key, _, ending = name.partition(".")
-                    if ending == "cls" and member.size < 4096:
-                        content = archive.extractfile(member)
-                        labels[f"{folder}/{key}"] = content.read().decode("utf-8", "replace").strip() if content else ""
-                    elif Path(name).suffix.lower() in SUFFIXES:
-                        members.append((member.name, member.offset_data, member.size))
+                    if member.isfile():
+                        _take(archive, member, members, labels, passed)
         except (tarfile.TarError, OSError) as error:
             log.warning("%s is damaged (%s): the %d pictures before that are used", file, error, len(members))
         for name, offset, size in members:
             folder, _, last = name.rpartition("/")
             label = labels.get(f"{folder}/{last.partition('.')[0]}", folder.partition("/")[0])
             photos.append(Photo(f"{file}#{name}", label, len(photos), file=file, at=(offset, size)))
-    if not files:
-        raise AtlasError(f"data.root={config.root}: no .tar there (compressed archives must be unpacked to .tar).")
+    _report(config, bool(photos), passed, formats.suffixes())
     return Dataset(tuple(photos), {"": str(root)})
+
+
+def _take(
+    archive: tarfile.TarFile,
+    member: tarfile.TarInfo,
+    members: list[tuple[str, int, int]],
+    labels: dict[str, str],
+    passed: Counter[str],
+) -> None:
+    """Add a member of a tar shard to the pictures, the labels, or the count of what is passed over."""
+    folder, _, name = member.name.rpartition("/")
+    key, _, ending = name.partition(".")
+    kind = Path(name).suffix.lower()
+    if ending == "cls" and member.size < 4096:
+        content = archive.extractfile(member)
+        labels[f"{folder}/{key}"] = content.read().decode("utf-8", "replace").strip() if content else ""
+    elif kind in formats.suffixes() or (not kind and _member_is_image(archive, member)):
+        members.append((member.name, member.offset_data, member.size))
+    else:
+        passed[kind or NO_SUFFIX] += 1
+
+
+def _member_is_image(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
+    content = archive.extractfile(member)
+    return content is not None and _begins_as_image(content.read(formats.HEAD))
 
 
 def _huggingface(config: DataConfig) -> Dataset:
     """A dataset on disk, as `save_to_disk` writes it (Arrow) or as a hub holds it (Parquet)."""
     import pyarrow as pa
 
-    root, files = _files(config, frozenset({".parquet", ".arrow"}))
+    root, files, _ = _files(config, frozenset({".parquet", ".arrow"}))
     if not files:
         raise AtlasError(f"data.root={config.root}: no .parquet or .arrow file there.")
     photos: list[Photo] = []
@@ -380,7 +491,18 @@ def _columns(path: str, group: int, column: str) -> Any:
 
 
 # Photographs are read in order: a few row groups are enough, and each may be a hundred megabytes.
-_pictures = functools.lru_cache(maxsize=2)(_columns)
+_kept_columns = functools.lru_cache(maxsize=2)(_columns)
+_reading = tuple(threading.Lock() for _ in range(16))
+
+
+def _pictures(path: str, group: int, column: str) -> Any:
+    """A column of a row group, kept for the rows that follow.
+
+    `lru_cache` lets every thread that asks meanwhile read the same group again; the lock makes them wait for the first.
+    """
+    with _reading[hash((path, group, column)) % len(_reading)]:
+        return _kept_columns(path, group, column)
+
 
 LISTINGS: dict[str, Callable[[DataConfig], Dataset]] = {
     "samples": _samples,

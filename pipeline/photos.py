@@ -1,33 +1,39 @@
 """From a file to the network's input: decode, turn upright, resize, crop. One bad file ends nothing."""
 
+import contextlib
 import dataclasses
 import io
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from pipeline import bands
-from pipeline.datasets import Dataset
+from pipeline import bands, formats
+from pipeline.datasets import MAX_PIXELS, Dataset
 from pipeline.recipes import INTERPOLATIONS, Recipe
 
-# A picture of more pixels than this is refused before it is decoded: a small file can unpack to gigabytes.
-MAX_PIXELS = 64_000_000
-
-# Pictures of more pixels than this are decoded one at a time, however many threads there are.
-LARGE = 8_000_000
-_one_large = threading.Lock()
-
 RESAMPLE = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
+
+# What reasons for not reading a picture begin with, so that they can be counted.
+KINDS = (
+    "too large", "too long and thin", "an empty cell", "unsupported values", "no decoder", "outside the dataset",
+)  # fmt: skip
+
+# Tags of TIFF files.
+BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR_CONFIGURATION, SAMPLE_FORMAT = 258, 262, 284, 339
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A photograph as the network's input, (C, H, W) uint8, or None and the reason; `extra` as `load` was asked."""
+    """A photograph as the network's input, (C, H, W), or None and the reason; `extra` as `load` was asked.
+
+    Values are levels from 0 to 255: uint8, or float32 where the file has more than 8 bits.
+    """
 
     index: int
     array: np.ndarray | None
@@ -35,37 +41,111 @@ class Loaded:
     extra: Any = None
 
 
-def read(file: Path | io.BytesIO, channels: int) -> Image.Image | bands.Bands:
+class _PillowSettings:
+    """Pillow's settings while pictures are read: they belong to the process, and other code may have set them.
+
+    A truncated file is always an error: it must not enter the statistics as a whole one. Pillow's own limit of pixels
+    is off, since `read` checks `data.max_pixels` before it decodes. The last thread to leave restores both.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._readers = 0
+        self._before: tuple[bool, int | None] = (False, None)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._readers:
+                self._before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
+            self._readers += 1
+            ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._readers -= 1
+            if not self._readers:
+                ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = self._before
+
+
+_settings = _PillowSettings()
+
+
+def read(file: Path | io.BytesIO, channels: int, limit: int | None = MAX_PIXELS) -> Image.Image | bands.Bands:
     """One whole picture, upright, in RGB (grey for a network of one channel, bands for one of neither one nor three).
 
-    Raises OSError or ValueError with the reason where it can't be read whole.
+    Pictures of more than 8 bits are bands as well, one or three. Raises OSError or ValueError with the reason where
+    it can't be read whole, or has more pixels than `limit`.
     """
-    assert not ImageFile.LOAD_TRUNCATED_IMAGES
     if channels not in (1, 3):
         if not isinstance(file, Path):
             raise ValueError("bands are read from files only")
-        return bands.read(file, channels)
-    with Image.open(file) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"too large: {image.width} × {image.height} pixels")
-        if image.width * image.height > LARGE:
-            with _one_large:
-                return _upright(image, channels)
-        return _upright(image, channels)
+        return bands.read(file, channels, limit)
+    opened: contextlib.AbstractContextManager[IO[bytes]] = (
+        file.open("rb") if isinstance(file, Path) else contextlib.nullcontext(file)
+    )
+    with _settings, opened as handle:
+        found = formats.check(handle.read(formats.HEAD))
+        handle.seek(0)
+        try:
+            image = Image.open(handle)
+        except UnidentifiedImageError:
+            if found is not formats.TIFF:
+                raise
+            handle.seek(0)
+            return bands.from_tiff(handle, channels, limit)
+        if _is_misread(image):
+            handle.seek(0)
+            return bands.from_tiff(handle, channels, limit)
+        with image, bands.decoding(image.width, image.height, limit):
+            return _upright(image, channels)
 
 
-def _upright(image: Image.Image, channels: int) -> Image.Image:
+def _is_misread(image: Image.Image) -> bool:
+    """Whether Pillow takes the two bytes of a value for two values: it does in TIFFs of one plane for each channel."""
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    return tags.get(PLANAR_CONFIGURATION) == 2 and max(tags.get(BITS_PER_SAMPLE, (8,))) > 8
+
+
+def _upright(image: Image.Image, channels: int) -> Image.Image | bands.Bands:
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
+    # Pillow gives signed bytes as unsigned ones.
+    if deep or (image.mode == "L" and tags.get(SAMPLE_FORMAT, (1,))[0] == 2):
+        return bands.Bands.of(_levels(image, tags)[..., None], channels)
     upright = ImageOps.exif_transpose(image)
-    if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
-        # Pillow clips 16-bit grey when it converts; scale it instead.
-        values = np.asarray(upright, np.float32)
-        top = 65535.0 if values.max() > 255 else 255.0
-        upright = Image.fromarray((values * (255 / top)).clip(0, 255).astype(np.uint8))
+    if upright.mode in ("La", "RGBa"):
+        upright = upright.convert("LA" if upright.mode == "La" else "RGBA")
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
         # Transparent pixels have no colour of their own: show them on white, as a page would.
         rgba = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return upright.convert("L" if channels == 1 else "RGB")
+
+
+def _levels(image: Image.Image, tags: Any) -> np.ndarray:
+    """A grey picture of integers or floats as levels, upright; `tags` are those of a TIFF.
+
+    The type is the file's. Pillow's mode does not tell it: "I" (int32) holds unsigned integers of 16 bits, signed ones
+    of 16 and 32 bits and, wrapped to negative ones, unsigned integers of 32 bits.
+    """
+    values = np.asarray(ImageOps.exif_transpose(image))
+    top = None
+    if image.mode != "F":
+        bits, signed = (32, True) if image.mode == "I" else (16, False)
+        if image.format in ("PNG", "PPM"):
+            bits, signed = 16, False
+        if tags:
+            bits, signed = int(tags.get(BITS_PER_SAMPLE, (bits,))[0]), tags.get(SAMPLE_FORMAT, (1,))[0] == 2
+        if bits == 32 and not signed:
+            values = values.view(np.uint32)
+        if bits == 8 and signed:
+            values = values.view(np.int8)
+        top = 2 ** (bits - signed) - 1
+    found = bands.levels(values, top)
+    # Pillow turns 8-bit pictures round where 0 is white, and no others.
+    return 255 - found if tags.get(PHOTOMETRIC) == 0 else found
 
 
 def input_box(
@@ -91,7 +171,7 @@ def input_box(
 def prepared(
     image: Image.Image | bands.Bands, recipe: Recipe, box: tuple[int, int, int, int] | None = None
 ) -> np.ndarray:
-    """(C, H, W) uint8: the shorter side resized, the centre cropped, as torchvision's own evaluation does."""
+    """(C, H, W) levels: the shorter side resized, the centre cropped, as torchvision's own evaluation does."""
     height, width = recipe.size
     sides, (left, top), _ = input_box(image.size, box, recipe)
     part = image if box is None else image.crop(box)
@@ -103,16 +183,14 @@ def prepared(
 def why(error: Exception) -> str:
     """The reason why a picture was not read: a kind that can be counted, then a detail."""
     text = str(error)
+    if isinstance(error, ValueError) and text.partition(":")[0] in KINDS:
+        return text
     if isinstance(error, FileNotFoundError):
         return "missing, or a broken link"
     if isinstance(error, UnidentifiedImageError):
         return "not a picture"
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return f"too large: {text}"
     if any(word in text.lower() for word in ("truncated", "broken data stream", "unexpected end", "eof")):
         return f"cut off: {text}"
-    if isinstance(error, ValueError) and text.partition(":")[0] in ("too large", "too long and thin", "an empty cell"):
-        return text
     return f"unreadable: {type(error).__name__}: {text}"
 
 
@@ -135,8 +213,9 @@ def load(
             file = dataset.open(photo)
             if (file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())) == 0:
                 return Loaded(index, None, "empty file")
-            image = read(file, recipe.channels)
-            return Loaded(index, prepared(image, recipe, photo.box), extra=also and also(index, image))
+            with _settings:
+                image = read(file, recipe.channels, dataset.max_pixels)
+                return Loaded(index, prepared(image, recipe, photo.box), extra=also and also(index, image))
         except Exception as error:
             # Decoders raise almost anything on broken files; one of them must not end the pass.
             return Loaded(index, None, why(error))
@@ -154,7 +233,7 @@ def load(
 def batches(
     loaded: Iterable[Loaded], size: int, failed: list[tuple[int, str]]
 ) -> Iterator[tuple[Sequence[Loaded], np.ndarray]]:
-    """Batches of at most `size` readable photographs, with their (B, C, H, W) uint8; the others go to `failed`."""
+    """Batches of at most `size` readable photographs, with their (B, C, H, W) levels; the others go to `failed`."""
     batch: list[Loaded] = []
     for item in loaded:
         if item.array is None:

@@ -186,7 +186,7 @@ def look(
     def whole(index: int, image: Image.Image | bands.Bands) -> dict[str, Any]:
         box = photos.input_box(image.size, dataset.photos[index].box, model.recipe)[2]
         side = {"images": config.side, "crops": CUT_FROM}.get(config.store, 1)
-        shown = image.copy() if isinstance(image, Image.Image) else bands.visible(np.asarray(image))
+        shown = image.copy() if isinstance(image, Image.Image) else image.visible()
         shown.thumbnail((side, side), Image.Resampling.LANCZOS)
         return {"size": image.size, "box": box, "image": shown}
 

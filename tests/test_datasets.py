@@ -1,9 +1,16 @@
 """Sources of photographs: folders with labels of their own, Parquet and Arrow tables, tar shards."""
 
+import csv
+import functools
 import io
 import json
+import logging
+import os
 import pickle
 import tarfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +20,7 @@ import pytest
 from conftest import compose
 from PIL import Image
 
-from pipeline import cli, datasets, photos
+from pipeline import cli, datasets, formats, photos
 from pipeline.datasets import DataConfig
 from pipeline.errors import AtlasError
 from pipeline.plan import make_plan
@@ -165,6 +172,233 @@ def test_the_fingerprint_knows_labels_sizes_and_recipe(tmp_path: Path) -> None:
     resized = datasets.listing(DataConfig("folder", str(tmp_path)))
     different = [datasets.fingerprint(labelled, RECIPE), datasets.fingerprint(resized, other)]
     assert all(d != one for d in [*different, datasets.fingerprint(resized, RECIPE)])
+
+
+@pytest.mark.parametrize("suffix", sorted(suffix for known in formats.FORMATS for suffix in known.suffixes))
+def test_every_format_is_listed_and_read(tmp_path: Path, suffix: str) -> None:
+    """By its suffix, and by its first bytes without one."""
+    known = next(known for known in formats.FORMATS if suffix in known.suffixes)
+    name = {"JPEG 2000": "JPEG2000", "PNM": "PPM"}.get(known.name, known.name)
+    Image.init()
+    if not formats.readable(known) or name not in Image.SAVE:
+        pytest.skip(f"Pillow can't write {known.name} here")
+    with io.BytesIO() as buffer:
+        Image.new("RGB", (20, 24), COLOURS[3]).save(buffer, name)
+        data = buffer.getvalue()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / f"1{suffix.upper()}").write_bytes(data)
+    (tmp_path / "a" / "2").write_bytes(data)
+    dataset = datasets.listing(DataConfig("folder", str(tmp_path)))
+    # TGA files have no first bytes of their own.
+    expected = [f"a/1{suffix.upper()}"] + ["a/2"] * (known.name != "TGA")
+    assert [p.path for p in dataset.photos] == expected
+    write_tar(tmp_path / "t.tar", {f"1{suffix}": data, "2": data})
+    tar = datasets.listing(DataConfig("webdataset", str(tmp_path / "t.tar")))
+    assert len(tar.photos) == len(expected)
+    for source in (dataset, tar):
+        for item in photos.load(source, range(len(expected)), RECIPE):
+            assert item.array is not None, item.reason
+            assert np.abs(item.array.astype(int) - 90).max() <= 2
+
+
+def test_the_beginning_of_a_file_tells_its_format() -> None:
+    box = b"\0\0\0\x1cftyp%s\0\0\0\0%s"
+    cases = {
+        b"BM" + bytes(12) + b"\x28\0\0\0": "BMP",
+        b"II\x2b\0": "TIFF",
+        b"P5\n3 4": "PNM",
+        b"\xff\x4f\xff\x51": "JPEG 2000",
+        box % (b"avif", b"mif1"): "AVIF",
+        box % (b"mif1", b"miafavif"): "AVIF",
+        box % (b"heic", b"mif1"): "HEIF",
+        box % (b"mif1", b"heic"): "HEIF",
+        b"BMW, a car maker of Munich": "",
+        b"P1 is a priority": "",
+        b"{}": "",
+        b"": "",
+    }
+    for head, name in cases.items():
+        found = formats.identified(head)
+        assert (found.name if found else "") == name, head
+
+
+@pytest.fixture
+def without_decoders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine whose Pillow has no optional decoder, and without pillow-heif."""
+    monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
+    monkeypatch.setattr(formats.features, "check", lambda name: False)
+    formats.readable.cache_clear()
+    yield
+    monkeypatch.undo()
+    formats.readable.cache_clear()
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+def test_what_is_passed_over_is_counted_by_kind(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, without_decoders: None
+) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("1.heic", "2.HEIC", "deep/3.heic"):
+        (tmp_path / name).write_bytes(HEIC)
+    for name in ("readme.txt", "deep/notes.TXT", "LICENSE", "deep/none"):
+        (tmp_path / name).write_text("text")
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
+    with pytest.raises(
+        AtlasError, match=r"no image at all.* holds 8 files of other kinds: \(no suffix\) 3, \.heic 3, \.txt 2"
+    ):
+        datasets.listing(DataConfig("folder", str(tmp_path)))
+    with pytest.raises(AtlasError, match=r"To read \.heic: pip install \"neuron-atlas\[heic\]\""):
+        datasets.listing(DataConfig("folder", str(tmp_path)))
+    (tmp_path / "0.png").write_bytes(png(0))
+    (tmp_path / "9").write_bytes(png(1))
+    with caplog.at_level(logging.INFO, "pipeline"):
+        assert [p.path for p in datasets.listing(DataConfig("folder", str(tmp_path))).photos] == ["0.png", "9"]
+    assert [r.message for r in caplog.records if "passed over" in r.message] == [
+        "8 files of other kinds passed over: (no suffix) 3, .heic 3, .txt 2; "
+        'to read .heic: pip install "neuron-atlas[heic]", or scripts/setup heic in a checkout'
+    ]
+    caplog.clear()
+    (tmp_path / "clean").mkdir()
+    (tmp_path / "clean" / "0.png").write_bytes(png(0))
+    with caplog.at_level(logging.INFO, "pipeline"):
+        datasets.listing(DataConfig("folder", str(tmp_path / "clean")))
+    assert "passed over" not in caplog.text
+
+
+def test_many_kinds_are_not_all_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for i in range(15):
+        (tmp_path / f"x.{i:02d}").write_text("")
+    (tmp_path / "0.png").write_bytes(png(0))
+    with caplog.at_level(logging.INFO, "pipeline"):
+        datasets.listing(DataConfig("folder", str(tmp_path)))
+    assert "15 files of other kinds passed over: .00 1, .01 1" in caplog.text
+    assert caplog.text.rstrip().endswith(".11 1, and 3 more kinds")
+
+
+def test_tar_shards_count_what_they_pass_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = {"1.png": png(0), "1.cls": b"7", "1.json": b"{}", "2.png": png(1), "2.json": b"{}", "2.txt": b"a dog"}
+    write_tar(tmp_path / "a.tar", members)
+    (tmp_path / "b.tar.gz").write_bytes(b"a compressed shard")
+    with caplog.at_level(logging.INFO, "pipeline"):
+        assert len(datasets.listing(DataConfig("webdataset", str(tmp_path))).photos) == 2
+    assert "4 files of other kinds passed over: .json 2, .gz 1, .txt 1" in caplog.text
+    write_tar(tmp_path / "a.tar", {"1.cls": b"7", "1.json": b"{}"})
+    with pytest.raises(AtlasError, match=r"no image at all.* holds 2 files of other kinds: \.gz 1, \.json 1"):
+        datasets.listing(DataConfig("webdataset", str(tmp_path)))
+
+
+def test_heic_is_read_where_its_package_is_installed(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(Image.new("RGB", (20, 24), COLOURS[3])).save(tmp_path / "0.heic")
+    dataset = datasets.listing(DataConfig("folder", str(tmp_path)))
+    items = list(photos.load(dataset, range(len(dataset.photos)), RECIPE))
+    assert len(items) == 1 and items[0].array is not None and np.abs(items[0].array.astype(int) - 90).max() <= 2
+
+
+def test_a_worker_without_a_decoder_fails_image_by_image(tmp_path: Path, without_decoders: None) -> None:
+    """The driver lists; what this machine lacks must not change the list, and must not look like a broken file."""
+    (tmp_path / "0.png").write_bytes(png(0))
+    (tmp_path / "1.heic").write_bytes(HEIC)
+    (tmp_path / "2.avif").write_bytes(HEIC.replace(b"heic", b"avif"))
+    listed = datasets.Dataset(
+        tuple(datasets.Photo(name, "", i) for i, name in enumerate(("0.png", "1.heic", "2.avif"))), {"": str(tmp_path)}
+    )
+    good, heic, avif = photos.load(listed, range(3), RECIPE)
+    assert good.array is not None
+    assert heic.reason.startswith('no decoder: HEIF (pip install "neuron-atlas[heic]"')
+    assert avif.reason.startswith("no decoder: AVIF (install Pillow")
+
+
+def test_a_raised_limit_of_pixels_reads_what_was_refused(tiny_run: list[str], tmp_path: Path) -> None:
+    """As the message says: the setting that it names, changed, gives the image."""
+    root = tmp_path / "images"
+    root.mkdir()
+    for i in range(4):
+        Image.new("RGB", (80, 80), COLOURS[i]).save(root / f"{i}.png")
+    Image.new("RGB", (140, 100), COLOURS[4]).save(root / "large.png")
+    asked = [*tiny_run, f"data.root={root}"]
+
+    def failures() -> list[list[str]]:
+        with (tmp_path / "tiny" / "failures.csv").open(encoding="utf-8") as handle:
+            return list(csv.reader(handle))[1:]
+
+    assert cli.main(["examples", *asked, "data.max_pixels=10000"]) == 0
+    reason = "too large: 140 × 100 pixels; data.max_pixels allows 10,000"
+    assert failures() == [["examples", "large.png", reason, ""]]
+    assert cli.main(["examples", *asked, "data.max_pixels=14000", "run.update=true"]) == 0
+    assert failures() == []
+    with pytest.raises(AtlasError, match=r"data\.max_pixels=0 is too small: at least 1, or null"):
+        compose([*asked, "data.max_pixels=0"])
+    default = compose(asked).config.data
+    assert default.max_pixels == datasets.MAX_PIXELS == 64_000_000
+    recipes = [datasets.fingerprint(datasets.listing(DataConfig("folder", str(root), max_pixels=n)), RECIPE)
+               for n in (64_000_000, 14_000, None)]  # fmt: skip
+    assert recipes[0] != recipes[1] != recipes[2] != recipes[0]
+
+
+def path_rows(root: Path, paths: list[str | None], table: str = "data/t.parquet") -> datasets.Dataset:
+    cells = pa.array(
+        [{"bytes": None, "path": p} for p in paths], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    )
+    (root / table).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"image": cells}), root / table)
+    datasets._parquet.cache_clear()
+    datasets._kept_columns.cache_clear()
+    return datasets.listing(DataConfig("huggingface", str(root)))
+
+
+def test_rows_may_name_files_below_the_root(tmp_path: Path) -> None:
+    for i, name in enumerate(("data/near.png", "images/far.png", "images/up.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(i))
+    check(path_rows(tmp_path, ["near.png", "images/far.png", "../images/up.png"]), ["", "", ""])
+    gone, empty = photos.load(path_rows(tmp_path, ["gone.png", None]), range(2), RECIPE)
+    assert gone.reason == "missing, or a broken link" and empty.reason == "an empty cell"
+
+
+def test_rows_that_lead_out_of_the_root_are_refused(tmp_path: Path) -> None:
+    """A table that somebody else made must not open, or send to workers, any file of this machine."""
+    root = tmp_path / "set"
+    (root / "data").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(png(0))
+    (root / "inside.png").write_bytes(png(1))
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "door").symlink_to(tmp_path)
+    outside = [
+        str(tmp_path / "secret.png"), "../../secret.png", "../secret.png/../../secret.png", "link.png",
+        "door/secret.png", str(root / "inside.png"), "/etc/hostname",
+    ]  # fmt: skip
+    dataset = path_rows(root, [*outside, "inside.png"])
+    *refused, good = photos.load(dataset, range(len(outside) + 1), RECIPE)
+    for name, item in zip(outside, refused, strict=True):
+        assert item.array is None
+        assert item.reason == f"outside the dataset: the path {name!r} must be relative and lie below data.root"
+        with pytest.raises(ValueError, match="outside the dataset"):
+            dataset.content(dataset.photos[item.index])
+    assert good.array is not None, good.reason
+    # The root may itself be a link.
+    (tmp_path / "alias").symlink_to(root)
+    assert (
+        next(photos.load(datasets.listing(DataConfig("huggingface", str(tmp_path / "alias"))), [7], RECIPE)).array
+        is not None
+    )
+
+
+def test_a_row_group_is_read_once_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[str, int, str]] = []
+
+    @functools.lru_cache(maxsize=2)
+    def slow(path: str, group: int, column: str) -> int:
+        read.append((path, group, column))
+        time.sleep(0.05)
+        return group
+
+    monkeypatch.setattr(datasets, "_kept_columns", slow)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: datasets._pictures("t", i // 8, "image"), range(16)))
+    assert found == [0] * 8 + [1] * 8 and sorted(read) == [("t", 0, "image"), ("t", 1, "image")]
 
 
 def test_a_second_run_borrows_the_pass_of_the_first(tiny_run: list[str], tmp_path: Path) -> None:

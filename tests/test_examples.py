@@ -3,20 +3,23 @@
 import dataclasses
 import io
 import logging
+import pickle
 import resource
 import shutil
 import struct
+import warnings
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from conftest import PHOTOS, tiny_model
-from PIL import Image
+from PIL import Image, ImageFile
 
-from pipeline import datasets, examples, models, native, photos, reduction, statistics, toplists, winners
+from pipeline import bands, datasets, examples, models, native, photos, reduction, statistics, toplists, winners
 from pipeline.datasets import DataConfig, Dataset, Photo
 from pipeline.errors import AtlasError
 from pipeline.examples import Drawn, ExamplesConfig, Sweep
@@ -336,6 +339,223 @@ def test_two_files_of_one_name_are_two_photographs(odd_folder: Path) -> None:
 def test_sixteen_bits_are_scaled_not_clipped(odd_folder: Path) -> None:
     image = np.asarray(photos.read(odd_folder / "good deep.png", 3))
     assert image[0, 0].max() == 0 and 225 < image[-1, -1].max() < 240
+
+
+RAMP = np.linspace(0, 1, 64 * 48).reshape(48, 64)
+
+
+def of_type(kind: str) -> np.ndarray:
+    """The ramp from 0 to the top of a type."""
+    top = 1 if kind[0] == "f" else np.iinfo(kind).max
+    return (RAMP * top).astype(kind)
+
+
+def written(path: Path, kind: str) -> Path:
+    """The ramp as a file: Pillow's own where the suffix is not .tif or .npy."""
+    if path.suffix == ".npy":
+        np.save(path, of_type(kind))
+    elif path.suffix == ".tif":
+        tifffile.imwrite(path, of_type(kind), photometric="minisblack", byteorder=">" if "big" in path.name else "<")
+    else:
+        Image.fromarray(of_type(kind)).save(path, irreversible=False)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in ("a.tif", "big.tif") for kind in
+          ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")),
+        *(("a" + suffix, kind) for suffix in (".png", ".pgm", ".jp2") for kind in ("uint8", "uint16")),
+    ],
+)  # fmt: skip
+def test_the_type_of_a_file_scales_its_values(tmp_path: Path, name: str, kind: str) -> None:
+    if name.endswith(".jp2") and not photos.formats.readable(photos.formats.identified(b"\xff\x4f\xff\x51")):
+        pytest.skip("no JPEG 2000 here")
+    path = written(tmp_path / name, kind)
+    grey, rgb = (np.asarray(photos.read(path, channels), np.float32) for channels in (1, 3))
+    assert rgb.shape == (48, 64, 3) and grey.squeeze().shape == (48, 64)
+    # As many levels as there are, rounded to no fewer than the file's own.
+    close = {
+        "rtol": 0,
+        "atol": 0.5 if kind == "uint8" else 2.1 if kind == "int8" else 0.13 if kind == "float16" else 0.01,
+    }
+    assert np.allclose(grey.squeeze(), RAMP * 255, **close) or kind == "uint8"
+    assert np.allclose(rgb, grey.reshape(48, 64, 1), rtol=0, atol=1e-4)
+    if kind == "uint8":
+        assert np.array_equal(grey.squeeze(), of_type(kind))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+def test_dark_and_bright_planes_keep_their_ratio(tmp_path: Path, suffix: str) -> None:
+    """No image is scaled by its own maximum: 200 of 65,535 is dark, beside 300 and beside 60,000."""
+    expected = []
+    for value in (200, 300, 60_000):
+        Image.fromarray(np.full((20, 20), value, np.uint16)).save(tmp_path / f"{value:05d}{suffix}")
+        expected.append(value / 65535 * 255)
+    dataset = datasets.listing(DataConfig("folder", str(tmp_path)))
+    for channels in (1, 3):
+        recipe = Recipe((16, 16), 18, (0.5,) * channels, (0.25,) * channels)
+        found = [item.array for item in photos.load(dataset, range(3), recipe)]
+        assert [a.shape for a in found if a is not None] == [(channels, 16, 16)] * 3
+        assert np.allclose([a.mean() for a in found if a is not None], expected, rtol=1e-5)
+
+
+def test_bits_alpha_and_white_that_is_zero(tmp_path: Path) -> None:
+    step = np.repeat([[0, 1]], 8, 0).repeat(4, 1).astype(np.uint8)
+    Image.fromarray(step * 255).convert("1").save(tmp_path / "1.png")
+    Image.fromarray(step * 255).convert("1").save(tmp_path / "1.tif")
+    Image.fromarray(step * 255).save(tmp_path / "4.png", bits=4)
+    Image.merge("LA", [Image.fromarray(step * 255), Image.fromarray(255 - step * 155)]).save(tmp_path / "la.png")
+    for name, values in (("8", step * 255), ("16", step * np.uint16(65535)), ("f", step.astype(np.float32))):
+        tifffile.imwrite(tmp_path / f"white {name}.tif", values, photometric="miniswhite")
+    for path in sorted(tmp_path.iterdir()):
+        grey = np.asarray(photos.read(path, 1)).squeeze()
+        assert np.array_equal(grey, (1 - step if "white" in path.name else step) * 255), path.name
+    # Transparent pixels are seen on white.
+    Image.merge("LA", [Image.fromarray(step * 0), Image.fromarray(step * 255)]).save(tmp_path / "la.png")
+    assert np.array_equal(np.asarray(photos.read(tmp_path / "la.png", 1)), 255 - step * 255)
+
+
+def test_twelve_bits_are_twelve_bits() -> None:
+    assert bands.levels(np.array([0, 4095], np.uint16), 4095).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize("kind", ["uint16", "float32", "float64"])
+def test_colours_of_more_than_eight_bits(tmp_path: Path, kind: str, planar: bool) -> None:
+    """Pillow reads no floats in colour, and takes the bytes of 16-bit planes for values of their own."""
+    colours = np.stack([RAMP, RAMP[:, ::-1], np.full_like(RAMP, 0.25)], -1)
+    values = (colours * (65535 if kind == "uint16" else 1)).astype(kind)
+    planes = {"planarconfig": "separate", "photometric": "rgb"} if planar else {"photometric": "rgb"}
+    tifffile.imwrite(tmp_path / "a.tif", values.transpose(2, 0, 1).copy() if planar else values, **planes)
+    assert np.abs(np.asarray(photos.read(tmp_path / "a.tif", 3), np.float32) - colours * 255).max() <= 1
+    grey = np.asarray(photos.read(tmp_path / "a.tif", 1), np.float32).squeeze()
+    assert np.abs(grey - colours @ [0.299, 0.587, 0.114] * 255).max() <= 1.5
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (RAMP * 255, "floats from 0 to 255, and floats must lie in [0, 1]"),
+        (RAMP - 0.5, "floats from -0.5 to 0.5, and floats must lie in [0, 1]"),
+        (np.where(RAMP > 0.5, np.nan, RAMP), "NaN or infinity"),
+        (np.where(RAMP > 0.5, np.inf, RAMP), "NaN or infinity"),
+        ((RAMP * 100 - 50).astype(np.int16), "negative integers, down to -50"),
+        ((RAMP * 100 - 50).astype(np.int32), "negative integers, down to -50"),
+        ((RAMP * 100 - 50).astype(np.int8), "negative integers, down to -50"),
+        (RAMP.astype(np.complex64), "of type complex64"),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 5])
+def test_values_outside_their_range_are_refused(tmp_path: Path, values: np.ndarray, reason: str, channels: int) -> None:
+    if channels == 5:
+        values = np.stack([values] * 5)
+    if values.dtype == np.float64:
+        values = values.astype(np.float32)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="minisblack")
+    dataset = Dataset((Photo("a.tif", "", 0),), {"": str(tmp_path)})
+    recipe = Recipe((32, 32), 36, (0.5,) * channels, (0.25,) * channels)
+    assert next(photos.load(dataset, [0], recipe)).reason == f"unsupported values: {reason}"
+    # What rounding does to floats is no reason.
+    just = np.stack([RAMP * 1.00001] * channels).squeeze().astype(np.float32)
+    tifffile.imwrite(tmp_path / "a.tif", just, photometric="minisblack")
+    item = next(photos.load(dataset, [0], recipe))
+    assert item.array is not None and item.array.max() <= 255
+
+
+@pytest.mark.parametrize("kind", ["bool", "uint8", "uint16", "int16", "uint32", "float16", "float32"])
+@pytest.mark.parametrize("suffix", [".npy", ".tif"])
+@pytest.mark.parametrize("first", [True, False])
+def test_bands_are_scaled_by_the_same_rules(tmp_path: Path, kind: str, suffix: str, first: bool) -> None:
+    shares = np.stack([RAMP * share for share in (1, 0.5, 0.1, 0.01, 0)], 0 if first else -1)
+    values = shares > 0.25 if kind == "bool" else (shares * (1 if kind[0] == "f" else np.iinfo(kind).max)).astype(kind)
+    if suffix == ".npy":
+        np.save(tmp_path / "a.npy", values)
+    elif kind == "bool":
+        pytest.skip("bits are written as one image")
+    else:
+        tifffile.imwrite(tmp_path / f"a{suffix}", values, photometric="minisblack")
+    found = np.asarray(photos.read(tmp_path / f"a{suffix}", 5), np.float32)
+    expected = (shares > 0.25 if kind == "bool" else shares) * np.float32(255)
+    close = 1 if kind == "uint8" else 0.13 if kind == "float16" else 0.01
+    assert found.shape == (48, 64, 5)
+    assert np.abs(found - (expected.transpose(1, 2, 0) if first else expected)).max() <= close
+
+
+def test_images_of_many_depths_go_through_the_pass_together(tmp_path: Path, tiny: Model) -> None:
+    """Bytes stay what they were in a batch with floats, and what is shown is in 8 bits."""
+    rng = np.random.default_rng(0)
+    grey = rng.random((40, 40)).astype(np.float32)
+    Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(tmp_path / "0.png")
+    Image.fromarray(grey).save(tmp_path / "1.tif")
+    Image.fromarray((grey * 65535).astype(np.uint16)).save(tmp_path / "2.png")
+    tifffile.imwrite(tmp_path / "3.tif", np.stack([grey, grey / 2, grey / 4], -1), photometric="rgb")
+    Image.fromarray((grey * 0.1).astype(np.float32)).save(tmp_path / "4.tif")
+    dataset = datasets.listing(DataConfig("folder", str(tmp_path)))
+    recipe = tiny.recipe
+    ((_, batch),) = photos.batches(photos.load(dataset, range(5), recipe), 5, [])
+    ((_, alone),) = photos.batches(photos.load(dataset, [0], recipe), 1, [])
+    assert batch.dtype == np.float32 and alone.dtype == np.uint8 and np.array_equal(batch[:1], alone)
+    assert np.abs(batch[1] - batch[2]).max() < 0.01 and np.abs(batch[1] * 0.1 - batch[4]).max() < 0.01
+    layers = [la for la in enumerate_layers(tiny) if la.name in ("stem", "late")]
+    config = ExamplesConfig(k=5, batch=5, sample=5)
+    found, ranges = swept(tiny, layers, dataset, range(5), config)
+    check(found, ranges, seen_by(tiny, layers, dataset, 5), dataset, 5)
+    chosen = winners.choose(found, [(la, range(3)) for la in layers], dataset, config)
+    table = winners.Winners.of(chosen)
+    for store in ("images", "crops"):
+        looks = winners.look(tiny, layers, table, range(5), dataset, dataclasses.replace(config, store=store))
+        if store == "images":
+            offset = looks["shown/offset"]
+            for i, expected in ((1, 127), (2, 127), (3, 80), (4, 13)):
+                with Image.open(io.BytesIO(looks["shown/jpeg"][offset[i] : offset[i + 1]].tobytes())) as picture:
+                    assert picture.size == (40, 40) and abs(np.asarray(picture.convert("L")).mean() - expected) < 4
+
+
+def test_pillows_settings_do_not_matter_and_are_left_as_they_were(
+    odd_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code of a user's network may set them: half a file is no photograph, and the limit is that of data.max_pixels."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
+    names = ("bad short.jpg", "good.jpg", "a/good.jpg")
+    dataset = Dataset(tuple(Photo(name, "", i) for i, name in enumerate(names)), {"": str(odd_folder)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        short, *good = photos.load(dataset, range(3), RECIPE, threads=3)
+    assert short.array is None and short.reason.startswith("cut off")
+    assert all(item.array is not None for item in good)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True and Image.MAX_IMAGE_PIXELS == 5
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_the_limit_of_pixels_can_be_set(tmp_path: Path, channels: int) -> None:
+    if channels == 5:
+        np.save(tmp_path / "0.npy", np.zeros((5, 30, 40), np.float32))
+        tifffile.imwrite(tmp_path / "1.tif", np.zeros((30, 40, 5), np.uint8), photometric="minisblack")
+    else:
+        Image.new("L", (40, 30)).save(tmp_path / "0.png")
+        tifffile.imwrite(tmp_path / "1.tif", np.zeros((30, 40, 3), np.float64), photometric="rgb")
+    recipe = Recipe((16, 16), 18, (0.5,) * channels, (0.25,) * channels)
+
+    def reasons(limit: int | None) -> list[str]:
+        config = DataConfig("folder", str(tmp_path), max_pixels=limit)
+        dataset = pickle.loads(pickle.dumps(datasets.listing(config, channels)))  # as workers get it
+        return [item.reason for item in photos.load(dataset, range(2), recipe)]
+
+    assert reasons(1199) == ["too large: 40 × 30 pixels; data.max_pixels allows 1,199"] * 2
+    assert reasons(1200) == reasons(None) == ["", ""]
+
+
+def test_more_pixels_than_pillow_allows_by_itself(tmp_path: Path) -> None:
+    """Its own limit is 179 million, and it warns above 89: neither counts below data.max_pixels."""
+    Image.new("1", (15_000, 12_000)).save(tmp_path / "0.png")
+    default = DataConfig("folder", str(tmp_path))
+    reasons = []
+    for config in (default, dataclasses.replace(default, max_pixels=180_000_000)):
+        reasons.append(next(photos.load(datasets.listing(config), [0], Recipe((8, 8), 8, (0.5,), (0.5,)))).reason)
+    assert reasons == ["too large: 15000 × 12000 pixels; data.max_pixels allows 64,000,000", ""]
 
 
 def test_exif_turns_the_picture(odd_folder: Path) -> None:
