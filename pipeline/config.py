@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.augmentations import AUGMENTATIONS
+from pipeline.augmentations import AUGMENTATIONS, Ensemble
 from pipeline.canvases import CANVASES
 from pipeline.couplings import COUPLINGS
 from pipeline.datasets import DataConfig
@@ -129,6 +129,7 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
         Only.of(config.only)
         if config.base is None:
             raise AtlasError(f"only={config.only} needs base=runs/NAME: the run whose pictures it judges.")
+    _check_checkpoint(config)
     if config.engine.name not in ("ray", "inline"):
         raise AtlasError(f"engine.name={config.engine.name!r} is not one of ray, inline.")
     for value, key, least in (
@@ -179,6 +180,15 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
         if (isinstance(value, str) and value != "auto") or (not isinstance(value, str) and value <= 0 and not zero):
             raise AtlasError(f"{key}={value!r}: use auto or a number above 0.")
     return config
+
+
+def _check_checkpoint(config: Config) -> None:
+    """Settings that choose within a checkpoint need one: the network's own, or one of an ensemble."""
+    ensembles = any(isinstance(a, Ensemble) for preset in config.presets for a in preset.augmentations)
+    for key in ("checkpoint_key", "checkpoint_prefix"):
+        value = getattr(config.model, key)
+        if value is not None and config.model.own_weights is None and not ensembles:
+            raise AtlasError(f"model.{key}={value} chooses within a checkpoint: add model.checkpoint=FILE.")
 
 
 def _check_examples(config: ExamplesConfig) -> None:

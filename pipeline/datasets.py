@@ -24,6 +24,7 @@ from PIL import Image
 
 from pipeline import bands, formats
 from pipeline.errors import AtlasError, first_line, nearest
+from pipeline.files import decoded
 from pipeline.recipes import Recipe
 
 log = logging.getLogger(__name__)
@@ -215,11 +216,14 @@ def _labelled(dataset: Dataset, path: Path) -> Dataset:
     if not path.is_file():
         raise AtlasError(f"data.labels={path}: there is no such file.")
     try:
+        text = decoded(path.read_bytes(), f"data.labels={path}")
         if path.suffix == ".json":
-            found = {str(k): str(v) for k, v in json.loads(path.read_text()).items()}
+            found = {str(k): str(v) for k, v in json.loads(text).items()}
         else:
             separator = "\t" if path.suffix in (".tsv", ".tab") else ","
-            table = pd.read_csv(path, sep=separator, header=None, dtype=str, keep_default_na=False, usecols=[0, 1])
+            table = pd.read_csv(
+                io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False, usecols=[0, 1]
+            )
             found = dict(zip(table[0], table[1], strict=True))
     except (ValueError, AttributeError, OSError) as error:
         raise AtlasError(

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from pipeline import presets
+from pipeline.augmentations import Ensemble
 from pipeline.canvases import Start
 from pipeline.config import Config
 from pipeline.errors import AtlasError, first_line
 from pipeline.layers import Layer
-from pipeline.models import Model
+from pipeline.models import Model, load_other
 from pipeline.objectives import Direction, Objective
 from pipeline.presets import RenderConfig, Size, canvas_size
 from pipeline.starts import opened
@@ -78,6 +79,8 @@ def refuse_nonsense(
             presets.check(preset, model.recipe.channels)
             if isinstance(preset.canvas, Start) and not preset.canvas.best:
                 opened(preset.canvas.source, model.recipe.channels)
+            for file in (f for a in preset.augmentations if isinstance(a, Ensemble) for f in a.checkpoints):
+                load_other(config.model, file)
             for layer in chosen:
                 presets.check_layer(preset, layer, known, layer.name in classifiers)
         except AtlasError as error:

@@ -4,6 +4,7 @@ A worker may stand on another machine, so a file travels as its content, and wha
 content, never the path.
 """
 
+import codecs
 import dataclasses
 import hashlib
 import importlib.resources
@@ -18,6 +19,22 @@ from pipeline.errors import AtlasError, first_line
 T = TypeVar("T")
 
 PACKAGED = "default"
+
+
+def decoded(content: bytes, where: str) -> str:
+    """The text of a user's file: UTF-8, or UTF-16 with a byte-order mark; such a mark is no part of the text.
+
+    `where` is the setting and file that an error names.
+    """
+    try:
+        return content.decode("utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        byte = content[error.start]
+        raise AtlasError(
+            f"{where} is not UTF-8 text: line {line} holds the byte 0x{byte:02x}. Save it as UTF-8, in an editor or "
+            "with iconv -f latin1 -t utf-8."
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True)

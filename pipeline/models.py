@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
-from pipeline.checkpoints import load_checkpoint
+from pipeline.checkpoints import Choice, load_checkpoint
 from pipeline.custom import code_digest
 from pipeline.errors import AtlasError, first_line, nearest
+from pipeline.files import File, decoded
 from pipeline.recipes import INTERPOLATIONS, ModelConfig, Recipe
 from pipeline.sources import SOURCES
 
@@ -94,10 +95,11 @@ def _error(model: Model) -> Exception | None:
     return None
 
 
-def load(config: ModelConfig, state: Mapping[str, Tensor] | None = None) -> Model:
+def load(config: ModelConfig, state: Mapping[str, Tensor] | None = None, content: bytes | None = None) -> Model:
     """The network that `config` names, eval, frozen and with in-place activations switched off.
 
-    `state` takes the place of its weights: nothing is read or downloaded then.
+    `state` takes the place of its weights: nothing is read or downloaded then. `content` is that of the checkpoint,
+    where it was read before.
 
     Raises `AtlasError` for an unknown source or name, a missing file, or weights that do not fit.
     """
@@ -125,7 +127,8 @@ def load(config: ModelConfig, state: Mapping[str, Tensor] | None = None) -> Mode
     if state is not None:
         module.load_state_dict(state)
     elif config.own_weights is not None:
-        load_checkpoint(module, config.own_weights, config.trust_checkpoint, config.strict)
+        choice = Choice(config.checkpoint_key, config.checkpoint_prefix)
+        load_checkpoint(module, config.own_weights, config.trust_checkpoint, config.strict, choice, content)
     if not any(True for _ in module.parameters()):
         raise AtlasError(f"{config.name} has no weights, so there is nothing to look at.")
     if isinstance(config.labels, str):
@@ -186,6 +189,20 @@ def refuse_quantized(module: nn.Module, name: str) -> None:
                 "Use the floating-point network that it was made from, before torch.ao.quantization or a like tool "
                 "converted it."
             )
+
+
+def load_other(config: ModelConfig, file: File) -> Model:
+    """The network with the weights of another checkpoint, of an ensemble; settings for the checkpoint hold for it too.
+
+    Raises `AtlasError` where they do not fit, as for the network's own.
+    """
+    assert file.content is not None, f"{file.path} was not read"
+    try:
+        return load(dataclasses.replace(config, checkpoint=file.path), content=file.content)
+    except AtlasError as error:
+        chosen = [f"model.{key}" for key in ("checkpoint_key", "checkpoint_prefix") if getattr(config, key) is not None]
+        also = f" {' and '.join(chosen)} also applies to the checkpoints of the ensemble." if chosen else ""
+        raise AtlasError(f"render.augmentations.ensemble.checkpoints: {error}{also}") from error
 
 
 def with_overrides(recipe: Recipe, config: ModelConfig) -> Recipe:
@@ -253,22 +270,72 @@ def in_place(model: Model) -> Iterator[None]:
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
-    """Class names, one a line of a text file, or a JSON list, or a JSON object from class number to name.
+    """Class names, one a line of a text file, or JSON: a list, or an object from class number to name or back.
 
-    The object's values may be pairs of an identifier and a name, as in ImageNet's class index.
+    A name may be a pair of an identifier and a name, as in ImageNet's class index. The object from name to number
+    is `class_to_idx` of torchvision's datasets.
     """
+    where = f"model.labels={path}"
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix != ".json":
-            return tuple(line.strip() for line in text.splitlines() if line.strip())
-        loaded = json.loads(text)
-        if isinstance(loaded, dict):
-            loaded = [loaded[key] for key in sorted(loaded, key=int)]
-        return tuple(str(name[-1] if isinstance(name, list) else name) for name in loaded)
-    except (OSError, ValueError, TypeError) as error:
+        text = decoded(path.read_bytes(), where)
+        if path.suffix.lower() != ".json":
+            names = tuple(line.strip() for line in text.splitlines() if line.strip())
+        else:
+            loaded = json.loads(text, object_pairs_hook=_once)
+            listed = _in_order(loaded) if isinstance(loaded, dict) else loaded
+            if not isinstance(listed, list):
+                raise ValueError(f"it holds a {type(loaded).__name__}")
+            names = tuple(_name(entry) for entry in listed)
+    except (OSError, ValueError) as error:
         raise AtlasError(
-            f"model.labels={path} can't be read: {first_line(error)}. One name a line, or a JSON list."
+            f"{where} can't be read: {first_line(error)}. One name a line, or a JSON list of names, or a JSON object "
+            "from number to name or from name to number."
         ) from error
+    if not names:
+        raise AtlasError(f"{where} holds no names. Write one name a line, in the order of the classifier's outputs.")
+    return names
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; `ValueError` for a key that comes twice, which JSON's readers pass over."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} comes twice")
+        found[key] = value
+    return found
+
+
+def _in_order(loaded: dict[str, Any]) -> list[Any]:
+    """The names of an object in the order of their numbers, which run from 0 without gaps or repetitions."""
+    backwards = all(isinstance(value, int) and not isinstance(value, bool) for value in loaded.values())
+    try:
+        pairs = [(int(value), key) if backwards else (int(key), value) for key, value in loaded.items()]
+    except ValueError:
+        raise ValueError("neither the keys nor the values of its object are all whole numbers") from None
+    names: dict[int, Any] = {}
+    for number, name in pairs:
+        if number in names:
+            raise ValueError(f"the number {number} belongs to {names[number]!r} and to {name!r}")
+        names[number] = name
+    outside = sorted(number for number in names if not 0 <= number < len(names))
+    missing = [number for number in range(len(names)) if number not in names]
+    if missing:
+        raise ValueError(
+            f"the numbers of {len(names)} names must run from 0 to {len(names) - 1}: it lacks "
+            f"{', '.join(map(str, missing[:5]))}{', …' if len(missing) > 5 else ''} and has "
+            f"{', '.join(map(str, outside[:5]))}{', …' if len(outside) > 5 else ''}"
+        )
+    return [names[number] for number in range(len(names))]
+
+
+def _name(entry: Any) -> str:
+    """A name, or the name of a pair of an identifier and a name."""
+    if isinstance(entry, list) and entry:
+        entry = entry[-1]
+    if isinstance(entry, bool) or not isinstance(entry, (str, int, float)):
+        raise ValueError(f"{json.dumps(entry, ensure_ascii=False)[:40]} is not a name")
+    return str(entry)
 
 
 def weights_digest(module: nn.Module) -> str:

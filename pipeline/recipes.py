@@ -13,7 +13,9 @@ class ModelConfig:
     """Which network, and with which weights. Fields left null are taken from the network's own recipe.
 
     `target`, `arguments`, `channels`, `trust_checkpoint` and `strict` matter for `source=custom` alone, the last
-    two for every checkpoint. `folder` is where relative paths begin: null is where the command was typed.
+    two for every checkpoint. `checkpoint_key` and `checkpoint_prefix` choose one of several state dicts in a
+    checkpoint: by the dotted keys of the mappings around it, and by what its names begin with. `folder` is where
+    relative paths begin: null is where the command was typed.
     """
 
     source: str
@@ -27,6 +29,8 @@ class ModelConfig:
     target: str | None = None
     arguments: Mapping[str, Any] | None = None
     checkpoint: str | None = None
+    checkpoint_key: str | None = None
+    checkpoint_prefix: str | None = None
     channels: int | None = None
     value_range: tuple[float, float] | None = None
     labels: str | tuple[str, ...] | None = None
@@ -53,7 +57,8 @@ class ModelConfig:
 
 # What of a model's configuration says where things lie or what they are called, but not what they are.
 NAMES_ONLY = (
-    "weights", "checkpoint", "target", "arguments", "folder", "labels", "trust_checkpoint", "strict", "aliases",
+    "weights", "checkpoint", "checkpoint_key", "checkpoint_prefix", "target", "arguments", "folder", "labels",
+    "trust_checkpoint", "strict", "aliases",
 )  # fmt: skip
 
 

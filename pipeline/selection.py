@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pandas as pd
 from pipeline import quality
 from pipeline.atlas import Atlas, open_atlas
 from pipeline.errors import AtlasError, first_line, nearest
+from pipeline.files import decoded
 from pipeline.layers import Layer
 from pipeline.views import LayerView
 
@@ -78,9 +80,9 @@ def read(path: Path) -> list[tuple[str, int]]:
             frame = pd.read_parquet(path, columns=["layer", "channel"])
             rows = [("layer", "channel"), *zip(frame["layer"].astype(str), frame["channel"].astype(str), strict=True)]
         else:
-            with path.open(newline="", encoding="utf-8-sig") as handle:
-                rows = [tuple(cell.strip() for cell in row) for row in csv.reader(handle) if any(row)]
-    except (OSError, ValueError, KeyError, UnicodeDecodeError, csv.Error) as error:
+            text = decoded(path.read_bytes(), f"units={path}")
+            rows = [tuple(cell.strip() for cell in row) for row in csv.reader(io.StringIO(text, "")) if any(row)]
+    except (OSError, ValueError, KeyError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise AtlasError(f"units={path} can't be read: {reason}") from None
     if not rows:

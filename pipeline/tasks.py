@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline import shards
+from pipeline.augmentations import Ensemble
 from pipeline.config import Config
 from pipeline.datasets import Dataset
 from pipeline.layers import Layer
@@ -105,6 +106,10 @@ def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int], name: str
         model.pop(key)  # where weights and code lie says nothing; what they are is in their digest
     others = [other.tap for other in setup.others_of(own).values()]
     begins = setup.begins if own.needs_examples else ""
+    if any(isinstance(augmentation, Ensemble) for augmentation in own.augmentations):
+        # A file's content does not say which of its state dicts was loaded.
+        chosen = [config.model.checkpoint_key, config.model.checkpoint_prefix]
+        others += [f"{chosen}"] if any(value is not None for value in chosen) else []
     made_of = [setup.weights, model, layer.tap, list(canvas), preset, others, begins, config.run.seed]
     return shards.digest_of(["render 2", *made_of, *_built(config)])
 

@@ -20,12 +20,11 @@ from safetensors.torch import load as unpacked
 from pipeline import examples, shards, starts, winners
 from pipeline.augmentations import Ensemble
 from pipeline.errors import AtlasError
-from pipeline.files import File
 from pipeline.folding import Pair, foldable
 from pipeline.layers import Layer
 from pipeline.lowering import precision_of
 from pipeline.memory import keep_memory, memory_share
-from pipeline.models import Model, ModelConfig, load
+from pipeline.models import Model, load, load_other
 from pipeline.presets import RenderConfig
 from pipeline.quality import MEASURES
 from pipeline.render import Picture, render
@@ -130,7 +129,7 @@ class Worker:
         """The other checkpoints of a preset's ensemble, folded as well, loaded once."""
         if preset.name not in self._ensembles:
             files = [f for a in preset.augmentations if isinstance(a, Ensemble) for f in a.checkpoints]
-            members = [load_state(self.setup.config.model, f).to(self.setup.device) for f in files]
+            members = [load_other(self.setup.config.model, f).to(self.setup.device) for f in files]
             layers = [*self.setup.layers, *self.setup.others_of(preset).values()]
             self._ensembles[preset.name] = tuple(verified_fold(m, foldable(m), layers) for m in members)
         return self._ensembles[preset.name]
@@ -334,12 +333,3 @@ class Worker:
             )
         )
         return shards.image({"digest": task.digest, "start": task.start, "end": task.end}, found, "lzf")
-
-
-def load_state(config: ModelConfig, file: File) -> Model:
-    """The network with the weights of another checkpoint."""
-    assert file.content is not None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "checkpoint" + Path(file.path).suffix)
-        path.write_bytes(file.content)
-        return load(dataclasses.replace(config, checkpoint=str(path)))

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import AtlasError, first_line
+from pipeline.files import decoded
 from pipeline.shards import safe
 
 BESIDE = "families.yaml"
@@ -67,10 +68,10 @@ def read(path: Path | None, units: Mapping[str, frozenset[int]]) -> tuple[Family
     if path is None:
         return ()
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(decoded(path.read_bytes(), f"site.families={str(path)!r}"))
     except OSError as error:
         raise AtlasError(f"site.families={str(path)!r} can't be read: {error.strerror or error}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise AtlasError(f"{path} is no YAML: {first_line(error)}") from None
     entries = tree.get("families") if isinstance(tree, Mapping) else None
     if not isinstance(entries, list):
