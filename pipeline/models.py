@@ -92,7 +92,7 @@ def load(config: ModelConfig, state: Mapping[str, Tensor] | None = None) -> Mode
         labels = config.labels
     digest = weights_digest(module)
     if config.source == "custom":
-        digest = hashlib.sha256(f"{digest} {code_digest(config)}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{digest} {code_digest(config, module)}".encode()).hexdigest()
     return Model(module, config.name, with_overrides(recipe, config), digest, labels)
 
 
