@@ -10,14 +10,20 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from pipeline import examples, shards, starts, store
 from pipeline.atlas import open_atlas
 from pipeline.errors import AtlasError, first_line
+from pipeline.estimates import Row
 from pipeline.examples import Sweep
 from pipeline.folder import RunFolder
 from pipeline.inventory import Inventory, put_aside
+from pipeline.layers import capture
+from pipeline.models import load
+from pipeline.objectives import Responses
 from pipeline.plan import Plan
+from pipeline.recipes import ModelConfig
 from pipeline.shards import Damaged, Shard
 from pipeline.starts import Begin
 from pipeline.tasks import Setup, render_digest
@@ -30,6 +36,11 @@ Wrong = tuple[str, str]
 # How far a picture may be from its second rendering, in levels of 255: rounding differs with machine and batch.
 TOLERANCE = 1
 
+# How far the activation of a kept image may be from the number kept beside it, computed again by the network as it is,
+# in float32: relative to that number or to the median of its layer, whichever is larger. Folded normalization, other
+# batches and other machines differ by their rounding alone, which is below a thousandth; other code does not.
+ACTIVATION_TOLERANCE = 0.01
+
 # In bfloat16 a last bit that differs is soon a level or more: the difference may have this share of the picture's
 # contrast. Another start gives more than its whole contrast.
 ALIKE = 0.5
@@ -39,7 +50,8 @@ def verify(folder: RunFolder, made: Plan | None = None, sample: int = 0) -> list
     """What is wrong with a run, as (where, what); empty if it is whole.
 
     Reads atlas.h5 and all shards to the last byte and holds every picture against its digest, the content against
-    the plan, and renders `sample` pictures of `made` again, drawn by the run's seed.
+    the plan, and renders `sample` pictures of `made` again, drawn by the run's seed; of the kept ones the activation is
+    computed again, too.
     """
     wrong: list[Wrong] = []
     if folder.atlas.is_file():
@@ -59,6 +71,26 @@ def verify(folder: RunFolder, made: Plan | None = None, sample: int = 0) -> list
     if not wrong and made is not None and sample:
         wrong += _rendered_again(folder.atlas, made, sample)
     return wrong
+
+
+def another_network(folder: RunFolder, config: ModelConfig) -> list[Wrong]:
+    """Whether `config` gives another network now than the one that the atlas was made from; empty without an atlas.
+
+    Raises `AtlasError` where it gives none at all.
+    """
+    if store.identity(folder.atlas) is None:
+        return []
+    with open_atlas(folder.atlas) as atlas:
+        made_from = str(atlas.attributes["weights_sha256"])
+    if load(config).digest == made_from:
+        return []
+    return [
+        (
+            "network",
+            "its weights or its code are not those that the atlas was made from: run `atlas run` again, which makes "
+            "what they change, or bring them back",
+        )
+    ]
 
 
 def _damaged_parts(atlas: Path) -> list[tuple[Shard, str]]:
@@ -95,7 +127,7 @@ def _whole(shard: Shard) -> list[tuple[int, int]]:
 
 
 def _rendered_again(atlas: Path, made: Plan, sample: int) -> list[Wrong]:
-    """Render some pictures of a whole atlas once more and compare."""
+    """Render some pictures of a whole atlas once more and compare; of the kept ones, compute the activation again."""
     parts = store.parts(atlas)
     digest = {row: render_digest(made.setup, row.layer, row.canvas, row.preset) for row in made.rows}
     preset = {row: made.config.preset(row.preset) for row in made.rows}
@@ -106,9 +138,12 @@ def _rendered_again(atlas: Path, made: Plan, sample: int) -> list[Wrong]:
     wrong: list[Wrong] = []
     for row, channel, variant in (units[i] for i in sorted(chosen)):
         part = parts[row.layer.name, digest[row]]
-        at = part.get("channels")["channels"].tolist().index(channel)
+        small = part.get("channels", "activation")
+        at = small["channels"].tolist().index(channel)
         with part.opened() as opened:
             kept = shards.dataset(opened, "images")[at, variant]
+        now = _activation(workers["float32"], row, channel, variant, kept)
+        wrong += _apart(f"{row.layer.name}:{channel}", now, small["activation"], (at, variant))
         begins: tuple[Begin, ...] = ()
         if preset[row].needs_examples:
             with open_atlas(atlas) as opened_atlas:
@@ -127,6 +162,31 @@ def _rendered_again(atlas: Path, made: Plan, sample: int) -> list[Wrong]:
             told = f"rendered again, it is {min(apart)} levels of 255 from what is kept"
             wrong.append((f"{row.layer.name}:{channel}", told))
     return wrong
+
+
+def _activation(worker: Worker, row: Row, channel: int, variant: int, kept: np.ndarray) -> float:
+    """The objective on a kept image (H, W, C), of 8 bits, by the network as it is: nothing folded, all in float32."""
+    preset = worker.setup.config.preset(row.preset)
+    layers = {row.layer.name: row.layer} | worker.setup.others_of(preset)
+    model = worker.model
+    device = next(model.module.parameters()).device
+    image = torch.from_numpy(kept).to(device).permute(2, 0, 1)[None].float() / 255
+    with torch.no_grad(), capture(model, list(layers.values())) as forward:
+        maps = {name: found.float() for name, found in forward(image).items()}
+        channels, variants = (torch.tensor([number], device=device) for number in (channel, variant))
+        responses = Responses(maps[row.layer.name], channels, variants, preset.variants, maps)
+        return float(preset.objective.value(responses))
+
+
+def _apart(unit: str, now: float, activations: np.ndarray, at: tuple[int, int]) -> list[Wrong]:
+    """Whether a picture's activation, computed again, is another than the one kept of it among its layer's."""
+    kept = float(activations[at])
+    finite = activations[np.isfinite(activations)]
+    scale = float(np.median(np.abs(finite))) if finite.size else 0.0
+    log.info("%s has an activation of %.5g, kept as %.5g", unit, now, kept)
+    if np.isclose(now, kept, rtol=ACTIVATION_TOLERANCE, atol=ACTIVATION_TOLERANCE * scale, equal_nan=True):
+        return []
+    return [(unit, f"the network's activation on the kept image is {now:.5g}, but {kept:.5g} is kept")]
 
 
 def _in_precision(setup: Setup, precision: str) -> Setup:
@@ -184,8 +244,8 @@ def copy_pictures(shard: Shard, folder: RunFolder, wanted: Collection[int] | Non
     content = {name: array[rows] for name, array in arrays.items() if name != "images_sha256"}
     numbers = content["channels"].tolist()
     name = f"{numbers[0]}-{numbers[-1]}-{len(rows)}-copied-{digest[:12]}.h5"
-    keys = ("digest", "layer", "objective", "natural", "preset")
-    attributes = {key: value for key, value in shard.attributes.items() if key in keys}
+    # All but the place that they have in an atlas.
+    attributes = {key: value for key, value in shard.attributes.items() if key != "order"}
     shards.write(where / name, attributes, content | {"images": images})
     return len(rows) * variants
 

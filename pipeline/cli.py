@@ -29,8 +29,9 @@ from pipeline import audit, compare, datasets, interrupts, photos, run, spectra
 from pipeline.arguments import Compare, compared, conf_folder, explain, named, target
 from pipeline.atlas import open_atlas
 from pipeline.compare.printed import show
-from pipeline.config import from_tree
+from pipeline.config import Config, from_tree
 from pipeline.errors import AtlasError, nearest
+from pipeline.folder import RunFolder
 from pipeline.models import load
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import clock, told
@@ -190,10 +191,15 @@ def _status(request: Request) -> int:
     return COMPLETE
 
 
+def _kept_config(folder: RunFolder) -> Config:
+    """What a run that is there was made with."""
+    return from_tree(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+
+
 def _stored(request: Request) -> Plan:
     """The plan of a run that is there, from what it was made with; nothing is timed, and no base is asked."""
     folder = request.folder.existing()
-    config = from_tree(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+    config = _kept_config(folder)
     units = {name: tuple(channels) for name, channels in folder.planned().items()}
     return make_plan(dataclasses.replace(config, base=None, only=None), timed=False, units=units or None)
 
@@ -208,7 +214,9 @@ def _table(rows: Sequence[tuple[str, str]], title: str) -> None:
 def _verify(request: Request) -> int:
     folder = request.folder.existing()
     sample = request.config.run.check
-    wrong = audit.verify(folder, _stored(request) if sample else None, sample)
+    # Another network may not even have the layers of the plan.
+    wrong = audit.another_network(folder, _kept_config(folder).model) if sample else []
+    wrong += audit.verify(folder, _stored(request) if sample and not wrong else None, sample)
     if not wrong:
         print(f"{folder.path}: whole")
         return COMPLETE

@@ -1,15 +1,16 @@
 """The user's own network: a builder in a Python file or on the import path, or an exported program."""
 
-import ast
 import contextlib
 import hashlib
 import importlib
 import importlib.util
-import inspect
 import json
+import logging
 import sys
 import warnings
+import weakref
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +19,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline import usercode
 from pipeline.errors import AtlasError, first_line, nearest
 from pipeline.recipes import ModelConfig, Recipe
+
+log = logging.getLogger(__name__)
+
+# The user's files that a network was built from, as they were then.
+_built: "weakref.WeakKeyDictionary[nn.Module, dict[str, usercode.Source]]" = weakref.WeakKeyDictionary()
+
+# Classes without a source file that the log has named.
+_told: set[str] = set()
+
+# By target: files of its network that no import statement led to before it was built.
+_late: defaultdict[tuple[str, str], set[Path]] = defaultdict(set)
 
 FORMS = "my_net.py:build, my_package.nets:build, or an exported program net.pt2"
 
@@ -39,34 +52,85 @@ def from_target(config: ModelConfig) -> tuple[nn.Module, Recipe, tuple[str, ...]
     return module, Recipe(pair, min(pair), (0.0,) * channels, (1.0,) * channels), ()
 
 
-def code_digest(config: ModelConfig) -> str:
-    """Digest of the source file that builds the network, for weights alone do not say what is computed.
+def code_digest(config: ModelConfig, module: nn.Module) -> str:
+    """Digest of the code that builds `module` and that its classes are written in: weights alone do not tell it.
 
-    Comments and formatting do not count. Empty for exported programs, whose file holds all.
+    It covers the target's own file, the files of all classes in the network, and what these import, except installed
+    packages. Comments and formatting do not count, nor where the files lie. For exported programs it is that of the
+    file, which holds all.
     """
     assert config.target is not None
     if _is_file(config.target):
         return hashlib.sha256(config.locate(config.target).read_bytes()).hexdigest()
+    own = _top_level(config)
+    built = _built.get(module, {})
     with _importing(config):
-        source = inspect.getsourcefile(inspect.unwrap(_builder(config)))
-    tree = ast.dump(ast.parse(Path(source).read_text())) if source else ""
+        classes, without = usercode.of_classes(module, own)
+        paths = {source.path.resolve() for source in built.values()}
+        also = [source for source in classes if source.path.resolve() not in paths]
+        sources = built | usercode.closure(also, own) if also else built
+    usercode.remember(sources.values())
+    _late[_key(config)].update(source.path for source in sources.values() if source.path.resolve() not in paths)
+    for name in sorted(without.keys() - _told):
+        log.info("%s has no source file: its compiled code counts in its place", name)
+    _told.update(without)
+    code = sorted({(source.name, source.code) for source in sources.values()})
     arguments = json.dumps(dict(config.arguments or {}), sort_keys=True, default=str)
-    return hashlib.sha256(f"{tree}\0{arguments}".encode()).hexdigest()
+    return hashlib.sha256(json.dumps([code, sorted(without.items()), arguments]).encode()).hexdigest()
 
 
 def from_builder(config: ModelConfig) -> nn.Module:
     """What the builder gives when it is called with `model.arguments`."""
-    with _importing(config):
+    own = _top_level(config)
+    with _importing(config) as folders:
+        roots = _roots(config)
+        sources = usercode.closure(roots, own)
+        late = {str(path): usercode.Source.of(str(path), path) for path in _late[_key(config)] if path.is_file()}
+        usercode.refresh(sources | late)
         build = _builder(config)
         try:
             module = build(**(config.arguments or {}))
         except Exception as error:
             raise AtlasError(f"{config.target} failed: {_where(error)}") from error
+        # A builder may come from another file than the target names.
+        paths = {source.path.resolve() for source in sources.values()}
+        others = [source for source in usercode.of_object(build) if source.path.resolve() not in paths]
+        more = usercode.closure(others, own) if others else {}
+    _late[_key(config)].update(source.path for source in more.values())
+    sources |= more
+    usercode.remember(sources.values())
+    usercode.Beside(folders, sources).install()
     if isinstance(module, torch.jit.ScriptModule):
         raise _scripted(config.target or "")
     if not isinstance(module, nn.Module):
         raise AtlasError(f"{config.target} gave a {type(module).__name__}; it must return a torch.nn.Module.")
+    _built[module] = sources
     return module
+
+
+def _roots(config: ModelConfig) -> list[usercode.Source]:
+    """The files that a target names: its own, or for an import path that and those of the packages around it."""
+    place = _place(config)
+    if not place.endswith(".py"):
+        return list(usercode.along(place, _top_level(config)))
+    path = config.locate(place)
+    return [usercode.Source.of(usercode.TARGET, path)] if path.is_file() else []
+
+
+def _place(config: ModelConfig) -> str:
+    """File or import path of a target, without the builder's name."""
+    target = config.target or ""
+    return target.rpartition(":")[0] if ":" in target else target
+
+
+def _top_level(config: ModelConfig) -> str:
+    """The package that a target given by import path lies in, whose files count even where it is installed."""
+    place = _place(config)
+    return "" if place.endswith(".py") else place.partition(".")[0]
+
+
+def _key(config: ModelConfig) -> tuple[str, str]:
+    return str(config.target), str(config.locate("."))
 
 
 def from_file(config: ModelConfig) -> nn.Module:
@@ -146,16 +210,16 @@ def _from_name(place: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _importing(config: ModelConfig) -> Iterator[None]:
-    """Let the target import what lies beside it and where the command was typed."""
-    place = (config.target or "").rpartition(":")[0]
+def _importing(config: ModelConfig) -> Iterator[list[str]]:
+    """Let the target import what lies beside it and where the command was typed; gives these folders."""
+    place = _place(config)
     added = [str(config.locate("."))]
     if place.endswith(".py"):
         added.insert(0, str(config.locate(place).parent))
     saved = list(sys.path)
     sys.path[:0] = added
     try:
-        yield
+        yield added
     finally:
         sys.path[:] = saved
 

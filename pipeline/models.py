@@ -140,7 +140,7 @@ def load(config: ModelConfig, state: Mapping[str, Tensor] | None = None, content
         _restore_double(Model(module, config.name, recipe, "", labels))
     digest = weights_digest(module)
     if config.source == "custom":
-        digest = hashlib.sha256(f"{digest} {code_digest(config)}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{digest} {code_digest(config, module)}".encode()).hexdigest()
     return Model(module, config.name, recipe, digest, labels)
 
 

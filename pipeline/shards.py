@@ -26,6 +26,9 @@ from pipeline.errors import AtlasError
 LIBVER = ("earliest", "v110")
 SHARD_VERSION = 2
 
+# Attributes that say that a file is a finished shard, and nothing of what is in it.
+OF_FILES = ("shard_version", "complete")
+
 # What a system says when there is no more room: for all, for this user, in this file.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

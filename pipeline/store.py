@@ -187,10 +187,11 @@ def _pictures(group: h5py.Group, preset: str, channels: Sequence[int], found: Se
         shape = shards.dataset(source, "images").shape[1:]
         marks = shards.dataset(source, "trace").shape[-1]
     target = group.create_group(f"render/{safe(preset)}")
+    for key, value in first.attributes.items():
+        if key not in shards.OF_FILES:
+            target.attrs[key] = value
     target.attrs["order"] = len(shards.group(group, "render")) - 1
     target.attrs["preset"] = preset  # equal settings under another name have made the same pictures
-    for key in ("digest", "natural", "objective", "layer"):
-        target.attrs[key] = first.attributes[key]
     target.attrs["precision"] = " ".join(sorted({name for shard in found for name in precisions(shard)}))
     for key in ("level", "level_reason"):
         target.attrs[key] = _distinct(found, key)

@@ -176,6 +176,42 @@ def test_repair_saves_what_is_whole_of_a_compacted_atlas(
     assert cli.main(["repair", str(finished)]) == 0 and "nothing is broken" in capsys.readouterr().out
 
 
+def test_pictures_keep_their_attributes_through_compact_repair_and_run(finished: Path, tiny_run: list[str]) -> None:
+    """Above all the precision, by which `verify` renders again; and any attribute of a later version."""
+    assert cli.main(["compact", str(finished)]) == 0
+    with h5py.File(finished / "atlas.h5", "r+") as file:
+        for layer in shards.group(file, "layers").values():
+            layer["render/distill"].attrs.update({"precision": "bfloat16", "later": "kept"})
+    flip(finished / "atlas.h5", images_of("conv_stem"), 1)
+    assert cli.main(["repair", str(finished)]) == 0
+    copied = [shards.read(path) for path in (finished / "shards" / "render").rglob("*.h5")]
+    assert len(copied) == 5
+    for shard in copied:
+        assert shard is not None
+        assert {k: shard.attributes.get(k) for k in ("precision", "later")} == {
+            "precision": "bfloat16",
+            "later": "kept",
+        }
+        assert "order" not in shard.attributes
+    assert cli.main(["run", *tiny_run]) == 0
+    with h5py.File(finished / "atlas.h5") as file:
+        found = {str(layer.attrs["name"]): dict(layer["render/distill"].attrs) for layer in file["layers"].values()}  # type: ignore[union-attr]
+    assert {name: attributes["precision"] for name, attributes in found.items()} == {
+        name: "bfloat16 float32" if name == "conv_stem" else "bfloat16" for name in found
+    }
+    assert found["classifier"]["later"] == "kept" and not {"complete", "shard_version"} & found["classifier"].keys()
+
+
+def test_an_activation_that_is_not_the_images_is_told(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with h5py.File(finished / "atlas.h5", "r+") as file:
+        numbers = shards.dataset(file, "layers/conv_stem/render/distill/activation")
+        numbers[...] = numbers[...] * 1.5
+    assert cli.main(["verify", str(finished), "run.check=15"]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("the network's activation on the kept image is") == 3 and "levels of 255" not in printed
+    assert all(f"conv_stem:{channel}" in printed for channel in range(3))
+
+
 def test_repair_of_shards_keeps_their_whole_pictures(
     finished: Path, tiny_run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
