@@ -22,6 +22,7 @@ from torch import nn
 from pipeline import usercode
 from pipeline.errors import AtlasError, first_line, nearest
 from pipeline.recipes import ModelConfig, Recipe
+from pipeline.wrappers import unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,11 @@ def code_digest(config: ModelConfig, module: nn.Module) -> str:
     _told.update(without)
     code = sorted({(source.name, source.code) for source in sources.values()})
     arguments = json.dumps(dict(config.arguments or {}), sort_keys=True, default=str)
-    return hashlib.sha256(json.dumps([code, sorted(without.items()), arguments]).encode()).hexdigest()
+    # One file may hold several builders and classes whose weights are alike: which of them were used counts as well.
+    classes_used = [[path, type(part).__qualname__] for path, part in module.named_modules()]
+    builder = str(config.target).rpartition(":")[2]
+    parts = [code, sorted(without.items()), arguments, builder, classes_used]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def from_builder(config: ModelConfig) -> nn.Module:
@@ -104,6 +109,7 @@ def from_builder(config: ModelConfig) -> nn.Module:
         raise _scripted(config.target or "")
     if not isinstance(module, nn.Module):
         raise AtlasError(f"{config.target} gave a {type(module).__name__}; it must return a torch.nn.Module.")
+    module = unwrapped(module)
     _built[module] = sources
     return module
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.optim.swa_utils import AveragedModel
 
 from pipeline.checkpoints import Choice, load_checkpoint
 from pipeline.custom import code_digest
@@ -116,7 +115,6 @@ def load(config: ModelConfig, state: Mapping[str, Tensor] | None = None, content
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, recipe, labels = SOURCES[config.source](config)
-    module = unwrapped(module)
     refuse_quantized(module, config.name)
     double = any(parameter.dtype == torch.float64 for parameter in module.parameters())
     module = prepare(module)
@@ -151,30 +149,6 @@ def _restore_double(model: Model) -> None:
     model.module.double()
     if _error(model) is not None:
         model.module.float()
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Return a network without the modules that training put around it or around its parts.
-
-    Compiled networks (`torch.compile`, `Module.compile`), `DataParallel`, `DistributedDataParallel` and averaged models
-    compute what the module inside them does, under names that begin with `_orig_mod.` or `module.`.
-    """
-    while (inner := _inner(module)) is not None:
-        module = inner
-    for child in module.modules():
-        child._compiled_call_impl = None
-        for name, part in list(child._modules.items()):
-            if part is not None and _inner(part) is not None:
-                child._modules[name] = unwrapped(part)
-    return module
-
-
-def _inner(module: nn.Module) -> nn.Module | None:
-    """The module that a wrapper holds; None for a module that is no wrapper."""
-    if isinstance(module, torch._dynamo.OptimizedModule):
-        return module._orig_mod
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-    return module.module if isinstance(module, wrappers) else None
 
 
 def refuse_quantized(module: nn.Module, name: str) -> None:
