@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from pipeline.errors import first_line
 from pipeline.layers import Layer
 from pipeline.models import Model
-from pipeline.trace import Trace, modules_of, tensor_of
+from pipeline.trace import Trace, modules_of, tensor_of, trace_of
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def foldable(model: Model) -> tuple[Pair, ...]:
     """
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.module.modules()):
         return ()
-    found = tuple(pairs(Trace(model)))
+    found = tuple(pairs(trace_of(model)))
     if not found:
         return ()
     try:

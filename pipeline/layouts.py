@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.errors import AtlasError
 from pipeline.models import Model
 from pipeline.refusals import NotTaken
-from pipeline.trace import Call, Trace, class_of, kind_of
+from pipeline.trace import Call, Trace, class_of, kind_of, trace_of
 
 Layout = Literal["maps", "maps_last", "tokens", "tokens_first", "flat", "windows", "vector"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
@@ -86,11 +86,11 @@ def find_axes(model: Model) -> tuple[Trace, dict[tuple[str, int], Axes]]:
     weights), and, with the reason in the log, those that depend on the other images of the batch or on chance.
     """
     try:
-        trace = Trace(model)
+        trace = trace_of(model)
     except NotTaken as error:
         raise error.explained() from error
     other = next(_other(model), None)
-    small = other or Trace(model)
+    small = other or trace
     try:
         two = Trace(model, small.size, half=small)
     except AtlasError as error:

@@ -12,7 +12,7 @@ from pipeline.errors import AtlasError, nearest
 from pipeline.layers import Layer, enumerate_layers
 from pipeline.layouts import Part
 from pipeline.models import Model
-from pipeline.trace import Trace, kind_of
+from pipeline.trace import Trace, kind_of, trace_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _blocks(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list
     inside a block (its branches, its MLP) is left out. Of several that end in the same tensor (a stage and its
     last block) the innermost is kept.
     """
-    trace = Trace(model)
+    trace = trace_of(model)
     modules = trace.modules
     shapes = {call.path: call.shape for call in trace.calls}
 
@@ -175,7 +175,7 @@ def logit_layers(model: Model, layers: Sequence[Layer]) -> list[Layer]:
     if not ends:
         return []
     last = ends[-1]
-    trace = Trace(model)
+    trace = trace_of(model)
     if not _gives_output(trace, last):
         return []
     if last.layout != "vector":

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,39 +45,62 @@ def _from_package(config: ModelConfig) -> tuple[nn.Module, Recipe, tuple[str, ..
 
 def _from_torchvision(config: ModelConfig) -> tuple[nn.Module, Recipe, tuple[str, ...]]:
     import torchvision
+    from torchvision.models import detection, segmentation
 
-    valid = torchvision.models.list_models(module=torchvision.models)
-    if config.name not in valid:
-        raise AtlasError(f"torchvision has no classifier {config.name!r}. {nearest(config.name, valid)}")
+    groups = {"classifier": torchvision.models, "segmentation": segmentation, "detection": detection}
+    names = {kind: torchvision.models.list_models(module=module) for kind, module in groups.items()}
+    kind = next((kind for kind, known in names.items() if config.name in known), None)
+    if kind is None:
+        valid = [name for known in names.values() for name in known]
+        raise AtlasError(
+            f"torchvision has no network of images {config.name!r} (those of videos, of pairs of images and quantized "
+            f"ones are left out). {nearest(config.name, valid)}"
+        )
     weights = torchvision.models.get_model_weights(config.name).DEFAULT  # type: ignore[attr-defined]
+    default = config.weights == "default" and config.own_weights is None
+    options: dict[str, Any] = {}
+    if config.name in ("googlenet", "inception_v3"):
+        # These two renormalise inside; torchvision turns it on only for weights that it loads itself.
+        options |= {"transform_input": True} if config.own_weights is not None else {}
+        # Their own way of drawing random weights takes seconds, and torchvision is about to give it up.
+        options["init_weights"] = False
+    if kind != "classifier" and not default:
+        options["weights_backbone"] = None  # else the backbone's weights are downloaded
     with warnings.catch_warnings():
         # GoogLeNet and Inception announce a change of their random initialisation; no action is open to a user.
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            # These two renormalise inside; torchvision turns it on only for weights that it loads itself.
-            own = config.own_weights is not None and config.name in ("googlenet", "inception_v3")
-            options = {"transform_input": True} if own else {}
-            if config.name in ("googlenet", "inception_v3"):
-                # Their own way of drawing random weights takes seconds, and torchvision is about to give it up.
-                options["init_weights"] = False
-            default = config.weights == "default" and config.own_weights is None
-            chosen = weights if default else None
             module = torchvision.models.get_model(
-                config.name, weights=chosen, **{**options, **(config.arguments or {})}
+                config.name, weights=weights if default else None, **{**options, **(config.arguments or {})}
             )
         except OSError as error:
             raise _no_download(config, error) from error
         except TypeError as error:
             raise AtlasError(f"model.arguments={dict(config.arguments or {})}: {first_line(error)}") from error
+    labels = tuple(weights.meta["categories"])
+    if kind == "detection":
+        return module, _detection_recipe(module), labels
     preset = weights.transforms()
-    recipe = Recipe(
-        (preset.crop_size[0],) * 2,
-        preset.resize_size[0],
-        tuple(preset.mean),
-        tuple(preset.std),
-        preset.interpolation.value,
-    )
-    return module, recipe, tuple(weights.meta["categories"])
+    side = preset.resize_size[0]
+    crop = preset.crop_size[0] if kind == "classifier" else side
+    recipe = Recipe((crop, crop), side, tuple(preset.mean), tuple(preset.std), preset.interpolation.value)
+    return module, recipe, labels
+
+
+def _as_it_is(image: Any, target: Any = None) -> tuple[Any, Any]:
+    return image, target
+
+
+def _detection_recipe(module: nn.Module) -> Recipe:
+    """The input of a detector, which normalizes and resizes inside: a square of the side that it resizes to.
+
+    Its resizing is switched off, so that the pixels of an image are those that its layers see, of whatever size.
+    """
+    transform: Any = module.transform
+    fixed = getattr(transform, "fixed_size", None)
+    side = int(min(fixed) if fixed else min(transform.min_size))
+    transform.resize = _as_it_is
+    return Recipe((side, side), side, (0.0,) * 3, (1.0,) * 3)
 
 
 def _from_timm(config: ModelConfig) -> tuple[nn.Module, Recipe, tuple[str, ...]]:

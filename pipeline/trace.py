@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import re
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -128,11 +129,12 @@ class Trace:
     """
 
     def __init__(self, model: Model, size: tuple[int, int] | None = None, half: "Trace | None" = None) -> None:
-        self.modules = modules_of(model.module)
+        # Weak, so that a trace that is kept does not keep the network.
+        self.modules: Mapping[str, nn.Module] = weakref.WeakValueDictionary(modules_of(model.module))
         self.size = size or model.recipe.size
         self.calls: list[Call] = []
         known = {call.key: call for call in half.calls} if half else {}
-        keep: list[Tensor] = []  # keeps identities unique
+        keep: list[Tensor] = []  # keeps identities unique while the pass runs
         counts: dict[str, int] = {}
         spent = 0.0
 
@@ -168,7 +170,7 @@ class Trace:
             module.register_forward_hook(
                 lambda m, a, k, o, path=path: after(path, m, a, k, o), with_kwargs=True
             )
-            for path, module in self.modules.items()
+            for path, module in modules_of(model.module).items()
         ]  # fmt: skip
         device = next(model.module.parameters()).device
         generator = torch.Generator().manual_seed(0)
@@ -183,11 +185,21 @@ class Trace:
         finally:
             for handle in handles:
                 handle.remove()
-        self._keep = keep
         self.readers: dict[int, list[Call]] = {}
         for call in self.calls:
             for identity in set(call.inputs):
                 self.readers.setdefault(identity, []).append(call)
+
+
+_traces: "weakref.WeakKeyDictionary[nn.Module, Trace]" = weakref.WeakKeyDictionary()
+
+
+def trace_of(model: Model) -> Trace:
+    """Return the trace of a network at its own input size, made once for each network."""
+    trace = _traces.get(model.module)
+    if trace is None or trace.size != model.recipe.size:
+        trace = _traces[model.module] = Trace(model)
+    return trace
 
 
 def _sampled(tensor: Tensor) -> Tensor:

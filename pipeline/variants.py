@@ -279,7 +279,7 @@ def layers_without_gradient(model: Model, layers: Sequence[Layer]) -> dict[str, 
     backward passes of these layers alone confirm it. Where an operator has no forward-mode derivative, the second
     pass is left out.
     """
-    images = probe_images(model, model.recipe.size)
+    images = _small_probe(model)
     maps = _values(model, layers, images.clone().requires_grad_(True))
     reasons = {
         name: "it is computed without gradients (no_grad, inference_mode or detach before it)"
@@ -293,6 +293,21 @@ def layers_without_gradient(model: Model, layers: Sequence[Layer]) -> dict[str, 
         if gradient is not None and not gradient.any():
             reasons[layer.name] = "its gradient is zero everywhere (rounding or a threshold before it)"
     return reasons
+
+
+def _small_probe(model: Model) -> Tensor:
+    """One image (1, C, H, W) of noise, of half the network's own size if it takes that: for what no size changes."""
+    own = model.recipe.size
+    half = (own[0] // 2, own[1] // 2)
+    if min(half) >= 64:
+        images = probe_images(model, half)[:1]
+        try:
+            with torch.no_grad():
+                model.module(model.normalise(images))
+            return images
+        except Exception:
+            log.debug("%s does not take images of %d x %d pixels", model.name, *half)
+    return probe_images(model, own)[:1]
 
 
 def _constant(model: Model, layers: Sequence[Layer], images: Tensor) -> list[Layer]:
