@@ -78,6 +78,11 @@ class Job:
     starts: Mapping[Unit, Tensor]
     stop: Callable[[], None]
 
+    @property
+    def networks(self) -> tuple[Model, ...]:
+        """The networks of the steps: the model, then the others of an ensemble."""
+        return (self.lowered, *self.ensemble)
+
     def canvas(self, stage: Stage) -> Size:
         """Size of the canvas in a stage, margins included."""
         return self._part(stage.canvas, 2 * self.config.margin)
@@ -212,14 +217,13 @@ def _attempt(job: Job, units: Sequence[Unit], attempt: int) -> list[Picture]:
             stage = stages[moment.stage]
             if moment.stage != at:
                 stack.close()
-                forwards = [stack.enter_context(_forward(job, m, stage)) for m in (job.lowered, *job.ensemble)]
+                forwards = [stack.enter_context(_forward(job, m, stage)) for m in job.networks]
                 if at is not None and job.canvas(stages[at]) != job.canvas(stage):
                     batch.resize(job, job.canvas(stages[at]), job.canvas(stage))
                 at = moment.stage
             for one in drawn:
                 one.to(step)
-            forward = forwards[_member(config, step)]
-            values, gradient = _gradient(job, batch, forward, moment, stage, step, anchor[batch.places])
+            values, gradient = _gradient(job, batch, forwards, moment, stage, step, anchor[batch.places])
             trace[step, batch.places] = values
             rate = config.optimizer.rate(step, config.steps) * moment.lr * 0.5**attempt
             config.optimizer.step(batch.parameters, gradient, batch.state, batch.since, rate)
@@ -360,10 +364,12 @@ def _anchored(config: RenderConfig) -> bool:
 
 
 def _gradient(
-    job: Job, batch: _Batch, forward: _Forward, moment: Moment, stage: Stage, step: int, anchor: Tensor
+    job: Job, batch: _Batch, forwards: Sequence[_Forward], moment: Moment, stage: Stage, step: int, anchor: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(B,) objective values and the gradient of all terms with respect to the parameters, at one step."""
     config = job.config
+    member = _member(config, step)
+    forward, network = forwards[member], job.networks[member]
     view = job.view(stage)
     painted = config.canvas.image(batch.parameters, job.canvas(stage))
     images = painted.detach().requires_grad_(True)
@@ -381,7 +387,7 @@ def _gradient(
             # A coupling compares all pictures of a channel.
             groups = dead.view(-1, config.variants if config.couplings else 1)
             again = groups.any(1).repeat_interleave(groups.shape[1])
-            with redirected(job.lowered.module):
+            with redirected(network.module):
                 _, helped = excite(images.detach()[again].requires_grad_(True), again)
             gradient = gradient.index_put((dead,), helped[dead[again]])
     pulls: dict[bool, Tensor] = {}

@@ -41,13 +41,14 @@ from pipeline.feasibility import fitting
 from pipeline.fields import receptive_fields
 from pipeline.folding import fold, foldable
 from pipeline.layers import Layer, capture
-from pipeline.lowering import Twins, precision_of, twins
+from pipeline.lowering import precision_of
 from pipeline.memory import keep_memory
 from pipeline.models import Model, load
 from pipeline.policies import LayersConfig, found_layers
 from pipeline.render import Picture, render
 from pipeline.seeds import seed_of
 from pipeline.transforms import STANDARD, draw, shake
+from pipeline.variants import ModelVariants, verified_variants
 
 LAYERS = ("blocks.1.1", "blocks.3.1", "blocks.4.2", "blocks.5.3", "conv_head")
 # conv_head alone is a convolution without its activation, which comes in bn2: Lucent and we look at the same tensor.
@@ -112,25 +113,24 @@ class Lucent:
 
 
 @functools.cache
-def prepared(preset: str, name: str, threads: int) -> tuple[Twins, Layer, Config, tuple[int, int]]:
+def prepared(preset: str, name: str, threads: int) -> tuple[ModelVariants, Layer, Config, tuple[int, int]]:
     """The network folded and lowered, the layer and its canvas, as a worker has them when a task begins."""
     keep_memory()
     torch.set_num_threads(threads)
     config = config_of(preset, MODEL)
     model = load(config.model)
     (layer,) = [found for found in found_layers(model, LayersConfig(), config.model.aliases) if found.name == name]
-    pairs = foldable(model)
-    folded = fold(model, pairs, [layer])
-    found = twins(folded, pairs, precision_of(config.engine.precision, "cpu"))
     (field,) = receptive_fields(fold(model), [layer]).values()
     layer = dataclasses.replace(layer, field=field)
-    return found, layer, config, fitting(folded, [layer], config.render)[name]
+    size = fitting(model, [layer], config.render)[name]
+    found = verified_variants(model, foldable(model), [layer], precision_of(config.engine.precision, "cpu"), size)
+    return found, layer, config, size
 
 
 def prepare(preset: str, name: str, threads: int) -> None:
     found, layer, config, size = prepared(preset, name, threads)
     short = dataclasses.replace(config.render, steps=2)
-    render(found.folded, layer, [(0, 0)], short, 1, size, lowered=found.lowered, exact=found.exact)
+    render(found.folded, layer, [(0, 0)], short, 1, size, lowered=found.steps, exact=found.exact)
 
 
 def ours(preset: str, name: str, threads: int, channels: Sequence[int]) -> tuple[list[Picture], float, float]:
@@ -139,7 +139,7 @@ def ours(preset: str, name: str, threads: int, channels: Sequence[int]) -> tuple
     began = time.monotonic()
     pictures = render(
         found.folded, layer, [(c, 0) for c in channels], config.render, config.run.seed, size,
-        lowered=found.lowered, exact=found.exact,
+        lowered=found.steps, exact=found.exact,
     )  # fmt: skip
     return pictures, began, time.monotonic()
 

@@ -29,13 +29,14 @@ from pipeline.feasibility import fitting
 from pipeline.fields import receptive_fields
 from pipeline.folding import fold, foldable
 from pipeline.layers import Layer, capture
-from pipeline.lowering import precision_of, twins
+from pipeline.lowering import precision_of
 from pipeline.memory import keep_memory
 from pipeline.models import Model, load
 from pipeline.policies import LayersConfig, choose, found_layers
 from pipeline.rectifiers import REDIRECTED_STEPS
 from pipeline.render import render
 from pipeline.run import Request
+from pipeline.variants import verified_variants
 
 # The step is that of what lies between: after the first ones, in which silent units pass twice.
 SHORT, LONG = REDIRECTED_STEPS, REDIRECTED_STEPS + 8
@@ -84,17 +85,17 @@ def bare(model: Model, layer: Layer, batch: int, size: tuple[int, int], steps: i
 def measured(model: Model, layer: Layer, config: Config, batch: int, least: float, device: str) -> dict[str, Any]:
     """One row of the table; medians over rounds in turn, for at least `least` seconds of each."""
     preset = config.render
-    pairs = foldable(model)
-    folded = fold(model, pairs, [layer])
-    found = twins(folded, pairs, precision_of(config.engine.precision, torch.device(device).type))
-    size = fitting(folded, [layer], preset)[layer.name]
+    size = fitting(model, [layer], preset)[layer.name]
+    precision = precision_of(config.engine.precision, torch.device(device).type)
+    found = verified_variants(model, foldable(model), [layer], precision, size)
+    folded = found.folded
     units = [(c % layer.channels, c // layer.channels) for c in range(batch)]
 
     def ours(steps: int) -> Callable[[], object]:
         short = dataclasses.replace(preset, steps=steps, attempts=1)
-        return lambda: render(folded, layer, units, short, 0, size, lowered=found.lowered, exact=found.exact)
+        return lambda: render(folded, layer, units, short, 0, size, lowered=found.steps, exact=found.exact)
 
-    loops = [bare(twin, layer, batch, size, LONG - SHORT) for twin in (folded, found.lowered)]
+    loops = [bare(twin, layer, batch, size, LONG - SHORT) for twin in (folded, found.steps)]
     for work in (*loops, ours(SHORT)):
         work()
     theirs, swift, own, fixed, spent = [], [], [], [], 0.0
