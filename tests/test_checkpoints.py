@@ -86,6 +86,10 @@ CASES: dict[str, Any] = {
     },
     "the same tensors twice": {"model": state(1), "best": state(1, "net.")},
     "the same tensors twice, wrapped": {"model": {**state(1), **state(1, "module.")}},
+    "the same tensors twice, once without counters": {
+        "a": {k: v for k, v in state(1).items() if "num_batches" not in k},
+        "in b": state(1),
+    },
     "averaged weights beside raw ones": {"state_dict": state(2), "state_dict_ema": state(1)},
     "averaged weights by prefix": {"state_dict": {**state(2, "net."), **state(1, "net_ema.module.")}},
     "averaged weights of parameters alone": {
@@ -173,6 +177,7 @@ AMBIGUOUS: dict[str, Any] = {
     "prefixes": {"state_dict": {**state(1, "teacher."), **state(2, "student.")}},
     "the top level and a prefix": {**state(1), **state(2, "student.")},
     "the top level and a key": {**state(1), "student": state(2)},
+    "one that is wrapped and one that is not": {**state(1, "module."), **state(2)},
     "keys and prefixes": {"a": {**state(1, "x."), **state(2, "y.")}, "b": state(3, "x.")},
     "keys within keys": {"a": {"x": state(1), "y": state(2)}},
     "words that Hydra takes for something else": {"0": state(1, "1."), "a='b' c": state(2), "null": state(3)},
