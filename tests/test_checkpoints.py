@@ -454,6 +454,23 @@ def test_a_plan_refuses_an_ensemble_that_does_not_fit(tiny_run: list[str], tmp_p
     assert len(digests) == 2  # other weights of the same file make other pictures
 
 
+def test_an_ensemble_of_several_checkpoints_is_planned_and_runs(tmp_path: Path, tiny_run: list[str]) -> None:
+    """The estimate times one network in the place of all members: each of its captures sees its own pass."""
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def build():\n    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),\n"
+        "        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))\n"
+    )
+    net = load(ModelConfig("custom", "net", target=f"{tmp_path}/net.py:build", input_size=32)).module
+    torch.save({f"{k}.{n}": v for k in ("a", "b") for n, v in net.state_dict().items()}, tmp_path / "c.pt")
+    common = [o for o in tiny_run if not o.startswith(("model", "layers"))]
+    run = ["run", *common, "model=custom", f"model.target={tmp_path}/net.py:build", "model.input_size=32", "layers=all"]
+    run += ["layers.channels='0:1'", "data.limit=4", "render.steps=2", "render/augmentations=[ensemble]"]
+    run += [f"render.augmentations.ensemble.checkpoints=[{tmp_path}/c.pt,{tmp_path}/c.pt]"]
+    run += [f"model.checkpoint={tmp_path}/c.pt"]
+    assert cli.main(run) == 0
+
+
 def test_values_are_those_of_the_file(tmp_path: Path) -> None:
     """A plain forward pass of the network that was saved agrees with that of the one that was loaded."""
     saved = tiny_model().module
