@@ -187,7 +187,6 @@ def _rank(candidate: Candidate, own: Mapping[str, Any], choice: Choice) -> tuple
         choice.key is not None and ".".join(place.keys) != choice.key,
         place.preference,
         -len(candidate.found),
-        -len(candidate.exact),
         WRAPPERS.index(last) if last in WRAPPERS else len(WRAPPERS),
         len(place.keys),
         len(place.prefix),

@@ -90,9 +90,12 @@ def capture(model: Model, layers: Sequence[Layer], each: Any = None, stop: bool 
     found: dict[str, Any] = {}
     calls: dict[tuple[str, str], int] = {}
     own, batch, size = model.recipe.size, 1, (1.0, 1.0)
+    running = False
     handles: list[RemovableHandle] = []
 
     def see(path: str, side: str, value: Any, wanted: dict[int, list[Layer]]) -> None:
+        if not running:
+            return  # another capture of the same network runs it, as in the estimate of an ensemble
         calls[path, side] = call = calls.get((path, side), 0) + 1
         tensor = tensor_of(value)
         for layer in wanted.get(call, ()):
@@ -130,13 +133,17 @@ def capture(model: Model, layers: Sequence[Layer], each: Any = None, stop: bool 
             )
 
         def forward(images: Tensor) -> dict[str, Tensor]:
-            nonlocal batch, size
+            nonlocal batch, size, running
             found.clear()
             calls.clear()
             batch, size = images.shape[0], (images.shape[-2] / own[0], images.shape[-1] / own[1])
             images = images.contiguous(memory_format=model.memory_format)
-            with contextlib.suppress(_Stop):
-                model.module(model.normalise(images))
+            running = True
+            try:
+                with contextlib.suppress(_Stop):
+                    model.module(model.normalise(images))
+            finally:
+                running = False
             missing = [layer.name for layer in layers if layer.name not in found]
             if missing:
                 raise AtlasError(

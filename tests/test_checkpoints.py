@@ -86,6 +86,10 @@ CASES: dict[str, Any] = {
     },
     "the same tensors twice": {"model": state(1), "best": state(1, "net.")},
     "the same tensors twice, wrapped": {"model": {**state(1), **state(1, "module.")}},
+    "the same tensors twice, once without counters": {
+        "a": {k: v for k, v in state(1).items() if "num_batches" not in k},
+        "in b": state(1),
+    },
     "averaged weights beside raw ones": {"state_dict": state(2), "state_dict_ema": state(1)},
     "averaged weights by prefix": {"state_dict": {**state(2, "net."), **state(1, "net_ema.module.")}},
     "averaged weights of parameters alone": {
@@ -173,6 +177,7 @@ AMBIGUOUS: dict[str, Any] = {
     "prefixes": {"state_dict": {**state(1, "teacher."), **state(2, "student.")}},
     "the top level and a prefix": {**state(1), **state(2, "student.")},
     "the top level and a key": {**state(1), "student": state(2)},
+    "one that is wrapped and one that is not": {**state(1, "module."), **state(2)},
     "keys and prefixes": {"a": {**state(1, "x."), **state(2, "y.")}, "b": state(3, "x.")},
     "keys within keys": {"a": {"x": state(1), "y": state(2)}},
     "words that Hydra takes for something else": {"0": state(1, "1."), "a='b' c": state(2), "null": state(3)},
@@ -447,6 +452,23 @@ def test_a_plan_refuses_an_ensemble_that_does_not_fit(tiny_run: list[str], tmp_p
         made = make_plan(config, timed=False)
         digests.add(render_digest(made.setup, made.rows[0].layer, (32, 32), config.render.name))
     assert len(digests) == 2  # other weights of the same file make other pictures
+
+
+def test_an_ensemble_of_several_checkpoints_is_planned_and_runs(tmp_path: Path, tiny_run: list[str]) -> None:
+    """The estimate times one network in the place of all members: each of its captures sees its own pass."""
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def build():\n    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),\n"
+        "        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))\n"
+    )
+    net = load(ModelConfig("custom", "net", target=f"{tmp_path}/net.py:build", input_size=32)).module
+    torch.save({f"{k}.{n}": v for k in ("a", "b") for n, v in net.state_dict().items()}, tmp_path / "c.pt")
+    common = [o for o in tiny_run if not o.startswith(("model", "layers"))]
+    run = ["run", *common, "model=custom", f"model.target={tmp_path}/net.py:build", "model.input_size=32", "layers=all"]
+    run += ["layers.channels='0:1'", "data.limit=4", "render.steps=2", "render/augmentations=[ensemble]"]
+    run += [f"render.augmentations.ensemble.checkpoints=[{tmp_path}/c.pt,{tmp_path}/c.pt]"]
+    run += [f"model.checkpoint={tmp_path}/c.pt"]
+    assert cli.main(run) == 0
 
 
 def test_values_are_those_of_the_file(tmp_path: Path) -> None:
