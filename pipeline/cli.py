@@ -20,13 +20,13 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from pipeline import audit, compare, datasets, interrupts, photos, run, spectra
-from pipeline.arguments import Compare, compared, conf_folder, explain, named, target
+from pipeline.arguments import Compare, as_text, compared, conf_folder, explain, named, reference, target
 from pipeline.atlas import open_atlas
 from pipeline.compare.printed import show
 from pipeline.config import Config, from_tree
@@ -89,7 +89,8 @@ def request_of(composed: DictConfig) -> Request:
     if isinstance(section, dict) and section.get("name") is None:
         section["name"] = safe(f"{tree['model'].get('name')}-{tree['render'].get('name')}")
     config = from_tree(tree)
-    return Request(config, tree, OmegaConf.to_yaml(OmegaConf.create(tree)))
+    # Not with OmegaConf, to which a `${` in a path is a reference.
+    return Request(config, tree, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
 
 
 def show_plan(made: Plan) -> None:
@@ -357,14 +358,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def task(composed: DictConfig) -> None:
         composing.clear()
-        codes.append(_guarded(lambda: work(request_of(composed))))
+        codes.append(_guarded(lambda: work(_asked(composed, overrides))))
         if codes[-1] == INTERRUPTED:
             raise KeyboardInterrupt
 
     # Hydra prints a composition error and exits with 1, unless told to raise it; bad input must exit with 2.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     saved = sys.argv
-    sys.argv = [saved[0], *named(verb, rest)]
+    overrides = named(verb, rest)
+    sys.argv = [saved[0], *overrides]
     try:
         with interrupts.listening():
             hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)()
@@ -375,11 +377,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if not composing:  # a fault of ours in the work itself: show all of it
             raise
-        return _refuse(explain(error))
+        return _refuse(explain(error, overrides))
     finally:
         sys.argv = saved
         GlobalHydra.instance().clear()
     return max(codes, default=COMPLETE)
+
+
+def _asked(composed: DictConfig, overrides: Sequence[str]) -> Request:
+    """`request_of`, with the quotes that an argument needs in its errors."""
+    try:
+        return request_of(composed)
+    except AtlasError as error:
+        hint = as_text(str(error), overrides)
+        if not hint:
+            raise
+        raise AtlasError(f"{error} {hint}") from error
+    except (InterpolationResolutionError, GrammarParseError) as error:
+        raise AtlasError(reference(error, overrides)) from error
 
 
 def _guarded(work: Callable[[], int]) -> int:

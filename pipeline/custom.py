@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline import usercode
+from pipeline import exported, usercode
 from pipeline.errors import AtlasError, first_line, nearest
 from pipeline.recipes import ModelConfig, Recipe
 from pipeline.wrappers import unwrapped
@@ -155,7 +155,15 @@ def from_file(config: ModelConfig) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if not config.trust_checkpoint:
+                exported.check(path)
             return torch.export.unflatten(torch.export.load(path))
+    except exported.Refused as error:
+        raise AtlasError(
+            f"{path} holds {error}, which is beyond what programs of ordinary networks hold, and to load such a file "
+            "may run code of whoever made it. If you trust them: model.trust_checkpoint=true. Else export the network "
+            "again with torch.export.save."
+        ) from error
     except Exception as error:
         raise AtlasError(f"{path} can't be read as an exported program: {_where(error)}") from error
 

@@ -1,12 +1,14 @@
 """The command line: verbs, Hydra's own flags, completion, and the two scripts."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import TINY
+from conftest import TINY, compose
 
 from pipeline import cli
 
@@ -74,6 +76,129 @@ def test_reading_verbs_list_the_runs_there_are(
     for verb in ("status", "site", "verify"):
         assert cli.main([verb, str(tmp_path / "tinny")]) == 2
         assert f"Runs in {tmp_path}: tiny" in capsys.readouterr().err
+
+
+def setting(argument: str, key: str) -> Any:
+    """The value with which a setting arrives when an argument is typed as it stands."""
+    node: Any = compose([argument]).tree
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("model.checkpoint", "/data/epoch=3-step=88.ckpt"),
+        ("data.root", "/photos of #1"),
+        ("data.root", "/photos/(copy)"),
+        ("data.root", "/photos, 2024"),
+        ("data.root", "/bob's photos"),
+        ("data.root", 'the "best" of bob\'s'),
+        ("data.root", "~/größe/写真"),
+        ("data.root", "/a [b] {c}"),
+        ("data.root", "/a & b; c! `d` <e>^"),
+        ("data.root", "C:\\new=photos\\"),
+        ("data.root", "[a"),
+        ("data.root", "/costs ${x=1"),
+        ("run.name", "lr=0.1,wd=0"),
+        ("run.name", "2024"),
+        ("run.name", "1e3"),
+        ("run.name", "true"),
+        ("run.name", "${nothing}"),
+        ("run.name", "50% ${nothing}"),
+    ],
+)
+def test_an_argument_that_needs_quotes_is_told_with_them(
+    key: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", f"{key}={text}"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(("atlas: ", f"atlas: {key}")) and "hydra.cc" not in told and key in told
+    (typed,) = shlex.split(told.partition("ype ")[2].partition("; for a list")[0].strip().removesuffix("."))
+    assert setting(typed, key) == text
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "value"),
+    [
+        ("layers.include=[conv#2,a b]", "layers.include", ["conv#2", "a b"]),
+        ("layers.include=[0,1.0,layer1.0]", "layers.include", ["0", "1.0", "layer1.0"]),
+        ("layers.include=['0', 1]", "layers.include", ["0", "1"]),
+        ("model.arguments={a: b=c, n: 3, d: [x#1, 2]}", "model.arguments", {"a": "b=c", "n": 3, "d": ["x#1", 2]}),
+        ("+render.transforms={f: g(1)}", "render.transforms", None),
+    ],
+)  # fmt: skip
+def test_lists_and_mappings_keep_what_needs_no_quotes(
+    argument: str, key: str, value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", argument]) == 2
+    told = capsys.readouterr().err
+    assert "hydra.cc" not in told
+    if value is not None:
+        (typed,) = shlex.split(told.partition("ype ")[2].strip().removesuffix("."))
+        assert setting(typed, key) == value
+
+
+def test_what_needs_no_quotes_arrives_as_it_is() -> None:
+    for key, text in (
+        ("run.name", "50%_a+b@c"),
+        ("data.root", "/my photos/a|b?c"),
+        ("model.target", "C:\\net.py:build"),
+    ):
+        assert setting(f"{key}={text}", key) == text
+    assert setting("run.name=m${render.steps}", "run.name") == f"m{compose([]).config.render.steps}"
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("model.checkpoint", "'model.checkpoint' has no value: write model.checkpoint=VALUE"),
+        ("my key=3", "'my key' is not a setting"),
+        ("(render.steps)=3", "is not a setting. Nearest: render.steps"),
+        ("run.name=a,b", "for a list, 'run.name=[a,b]'; for a run with each of them, add --multirun"),
+    ],
+)
+def test_arguments_that_quotes_do_not_mend(argument: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", argument]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["bob's", 'the "best" run', "50%d", "lr=0.1", "a b, (c) #1", "${x}", "größe"])
+def test_a_folder_by_position_may_be_called_anything(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "bob's runs" / name
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("run: {}\n")
+    assert cli.main(["status", str(folder)]) == 0
+    assert f"{folder}: 0 layers" in capsys.readouterr().out
+    monkeypatch.chdir(folder.parent)
+    for argument in (f"./{name}", f"{name}/"):
+        assert cli.main(["status", argument]) == 0
+        assert f"{name}: 0 layers" in capsys.readouterr().out
+    monkeypatch.chdir(folder)
+    assert cli.main(["status", "."]) == 0
+    # Such a folder is a run to be compared too, and no setting.
+    assert cli.compared([str(folder)])[0].runs == (str(folder),)
+
+
+def test_a_run_by_its_name_alone_lies_below_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.yaml").write_text("run: {}\n")
+    assert cli.main(["status", "mine"]) == 0
+
+
+def test_the_command_to_publish_can_be_typed(tmp_path: Path) -> None:
+    from pipeline.site import hosts
+
+    site = tmp_path / "bob's runs" / "site; rm -r x"
+    site.mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hosts, "ours", lambda folder: True)
+        for host in hosts.HOSTS:
+            assert str(site) in shlex.split(hosts.prepare(site, host.key, "title")[1])
 
 
 def test_a_users_own_folder_of_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

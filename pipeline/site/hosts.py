@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def prepare(folder: Path, target: str, title: str) -> tuple[Report, str]:
             f"{host.name} would not take this site: {reason}. Build it smaller: `atlas site site.max_bytes=… "
             "site.max_files=…`."
         )
-    return report, host.command.format(site=folder)
+    return report, host.command.format(site=shlex.quote(str(folder)))
 
 
 def yaml_text(text: str) -> str:
