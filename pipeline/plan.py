@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pandas as pd
@@ -16,7 +17,7 @@ from pipeline.base import based_on, check
 from pipeline.config import Config
 from pipeline.engine import Crew, crew, local_resources
 from pipeline.errors import AtlasError
-from pipeline.estimates import Row, estimate
+from pipeline.estimates import NONE, Row, Span, estimate, reading
 from pipeline.feasibility import fitting, refuse_nonsense, units_of, with_labels
 from pipeline.fields import receptive_fields
 from pipeline.files import loaded
@@ -27,7 +28,7 @@ from pipeline.layers import Field, Layer
 from pipeline.lowering import precision_of
 from pipeline.memory import keep_memory
 from pipeline.models import Model, load
-from pipeline.progress import clock
+from pipeline.overheads import Amount, Lap, Overheads, looked_at, own_start
 from pipeline.recipes import Recipe
 from pipeline.selection import Units, selected
 from pipeline.shards import safe
@@ -89,7 +90,7 @@ class Plan:
 
     `unrendered` are layers without rows, for which only the dataset pass is made. `network` is the digest that
     receptive fields are known again by. `left` is what was still to be made when the plan was: all of it, where nobody
-    looked.
+    looked. `examples_seconds` are one worker's for all photographs; `overheads` are None where nothing was timed.
     """
 
     config: Config
@@ -102,6 +103,7 @@ class Plan:
     dataset_fingerprint: str
     network: str
     left: Left
+    overheads: Overheads | None = None
     unrendered: tuple[Unrendered, ...] = ()
 
     @property
@@ -127,10 +129,50 @@ class Plan:
         """Number of units to be rendered: each counts once for every preset."""
         return sum(len(row.channels) for row in self.rows)
 
+    @functools.cached_property
+    def span(self) -> Span:
+        """Seconds of all that is left, with their range: pictures, photographs, workers' starts, atlas.h5 and site."""
+        amount = self._amount
+        pictures = sum((row.span(self._left(row)) for row in self.rows), NONE) * (1 / self.crew.workers)
+        if self.overheads is None:
+            return pictures + Span.sure(self._examples_seconds)
+        costs = self.overheads
+        return pictures + costs.examples(amount) + costs.workers(amount) + costs.finish(amount)
+
     @property
     def eta(self) -> float:
-        """Estimated seconds of all that is left, examples included."""
-        return (sum(map(self._cost, self.rows)) + self._examples_cost) / self.crew.workers
+        """Estimated seconds of all that is left."""
+        return self.span.expected
+
+    @property
+    def finish_seconds(self) -> float:
+        """Estimated seconds from the last picture to the last page."""
+        return self.overheads.finish(self._amount).expected if self.overheads else 0.0
+
+    @property
+    def _amount(self) -> Amount:
+        left, engine, examples = self.left, self.config.engine, self.config.examples
+        total = len(self.setup.dataset.photos)
+        return Amount(
+            workers=self.crew.workers,
+            ray=engine.name != "inline",
+            joins=engine.address is not None,
+            sample=min(examples.sample, total) if left.photographs == total else 0,
+            photographs=left.photographs,
+            looks=looked_at(total, self.units, examples) if left.photographs else left.looks,
+            rendered=sum(left.channels.values()),
+            units=self.units,
+            batch=examples.batch,
+            apart=bool(self.setup.begins),
+        )
+
+    @property
+    def _examples_seconds(self) -> float:
+        """Estimated seconds of the crew for what is left of the dataset pass."""
+        if self.overheads is not None:
+            return self.overheads.examples(self._amount).expected
+        share = (self.left.photographs + self.left.looks) / len(self.setup.dataset.photos)
+        return self.examples_seconds * share / self.crew.workers
 
     @property
     def pictures(self) -> int:
@@ -156,26 +198,24 @@ class Plan:
         again = f" ({self.left.looks:,} looked at again)" if self.left.looks else ""
         todo = f"to do: examples of {self.left.photographs:,} photographs{again}, {self.pictures_left:,} pictures; "
         crew = f"{self.crew.workers} × {self.crew.threads} threads on {self.crew.device}"
-        return [*lines, f"{todo}about {clock(self.eta)} with {crew}"]
+        return [*lines, f"{todo}about {self.span.text()} with {crew}"]
 
-    def _cost(self, row: Row) -> float:
-        """Seconds of one worker for what is left of a row."""
-        return row.cost(self.left.channels[row.layer.name, row.preset])
-
-    @property
-    def _examples_cost(self) -> float:
-        return self.examples_seconds * (self.left.photographs + self.left.looks) / len(self.setup.dataset.photos)
+    def _left(self, row: Row) -> int:
+        """How many channels of a row are left."""
+        return self.left.channels[row.layer.name, row.preset]
 
     def written(self) -> pd.DataFrame:
-        """The table as it goes into plan.csv: the layers, the dataset pass and the total."""
+        """The table as it goes into plan.csv: the layers, what comes beside pictures, and the total."""
         layers = self.table()
-        examples = round(self._examples_cost / self.crew.workers, 1)
-        ends = pd.DataFrame(
-            [
-                {"kind": "photographs", "units": len(self.setup.dataset.photos), "seconds": examples},
-                {"kind": "total", "units": self.work, "seconds": round(self.eta, 1)},
-            ]
-        )
+        photographs = len(self.setup.dataset.photos)
+        rows: list[dict[str, object]] = [
+            {"kind": "photographs", "units": photographs, "seconds": round(self._examples_seconds, 1)},
+            {"kind": "total", "units": self.work, "seconds": round(self.eta, 1)},
+        ]
+        if self.overheads is not None:
+            beside = self.overheads.workers(self._amount).expected + self.finish_seconds
+            rows.insert(0, {"kind": "workers, atlas.h5 and site", "units": self.units, "seconds": round(beside, 1)})
+        ends = pd.DataFrame(rows)
         return pd.concat([layers, ends], ignore_index=True)
 
     def table(self) -> pd.DataFrame:
@@ -189,7 +229,7 @@ class Plan:
                 preset=row.preset,
                 units=len(row.channels),
                 canvas=row.canvas[0] if row.canvas[0] == row.canvas[1] else "x".join(map(str, row.canvas)),
-                seconds=round(self._cost(row) / self.crew.workers, 1),
+                seconds=round(row.cost(self._left(row)) / self.crew.workers, 1),
                 channel_list=" ".join(map(str, row.channels)),
             )
             for row in self.rows
@@ -309,7 +349,9 @@ def make_plan(
     if config.model.folder is None:
         # Workers may stand in another folder.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, folder=str(Path.cwd())))
-    model = load(config.model).to("cpu")
+    started, loading = own_start(), Lap()
+    with loading:
+        model = load(config.model).to("cpu")
     dataset = datasets.listing(config.data, model.recipe.channels)
     fingerprint = shards.digest_of(datasets.fingerprint(dataset, model.recipe))
     base = based_on(config)
@@ -342,7 +384,7 @@ def make_plan(
     team = crew(config.engine, [(cpus, gpus)], pictures)
     torch.set_num_threads(cpus)
     keep_memory()
-    pairs = functools.cache(lambda: foldable(model))
+    pairs = functools.cache(loading.timed(lambda: foldable(model)))
     folded = functools.cache(lambda: fold(model, pairs()))
     network = network_digest(model, config.model)
     fields: dict[str, Field | None] = {}
@@ -367,25 +409,35 @@ def make_plan(
     everything = Left({(row.layer.name, row.preset): len(row.channels) for row in rows}, len(dataset.photos))
     made = Plan(
         config, rows, setup, team, len(dataset.photos), model.labels, model.recipe, fingerprint, network, everything,
-        unrendered,
+        unrendered=unrendered,
     )  # fmt: skip
     made = made if look is None else dataclasses.replace(made, left=look(made))
     if not timed or made.left.nothing:
         return made
+    began = perf_counter()
     here = team.device if not team.device.startswith("cuda") or torch.cuda.is_available() else "cpu"
     open_rows = [row for row in rows if made.left.channels[row.layer.name, row.preset]]
     deepest = max(open_rows, key=lambda row: row.layer.cost, default=None)
-    looked_at = [*([deepest.layer] if deepest else chosen[-1:]), *others]
+    read_layers = [*([deepest.layer] if deepest else chosen[-1:]), *others]
     precision = precision_of(config.engine.precision, torch.device(here).type)
-    variants = verified_variants(model.to(here), pairs(), looked_at, precision, deepest.canvas if deepest else None)
+    variants = verified_variants(model.to(here), pairs(), read_layers, precision, deepest.canvas if deepest else None)
     if variants.reason:
         log.info("steps run on the %s network: %s", variants.level, variants.reason)
-    found, each = estimate(variants.folded, chosen, open_rows, config, others, variants.steps)
-    better = {(row.layer.name, row.preset): row for row in found}
+    # A worker does the same for every layer, as far as that layer.
+    variant = (perf_counter() - began) / max(1.0, deepest.layer.cost if deepest else 1.0)
+    found, timings = estimate(variants.folded, chosen, open_rows, config, others, variants.steps)
+    # Photographs are decoded by as many threads as a worker has.
+    read = reading(dataset, model.recipe) * (1 / team.threads)
+    costs = Overheads(started, Span.sure(loading.seconds), Span.sure(timings.warm_up), timings.forward, read)
+    better = {
+        (row.layer.name, row.preset): dataclasses.replace(row, seconds=row.seconds + variant * row.layer.cost)
+        for row in found
+    }
     return dataclasses.replace(
         made,
         rows=tuple(better.get((row.layer.name, row.preset), row) for row in rows),
-        examples_seconds=each * len(dataset.photos),
+        examples_seconds=costs.photograph * len(dataset.photos),
+        overheads=costs,
     )
 
 

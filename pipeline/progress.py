@@ -62,7 +62,7 @@ class Stage:
     @property
     def left(self) -> float:
         """Worker seconds of the work left: the estimate, corrected by what finished tasks really took."""
-        return (self.cost - self.spent) * (self.seconds / self.measured if self.measured > 0 else 1.0)
+        return max(self.cost - self.spent, 0.0) * (self.seconds / self.measured if self.measured > 0 else 1.0)
 
     def rate(self, now: float) -> float:
         """Units per second since the stage's first task began."""
@@ -92,15 +92,22 @@ class Board:
     """Progress of all stages that work together; a context manager.
 
     The ETA goes by estimated cost, not by number, for late layers take longer, and counts on `workers` being
-    busy all the time. `saved` is told every second or so what status.json should hold.
+    busy all the time. `saved` is told every second or so what status.json should hold. `after` is the number of
+    seconds that come after the stages.
     """
 
     def __init__(
-        self, stages: list[Stage], workers: int, saved: Callable[..., None], every: float, posts: Sequence[Post] = ()
+        self,
+        stages: list[Stage],
+        workers: int,
+        saved: Callable[..., None],
+        every: float,
+        posts: Sequence[Post] = (),
+        after: float = 0.0,
     ) -> None:
         self.stages = {stage.name: stage for stage in stages}
         self.most, self.posts = workers, posts
-        self.every, self.saved = every, saved
+        self.every, self.saved, self.after = every, saved, after
         self.added = time.monotonic()
         self.spoken = self.kept = float("-inf")
         self.console = Console(stderr=True)
@@ -153,11 +160,17 @@ class Board:
 
     @property
     def eta(self) -> float | None:
-        """Seconds left, or None before anything was finished and so measured."""
+        """Seconds left; None before anything was finished and so measured, and while the work takes longer than that.
+
+        A task in progress reports nothing, so an estimate that has run out says nothing about the rest.
+        """
         if not any(stage.fresh for stage in self.stages.values()):
             return None
         left = sum(stage.left for stage in self.stages.values()) / self.workers
-        return max(left - (time.monotonic() - self.added), 0.0)
+        waited = time.monotonic() - self.added
+        if left > 0 and waited >= left:
+            return None
+        return max(left - waited, 0.0) + self.after
 
     def _show(self, final: bool) -> None:
         now = time.monotonic()

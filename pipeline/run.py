@@ -185,12 +185,13 @@ def _work(
         return rows
     config = request.config.engine
     worked: dict[str, Stage] = {}
+    after = made.finish_seconds if "site" in stages else 0.0
     with opened(config) as engine:
         engine.posts = posts
         while tasks := _tasks(made, held, stages, engine.crew.workers, [f.task for f in set_aside]):
             crew = min(engine.crew.workers, len(tasks))
             before = len(set_aside)
-            with Board(rows, crew, folder.write_status, config.progress_seconds, posts) as board:
+            with Board(rows, crew, folder.write_status, config.progress_seconds, posts, after) as board:
 
                 def finished(task: Task, result: Done | Failure, board: Board = board) -> None:
                     failed = isinstance(result, Failure)

@@ -26,6 +26,23 @@ def test_the_eta_learns_from_finished_tasks() -> None:
     assert told[-1]["stages"]["render"]["done"] == 4 and told[-1]["eta_seconds"] is None
 
 
+def test_an_estimate_that_ran_out_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for a task of two minutes must not read "0 s left" all that time."""
+    now = 50.0
+    monkeypatch.setattr("pipeline.progress.time.monotonic", lambda: now)
+    stage = Stage("render", "units", 10, 0, cost=10.0)
+    with Board([stage], 2, lambda **_: None, 60.0, after=3.0) as board:
+        board.add("render", 4, 4.0, 4.0)
+        assert board.eta == pytest.approx(3 + 3)  # pictures, and what comes after them
+        now = 52.0
+        assert board.eta == pytest.approx(1 + 3)
+        now = 54.0
+        assert board.eta is None
+        # More than was estimated in all: nothing is left to do but what comes after.
+        board.add("render", 6, 7.0, 20.0)
+        assert stage.left == 0 and board.eta == pytest.approx(3)
+
+
 def test_without_a_terminal_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
     with Board([Stage("render", "units", 3, 0, cost=3.0)], 1, lambda **_: None, 0.05) as board:
         for _ in range(3):

@@ -32,7 +32,7 @@ def hasty() -> Iterator[None]:
     """Estimates need not be good here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimates, "PATIENCE", 0.01)
-        patch.setattr(estimates, "TIMED", 2)
+        patch.setattr(estimates, "TIMED", 3)
         yield
 
 
