@@ -349,6 +349,7 @@ def make_plan(
     if config.model.folder is None:
         # Workers may stand in another folder.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, folder=str(Path.cwd())))
+    keep_memory()
     started, loading = own_start(), Lap()
     with loading:
         model = load(config.model).to("cpu")
@@ -383,7 +384,6 @@ def make_plan(
     pictures = sum(len(channels[layer.name]) for layer in rendered) * len(config.presets)
     team = crew(config.engine, [(cpus, gpus)], pictures)
     torch.set_num_threads(cpus)
-    keep_memory()
     pairs = functools.cache(loading.timed(lambda: foldable(model)))
     folded = functools.cache(lambda: fold(model, pairs()))
     network = network_digest(model, config.model)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import itertools
+import math
 import re
 import weakref
 from collections.abc import Iterator, Mapping
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipeline.errors import AtlasError
 from pipeline.models import Model
@@ -134,7 +137,15 @@ class Trace:
         self.size = size or model.recipe.size
         self.calls: list[Call] = []
         known = {call.key: call for call in half.calls} if half else {}
-        keep: list[Tensor] = []  # keeps identities unique while the pass runs
+        # Numbers of their own, for Python's identities are used again, and keeping all tensors would take gigabytes.
+        numbers = WeakTensorKeyDictionary()
+        counter = itertools.count()
+
+        def number(tensor: Tensor) -> int:
+            if tensor not in numbers:
+                numbers[tensor] = next(counter)
+            return numbers[tensor]
+
         counts: dict[str, int] = {}
         spent = 0.0
 
@@ -148,12 +159,10 @@ class Trace:
             if kind_of(module) in ("conv", "linear") and isinstance(weight := getattr(module, "weight", None), Tensor):
                 spent += tensor.numel() * weight.numel() / weight.shape[0]
             inputs = list(tensors_in((args, kwargs)))
-            keep.extend(inputs)
-            keep.extend(results)
             shape = tuple(tensor.shape)
             batch, same, sample, finite = None, True, None, True
             if half is None:
-                sample, finite = _sampled(tensor), bool(tensor.isfinite().all())
+                sample, finite = _sampled(tensor), _finite(tensor)
             elif (before := known.get((path, index))) is not None:
                 batch = _batch_axis(before.shape, shape)
                 if batch is not None and before.sample is not None:
@@ -161,10 +170,8 @@ class Trace:
                     # Kernels are chosen by size and round differently; a dropout or a batch mean differs grossly.
                     scale = float(before.sample.abs().max()) + 1e-6
                     same = bool((_sampled(first) - before.sample).abs().max() <= 1e-2 * scale)
-            ids, results_ids = tuple(map(id, inputs)), tuple(map(id, results))
-            self.calls.append(
-                Call(path, index, shape, ids, id(tensor), spent, sample, batch, same, finite, results_ids)
-            )
+            read, given = tuple(map(number, inputs)), tuple(map(number, results))
+            self.calls.append(Call(path, index, shape, read, given[0], spent, sample, batch, same, finite, given))
 
         handles = [
             module.register_forward_hook(
@@ -206,6 +213,11 @@ def _sampled(tensor: Tensor) -> Tensor:
     """Some thousand values, evenly over the tensor, as they are now: what follows may work in place."""
     steps = {2: 64, 3: 16}.get(tensor.dim(), 8)
     return tensor.detach()[tuple(slice(None, None, -(-n // steps) or 1) for n in tensor.shape)].float().clone()
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether no value is infinity or NaN; a sum tells it at once unless it overflows."""
+    return math.isfinite(float(tensor.sum())) or bool(tensor.isfinite().all())
 
 
 def _batch_axis(one: tuple[int, ...], two: tuple[int, ...]) -> int | None:
