@@ -32,6 +32,7 @@ class Checked:
     """What was found for one network.
 
     Attributes:
+        size: Side of the input in pixels.
         layers: Number of layers found.
         rendered: Number of visualizations made.
         failed: Number of those whose objective did not rise, which random weights may cause.
@@ -46,6 +47,7 @@ class Checked:
         seconds: Wall time.
     """
 
+    size: int
     layers: int
     rendered: int
     failed: int
@@ -73,7 +75,8 @@ class Checked:
 
 def configuration(overrides: Sequence[str]) -> Config:
     """The configuration that the command line would make of `overrides`, for a short inline run of all layers."""
-    settings = ["layers=all", f"layers.channels=spread:{UNITS}", f"render.steps={STEPS}", "data.limit=4"]
+    settings = ["layers=all", f"layers.channels=spread:{UNITS}", f"render.steps={STEPS}", "render.attempts=1"]
+    settings.append("data.limit=4")
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
         return request_of(compose("config", overrides=[*settings, "engine=inline", *overrides])).config
 
@@ -81,13 +84,13 @@ def configuration(overrides: Sequence[str]) -> Config:
 def check(config: Config, layers: int = LAYERS) -> Checked:
     """Render a few units of layers spread over the network with a worker's code, and compare with plain PyTorch."""
     began = time.monotonic()
-    names = [layer.name for layer in found_layers(load(config.model).to("cpu"), config.layers)]
+    # A network of its own, on which nothing was changed but what loading does: modes, types and memory.
+    plain = load(config.model)
+    names = [layer.name for layer in found_layers(plain.to("cpu"), config.layers)]
     include = tuple(map(glob.escape, spread(names, layers)))
     chosen = dataclasses.replace(config.layers, include=include)
     plan = make_plan(dataclasses.replace(config, layers=chosen), timed=False)
     worker = Worker(plan.setup)
-    # A network of its own, on which nothing was changed but what loading does: modes, types and memory.
-    plain = load(config.model)
     rows = plan.rows
     failed, rendered = 0, 0
     levels, reasons, numbers = [], [], []
@@ -102,6 +105,7 @@ def check(config: Config, layers: int = LAYERS) -> Checked:
     worst = max(numbers, key=lambda n: n["gradient"], default={"value": 0.0, "gradient": 0.0, "cosine": 1.0})
     double = in_double(plain, rows[numbers.index(worst)], config) if worst["gradient"] > 1e-3 else 0.0
     return Checked(
+        size=plain.recipe.size[0],
         layers=len(names),
         rendered=rendered,
         failed=failed,

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import fnmatch
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "networks.md"
 BEGIN, END = "<!-- zoo: begin -->", "<!-- zoo: end -->"
 LIMIT = 600.0  # seconds for one network
+SMALL = 96  # side of the input in pixels, for networks that take more sizes than their own
 
 # One of each of torchvision's families. Inputs are as small as the network takes where that is said.
 TORCHVISION = """
@@ -38,14 +40,11 @@ maskrcnn_resnet50_fpn retinanet_resnet50_fpn fcos_resnet50_fpn ssdlite320_mobile
 
 TIMM = """
 tf_efficientnet_lite0 mobilenetv4_conv_small mobilevit_xxs mobileone_s0 fastvit_t8 repvgg_a0 ghostnet_100
-efficientformer_l1 efficientvit_b0 edgenext_xx_small levit_128s poolformer_s12 coat_lite_tiny cait_xxs24_224 pit_ti_224
-twins_svt_small crossvit_tiny_240 visformer_tiny xcit_nano_12_p16_224 sequencer2d_s davit_tiny gcvit_xxtiny
-tiny_vit_5m_224 nf_regnet_b1 eca_nfnet_l0 hrnet_w18_small dla34 res2net50_26w_4s resnest14d skresnet18 seresnet18
-selecsls42 ese_vovnet19b_dw cspresnet50 rexnet_100 hardcorenas_a lcnet_050 mixnet_s inception_next_tiny
-focalnet_tiny_srf hgnet_tiny starnet_s1 repvit_m0_9 deit_tiny_distilled_patch16_224 vit_tiny_patch16_224
-bat_resnext26ts halonet26t lambda_resnet26t botnet26t_256 coatnet_nano_rw_224 mvitv2_tiny pvt_v2_b0 convnextv2_atto
-hiera_tiny_224 mambaout_femto vit_tiny_r_s16_p8_224 mixer_s32_224 resmlp_12_224 gmlp_s16_224 eva02_tiny_patch14_224
-swinv2_cr_tiny_224 resnetv2_50 regnety_002 dpn68 xception41 caformer_s18
+efficientformer_l1 efficientvit_b0 edgenext_xx_small levit_128s poolformer_s12 pit_ti_224 twins_svt_small visformer_tiny
+xcit_nano_12_p16_224 davit_tiny tiny_vit_5m_224 eca_nfnet_l0 hrnet_w18_small dla34 res2net50_26w_4s resnest14d skresnet18
+selecsls42 ese_vovnet19b_dw rexnet_100 lcnet_050 mixnet_s inception_next_tiny hgnet_tiny starnet_s1 repvit_m0_9
+deit_tiny_distilled_patch16_224 vit_tiny_r_s16_p8_224 halonet26t coatnet_nano_rw_224 convnextv2_atto hiera_tiny_224
+mambaout_femto mixer_s32_224 resmlp_12_224 eva02_tiny_patch14_224
 """.split()
 
 # Networks without a classifier, of timm.
@@ -89,7 +88,7 @@ def entries(cases: Path | None) -> Iterator[Entry]:
     for name in TORCHVISION:
         yield Entry(name, "torchvision", ["model=torchvision", f"model.name={name}", "model.weights=null"])
     for name in DENSE:
-        overrides = ["model=torchvision", f"model.name={name}", "model.weights=null", "model.input_size=224"]
+        overrides = ["model=torchvision", f"model.name={name}", "model.weights=null", f"model.input_size={SMALL}"]
         yield Entry(name, "torchvision, dense", overrides)
     for name in TIMM:
         yield Entry(name, "timm", ["model=timm", f"model.name={name}", "model.weights=null"])
@@ -106,13 +105,23 @@ def one(overrides: Sequence[str], answer: Connection) -> None:
     import torch
     from check import check, configuration
 
+    from pipeline.errors import AtlasError
+
     torch.set_num_threads(1)
     began = time.monotonic()
+    fixed = any(override.startswith("model.input_size=") for override in overrides)
     try:
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            result = check(configuration([f"run.root={folder}", *overrides]))
-        answer.send(dataclasses.asdict(result) | {"wrong": result.wrong})
+        for size in ((), (f"model.input_size={SMALL}",))[not fixed :: -1]:
+            try:
+                with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    result = check(configuration([f"run.root={folder}", *overrides, *size]))
+            except AtlasError:
+                if not size:
+                    raise
+                continue  # it takes its own size only
+            answer.send(dataclasses.asdict(result) | {"wrong": result.wrong})
+            return
     except Exception as error:
         text = next(iter(str(error).splitlines()), "")
         answer.send({"error": f"{type(error).__name__}: {text}", "seconds": time.monotonic() - began})
@@ -138,22 +147,22 @@ def run(entry: Entry) -> dict[str, Any]:
 
 
 HEADER = (
-    "| network | source | layers | level | visualizations | objective | input gradient | own rounding | cosine | s |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
+    "| network | source | px | layers | level | visualizations | objective | input gradient | own rounding | cosine | s |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def line(entry: Entry, found: dict[str, Any]) -> str:
     """One row of the table."""
     if "error" in found:
-        return f"| {entry.label} | {entry.group} | **{found['error']}** | | | | | | | {found['seconds']:.0f} |"
+        return f"| {entry.label} | {entry.group} | | **{found['error']}** | | | | | | | {found['seconds']:.0f} |"
     counted = {level: found["levels"].count(level) for level in dict.fromkeys(found["levels"])}
     level = ", ".join(f"{name} {count}" if len(counted) > 1 else name for name, count in counted.items())
     rounding = f"{found['rounding']:.1e}" if found["rounding"] else ""
     made = f"{found['rendered']}" + (f" ({found['failed']} did not rise)" if found["failed"] else "")
     wrong = f" **{found['wrong']}**" if found["wrong"] else ""
     return (
-        f"| {entry.label} | {entry.group} | {found['layers']} | {level or 'no gradient'} | {made} | "
+        f"| {entry.label} | {entry.group} | {found['size']} | {found['layers']} | {level or 'no gradient'} | {made} | "
         f"{found['value']:.1e} | {found['gradient']:.1e}{wrong} | {rounding} | {found['cosine']:.4f} | "
         f"{found['seconds']:.0f} |"
     )
@@ -185,8 +194,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     sys.path.insert(0, str(HERE))
-    # Networks are checked in copies of a process that has imported everything.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["check"])
+    # Networks are checked in copies of a process that has imported everything; Python before 3.12 finds what it is to
+    # import by the environment alone.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["preload"])
     cases = options.cases.absolute() if options.cases else None
     results: list[tuple[Entry, dict[str, Any]]] = []
     print(HEADER, flush=True)

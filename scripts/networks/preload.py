@@ -1,0 +1,12 @@
+"""What every process of the zoo has when it begins: everything imported, and the loops in C compiled."""
+
+import check
+import timm
+import torchvision
+
+from pipeline import native
+
+__all__ = ["check", "timm", "torchvision"]
+
+for name, fused in (("optimizers", False), ("reduction", False), ("sampling", False), ("striding", True)):
+    native.library(name, fused=True) if fused else native.library(name)
