@@ -6,7 +6,7 @@ Where a network takes one size only, the kind of module and the shape decide.
 
 import dataclasses
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -91,6 +91,7 @@ def find_axes(model: Model) -> tuple[Trace, dict[tuple[str, int], Axes]]:
         raise error.explained() from error
     other = next(_other(model), None)
     small = other or trace
+    random_state = torch.get_rng_state()
     try:
         two = Trace(model, small.size, half=small)
     except AtlasError as error:
@@ -113,7 +114,9 @@ def find_axes(model: Model) -> tuple[Trace, dict[tuple[str, int], Axes]]:
             layouts[call.output] = layout
             found[call.key] = Axes(layout)
     _refuse_not_finite(model, trace, found)
-    _refuse_coupled(model, two, found)
+    if not torch.equal(random_state, torch.get_rng_state()):
+        _refuse_coupled(model, _repeated(model, small), found)
+    _refuse_coupled(model, two.calls, found)
     return trace, {key: _grid(axes, key, trace, found, seconds) for key, axes in found.items()}
 
 
@@ -128,14 +131,27 @@ def _refuse_not_finite(model: Model, trace: Trace, layers: Container[tuple[str, 
         )
 
 
-def _refuse_coupled(model: Model, two: Trace, layers: Container[tuple[str, int]]) -> None:
+def _repeated(model: Model, trace: Trace) -> list[Call]:
+    """The calls of a trace, each marked by whether its output is the same when the same image is run again.
+
+    This is done for networks that draw random numbers: what a dropout changes may vanish in a mean over a large map.
+    """
+    again = {call.key: call.sample for call in Trace(model, trace.size).calls}
+    return [dataclasses.replace(call, same=_equal(call.sample, again.get(call.key))) for call in trace.calls]
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is None or other is None or torch.allclose(one, other, rtol=1e-5, atol=1e-6 * float(one.abs().max()))
+
+
+def _refuse_coupled(model: Model, calls: Sequence[Call], layers: Container[tuple[str, int]]) -> None:
     """Raise `AtlasError` where an image's output depends on chance or on the other image of a batch of two."""
-    wrong = next((i for i, call in enumerate(two.calls) if not call.same and call.key in layers), None)
+    wrong = next((i for i, call in enumerate(calls) if not call.same and call.key in layers), None)
     if wrong is None:
         return
-    call = two.calls[wrong]
+    call = calls[wrong]
     # The cause may lie between modules, as a dropout called as a function does: behind the last output that agrees.
-    before = next((c for c in reversed(two.calls[:wrong]) if c.same and c.key in layers), None)
+    before = next((c for c in reversed(calls[:wrong]) if c.same and c.key in layers), None)
     inside = before is not None and before.output in call.inputs
     place = f"in {call.name!r}" if inside or before is None else f"between {before.name!r} and {call.name!r}"
     raise AtlasError(

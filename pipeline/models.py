@@ -68,9 +68,7 @@ class Model:
             model = dataclasses.replace(model, channels_last=channels_last)
             if _error(model) is None:
                 return model
-        # It does not take its own input at all; enumerating its layers says why.
-        _set_format(model.module, True)
-        return dataclasses.replace(model, channels_last=True)
+        return model  # it does not take its own input at all; enumerating its layers says why
 
 
 def _set_format(module: nn.Module, channels_last: bool) -> None:

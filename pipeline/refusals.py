@@ -32,14 +32,14 @@ class NotTaken(AtlasError):
 
     def explained(self) -> AtlasError:
         """Return the same error with the module that raised it, and with what to do about it where that is known."""
-        where = _failing(self.model, self.images)
-        place = f" (raised in {where})" if where else ""
-        advice = _advice(self.model, self.images, self.cause)
+        path, module = _failing(self.model, self.images)
+        place = f" (raised in {path}, a {type(module).__name__})" if path else ""
+        advice = _advice(self.model, self.images, self.cause, module)
         return AtlasError(f"{self}{place}" + (f"\n{advice}" if advice else ""))
 
 
-def _failing(model: Model, images: Tensor) -> str:
-    """The innermost module that raises for `images`, with its class; empty where it is the network itself."""
+def _failing(model: Model, images: Tensor) -> tuple[str, nn.Module]:
+    """Path of the innermost module that raises for `images`, and the module: the network itself where none does."""
     running: list[str] = []
     handles = []
     for path, module in model.module.named_modules():
@@ -51,11 +51,11 @@ def _failing(model: Model, images: Tensor) -> str:
         _run(model, images)
     except Exception:
         path = running[-1] if running else ""
-        return f"{path}, a {type(model.module.get_submodule(path)).__name__}" if path else ""
+        return path, model.module.get_submodule(path)
     finally:
         for handle in handles:
             handle.remove()
-    return ""
+    return "", model.module
 
 
 def _run(model: Model, images: Tensor) -> None:
@@ -63,7 +63,7 @@ def _run(model: Model, images: Tensor) -> None:
         model.module(model.normalise(images.to(next(model.module.parameters()).device)))
 
 
-def _advice(model: Model, images: Tensor, cause: Exception) -> str:
+def _advice(model: Model, images: Tensor, cause: Exception, module: nn.Module) -> str:
     extra = required_inputs(model.module)
     if extra:
         return (
@@ -74,12 +74,12 @@ def _advice(model: Model, images: Tensor, cause: Exception) -> str:
             f"      def forward(self, images): return self.net(images, {', '.join(f'{name}=…' for name in extra)})"
         )
     text = str(cause)
-    if "conv1d" in text:
+    if isinstance(module, nn.Conv1d):
         return (
             "It takes sequences (batch × channels × length) and is not a network of images. A builder may return a "
             "module that makes a sequence of an image, as images.flatten(2) does."
         )
-    if "conv3d" in text:
+    if isinstance(module, nn.Conv3d):
         return (
             "It takes clips (batch × channels × frames × height × width). A builder may return a module that repeats "
             "the image: self.net(images[:, :, None].expand(-1, -1, 8, -1, -1))."

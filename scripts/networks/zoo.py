@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "networks.md"
 BEGIN, END = "<!-- zoo: begin -->", "<!-- zoo: end -->"
 LIMIT = 600.0  # seconds for one network
-SMALL = 96  # side of the input in pixels, for networks that take more sizes than their own
+SMALL = (64, 96)  # sides of the input in pixels that are tried before a network's own
 
 # One of each of torchvision's families. Inputs are as small as the network takes where that is said.
 TORCHVISION = """
@@ -88,7 +88,7 @@ def entries(cases: Path | None) -> Iterator[Entry]:
     for name in TORCHVISION:
         yield Entry(name, "torchvision", ["model=torchvision", f"model.name={name}", "model.weights=null"])
     for name in DENSE:
-        overrides = ["model=torchvision", f"model.name={name}", "model.weights=null", f"model.input_size={SMALL}"]
+        overrides = ["model=torchvision", f"model.name={name}", "model.weights=null", "model.input_size=96"]
         yield Entry(name, "torchvision, dense", overrides)
     for name in TIMM:
         yield Entry(name, "timm", ["model=timm", f"model.name={name}", "model.weights=null"])
@@ -111,7 +111,8 @@ def one(overrides: Sequence[str], answer: Connection) -> None:
     began = time.monotonic()
     fixed = any(override.startswith("model.input_size=") for override in overrides)
     try:
-        for size in ((), (f"model.input_size={SMALL}",))[not fixed :: -1]:
+        sizes = [] if fixed else [[f"model.input_size={side}"] for side in SMALL]
+        for size in (*sizes, []):
             try:
                 with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
                     warnings.simplefilter("ignore")
@@ -163,7 +164,7 @@ def line(entry: Entry, found: dict[str, Any]) -> str:
     wrong = f" **{found['wrong']}**" if found["wrong"] else ""
     return (
         f"| {entry.label} | {entry.group} | {found['size']} | {found['layers']} | {level or 'no gradient'} | {made} | "
-        f"{found['value']:.1e} | {found['gradient']:.1e}{wrong} | {rounding} | {found['cosine']:.4f} | "
+        f"{found['value']:.1e} | {found['nearer']:.1e} to {found['gradient']:.1e}{wrong} | {rounding} | {found['cosine']:.4f} | "
         f"{found['seconds']:.0f} |"
     )
 
