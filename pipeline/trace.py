@@ -77,18 +77,17 @@ def tensor_of(value: Any) -> Tensor | None:
 
 
 def modules_of(module: nn.Module) -> dict[str, nn.Module]:
-    """All modules that hooks can observe, by path: what lies inside a compiled script runs where no hook looks.
+    """All modules that hooks can observe, by path: script modules and what lies inside them take none.
 
-    A script module is one layer as a whole.
+    The modules around and behind a script module are layers as usual.
     """
     modules: dict[str, nn.Module] = {}
-    opaque: list[str] = []
+    scripts: list[str] = []
     for path, child in module.named_modules():
-        if any(path.startswith(f"{outer}.") for outer in opaque):
-            continue
-        modules[path] = child
         if isinstance(child, torch.jit.ScriptModule):
-            opaque.append(path)
+            scripts.append(f"{path}.")
+        elif not path.startswith(tuple(scripts)):
+            modules[path] = child
     return modules
 
 
