@@ -5,6 +5,7 @@ Where a network takes one size only, the kind of module and the shape decide.
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Container, Iterator, Sequence
 from typing import Literal, get_args
@@ -16,6 +17,8 @@ from pipeline.errors import AtlasError
 from pipeline.models import Model
 from pipeline.refusals import NotTaken
 from pipeline.trace import Call, Trace, class_of, kind_of, trace_of
+
+log = logging.getLogger(__name__)
 
 Layout = Literal["maps", "maps_last", "tokens", "tokens_first", "flat", "windows", "vector"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
@@ -113,11 +116,28 @@ def find_axes(model: Model) -> tuple[Trace, dict[tuple[str, int], Axes]]:
         if layout is not None:
             layouts[call.output] = layout
             found[call.key] = Axes(layout)
+    _drop_chosen_regions(model, trace, found)
     _refuse_not_finite(model, trace, found)
     if not torch.equal(random_state, torch.get_rng_state()):
         _refuse_coupled(model, _repeated(model, small), found)
     _refuse_coupled(model, two.calls, found)
     return trace, {key: _grid(axes, key, trace, found, seconds) for key, axes in found.items()}
+
+
+def _drop_chosen_regions(model: Model, trace: Trace, found: dict[tuple[str, int], Axes]) -> None:
+    """Leave out what is computed for regions that a detector chooses: their number depends on the image.
+
+    Several outputs an image are windows only if an image of one colour has as many of them.
+    """
+    if all(axes.layout != "windows" for axes in found.values()):
+        return
+    grey = {call.key: call.shape for call in Trace(model, grey=True).calls}
+    chosen = [call for call in trace.calls if call.key in found and found[call.key].layout == "windows"]
+    chosen = [call for call in chosen if grey.get(call.key) != call.shape]
+    for call in chosen:
+        del found[call.key]
+    if chosen:
+        log.info("%d layers of regions that depend on the image are left out, as %s", len(chosen), chosen[0].name)
 
 
 def _refuse_not_finite(model: Model, trace: Trace, layers: Container[tuple[str, int]]) -> None:

@@ -127,10 +127,13 @@ class Trace:
     """All module calls of one forward pass on noise, in the order in which they ended.
 
     The images are `size` pixels (height, width), by default those of the recipe. With `half`, a trace of
-    another pass of the same size, two images are run, of which the first is the one that `half` saw.
+    another pass of the same size, two images are run, of which the first is the one that `half` saw. With `grey`, the
+    image is one colour in the place of noise.
     """
 
-    def __init__(self, model: Model, size: tuple[int, int] | None = None, half: "Trace | None" = None) -> None:
+    def __init__(
+        self, model: Model, size: tuple[int, int] | None = None, half: "Trace | None" = None, grey: bool = False
+    ) -> None:
         # Weak, so that a trace that is kept does not keep the network.
         self.modules: Mapping[str, nn.Module] = weakref.WeakValueDictionary(modules_of(model.module))
         self.size = size or model.recipe.size
@@ -181,6 +184,8 @@ class Trace:
         device = next(model.module.parameters()).device
         generator = torch.Generator().manual_seed(0)
         images = torch.rand(2, model.recipe.channels, *self.size, generator=generator)[: 2 if half else 1]
+        if grey:
+            images = torch.full_like(images, 0.5)
         try:
             with torch.no_grad():
                 model.module(model.normalise(images.to(device)))
