@@ -25,11 +25,11 @@ from pipeline.models import Model, in_place
 log = logging.getLogger(__name__)
 
 # Largest difference of a float32 variant's values and input gradient, relative to the norm of the plain network's.
-# Rounding alone can exceed it in the gradient: it switches units whose input is nearly 0 on or off, and with each
-# a part of the gradient. In most networks this concerns some images and not others, so the image with the smaller
-# difference counts; values, which do not jump, count for all. In deep networks it concerns all images, so a variant may also
-# differ by `ROUNDING` times what the plain network differs from itself in double precision. A wrong border or stride
-# changes the gradient of every image, and by far more.
+# Rounding alone can exceed it in the gradient: it switches units whose input is nearly 0 on or off, and with each a
+# part of the gradient. In most networks this concerns some images and not others, so the image with the smaller
+# difference counts; values, which do not jump, count for all. In deep networks it concerns all images, so a variant
+# may also differ by `ROUNDING` times what the plain network differs from itself in double precision. A wrong border
+# or stride changes the gradient of every image, and by far more.
 FLOAT32_TOLERANCE = 1e-3
 ROUNDING = 4.0
 MOST_ROUNDING = 0.02
