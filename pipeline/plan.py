@@ -427,7 +427,8 @@ def make_plan(
     variant = (perf_counter() - began) / max(1.0, deepest.layer.cost if deepest else 1.0)
     found, timings = estimate(variants.folded, chosen, open_rows, config, others, variants.steps)
     # Photographs are decoded by as many threads as a worker has.
-    read = reading(dataset, model.recipe) * (1 / team.threads)
+    to_read = made.left.photographs or made.left.looks
+    read = reading(dataset, model.recipe) * (1 / team.threads) if to_read else NONE
     costs = Overheads(started, Span.sure(loading.seconds), Span.sure(timings.warm_up), timings.forward, read)
     better = {
         (row.layer.name, row.preset): dataclasses.replace(row, seconds=row.seconds + variant * row.layer.cost)
