@@ -64,7 +64,7 @@ HEADLESS = {
 # Builders of the cases that run; the others must be refused, and tests look at what they say.
 CASES = """
 pointwise:add pointwise:addbn pointwise:relu pointwise:relubn pointwise:depthwise inplace:build dense:unet
-dense:autoenc dense:backbone keyword_and_outputs:dict_ keyword_and_outputs:list_ keyword_and_outputs:dataclass
+dense:autoenc keyword_and_outputs:dict_ keyword_and_outputs:list_ keyword_and_outputs:dataclass
 keyword_and_outputs:dict2 keyword_and_outputs:list2 keyword_and_outputs:dataclass2 keyword_norm:build weight_norm:build
 constants_and_gradients:ownhooks constants_and_gradients:const constants_and_gradients:cached
 constants_and_gradients:double constants_and_gradients:gray constants_and_gradients:nograd
