@@ -420,11 +420,14 @@ def make_plan(
     deepest = max(open_rows, key=lambda row: row.layer.cost, default=None)
     read_layers = [*([deepest.layer] if deepest else chosen[-1:]), *others]
     precision = precision_of(config.engine.precision, torch.device(here).type)
+    torch.set_num_threads(cpus)
     variants = verified_variants(model.to(here), pairs(), read_layers, precision, deepest.canvas if deepest else None)
+    torch.set_num_threads(min(team.threads, cpus))
     if variants.reason:
         log.info("steps run on the %s network: %s", variants.level, variants.reason)
-    # A worker does the same for every layer, as far as that layer.
-    variant = (perf_counter() - began) / max(1.0, deepest.layer.cost if deepest else 1.0)
+    # A worker does the same for every layer, as far as that layer, with the threads that it has.
+    variant = (perf_counter() - began) * cpus / min(team.threads, cpus)
+    variant /= max(1.0, deepest.layer.cost if deepest else 1.0)
     found, timings = estimate(variants.folded, chosen, open_rows, config, others, variants.steps)
     # Photographs are decoded by as many threads as a worker has.
     to_read = made.left.photographs or made.left.looks
