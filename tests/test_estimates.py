@@ -185,10 +185,8 @@ def test_a_photograph_that_is_unreadable_tells_nothing(photo_folder: Any, tmp_pa
     made = planned(photo_folder)
     few = estimates.reading(made.setup.dataset, made.recipe)
     assert 0 < few.low <= few.expected <= few.high
-    (photo_folder / "empty.jpg").write_bytes(b"")
-    broken = dataclasses.replace(
-        made.setup.dataset, photos=made.setup.dataset.photos[:1], roots={"": str(photo_folder)}
-    )
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    broken = dataclasses.replace(made.setup.dataset, photos=made.setup.dataset.photos[:1], roots={"": str(tmp_path)})
     gone = dataclasses.replace(broken, photos=(dataclasses.replace(broken.photos[0], path="empty.jpg"),))
     assert estimates.reading(gone, made.recipe) == estimates.NONE
 
