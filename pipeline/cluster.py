@@ -60,6 +60,9 @@ def connected(config: EngineConfig) -> Iterator[Any]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.address is None:
         options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        # Ray runs workers with niceness 15: beside two busy processes on two cores they would get 2 % of a core, while
+        # the inline engine, and the passes that estimates are timed with, get a third.
+        options["_system_config"] = {"worker_niceness": 0}
     else:
         _reachable(config.address)
         options["address"] = config.address

@@ -275,9 +275,7 @@ def test_heads_of_torchvision_without_a_linear_layer(name: str) -> None:
         "squeezenet1_1": [("classifier.1", 1000)],
         "lraspp_mobilenet_v3_large": [("classifier.high_classifier", 21)],
     }
-    assert heads == expected.get(name, []) or (
-        name.startswith("lraspp") and heads in ([], [("classifier.high_classifier", 21)])
-    )
+    assert heads == expected.get(name, [])
     # What a detector computes for its chosen regions is no layer of the image.
     assert not any(la.name.startswith("roi_heads") for la in layers)
 

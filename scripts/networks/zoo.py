@@ -148,23 +148,24 @@ def run(entry: Entry) -> dict[str, Any]:
 
 
 HEADER = (
-    "| network | source | px | layers | level | visualizations | objective | input gradient | own rounding | cosine | s |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|"
+    "| network | source | px | layers | level | visualizations | objective | input gradient | at best start | "
+    "own rounding | cosine | s |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def line(entry: Entry, found: dict[str, Any]) -> str:
     """One row of the table."""
     if "error" in found:
-        return f"| {entry.label} | {entry.group} | | **{found['error']}** | | | | | | | {found['seconds']:.0f} |"
+        return f"| {entry.label} | {entry.group} | | **{found['error']}** | | | | | | | | {found['seconds']:.0f} |"
     counted = {level: found["levels"].count(level) for level in dict.fromkeys(found["levels"])}
     level = ", ".join(f"{name} {count}" if len(counted) > 1 else name for name, count in counted.items())
+    least = f"{found['least']:.1e} ({found['repeated']} of {found['rendered']} units)" if found["repeated"] else ""
     rounding = f"{found['rounding']:.1e}" if found["rounding"] else ""
     made = f"{found['rendered']}" + (f" ({found['failed']} did not rise)" if found["failed"] else "")
     wrong = f" **{found['wrong']}**" if found["wrong"] else ""
     return (
         f"| {entry.label} | {entry.group} | {found['size']} | {found['layers']} | {level or 'no gradient'} | {made} | "
-        f"{found['value']:.1e} | {found['nearer']:.1e} to {found['gradient']:.1e}{wrong} | {rounding} | {found['cosine']:.4f} | "
+        f"{found['value']:.1e} | {found['gradient']:.1e}{wrong} | {least} | {rounding} | {found['cosine']:.4f} | "
         f"{found['seconds']:.0f} |"
     )
 
