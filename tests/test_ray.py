@@ -316,15 +316,15 @@ def test_workers_that_share_no_files_with_the_driver(tiny_run: list[str], tmp_pa
 
 
 def test_nothing_listens_to_the_outside() -> None:
-    """A private Ray with all its processes: loopback only, no dashboard, no token on disk."""
+    """A private Ray: loopback only, no dashboard, no token on disk, and workers with the driver's own priority."""
     code = """
 import os, psutil, sys
 os.environ.pop("RAY_AUTH_MODE", None)
 from pipeline.cluster import connected
 from pipeline.config import EngineConfig
 with connected(EngineConfig()) as ray:
-    actor = ray.remote(num_cpus=1)(type("A", (), {"f": lambda self: 1}))
-    assert ray.get(actor.remote().f.remote()) == 1
+    actor = ray.remote(num_cpus=1)(type("A", (), {"f": lambda self: os.nice(0)}))
+    assert ray.get(actor.remote().f.remote()) == os.nice(0)
     me = psutil.Process()
     for p in [me, *me.children(recursive=True)]:
         for c in p.net_connections(kind="inet"):
