@@ -125,7 +125,7 @@ def test_examples_are_linked_and_only_pictures_that_differ_are_rendered(
     assert cli.main(["plan", *longer]) == 0
     printed = capsys.readouterr().out
     assert f"from {base}: examples of 20 photographs, 0 of 15 pictures" in printed
-    assert re.search(r"to do: examples of 0 photographs, 15 pictures; about .+ with", printed)
+    assert re.search(r"to do: examples of 0 photographs, 15 pictures; about \d+ s( \([^)]+\))? with", printed)
     assert not (tmp_path / "again" / "shards").exists()  # a plan links nothing
 
     assert cli.main(["run", *longer]) == 0

@@ -32,7 +32,31 @@ STARTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Checked:
+class Compared:
+    """How a worker's path differs from plain PyTorch, in one layer or at most in several.
+
+    Attributes:
+        value: Largest relative difference of an objective at the start from plain PyTorch's.
+        gradient: Largest relative difference of a unit's input gradient from plain PyTorch's, at its first start.
+        least: The same, where each unit whose difference exceeds `TOLERANCE` was compared at `STARTS` starts and its
+            smallest difference counts: rounding can switch single rectifiers on or off, and with them a part of the
+            gradient, which concerns some images and not others. A wrong operator changes the gradient of all.
+        repeated: Number of units that were compared at more than one start.
+        rounding: Where there are any, the largest difference of plain PyTorch's own gradients of these units, at the
+            further starts, from those in double precision.
+        cosine: Least cosine of the input gradient with plain PyTorch's.
+    """
+
+    value: float
+    gradient: float
+    least: float
+    repeated: int
+    rounding: float
+    cosine: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked(Compared):
     """What was found for one network.
 
     Attributes:
@@ -42,15 +66,6 @@ class Checked:
         failed: Number of those whose objective did not rise, which random weights may cause.
         levels: Levels of lowering taken, one a layer that was rendered.
         reasons: Why a plainer level than asked was taken.
-        value: Largest relative difference of an objective at the start from plain PyTorch's.
-        gradient: Largest relative difference of a unit's input gradient from plain PyTorch's, at its first start.
-        least: The same, where each unit whose difference exceeds `TOLERANCE` was compared at `STARTS` starts and its
-            smallest difference counts: rounding can switch single rectifiers on or off, and with them a part of the
-            gradient, which concerns some images and not others. A wrong operator changes the gradient of all.
-        repeated: Number of units that were compared at more than one start.
-        rounding: Where there are any, the largest difference of plain PyTorch's own gradients of these units, at the
-            same starts, from those in double precision.
-        cosine: Least cosine of the input gradient with plain PyTorch's.
         precision: Precision of the steps.
         convolutional: Whether there is a convolution besides the one that makes patches.
         seconds: Wall time.
@@ -62,12 +77,6 @@ class Checked:
     failed: int
     levels: tuple[str, ...]
     reasons: tuple[str, ...]
-    value: float
-    gradient: float
-    least: float
-    repeated: int
-    rounding: float
-    cosine: float
     precision: str
     convolutional: bool
     seconds: float
@@ -150,18 +159,6 @@ def starts(plan_row: Row, model: Model, config: Config, first: int = 0) -> Tenso
         return canvas.image(torch.stack(drawn), plan_row.canvas)
 
 
-@dataclasses.dataclass(frozen=True)
-class Compared:
-    """One layer on a worker's path against plain PyTorch; see `Checked`."""
-
-    value: float
-    gradient: float
-    least: float
-    repeated: int
-    rounding: float
-    cosine: float
-
-
 def compared(plain: Model, steps: Model, row: Row, config: Config, single: bool) -> Compared:
     """Objectives and input gradients of a row's units; units are compared at further starts if steps are in float32."""
     values, differences, cosine = at_start(plain, steps, row, starts(row, plain, config))
@@ -170,10 +167,11 @@ def compared(plain: Model, steps: Model, row: Row, config: Config, single: bool)
     for again in range(1, STARTS) if beyond else ():
         images = starts(row, plain, config, first=again * len(row.channels))
         _, further, _ = at_start(plain, steps, row, images)
-        least = [min(pair) for pair in zip(least, further, strict=True)]
-        rounding = max(rounding, *(in_double(plain, row, images)[i] for i in beyond))
-    worst = max(least[i] if i in beyond else difference for i, difference in enumerate(differences))
-    return Compared(values, max(differences), worst, len(beyond), rounding, cosine)
+        rounded = in_double(plain, row, images)
+        for i in beyond:
+            least[i] = min(least[i], further[i])
+            rounding = max(rounding, rounded[i])
+    return Compared(values, max(differences), max(least), len(beyond), rounding, cosine)
 
 
 def at_start(plain: Model, steps: Model, row: Row, images: Tensor) -> tuple[float, list[float], float]:
