@@ -28,9 +28,10 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from pipeline import audit, shards
-from pipeline.errors import AtlasError
-from pipeline.folder import RunFolder
+from pipeline.core.errors import AtlasError
+from pipeline.runs import maintenance
+from pipeline.runs.folder import RunFolder
+from pipeline.store import shards
 
 # A tiny network with random weights; tasks of about a second.
 SMALL = [
@@ -54,7 +55,7 @@ def photographs(root: Path, count: int) -> None:
 
 
 def atlas_command(verb: str, overrides: Sequence[str]) -> list[str]:
-    return [sys.executable, "-c", "import sys; from pipeline.cli import main; sys.exit(main())", verb, *overrides]
+    return [sys.executable, "-c", "import sys; from pipeline.cli.main import main; sys.exit(main())", verb, *overrides]
 
 
 def contents(path: Path) -> dict[str, np.ndarray]:
@@ -214,7 +215,7 @@ class Chaos:
                 due = 0.0
             time.sleep(0.05)
         self.check(folder)
-        problems = audit.verify(folder)
+        problems = maintenance.verify(folder)
         problems += [(d, "differs") for d in differences(self.root / "undisturbed" / "atlas.h5", folder.atlas)]
         self.outcome.different += [f"{name}: {where} {what}" for where, what in problems]
         for where, what in problems:

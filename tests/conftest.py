@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pipeline import cli
-from pipeline.layers import Layer, enumerate_layers
-from pipeline.models import Model, Recipe, prepare, weights_digest
-from pipeline.run import Request
+from pipeline.cli.main import main
+from pipeline.layers.finding import Layer, enumerate_layers
+from pipeline.models.config import Preprocessing
+from pipeline.models.loading import Model, prepare, weights_digest
+from pipeline.runs.runner import Request
 
 # Ray must not write a token into the home folder of whoever runs the tests.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -74,7 +75,7 @@ def tiny_model(size: int = 32, channels: int = 3) -> Model:
             nn.init.uniform_(norm.bias, -0.5, 0.5)
             nn.init.uniform_(norm.running_mean, -0.5, 0.5)
             nn.init.uniform_(norm.running_var, 0.5, 2.0)
-    recipe = Recipe((size, size), size, (0.5,) * channels, (0.25,) * channels)
+    recipe = Preprocessing((size, size), size, (0.5,) * channels, (0.25,) * channels)
     return Model(prepare(module), "tiny", recipe, weights_digest(module), tuple("abcde"))
 
 
@@ -104,8 +105,8 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compose(overrides: list[str]) -> Request:
     """What the command line would make of `overrides`."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(cli.conf_folder())):
-        return cli.request_of(hydra.compose("config", overrides=overrides))
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(main.conf_folder())):
+        return main.request_of(hydra.compose("config", overrides=overrides))
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import torch
 from conftest import compose
 from torch import Tensor, nn
 
-from pipeline.fields import receptive_fields
-from pipeline.layers import Layer, capture, enumerate_layers
-from pipeline.models import Model, ModelConfig, load, weights_digest
-from pipeline.policies import LayersConfig, choose
-from pipeline.render import render
+from pipeline.layers.finding import Layer, capture, enumerate_layers
+from pipeline.layers.receptive_fields import receptive_fields
+from pipeline.layers.selection import LayersConfig, choose
+from pipeline.models.loading import Model, ModelConfig, load, weights_digest
+from pipeline.visualization.loop import render
 
 CIFAR_NET = """
 from torch import nn

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from test_site import FAMILIES, LABELS, LAYERS, build, write_atlas
 
-from pipeline.atlas import open_atlas
-from pipeline.quality import MEASURES, RELATIONS
-from pipeline.shards import safe
-from pipeline.site.serve import server
+from pipeline.core.metric_specs import MEASURES, RELATIONS
+from pipeline.site.hosting.serve import server
+from pipeline.store.reader import open_atlas
+from pipeline.store.shards import safe
 
 axe = pytest.importorskip("axe_playwright_python.base")
 

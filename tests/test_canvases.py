@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.canvases import CANVASES, Canvas, Fourier, Maco, Pixel, Start, frame
-from pipeline.errors import AtlasError
-from pipeline.files import File, loaded
-from pipeline.filters import blur, frequencies
-from pipeline.spectra import Spectrum, measure
+from pipeline.core.config_files import ConfigFile, loaded
+from pipeline.core.errors import AtlasError
+from pipeline.data.natural_spectrum import Spectrum, measure
+from pipeline.visualization.filters import blur, frequencies
+from pipeline.visualization.parameterizations import CANVASES, Fourier, FromImage, Maco, Parameterization, Pixel, frame
 
 
 @pytest.mark.parametrize("size", [128, 224])
@@ -23,7 +23,7 @@ def test_first_image_is_as_quiet_as_lucids(size: int) -> None:
     assert 0.016 < before_sigmoid.std().item() < 0.022
 
 
-def every_canvas() -> list[Canvas]:
+def every_canvas() -> list[Parameterization]:
     return [loaded(CANVASES[name](), "canvas") for name in CANVASES]
 
 
@@ -38,7 +38,7 @@ def photograph(size: tuple[int, int] = (32, 32), channels: int = 3) -> torch.Ten
 
 @CASES
 @pytest.mark.parametrize(("channels", "size"), [(1, (17, 17)), (3, (32, 32)), (4, (32, 32)), (3, (24, 41))])
-def test_every_canvas_gives_images_in_range(canvas: Canvas, channels: int, size: tuple[int, int]) -> None:
+def test_every_canvas_gives_images_in_range(canvas: Parameterization, channels: int, size: tuple[int, int]) -> None:
     if isinstance(canvas, Maco) and channels != 3:
         with pytest.raises(AtlasError, match=f"has 3 channels, the network takes {channels}"):
             canvas.check(channels)
@@ -50,7 +50,7 @@ def test_every_canvas_gives_images_in_range(canvas: Canvas, channels: int, size:
 
 
 @CASES
-def test_a_picture_does_not_know_its_batch(canvas: Canvas) -> None:
+def test_a_picture_does_not_know_its_batch(canvas: Parameterization) -> None:
     size = (24, 24)
     start = torch.stack([canvas.start(torch.Generator().manual_seed(i), 3, size) for i in range(5)])
     assert torch.allclose(canvas.image(start, size)[3], canvas.image(start[3:4], size)[0], atol=1e-6)
@@ -58,7 +58,7 @@ def test_a_picture_does_not_know_its_batch(canvas: Canvas) -> None:
 
 @CASES
 @pytest.mark.parametrize("size", [(32, 32), (33, 40)])
-def test_a_photograph_in_is_the_same_photograph_out(canvas: Canvas, size: tuple[int, int]) -> None:
+def test_a_photograph_in_is_the_same_photograph_out(canvas: Parameterization, size: tuple[int, int]) -> None:
     """Within one step of 8 bits; maco keeps the phases and gives up the amplitudes: that is its point."""
     images = photograph(size)
     back = canvas.image(canvas.fit(images), size)
@@ -70,7 +70,7 @@ def test_a_photograph_in_is_the_same_photograph_out(canvas: Canvas, size: tuple[
 
 
 @CASES
-def test_blurring_parameters_blurs_the_picture(canvas: Canvas) -> None:
+def test_blurring_parameters_blurs_the_picture(canvas: Parameterization) -> None:
     if not canvas.can_blur:
         return
     size = (32, 32)
@@ -82,7 +82,7 @@ def test_blurring_parameters_blurs_the_picture(canvas: Canvas) -> None:
 
 
 @CASES
-def test_a_canvas_grows_and_keeps_its_picture(canvas: Canvas) -> None:
+def test_a_canvas_grows_and_keeps_its_picture(canvas: Parameterization) -> None:
     if not canvas.can_grow:
         return
     old, new = (32, 32), (48, 64)
@@ -137,15 +137,15 @@ def test_a_spectrum_survives_its_file(tmp_path: Path) -> None:
     spectrum = measure([(photograph()[i].numpy() * 255).astype(np.uint8) for i in range(2)])
     path = tmp_path / "mine.npz"
     path.write_bytes(spectrum.content())
-    again = Spectrum.of(File(str(path)).read("there"))
+    again = Spectrum.of(ConfigFile(str(path)).read("there"))
     assert np.allclose(again.amplitude, spectrum.amplitude, rtol=2e-3, atol=1e-6) and np.array_equal(
         again.colour, spectrum.colour
     )
     (tmp_path / "else.npz").write_bytes(b"no array at all")
     with pytest.raises(AtlasError, match=r"is not an \.npy or \.npz"):
-        Spectrum.of(File(str(tmp_path / "else.npz")).read("there"))
+        Spectrum.of(ConfigFile(str(tmp_path / "else.npz")).read("there"))
     with pytest.raises(AtlasError, match="can't be read: No such file"):
-        loaded(Maco(spectrum=File("nowhere.npz")), "render.canvas")
+        loaded(Maco(spectrum=ConfigFile("nowhere.npz")), "render.canvas")
 
 
 def test_the_start_is_cut_around_what_excited_the_unit() -> None:
@@ -154,7 +154,7 @@ def test_the_start_is_cut_around_what_excited_the_unit() -> None:
     cut = frame(image, (16, 16), (10 / 40, 50 / 60))
     assert cut.shape == (3, 16, 16) and int(cut[0].argmax()) == 8 * 16 + 8
     assert frame(image, (80, 80)).shape == (3, 80, 80)
-    assert Start().wants("source") is False and Start(source=File("cat.png")).wants("source")
+    assert FromImage().wants("source") is False and FromImage(source=ConfigFile("cat.png")).wants("source")
 
 
 def test_frequencies_are_cycles_per_pixel() -> None:

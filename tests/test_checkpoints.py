@@ -17,14 +17,14 @@ from conftest import TINY, TinyNet, compose, tiny_model
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch import Tensor, nn
 
-from pipeline import cli
-from pipeline.checkpoints import Choice, _ranked, load_checkpoint, quoted
-from pipeline.errors import AtlasError
-from pipeline.files import File
-from pipeline.models import ModelConfig, load, load_other, weights_digest
-from pipeline.plan import make_plan
-from pipeline.statedicts import Entry
-from pipeline.tasks import render_digest
+from pipeline.cli.main import main
+from pipeline.core.config_files import ConfigFile
+from pipeline.core.errors import AtlasError
+from pipeline.engine.tasks import render_digest
+from pipeline.models.checkpoints import Choice, _ranked, load_checkpoint, quoted
+from pipeline.models.loading import ModelConfig, load, load_other, weights_digest
+from pipeline.models.state_dicts import Entry
+from pipeline.runs.planner import make_plan
 
 State = dict[str, Tensor]
 
@@ -135,10 +135,10 @@ def test_what_a_plan_takes_and_says(tmp_path: Path, tiny_run: list[str], capfd: 
     common = [o for o in tiny_run if not o.startswith(("model", "layers"))]
     plan = ["plan", *common, "model=custom", f"model.target={target}", "model.input_size=32", "layers=all"]
     plan += [f"model.checkpoint={tmp_path}/c.pt", "data.limit=4"]
-    assert cli.main(plan) == 2
+    assert main.main(plan) == 2
     said = capfd.readouterr().err
     assert "2 sets of weights" in said and "model.checkpoint_key=first, or model.checkpoint_key=second" in said
-    assert cli.main([*plan, "model.checkpoint_key=second", "model.checkpoint_prefix=backbone."]) == 0
+    assert main.main([*plan, "model.checkpoint_key=second", "model.checkpoint_prefix=backbone."]) == 0
     said = capfd.readouterr().err
     assert said.count("left out") == 1
     assert (
@@ -433,8 +433,8 @@ def test_an_ensemble_is_searched_by_the_same_settings(tmp_path: Path) -> None:
         load_other(dataclasses.replace(config, checkpoint_key=None), _file(tmp_path / "two.pt"))
 
 
-def _file(path: Path) -> File:
-    return File(str(path)).read("checkpoints")
+def _file(path: Path) -> ConfigFile:
+    return ConfigFile(str(path)).read("checkpoints")
 
 
 def test_a_plan_refuses_an_ensemble_that_does_not_fit(tiny_run: list[str], tmp_path: Path) -> None:
@@ -468,7 +468,7 @@ def test_an_ensemble_of_several_checkpoints_is_planned_and_runs(tmp_path: Path, 
     run += ["layers.channels='0:1'", "data.limit=4", "render.steps=2", "render/augmentations=[ensemble]"]
     run += [f"render.augmentations.ensemble.checkpoints=[{tmp_path}/c.pt,{tmp_path}/c.pt]"]
     run += [f"model.checkpoint={tmp_path}/c.pt"]
-    assert cli.main(run) == 0
+    assert main.main(run) == 0
 
 
 def test_values_are_those_of_the_file(tmp_path: Path) -> None:

@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_site import LAYERS, SMALL, check_links, shard, write_atlas
 
-from pipeline import cli
-from pipeline.arguments import compared, named
+from pipeline.cli.main import main
+from pipeline.cli.overrides import compared, named
 from pipeline.compare import Comparison, align, build, opened
-from pipeline.compare.contenders import unlike
-from pipeline.compare.inference import duel, median, sign_test
-from pipeline.compare.likeness import FEATURES, difference, features
-from pipeline.compare.measures import in_order, known
+from pipeline.compare.image_distance import FEATURES, difference, features
+from pipeline.compare.metric_names import in_order, known
 from pipeline.compare.plots import axis, scatter
-from pipeline.errors import AtlasError
-from pipeline.shards import put, safe
+from pipeline.compare.runs import unlike
+from pipeline.compare.statistics import duel, median, sign_test
+from pipeline.core.errors import AtlasError
 from pipeline.site import SiteConfig
-from pipeline.site.folder import MARK
+from pipeline.site.output import MARK
+from pipeline.store.shards import put, safe
 
 # ----------------------------------------------------------------- inference
 
@@ -426,16 +426,16 @@ def test_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["compare", "runs=[one,two]", "presets=[distill]", f"run.root={root}"]
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
     out = capsys.readouterr().out
     assert "two against one" in out and "achieved ÷ natural ↑" in out and "blocks.0.conv" in out
     assert (root / "compare-one-two" / "index.html").is_file()
-    assert cli.main([*arguments, f"out={tmp_path}/mine", "few"]) == 0
+    assert main.main([*arguments, f"out={tmp_path}/mine", "few"]) == 0
     assert "few: " in capsys.readouterr().out and (tmp_path / "mine" / MARK).is_file()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "letter.txt").write_text("dear")
-    assert cli.main([*arguments, "out=taken"]) == 2
-    assert cli.main(["compare", "runs=[one]", "presets=[distill]", f"run.root={root}"]) == 2
+    assert main.main([*arguments, "out=taken"]) == 2
+    assert main.main(["compare", "runs=[one]", "presets=[distill]", f"run.root={root}"]) == 2
     assert "needs two runs" in capsys.readouterr().err
     index = json.loads((tmp_path / "mine/data/index.js").read_text().removeprefix('ATLAS.put("index",')[:-3])
     assert len(index["contenders"]) == 3

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 from conftest import compose
 
-from pipeline.cli import conf_folder
-from pipeline.config import differences, from_tree
-from pipeline.errors import AtlasError
+from pipeline.cli.overrides import conf_folder
+from pipeline.config.schema import differences, from_tree
+from pipeline.core.errors import AtlasError
 
 CHOICES = sorted(
     str(path.relative_to(conf_folder()).with_suffix(""))

@@ -14,12 +14,15 @@ from test_architectures import CIFAR_NET
 from torch import Tensor, nn
 
 import pipeline
-from pipeline import bands, cli
-from pipeline.errors import AtlasError
-from pipeline.fields import receptive_fields
-from pipeline.layers import Field, Layer, capture, enumerate_layers
-from pipeline.models import Model, ModelConfig, Recipe, load, prepare
-from pipeline.policies import LayersConfig, choose, found_layers
+from pipeline.cli.main import main
+from pipeline.core.errors import AtlasError
+from pipeline.data import multiband
+from pipeline.layers.finding import Layer, ReceptiveField, capture, enumerate_layers
+from pipeline.layers.receptive_fields import receptive_fields
+from pipeline.layers.selection import LayersConfig, choose, found_layers
+from pipeline.models.config import Preprocessing
+from pipeline.models.loading import Model, ModelConfig, load, prepare
+from pipeline.runs.planner import make_plan
 
 
 def custom(target: str, **settings: Any) -> ModelConfig:
@@ -28,7 +31,7 @@ def custom(target: str, **settings: Any) -> ModelConfig:
 
 def wrapped(module: nn.Module, size: int | tuple[int, int] = 32, channels: int = 3) -> Model:
     pair = (size, size) if isinstance(size, int) else size
-    return Model(prepare(module), "mine", Recipe(pair, min(pair), (0.5,) * channels, (0.5,) * channels), "", ())
+    return Model(prepare(module), "mine", Preprocessing(pair, min(pair), (0.5,) * channels, (0.5,) * channels), "", ())
 
 
 def named(model: Model, **settings: Any) -> dict[str, Layer]:
@@ -52,7 +55,7 @@ def net(tmp_path: Path) -> str:
 
 def test_a_file_builds_with_what_lies_beside_it(net: str) -> None:
     model = load(custom(f"{net}:build", arguments={"channels": 2}, channels=2))
-    assert model.recipe == Recipe((32, 32), 32, (0.0, 0.0), (1.0, 1.0)) and not model.module.training
+    assert model.recipe == Preprocessing((32, 32), 32, (0.0, 0.0), (1.0, 1.0)) and not model.module.training
     assert load(custom(f"{net}:half")).module.get_submodule("0").weight.dtype == torch.float32
 
 
@@ -123,7 +126,7 @@ def test_torchscript_is_refused_and_an_exported_program_is_looked_into(tmp_path:
 
 
 def test_value_range_mean_and_std() -> None:
-    recipe = Recipe((8, 8), 8, (127.5,), (50.0,), value_range=(0.0, 255.0))
+    recipe = Preprocessing((8, 8), 8, (127.5,), (50.0,), value_range=(0.0, 255.0))
     model = dataclasses.replace(wrapped(nn.Conv2d(1, 2, 1), channels=1), recipe=recipe)
     assert torch.allclose(model.normalise(torch.tensor([[[[0.0, 1.0]]]])), torch.tensor([[[[-2.55, 2.55]]]]))
 
@@ -151,7 +154,7 @@ def test_labels_from_lists_and_files(net: str, tmp_path: Path) -> None:
         assert load(custom(f"{net}:build", labels=labels, folder=str(tmp_path))).labels == expected
     tree = ["model=custom", f"model.target={net}:build", "model.input_size=32", "model.labels=[a,b]", "engine=inline"]
     with pytest.raises(AtlasError, match="2 names, but 5 has 5 outputs"):
-        pipeline.plan.make_plan(compose(tree).config, timed=False)
+        make_plan(compose(tree).config, timed=False)
 
 
 # ---- checkpoints
@@ -159,8 +162,8 @@ def test_labels_from_lists_and_files(net: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "net", "ema", "model"])
 def test_common_wrappers_and_prefixes(wrapper: str, tmp_path: Path) -> None:
-    from pipeline.checkpoints import load_checkpoint
-    from pipeline.models import weights_digest
+    from pipeline.models.checkpoints import load_checkpoint
+    from pipeline.models.loading import weights_digest
 
     net, other = TinyNet(), TinyNet()
     prefix = "backbone." if wrapper == "net" else "module._orig_mod."
@@ -170,7 +173,7 @@ def test_common_wrappers_and_prefixes(wrapper: str, tmp_path: Path) -> None:
 
 
 def test_trust_and_strictness(tmp_path: Path) -> None:
-    from pipeline.checkpoints import load_checkpoint
+    from pipeline.models.checkpoints import load_checkpoint
 
     torch.save(TinyNet(), tmp_path / "whole.pt")
     with pytest.raises(AtlasError, match=r"model\.trust_checkpoint=true"):
@@ -332,7 +335,7 @@ def test_a_network_of_functions_is_its_output() -> None:
     model = wrapped(Functional())
     layers = named(model)
     assert list(layers) == ["output"]
-    assert receptive_fields(model, list(layers.values()))["output"] == Field((3, 3), (1, 1), (-1, -1))
+    assert receptive_fields(model, list(layers.values()))["output"] == ReceptiveField((3, 3), (1, 1), (-1, -1))
     with pytest.raises(AtlasError, match="has no classifier: no linear layer or convolution"):
         choose(model, list(layers.values()), LayersConfig("logits"))
 
@@ -378,8 +381,8 @@ def test_small_networks_go_the_whole_way(channels: int, tmp_path: Path, photo_fo
         *SMALL, f"model.target={tmp_path}/cifar.py:build", f"model.arguments={{channels: {channels}}}",
         f"model.channels={channels}", "data=folder", f"data.root={folder}", f"run.root={tmp_path}",
     ]  # fmt: skip
-    assert cli.main(["run", *arguments]) == 0
-    assert cli.main(["verify", str(tmp_path / "mine")]) == 0
+    assert main.main(["run", *arguments]) == 0
+    assert main.main(["verify", str(tmp_path / "mine")]) == 0
     with pipeline.open_atlas(tmp_path / "mine") as atlas:
         assert len(atlas.layers) == 3
         layer = atlas[atlas.layers[1]]
@@ -396,14 +399,14 @@ def test_bands_are_read_and_refused(tmp_path: Path) -> None:
 
     stack = np.arange(6 * 4 * 5, dtype=np.uint16).reshape(6, 4, 5) * 500
     tifffile.imwrite(tmp_path / "a.tif", stack, photometric="minisblack")
-    read = np.asarray(bands.read(tmp_path / "a.tif", 6, None))
+    read = np.asarray(multiband.read(tmp_path / "a.tif", 6, None))
     assert read.shape == (4, 5, 6) and abs(int(read[3, 4, 5]) - round(119 * 500 / 65535 * 255)) <= 1
     with pytest.raises(ValueError, match="no picture of 4 bands"):
-        bands.read(tmp_path / "a.tif", 4, None)
+        multiband.read(tmp_path / "a.tif", 4, None)
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
     with pytest.raises(ValueError, match=r"only \.npy"):
-        bands.read(tmp_path / "b.png", 6, None)
-    assert [bands.visible(np.zeros((2, 2, n), np.uint8)).mode for n in (1, 2, 3, 4)] == ["L", "L", "RGB", "RGB"]
+        multiband.read(tmp_path / "b.png", 6, None)
+    assert [multiband.visible(np.zeros((2, 2, n), np.uint8)).mode for n in (1, 2, 3, 4)] == ["L", "L", "RGB", "RGB"]
     tree = [*SMALL, "model.target=torchvision.models:resnet18", "model.channels=6"]
     with pytest.raises(AtlasError, match=r"files of 6 bands"):
-        pipeline.plan.make_plan(compose(tree).config, timed=False)
+        make_plan(compose(tree).config, timed=False)

@@ -20,13 +20,14 @@ import pytest
 from conftest import compose
 from PIL import Image
 
-from pipeline import cli, datasets, formats, photos
-from pipeline.datasets import DataConfig
-from pipeline.errors import AtlasError
-from pipeline.plan import make_plan
-from pipeline.recipes import Recipe
+from pipeline.cli.main import main
+from pipeline.core.errors import AtlasError
+from pipeline.data import datasets, image_formats, image_loading
+from pipeline.data.datasets import DataConfig
+from pipeline.models.config import Preprocessing
+from pipeline.runs.planner import make_plan
 
-RECIPE = Recipe((16, 16), 16, (0.5,) * 3, (0.25,) * 3)
+RECIPE = Preprocessing((16, 16), 16, (0.5,) * 3, (0.25,) * 3)
 COLOURS = ((250, 10, 10), (10, 250, 10), (10, 10, 250), (90, 90, 90), (250, 250, 10))
 
 
@@ -40,7 +41,7 @@ def check(dataset: datasets.Dataset, labels: list[str], broken: int | None = Non
     """Every picture comes out with its own colour, after a journey to another process."""
     dataset = pickle.loads(pickle.dumps(dataset))
     assert [p.label for p in dataset.photos] == labels and len({p.path for p in dataset.photos}) == len(labels)
-    for item in photos.load(dataset, range(len(labels)), RECIPE):
+    for item in image_loading.load(dataset, range(len(labels)), RECIPE):
         if item.index == broken:
             assert item.array is None and item.reason
         else:
@@ -116,7 +117,7 @@ def test_a_tar_that_was_cut_off_gives_what_it_has(tmp_path: Path, caplog: pytest
     whole = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(whole[:4000])
     dataset = datasets.listing(DataConfig("webdataset", str(tmp_path)))
-    items = list(photos.load(dataset, range(len(dataset.photos)), RECIPE))
+    items = list(image_loading.load(dataset, range(len(dataset.photos)), RECIPE))
     assert items[0].array is not None and all(item.array is None and item.reason for item in items[1:])
 
 
@@ -167,20 +168,20 @@ def test_the_fingerprint_knows_labels_sizes_and_recipe(tmp_path: Path) -> None:
     assert one == datasets.fingerprint(datasets.listing(DataConfig("folder", str(tmp_path))), RECIPE)
     (tmp_path / "l.csv").write_text("0.png,tench\n")
     labelled = datasets.listing(DataConfig("folder", str(tmp_path), labels=str(tmp_path / "l.csv")))
-    other = Recipe((16, 16), 18, (0.5,) * 3, (0.25,) * 3)
+    other = Preprocessing((16, 16), 18, (0.5,) * 3, (0.25,) * 3)
     (tmp_path / "0.png").write_bytes(png(0) + b" ")
     resized = datasets.listing(DataConfig("folder", str(tmp_path)))
     different = [datasets.fingerprint(labelled, RECIPE), datasets.fingerprint(resized, other)]
     assert all(d != one for d in [*different, datasets.fingerprint(resized, RECIPE)])
 
 
-@pytest.mark.parametrize("suffix", sorted(suffix for known in formats.FORMATS for suffix in known.suffixes))
+@pytest.mark.parametrize("suffix", sorted(suffix for known in image_formats.FORMATS for suffix in known.suffixes))
 def test_every_format_is_listed_and_read(tmp_path: Path, suffix: str) -> None:
     """By its suffix, and by its first bytes without one."""
-    known = next(known for known in formats.FORMATS if suffix in known.suffixes)
+    known = next(known for known in image_formats.FORMATS if suffix in known.suffixes)
     name = {"JPEG 2000": "JPEG2000", "PNM": "PPM"}.get(known.name, known.name)
     Image.init()
-    if not formats.readable(known) or name not in Image.SAVE:
+    if not image_formats.readable(known) or name not in Image.SAVE:
         pytest.skip(f"Pillow can't write {known.name} here")
     with io.BytesIO() as buffer:
         Image.new("RGB", (20, 24), COLOURS[3]).save(buffer, name)
@@ -196,7 +197,7 @@ def test_every_format_is_listed_and_read(tmp_path: Path, suffix: str) -> None:
     tar = datasets.listing(DataConfig("webdataset", str(tmp_path / "t.tar")))
     assert len(tar.photos) == len(expected)
     for source in (dataset, tar):
-        for item in photos.load(source, range(len(expected)), RECIPE):
+        for item in image_loading.load(source, range(len(expected)), RECIPE):
             assert item.array is not None, item.reason
             assert np.abs(item.array.astype(int) - 90).max() <= 2
 
@@ -218,7 +219,7 @@ def test_the_beginning_of_a_file_tells_its_format() -> None:
         b"": "",
     }
     for head, name in cases.items():
-        found = formats.identified(head)
+        found = image_formats.identified(head)
         assert (found.name if found else "") == name, head
 
 
@@ -226,11 +227,11 @@ def test_the_beginning_of_a_file_tells_its_format() -> None:
 def without_decoders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine whose Pillow has no optional decoder, and without pillow-heif."""
     monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
-    monkeypatch.setattr(formats.features, "check", lambda name: False)
-    formats.readable.cache_clear()
+    monkeypatch.setattr(image_formats.features, "check", lambda name: False)
+    image_formats.readable.cache_clear()
     yield
     monkeypatch.undo()
-    formats.readable.cache_clear()
+    image_formats.readable.cache_clear()
 
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
@@ -293,7 +294,7 @@ def test_heic_is_read_where_its_package_is_installed(tmp_path: Path) -> None:
     heif = pytest.importorskip("pillow_heif")
     heif.from_pillow(Image.new("RGB", (20, 24), COLOURS[3])).save(tmp_path / "0.heic")
     dataset = datasets.listing(DataConfig("folder", str(tmp_path)))
-    items = list(photos.load(dataset, range(len(dataset.photos)), RECIPE))
+    items = list(image_loading.load(dataset, range(len(dataset.photos)), RECIPE))
     assert len(items) == 1 and items[0].array is not None and np.abs(items[0].array.astype(int) - 90).max() <= 2
 
 
@@ -305,7 +306,7 @@ def test_a_worker_without_a_decoder_fails_image_by_image(tmp_path: Path, without
     listed = datasets.Dataset(
         tuple(datasets.Photo(name, "", i) for i, name in enumerate(("0.png", "1.heic", "2.avif"))), {"": str(tmp_path)}
     )
-    good, heic, avif = photos.load(listed, range(3), RECIPE)
+    good, heic, avif = image_loading.load(listed, range(3), RECIPE)
     assert good.array is not None
     assert heic.reason.startswith('no decoder: HEIF (pip install "neuron-atlas[heic]"')
     assert avif.reason.startswith("no decoder: AVIF (install Pillow")
@@ -324,10 +325,10 @@ def test_a_raised_limit_of_pixels_reads_what_was_refused(tiny_run: list[str], tm
         with (tmp_path / "tiny" / "failures.csv").open(encoding="utf-8") as handle:
             return list(csv.reader(handle))[1:]
 
-    assert cli.main(["examples", *asked, "data.max_pixels=10000"]) == 0
+    assert main.main(["examples", *asked, "data.max_pixels=10000"]) == 0
     reason = "too large: 140 × 100 pixels; data.max_pixels allows 10,000"
     assert failures() == [["examples", "large.png", reason, ""]]
-    assert cli.main(["examples", *asked, "data.max_pixels=14000", "run.update=true"]) == 0
+    assert main.main(["examples", *asked, "data.max_pixels=14000", "run.update=true"]) == 0
     assert failures() == []
     with pytest.raises(AtlasError, match=r"data\.max_pixels=0 is too small: at least 1, or null"):
         compose([*asked, "data.max_pixels=0"])
@@ -354,7 +355,7 @@ def test_rows_may_name_files_below_the_root(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(png(i))
     check(path_rows(tmp_path, ["near.png", "images/far.png", "../images/up.png"]), ["", "", ""])
-    gone, empty = photos.load(path_rows(tmp_path, ["gone.png", None]), range(2), RECIPE)
+    gone, empty = image_loading.load(path_rows(tmp_path, ["gone.png", None]), range(2), RECIPE)
     assert gone.reason == "missing, or a broken link" and empty.reason == "an empty cell"
 
 
@@ -371,7 +372,7 @@ def test_rows_that_lead_out_of_the_root_are_refused(tmp_path: Path) -> None:
         "door/secret.png", str(root / "inside.png"), "/etc/hostname",
     ]  # fmt: skip
     dataset = path_rows(root, [*outside, "inside.png"])
-    *refused, good = photos.load(dataset, range(len(outside) + 1), RECIPE)
+    *refused, good = image_loading.load(dataset, range(len(outside) + 1), RECIPE)
     for name, item in zip(outside, refused, strict=True):
         assert item.array is None
         assert item.reason == f"outside the dataset: the path {name!r} must be relative and lie below data.root"
@@ -381,7 +382,9 @@ def test_rows_that_lead_out_of_the_root_are_refused(tmp_path: Path) -> None:
     # The root may itself be a link.
     (tmp_path / "alias").symlink_to(root)
     assert (
-        next(photos.load(datasets.listing(DataConfig("huggingface", str(tmp_path / "alias"))), [7], RECIPE)).array
+        next(
+            image_loading.load(datasets.listing(DataConfig("huggingface", str(tmp_path / "alias"))), [7], RECIPE)
+        ).array
         is not None
     )
 
@@ -404,9 +407,9 @@ def test_a_row_group_is_read_once_for_all_threads(monkeypatch: pytest.MonkeyPatc
 def test_a_second_run_borrows_the_pass_of_the_first(tiny_run: list[str], tmp_path: Path) -> None:
     import pipeline
 
-    assert cli.main(["examples", *tiny_run]) == 0
+    assert main.main(["examples", *tiny_run]) == 0
     first = {p.name: p.stat().st_ino for p in (tmp_path / "tiny" / "shards").rglob("*.h5")}
-    assert cli.main(["examples", *tiny_run, "run.name=second", "render.steps=9"]) == 0
+    assert main.main(["examples", *tiny_run, "run.name=second", "render.steps=9"]) == 0
     second = {p.name: p.stat().st_ino for p in (tmp_path / "second" / "shards").rglob("*.h5")}
     assert second == first  # the very files, linked: nothing was measured again
     with pipeline.open_atlas(tmp_path / "second") as atlas:

@@ -14,41 +14,42 @@ from conftest import compose
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import shards, worker
-from pipeline.config import EngineConfig
-from pipeline.engine import Failure, TooManyFailures, crew, opened, ordered
-from pipeline.estimates import Row
-from pipeline.plan import SHARE, Plan, make_plan, portions
-from pipeline.progress import Post, Stage, report, told
-from pipeline.shards import Shard
-from pipeline.survey import chosen_ranges, gaps
-from pipeline.worker import Done, Task, Unfit, Worker
+from pipeline.config.schema import EngineConfig
+from pipeline.engine import worker
+from pipeline.engine.inline import Failure, TooManyFailures, opened, ordered, size_pool
+from pipeline.engine.progress import Stage, WorkerStats, report, told
+from pipeline.engine.worker import DeviceLost, Done, Task, Worker
+from pipeline.runs.cost_model import PlanRow
+from pipeline.runs.dataset_pass import chosen_ranges, gaps
+from pipeline.runs.planner import SHARE, Plan, make_plan, portions
+from pipeline.store import shards
+from pipeline.store.shards import Shard
 
 
 def test_auto_fills_a_machine() -> None:
-    laptop = crew(EngineConfig(), [(2, 0)], 100)
+    laptop = size_pool(EngineConfig(), [(2, 0)], 100)
     assert (laptop.workers, laptop.threads, laptop.device) == (2, 1, "cpu")
-    box = crew(EngineConfig(), [(16, 1)], 100)
+    box = size_pool(EngineConfig(), [(16, 1)], 100)
     assert (box.workers, box.cpus, box.gpus, box.device) == (1, 16, 1, "cuda")
-    shared = crew(EngineConfig(gpus_per_worker=0.5), [(16, 1)], 100)
+    shared = size_pool(EngineConfig(gpus_per_worker=0.5), [(16, 1)], 100)
     assert (shared.workers, shared.cpus) == (2, 8)
-    no_gpu = crew(EngineConfig(gpus_per_worker=0), [(16, 1)], 100)
+    no_gpu = size_pool(EngineConfig(gpus_per_worker=0), [(16, 1)], 100)
     assert (no_gpu.device, no_gpu.gpus) == ("cpu", 0)
-    assert crew(EngineConfig(), [(64, 0)], 3).workers == 3
-    one = crew(EngineConfig(workers=1), [(2, 0)], 100)
+    assert size_pool(EngineConfig(), [(64, 0)], 3).workers == 3
+    one = size_pool(EngineConfig(workers=1), [(2, 0)], 100)
     assert (one.workers, one.threads) == (1, 2)
 
 
 def test_auto_fills_a_cluster_of_mixed_nodes() -> None:
     # A head without cores, a node with 4 GPUs, one with 2 but few cores, and one with none, which rests.
-    mixed = crew(EngineConfig(), [(0, 0), (32, 4), (6, 2), (64, 0)])
+    mixed = size_pool(EngineConfig(), [(0, 0), (32, 4), (6, 2), (64, 0)])
     assert (mixed.workers, mixed.cpus, mixed.gpus, mixed.device) == (6, 3, 1, "cuda")
-    cores = crew(EngineConfig(), [(0, 0), (3, 0), (64, 0)])
+    cores = size_pool(EngineConfig(), [(0, 0), (3, 0), (64, 0)])
     assert (cores.workers, cores.cpus, cores.device) == (67, 1, "cpu")
     # No worker spans two nodes.
-    wide = crew(EngineConfig(cpus_per_worker=4), [(6, 0), (7, 0), (2, 0)])
+    wide = size_pool(EngineConfig(cpus_per_worker=4), [(6, 0), (7, 0), (2, 0)])
     assert wide.workers == 2 and wide.room([(3, 0), (8, 0)]) == 2
-    assert crew(EngineConfig(workers=12), [(8, 0), (8, 0)]).cpus == 1
+    assert size_pool(EngineConfig(workers=12), [(8, 0), (8, 0)]).cpus == 1
 
 
 @given(
@@ -80,7 +81,7 @@ def tiny_plan(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> P
 
 
 def test_tasks_cover_the_plan_once_longest_first(tiny_plan: Plan, tmp_path: Path) -> None:
-    nothing: dict[Row, set[int]] = {row: set() for row in tiny_plan.rows}
+    nothing: dict[PlanRow, set[int]] = {row: set() for row in tiny_plan.rows}
     tasks = tiny_plan.render_tasks(tmp_path, nothing, 1)
     units = [(task.layer, c) for task in tasks for c in task.channels]
     assert sorted(units) == sorted((row.layer.name, c) for row in tiny_plan.rows for c in row.channels)
@@ -156,7 +157,7 @@ def test_out_of_memory_halves_the_batch_and_is_remembered(
 def test_photographs_too_many_for_memory_are_halved(
     tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, sizes = worker.examples.sweep, []
+    whole, sizes = worker.sweep.sweep, []
 
     def sweep(model: Any, layers: Any, dataset: Any, indices: Any, config: Any, *rest: Any) -> Any:
         sizes.append(config.batch)
@@ -164,7 +165,7 @@ def test_photographs_too_many_for_memory_are_halved(
             raise torch.OutOfMemoryError
         return whole(model, layers, dataset, indices, config, *rest)
 
-    monkeypatch.setattr(worker.examples, "sweep", sweep)
+    monkeypatch.setattr(worker.sweep, "sweep", sweep)
     one = Worker(tiny_plan.setup)
     one.do(Task("ranges", str(tmp_path / "r.h5"), "d", 1.0, photographs=(0, 3)))
     ranges = shards.read(tmp_path / "r.h5")
@@ -183,7 +184,7 @@ def test_a_poisoned_context_makes_a_worker_unfit(
 
     monkeypatch.setattr(worker, "render", poisoned)
     row = tiny_plan.rows[0]
-    with pytest.raises(Unfit, match="illegal memory access"):
+    with pytest.raises(DeviceLost, match="illegal memory access"):
         Worker(tiny_plan.setup).do(
             Task("render", str(tmp_path / "x.h5"), "d", 1.0, row.layer.name, (0,), row.canvas, row.preset)
         )
@@ -246,7 +247,7 @@ def test_too_many_in_a_row_stop_the_run() -> None:
 
 def test_the_report_says_who_was_idle() -> None:
     stage = Stage("render", "units", 10, 8, fresh=8, failed=2, began=0.0, ended=4.0, seconds=6.0)
-    posts = [Post("a:1", 0.0, 4.0, 4.0, 5), Post("b:2", 0.0, 4.0, 1.0, 3, "worker lost")]
+    posts = [WorkerStats("a:1", 0.0, 4.0, 4.0, 5), WorkerStats("b:2", 0.0, 4.0, 1.0, 3, "worker lost")]
     summary = report([stage], posts, 5.0, 2)
     assert summary["stages"]["render"] == {
         "units": 8, "failed": 2, "seconds": 4.0, "worker_seconds": 6.0, "per_second": 2.0,
@@ -257,7 +258,7 @@ def test_the_report_says_who_was_idle() -> None:
 
 
 def test_a_signal_that_an_exception_was_lost_of_is_remembered() -> None:
-    from pipeline import interrupts
+    from pipeline.core import interrupts
 
     before = signal.getsignal(signal.SIGTERM)
     with interrupts.listening():

@@ -13,11 +13,12 @@ import torch
 from conftest import TINY, compose
 from torch import nn
 
-from pipeline import cli, estimates, overheads, plan
-from pipeline.estimates import Row, Span
-from pipeline.overheads import Amount, Overheads
-from pipeline.plan import Plan, make_plan
-from pipeline.schedules import Fixed, Stage
+from pipeline.cli.main import main
+from pipeline.runs import cost_model, overheads, planner
+from pipeline.runs.cost_model import PlanRow, Span
+from pipeline.runs.overheads import Amount, Overheads
+from pipeline.runs.planner import Plan, make_plan
+from pipeline.visualization.schedules import Fixed, Stage
 
 PASS = 0.004  # seconds of two images' forward pass, on the patched clock
 
@@ -72,10 +73,10 @@ def clocked(
 
         yield forward
 
-    for module in (estimates, overheads, plan):
+    for module in (cost_model, overheads, planner):
         monkeypatch.setattr(module, "perf_counter", clock)
-    monkeypatch.setattr(estimates, "render", render)
-    monkeypatch.setattr(estimates, "capture", capture)
+    monkeypatch.setattr(cost_model, "render", render)
+    monkeypatch.setattr(cost_model, "capture", capture)
     return begun
 
 
@@ -155,7 +156,7 @@ def test_stages_count_by_their_share_of_the_steps(monkeypatch: pytest.MonkeyPatc
     config = dataclasses.replace(
         compose(TINY).config.render, steps=100, schedule=(Stage(0.25, canvas=0.5), Stage(0.75)), stop=Fixed()
     )
-    watch = estimates._Stopwatch(torch.device("cpu"), [nn.Identity()])
+    watch = cost_model._Stopwatch(torch.device("cpu"), [nn.Identity()])
     ends = [0.0, 5.0, 5.1, 5.2, 5.3, 5.4, 5.8, 6.2, 6.6]  # five of 21 steps belong to the first stage
     watch.times, watch.passes = ends, [1] * 8
     assert watch.measured(config, 2).seconds.expected == pytest.approx((0.25 * 0.1 + 0.75 * 0.4) / 2)
@@ -166,16 +167,18 @@ def test_stages_count_by_their_share_of_the_steps(monkeypatch: pytest.MonkeyPatc
 
 def test_passes_through_the_network_are_counted(monkeypatch: pytest.MonkeyPatch, photo_folder: Any) -> None:
     """By the real `render`, whose silent units pass twice: here all of them, for the network gives nothing."""
-    seen: list[estimates._Stopwatch] = []
-    measured = estimates._Stopwatch.measured
+    seen: list[cost_model._Stopwatch] = []
+    measured = cost_model._Stopwatch.measured
 
-    def noted(watch: estimates._Stopwatch, *rest: Any) -> Any:
+    def noted(watch: cost_model._Stopwatch, *rest: Any) -> Any:
         seen.append(watch)
         return measured(watch, *rest)
 
-    monkeypatch.setattr(estimates._Stopwatch, "measured", noted)
-    monkeypatch.setattr("pipeline.render.silent", lambda gradient: torch.ones(len(gradient), 1, 1, 1, dtype=torch.bool))
-    monkeypatch.setattr(estimates, "_waited", lambda counted, _: counted >= estimates.TIMED)
+    monkeypatch.setattr(cost_model._Stopwatch, "measured", noted)
+    monkeypatch.setattr(
+        "pipeline.visualization.loop.silent", lambda gradient: torch.ones(len(gradient), 1, 1, 1, dtype=torch.bool)
+    )
+    monkeypatch.setattr(cost_model, "_waited", lambda counted, _: counted >= cost_model.TIMED)
     planned(photo_folder)
     assert [watch.passes for watch in seen] == [[2] * 16 + [1] * 4] * 2
     assert not any(module._forward_pre_hooks for watch in seen for module in watch.modules if watch.modules[1:])
@@ -183,12 +186,12 @@ def test_passes_through_the_network_are_counted(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_photograph_that_is_unreadable_tells_nothing(photo_folder: Any, tmp_path: Path) -> None:
     made = planned(photo_folder)
-    few = estimates.reading(made.setup.dataset, made.recipe)
+    few = cost_model.reading(made.setup.dataset, made.recipe)
     assert 0 < few.low <= few.expected <= few.high
     (tmp_path / "empty.jpg").write_bytes(b"")
     broken = dataclasses.replace(made.setup.dataset, photos=made.setup.dataset.photos[:1], roots={"": str(tmp_path)})
     gone = dataclasses.replace(broken, photos=(dataclasses.replace(broken.photos[0], path="empty.jpg"),))
-    assert estimates.reading(gone, made.recipe) == estimates.NONE
+    assert cost_model.reading(gone, made.recipe) == cost_model.NONE
 
 
 def costs(**other: Any) -> Overheads:
@@ -232,7 +235,7 @@ def test_few_photographs_are_a_whole_batch_of_one_worker() -> None:
     assert more == pytest.approx(32 * 0.01 * overheads.REDUCED + 32 * 0.005)  # each of two workers has a batch
     many = own.examples(amount(sample=0, looks=0, photographs=64_000)).expected
     assert many == pytest.approx(32_000 * own.photograph)
-    assert own.examples(amount(sample=0, looks=0, photographs=0)) == estimates.NONE
+    assert own.examples(amount(sample=0, looks=0, photographs=0)) == cost_model.NONE
 
 
 def test_photographs_that_will_be_looked_at_again() -> None:
@@ -269,16 +272,16 @@ def test_the_age_of_an_old_process_says_nothing_about_its_start(monkeypatch: pyt
 def test_a_plan_of_a_few_units_says_the_same_seconds_everywhere(
     monkeypatch: pytest.MonkeyPatch, photo_folder: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str], engine: str
 ) -> None:
-    monkeypatch.setattr(plan, "own_start", lambda: Span(4.0, 5.0, 8.0))
+    monkeypatch.setattr(planner, "own_start", lambda: Span(4.0, 5.0, 8.0))
     clocked(monkeypatch, [3.0, 0.02])
     made: list[Plan] = []
-    whole = plan.make_plan
+    whole = planner.make_plan
 
     def noted(*arguments: Any, **more: Any) -> Plan:
         made.append(whole(*arguments, **more))
         return made[-1]
 
-    monkeypatch.setattr("pipeline.run.make_plan", noted)
+    monkeypatch.setattr("pipeline.runs.runner.make_plan", noted)
     own = [
         *TINY,
         f"engine={engine}",
@@ -287,7 +290,7 @@ def test_a_plan_of_a_few_units_says_the_same_seconds_everywhere(
         f"run.root={tmp_path}",
         "run.name=few",
     ]
-    assert cli.main(["plan", *own]) == 0
+    assert main.main(["plan", *own]) == 0
     (found,) = made
     printed = re.search(r"about (.+) with \d+ × \d+ threads", capsys.readouterr().out)
     assert printed is not None and printed[1] == found.span.text()
@@ -296,11 +299,11 @@ def test_a_plan_of_a_few_units_says_the_same_seconds_everywhere(
     assert total == round(found.eta, 1) == pytest.approx(table["seconds"].sum() - total, abs=1.0)
     assert table["units"].map(str).str.fullmatch(r"\d+").all()
     # Ray starts, and three times its workers; inline, this process is there already.
-    beside = found.eta - sum(row.seconds for row in found.rows) / found.crew.workers
+    beside = found.eta - sum(row.seconds for row in found.rows) / found.pool.workers
     assert beside > 3 * 5.0 if engine == "ray" else 1.0 < beside < 5.0
 
 
 def test_a_row_costs_what_is_left_of_it() -> None:
-    made = Row(None, (1, 2, 3, 4), (64, 64), 8.0, "distill", (0.5, 2.0))  # type: ignore[arg-type]
-    assert made.span(1) == Span(1.0, 2.0, 4.0) and made.span(0) == estimates.NONE
+    made = PlanRow(None, (1, 2, 3, 4), (64, 64), 8.0, "distill", (0.5, 2.0))  # type: ignore[arg-type]
+    assert made.span(1) == Span(1.0, 2.0, 4.0) and made.span(0) == cost_model.NONE
     assert made.span(2).text() == "4 s (2 s to 8 s)" and Span(4.0, 5.0, 5.9).text() == "5 s"

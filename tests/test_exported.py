@@ -18,9 +18,9 @@ import torchvision
 from conftest import TinyNet
 from torch import Tensor, nn
 
-from pipeline import exported
-from pipeline.errors import AtlasError
-from pipeline.models import ModelConfig, load
+from pipeline.core.errors import AtlasError
+from pipeline.models import exported
+from pipeline.models.loading import ModelConfig, load
 
 
 def save(net: nn.Module, path: Path, size: int = 32, strict: bool = False, **options: Any) -> Path:

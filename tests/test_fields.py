@@ -6,11 +6,12 @@ from conftest import TinyNet, tiny_model
 from torch import nn
 from torchvision.models import vgg
 
-from pipeline.fields import receptive_fields
-from pipeline.folding import FoldedNorm, fold, foldable, pairs
-from pipeline.layers import Field, capture, enumerate_layers
-from pipeline.models import Model, ModelConfig, Recipe, load, prepare
-from pipeline.trace import Trace
+from pipeline.acceleration.batchnorm_folding import FoldedNorm, fold, foldable, pairs
+from pipeline.layers.finding import ReceptiveField, capture, enumerate_layers
+from pipeline.layers.receptive_fields import receptive_fields
+from pipeline.layers.tracing import Trace
+from pipeline.models.config import Preprocessing
+from pipeline.models.loading import Model, ModelConfig, load, prepare
 
 
 def sizes(name: str, *layers: str) -> list[int | None]:
@@ -27,7 +28,7 @@ def test_resnet18() -> None:
 def test_vgg11() -> None:
     # Its features alone: the 120 million weights of the classifier have no say here.
     module = prepare(vgg.make_layers(vgg.cfgs["A"]))
-    model = Model(module, "vgg11", Recipe((128, 128), 128, (0.5,) * 3, (0.5,) * 3), "", ())
+    model = Model(module, "vgg11", Preprocessing((128, 128), 128, (0.5,) * 3, (0.5,) * 3), "", ())
     found = receptive_fields(model, enumerate_layers(model))
     pools = [field.size[0] for name in ("2", "5", "10", "15", "20") if (field := found[name])]
     convs = [field.size[0] for name in ("0", "3", "6", "11", "13") if (field := found[name])]
@@ -39,9 +40,9 @@ def test_stride_and_offset_by_hand() -> None:
     layers = enumerate_layers(model)
     found = receptive_fields(model, layers)
     # stem: 3 wide, stride 2, one pixel of padding; late: two 3 × 3 more, the last with stride 2.
-    assert found["stem"] == Field((3, 3), (2, 2), (-1, -1))
-    assert found["block.0"] == Field((7, 7), (2, 2), (-3, -3))
-    assert found["late"] == Field((11, 11), (4, 4), (-5, -5))
+    assert found["stem"] == ReceptiveField((3, 3), (2, 2), (-1, -1))
+    assert found["block.0"] == ReceptiveField((7, 7), (2, 2), (-3, -3))
+    assert found["late"] == ReceptiveField((11, 11), (4, 4), (-5, -5))
     assert found["head"] is None
 
 
@@ -50,7 +51,7 @@ def test_rows_and_columns_are_probed_apart_where_kernels_differ() -> None:
     assert isinstance(model.module, TinyNet)
     model.module.late = nn.Conv2d(6, 8, (1, 5), padding=(0, 2))
     late = [la for la in enumerate_layers(model) if la.name == "late"]
-    assert receptive_fields(model, late)["late"] == Field((7, 15), (2, 2), (-3, -7))
+    assert receptive_fields(model, late)["late"] == ReceptiveField((7, 15), (2, 2), (-3, -7))
 
 
 def test_folding_changes_no_layer() -> None:
@@ -93,7 +94,7 @@ class Peeking(nn.Module):
 
 
 def test_folding_is_refused_where_the_convolution_is_read_elsewhere() -> None:
-    model = Model(prepare(Peeking()), "peeking", Recipe((8, 8), 8, (0.5,) * 3, (0.5,) * 3), "", ())
+    model = Model(prepare(Peeking()), "peeking", Preprocessing((8, 8), 8, (0.5,) * 3, (0.5,) * 3), "", ())
     assert len(pairs(Trace(model))) == 1
     assert fold(model) is model
 
@@ -113,19 +114,19 @@ class OneSize(nn.Module):
 
 @pytest.mark.parametrize("fixed", [False, True])
 def test_networks_and_maps_of_one_size_are_probed_to_the_pixel(fixed: bool) -> None:
-    model = Model(prepare(OneSize(fixed)), "one", Recipe((64, 64), 64, (0.5,) * 3, (0.5,) * 3), "", ())
+    model = Model(prepare(OneSize(fixed)), "one", Preprocessing((64, 64), 64, (0.5,) * 3, (0.5,) * 3), "", ())
     assert receptive_fields(model, enumerate_layers(model)) == {
-        "first": Field((3, 3), (2, 2), (-1, -1)),
-        "second": Field((7, 7), (4, 4), (-3, -3)),
+        "first": ReceptiveField((3, 3), (2, 2), (-1, -1)),
+        "second": ReceptiveField((7, 7), (4, 4), (-3, -3)),
         # 4 × 4 of its 16 × 16 units: 3 strides of 4 pixels more, every 16 pixels.
-        "pool": Field((19, 19), (16, 16), (-3, -3)),
+        "pool": ReceptiveField((19, 19), (16, 16), (-3, -3)),
     }
 
 
 def test_a_field_is_found_to_be_larger_than_the_picture() -> None:
     module = prepare(nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=4, dilation=4) for _ in range(8))))
-    model = Model(module, "wide", Recipe((32, 32), 32, (0.5,) * 3, (0.5,) * 3), "", ())
-    assert receptive_fields(model, enumerate_layers(model))["7"] == Field((65, 65), (1, 1), (-32, -32))
+    model = Model(module, "wide", Preprocessing((32, 32), 32, (0.5,) * 3, (0.5,) * 3), "", ())
+    assert receptive_fields(model, enumerate_layers(model))["7"] == ReceptiveField((65, 65), (1, 1), (-32, -32))
 
 
 def test_what_is_looked_at_is_not_folded() -> None:

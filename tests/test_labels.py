@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from conftest import compose
 
-from pipeline import selection
-from pipeline.datasets import listing
-from pipeline.errors import AtlasError
-from pipeline.models import read_labels
-from pipeline.site import families
+from pipeline.core.errors import AtlasError
+from pipeline.data.datasets import listing
+from pipeline.models.loading import read_labels
+from pipeline.runs import unit_selection
+from pipeline.site.context import families
 
 NAMES = ("cat", "dog", '猫 <b>&"x"', "réal, with / slash")
 BOMS = ("utf-8", "utf-8-sig", "utf-16")
@@ -108,14 +108,14 @@ def test_labels_of_photographs(tmp_path: Path, photo_folder: Path, encoding: str
 @pytest.mark.parametrize("encoding", BOMS)
 def test_tables_of_units_and_families(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "units.csv").write_bytes("layer,channel\r\nstem é,3\r\n".encode(encoding))
-    assert selection.read(tmp_path / "units.csv") == [("stem é", 3)]
+    assert unit_selection.read(tmp_path / "units.csv") == [("stem é", 3)]
     (tmp_path / "families.yaml").write_bytes("families:\n- {name: é, units: ['stem:3']}\n".encode(encoding))
     (family,) = families.read(tmp_path / "families.yaml", {"stem": frozenset((3,))})
     assert family.name == "é" and family.members[0].there
 
 
 def test_tables_and_families_in_another_encoding(tmp_path: Path) -> None:
-    for name, read in (("units.csv", selection.read), ("families.yaml", lambda path: families.read(path, {}))):
+    for name, read in (("units.csv", unit_selection.read), ("families.yaml", lambda path: families.read(path, {}))):
         (tmp_path / name).write_bytes("é:3\n".encode("latin1"))
         with pytest.raises(AtlasError, match=r"line 1 holds the byte 0xe9\. Save it as UTF-8"):
             read(tmp_path / name)

@@ -5,11 +5,12 @@ import torch
 from conftest import TinyNet, tiny_model
 from torch import nn
 
-from pipeline.errors import AtlasError
-from pipeline.layers import capture, enumerate_layers
-from pipeline.layouts import Axes, as_maps
-from pipeline.models import Model, ModelConfig, Recipe, load, prepare
-from pipeline.policies import LayersConfig, channels_of, choose
+from pipeline.core.errors import AtlasError
+from pipeline.layers.finding import capture, enumerate_layers
+from pipeline.layers.layouts import Axes, as_maps
+from pipeline.layers.selection import LayersConfig, channels_of, choose
+from pipeline.models.config import Preprocessing
+from pipeline.models.loading import Model, ModelConfig, load, prepare
 
 
 def names(model: Model, **settings: object) -> list[str]:
@@ -128,7 +129,7 @@ def test_channels(asked: str | int | list[int], expected: tuple[int, ...]) -> No
 
 def wide() -> Model:
     module = prepare(nn.Sequential(nn.Conv2d(3, 10, 1)))
-    return Model(module, "wide", Recipe((8, 8), 8, (0.5,) * 3, (0.5,) * 3), "", ())
+    return Model(module, "wide", Preprocessing((8, 8), 8, (0.5,) * 3, (0.5,) * 3), "", ())
 
 
 @pytest.mark.parametrize("asked", ["first", "1:2:0", "spread:", "-3:"])

@@ -16,19 +16,20 @@ from hypothesis import strategies as st
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
-from pipeline import lowering, worker
-from pipeline.audit import verify
-from pipeline.errors import AtlasError
-from pipeline.folder import RunFolder
-from pipeline.folding import FoldedNorm, fold, foldable
-from pipeline.layers import Layer, capture, enumerate_layers
-from pipeline.lowering import Depthwise, Lowered, Pointwise, Thin, lower, precision_of
-from pipeline.models import Model, ModelConfig, load
-from pipeline.plan import Plan, make_plan
-from pipeline.rectifiers import limits_of, redirected
-from pipeline.render import render
-from pipeline.run import run
-from pipeline.worker import Worker
+from pipeline.acceleration import cpu_lowering
+from pipeline.acceleration.batchnorm_folding import FoldedNorm, fold, foldable
+from pipeline.acceleration.cpu_lowering import Depthwise, FirstConv, LoweredConv2d, Pointwise, lower, precision_of
+from pipeline.acceleration.redirected_relu import limits_of, redirected
+from pipeline.core.errors import AtlasError
+from pipeline.engine import worker
+from pipeline.engine.worker import Worker
+from pipeline.layers.finding import Layer, capture, enumerate_layers
+from pipeline.models.loading import Model, ModelConfig, load
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.maintenance import verify
+from pipeline.runs.planner import Plan, make_plan
+from pipeline.runs.runner import run
+from pipeline.visualization.loop import render
 
 ACTS = {"none": nn.Identity(), "relu": nn.ReLU(), "relu6": nn.ReLU6()}
 
@@ -44,7 +45,7 @@ def gradients(module: nn.Module, x: torch.Tensor, weights: torch.Tensor | None) 
 @settings(max_examples=60, deadline=None)
 @given(
     data=st.data(),
-    kind=st.sampled_from([Depthwise, Pointwise, Thin]),
+    kind=st.sampled_from([Depthwise, Pointwise, FirstConv]),
     same=st.booleans(),
     act=st.sampled_from(sorted(ACTS)),
     bias=st.booleans(),
@@ -52,10 +53,10 @@ def gradients(module: nn.Module, x: torch.Tensor, weights: torch.Tensor | None) 
     fusing=st.booleans(),
 )
 def test_any_lowered_convolution_is_the_convolution(
-    data: st.DataObject, kind: type[Lowered], same: bool, act: str, bias: bool, last: bool, fusing: bool
+    data: st.DataObject, kind: type[LoweredConv2d], same: bool, act: str, bias: bool, last: bool, fusing: bool
 ) -> None:
     """Also where this PyTorch has no rectifiers inside oneDNN's convolutions."""
-    channels = data.draw(st.integers(2, 4 if kind is Thin else 20))
+    channels = data.draw(st.integers(2, 4 if kind is FirstConv else 20))
     x = torch.rand(2, channels, *(data.draw(st.integers(7, 14)) for _ in range(2)))
     if kind is not Pointwise:
         out, groups = (channels, channels) if kind is Depthwise else (data.draw(st.integers(1, 6)), 1)
@@ -63,7 +64,7 @@ def test_any_lowered_convolution_is_the_convolution(
         if same:
             conv: Any = Conv2dSame(channels, out, kernel, stride, groups=groups, bias=bias)
         else:
-            most = 1 if kind is Thin else 2
+            most = 1 if kind is FirstConv else 2
             dilation = data.draw(st.tuples(*(st.integers(1, most if k < 4 else 1) for k in kernel)))
             padding = data.draw(
                 st.tuples(*(st.integers(0, d * (k - 1)) for k, d in zip(kernel, dilation, strict=True)))
@@ -71,15 +72,15 @@ def test_any_lowered_convolution_is_the_convolution(
             conv = nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups, bias)
     else:
         conv = nn.Conv2d(channels, data.draw(st.integers(1, 6)), 1, bias=bias)
-    found = lowering._kind(conv)
+    found = cpu_lowering._kind(conv)
     # A kernel of one place and stride is a matrix product, whatever its channels.
-    assert found is kind or (kind is Thin and found is Pointwise and conv.kernel_size == conv.stride == (1, 1))
+    assert found is kind or (kind is FirstConv and found is Pointwise and conv.kernel_size == conv.stride == (1, 1))
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
     lowered = found(conv, limits_of(ACTS[act]))
     wanted = gradients(nn.Sequential(conv, ACTS[act]), x, None)
-    there = lowering._fusing(x.dtype)
-    with mock.patch.object(lowering, "_fusing", lambda _: fusing and there):
+    there = cpu_lowering._fusing(x.dtype)
+    with mock.patch.object(cpu_lowering, "_fusing", lambda _: fusing and there):
         torch.testing.assert_close(gradients(lowered, x, None), wanted, rtol=1e-4, atol=1e-5)
     lowered.redirecting = True
     torch.testing.assert_close(lowered(x), wanted[0], rtol=1e-4, atol=1e-5)
@@ -104,7 +105,7 @@ def test_any_lowered_convolution_is_the_convolution(
     ids=str,
 )
 def test_what_is_not_known_to_be_faster_stays(conv: nn.Module) -> None:
-    assert lowering._kind(conv) is None
+    assert cpu_lowering._kind(conv) is None
 
 
 @pytest.fixture(scope="module")
@@ -153,13 +154,13 @@ def test_a_lowered_network_is_the_folded_one(network: Model, layers: dict[str, L
 def test_rectifiers_of_folded_norms_work_where_the_convolution_wrote(network: Model) -> None:
     pairs = foldable(network)
     lowered = lower(fold(network, pairs), pairs)
-    kinds = [m for m in lowered.module.modules() if isinstance(m, Lowered)]
+    kinds = [m for m in lowered.module.modules() if isinstance(m, LoweredConv2d)]
     held = [m for m in kinds if m.limits == (0.0, 6.0)]
     # Each block has two rectifiers (the first one), and the head has one.
     assert len(kinds) > 40 and len(held) > 30
     norms = [m for m in lowered.module.modules() if isinstance(m, FoldedNorm)]
     assert norms and not any(isinstance(m.act, nn.ReLU6) for m in norms)
-    assert sum(isinstance(m, Thin) for m in kinds) == 1  # the stem
+    assert sum(isinstance(m, FirstConv) for m in kinds) == 1  # the stem
 
 
 def test_dead_units_find_a_way_through_lowered_rectifiers() -> None:
@@ -194,7 +195,7 @@ def test_pictures_of_bfloat16_steps_are_measured_in_float32(network: Model, laye
 
 def test_the_precision_is_chosen_by_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     for able, wanted in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(lowering, "multiplies_bfloat16", lambda able=able: able)
+        monkeypatch.setattr(cpu_lowering, "multiplies_bfloat16", lambda able=able: able)
         assert precision_of("auto", "cpu") == wanted
         assert precision_of("auto", "cuda") == torch.float32
         assert precision_of("bfloat16", "cuda") == torch.bfloat16
@@ -247,7 +248,7 @@ def test_a_processor_says_whether_it_multiplies_bfloat16(
     file = tmp_path / "cpuinfo"
     if told is not None:
         file.write_text(told)
-    lowering.multiplies_bfloat16.cache_clear()
-    monkeypatch.setattr(lowering, "Path", lambda _: file)
-    assert lowering.multiplies_bfloat16() == able
-    lowering.multiplies_bfloat16.cache_clear()
+    cpu_lowering.multiplies_bfloat16.cache_clear()
+    monkeypatch.setattr(cpu_lowering, "Path", lambda _: file)
+    assert cpu_lowering.multiplies_bfloat16() == able
+    cpu_lowering.multiplies_bfloat16.cache_clear()

@@ -9,26 +9,26 @@ import torch
 from conftest import compose, tiny_model
 from torch import Tensor, nn
 
-from pipeline import presets
-from pipeline.augmentations import Augmentation, Dropout, Ensemble, WeightNoise
-from pipeline.canvases import Fourier, Maco, Pixel, Start
-from pipeline.cli import conf_folder
-from pipeline.couplings import Alignment, Diversity, gram_cosine
-from pipeline.errors import AtlasError
-from pipeline.files import loaded
-from pipeline.layers import Layer, capture, enumerate_layers
-from pipeline.models import Model, load
-from pipeline.objectives import OBJECTIVES, Channel, Interpolate, Neuron
-from pipeline.optimizers import Adam, Sgd
-from pipeline.penalties import Prior, TotalVariation
-from pipeline.preconditioners import BlurGradient
-from pipeline.presets import RenderConfig
-from pipeline.rectifiers import redirected
-from pipeline.render import Picture, render
-from pipeline.schedules import Plateau, Stage, check, flat, moments
-from pipeline.transforms import Crop, Jitter, Noise, Rotate
+from pipeline.acceleration.redirected_relu import redirected
+from pipeline.cli.overrides import conf_folder
+from pipeline.core.config_files import loaded
+from pipeline.core.errors import AtlasError
+from pipeline.layers.finding import Layer, capture, enumerate_layers
+from pipeline.models.loading import Model, load
+from pipeline.visualization import preset
+from pipeline.visualization.batch_terms import Alignment, Diversity, gram_cosine
+from pipeline.visualization.gradient_preconditioners import BlurGradient
+from pipeline.visualization.image_regularizers import Prior, TotalVariation
+from pipeline.visualization.loop import Picture, render
+from pipeline.visualization.network_perturbations import Dropout, Ensemble, NetworkPerturbation, WeightNoise
+from pipeline.visualization.objectives import OBJECTIVES, Channel, Interpolate, Neuron
+from pipeline.visualization.optimizers import Adam, Sgd
+from pipeline.visualization.parameterizations import Fourier, FromImage, Maco, Pixel
+from pipeline.visualization.preset import Preset
+from pipeline.visualization.schedules import Plateau, Stage, check, expand_schedule, flat
+from pipeline.visualization.transforms import Crop, Jitter, Noise, Rotate
 
-PRESET = RenderConfig(
+PRESET = Preset(
     name="test",
     objective=Channel(),
     canvas=Fourier(),
@@ -88,22 +88,22 @@ def test_every_objective_rises_and_is_that_of_the_saved_picture(
     objective = OBJECTIVES[name]()
     (picture,) = made(tiny, layer, [(3, 0)], objective=objective)
     image = torch.from_numpy(picture.image).permute(2, 0, 1)[None].float() / 255
-    from pipeline.objectives import Responses
+    from pipeline.visualization.objectives import Activations
 
     with capture(tiny, [layer]) as forward, torch.no_grad():
         maps = forward(image)[layer.name]
-        value = objective.value(Responses(maps, torch.tensor([3]), torch.tensor([0]), 1)).item()
+        value = objective.value(Activations(maps, torch.tensor([3]), torch.tensor([0]), 1)).item()
     assert picture.activation == pytest.approx(value, abs=1e-5) and picture.activation > picture.start
 
 
 def test_a_schedule_is_cut_into_its_shares() -> None:
     stages = (Stage(0.38, lr=(1.0, 1.0)), Stage(0.3), Stage(0.3, lr=(1.0, 0.5)), Stage(0.02))
-    plan = moments(stages, 500)
+    plan = expand_schedule(stages, 500)
     assert [sum(m.stage == i for m in plan) for i in range(4)] == [190, 150, 150, 10]
     third = [m.lr for m in plan if m.stage == 2]
     assert third[0] == 1.0 and third[75] == pytest.approx(0.75) and third[-1] == pytest.approx(0.5, abs=0.01)
-    assert len(moments((), 7)) == 7 and [m.stage for m in moments(stages, 4)] == [0, 1, 2, 3]
-    assert len(moments(stages, 2)) == 2
+    assert len(expand_schedule((), 7)) == 7 and [m.stage for m in expand_schedule(stages, 4)] == [0, 1, 2, 3]
+    assert len(expand_schedule(stages, 2)) == 2
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_schedule_may_turn_to_another_head(tiny: Model, tiny_layers: dict[str,
 
 @pytest.mark.parametrize("augmentation", [WeightNoise(sd=0.3), Dropout(p=0.3)], ids=["weight_noise", "dropout"])
 def test_augmentations_change_the_network_and_undo_it(
-    tiny: Model, tiny_layers: dict[str, Layer], augmentation: Augmentation
+    tiny: Model, tiny_layers: dict[str, Layer], augmentation: NetworkPerturbation
 ) -> None:
     before = {k: v.clone() for k, v in tiny.module.state_dict().items()}
     image = torch.rand(1, 3, 32, 32)
@@ -208,9 +208,9 @@ def test_an_ensemble_pleases_all_its_members(tiny: Model, tiny_layers: dict[str,
         for weight in other.module.parameters():
             noise = torch.randn(weight.shape, generator=generator)
             weight.add_(noise * weight.std().nan_to_num(0) * 0.7)
-    from pipeline.files import File
+    from pipeline.core.config_files import ConfigFile
 
-    augmentation = Ensemble(checkpoints=(File("other.pt", b"read before"),))
+    augmentation = Ensemble(checkpoints=(ConfigFile("other.pt", b"read before"),))
     assert [augmentation.member(i) for i in range(4)] == [0, 1, 0, 1]
     config = dataclasses.replace(PRESET, augmentations=(augmentation,), steps=32)
     layer = tiny_layers["late"]
@@ -262,7 +262,7 @@ def test_a_picture_may_begin_with_a_photograph_and_stay_near(tiny: Model, tiny_l
     photograph = torch.nn.functional.interpolate(torch.rand(1, 3, 5, 5), (40, 40), mode="bicubic")[0].clamp(0.1, 0.9)
     found = []
     for weight in (0.0, 30.0):
-        config = dataclasses.replace(PRESET, canvas=Start(), penalties=(Prior(weight),), transforms=(), steps=32)
+        config = dataclasses.replace(PRESET, canvas=FromImage(), penalties=(Prior(weight),), transforms=(), steps=32)
         (picture,) = render(tiny, tiny_layers["late"], [(0, 0)], config, 0, starts={(0, 0): photograph})
         middle = (photograph[:, 4:36, 4:36].permute(1, 2, 0).numpy() * 255).round()
         found.append((picture.activation, np.abs(picture.image - middle).mean()))
@@ -320,7 +320,7 @@ def test_redirection_is_per_image_and_goes_where_it_was() -> None:
 )
 def test_presets_without_sense_are_refused(overrides: list[str], why: str) -> None:
     with pytest.raises(AtlasError, match=why):
-        presets.check(loaded(compose(overrides).config.render, "render"), 3)
+        preset.check(loaded(compose(overrides).config.render, "render"), 3)
 
 
 def test_oygard_goes_through_the_heads_of_googlenet() -> None:
@@ -335,7 +335,7 @@ def test_oygard_goes_through_the_heads_of_googlenet() -> None:
                 nn.init.kaiming_normal_(module.weight)
     assert [name for name, m in model.module.named_modules() if m.training] == [""]
     layers = {la.name: la for la in enumerate_layers(model)}
-    presets.check_layer(config, layers["fc"], layers, True)
+    preset.check_layer(config, layers["fc"], layers, True)
     heads = [dataclasses.replace(stage, layer=None) for stage in config.schedule]
     own, all_heads = (
         render(model, layers["fc"], [(3, 0)], dataclasses.replace(config, schedule=tuple(s)), 0, others=layers)[0]
@@ -347,10 +347,10 @@ def test_oygard_goes_through_the_heads_of_googlenet() -> None:
 def test_oygard_needs_its_heads(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
     oygard = compose(["render=oygard"]).config.render
     with pytest.raises(AtlasError, match="asks for a head 'aux2\\.fc2' that this network does not have"):
-        presets.check_layer(oygard, tiny_layers["head"], tiny_layers, True)
+        preset.check_layer(oygard, tiny_layers["head"], tiny_layers, True)
     assert oygard.others == ("aux2.fc2", "aux1.fc2")
     alone = compose(["render=oygard", "render/schedule=blur"]).config.render
-    presets.check_layer(alone, tiny_layers["head"], tiny_layers, True)
+    preset.check_layer(alone, tiny_layers["head"], tiny_layers, True)
 
 
 PRESETS = sorted(path.stem for path in (conf_folder() / "render").glob("*.yaml"))
@@ -361,7 +361,7 @@ def test_every_preset_renders(tiny: Model, tiny_layers: dict[str, Layer], name: 
     blur = ["render/schedule=blur"] if name == "oygard" else []
     config = compose([f"render={name}", *blur, "render.size=32", "render.steps=12"]).config.render
     config = loaded(config, "render")
-    presets.check(config, 3)
+    preset.check(config, 3)
     units = [(c, v) for c in (0, 3) for v in range(config.variants)]
     side = 32 + 2 * config.margin
     starts: dict[tuple[int, int], Tensor] = dict.fromkeys(units, torch.full((3, side, side), 0.5))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import TinyNet
 
-from pipeline.errors import AtlasError
-from pipeline.models import ModelConfig, load, load_checkpoint, weights_digest
+from pipeline.core.errors import AtlasError
+from pipeline.models.loading import ModelConfig, load, load_checkpoint, weights_digest
 
 
 def tiny_timm(**settings: object) -> ModelConfig:

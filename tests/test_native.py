@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline import native, optimizers, sampling
-from pipeline.optimizers import Adam, NAdam
-from pipeline.sampling import by_grid, sample
+from pipeline.kernels import affine_sample, build
+from pipeline.kernels.affine_sample import by_grid, sample
+from pipeline.visualization import optimizers
+from pipeline.visualization.optimizers import Adam, NAdam
 
 compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="no compiler here")
 
@@ -19,7 +20,7 @@ compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="no compiler he
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizers, "_adam", lambda: None)
-    monkeypatch.setattr(sampling, "_loop", lambda: None)
+    monkeypatch.setattr(affine_sample, "_loop", lambda: None)
 
 
 @compiled
@@ -28,7 +29,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     seed=st.integers(0, 9999),
     picture=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     view=st.tuples(st.integers(1, 60), st.integers(1, 60)),
-    channels=st.integers(1, sampling.DEEP + 1),
+    channels=st.integers(1, affine_sample.DEEP + 1),
 )
 def test_any_matrix_shows_what_grid_sample_shows(
     seed: int, picture: tuple[int, int], view: tuple[int, int], channels: int
@@ -40,7 +41,7 @@ def test_any_matrix_shows_what_grid_sample_shows(
     turn = torch.randint(-8, 9, (2, 3, 3), generator=generator) / 4 + 0.03
     matrix = torch.where(torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 0]]) > 0, turn, turn * 16)
     matrix[:, 2] = torch.tensor([0.0, 0.0, 1.0])
-    assert sampling._loop() is not None
+    assert affine_sample._loop() is not None
     noise = torch.randn(2, channels, *view, generator=generator)
     seen: list[tuple[Tensor, Tensor]] = []
     for function in (sample, by_grid):
@@ -53,7 +54,7 @@ def test_any_matrix_shows_what_grid_sample_shows(
 
 def test_a_view_wider_than_a_row_is_sampled_by_the_grid() -> None:
     images = torch.rand(1, 1, 2, 3)
-    assert sample(images, torch.eye(3)[None], (2, sampling.WIDE + 1)).shape == (1, 1, 2, sampling.WIDE + 1)
+    assert sample(images, torch.eye(3)[None], (2, affine_sample.WIDE + 1)).shape == (1, 1, 2, affine_sample.WIDE + 1)
 
 
 @compiled
@@ -95,8 +96,8 @@ def test_without_a_compiler_there_is_no_library(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    native.library.cache_clear()
+    build.library.cache_clear()
     with caplog.at_level(logging.INFO, logger="pipeline"):
-        assert native.library("sampling") is None
+        assert build.library("sampling") is None
     assert "sampling.c stays uncompiled" in caplog.text and "no-such-compiler" in caplog.text
-    native.library.cache_clear()
+    build.library.cache_clear()

@@ -229,8 +229,8 @@ def test_what_networks_do_beside_convolutions_keeps_its_values(
 
 @pytest.mark.filterwarnings("ignore")
 def test_wrappers_leave_no_trace_in_the_names(nets: Path) -> None:
-    from pipeline.models import load
-    from pipeline.policies import LayersConfig, found_layers
+    from pipeline.layers.selection import LayersConfig, found_layers
+    from pipeline.models.loading import load
 
     names = {}
     for builder in ("add", "compiled", "parallel"):
@@ -241,9 +241,9 @@ def test_wrappers_leave_no_trace_in_the_names(nets: Path) -> None:
 
 def test_the_comparison_finds_a_wrong_network(nets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A convolution that is lowered wrongly in one corner falls back by itself, and is found out where it does not."""
-    from pipeline import lowering, variants
+    from pipeline.acceleration import cpu_lowering, variants
 
-    whole = lowering._Pointwise.backward
+    whole = cpu_lowering._Pointwise.backward
 
     def wrong(ctx: object, *gradients: torch.Tensor) -> object:
         back = list(whole(ctx, *gradients))
@@ -251,7 +251,7 @@ def test_the_comparison_finds_a_wrong_network(nets: Path, tmp_path: Path, monkey
         back[0][:, :, 0] = 0
         return tuple(back)
 
-    monkeypatch.setattr(lowering._Pointwise, "backward", staticmethod(wrong))
+    monkeypatch.setattr(cpu_lowering._Pointwise, "backward", staticmethod(wrong))
     overrides = ["model=custom", f"model.target={nets}:add", "model.input_size=32", f"run.root={tmp_path}"]
     overrides += ["engine.precision=float32"]
     found = check(configuration(overrides), layers=20)

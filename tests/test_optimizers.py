@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.optimizers import OPTIMIZERS, Adam, AdamW, NAdam, Sgd
+from pipeline.visualization.optimizers import OPTIMIZERS, Adam, AdamW, NAdam, Sgd
 
 
 def test_adam_without_damping_is_adam() -> None:

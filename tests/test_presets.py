@@ -9,10 +9,12 @@ from test_examples import seen_by
 from test_run import shard_times
 
 import pipeline
-from pipeline import cli, datasets, quality
-from pipeline.atlas import SCHEMA_VERSION
-from pipeline.layers import enumerate_layers
-from pipeline.models import load
+from pipeline.cli.main import main
+from pipeline.core import metric_specs
+from pipeline.data import datasets
+from pipeline.layers.finding import enumerate_layers
+from pipeline.models.loading import load
+from pipeline.store.reader import SCHEMA_VERSION
 
 ALSO = "also=[negative,image_prior,diverse]"
 SMALL = [f"also.{name}.{key}" for name in ("negative", "image_prior", "diverse") for key in ("steps=3", "size=32")]
@@ -25,10 +27,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> Pat
     layers = [o for o in TINY if not o.startswith("layers.include")]
     base = [*layers, "layers.include=[conv_stem,conv_head]", "data=folder", f"data.root={photo_folder}",
             f"run.root={root}"]  # fmt: skip
-    assert cli.main(["run", *base, ALSO, *SMALL, "also.diverse.variants=2", "run.name=many"]) == 0
+    assert main.main(["run", *base, ALSO, *SMALL, "also.diverse.variants=2", "run.name=many"]) == 0
     single = [o for o in base if not o.startswith("render.margin")]
     alone = [*single, "render=negative", "render.steps=3", "render.margin=24", "run.name=alone"]
-    assert cli.main(["render", *alone]) == 0
+    assert main.main(["render", *alone]) == 0
     return root
 
 
@@ -48,7 +50,7 @@ def test_all_presets_are_in_one_atlas_in_their_order(folders: Path) -> None:
 def test_pictures_are_measured_and_held_against_photographs(folders: Path) -> None:
     with pipeline.open_atlas(folders / "many") as atlas:
         table = atlas.units()
-        for name, (low, high) in (quality.MEASURES | quality.RELATIONS).items():
+        for name, (low, high) in (metric_specs.MEASURES | metric_specs.RELATIONS).items():
             values = table[name] if name != "agreement" else table[name][table["preset"] == "diverse"]
             assert values.between(low - 1e-3, high + 1e-3).all(), name
         assert table["agreement"].notna().sum() == 12
@@ -87,13 +89,13 @@ def test_a_preset_among_others_gives_the_same_pictures_as_alone(folders: Path) -
 def test_it_is_whole_and_nothing_is_made_again(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     many = folders / "many"
     times = shard_times(many)
-    assert cli.main(["verify", str(many), "run.check=3"]) == 0
-    assert cli.main(["compact", str(many)]) == 0
+    assert main.main(["verify", str(many), "run.check=3"]) == 0
+    assert main.main(["compact", str(many)]) == 0
     assert len(shard_times(many)) < len(times)
     settings = (many / "config.yaml").read_text()
     assert "also:" in settings and "also:" not in (folders / "alone" / "config.yaml").read_text()
     capsys.readouterr()
-    assert cli.main(["verify", str(many), "run.check=0"]) == 0
+    assert main.main(["verify", str(many), "run.check=0"]) == 0
 
 
 def test_what_can_not_go_together_is_refused(tiny_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,11 +107,11 @@ def test_what_can_not_go_together_is_refused(tiny_run: list[str], capsys: pytest
         (["also=[oygard]"], "also=oygard: render.schedule asks for a head"),
         (["also=[negative]", "render/objective@also.negative.objective=layer"], "give it a run of its own"),
     ):
-        assert cli.main(["plan", *tiny_run, *more]) == 2, more
+        assert main.main(["plan", *tiny_run, *more]) == 2, more
         assert told in capsys.readouterr().err, more
 
 
 def test_the_plan_tells_each_preset(tiny_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", *tiny_run, "also=[negative,diverse]"]) == 0
+    assert main.main(["plan", *tiny_run, "also=[negative,diverse]"]) == 0
     printed = capsys.readouterr().out
     assert "negative: 15 pictures" in printed and "diverse: 60 pictures" in printed and "15 units" in printed

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from pipeline.progress import Board, Stage, clock
+from pipeline.engine.progress import ProgressReporter, Stage, clock
 
 
 def test_times_as_a_person_says_them() -> None:
@@ -14,7 +14,7 @@ def test_times_as_a_person_says_them() -> None:
 def test_the_eta_learns_from_finished_tasks() -> None:
     told: list[dict] = []
     stage = Stage("render", "units", 10, 2, cost=8.0)
-    with Board([stage], 2, lambda **fields: told.append(fields), 60.0) as board:
+    with ProgressReporter([stage], 2, lambda **fields: told.append(fields), 60.0) as board:
         assert board.eta is None
         # Two of eight seconds' work took six: the other six will take 18, on two workers 9.
         board.add("render", 2, 2.0, 6.0)
@@ -29,9 +29,9 @@ def test_the_eta_learns_from_finished_tasks() -> None:
 def test_an_estimate_that_ran_out_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever waits for a task of two minutes must not read "0 s left" all that time."""
     now = 50.0
-    monkeypatch.setattr("pipeline.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("pipeline.engine.progress.time.monotonic", lambda: now)
     stage = Stage("render", "units", 10, 0, cost=10.0)
-    with Board([stage], 2, lambda **_: None, 60.0, after=3.0) as board:
+    with ProgressReporter([stage], 2, lambda **_: None, 60.0, after=3.0) as board:
         board.add("render", 4, 4.0, 4.0)
         assert board.eta == pytest.approx(3 + 3)  # pictures, and what comes after them
         now = 52.0
@@ -44,7 +44,7 @@ def test_an_estimate_that_ran_out_says_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_without_a_terminal_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
-    with Board([Stage("render", "units", 3, 0, cost=3.0)], 1, lambda **_: None, 0.05) as board:
+    with ProgressReporter([Stage("render", "units", 3, 0, cost=3.0)], 1, lambda **_: None, 0.05) as board:
         for _ in range(3):
             time.sleep(0.06)
             board.add("render", 1, 1.0, 0.06)

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline import quality, spectra
+from pipeline.core import metric_specs
+from pipeline.data import natural_spectrum
+from pipeline.visualization import metrics
 
 
 def waves(rows: float, columns: float, side: int = 128, contrast: float = 0.4) -> Tensor:
@@ -29,7 +31,7 @@ PLAIN = torch.full((1, 3, 64, 64), 0.3, dtype=torch.float64)
 @given(st.floats(0.02, 0.48), st.floats(0.02, 0.48), st.sampled_from([64, 97, 128]))
 def test_a_grating_is_high_or_low_by_its_frequency(rows: float, columns: float, side: int) -> None:
     frequency = (rows**2 + columns**2) ** 0.5
-    share = float(quality.high_frequency(quality.power(waves(rows, columns, side))))
+    share = float(metrics.high_frequency(metrics.power(waves(rows, columns, side))))
     assert 0 <= share <= 1 + 1e-9
     if abs(frequency - 0.25) > 3 / side:
         assert share == pytest.approx(float(frequency > 0.25), abs=0.02)
@@ -37,16 +39,16 @@ def test_a_grating_is_high_or_low_by_its_frequency(rows: float, columns: float, 
 
 def test_white_noise_has_the_share_of_its_area() -> None:
     # Frequencies up to 0.25 are a disc of π/16 of the unit square.
-    assert float(quality.high_frequency(quality.power(noise()))) == pytest.approx(1 - torch.pi / 16, abs=0.02)
-    assert float(quality.high_frequency(quality.power(PLAIN))) < 1e-12
+    assert float(metrics.high_frequency(metrics.power(noise()))) == pytest.approx(1 - torch.pi / 16, abs=0.02)
+    assert float(metrics.high_frequency(metrics.power(PLAIN))) < 1e-12
 
 
 def test_a_lattice_of_the_network_s_stride_stands_out() -> None:
     def index(images: Tensor, strides: tuple[int, ...]) -> float:
-        return float(quality.checkerboard(quality.power(images), strides))
+        return float(metrics.checkerboard(metrics.power(images), strides))
 
-    strides = quality.strides(8)
-    assert strides == (2, 4, 8) and quality.strides(14) == (2, 4, 8, 14) and quality.strides(1) == ()
+    strides = metrics.strides(8)
+    assert strides == (2, 4, 8) and metrics.strides(14) == (2, 4, 8, 14) and metrics.strides(1) == ()
     plain = index(noise(), strides)
     assert 0.3 < plain < 3
     for stride in strides:
@@ -63,10 +65,10 @@ def test_a_lattice_of_the_network_s_stride_stands_out() -> None:
 def test_total_variation_and_saturation_by_hand() -> None:
     stripes = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
     stripes[..., ::2] = 1.0
-    assert float(quality.total_variation(stripes)) == 0.5 and float(quality.total_variation(PLAIN)) == 0
-    assert float(quality.saturated(stripes)) == 1 and float(quality.saturated(PLAIN)) == 0
+    assert float(metrics.total_variation(stripes)) == 0.5 and float(metrics.total_variation(PLAIN)) == 0
+    assert float(metrics.saturated(stripes)) == 1 and float(metrics.saturated(PLAIN)) == 0
     edges = torch.tensor([0, 2, 3, 252, 253, 255, 128, 127]).double().view(1, 1, 2, 4) / 255
-    assert float(quality.saturated(edges)) == 0.5
+    assert float(metrics.saturated(edges)) == 0.5
 
 
 def photographs(count: int, power: float, seed: int = 0) -> list[np.ndarray]:
@@ -83,11 +85,11 @@ def photographs(count: int, power: float, seed: int = 0) -> list[np.ndarray]:
 
 
 def test_what_falls_as_photographs_do_is_natural_at_any_contrast() -> None:
-    known = spectra.measure(photographs(24, 1.0))
+    known = natural_spectrum.measure(photographs(24, 1.0))
 
     def apart(power: float, contrast: float = 1.0) -> float:
         images = torch.from_numpy(np.stack(photographs(6, power, seed=1))).double() / 255
-        return float(quality.spectral_distance(0.5 + contrast * (images - 0.5), known).mean())
+        return float(metrics.spectral_distance(0.5 + contrast * (images - 0.5), known).mean())
 
     assert apart(1.0) < 0.12 and apart(1.0, 0.3) < 0.14
     assert apart(0.0) > 3 * apart(1.0) and apart(2.0) > 3 * apart(1.0)
@@ -95,18 +97,18 @@ def test_what_falls_as_photographs_do_is_natural_at_any_contrast() -> None:
 
 def test_rank_counts_those_above() -> None:
     responses = torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 0.0]])
-    assert quality.rank(responses, torch.tensor([0, 1])).tolist() == [3, 1]
-    assert quality.rank(responses, torch.tensor([1, 2])).tolist() == [1, 3]
+    assert metrics.rank(responses, torch.tensor([0, 1])).tolist() == [3, 1]
+    assert metrics.rank(responses, torch.tensor([1, 2])).tolist() == [1, 3]
 
 
 def test_photographs_are_near_their_own_spectrum_and_noise_is_far() -> None:
     pictures = np.stack([skimage.data.astronaut()[:256, :256], skimage.data.coffee()[:256, 100:356]])
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).double() / 255
-    known = spectra.packaged()
+    known = natural_spectrum.packaged()
     grey = images.mean(1, keepdim=True)
-    assert quality.spectral_distance(images, known).max() < 0.3 and quality.spectral_distance(grey, known).max() < 0.3
+    assert metrics.spectral_distance(images, known).max() < 0.3 and metrics.spectral_distance(grey, known).max() < 0.3
     for channels in (1, 3, 4):
-        far = quality.spectral_distance(noise(count=2)[:, [0, 1, 2, 0][:channels]], known)
+        far = metrics.spectral_distance(noise(count=2)[:, [0, 1, 2, 0][:channels]], known)
         assert far.shape == (2,) and far.min() > 0.4
 
 
@@ -114,10 +116,10 @@ def test_photographs_are_near_their_own_spectrum_and_noise_is_far() -> None:
 @given(st.sampled_from([1, 3, 5]), st.integers(1, 40), st.integers(1, 40))
 def test_every_size_and_any_channels_give_numbers_in_range(channels: int, height: int, width: int) -> None:
     images = torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(height))
-    found = quality.of_pictures(images, (2, 4, 7), spectra.packaged())
-    assert found.keys() == quality.MEASURES.keys() - {"rank"}
+    found = metrics.of_pictures(images, (2, 4, 7), natural_spectrum.packaged())
+    assert found.keys() == metric_specs.MEASURES.keys() - {"rank"}
     for name, values in found.items():
-        low, high = quality.MEASURES[name]
+        low, high = metric_specs.MEASURES[name]
         if name == "spectral_distance" and bool(values.isnan().any()):
             assert min(height, width) < 4  # too small to have a spectrum
         else:
@@ -126,8 +128,8 @@ def test_every_size_and_any_channels_give_numbers_in_range(channels: int, height
 
 def test_a_picture_has_the_same_numbers_in_every_batch() -> None:
     images = ((noise(56, 7) * 255).round() / 255).float()
-    together = quality.of_pictures(images, (2, 4), spectra.packaged())
-    alone = quality.of_pictures(images[3:4], (2, 4), spectra.packaged())
+    together = metrics.of_pictures(images, (2, 4), natural_spectrum.packaged())
+    alone = metrics.of_pictures(images[3:4], (2, 4), natural_spectrum.packaged())
     for name, values in together.items():
         assert values[3].float() == alone[name][0].float()
 
@@ -135,28 +137,28 @@ def test_a_picture_has_the_same_numbers_in_every_batch() -> None:
 def test_gain_is_a_ratio_on_the_right_side_of_zero() -> None:
     reached = np.array([[6.0, 3.0], [1.0, 1.0], [-4.0, 2.0]], np.float32)
     natural = np.array([3.0, 0.0, -2.0], np.float32)
-    held = quality.gain(reached, natural, negative=False)
+    held = metric_specs.gain(reached, natural, negative=False)
     assert held[0].tolist() == [2, 1] and np.isnan(held[1:]).all() and held.dtype == np.float32
-    assert quality.gain(reached, natural, negative=True)[2].tolist() == [2, -1]
-    assert np.isnan(quality.gain(reached, np.full(3, np.nan, np.float32), negative=True)).all()
+    assert metric_specs.gain(reached, natural, negative=True)[2].tolist() == [2, -1]
+    assert np.isnan(metric_specs.gain(reached, np.full(3, np.nan, np.float32), negative=True)).all()
 
 
 def test_agreement_is_one_for_the_same_and_zero_for_any_two() -> None:
     a, b, c = torch.eye(3)
     shared = torch.tensor([5.0, 5.0, 5.0])  # what all pictures have in common says nothing
-    found = quality.agreement(torch.stack([torch.stack([x, x, x]) for x in (a, b, c)]) + shared)
+    found = metrics.agreement(torch.stack([torch.stack([x, x, x]) for x in (a, b, c)]) + shared)
     assert torch.allclose(found, torch.ones(3, 3))
-    mixed = quality.agreement(torch.stack([torch.stack([a, a, b]), torch.stack([c, c, c])]) + shared)
+    mixed = metrics.agreement(torch.stack([torch.stack([a, a, b]), torch.stack([c, c, c])]) + shared)
     assert torch.allclose(mixed[1], torch.ones(3)) and mixed[0, 2] < mixed[0, 0] < 1
     unlike = torch.randn(400, 2, 64, generator=torch.Generator().manual_seed(0))
-    assert abs(float(quality.agreement(unlike).mean())) < 0.03
-    assert bool(quality.agreement(unlike[:, :1]).isnan().all()) and bool(quality.agreement(unlike[:1]).isnan().all())
+    assert abs(float(metrics.agreement(unlike).mean())) < 0.03
+    assert bool(metrics.agreement(unlike[:, :1]).isnan().all()) and bool(metrics.agreement(unlike[:1]).isnan().all())
 
 
 def test_agreement_goes_on_where_pictures_are_missing() -> None:
     a, b = torch.eye(2)
     lost = torch.full((2, 2), torch.nan)
-    found = quality.agreement(torch.stack([torch.stack([a, a]), lost, torch.stack([b, b])]))
+    found = metrics.agreement(torch.stack([torch.stack([a, a]), lost, torch.stack([b, b])]))
     assert torch.allclose(found[[0, 2]], torch.ones(2, 2)) and bool(found[1].isnan().all())
 
 
@@ -164,16 +166,16 @@ def test_transfer_is_a_cosine_about_the_usual_answer() -> None:
     a, b, c = torch.eye(3)
     usual = torch.tensor([1.0, 2.0, 3.0])
     pictures = torch.stack([torch.stack([7 * a, b, -a, a + b])]) + usual
-    found = quality.transfer(pictures, (2 * a + usual)[None], usual)
+    found = metrics.transfer(pictures, (2 * a + usual)[None], usual)
     assert found[0].tolist() == pytest.approx([1, 0, -1, 0.5**0.5])
-    assert bool(quality.transfer(pictures, torch.full((1, 3), torch.nan), usual).isnan().all())
-    assert float(quality.transfer(c[None, None], a[None], torch.zeros(3))) == 0
+    assert bool(metrics.transfer(pictures, torch.full((1, 3), torch.nan), usual).isnan().all())
+    assert float(metrics.transfer(c[None, None], a[None], torch.zeros(3))) == 0
 
 
 def test_answers_are_found_by_photograph_and_those_lost_are_passed_over() -> None:
     answers = np.array([[1, 10], [2, 20], [4, 40]], np.float16)
     wanted = np.array([[9, 3], [3, 77], [-1, -1], [5, -1], [77, -1]])
-    found = quality.mean_answers(wanted, np.array([9, 3, 5]), answers)
+    found = metrics.mean_answers(wanted, np.array([9, 3, 5]), answers)
     assert found[[0, 1, 3]].tolist() == [[1.5, 15], [2, 20], [4, 40]] and np.isnan(found[[2, 4]]).all()
-    assert np.isnan(quality.mean_answers(wanted, np.zeros(0, int), answers[:0])).all()
-    assert quality.kept(torch.tensor([1e9, -1e9, 2.0])).tolist() == [65504, -65504, 2]
+    assert np.isnan(metrics.mean_answers(wanted, np.zeros(0, int), answers[:0])).all()
+    assert metrics.kept(torch.tensor([1e9, -1e9, 2.0])).tolist() == [65504, -65504, 2]

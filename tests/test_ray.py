@@ -19,12 +19,13 @@ import pytest
 from test_run import pictures
 
 import pipeline
-from pipeline import cli, shards
-from pipeline.cluster import OnRay, connected
-from pipeline.config import EngineConfig
-from pipeline.engine import Failure, TooManyFailures
-from pipeline.errors import AtlasError
-from pipeline.worker import Done, Task, Unfit
+from pipeline.cli.main import main
+from pipeline.config.schema import EngineConfig
+from pipeline.core.errors import AtlasError
+from pipeline.engine.inline import Failure, TooManyFailures
+from pipeline.engine.ray_engine import OnRay, connected
+from pipeline.engine.worker import DeviceLost, Done, Task
+from pipeline.store import shards
 
 ON_RAY = ["engine=ray", "engine.workers=2"]
 TOO_MANY = ["engine=ray", "engine.workers=64", "engine.cpus_per_worker=1"]
@@ -57,13 +58,13 @@ def killer(stop: threading.Event, killed: list[int]) -> None:
 
 def test_killed_workers_change_nothing(tiny_run: list[str], tmp_path: Path) -> None:
     more = ["render.steps=30"]
-    assert cli.main(["run", *tiny_run, *more]) == 0
+    assert main.main(["run", *tiny_run, *more]) == 0
     inline = pictures(tmp_path / "tiny")
     stop, killed = threading.Event(), []
     thread = threading.Thread(target=killer, args=(stop, killed))
     thread.start()
     try:
-        assert cli.main(["run", *tiny_run, *more, *ON_RAY, "run.name=killed"]) == 0
+        assert main.main(["run", *tiny_run, *more, *ON_RAY, "run.name=killed"]) == 0
     finally:
         stop.set()
         thread.join()
@@ -82,9 +83,9 @@ def test_killed_workers_change_nothing(tiny_run: list[str], tmp_path: Path) -> N
 def test_bad_input_on_a_worker_ends_the_run_at_once(
     tiny_run: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import run
+    from pipeline.runs import runner
 
-    whole = run.make_plan
+    whole = runner.make_plan
 
     def other_weights(config, **rest):  # type: ignore[no-untyped-def]
         import dataclasses
@@ -92,24 +93,25 @@ def test_bad_input_on_a_worker_ends_the_run_at_once(
         made = whole(config, **rest)
         return dataclasses.replace(made, setup=dataclasses.replace(made.setup, weights="0" * 64))
 
-    monkeypatch.setattr(run, "make_plan", other_weights)
-    assert cli.main(["render", *tiny_run, *ON_RAY]) == 2
+    monkeypatch.setattr(runner, "make_plan", other_weights)
+    assert main.main(["render", *tiny_run, *ON_RAY]) == 2
     assert "weights of test_efficientnet are not the driver's" in capsys.readouterr().err
 
 
 def test_more_workers_than_room_are_cut_and_too_large_ones_refused(
     tiny_run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["render", *tiny_run, *TOO_MANY]) == 0
+    assert main.main(["render", *tiny_run, *TOO_MANY]) == 0
     assert "but the cluster has room for" in capsys.readouterr().err
     assert (
-        cli.main(["render", *tiny_run, *ON_RAY, "engine.cpus_per_worker=999", "render.steps=5", "run.update=true"]) == 2
+        main.main(["render", *tiny_run, *ON_RAY, "engine.cpus_per_worker=999", "render.steps=5", "run.update=true"])
+        == 2
     )
     assert "No node of the cluster has room for a worker of 999 CPUs" in capsys.readouterr().err
 
 
 def test_no_cluster_at_the_address(tiny_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["render", *tiny_run, *ON_RAY, "engine.address=127.0.0.1:1"]) == 2
+    assert main.main(["render", *tiny_run, *ON_RAY, "engine.address=127.0.0.1:1"]) == 2
     assert "No Ray cluster at engine.address=127.0.0.1:1" in capsys.readouterr().err
 
 
@@ -119,7 +121,7 @@ def test_a_signal_stops_the_run_and_its_workers(tiny_run: list[str], tmp_path: P
 
     A job system sends SIGTERM to the driver.
     """
-    command = [sys.executable, "-c", "import sys; from pipeline.cli import main; sys.exit(main())", "render"]
+    command = [sys.executable, "-c", "import sys; from pipeline.cli.main import main; sys.exit(main())", "render"]
     slow = [*tiny_run, *ON_RAY, "render.steps=400"]
     process = subprocess.Popen([*command, *slow], stderr=subprocess.PIPE, text=True, start_new_session=True)
     shards = tmp_path / "tiny" / "shards"
@@ -164,7 +166,7 @@ def moods() -> tuple[type, Any]:
             if task.layer == "broken" or (task.layer == "moody" and tries < 2):
                 raise ValueError(f"no, for the {tries}. time")
             if task.layer == "poisoned" and tries < 2:
-                raise Unfit("CUDA error: an illegal memory access was encountered")
+                raise DeviceLost("CUDA error: an illegal memory access was encountered")
             if task.layer == "deadly" and tries < 3:
                 os._exit(1)
             if task.layer == "killer":
@@ -290,7 +292,7 @@ def test_workers_that_share_no_files_with_the_driver(tiny_run: list[str], tmp_pa
     from conftest import compose
     from safetensors.torch import save
 
-    from pipeline.models import load, packed_weights
+    from pipeline.models.loading import load, packed_weights
 
     config = compose(tiny_run).config.model
     checkpoint = tmp_path / "weights.safetensors"
@@ -298,8 +300,8 @@ def test_workers_that_share_no_files_with_the_driver(tiny_run: list[str], tmp_pa
     own = [*tiny_run, f"model.weights={checkpoint}"]
     assert packed_weights(compose(own).config.model) is not None
     settings = ["engine.cpus_per_worker=1", "engine.task_seconds=0.001"]  # the same cuts
-    assert cli.main(["run", *own, *settings]) == 0
-    assert cli.main(["run", *own, *settings, *ON_RAY, "engine.shared_fs=false", "run.name=far"]) == 0
+    assert main.main(["run", *own, *settings]) == 0
+    assert main.main(["run", *own, *settings, *ON_RAY, "engine.shared_fs=false", "run.name=far"]) == 0
     ours, theirs = ({p.name: p for p in (tmp_path / name / "shards").rglob("*.h5")} for name in ("tiny", "far"))
     assert ours.keys() == theirs.keys()
     for name, path in ours.items():
@@ -320,8 +322,8 @@ def test_nothing_listens_to_the_outside() -> None:
     code = """
 import os, psutil, sys
 os.environ.pop("RAY_AUTH_MODE", None)
-from pipeline.cluster import connected
-from pipeline.config import EngineConfig
+from pipeline.engine.ray_engine import connected
+from pipeline.config.schema import EngineConfig
 with connected(EngineConfig()) as ray:
     actor = ray.remote(num_cpus=1)(type("A", (), {"f": lambda self: os.nice(0)}))
     assert ray.get(actor.remote().f.remote()) == os.nice(0)

@@ -8,14 +8,14 @@ import torch
 from conftest import compose
 from torch import nn
 
-from pipeline.atlas import open_atlas
-from pipeline.errors import AtlasError
-from pipeline.layers import capture
-from pipeline.models import ModelConfig, load
-from pipeline.plan import make_plan
-from pipeline.policies import LayersConfig, choose, found_layers, logit_layers
-from pipeline.run import plan, run
-from pipeline.store import parts
+from pipeline.core.errors import AtlasError
+from pipeline.layers.finding import capture
+from pipeline.layers.selection import LayersConfig, choose, found_layers, logit_layers
+from pipeline.models.loading import ModelConfig, load
+from pipeline.runs.planner import make_plan
+from pipeline.runs.runner import plan, run
+from pipeline.store.reader import open_atlas
+from pipeline.store.writer import parts
 
 NETS = '''
 import torch
@@ -346,7 +346,7 @@ def test_builders_of_one_file_are_different_networks(nets: Path) -> None:
 
 
 def test_an_inner_script_takes_no_hooks() -> None:
-    from pipeline.trace import modules_of
+    from pipeline.layers.tracing import modules_of
 
     with pytest.warns():
         inner = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))

@@ -8,18 +8,19 @@ import torch
 from conftest import tiny_model
 from torch import nn
 
-from pipeline import quality, spectra
-from pipeline.canvases import Fourier
-from pipeline.layers import Field, Layer, capture, enumerate_layers
-from pipeline.models import Model
-from pipeline.objectives import Channel, Neuron, WholeLayer
-from pipeline.optimizers import Adam
-from pipeline.presets import RenderConfig, canvas_size
-from pipeline.render import render
-from pipeline.seeds import seed_of
-from pipeline.transforms import Jitter, Rotate, Scale
+from pipeline.core.seeds import seed_of
+from pipeline.data import natural_spectrum
+from pipeline.layers.finding import Layer, ReceptiveField, capture, enumerate_layers
+from pipeline.models.loading import Model
+from pipeline.visualization import metrics
+from pipeline.visualization.loop import render
+from pipeline.visualization.objectives import Channel, Neuron, WholeLayer
+from pipeline.visualization.optimizers import Adam
+from pipeline.visualization.parameterizations import Fourier
+from pipeline.visualization.preset import Preset, canvas_size
+from pipeline.visualization.transforms import Jitter, Rotate, Scale
 
-PRESET = RenderConfig(
+PRESET = Preset(
     name="test",
     objective=Channel(),
     canvas=Fourier(),
@@ -107,7 +108,7 @@ def test_a_finished_picture_is_measured_as_saved(tiny: Model, tiny_layers: dict[
     images = torch.from_numpy(np.stack([p.image for p in pictures])).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad(), capture(tiny, [layer]) as forward:
         maps = forward(images)[layer.name]
-    expected = quality.of_pictures(images, (2, 4), spectra.packaged())
+    expected = metrics.of_pictures(images, (2, 4), natural_spectrum.packaged())
     for i, picture in enumerate(pictures):
         own = maps[i].mean((1, 2))
         assert picture.activation == pytest.approx(float(own[picture.channel]), abs=1e-4)
@@ -135,8 +136,8 @@ def test_canvas_follows_the_layer(tiny_layers: dict[str, Layer]) -> None:
     def sized(**changes: object) -> tuple[int, int]:
         return canvas_size(dataclasses.replace(tiny_layers["late"], **changes), (224, 224), "auto")  # type: ignore[arg-type]
 
-    def field(side: int) -> Field:
-        return Field((side, side), (8, 8), (0, 0))
+    def field(side: int) -> ReceptiveField:
+        return ReceptiveField((side, side), (8, 8), (0, 0))
 
     assert [sized(field=field(side))[0] for side in (7, 128, 129, 161, 851)] == [128, 128, 160, 192, 192]
     assert sized(field=None, height=14, width=14) == (128, 128)

@@ -13,9 +13,11 @@ import pytest
 from conftest import TINY, compose
 
 import pipeline
-from pipeline import cli, estimates, inputs, plan, worker
-from pipeline.errors import AtlasError
-from pipeline.excerpts import Excerpt
+from pipeline.cli.main import main
+from pipeline.core.errors import AtlasError
+from pipeline.engine import worker
+from pipeline.runs import cost_model, manifest, planner
+from pipeline.runs.pass_subset import PassSubset
 
 SMALL = ["layers.include=[blocks.1.0.*,classifier]", "layers.channels=[0,2]"]
 TINY_PRESETS = ["render.steps=2", "render.size=32", "render.margin=4"]
@@ -31,8 +33,8 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 def hasty() -> Iterator[None]:
     """Estimates need not be good here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimates, "PATIENCE", 0.01)
-        patch.setattr(estimates, "TIMED", 3)
+        patch.setattr(cost_model, "PATIENCE", 0.01)
+        patch.setattr(cost_model, "TIMED", 3)
         yield
 
 
@@ -41,7 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> It
     """A finished run that no test may change, and the overrides it was made with, but for its place."""
     root = tmp_path_factory.mktemp("base")
     settings = [*TINY, "data=folder", f"data.root={photo_folder}"]
-    assert cli.main(["run", *settings, f"run.root={root}", "run.name=base"]) == 0
+    assert main.main(["run", *settings, f"run.root={root}", "run.name=base"]) == 0
     before = snapshot(root / "base")
     yield root / "base", settings
     assert snapshot(root / "base") == before
@@ -68,7 +70,7 @@ def no_photograph(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: object, **__: object) -> None:
         raise AssertionError("a photograph was read")
 
-    for module in ("pipeline.examples", "pipeline.winners"):
+    for module in ("pipeline.examples.sweep", "pipeline.examples.localize"):
         monkeypatch.setattr(f"{module}.photos.load", read)
 
 
@@ -79,7 +81,7 @@ def no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     def probe(*_: object) -> None:
         raise AssertionError("a receptive field was probed")
 
-    monkeypatch.setattr(plan, "receptive_fields", probe)
+    monkeypatch.setattr(planner, "receptive_fields", probe)
 
 
 def content(folder: Path) -> dict[str, np.ndarray]:
@@ -122,13 +124,13 @@ def test_examples_are_linked_and_only_pictures_that_differ_are_rendered(
     base, settings = finished
     rerun = [*settings, f"run.root={tmp_path}", "run.name=again", f"base={base}"]
     longer = [*rerun, "render.steps=5"]
-    assert cli.main(["plan", *longer]) == 0
+    assert main.main(["plan", *longer]) == 0
     printed = capsys.readouterr().out
     assert f"from {base}: examples of 20 photographs, 0 of 15 pictures" in printed
     assert re.search(r"to do: examples of 0 photographs, 15 pictures; about \d+ s( \([^)]+\))? with", printed)
     assert not (tmp_path / "again" / "shards").exists()  # a plan links nothing
 
-    assert cli.main(["run", *longer]) == 0
+    assert main.main(["run", *longer]) == 0
     assert len(rendered) == 15
     for kind in ("ranges", "examples", "winners"):
         linked = sorted((tmp_path / "again" / "shards" / kind).glob("*.h5"))
@@ -144,7 +146,7 @@ def test_examples_are_linked_and_only_pictures_that_differ_are_rendered(
     rendered.clear()
     capsys.readouterr()
     equal = [o.replace("run.name=again", "run.name=equal") for o in rerun]
-    assert cli.main(["run", *equal]) == 0
+    assert main.main(["run", *equal]) == 0
     told = capsys.readouterr()
     assert f"from {base}: examples of 20 photographs, 15 of 15 pictures" in told.out
     assert "to do: nothing is missing" in told.out and "15 pictures of" in told.err and "are used again" in told.err
@@ -157,16 +159,16 @@ def test_nothing_is_probed_timed_or_made_where_nothing_is_missing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert cli.main(["run", *tiny_run]) == 0
+    assert main.main(["run", *tiny_run]) == 0
     before = snapshot(tmp_path / "tiny" / "shards")
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("this takes time")
 
     for name in ("receptive_fields", "estimate", "fold"):
-        monkeypatch.setattr(plan, name, never)
+        monkeypatch.setattr(planner, name, never)
     capsys.readouterr()
-    assert cli.main(["run", *tiny_run]) == 0
+    assert main.main(["run", *tiny_run]) == 0
     printed = capsys.readouterr().out
     assert "here already: examples of 20 photographs, 15 of 15 pictures\nto do: nothing is missing" in printed
     assert snapshot(tmp_path / "tiny" / "shards") == before
@@ -178,7 +180,7 @@ def test_only_what_is_missing_is_timed(
     base, settings = finished
     timed: list[str] = []
     costs: list[float] = []
-    whole = plan.estimate
+    whole = planner.estimate
 
     def noting(folded: Any, chosen: Any, rows: Any, *rest: Any) -> Any:
         timed.extend(row.layer.name for row in rows)
@@ -186,9 +188,9 @@ def test_only_what_is_missing_is_timed(
         costs.extend(row.cost(1) for row in found[0])
         return found
 
-    monkeypatch.setattr(plan, "estimate", noting)
+    monkeypatch.setattr(planner, "estimate", noting)
     more = [*settings, f"run.root={tmp_path}", "run.name=more", f"base={base}", "layers.include=[conv_*,blocks.0.0.*]"]
-    assert cli.main(["plan", *more]) == 0
+    assert main.main(["plan", *more]) == 0
     assert timed and "conv_stem" not in timed and all(name.startswith("blocks.0.0") for name in timed)
     written = (tmp_path / "more" / "plan.csv").read_text().splitlines()
     seconds = {line.split(",")[0]: float(line.split(",")[-2]) for line in written[1:-2]}
@@ -203,21 +205,21 @@ def test_fewer_layers_and_channels_are_cut_out_of_the_base(
     base, settings = finished
     settings = [*settings, f"examples.store={store}"]
     if store != "images":
-        assert cli.main(["run", *settings, f"run.root={tmp_path / 'base'}", "run.name=base"]) == 0
+        assert main.main(["run", *settings, f"run.root={tmp_path / 'base'}", "run.name=base"]) == 0
         base = tmp_path / "base" / "base"
     small = [*settings, *SMALL, "run.name=small"]
     alone, based = tmp_path / "alone", tmp_path / "based"
-    assert cli.main(["run", *small, f"run.root={alone}"]) == 0
+    assert main.main(["run", *small, f"run.root={alone}"]) == 0
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("this was done already")
 
-    monkeypatch.setattr("pipeline.examples.photos.load", never)
+    monkeypatch.setattr("pipeline.examples.sweep.photos.load", never)
     monkeypatch.setattr(worker, "render", never)
-    assert cli.main(["run", *small, f"run.root={based}", f"base={base}"]) == 0
+    assert main.main(["run", *small, f"run.root={based}", f"base={base}"]) == 0
     ours, theirs = content(based / "small"), content(alone / "small")
     assert any(name.endswith("heat") or "maps/value" in name for name in ours) and same(ours, theirs)
-    assert cli.main(["verify", str(based / "small"), "run.check=0"]) == 0
+    assert main.main(["verify", str(based / "small"), "run.check=0"]) == 0
 
 
 def test_channels_that_the_base_does_not_show_are_looked_at_again(
@@ -228,11 +230,11 @@ def test_channels_that_the_base_does_not_show_are_looked_at_again(
 ) -> None:
     base, settings = finished
     more = [*settings, "layers.channels='1:5'", "run.name=more"]
-    assert cli.main(["run", *more, f"run.root={tmp_path / 'alone'}"]) == 0
+    assert main.main(["run", *more, f"run.root={tmp_path / 'alone'}"]) == 0
     assert len(rendered) == 20
     rendered.clear()
     capsys.readouterr()
-    assert cli.main(["run", *more, f"run.root={tmp_path / 'based'}", f"base={base}"]) == 0
+    assert main.main(["run", *more, f"run.root={tmp_path / 'based'}", f"base={base}"]) == 0
     assert f"from {base}: examples of 20 photographs, 10 of 20 pictures" in capsys.readouterr().out
     assert len(rendered) == 10 and {channel for _, channel in rendered} == {3, 4}
     assert same(content(tmp_path / "alone" / "more"), content(tmp_path / "based" / "more"))
@@ -243,11 +245,11 @@ def test_other_layers_than_the_bases_are_looked_at_in_full(
 ) -> None:
     base, settings = finished
     other = [*settings, "layers.include=[conv_stem,blocks.0.0.*]", f"run.root={tmp_path}", "run.name=other"]
-    assert cli.main(["plan", *other, f"base={base}"]) == 0
+    assert main.main(["plan", *other, f"base={base}"]) == 0
     printed = capsys.readouterr().out
     assert f"from {base}: examples of 0 photographs, 3 of" in printed and "examples of 20 photographs, " in printed
     assert f"the dataset pass is made anew: {base} has no blocks.0.0." in printed
-    assert cli.main(["plan", *settings, f"run.root={tmp_path}", "run.name=k", f"base={base}", "examples.k=2"]) == 0
+    assert main.main(["plan", *settings, f"run.root={tmp_path}", "run.name=k", f"base={base}", "examples.k=2"]) == 0
     assert "the dataset pass is made anew: examples.k: 3 → 2" in capsys.readouterr().out
 
 
@@ -262,7 +264,7 @@ def test_a_base_that_is_only_begun_lends_what_it_has(
     shutil.rmtree(half / "shards" / "winners")
     shutil.rmtree(half / "shards" / "render" / "conv_stem")
     rest = [*settings, f"run.root={tmp_path}", "run.name=rest", f"base={half}"]
-    assert cli.main(["run", *rest]) == 0
+    assert main.main(["run", *rest]) == 0
     assert {layer for layer, _ in rendered} == {"conv_stem"}
     assert same(content(base), content(tmp_path / "rest"))
 
@@ -273,11 +275,11 @@ def test_a_compacted_base_lends_out_of_its_atlas(
     base, settings = finished
     small = tmp_path / "compacted" / "base"
     shutil.copytree(base, small)
-    assert cli.main(["compact", str(small)]) == 0
+    assert main.main(["compact", str(small)]) == 0
     assert not list((small / "shards").glob("render/*/*.h5"))
     before = snapshot(small)
     again = [*settings, f"run.root={tmp_path}", "run.name=again", f"base={small}", "layers.channels='1:3'"]
-    assert cli.main(["run", *again]) == 0
+    assert main.main(["run", *again]) == 0
     assert not rendered and snapshot(small) == before
     copied = list((tmp_path / "again" / "shards").glob("render/*/*.h5"))
     assert len(copied) == 5  # a shard a layer, of the channels that are wanted
@@ -296,7 +298,7 @@ def test_where_links_cannot_be_made_files_are_copied(
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refused)
-    assert cli.main(["run", *settings, f"run.root={tmp_path}", "run.name=copy", f"base={base}"]) == 0
+    assert main.main(["run", *settings, f"run.root={tmp_path}", "run.name=copy", f"base={base}"]) == 0
     assert not rendered and same(content(base), content(tmp_path / "copy"))
     assert all(path.stat().st_nlink == 1 for path in (tmp_path / "copy" / "shards").rglob("*.h5"))
 
@@ -316,7 +318,7 @@ def test_a_picture_that_is_damaged_in_the_base_is_made_again(
     data[at + 20] ^= 1
     damaged.write_bytes(data)
     before = snapshot(bad)
-    assert cli.main(["run", *settings, f"run.root={tmp_path}", "run.name=again", f"base={bad}"]) == 0
+    assert main.main(["run", *settings, f"run.root={tmp_path}", "run.name=again", f"base={bad}"]) == 0
     assert len(rendered) == 1 and rendered[0][0] == "conv_head" and snapshot(bad) == before
     assert same(content(base), content(tmp_path / "again"))
 
@@ -328,17 +330,17 @@ def test_a_base_is_free_and_not_needed_any_more(
     copy = tmp_path / "copy" / "base"
     shutil.copytree(base, copy)
     mine = [*settings, f"run.root={tmp_path}", "run.name=mine"]
-    assert cli.main(["run", *mine, f"base={copy}", "only=below:1e9"]) == 0
+    assert main.main(["run", *mine, f"base={copy}", "only=below:1e9"]) == 0
     shutil.rmtree(copy)
-    assert cli.main(["verify", str(tmp_path / "mine"), "run.check=1"]) == 0
-    assert cli.main(["compact", str(tmp_path / "mine")]) == 0
+    assert main.main(["verify", str(tmp_path / "mine"), "run.check=1"]) == 0
+    assert main.main(["compact", str(tmp_path / "mine")]) == 0
     whole = [*settings, f"run.root={tmp_path}", "run.name=whole"]
-    assert cli.main(["run", *whole, f"base={base}"]) == 0
+    assert main.main(["run", *whole, f"base={base}"]) == 0
     capsys.readouterr()
-    assert cli.main(["run", *whole]) == 0
+    assert main.main(["run", *whole]) == 0
     assert "to do: nothing is missing" in capsys.readouterr().out
     # A run that names itself has nothing to borrow, which is no error.
-    assert cli.main(["plan", *whole, f"base={tmp_path / 'whole'}"]) == 0
+    assert main.main(["plan", *whole, f"base={tmp_path / 'whole'}"]) == 0
 
 
 def test_a_multirun_over_presets_has_one_base(
@@ -348,7 +350,7 @@ def test_a_multirun_over_presets_has_one_base(
     monkeypatch.chdir(tmp_path)
     settings = [o for o in settings if not o.startswith("render")]
     overrides = [*settings, *TINY_PRESETS, f"base={base}", "run.root=runs"]
-    assert cli.main(["run", "--multirun", *overrides, "render=tv,naive"]) == 0
+    assert main.main(["run", "--multirun", *overrides, "render=tv,naive"]) == 0
     made = sorted(path.parent.name for path in tmp_path.glob("runs/*/atlas.h5"))
     assert made == ["test_efficientnet-naive", "test_efficientnet-tv"]
     for name in made:
@@ -404,10 +406,12 @@ def test_units_from_a_table(finished: tuple[Path, list[str]], tmp_path: Path, ki
     # What the policy and layers.channels would choose does not matter.
     chosen = ["layers=logits", "layers.channels=7", f"units={listed}"]
     settings = [o for o in settings if not o.startswith("layers")]
-    made = plan.make_plan(compose([*settings, *chosen, f"run.root={tmp_path}", "run.name=units"]).config, timed=False)
+    made = planner.make_plan(
+        compose([*settings, *chosen, f"run.root={tmp_path}", "run.name=units"]).config, timed=False
+    )
     assert [(la.name, channels) for la, channels in made.layers] == [("conv_stem", (0,)), ("conv_head", (2,))]
     narrowed = compose([*settings, *chosen, "layers.exclude=[*head]"]).config
-    assert [la.name for la, _ in plan.make_plan(narrowed, timed=False).layers] == ["conv_stem"]
+    assert [la.name for la, _ in planner.make_plan(narrowed, timed=False).layers] == ["conv_stem"]
 
 
 def test_only_units_whose_pictures_were_not_good_enough(
@@ -425,14 +429,14 @@ def test_only_units_whose_pictures_were_not_good_enough(
         assert isinstance(status, h5py.Dataset)
         status[1, 0] = "failed"
     rerun = [*settings, "render.steps=6", f"run.root={tmp_path}", f"base={bad}"]
-    assert cli.main(["run", *rerun, "run.name=failed", "only=failed"]) == 0
+    assert main.main(["run", *rerun, "run.name=failed", "only=failed"]) == 0
     assert rendered == [("conv_head", 1)]
     assert f"from {bad}: examples of 20 photographs, 0 of 1 pictures" in capsys.readouterr().out
     with pipeline.open_atlas(tmp_path / "failed") as atlas:
         assert atlas.layers == ("conv_head",) and atlas["conv_head"].channels.tolist() == [1]
         assert atlas["conv_head"].examples() is not None
     # Again: the base says the same, so nothing is missing.
-    assert cli.main(["run", *rerun, "run.name=failed", "only=failed"]) == 0
+    assert main.main(["run", *rerun, "run.name=failed", "only=failed"]) == 0
     assert len(rendered) == 1
 
     with pipeline.open_atlas(base) as atlas:
@@ -441,13 +445,13 @@ def test_only_units_whose_pictures_were_not_good_enough(
     limit = float(frame.ratio.median())
     weak = {(row.layer, row.channel) for row in frame[frame.ratio < limit].itertuples()}
     below = compose([*settings, f"base={bad}", "run.name=weak", f"only=below:{limit}"]).config
-    made = plan.make_plan(below, timed=False)
+    made = planner.make_plan(below, timed=False)
     assert {(la.name, c) for la, channels in made.layers for c in channels} == weak and weak
 
     # Both: those of the table that are so.
     (tmp_path / "some.csv").write_text("conv_head:1\nconv_head:2\nconv_stem:0\n")
     both = compose([*settings, f"base={bad}", "run.name=both", "only=failed", f"units={tmp_path / 'some.csv'}"]).config
-    made = plan.make_plan(both, timed=False)
+    made = planner.make_plan(both, timed=False)
     assert [(la.name, channels) for la, channels in made.layers] == [("conv_head", (1,))]
 
 
@@ -490,9 +494,9 @@ def test_what_cannot_be_based_or_chosen_is_told(
         Path(f"{name}.csv").write_text(text)
     made = [*settings, f"base={base}", "run.name=rerun", *overrides]
     with pytest.raises(AtlasError) as error:
-        plan.make_plan(compose(made).config, timed=False)
+        planner.make_plan(compose(made).config, timed=False)
     assert message in str(error.value)
-    assert cli.main(["plan", *made]) == 2
+    assert main.main(["plan", *made]) == 2
     assert message in capsys.readouterr().err and not Path("runs").exists()
 
 
@@ -500,7 +504,7 @@ def test_only_about_the_run_itself_is_refused(finished: tuple[Path, list[str]]) 
     base, settings = finished
     own = [*settings, f"run.root={base.parent}", "run.name=base", f"base={base}", "only=failed"]
     with pytest.raises(AtlasError, match="Give the new one a name of its own"):
-        plan.make_plan(compose(own).config, timed=False)
+        planner.make_plan(compose(own).config, timed=False)
 
 
 def test_files_that_changed_are_another_dataset(finished: tuple[Path, list[str]], tmp_path: Path) -> None:
@@ -510,31 +514,31 @@ def test_files_that_changed_are_another_dataset(finished: tuple[Path, list[str]]
     first = sorted((tmp_path / "photos").rglob("*.png"))[0]
     moved = [o for o in settings if not o.startswith("data.root=")] + [f"data.root={tmp_path / 'photos'}"]
     config = compose([*moved, f"base={base}", "run.name=moved"]).config
-    plan.make_plan(config, timed=False)  # elsewhere, but the same
+    planner.make_plan(config, timed=False)  # elsewhere, but the same
     first.unlink()
     with pytest.raises(AtlasError, match=r"data\.root"):
-        plan.make_plan(config, timed=False)
+        planner.make_plan(config, timed=False)
     # Without what the base's plan wrote down, its atlas still tells.
     old = tmp_path / "old"
     shutil.copytree(base, old)
-    (old / inputs.NAME).unlink()
+    (old / manifest.NAME).unlink()
     with pytest.raises(AtlasError, match="has nothing to lend"):
-        plan.make_plan(compose([*moved, f"base={old}", "run.name=moved"]).config, timed=False)
-    made = plan.make_plan(compose([*settings, f"base={old}", "run.name=moved"]).config, timed=False)
-    from pipeline.folder import RunFolder
+        planner.make_plan(compose([*moved, f"base={old}", "run.name=moved"]).config, timed=False)
+    made = planner.make_plan(compose([*settings, f"base={old}", "run.name=moved"]).config, timed=False)
+    from pipeline.runs.folder import RunFolder
 
-    assert Excerpt.of(made, RunFolder(old)) is None and Excerpt.of(made, RunFolder(base)) is not None
+    assert PassSubset.of(made, RunFolder(old)) is None and PassSubset.of(made, RunFolder(base)) is not None
     (old / "atlas.h5").unlink()
     with pytest.raises(AtlasError, match="`atlas plan` with its settings"):
-        plan.make_plan(compose([*settings, f"base={old}", "run.name=moved"]).config, timed=False)
+        planner.make_plan(compose([*settings, f"base={old}", "run.name=moved"]).config, timed=False)
 
 
 def test_what_builds_a_network_beside_its_weights_counts(finished: tuple[Path, list[str]], tmp_path: Path) -> None:
     base, settings = finished
     built = [*settings, "+model.arguments={output_stride:16}"]
     with pytest.raises(AtlasError, match=r"model\.arguments: None → "):
-        plan.make_plan(compose([*built, f"base={base}", "run.name=built"]).config, timed=False)
-    plans = [plan.make_plan(compose(own).config, timed=False) for own in (settings, built)]
+        planner.make_plan(compose([*built, f"base={base}", "run.name=built"]).config, timed=False)
+    plans = [planner.make_plan(compose(own).config, timed=False) for own in (settings, built)]
     assert plans[0].setup.weights == plans[1].setup.weights
     assert plans[0].examples_digest != plans[1].examples_digest
     tasks = [made.render_tasks(tmp_path, {row: set() for row in made.rows}, 1) for made in plans]
@@ -545,14 +549,14 @@ def test_inputs_survive_their_file_and_count_for_the_same_network_only(
     finished: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     base, settings = finished
-    made = plan.make_plan(compose([*settings, f"run.root={base.parent}", "run.name=base"]).config, timed=False)
-    kept = inputs.read(base)
+    made = planner.make_plan(compose([*settings, f"run.root={base.parent}", "run.name=base"]).config, timed=False)
+    kept = manifest.read(base)
     assert kept is not None and kept == made.inputs
     layers = [layer for layer, _ in made.layers]
     assert kept.fields(made.network, layers) == {layer.name: layer.field for layer in layers}
-    assert kept.fields("another", layers) == {} and inputs.read(tmp_path) is None
-    (tmp_path / inputs.NAME).write_text('{"weights": 3')
-    assert inputs.read(tmp_path) is None
+    assert kept.fields("another", layers) == {} and manifest.read(tmp_path) is None
+    (tmp_path / manifest.NAME).write_text('{"weights": 3')
+    assert manifest.read(tmp_path) is None
 
 
 def test_commands_of_the_page_work_in_turn(
@@ -580,6 +584,6 @@ def test_commands_of_the_page_work_in_turn(
         flags = [a for a in arguments if a == "--multirun"]
         # Settings of the page come last, and so count.
         typed = [verb, *flags, *own, *(a for a in arguments if a not in flags)]
-        assert cli.main(typed) == 0, (arguments, capsys.readouterr().err)
+        assert main.main(typed) == 0, (arguments, capsys.readouterr().err)
     printed = capsys.readouterr().out
     assert "from runs/distill: examples of 20 photographs" in printed

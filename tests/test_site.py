@@ -25,17 +25,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.arguments import conf_folder
-from pipeline.atlas import open_atlas
-from pipeline.errors import AtlasError
-from pipeline.quality import MEASURES, RELATIONS
-from pipeline.shards import creating, put, safe
-from pipeline.site import SiteConfig, build_site, families, hosts, method, plane, scripts, sizes, twin, webp
-from pipeline.site import values as v
-from pipeline.site.facts import facts_of
-from pipeline.site.pieces import Piece, showing_of
-from pipeline.site.serve import server
-from pipeline.views import Stack
+from pipeline.cli.overrides import conf_folder
+from pipeline.core.errors import AtlasError
+from pipeline.core.metric_specs import MEASURES, RELATIONS
+from pipeline.site import SiteConfig, build_site
+from pipeline.site import number_format as v
+from pipeline.site.context import families, method
+from pipeline.site.context.layer_summary import facts_of
+from pipeline.site.data import api, js_shards
+from pipeline.site.hosting import hosts
+from pipeline.site.hosting.serve import server
+from pipeline.site.layout import embedding
+from pipeline.site.media import encoding, size_budget
+from pipeline.site.media.chunks import Piece, showing_of
+from pipeline.store.layer_view import Stack
+from pipeline.store.reader import open_atlas
+from pipeline.store.shards import creating, put, safe
 
 SIDE = 64
 PHOTOS = 12
@@ -441,7 +446,7 @@ def test_a_page_says_what_steps_were_computed_in(site):
 
 
 def test_without_parquet_the_table_is_csv(tmp_path, monkeypatch):
-    monkeypatch.setattr(twin, "table_name", lambda: "units.csv")
+    monkeypatch.setattr(api, "table_name", lambda: "units.csv")
     path = write_atlas(tmp_path / "atlas.h5", layers=LAYERS[:1])
     build(path)
     with (tmp_path / "site/units.csv").open() as handle:
@@ -755,9 +760,9 @@ def test_pictures_are_read_as_hdf5_reads_them(tmp_path):
 def test_decimals_are_the_shortest_however_many_there_are(values):
     """Numbers that are turned together come out as each would alone: NumPy's own shortest."""
     alone = [[float(str(v)) if np.isfinite(v) else None for v in row] for row in values]
-    assert scripts.exact(values) == alone == [scripts.exact(row) for row in values]
+    assert js_shards.exact(values) == alone == [js_shards.exact(row) for row in values]
     drawn = [[float(f"{v:.4g}") if np.isfinite(v) else None for v in row] for row in values.astype(float).tolist()]
-    near = [v == w or abs(v - w) <= 1.001e-3 * abs(v) for a, b in zip(drawn, scripts.rounded(values), strict=True)
+    near = [v == w or abs(v - w) <= 1.001e-3 * abs(v) for a, b in zip(drawn, js_shards.rounded(values), strict=True)
             for v, w in zip(a, b, strict=True)]  # fmt: skip
     assert all(near)
 
@@ -765,17 +770,17 @@ def test_decimals_are_the_shortest_however_many_there_are(values):
 def test_webp_is_what_pillow_makes(monkeypatch):
     rng = np.random.default_rng(0)
     pixels = np.asarray(Image.fromarray(rng.integers(0, 255, (9, 11, 3), np.uint8)).resize((111, 91)))
-    assert webp.library() is not None, "Pillow as installed brings a libwebp that can be called"
-    ours = [webp.encode(Image.fromarray(pixels), quality) for quality in (20, 78, 100)]
-    monkeypatch.setattr(webp, "library", lambda: None)
-    theirs = [webp.encode(Image.fromarray(pixels), quality) for quality in (20, 78, 100)]
+    assert encoding.library() is not None, "Pillow as installed brings a libwebp that can be called"
+    ours = [encoding.encode(Image.fromarray(pixels), quality) for quality in (20, 78, 100)]
+    monkeypatch.setattr(encoding, "library", lambda: None)
+    theirs = [encoding.encode(Image.fromarray(pixels), quality) for quality in (20, 78, 100)]
     for mine, other in zip(ours, theirs, strict=True):
         assert abs(len(mine) - len(other)) <= 0.02 * len(other)
         seen, held = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int) for data in (mine, other))
         assert np.abs(seen - held).mean() < 1
     grey = Image.fromarray(pixels[..., 0])
     monkeypatch.undo()
-    assert np.asarray(Image.open(io.BytesIO(webp.encode(grey, 90))).convert("L")).shape == (91, 111)
+    assert np.asarray(Image.open(io.BytesIO(encoding.encode(grey, 90))).convert("L")).shape == (91, 111)
 
 
 def test_beside_this_process(site, tmp_path):
@@ -858,21 +863,21 @@ def test_sizes_are_chosen_to_fit(tmp_path):
     with open_atlas(path) as atlas:
         layers = LAYERS[1:2]
         assert layers
-        inventory = sizes.Inventory([], [], [], 0, 30)
-        assert sizes.choose(atlas, inventory, SMALL).level == 0
-    levels = sizes.levels(SiteConfig())
+        inventory = size_budget.Inventory([], [], [], 0, 30)
+        assert size_budget.choose(atlas, inventory, SMALL).level == 0
+    levels = size_budget.levels(SiteConfig())
     assert [s.level for s in levels] == list(range(5))
     assert all(a.picture_px > b.picture_px and a.quality > b.quality for a, b in itertools.pairwise(levels))
 
 
 def test_groups_divide_a_piece():
     for spread in (1, 2, 3, 4, 6, 8, 12, 24):
-        for base in sizes.levels(SiteConfig()):
+        for base in size_budget.levels(SiteConfig()):
             s = dataclasses.replace(base, spread=spread)
             groups = [s.per_thumb, s.per_tiny, s.per_shard, s.per_heat, s.per_crops(12), s.per_crops(24)]
             groups += [s.per_picture(*s.picture(side, side), v) for side in (32, 128, 224, 512) for v in (1, 4)]
-            assert all(n >= 1 and sizes.CHUNK % n == 0 for n in groups)
-    assert Piece("a", 0, 0, 240, np.arange(240), ()).stop == sizes.CHUNK
+            assert all(n >= 1 and size_budget.CHUNK % n == 0 for n in groups)
+    assert Piece("a", 0, 0, 240, np.arange(240), ()).stop == size_budget.CHUNK
 
 
 def test_big_atlases_become_smaller(tmp_path):
@@ -882,10 +887,10 @@ def test_big_atlases_become_smaller(tmp_path):
         facts = facts_of(next(iter(atlas)), 0, ())
         many = dataclasses.replace(facts, channels=tuple(c % 6 for c in range(60_000)), total=60_000)
         config = SiteConfig(max_bytes=60_000_000, max_files=6_000)
-        inventory = sizes.Inventory([many], [12], [True], 3_000, 100)
-        chosen = sizes.choose(atlas, inventory, config)
-        assert chosen.level > 0 and sizes.files(chosen, inventory) <= 6_000 < sizes.files(
-            sizes.levels(config)[0], inventory
+        inventory = size_budget.Inventory([many], [12], [True], 3_000, 100)
+        chosen = size_budget.choose(atlas, inventory, config)
+        assert chosen.level > 0 and size_budget.files(chosen, inventory) <= 6_000 < size_budget.files(
+            size_budget.levels(config)[0], inventory
         )
 
 
@@ -986,28 +991,28 @@ def test_like_units_lie_together():
     centres = rng.normal(0, 1, (5, 40))
     kind = rng.integers(0, 5, 300)
     responses = (centres[kind] + 0.1 * rng.normal(0, 1, (300, 40))).astype(np.float16)
-    vectors = plane.spectra([responses[:100], responses[100:]])
+    vectors = embedding.spectra([responses[:100], responses[100:]])
     assert vectors is not None
-    components = plane.axes(vectors)
-    method_, places = plane.layout(vectors, components)
-    assert method_ in ("PCA", "UMAP") and places.min() >= 0 and places.max() <= plane.GRID
-    again = plane.layout(vectors, plane.axes(vectors))[1]
+    components = embedding.axes(vectors)
+    method_, places = embedding.layout(vectors, components)
+    assert method_ in ("PCA", "UMAP") and places.min() >= 0 and places.max() <= embedding.GRID
+    again = embedding.layout(vectors, embedding.axes(vectors))[1]
     assert np.array_equal(places, again)
     middles = np.stack([places[kind == k].mean(0) for k in range(5)])
     within = max(places[kind == k].std(0).max() for k in range(5))
     apart = np.linalg.norm(middles[:, None] - middles[None], axis=-1)[~np.eye(5, dtype=bool)].min()
     assert apart > within
     # A sheet holds units of few kinds.
-    order = plane.blocks(components, 20)
+    order = embedding.blocks(components, 20)
     assert sorted(order) == list(range(300))
     kinds = [len(set(kind[order // 20 == sheet])) for sheet in range(15)]
     assert np.mean(kinds) < 2.5
-    near, value = plane.alike(vectors, slice(10, 12), 6)
+    near, value = embedding.alike(vectors, slice(10, 12), 6)
     assert all(kind[n] == kind[row] for row, found in zip((10, 11), near, strict=True) for n in found)
     assert value.max() <= 1.0001 and 10 not in near[0]
-    assert plane.spectra([None, responses]) is None
+    assert embedding.spectra([None, responses]) is None
     still = np.zeros((4, 9), np.float16)
-    assert (plane.alike(plane.spectra([still]), slice(0, 4), 2)[0] == -1).all()
+    assert (embedding.alike(embedding.spectra([still]), slice(0, 4), 2)[0] == -1).all()
 
 
 @pytest.mark.parametrize(
@@ -1045,6 +1050,6 @@ def test_shares_and_ratios_do_not_lie():
     ],
 )
 def test_crops_are_kept_where_whole_pictures_cannot_show_them(store, share, licence, per_photo, celled, whole):
-    chosen = dataclasses.replace(sizes.levels(SiteConfig())[0], per_photo=per_photo)
+    chosen = dataclasses.replace(size_budget.levels(SiteConfig())[0], per_photo=per_photo)
     showing = showing_of(store, True, share, SiteConfig(licence=licence), chosen)
     assert (showing.celled, showing.whole) == (celled, whole)

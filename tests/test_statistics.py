@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import labels, spectrum, statistics, toplists
-from pipeline.examples import LISTS, Drawn, ExamplesConfig, Gathering, Sweep, merge
-from pipeline.statistics import Ranges, sparsity
+from pipeline.examples import channel_stats, label_association, quantile_examples, topk
+from pipeline.examples.channel_stats import HistogramRange, sparsity
+from pipeline.examples.sweep import LISTS, ExamplesConfig, ImageSubsets, PassAccumulator, PassResult, merge
 
 LAYERS = (3, 1, 4)
 
@@ -32,22 +32,22 @@ def reduced(maps: np.ndarray, centre: np.ndarray) -> np.ndarray:
     return np.stack([flat.max(-1), flat.min(-1), *means]).astype(np.float32)
 
 
-def setting(maps: np.ndarray, sources: np.ndarray | None) -> tuple[Ranges, Drawn, ExamplesConfig]:
+def setting(maps: np.ndarray, sources: np.ndarray | None) -> tuple[HistogramRange, ImageSubsets, ExamplesConfig]:
     flat = maps.reshape(*maps.shape[:2], -1)
     first = flat[: len(flat) // 2 + 1]
-    ranges = Ranges.measured(first.max(-1), first.min(-1), first.mean(-1), LAYERS)
+    ranges = HistogramRange.measured(first.max(-1), first.min(-1), first.mean(-1), LAYERS)
     half = np.arange(0, len(maps), 2, dtype=np.int32)
-    return ranges, Drawn(half, half, np.arange(len(maps), dtype=np.int32)), ExamplesConfig(k=3)
+    return ranges, ImageSubsets(half, half, np.arange(len(maps), dtype=np.int32)), ExamplesConfig(k=3)
 
 
-def gathered(maps: np.ndarray, rows: np.ndarray, sources: np.ndarray | None, given: tuple) -> Sweep:
+def gathered(maps: np.ndarray, rows: np.ndarray, sources: np.ndarray | None, given: tuple) -> PassResult:
     ranges, drawn, config = given
-    gathering = Gathering(LAYERS, config, ranges, drawn, sources)
+    gathering = PassAccumulator(LAYERS, config, ranges, drawn, sources)
     gathering.add(rows, reduced(maps[rows], ranges.centre))
     return gathering.swept([(int(i) + 1000, "cut off: x") for i in rows if i % 5 == 0])
 
 
-def same(a: Sweep, b: Sweep) -> None:
+def same(a: PassResult, b: PassResult) -> None:
     left, right = a.arrays(), b.arrays()
     assert left.keys() == right.keys()
     for name in left:
@@ -76,7 +76,7 @@ def test_any_split_and_order_gives_the_same_bytes(seed, images, kind, crops, wor
     random.shuffle(order)
     cuts = sorted(random.choices(range(images + 1), k=workers - 1))
     pieces = [order[a:b] for a, b in zip([0, *cuts], [*cuts, images], strict=True) if b > a]
-    parts = [Sweep.from_arrays(gathered(maps, np.array(p), sources, given_).arrays()) for p in pieces]
+    parts = [PassResult.from_arrays(gathered(maps, np.array(p), sources, given_).arrays()) for p in pieces]
     random.shuffle(parts)
     same(merge(parts, 3, sources), whole)
 
@@ -87,7 +87,7 @@ def test_statistics_are_numpys(seed: int, images: int, kind: str) -> None:
     maps = maps_of(seed, images, kind)
     given_ = setting(maps, None)
     found = gathered(maps, np.arange(images), None, given_)
-    got = statistics.statistics(found.tally, given_[0])
+    got = channel_stats.statistics(found.tally, given_[0])
     flat = maps.astype(np.float64).reshape(images, sum(LAYERS), -1)
     peaks = flat.max(-1)
     scale = np.abs(flat).max()
@@ -142,14 +142,14 @@ def test_lists_are_sorted_by_what_they_say() -> None:
     flat = maps.reshape(50, sum(LAYERS), -1)
     order = {"max": -flat.max(-1), "mean": -flat.mean(-1, dtype=np.float64), "min": flat.min(-1)}
     for name in LISTS:
-        _, index = toplists.decode(found.tops[name])
+        _, index = topk.decode(found.tops[name])
         assert np.array_equal(index, np.argsort(order[name], axis=0, kind="stable")[:3].T)
 
 
 def brute_spectrum(peaks, indices, sources, channel, edges, each):
     """Bin by bin, turn by turn, in plain Python."""
     ranked = sorted(range(len(indices)), key=lambda i: (peaks[i], indices[i]))
-    chance = {i: int(spectrum.draws(np.array([channel]), indices[[i]])[0, 0]) for i in ranked}
+    chance = {i: int(quantile_examples.draws(np.array([channel]), indices[[i]])[0, 0]) for i in ranked}
     bins = [[i for r, i in enumerate(ranked) if lo <= (r + 0.5) / len(ranked) * 100 < hi]
             for lo, hi in itertools.pairwise(edges)]  # fmt: skip
     bins = [sorted(b, key=chance.__getitem__) for b in bins]
@@ -173,7 +173,7 @@ def test_spectra_are_those_of_plain_python_in_any_order(seed: int, images: int, 
     edges = (0, 1, 25, 50, 75, 99, 100)
     shuffled = np.array(random.sample(range(images), images))
     channels = np.array([7, 300])
-    value, index = spectrum.spectrum(peaks[shuffled], indices[shuffled], sources[shuffled], channels, edges, 3)
+    value, index = quantile_examples.spectrum(peaks[shuffled], indices[shuffled], sources[shuffled], channels, edges, 3)
     for row, channel in enumerate(channels):
         expected = brute_spectrum(peaks[:, row], indices, sources, channel, edges, 3)
         assert [[int(i) for i in b if i >= 0] for b in index[row]] == expected
@@ -184,9 +184,9 @@ def test_spectra_are_those_of_plain_python_in_any_order(seed: int, images: int, 
 
 def test_the_subset_does_not_depend_on_the_order_of_the_list() -> None:
     names = [f"a/{i}.jpg" for i in range(500)]
-    drawn = {names[i] for i in spectrum.subset(names, 40)}
+    drawn = {names[i] for i in quantile_examples.subset(names, 40)}
     other = names[::-1]
-    assert {other[i] for i in spectrum.subset(other, 40)} == drawn and len(drawn) == 40
+    assert {other[i] for i in quantile_examples.subset(other, 40)} == drawn and len(drawn) == 40
 
 
 def test_labels_are_found_with_lift_selectivity_and_auroc() -> None:
@@ -195,8 +195,10 @@ def test_labels_are_found_with_lift_selectivity_and_auroc() -> None:
     peaks = rng.normal(size=(2000, 3)).astype(np.float32)
     peaks[of == 2, 0] += 3
     low, high = peaks.min(0).astype(np.float64) - 0.1, peaks.max(0).astype(np.float64) + 0.1
-    ranges = Ranges(low, high, low, high)
-    found = labels.by_responses(statistics.bins_of(torch.from_numpy(ranges.places(peaks))).numpy(), of, low, high)
+    ranges = HistogramRange(low, high, low, high)
+    found = label_association.by_responses(
+        channel_stats.bins_of(torch.from_numpy(ranges.places(peaks))).numpy(), of, low, high
+    )
     top = np.argsort(-peaks[:, 0])[:20]
     assert found.method == "responses" and found.best[0] == found.over[0, 0] == 2
     share = (of[top] == 2).mean()
@@ -211,7 +213,7 @@ def test_labels_are_found_with_lift_selectivity_and_auroc() -> None:
 
 def test_few_images_a_label_give_counts_and_say_so() -> None:
     of = np.array([0, 0, 1, 2, -1, 1], np.int32)
-    assert not labels.enough(of) and labels.enough(np.repeat([0, 1], 10))
-    found = labels.by_counts(np.array([[0, 1, 2, 4], [-1, -1, -1, -1]]), of)
+    assert not label_association.enough(of) and label_association.enough(np.repeat([0, 1], 10))
+    found = label_association.by_counts(np.array([[0, 1, 2, 4], [-1, -1, -1, -1]]), of)
     assert found.method == "counts" and found.over[0].tolist() == [0, 1, -1] and found.count[0].tolist() == [2, 1, 0]
     assert found.over[1].tolist() == [-1, -1, -1] and np.isnan(found.auroc).all()

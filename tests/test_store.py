@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipeline
-from pipeline import shards, store
-from pipeline.errors import AtlasError
-from pipeline.layers import Field, Layer
-from pipeline.quality import MEASURES
-from pipeline.store import Content
+from pipeline.core.errors import AtlasError
+from pipeline.core.metric_specs import MEASURES
+from pipeline.layers.finding import Layer, ReceptiveField
+from pipeline.store import shards, writer
+from pipeline.store.writer import Content
 
-LAYER = Layer("a/b..c", "conv", "a", 1, "out", "maps", 9, 7, 7, 1.0, Field((11, 11), (4, 4), (-5, -5)))
+LAYER = Layer("a/b..c", "conv", "a", 1, "out", "maps", 9, 7, 7, 1.0, ReceptiveField((11, 11), (4, 4), (-5, -5)))
 
 
 def pictures(seed: int, count: int, variants: int = 1) -> dict[str, np.ndarray]:
@@ -64,7 +64,7 @@ def test_pictures_come_back_bit_by_bit_from_several_shards(tmp_path: Path) -> No
     first = write_shard(tmp_path / "s", [0, 4], 1)
     second = write_shard(tmp_path / "s", [2, 8], 2)
     found = shards.find(tmp_path / "s", "d")
-    store.consolidate(tmp_path / "atlas.h5", content((0, 2, 4, 8)), {(LAYER.name, "test"): found})
+    writer.consolidate(tmp_path / "atlas.h5", content((0, 2, 4, 8)), {(LAYER.name, "test"): found})
     with pipeline.open_atlas(tmp_path) as atlas:
         layer = atlas["a/b..c"]
         assert layer.channels.tolist() == [0, 2, 4, 8] and layer.receptive_field == (11, 11)
@@ -79,7 +79,7 @@ def test_pictures_come_back_bit_by_bit_from_several_shards(tmp_path: Path) -> No
             layer.picture(3)
         with pytest.raises(AtlasError, match=r"Nearest: a/b\.\.c"):
             atlas["a/b"]
-    assert store.verify(tmp_path / "atlas.h5", {LAYER.name: [0, 2, 4, 8]}) == []
+    assert writer.verify(tmp_path / "atlas.h5", {LAYER.name: [0, 2, 4, 8]}) == []
 
 
 def test_measures_come_back_and_answers_are_compared(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_measures_come_back_and_answers_are_compared(tmp_path: Path) -> None:
     whole = write_shard(folder, [0, 4], 1, variants=2, **measured(1, 2, 2))
     # One of a former version, without measures, and a channel that nobody made.
     write_shard(folder, [2], 2, variants=2)
-    store.consolidate(path, content((0, 2, 4, 8)), {(LAYER.name, "test"): shards.find(folder, "d")})
+    writer.consolidate(path, content((0, 2, 4, 8)), {(LAYER.name, "test"): shards.find(folder, "d")})
     with pipeline.open_atlas(path) as atlas:
         layer = atlas[LAYER.name]
         numbers, answers = layer.numbers(), layer.picture_responses()
@@ -102,50 +102,50 @@ def test_measures_come_back_and_answers_are_compared(tmp_path: Path) -> None:
         assert np.isnan(numbers["agreement"][[1, 3]]).all()
         table = atlas.units()
         assert {*MEASURES, "agreement", "gain", "robust_gain"} <= set(table.columns) and len(table) == 8
-    assert [what for where, what in store.verify(path, {}) if "missing" not in what] == []
+    assert [what for where, what in writer.verify(path, {}) if "missing" not in what] == []
     with h5py.File(path, "r+") as file:
         file[f"layers/{shards.safe(LAYER.name)}/render/test/saturated"][0, 0] = 1.5
-    assert (f"{LAYER.name}/test", "saturated is not between 0 and 1") in store.verify(path, {})
+    assert (f"{LAYER.name}/test", "saturated is not between 0 and 1") in writer.verify(path, {})
 
 
 def test_an_atlas_of_before_the_measures_opens(tmp_path: Path) -> None:
     write_shard(tmp_path / "s", [0, 1], 1)
     path = tmp_path / "atlas.h5"
-    store.consolidate(path, content((0, 1)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
+    writer.consolidate(path, content((0, 1)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
     with pipeline.open_atlas(path) as atlas:
         numbers = atlas[LAYER.name].numbers()
         assert not numbers.keys() & {*MEASURES, "agreement", "transfer"} and np.isnan(numbers["gain"]).all()
         assert atlas[LAYER.name].picture_responses() is None and len(atlas.units()) == 2
-    assert store.verify(path, {LAYER.name: [0, 1]}) == []
+    assert writer.verify(path, {LAYER.name: [0, 1]}) == []
 
 
 def test_a_lost_picture_is_marked_and_reported(tmp_path: Path) -> None:
     write_shard(tmp_path / "s", [0], 1)
-    store.consolidate(tmp_path / "atlas.h5", content((0, 1)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
+    writer.consolidate(tmp_path / "atlas.h5", content((0, 1)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
     with pipeline.open_atlas(tmp_path) as atlas:
         numbers = atlas[LAYER.name].numbers()
         assert numbers["status"][:, 0].tolist() == ["converged", "missing"] and np.isnan(numbers["activation"][1, 0])
-    assert "1 pictures are missing" in store.verify(tmp_path / "atlas.h5", {LAYER.name: [0, 1]})[0][1]
-    assert any("2 planned channels" in w for _, w in store.verify(tmp_path / "atlas.h5", {LAYER.name: [0, 5, 6]}))
+    assert "1 pictures are missing" in writer.verify(tmp_path / "atlas.h5", {LAYER.name: [0, 1]})[0][1]
+    assert any("2 planned channels" in w for _, w in writer.verify(tmp_path / "atlas.h5", {LAYER.name: [0, 5, 6]}))
 
 
 def test_one_flipped_byte_is_found(tmp_path: Path) -> None:
     write_shard(tmp_path / "s", [0, 1, 2], 1)
     path = tmp_path / "atlas.h5"
-    store.consolidate(path, content((0, 1, 2)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
+    writer.consolidate(path, content((0, 1, 2)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
     with h5py.File(path) as file:
         item = shards.dataset(file, f"layers/{shards.safe(LAYER.name)}/render/test/images")
         at = item.id.get_chunk_info_by_coord((1, 0, 0, 0, 0)).byte_offset
     data = bytearray(path.read_bytes())
     data[at + 40] ^= 1
     path.write_bytes(data)
-    wrong = store.verify(path, {})
+    wrong = writer.verify(path, {})
     assert len(wrong) == 1 and wrong[0][0].endswith("images") and "can't be read" in wrong[0][1]
 
 
 def test_images_carry_what_viewers_look_for(tmp_path: Path) -> None:
     write_shard(tmp_path / "s", [0], 1)
-    store.consolidate(tmp_path / "atlas.h5", content((0,)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
+    writer.consolidate(tmp_path / "atlas.h5", content((0,)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
     with h5py.File(tmp_path / "atlas.h5") as file:
         images = shards.dataset(file, f"layers/{shards.safe(LAYER.name)}/render/test/images")
         assert images.attrs["CLASS"] == b"IMAGE" and images.chunks == (1, 1, 16, 16, 3)
@@ -176,7 +176,7 @@ def test_killed_writers_leave_whole_shards_only(tmp_path: Path) -> None:
     code = textwrap.dedent("""
         import sys, itertools, numpy as np
         from pathlib import Path
-        from pipeline import shards
+        from pipeline.store import shards
         for i in itertools.count():
             shards.write(Path(sys.argv[1], f"{i}.h5"), {"digest": "d"}, {"a": np.full(30000, i)})
     """)
@@ -249,13 +249,13 @@ def test_what_is_no_atlas_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("h5dump") is None, reason="h5dump is not installed")
 def test_h5dump_reads_it(tmp_path: Path) -> None:
     write_shard(tmp_path / "s", [0], 1)
-    store.consolidate(tmp_path / "atlas.h5", content((0,)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
+    writer.consolidate(tmp_path / "atlas.h5", content((0,)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
     subprocess.run(["h5dump", "-H", tmp_path / "atlas.h5"], check=True, capture_output=True)
 
 
 def test_crop_boxes_stay_inside_and_around_the_unit(tmp_path: Path) -> None:
     write_shard(tmp_path / "s", [0], 1)
-    store.consolidate(tmp_path / "atlas.h5", content((0,)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
+    writer.consolidate(tmp_path / "atlas.h5", content((0,)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
     with pipeline.open_atlas(tmp_path) as atlas:
         layer = atlas[LAYER.name]
         # Unit 3 sees rows 3·4 - 5 … 3·4 - 5 + 10 = 7 … 17, whose middle is 12.5.

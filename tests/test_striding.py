@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline import striding
-from pipeline.lowering import Depthwise, Thin
+from pipeline.acceleration.cpu_lowering import Depthwise, FirstConv
+from pipeline.kernels import strided_conv_backward
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no compiler here")
 
@@ -35,7 +35,7 @@ def close(mine: Tensor, theirs: Tensor) -> None:
 @given(
     data=st.data(),
     seed=st.integers(0, 999),
-    channels=st.integers(striding.LANES, 40),
+    channels=st.integers(strided_conv_backward.LANES, 40),
     kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     stride=PAIRS,
     dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
@@ -70,7 +70,7 @@ def test_a_depthwise_gradient_is_autograds(
     taps = weight[:, 0].permute(1, 2, 0).contiguous()
     before, _ = torch.get_num_threads(), torch.set_num_threads(threads)
     try:
-        found = striding.depthwise(gradient, rectified, limits, taps, size, stride, padding, dilation)
+        found = strided_conv_backward.depthwise(gradient, rectified, limits, taps, size, stride, padding, dilation)
     finally:
         torch.set_num_threads(before)
     assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
@@ -92,21 +92,21 @@ def test_the_gradient_of_a_first_convolution_is_autograds(
     weight = torch.randn(wide, channels, *kernel, generator=generator).to(dtype)
     y = F.conv2d(x, weight.float(), stride=stride, padding=padding)
     gradient = torch.randn(y.shape, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
-    found = striding.dense(gradient, weight.permute(0, 2, 3, 1).flatten(1), kernel, size, stride, padding)
+    found = strided_conv_backward.dense(gradient, weight.permute(0, 2, 3, 1).flatten(1), kernel, size, stride, padding)
     close(found, wanted(x, weight, gradient, None, 1, stride=stride, padding=padding))
 
 
 @pytest.mark.parametrize("conv", [nn.Conv2d(20, 20, 5, 2, 2, groups=20), nn.Conv2d(3, 8, 3, 2, 1)], ids=str)
 def test_without_a_compiler_pytorch_does_it(conv: nn.Conv2d, monkeypatch: pytest.MonkeyPatch) -> None:
-    lowered = (Depthwise if conv.groups > 1 else Thin)(conv, (0.0, None))
+    lowered = (Depthwise if conv.groups > 1 else FirstConv)(conv, (0.0, None))
     x = torch.randn(2, conv.in_channels, 15, 12, generator=torch.Generator().manual_seed(1))
-    assert striding.available(x) and not striding.available(x.double())
+    assert strided_conv_backward.available(x) and not strided_conv_backward.available(x.double())
 
     def gradient() -> Tensor:
         own = x.clone().requires_grad_(True)
         return torch.autograd.grad(lowered(own).square().sum(), own)[0]
 
     fast = gradient()
-    monkeypatch.setattr(striding, "_loops", lambda: None)
-    assert not striding.available(x)
+    monkeypatch.setattr(strided_conv_backward, "_loops", lambda: None)
+    assert not strided_conv_backward.available(x)
     torch.testing.assert_close(fast, gradient(), rtol=1e-4, atol=1e-5)

@@ -8,24 +8,33 @@ import torch
 from conftest import TinyNet
 from torch import Tensor, nn
 
-from pipeline.couplings import COUPLINGS, Alignment, Diversity, gram_cosine
-from pipeline.errors import AtlasError
-from pipeline.files import File, loaded
-from pipeline.filters import rms
-from pipeline.objectives import OBJECTIVES, Direction, Facts, Interpolate, Joint, Objective, Responses, parse
-from pipeline.penalties import PENALTIES, HighFrequency, Penalty, TotalVariation
-from pipeline.preconditioners import BlurGradient, Normalise, ScaleSpectrum
-from pipeline.schedules import STOPS  # noqa: F401  (registries fill on import)
+from pipeline.core.config_files import ConfigFile, loaded
+from pipeline.core.errors import AtlasError
+from pipeline.visualization.batch_terms import COUPLINGS, Alignment, Diversity, gram_cosine
+from pipeline.visualization.filters import rms
+from pipeline.visualization.gradient_preconditioners import BlurGradient, Normalise, ScaleSpectrum
+from pipeline.visualization.image_regularizers import PENALTIES, HighFrequency, ImageRegularizer, TotalVariation
+from pipeline.visualization.objectives import (
+    OBJECTIVES,
+    Activations,
+    Direction,
+    Interpolate,
+    Joint,
+    LayerInfo,
+    Objective,
+    parse,
+)
+from pipeline.visualization.schedules import STOPS  # noqa: F401  (registries fill on import)
 
 
 @pytest.fixture(scope="module")
-def vectors(tmp_path_factory: pytest.TempPathFactory) -> File:
+def vectors(tmp_path_factory: pytest.TempPathFactory) -> ConfigFile:
     path = tmp_path_factory.mktemp("vectors") / "directions.npy"
     np.save(path, np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32))
-    return File(str(path)).read("vectors")
+    return ConfigFile(str(path)).read("vectors")
 
 
-def built(name: str, vectors: File) -> Objective:
+def built(name: str, vectors: ConfigFile) -> Objective:
     settings = {
         "direction": {"vectors": vectors, "power": 2.0},
         "joint": {"with_units": ("deep:1", "deep:2"), "weights": (0.5, -2.0)},
@@ -35,7 +44,7 @@ def built(name: str, vectors: File) -> Objective:
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
-def test_objectives_against_finite_differences_through_a_network(name: str, vectors: File) -> None:
+def test_objectives_against_finite_differences_through_a_network(name: str, vectors: ConfigFile) -> None:
     """In float64, from the image through two layers of a real (small) network."""
     torch.manual_seed(0)
     net = TinyNet().double().eval()
@@ -49,13 +58,13 @@ def test_objectives_against_finite_differences_through_a_network(name: str, vect
         own = net.norm(net.stem(images))
         deep = net.late(torch.tanh(own))
         numbers = torch.tensor([2, 0]), torch.tensor([0, 2])
-        return objective.value(Responses(own, *numbers, 3, {"deep": deep}))
+        return objective.value(Activations(own, *numbers, 3, {"deep": deep}))
 
     assert value(images).shape == (2,)
     assert torch.autograd.gradcheck(value, (images,), atol=1e-6)
 
 
-def penalty_of(name: str) -> Penalty:
+def penalty_of(name: str) -> ImageRegularizer:
     return PENALTIES[name](softness=0.1) if name == "tv" else PENALTIES[name]()
 
 
@@ -113,7 +122,7 @@ def test_probability_falls_when_others_rise_and_the_logit_does_not() -> None:
     calm, loud = torch.zeros(1, 5, 1, 1), torch.zeros(1, 5, 1, 1)
     calm[0, 2], loud[0, 2], loud[0, 4] = 3, 3, 6
     one = torch.tensor([2]), torch.tensor([0]), 1
-    value = {n: [OBJECTIVES[n]().value(Responses(m, *one)).item() for m in (calm, loud)] for n in OBJECTIVES
+    value = {n: [OBJECTIVES[n]().value(Activations(m, *one)).item() for m in (calm, loud)] for n in OBJECTIVES
              if n in ("logit", "probability", "log_probability")}  # fmt: skip
     assert value["logit"][0] == value["logit"][1] == 3
     assert value["probability"][1] < 0.1 < value["probability"][0]
@@ -124,24 +133,24 @@ def test_a_direction_is_a_channel_where_it_points_along_one(tmp_path: Path) -> N
     path = tmp_path / "axes.npy"
     np.save(path, np.eye(6)[[4, 1]])
     maps = torch.randn(2, 6, 3, 4)
-    direction = Direction(File(str(path)).read("x"))
-    found = direction.value(Responses(maps, torch.tensor([0, 1]), torch.zeros(2), 1))
+    direction = Direction(ConfigFile(str(path)).read("x"))
+    found = direction.value(Activations(maps, torch.tensor([0, 1]), torch.zeros(2), 1))
     assert torch.allclose(found, torch.stack([maps[0, 4].mean(), maps[1, 1].mean()]), atol=1e-6)
-    aligned = Direction(File(str(path)).read("x"), power=2.0)
-    assert aligned.value(Responses(torch.zeros(1, 6, 2, 2), torch.tensor([0]), torch.zeros(1), 1)).item() == 0
+    aligned = Direction(ConfigFile(str(path)).read("x"), power=2.0)
+    assert aligned.value(Activations(torch.zeros(1, 6, 2, 2), torch.tensor([0]), torch.zeros(1), 1)).item() == 0
 
 
 def test_an_interpolation_goes_from_one_end_to_the_other() -> None:
     own, deep = torch.zeros(3, 2, 1, 1), torch.zeros(3, 2, 1, 1)
     own[:, 0], deep[:, 1] = 10, 20
     value = Interpolate(to="deep:1").value(
-        Responses(own, torch.zeros(3, dtype=torch.long), torch.arange(3), 3, {"deep": deep})
+        Activations(own, torch.zeros(3, dtype=torch.long), torch.arange(3), 3, {"deep": deep})
     )
     assert value.tolist() == [10, 15, 20]
 
 
-def facts(classifier: bool = False, variants: int = 1) -> Facts:
-    return Facts("late", 8, classifier, {"late": 8, "stem": 6}, variants)
+def facts(classifier: bool = False, variants: int = 1) -> LayerInfo:
+    return LayerInfo("late", 8, classifier, {"late": 8, "stem": 6}, variants)
 
 
 @pytest.mark.parametrize(
@@ -163,12 +172,12 @@ def test_what_makes_no_sense_is_refused_with_the_fix(objective: Objective, why: 
         objective.check(facts())
 
 
-def test_vectors_must_fit_the_layer(vectors: File, tmp_path: Path) -> None:
+def test_vectors_must_fit_the_layer(vectors: ConfigFile, tmp_path: Path) -> None:
     with pytest.raises(AtlasError, match="holds 4 vectors of 6 numbers; late needs 8 numbers"):
         Direction(vectors).check(facts())
     np.save(tmp_path / "objects.npy", np.array(["a"], dtype=object), allow_pickle=True)
     with pytest.raises(AtlasError, match=r"is not an \.npy or \.npz of plain numbers"):
-        Direction(loaded(File(str(tmp_path / "objects.npy")), "x")).check(facts())
+        Direction(loaded(ConfigFile(str(tmp_path / "objects.npy")), "x")).check(facts())
 
 
 def test_units_are_named_by_their_last_colon() -> None:

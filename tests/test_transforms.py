@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeline.filters import blur
-from pipeline.transforms import (
+from pipeline.visualization.filters import blur
+from pipeline.visualization.transforms import (
     TRANSFORMS,
     Blur,
     Crop,

@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 import pipeline
-from pipeline import cli, usercode
-from pipeline.layers import capture, enumerate_layers
-from pipeline.models import Model, ModelConfig, load
+from pipeline.cli.main import main
+from pipeline.layers.finding import capture, enumerate_layers
+from pipeline.models import user_code
+from pipeline.models.loading import Model, ModelConfig, load
 
 BLOCKS = """
 from torch import nn
@@ -42,8 +43,8 @@ def process() -> Iterator[None]:
     modules, path, finders = set(sys.modules), list(sys.path), list(sys.meta_path)
     yield
     for name in set(sys.modules) - modules:
-        file = usercode.file_of(sys.modules[name])
-        if file is None or not usercode.installed(file):
+        file = user_code.file_of(sys.modules[name])
+        if file is None or not user_code.installed(file):
             del sys.modules[name]
     sys.path[:], sys.meta_path[:] = path, finders
 
@@ -103,7 +104,7 @@ def test_what_the_process_did_before_makes_no_difference(tmp_path: Path) -> None
     network(tmp_path / "a")
     network(tmp_path / "b", scale=3.0)
     code = (
-        "import sys; from pipeline.models import ModelConfig, load\n"
+        "import sys; from pipeline.models.loading import ModelConfig, load\n"
         "print(load(ModelConfig('custom', 'mine', target=sys.argv[1], input_size=16)).digest)"
     )
     fresh = subprocess.run(
@@ -288,14 +289,14 @@ def test_a_class_without_a_file_counts_by_its_compiled_code(tmp_path: Path, capl
 
 def test_names_that_an_import_may_mean() -> None:
     text = b"import a.b, c\nfrom . import d\nfrom ..e import f as g\nfrom h import *\nfrom .... import out\n"
-    assert usercode.imports(text, "p.q") == (("a.b", "c", "h", "p.e.f", "p.q.d"), False)
-    assert usercode.imports(b"def f(x):\n    __import__(x)\n", "") == ((), True)
-    assert usercode.imports(b"no python", "") == ((), False)
+    assert user_code.imports(text, "p.q") == (("a.b", "c", "h", "p.e.f", "p.q.d"), False)
+    assert user_code.imports(b"def f(x):\n    __import__(x)\n", "") == ((), True)
+    assert user_code.imports(b"no python", "") == ((), False)
 
 
 def test_libraries_are_no_user_code() -> None:
-    assert usercode.installed(Path(torch.__file__)) and usercode.installed(Path(pipeline.__file__))
-    assert usercode.installed(Path(types.__file__)) and not usercode.installed(Path(__file__))
+    assert user_code.installed(Path(torch.__file__)) and user_code.installed(Path(pipeline.__file__))
+    assert user_code.installed(Path(types.__file__)) and not user_code.installed(Path(__file__))
     found = loaded("torchvision.models:resnet18")
     assert found.digest == loaded("torchvision.models:resnet18").digest
 
@@ -331,30 +332,30 @@ def test_an_edited_import_is_told_by_verify_and_everything_is_made_again(
     edit(tmp_path / "blocks.py", "nn.Conv2d(3, 4, 3, padding=1)", "nn.Conv2d(3, 4, 3, padding=PADDING)")
     (tmp_path / "scales.py").write_text("SCALE = 1.0\nPADDING = 1\n")
     edit(tmp_path / "blocks.py", "import SCALE", "import SCALE, PADDING")
-    assert cli.main(["run", *run]) == 0
+    assert main.main(["run", *run]) == 0
     before = activation(tmp_path / "mine", "3")
-    assert cli.main(["verify", str(tmp_path / "mine")]) == 0
+    assert main.main(["verify", str(tmp_path / "mine")]) == 0
     capsys.readouterr()
     edit(tmp_path / "scales.py", "1.0", "5.0")
-    assert cli.main(["verify", str(tmp_path / "mine")]) == 1
+    assert main.main(["verify", str(tmp_path / "mine")]) == 1
     printed = " ".join(capsys.readouterr().out.split())
     assert "network" in printed and "its weights or its code are not those that the atlas was made from" in printed
     # The message says what to do.
-    assert cli.main(["run", *run]) == 0
+    assert main.main(["run", *run]) == 0
     assert "Nothing is missing" not in capsys.readouterr().err
     assert activation(tmp_path / "mine", "3") != before
-    assert cli.main(["verify", str(tmp_path / "mine")]) == 0
+    assert main.main(["verify", str(tmp_path / "mine")]) == 0
 
 
 def test_verify_of_a_network_that_has_lost_its_layers(
     tmp_path: Path, run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     network(tmp_path)
-    assert cli.main(["run", *run]) == 0
+    assert main.main(["run", *run]) == 0
     edit(tmp_path / "blocks.py", "self.conv", "self.renamed")
     edit(tmp_path / "blocks.py", "= nn.Conv2d", " = nn.Conv2d")
     capsys.readouterr()
-    assert cli.main(["verify", str(tmp_path / "mine")]) == 1
+    assert main.main(["verify", str(tmp_path / "mine")]) == 1
     assert "its code are not those" in " ".join(capsys.readouterr().out.split())
 
 
@@ -366,12 +367,12 @@ def test_verify_computes_activations_again(tmp_path: Path, run: list[str], capsy
     )
     (tmp_path / "scales.json").write_text("1.0")
     run = [*run, "layers=all", "layers.include=['0']", "run.check=2"]
-    assert cli.main(["run", *run]) == 0
-    assert cli.main(["verify", str(tmp_path / "mine"), "run.check=2"]) == 0
+    assert main.main(["run", *run]) == 0
+    assert main.main(["verify", str(tmp_path / "mine"), "run.check=2"]) == 0
     capsys.readouterr()
     (tmp_path / "scales.json").write_text("1.03")
     for name in [n for n in sys.modules if n == "scales" or n == "blocks" or n.startswith("atlas_target_")]:
         del sys.modules[name]  # another process
-    assert cli.main(["verify", str(tmp_path / "mine"), "run.check=2"]) == 1
+    assert main.main(["verify", str(tmp_path / "mine"), "run.check=2"]) == 1
     printed = " ".join(capsys.readouterr().out.split())
     assert "0:0 the network's activation on the kept image is" in printed, printed

@@ -4,13 +4,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.layers import enumerate_layers
-from pipeline.models import Model, Recipe, prepare
-from pipeline.wiring import KEPT, expanded, wires
+from pipeline.layers.connectivity import KEPT, expanded, wires
+from pipeline.layers.finding import enumerate_layers
+from pipeline.models.config import Preprocessing
+from pipeline.models.loading import Model, prepare
 
 
 def model_of(module: nn.Module, size: int = 16) -> Model:
-    recipe = Recipe((size, size), size, (0.5,) * 3, (0.25,) * 3)
+    recipe = Preprocessing((size, size), size, (0.5,) * 3, (0.25,) * 3)
     return Model(prepare(module), "made", recipe, "0", ())
 
 

@@ -9,9 +9,9 @@
 Everything is read through `pipeline.open_atlas`; `build` writes tables and site to a folder.
 """
 
+from pipeline.compare.alignment import Comparison as Comparison
+from pipeline.compare.alignment import align as align
 from pipeline.compare.build import build as build
-from pipeline.compare.contenders import Contender as Contender
-from pipeline.compare.contenders import Contest as Contest
-from pipeline.compare.contenders import opened as opened
-from pipeline.compare.tables import Comparison as Comparison
-from pipeline.compare.tables import align as align
+from pipeline.compare.runs import Contender as Contender
+from pipeline.compare.runs import RunComparison as RunComparison
+from pipeline.compare.runs import opened as opened

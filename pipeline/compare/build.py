@@ -8,21 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.compare.contenders import Contest
+from pipeline.compare.alignment import Comparison, Part, align
+from pipeline.compare.contact_sheets import choose, draw, per_thumb, shapes
 from pipeline.compare.pages import Pages, code
-from pipeline.compare.sheets import choose, draw, per_thumb, shapes
-from pipeline.compare.tables import Comparison, Part, align
-from pipeline.shards import digest_of, safe
-from pipeline.site import hosts
-from pipeline.site.facts import Catalogue, Facts, facts_of
-from pipeline.site.folder import replacing, write
-from pipeline.site.indices import runs
-from pipeline.site.pieces import SUFFIX
-from pipeline.site.records import labels_of
-from pipeline.site.scripts import exact, put, rounded, text
-from pipeline.site.settings import SiteConfig
-from pipeline.site.sizes import Sizes
-from pipeline.site.sprites import side
+from pipeline.compare.runs import RunComparison
+from pipeline.site.config import SiteConfig
+from pipeline.site.context.layer_summary import Catalogue, Facts, facts_of
+from pipeline.site.data.js_shards import exact, put, rounded, text
+from pipeline.site.data.search_index import runs
+from pipeline.site.data.unit_records import labels_of
+from pipeline.site.hosting import hosts
+from pipeline.site.media.chunks import SUFFIX
+from pipeline.site.media.size_budget import Sizes
+from pipeline.site.media.sprites import side
+from pipeline.site.output import replacing, write
+from pipeline.store.shards import digest_of, safe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Compared:
 
 
 def build(
-    contest: Contest,
+    contest: RunComparison,
     out: Path,
     config: SiteConfig,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -74,14 +74,14 @@ def _tables(root: Path, found: Comparison) -> None:
     found.summary().to_csv(root / "summary.csv", index=False)
 
 
-def _facts(contest: Contest, part: Part, order: int) -> Facts:
+def _facts(contest: RunComparison, part: Part, order: int) -> Facts:
     """What all runs know of a layer, with the units that any of them has."""
     atlas = next(atlas for atlas in contest.atlases if part.name in atlas.layers)
     facts = facts_of(atlas[part.name], order, atlas.labels)
     return dataclasses.replace(facts, channels=tuple(part.channels.tolist()), rendered=())
 
 
-def _words(contest: Contest, part: Part) -> list[str]:
+def _words(contest: RunComparison, part: Part) -> list[str]:
     """A label for each unit, from the first run that knows one; empty where none does."""
     found: dict[int, str] = {}
     for atlas in dict.fromkeys(contest.atlases):
@@ -96,7 +96,7 @@ def _words(contest: Contest, part: Part) -> list[str]:
 
 def _layer(
     root: Path,
-    contest: Contest,
+    contest: RunComparison,
     found: Comparison,
     part: Part,
     facts: Facts,
@@ -135,7 +135,7 @@ def _layer(
     return digest.hexdigest()
 
 
-def _told(contest: Contest, part: Part) -> list[Mapping[int, list[dict[str, Any]]]]:
+def _told(contest: RunComparison, part: Part) -> list[Mapping[int, list[dict[str, Any]]]]:
     """For each contender, by channel, what each picture of it was made with: status, seed and the plain activation."""
     found = []
     for atlas, contender in zip(contest.atlases, contest.contenders, strict=True):
@@ -156,7 +156,7 @@ def _told(contest: Contest, part: Part) -> list[Mapping[int, list[dict[str, Any]
 
 def _indices(
     root: Path,
-    contest: Contest,
+    contest: RunComparison,
     found: Comparison,
     facts: Sequence[Facts],
     words: Sequence[Sequence[str]],

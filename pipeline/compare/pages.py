@@ -8,18 +8,18 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from pipeline.compare.contenders import SHARED, Contest, unlike
-from pipeline.compare.inference import LEVEL, Median
-from pipeline.compare.measures import Measure
+from pipeline.compare.alignment import Comparison, Part
+from pipeline.compare.metric_names import Measure
 from pipeline.compare.plots import profile, scatter, strips
-from pipeline.compare.tables import Comparison, Part
+from pipeline.compare.runs import SHARED, RunComparison, unlike
+from pipeline.compare.statistics import LEVEL, Median
 from pipeline.site import pages as main
-from pipeline.site.facts import Facts
-from pipeline.site.folder import write
-from pipeline.site.hosts import HEADERS
+from pipeline.site.config import SiteConfig
+from pipeline.site.context.layer_summary import Facts
+from pipeline.site.hosting.hosts import HEADERS
+from pipeline.site.number_format import number
+from pipeline.site.output import write
 from pipeline.site.pages import environment, unit_link
-from pipeline.site.settings import SiteConfig
-from pipeline.site.values import number
 
 HERE = Path(__file__).parent
 SHARED_STATIC = ("atlas.css", "core.js", "icon.svg")
@@ -44,7 +44,7 @@ class Pages:
     def __init__(
         self,
         root: Path,
-        contest: Contest,
+        contest: RunComparison,
         found: Comparison,
         facts: Sequence[Facts],
         config: SiteConfig,

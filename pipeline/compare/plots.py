@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pipeline.compare.inference import Median
-from pipeline.compare.tables import Comparison, Part
-from pipeline.site.values import number
+from pipeline.compare.alignment import Comparison, Part
+from pipeline.compare.statistics import Median
+from pipeline.site.number_format import number
 
 # A measure that spreads over more than this factor, all of it above zero, is drawn on a logarithmic axis.
 WIDE = 12.0

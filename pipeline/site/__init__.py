@@ -10,4 +10,4 @@ The site is plain files that open from disk as well as from any web host. It ask
 
 from pipeline.site.build import SiteReport as SiteReport
 from pipeline.site.build import build_site as build_site
-from pipeline.site.settings import SiteConfig as SiteConfig
+from pipeline.site.config import SiteConfig as SiteConfig

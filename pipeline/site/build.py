@@ -10,18 +10,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.atlas import Atlas
-from pipeline.shards import digest_of
-from pipeline.site import families, folder, hosts, indices, plane, twin, workshop
-from pipeline.site.facts import Catalogue, Facts, facts_of, lists_of
-from pipeline.site.folder import BUILT, write
-from pipeline.site.home import Home
+from pipeline.site import output, workers
+from pipeline.site.config import SiteConfig
+from pipeline.site.context import families
+from pipeline.site.context.home import Home
+from pipeline.site.context.layer_summary import Catalogue, Facts, facts_of, lists_of
+from pipeline.site.data import api, search_index
+from pipeline.site.data.js_shards import text
+from pipeline.site.hosting import hosts
+from pipeline.site.layout import embedding
+from pipeline.site.media.chunks import STRIP_PX, SUFFIX, Made, Piece, pieces_of, showing_of, table_of
+from pipeline.site.media.size_budget import Inventory, Sizes, choose, encode
+from pipeline.site.media.sprites import sheet, side
+from pipeline.site.output import BUILT, write
 from pipeline.site.pages import Pages
-from pipeline.site.pieces import STRIP_PX, SUFFIX, Made, Piece, pieces_of, showing_of, table_of
-from pipeline.site.scripts import text
-from pipeline.site.settings import SiteConfig
-from pipeline.site.sizes import Inventory, Sizes, choose, encode
-from pipeline.site.sprites import sheet, side
+from pipeline.store.reader import Atlas
+from pipeline.store.shards import digest_of
 
 # Parts of a layer that a later build takes over as they are.
 KEPT = ("media/{slug}", "data/{slug}")
@@ -85,7 +89,7 @@ def build_site(
     Raises `AtlasError` if `target` holds something that is no site of ours, or a file of families is none.
     """
     target = target.absolute()
-    before = folder.built(target)
+    before = output.built(target)
     seen = _survey(atlas, config)
     total = sum(len(facts.channels) for facts in seen.layers)
     inventory = _inventory(atlas, seen, config)
@@ -93,16 +97,16 @@ def build_site(
     look = digest_of([dataclasses.asdict(sizes), _settings(config), _code(), seen.catalogue.classes])
     ranks, plan = _plane(atlas, seen, sizes, before)
     digests = _digests(seen, look, ranks)
-    with folder.replacing(target) as new:
+    with output.replacing(target) as new:
         old = before.get("layers", {})
         kept = {f.name for f in seen.layers if old.get(f.name) == digests[f.name] and _adopt(target, new, f)}
         progress(sum(len(f.channels) for f in seen.layers if f.name in kept), total)
         made = total - sum(len(f.channels) for f in seen.layers if f.name in kept)
-        with workshop.opened(atlas.path, new, config, sizes, made) as crew:
+        with workers.opened(atlas.path, new, config, sizes, made) as crew:
             groups = _photographs(atlas, seen, sizes, config, new, target, before.get("photos"), look)
             crew.begin(_pieces(seen, kept, config, ranks), groups)
             # All that needs no picture, while others make these.
-            indices.write_all(
+            search_index.write_all(
                 new, atlas, seen.layers, seen.catalogue, seen.groups, sizes, config, ranks, plan, digests, kept
             )
             home = Home.of(atlas, target, config, seen.layers, seen.catalogue)
@@ -112,7 +116,7 @@ def build_site(
                 around = [seen.layers[j] if 0 <= j < len(seen.layers) else None for j in (i - 1, i + 1)]
                 pages.write_layer(home, facts, around[0], around[1], sizes)
             pages.write_others(home, plan is not None)
-            twin.write_index(new, atlas, seen.layers, seen.catalogue, config.title)
+            api.write_index(new, atlas, seen.layers, seen.catalogue, config.title)
             _layers(crew, new, seen, kept, sizes, config, digests, progress)
         state = {
             "layers": digests,
@@ -181,7 +185,7 @@ def _settings(config: SiteConfig) -> dict[str, Any]:
 def _code() -> str:
     """Digest of this package's own code: what another version would make otherwise is made again."""
     here = Path(__file__).parent
-    return digest_of([hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(here.glob("*.py"))])
+    return digest_of([hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(here.rglob("*.py"))])
 
 
 def _inventory(atlas: Atlas, seen: Survey, config: SiteConfig) -> Inventory:
@@ -218,30 +222,30 @@ def _sizes(atlas: Atlas, inventory: Inventory, config: SiteConfig, before: Mappi
 
 
 def _adopt(target: Path, new: Path, facts: Facts) -> bool:
-    unit = f"{twin.API}/units/{facts.slug}.json"
+    unit = f"{api.API}/units/{facts.slug}.json"
     if not (target / unit).is_file() or not all((target / p.format(slug=facts.slug)).is_dir() for p in KEPT):
         return False
     write(new, unit, (target / unit).read_bytes())
-    return all(folder.adopt(target, new, part.format(slug=facts.slug)) for part in KEPT)
+    return all(output.adopt(target, new, part.format(slug=facts.slug)) for part in KEPT)
 
 
 def _plane(
     atlas: Atlas, seen: Survey, sizes: Sizes, before: Mapping[str, Any]
-) -> tuple[list[np.ndarray], indices.Map | None]:
+) -> tuple[list[np.ndarray], search_index.Map | None]:
     """Places of each layer's units in its sheets of small pictures, and the map."""
     counts = [len(f.channels) for f in seen.layers]
     key = digest_of([seen.answers, counts, sizes.per_tiny])
     held = before.get("map")
     if held and held.get("key") == key:
-        found = indices.Map.again(held)
+        found = search_index.Map.again(held)
         return np.split(found.ranks, np.cumsum(counts)[:-1]), found
-    vectors = plane.spectra([layer.responses() for layer in atlas])
+    vectors = embedding.spectra([layer.responses() for layer in atlas])
     if vectors is None or len(vectors) < 3:
         return [np.arange(count) for count in counts], None
     each = np.split(vectors, np.cumsum(counts)[:-1])
-    ranks = [plane.blocks(plane.own_axes(part), sizes.per_tiny) if len(part) else np.arange(0) for part in each]
-    method, places = plane.layout(vectors, plane.axes(vectors))
-    return ranks, indices.Map(key, method, places, np.concatenate(ranks))
+    ranks = [embedding.blocks(embedding.own_axes(part), sizes.per_tiny) if len(part) else np.arange(0) for part in each]
+    method, places = embedding.layout(vectors, embedding.axes(vectors))
+    return ranks, search_index.Map(key, method, places, np.concatenate(ranks))
 
 
 def _photos_digest(atlas: Atlas, seen: Survey, look: str) -> str:
@@ -258,12 +262,12 @@ def _photographs(
     target: Path,
     held: str | None,
     look: str,
-) -> list[workshop.Group]:
+) -> list[workers.Group]:
     """Whole pictures to make, a file each or many to a sheet; none where they are there or not to be shown."""
     table = table_of(atlas)
     if not showing_of(atlas.examples_store, bool(table), 0.0, config, sizes).whole:
         return []
-    if held == _photos_digest(atlas, seen, look) and folder.adopt(target, new, "photos"):
+    if held == _photos_digest(atlas, seen, look) and output.adopt(target, new, "photos"):
         return []
     per = sizes.per_photo
     if per == 1:
@@ -290,7 +294,7 @@ def _pieces(seen: Survey, kept: set[str], config: SiteConfig, ranks: Sequence[np
 
 
 def _layers(
-    crew: workshop.Workshop,
+    crew: workers.Workshop,
     new: Path,
     seen: Survey,
     kept: set[str],
@@ -319,7 +323,7 @@ def _layers(
 
 def _finish(new: Path, facts: Facts, parts: Sequence[Made], sizes: Sizes, config: SiteConfig, digest: str) -> None:
     """A layer's smallest pictures, in the order of likeness; its strip; its part of the API."""
-    twin.write_units(new, facts, [record for part in parts for record in part.records], digest[:12])
+    api.write_units(new, facts, [record for part in parts for record in part.records], digest[:12])
     media, suffix = f"media/{facts.slug}", SUFFIX[config.format]
     (new / media).mkdir(parents=True, exist_ok=True)
     (new / f"data/{facts.slug}").mkdir(parents=True, exist_ok=True)

@@ -10,17 +10,17 @@ from urllib.parse import quote
 
 import jinja2
 
-from pipeline.site.facts import Facts
-from pipeline.site.families import Family
-from pipeline.site.folder import write
-from pipeline.site.home import Home
-from pipeline.site.hosts import HEADERS, POLICY
-from pipeline.site.pieces import STRIP_PX, SUFFIX
-from pipeline.site.settings import SiteConfig
-from pipeline.site.sizes import Sizes
-from pipeline.site.sprites import side
-from pipeline.site.twin import table_name
-from pipeline.site.values import number
+from pipeline.site.config import SiteConfig
+from pipeline.site.context.families import Family
+from pipeline.site.context.home import Home
+from pipeline.site.context.layer_summary import Facts
+from pipeline.site.data.api import table_name
+from pipeline.site.hosting.hosts import HEADERS, POLICY
+from pipeline.site.media.chunks import STRIP_PX, SUFFIX
+from pipeline.site.media.size_budget import Sizes
+from pipeline.site.media.sprites import side
+from pipeline.site.number_format import number
+from pipeline.site.output import write
 
 HERE = Path(__file__).parent
 STATIC = ("atlas.css", "core.js", "layer.js", "unit.js", "map.js", "missing.js", "icon.svg")

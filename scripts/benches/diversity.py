@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 import pipeline
-from pipeline.cli import main
-from pipeline.couplings import gram_cosine
-from pipeline.layers import Layer, capture
-from pipeline.models import Model, ModelConfig, load
-from pipeline.policies import LayersConfig, found_layers
+from pipeline.cli.main import main
+from pipeline.layers.finding import Layer, capture
+from pipeline.layers.selection import LayersConfig, found_layers
+from pipeline.models.loading import Model, ModelConfig, load
+from pipeline.visualization.batch_terms import gram_cosine
 
 LAYER = "blocks.5.1"
 

@@ -19,13 +19,13 @@ from typing import Any
 import pandas as pd
 import psutil
 
-from pipeline.cli import main
-from pipeline.config import EngineConfig
-from pipeline.engine import opened, ordered
-from pipeline.folder import RunFolder
-from pipeline.plan import SHARE, portions
-from pipeline.progress import Board, Stage
-from pipeline.worker import Done, Task
+from pipeline.cli.main import main
+from pipeline.config.schema import EngineConfig
+from pipeline.engine.inline import opened, ordered
+from pipeline.engine.progress import ProgressReporter, Stage
+from pipeline.engine.worker import Done, Task
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.planner import SHARE, portions
 
 
 def say(line: str) -> None:
@@ -67,7 +67,7 @@ def overhead(units: int, workers: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as root, opened(config, Nothing) as engine:
         folder, stage = RunFolder(Path(root)), Stage("render", "units", units, 0, float(units))
         began = time.monotonic()
-        with Board([stage], workers, folder.write_status, 60.0, engine.posts) as board:
+        with ProgressReporter([stage], workers, folder.write_status, 60.0, engine.posts) as board:
 
             def finished(task: Task, result: Any) -> None:
                 board.add("render", 1, 1.0, 1e-3)
@@ -78,7 +78,7 @@ def overhead(units: int, workers: int) -> dict[str, float]:
         seconds = time.monotonic() - began
     found = {
         "units": stage.done,
-        "workers": engine.crew.workers,
+        "workers": engine.pool.workers,
         "units_per_second": round(units / seconds, 1),
         "memory_first_mb": round(memory[0] / 1e6, 1),
         "memory_last_mb": round(memory[-1] / 1e6, 1),

@@ -16,15 +16,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline import datasets, examples, photos, shards
-from pipeline.examples import Drawn, ExamplesConfig, Gathering
-from pipeline.folding import fold, foldable
-from pipeline.memory import keep_memory
-from pipeline.models import Model, load
-from pipeline.photos import Loaded
-from pipeline.policies import LayersConfig, choose, found_layers
-from pipeline.recipes import ModelConfig
-from pipeline.reduction import Reducer
+from pipeline.acceleration.batchnorm_folding import fold, foldable
+from pipeline.data import datasets, image_loading
+from pipeline.data.image_loading import Loaded
+from pipeline.examples import sweep
+from pipeline.examples.sweep import ExamplesConfig, ImageSubsets, PassAccumulator
+from pipeline.kernels.allocator import keep_memory
+from pipeline.kernels.spatial_stats import Reducer
+from pipeline.layers.selection import LayersConfig, choose, found_layers
+from pipeline.models.config import ModelConfig
+from pipeline.models.loading import Model, load
+from pipeline.store import shards
 
 BLOCK = 192
 
@@ -57,26 +59,28 @@ def main() -> None:
     folded = fold(model, foldable(model))
     config = ExamplesConfig(compile=options.compile == "yes")
     dataset = datasets.listing(datasets.DataConfig("folder", options.root, options.count))
-    drawn = Drawn.of(dataset, config)
+    drawn = ImageSubsets.of(dataset, config)
     channels = [layer.channels for layer in layers]
     print(f"{len(layers)} convolutions, {sum(channels):,} channels, {len(dataset.photos)} photographs, "
           f"{options.threads} threads, batch {config.batch}, compiled: {options.compile}")  # fmt: skip
 
     began = time.perf_counter()
-    loaded = [item for item in photos.load(dataset, range(len(dataset.photos)), model.recipe) if item.array is not None]
+    loaded = [
+        item for item in image_loading.load(dataset, range(len(dataset.photos)), model.recipe) if item.array is not None
+    ]
     decoding = (time.perf_counter() - began) / len(loaded)
     # The pass fills up its last batch, once a task; here every block would have such a last one.
     loaded = loaded[: len(loaded) // config.batch * config.batch]
     began = time.perf_counter()
-    ranges = examples.ranges_of(folded, layers, dataset, config, drawn.sample.tolist())
+    ranges = sweep.ranges_of(folded, layers, dataset, config, drawn.sample.tolist())
     sampling = time.perf_counter() - began
     reducer = Reducer(config.compile is True)
 
-    def gathering() -> Gathering:
-        return Gathering(channels, config, ranges, drawn, dataset.sources, config.compile is True)
+    def gathering() -> PassAccumulator:
+        return PassAccumulator(channels, config, ranges, drawn, dataset.sources, config.compile is True)
 
-    def passing(into: Gathering, block: Sequence[Loaded]) -> None:
-        examples.collect(into, examples.reduced(folded, layers, block, config.batch, ranges.centre, reducer, []))
+    def passing(into: PassAccumulator, block: Sequence[Loaded]) -> None:
+        sweep.collect(into, sweep.reduced(folded, layers, block, config.batch, ranges.centre, reducer, []))
 
     began = time.perf_counter()
     passing(gathering(), loaded[: 2 * BLOCK])

@@ -48,7 +48,7 @@ def make(folder: Path, count: int) -> None:
 
 def sweep(folder: Path, count: int, name: str) -> None:
     """One run of `atlas examples` in this process; prints what it took."""
-    from pipeline import cli
+    from pipeline.cli.main import main as cli
 
     began = time.monotonic()
     code = cli.main(

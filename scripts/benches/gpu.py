@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from render import config_of, measured, say
 
-from pipeline.config import Config
-from pipeline.fields import receptive_fields
-from pipeline.folding import fold
-from pipeline.layers import Layer
-from pipeline.models import Model, load
-from pipeline.policies import LayersConfig, choose, found_layers
+from pipeline.acceleration.batchnorm_folding import fold
+from pipeline.config.schema import Config
+from pipeline.layers.finding import Layer
+from pipeline.layers.receptive_fields import receptive_fields
+from pipeline.layers.selection import LayersConfig, choose, found_layers
+from pipeline.models.loading import Model, load
 
 
 def network(name: str) -> tuple[Config, Model, list[Layer]]:

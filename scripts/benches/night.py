@@ -17,8 +17,8 @@ import numpy as np
 import psutil
 from render import request, say
 
-from pipeline.plan import make_plan
-from pipeline.run import run
+from pipeline.runs.planner import make_plan
+from pipeline.runs.runner import run
 
 
 class Memory(threading.Thread):

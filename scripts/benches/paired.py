@@ -28,18 +28,20 @@ def rendering(layer_name: str, steps: int) -> Callable[[], object]:
     import render as bench
     import torch
 
-    from pipeline import folding, lowering, memory, models
-    from pipeline.render import render
+    from pipeline.acceleration import batchnorm_folding, cpu_lowering
+    from pipeline.kernels import allocator
+    from pipeline.models import loading
+    from pipeline.visualization.loop import render
 
-    memory.keep_memory()
+    allocator.keep_memory()
     torch.set_num_threads(1)
     config = bench.config_of("distill", "efficientnet_lite0")
-    model = models.load(config.model)
+    model = loading.load(config.model)
     layer = next(la for la in bench.found_layers(model, config.layers) if la.name == layer_name)
-    size = bench.fitting(model, [layer], config.render)[layer.name]
-    precision = lowering.precision_of(config.engine.precision, "cpu")
+    size = bench.choose_canvas_sizes(model, [layer], config.render)[layer.name]
+    precision = cpu_lowering.precision_of(config.engine.precision, "cpu")
     found: Any
-    pairs = folding.foldable(model)
+    pairs = batchnorm_folding.foldable(model)
     if hasattr(bench, "verified_variants"):
         found = bench.verified_variants(model, pairs, [layer], precision, size)
         folded, lowered = found.folded, found.steps

@@ -35,20 +35,20 @@ import torch
 from PIL import Image, ImageDraw
 from render import config_of, say
 
-from pipeline.config import Config
-from pipeline.engine import crew, local_resources
-from pipeline.feasibility import fitting
-from pipeline.fields import receptive_fields
-from pipeline.folding import fold, foldable
-from pipeline.layers import Layer, capture
-from pipeline.lowering import precision_of
-from pipeline.memory import keep_memory
-from pipeline.models import Model, load
-from pipeline.policies import LayersConfig, found_layers
-from pipeline.render import Picture, render
-from pipeline.seeds import seed_of
-from pipeline.transforms import STANDARD, draw, shake
-from pipeline.variants import ModelVariants, verified_variants
+from pipeline.acceleration.batchnorm_folding import fold, foldable
+from pipeline.acceleration.cpu_lowering import precision_of
+from pipeline.acceleration.variants import ModelVariants, verified_variants
+from pipeline.config.schema import Config
+from pipeline.core.seeds import seed_of
+from pipeline.engine.inline import local_resources, size_pool
+from pipeline.kernels.allocator import keep_memory
+from pipeline.layers.finding import Layer, capture
+from pipeline.layers.receptive_fields import receptive_fields
+from pipeline.layers.selection import LayersConfig, found_layers
+from pipeline.models.loading import Model, load
+from pipeline.runs.validation import choose_canvas_sizes
+from pipeline.visualization.loop import Picture, render
+from pipeline.visualization.transforms import STANDARD, draw, shake
 
 LAYERS = ("blocks.1.1", "blocks.3.1", "blocks.4.2", "blocks.5.3", "conv_head")
 # conv_head alone is a convolution without its activation, which comes in bn2: Lucent and we look at the same tensor.
@@ -122,7 +122,7 @@ def prepared(preset: str, name: str, threads: int) -> tuple[ModelVariants, Layer
     (layer,) = [found for found in found_layers(model, LayersConfig(), config.model.aliases) if found.name == name]
     (field,) = receptive_fields(fold(model), [layer]).values()
     layer = dataclasses.replace(layer, field=field)
-    size = fitting(model, [layer], config.render)[name]
+    size = choose_canvas_sizes(model, [layer], config.render)[name]
     found = verified_variants(model, foldable(model), [layer], precision_of(config.engine.precision, "cpu"), size)
     return found, layer, config, size
 
@@ -189,7 +189,7 @@ def main() -> None:
     model = load(config.model)
     cores = local_resources()[0]
     found = {layer.name: layer for layer in found_layers(model, LayersConfig(), config.model.aliases)}
-    team = crew(config.engine, [(cores, 0)], 10_000)
+    team = size_pool(config.engine, [(cores, 0)], 10_000)
     lucent = Lucent(options.home, model, cores)
     batch = config.engine.batch
     rows: list[dict[str, Any]] = []

@@ -7,7 +7,7 @@ scripts/bench plans parts                      the parts of such a run, as multi
 
 `small` runs each of its networks inline and on Ray, with no other process and with two that keep a core each busy, and
 measures from the line that tells the plan to the one that says the run is complete; printed are medians over --repeat
-runs. `parts` is where the constants of pipeline/overheads.py come from. Both start a process for each run.
+runs. `parts` is where the constants of pipeline/runs/overheads.py come from. Both start a process for each run.
 """
 
 import argparse
@@ -128,7 +128,9 @@ def parts() -> None:
 
 def timed(overrides: Sequence[str]) -> None:
     """One run in this process, with what takes how long on stderr."""
-    from pipeline import cli, cluster, engine, overheads, run
+    from pipeline.cli.main import main as cli
+    from pipeline.engine import inline, ray_engine
+    from pipeline.runs import overheads, runner
 
     laps: dict[str, list[float]] = {}
     start = 1.0
@@ -152,10 +154,10 @@ def timed(overrides: Sequence[str]) -> None:
         return span
 
     own = overheads.own_start
-    from pipeline import plan
+    from pipeline.runs import planner
 
-    plan.own_start = started
-    connected = cluster.connected
+    planner.own_start = started
+    connected = ray_engine.connected
 
     @contextlib.contextmanager
     def connecting(config: object) -> Iterator[object]:
@@ -166,10 +168,10 @@ def timed(overrides: Sequence[str]) -> None:
             began = time.perf_counter()
         laps["CLOSE"] = [time.perf_counter() - began]
 
-    cluster.connected = connecting  # type: ignore[assignment]
-    execute = cluster.OnRay.execute
+    ray_engine.connected = connecting  # type: ignore[assignment]
+    execute = ray_engine.OnRay.execute
 
-    def executing(self: cluster.OnRay, tasks: object, setup: object, finished: object, idle: object) -> None:
+    def executing(self: ray_engine.OnRay, tasks: object, setup: object, finished: object, idle: object) -> None:
         began, busy_before, told = time.perf_counter(), len(self.posts), []
 
         def first(task: object, result: object) -> None:
@@ -181,10 +183,10 @@ def timed(overrides: Sequence[str]) -> None:
         assert len(self.posts) > busy_before
         laps.setdefault("WORKER", []).extend(told)
 
-    cluster.OnRay.execute = executing  # type: ignore[assignment]
-    noting(run, "_consolidate", "FINISH (atlas.h5)")
-    noting(run, "_refresh_site", "FINISH (site)")
-    noting(engine.Worker, "_ranges", "ranges (inline)")
+    ray_engine.OnRay.execute = executing  # type: ignore[assignment]
+    noting(runner, "_consolidate", "FINISH (atlas.h5)")
+    noting(runner, "_refresh_site", "FINISH (site)")
+    noting(inline.Worker, "_ranges", "ranges (inline)")
     cli.main(["run", *overrides])
     sys.stderr.write(f"start of a process: {start:.1f} s\n")
     for what, seconds in laps.items():

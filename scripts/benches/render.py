@@ -22,21 +22,21 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from pipeline.arguments import conf_folder
-from pipeline.cli import request_of
-from pipeline.config import Config
-from pipeline.feasibility import fitting
-from pipeline.fields import receptive_fields
-from pipeline.folding import fold, foldable
-from pipeline.layers import Layer, capture
-from pipeline.lowering import precision_of
-from pipeline.memory import keep_memory
-from pipeline.models import Model, load
-from pipeline.policies import LayersConfig, choose, found_layers
-from pipeline.rectifiers import REDIRECTED_STEPS
-from pipeline.render import render
-from pipeline.run import Request
-from pipeline.variants import verified_variants
+from pipeline.acceleration.batchnorm_folding import fold, foldable
+from pipeline.acceleration.cpu_lowering import precision_of
+from pipeline.acceleration.redirected_relu import REDIRECTED_STEPS
+from pipeline.acceleration.variants import verified_variants
+from pipeline.cli.main import request_of
+from pipeline.cli.overrides import conf_folder
+from pipeline.config.schema import Config
+from pipeline.kernels.allocator import keep_memory
+from pipeline.layers.finding import Layer, capture
+from pipeline.layers.receptive_fields import receptive_fields
+from pipeline.layers.selection import LayersConfig, choose, found_layers
+from pipeline.models.loading import Model, load
+from pipeline.runs.runner import Request
+from pipeline.runs.validation import choose_canvas_sizes
+from pipeline.visualization.loop import render
 
 # The step is that of what lies between: after the first ones, in which silent units pass twice.
 SHORT, LONG = REDIRECTED_STEPS, REDIRECTED_STEPS + 8
@@ -85,7 +85,7 @@ def bare(model: Model, layer: Layer, batch: int, size: tuple[int, int], steps: i
 def measured(model: Model, layer: Layer, config: Config, batch: int, least: float, device: str) -> dict[str, Any]:
     """One row of the table; medians over rounds in turn, for at least `least` seconds of each."""
     preset = config.render
-    size = fitting(model, [layer], preset)[layer.name]
+    size = choose_canvas_sizes(model, [layer], preset)[layer.name]
     precision = precision_of(config.engine.precision, torch.device(device).type)
     found = verified_variants(model, foldable(model), [layer], precision, size)
     folded = found.folded

@@ -27,10 +27,10 @@ import numpy as np
 from PIL import Image
 
 import pipeline
-import pipeline.cli  # what `atlas site` has loaded by then, torch among it, is no part of a build
-from pipeline.shards import create_images, creating, put
+import pipeline.cli.main  # what `atlas site` has loaded by then, torch among it, is no part of a build
 from pipeline.site import SiteConfig, SiteReport, build_site
-from pipeline.site.serve import _Handler
+from pipeline.site.hosting.serve import _Handler
+from pipeline.store.shards import create_images, creating, put
 
 SHOWN = 3000
 DATASET = 50_000

@@ -10,17 +10,17 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from pipeline.arguments import conf_folder
-from pipeline.cli import request_of
-from pipeline.config import Config
-from pipeline.layers import Layer, capture
-from pipeline.layouts import Axes, as_maps
-from pipeline.models import Model, load
-from pipeline.plan import Row, make_plan
-from pipeline.policies import found_layers
-from pipeline.trace import tensor_of
-from pipeline.variants import cosine_of, relative_difference
-from pipeline.worker import Worker
+from pipeline.acceleration.variants import cosine_of, relative_difference
+from pipeline.cli.main import request_of
+from pipeline.cli.overrides import conf_folder
+from pipeline.config.schema import Config
+from pipeline.engine.worker import Worker
+from pipeline.layers.finding import Layer, capture
+from pipeline.layers.layouts import Axes, as_maps
+from pipeline.layers.selection import found_layers
+from pipeline.layers.tracing import tensor_of
+from pipeline.models.loading import Model, load
+from pipeline.runs.planner import PlanRow, make_plan
 
 STEPS = 4
 UNITS = 2
@@ -148,7 +148,7 @@ def spread(names: Sequence[str], count: int) -> list[str]:
     return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
 
 
-def starts(plan_row: Row, model: Model, config: Config, first: int = 0) -> Tensor:
+def starts(plan_row: PlanRow, model: Model, config: Config, first: int = 0) -> Tensor:
     """(units, C, H, W) in [0, 1]: what visualizations start from, drawn with seeds from `first`."""
     canvas = config.render.canvas
     drawn = [
@@ -159,7 +159,7 @@ def starts(plan_row: Row, model: Model, config: Config, first: int = 0) -> Tenso
         return canvas.image(torch.stack(drawn), plan_row.canvas)
 
 
-def compared(plain: Model, steps: Model, row: Row, config: Config, single: bool) -> Compared:
+def compared(plain: Model, steps: Model, row: PlanRow, config: Config, single: bool) -> Compared:
     """Objectives and input gradients of a row's units; units are compared at further starts if steps are in float32."""
     values, differences, cosine = at_start(plain, steps, row, starts(row, plain, config))
     least, rounding = list(differences), 0.0
@@ -174,7 +174,7 @@ def compared(plain: Model, steps: Model, row: Row, config: Config, single: bool)
     return Compared(values, max(differences), max(least), len(beyond), rounding, cosine)
 
 
-def at_start(plain: Model, steps: Model, row: Row, images: Tensor) -> tuple[float, list[float], float]:
+def at_start(plain: Model, steps: Model, row: PlanRow, images: Tensor) -> tuple[float, list[float], float]:
     """Difference of the objectives, of each unit's input gradient, and cosine of these, for one image a unit."""
     with capture(steps, [row.layer]) as forward:
         theirs = objective(images, lambda x: forward(x)[row.layer.name].float(), row)
@@ -183,7 +183,7 @@ def at_start(plain: Model, steps: Model, row: Row, images: Tensor) -> tuple[floa
     return float((theirs[0] - ours[0]).abs().max()) / float(ours[2]), differences, cosine_of(theirs[1], ours[1])
 
 
-def objective(images: Tensor, maps_of: Any, row: Row) -> tuple[Tensor, Tensor, Tensor]:
+def objective(images: Tensor, maps_of: Any, row: PlanRow) -> tuple[Tensor, Tensor, Tensor]:
     """(units,) means of each unit's map, the gradient of their sum by the images, and the scale of the layer."""
     images = images.clone().requires_grad_(True)
     maps = maps_of(images)
@@ -214,7 +214,7 @@ def hooked(model: Model, layer: Layer, images: Tensor) -> Tensor:
     return as_maps(seen[layer.call - 1], axes, len(images), layer.part, size)
 
 
-def in_double(plain: Model, row: Row, images: Tensor) -> list[float]:
+def in_double(plain: Model, row: PlanRow, images: Tensor) -> list[float]:
     """Relative differences of plain PyTorch's input gradients from those in double precision; 0 where that fails."""
     single = objective(images, lambda x: hooked(plain, row.layer, x), row)[1]
     try:

@@ -4,9 +4,9 @@ import check
 import timm
 import torchvision
 
-from pipeline import native
+from pipeline.kernels import build
 
 __all__ = ["check", "timm", "torchvision"]
 
 for name, fused in (("optimizers", False), ("reduction", False), ("sampling", False), ("striding", True)):
-    native.library(name, fused=True) if fused else native.library(name)
+    build.library(name, fused=True) if fused else build.library(name)

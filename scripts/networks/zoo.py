@@ -105,7 +105,7 @@ def one(overrides: Sequence[str], answer: Connection) -> None:
     import torch
     from check import check, configuration
 
-    from pipeline.errors import AtlasError
+    from pipeline.core.errors import AtlasError
 
     torch.set_num_threads(1)
     began = time.monotonic()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from page import publish
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 
 HERE = Path(__file__).resolve().parent
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("__main__", "page"))

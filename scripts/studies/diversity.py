@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from page import Report, compared, medians, pairs, sheet, told
 
-from pipeline.atlas import open_atlas
-from pipeline.compare.inference import duel, median
+from pipeline.compare.statistics import duel, median
+from pipeline.store.reader import open_atlas
 
 MEASURES = {"gain": 2, "robust_gain": 2, "agreement": 2, "high_frequency": 3, "seconds": 1}
 

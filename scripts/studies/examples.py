@@ -7,14 +7,14 @@ import pandas as pd
 import torch
 from page import Report, config_of, sheet, told
 
-from pipeline import datasets
-from pipeline.atlas import Atlas, open_atlas
-from pipeline.compare.inference import median
-from pipeline.layers import capture
-from pipeline.models import load
-from pipeline.photos import batches
-from pipeline.photos import load as photographs
-from pipeline.policies import LayersConfig, found_layers
+from pipeline.compare.statistics import median
+from pipeline.data import datasets
+from pipeline.data.image_loading import batches
+from pipeline.data.image_loading import load as photographs
+from pipeline.layers.finding import capture
+from pipeline.layers.selection import LayersConfig, found_layers
+from pipeline.models.loading import load
+from pipeline.store.reader import Atlas, open_atlas
 
 SHOWN = 3
 BEST = 4  # photographs of a unit that count, as in the atlas's own `transfer`

@@ -8,9 +8,9 @@ import torch
 from page import Report, compared, config_of, dueled, medians, sheet, told
 from torch import Tensor
 
-from pipeline.atlas import open_atlas
-from pipeline.compare.inference import duel, median
-from pipeline.models import Model, load
+from pipeline.compare.statistics import duel, median
+from pipeline.models.loading import Model, load
+from pipeline.store.reader import open_atlas
 
 MEASURES = {"robust": 2, "high_frequency": 3, "checkerboard": 1, "spectral_distance": 3, "transfer": 2}
 OBJECTIVES = ("logit", "log_probability", "probability")

@@ -14,12 +14,12 @@ import pandas as pd
 import yaml
 from PIL import Image, ImageDraw
 
-from pipeline.atlas import Atlas, open_atlas
 from pipeline.compare import align, opened
-from pipeline.compare.inference import Duel, Median, median
-from pipeline.compare.measures import known
-from pipeline.compare.tables import Comparison
-from pipeline.config import Config, from_tree
+from pipeline.compare.alignment import Comparison
+from pipeline.compare.metric_names import known
+from pipeline.compare.statistics import Median, PairedTest, median
+from pipeline.config.schema import Config, from_tree
+from pipeline.store.reader import Atlas, open_atlas
 
 NUMBERS = re.compile(r"(<!-- numbers -->\n).*?(<!-- end -->)", re.DOTALL)
 SIDE = 120
@@ -55,7 +55,7 @@ def told(found: Median, digits: int = 2) -> str:
     return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
 
 
-def dueled(found: Duel, digits: int = 2) -> str:
+def dueled(found: PairedTest, digits: int = 2) -> str:
     """A median difference with its interval, wins and losses: +0.10 [0.02, 0.20], 20 : 4."""
     at = found.difference
     return f"{at.value:+.{digits}f} [{at.low:+.{digits}f}, {at.high:+.{digits}f}], {found.wins} : {found.losses}"

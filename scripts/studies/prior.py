@@ -7,12 +7,12 @@ import pandas as pd
 from page import Report, compared, medians, sheet
 from PIL import Image
 
-from pipeline import datasets
-from pipeline.atlas import open_atlas
-from pipeline.datasets import DataConfig
-from pipeline.models import load
-from pipeline.photos import load as photographs
-from pipeline.recipes import ModelConfig
+from pipeline.data import datasets
+from pipeline.data.datasets import DataConfig
+from pipeline.data.image_loading import load as photographs
+from pipeline.models.config import ModelConfig
+from pipeline.models.loading import load
+from pipeline.store.reader import open_atlas
 
 STARTS = Path("runs/study-prior-starts")
 COUNT = 6

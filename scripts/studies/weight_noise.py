@@ -9,12 +9,12 @@ import pandas as pd
 import torch
 from page import Report, config_of, contest, told
 
-from pipeline.atlas import LayerView, open_atlas
-from pipeline.augmentations import WeightNoise
-from pipeline.compare.inference import median
-from pipeline.layers import capture
-from pipeline.models import Model, load
-from pipeline.policies import LayersConfig, found_layers
+from pipeline.compare.statistics import median
+from pipeline.layers.finding import capture
+from pipeline.layers.selection import LayersConfig, found_layers
+from pipeline.models.loading import Model, load
+from pipeline.store.reader import LayerView, open_atlas
+from pipeline.visualization.network_perturbations import WeightNoise
 
 MEASURES = {
     "gain": 2, "robust_gain": 2, "agreement": 2, "transfer": 2, "high_frequency": 3, "checkerboard": 1,

@@ -1,0 +1,1 @@
+"""Fast variants of a network, each verified against the network itself."""

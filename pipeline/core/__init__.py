@@ -1,0 +1,1 @@
+"""What every package may use: errors, registries, seeds, configuration values that are files. No PyTorch, no HDF5."""

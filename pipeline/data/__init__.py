@@ -1,0 +1,1 @@
+"""List datasets, read images, and crop them."""

@@ -1,0 +1,1 @@
+"""Execute tasks, in this process or on Ray."""

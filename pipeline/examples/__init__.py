@@ -1,0 +1,1 @@
+"""The dataset pass: exact statistics of each channel, and dataset examples."""

@@ -1,0 +1,1 @@
+"""Compiled CPU loops, their build, and settings of the memory allocator."""

@@ -1,0 +1,1 @@
+"""Find the layers of a network, describe their axes and receptive fields, and choose among them."""

@@ -1,0 +1,1 @@
+"""One run folder: plan, reuse of other runs, execution, maintenance."""

@@ -1,0 +1,1 @@
+"""Coordinates: the map of units, and the diagram of a network."""

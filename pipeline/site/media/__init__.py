@@ -1,0 +1,1 @@
+"""Images of a site: which, how large, and in which files."""
