@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pipeline.cli.main import main
+from pipeline.cli.main import request_of
+from pipeline.cli.overrides import conf_folder
 from pipeline.layers.finding import Layer, enumerate_layers
 from pipeline.models.config import Preprocessing
 from pipeline.models.loading import Model, prepare, weights_digest
@@ -105,8 +106,8 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compose(overrides: list[str]) -> Request:
     """What the command line would make of `overrides`."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(main.conf_folder())):
-        return main.request_of(hydra.compose("config", overrides=overrides))
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
+        return request_of(hydra.compose("config", overrides=overrides))
 
 
 @pytest.fixture

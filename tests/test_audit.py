@@ -25,7 +25,7 @@ from pipeline.store import shards
 def made(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> Path:
     root = tmp_path_factory.mktemp("made")
     assert (
-        main.main(["run", *TINY, "data=folder", f"data.root={photo_folder}", f"run.root={root}", "run.name=tiny"]) == 0
+        main(["run", *TINY, "data=folder", f"data.root={photo_folder}", f"run.root={root}", "run.name=tiny"]) == 0
     )
     return root / "tiny"
 
@@ -70,7 +70,7 @@ def images_of(layer: str) -> str:
 
 
 def test_verify_reads_compares_and_renders_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["verify", str(finished), "run.check=2"]) == 0
+    assert main(["verify", str(finished), "run.check=2"]) == 0
     printed = capsys.readouterr()
     assert "whole" in printed.out and printed.err.count("rendered again: ") == 2
     # Every kind of damage is told, in one table.
@@ -81,7 +81,7 @@ def test_verify_reads_compares_and_renders_again(finished: Path, capsys: pytest.
     another_picture(another, "images")
     sweep = sorted((finished / "shards" / "examples").glob("*.h5"))[0]
     sweep.write_bytes(sweep.read_bytes()[:3000])
-    assert main.main(["verify", str(finished)]) == 1
+    assert main(["verify", str(finished)]) == 1
     printed = capsys.readouterr().out
     for name in ("conv_stem", shard.name, another.name, sweep.name):
         assert name in printed.replace("\n", ""), name
@@ -89,7 +89,7 @@ def test_verify_reads_compares_and_renders_again(finished: Path, capsys: pytest.
 
 def test_a_picture_that_is_another_is_found_by_its_digest(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     another_picture(finished / "atlas.h5", images_of("conv_stem"))
-    assert main.main(["verify", str(finished), "run.check=0"]) == 1
+    assert main(["verify", str(finished), "run.check=0"]) == 1
     assert "1 of 3 pictures are not what their digests say" in capsys.readouterr().out
 
 
@@ -104,7 +104,7 @@ def test_a_picture_that_cannot_be_rendered_again_is_told(
         return whole(*arguments[:4], 99, *arguments[5:], **rest)
 
     monkeypatch.setattr(worker, "render", otherwise)
-    assert main.main(["verify", str(finished), "run.check=1"]) == 1
+    assert main(["verify", str(finished), "run.check=1"]) == 1
     assert "levels of 255 from what is kept" in capsys.readouterr().out
 
 
@@ -114,16 +114,16 @@ def test_compact_leaves_what_atlas_h5_holds_and_nothing_is_made_again(
     before = pictures(finished)
     with pipeline.open_atlas(finished) as atlas:
         best = [layer.examples("max") for layer in atlas]
-    assert main.main(["compact", str(finished)]) == 0
+    assert main(["compact", str(finished)]) == 0
     (left,) = (finished / "shards" / "examples").glob("*.h5")
     assert left.name.startswith("0-20-") and not list((finished / "shards").glob("render/*/*.h5"))
     assert "shards deleted" in capsys.readouterr().out
-    assert main.main(["verify", str(finished), "run.check=0"]) == 0
-    assert main.main(["run", *tiny_run]) == 0
+    assert main(["verify", str(finished), "run.check=0"]) == 0
+    assert main(["run", *tiny_run]) == 0
     assert "Nothing is missing" in capsys.readouterr().err
     # Another configuration is refused as before, and more channels join what is there.
-    assert main.main(["run", *tiny_run, "render.steps=5"]) == 2
-    assert main.main(["run", *tiny_run, "layers.channels=0:4", "run.update=true"]) == 0
+    assert main(["run", *tiny_run, "render.steps=5"]) == 2
+    assert main(["run", *tiny_run, "layers.channels=0:4", "run.update=true"]) == 0
     after = pictures(finished)
     assert len(after) == 20 and all(np.array_equal(before[k], after[k]) for k in before)
     made = [path for path in (finished / "shards" / "render").rglob("*.h5")]
@@ -133,7 +133,7 @@ def test_compact_leaves_what_atlas_h5_holds_and_nothing_is_made_again(
             new = layer.examples("max")
             assert old is not None and new is not None and np.array_equal(old.index, new.index[:3])
     # Compacted again, with pictures from both.
-    assert main.main(["compact", str(finished)]) == 0
+    assert main(["compact", str(finished)]) == 0
     assert not list((finished / "shards").glob("render/*/*.h5"))
     assert all(np.array_equal(after[k], v) for k, v in pictures(finished).items())
 
@@ -141,17 +141,17 @@ def test_compact_leaves_what_atlas_h5_holds_and_nothing_is_made_again(
 def test_compact_deletes_nothing_unless_the_atlas_is_whole(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     times = shard_times(finished)
     another_picture(finished / "atlas.h5", images_of("conv_stem"))
-    assert main.main(["compact", str(finished)]) == 2
+    assert main(["compact", str(finished)]) == 2
     assert "Not compacted: layers/conv_stem/render/distill" in capsys.readouterr().err
     (finished / "atlas.h5").unlink()
-    assert main.main(["compact", str(finished)]) == 2
+    assert main(["compact", str(finished)]) == 2
     assert shard_times(finished) == times
 
 
 def test_compact_keeps_shards_of_other_settings(finished: Path, tiny_run: list[str]) -> None:
     old = {p.name for p in (finished / "shards").glob("render/*/*.h5")}
-    assert main.main(["render", *tiny_run, "render.steps=5", "run.update=true"]) == 0
-    assert main.main(["compact", str(finished)]) == 0
+    assert main(["render", *tiny_run, "render.steps=5", "run.update=true"]) == 0
+    assert main(["compact", str(finished)]) == 0
     left = {p.name for p in (finished / "shards" / "render").rglob("*.h5")}
     assert left and left <= old
 
@@ -160,31 +160,31 @@ def test_repair_saves_what_is_whole_of_a_compacted_atlas(
     finished: Path, tiny_run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = pictures(finished)
-    assert main.main(["compact", str(finished)]) == 0
+    assert main(["compact", str(finished)]) == 0
     flip(finished / "atlas.h5", images_of("conv_stem"), 1)
     another_picture(finished / "atlas.h5", images_of("classifier"))
-    assert main.main(["verify", str(finished)]) == 1
+    assert main(["verify", str(finished)]) == 1
     capsys.readouterr()
-    assert main.main(["repair", str(finished)]) == 0
+    assert main(["repair", str(finished)]) == 0
     assert "13 pictures that no shard had were kept" in capsys.readouterr().out.replace("\n", " ")
     assert (finished / "atlas.h5.damaged").exists() and not (finished / "atlas.h5").exists()
     kept = shard_times(finished)
-    assert main.main(["run", *tiny_run]) == 0
+    assert main(["run", *tiny_run]) == 0
     fresh = set(shard_times(finished)) - set(kept)
     assert sum(int(name.split("-")[2]) for name in fresh) == 2  # only the two that were lost
     assert all(np.array_equal(before[k], v) for k, v in pictures(finished).items())
-    assert main.main(["verify", str(finished)]) == 0
-    assert main.main(["repair", str(finished)]) == 0 and "nothing is broken" in capsys.readouterr().out
+    assert main(["verify", str(finished)]) == 0
+    assert main(["repair", str(finished)]) == 0 and "nothing is broken" in capsys.readouterr().out
 
 
 def test_pictures_keep_their_attributes_through_compact_repair_and_run(finished: Path, tiny_run: list[str]) -> None:
     """Above all the precision, by which `verify` renders again; and any attribute of a later version."""
-    assert main.main(["compact", str(finished)]) == 0
+    assert main(["compact", str(finished)]) == 0
     with h5py.File(finished / "atlas.h5", "r+") as file:
         for layer in shards.group(file, "layers").values():
             layer["render/distill"].attrs.update({"precision": "bfloat16", "later": "kept"})
     flip(finished / "atlas.h5", images_of("conv_stem"), 1)
-    assert main.main(["repair", str(finished)]) == 0
+    assert main(["repair", str(finished)]) == 0
     copied = [shards.read(path) for path in (finished / "shards" / "render").rglob("*.h5")]
     assert len(copied) == 5
     for shard in copied:
@@ -194,7 +194,7 @@ def test_pictures_keep_their_attributes_through_compact_repair_and_run(finished:
             "later": "kept",
         }
         assert "order" not in shard.attributes
-    assert main.main(["run", *tiny_run]) == 0
+    assert main(["run", *tiny_run]) == 0
     with h5py.File(finished / "atlas.h5") as file:
         found = {str(layer.attrs["name"]): dict(layer["render/distill"].attrs) for layer in file["layers"].values()}  # type: ignore[union-attr]
     assert {name: attributes["precision"] for name, attributes in found.items()} == {
@@ -207,7 +207,7 @@ def test_an_activation_that_is_not_the_images_is_told(finished: Path, capsys: py
     with h5py.File(finished / "atlas.h5", "r+") as file:
         numbers = shards.dataset(file, "layers/conv_stem/render/distill/activation")
         numbers[...] = numbers[...] * 1.5
-    assert main.main(["verify", str(finished), "run.check=15"]) == 1
+    assert main(["verify", str(finished), "run.check=15"]) == 1
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count("the network's activation on the kept image is") == 3 and "levels of 255" not in printed
     assert all(f"conv_stem:{channel}" in printed for channel in range(3))
@@ -223,22 +223,22 @@ def test_repair_of_shards_keeps_their_whole_pictures(
     torn = sorted((finished / "shards" / "examples").glob("*.h5"))[0]
     torn.write_bytes(b"no")
     (finished / "atlas.h5").unlink()
-    assert main.main(["repair", str(finished)]) == 0
+    assert main(["repair", str(finished)]) == 0
     printed = capsys.readouterr().out
     # How many pictures share a shard follows from timing.
     assert count == 1 or f"{count - 1} whole pictures kept" in printed
     assert "can't be read; set aside" in printed
     assert not shard.exists() and shard.with_name(f"{shard.name}.damaged").exists()
-    assert main.main(["run", *tiny_run]) == 0
-    assert main.main(["verify", str(finished), "run.check=0"]) == 0
+    assert main(["run", *tiny_run]) == 0
+    assert main(["verify", str(finished), "run.check=0"]) == 0
 
 
 def test_a_run_never_overwrites_an_atlas_that_it_cannot_read(finished: Path, tiny_run: list[str]) -> None:
     torn = (finished / "atlas.h5").read_bytes()[:5000]
     (finished / "atlas.h5").write_bytes(torn)
-    assert main.main(["run", *tiny_run]) == 0
+    assert main(["run", *tiny_run]) == 0
     assert (finished / "atlas.h5.damaged").read_bytes() == torn
-    assert main.main(["verify", str(finished), "run.check=0"]) == 0
+    assert main(["verify", str(finished), "run.check=0"]) == 0
 
 
 def test_damage_in_a_shard_never_reaches_the_atlas(finished: Path, tiny_run: list[str]) -> None:
@@ -249,14 +249,14 @@ def test_damage_in_a_shard_never_reaches_the_atlas(finished: Path, tiny_run: lis
         flip(sorted((finished / "shards" / "render" / layer).glob("*.h5"))[0], "images")
     sweep = max((finished / "shards" / "examples").glob("*.h5"), key=lambda p: p.stat().st_size)
     flip(sweep, a_chunked_dataset(sweep))
-    assert main.main(["run", *tiny_run]) == 0
-    assert main.main(["verify", str(finished), "run.check=0"]) == 0
+    assert main(["run", *tiny_run]) == 0
+    assert main(["verify", str(finished), "run.check=0"]) == 0
     assert all(np.array_equal(before[k], v) for k, v in pictures(finished).items())
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
 def test_the_units_as_a_table(finished: Path, kind: str) -> None:
-    assert main.main(["export", str(finished), f"--{kind}"]) == 0
+    assert main(["export", str(finished), f"--{kind}"]) == 0
     path = finished / f"units.{kind}"
     table = pd.read_parquet(path) if kind == "parquet" else pd.read_csv(path)
     with pipeline.open_atlas(finished) as atlas:
@@ -266,11 +266,11 @@ def test_the_units_as_a_table(finished: Path, kind: str) -> None:
 
 
 def test_no_pickle_in_any_file(finished: Path) -> None:
-    assert main.main(["export", str(finished)]) == 0
+    assert main(["export", str(finished)]) == 0
     for path in (p for p in finished.rglob("*") if p.is_file()):
         start = path.read_bytes()[:4]
         assert start[:1] != b"\x80" and start[:2] != b"PK", path  # pickle's and torch.save's first bytes
-    source = "".join(p.read_text() for p in Path(main.__file__).parent.rglob("*.py"))
+    source = "".join(p.read_text() for p in Path(pipeline.__file__).parent.rglob("*.py"))
     assert "import pickle" not in source and "allow_pickle=True" not in source and "torch.save" not in source
     # A checkpoint is read as weights only, unless its owner says that it may run code.
     assert source.count("torch.load(") == source.count("weights_only=True)") + source.count("weights_only=not trust)")
@@ -292,18 +292,18 @@ def test_a_full_disk_while_shards_are_written(
     small_disk: Path, tiny_run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = [*(o for o in tiny_run if not o.startswith("run.root")), f"run.root={small_disk}"]
-    assert main.main(["examples", *settings]) == 0
+    assert main(["examples", *settings]) == 0
     kept = shard_times(small_disk / "tiny")
     ballast = small_disk / "ballast"
     with pytest.raises(OSError), ballast.open("wb", buffering=0) as handle:
         while True:
             handle.write(bytes(1024))
     capsys.readouterr()
-    assert main.main(["run", *settings]) == 2
+    assert main(["run", *settings]) == 2
     assert "The disk is full" in capsys.readouterr().err
     assert not list(small_disk.rglob("*.tmp-*")) and shard_times(small_disk / "tiny") == kept
     ballast.unlink()
-    assert main.main(["render", *settings]) == 0
+    assert main(["render", *settings]) == 0
     times = shard_times(small_disk / "tiny")
     assert all(times[name] == when for name, when in kept.items()) and len(times) > len(kept)
 
@@ -317,12 +317,12 @@ def test_a_full_disk_while_the_atlas_is_written(
     old = (small_disk / "tiny" / "atlas.h5").read_bytes()
     room = shutil.disk_usage(small_disk).free
     (small_disk / "ballast").write_bytes(os.urandom(room - 40_000))
-    assert main.main(["render", *settings, "layers.channels=[0,1]", "run.update=true"]) == 2
+    assert main(["render", *settings, "layers.channels=[0,1]", "run.update=true"]) == 2
     told = capsys.readouterr().err
     assert "The disk is full: " in told and "could not be written" in told
     assert (small_disk / "tiny" / "atlas.h5").read_bytes() == old and not list(small_disk.rglob("*.tmp-*"))
     (small_disk / "ballast").unlink()
-    assert main.main(["render", *settings, "layers.channels=[0,1]", "run.update=true"]) == 0
+    assert main(["render", *settings, "layers.channels=[0,1]", "run.update=true"]) == 0
     with pipeline.open_atlas(small_disk / "tiny") as atlas:
         assert len(atlas.units()) == 10
 

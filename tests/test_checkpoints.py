@@ -135,10 +135,10 @@ def test_what_a_plan_takes_and_says(tmp_path: Path, tiny_run: list[str], capfd: 
     common = [o for o in tiny_run if not o.startswith(("model", "layers"))]
     plan = ["plan", *common, "model=custom", f"model.target={target}", "model.input_size=32", "layers=all"]
     plan += [f"model.checkpoint={tmp_path}/c.pt", "data.limit=4"]
-    assert main.main(plan) == 2
+    assert main(plan) == 2
     said = capfd.readouterr().err
     assert "2 sets of weights" in said and "model.checkpoint_key=first, or model.checkpoint_key=second" in said
-    assert main.main([*plan, "model.checkpoint_key=second", "model.checkpoint_prefix=backbone."]) == 0
+    assert main([*plan, "model.checkpoint_key=second", "model.checkpoint_prefix=backbone."]) == 0
     said = capfd.readouterr().err
     assert said.count("left out") == 1
     assert (
@@ -468,7 +468,7 @@ def test_an_ensemble_of_several_checkpoints_is_planned_and_runs(tmp_path: Path, 
     run += ["layers.channels='0:1'", "data.limit=4", "render.steps=2", "render/augmentations=[ensemble]"]
     run += [f"render.augmentations.ensemble.checkpoints=[{tmp_path}/c.pt,{tmp_path}/c.pt]"]
     run += [f"model.checkpoint={tmp_path}/c.pt"]
-    assert main.main(run) == 0
+    assert main(run) == 0
 
 
 def test_values_are_those_of_the_file(tmp_path: Path) -> None:

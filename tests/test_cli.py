@@ -11,26 +11,27 @@ import pytest
 from conftest import TINY, compose
 
 from pipeline.cli.main import main
+from pipeline.cli.overrides import compared
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_without_a_verb_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main([]) == 2
-    assert main.main(["--help"]) == 0
+    assert main([]) == 2
+    assert main(["--help"]) == 0
     assert "atlas VERB" in capsys.readouterr().out
 
 
 def test_an_unknown_verb_has_a_neighbour(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["rendr"]) == 2
+    assert main(["rendr"]) == 2
     assert "Nearest: render" in capsys.readouterr().err
 
 
 def test_hydras_help_and_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["run", "--help"]) == 0
+    assert main(["run", "--help"]) == 0
     printed = capsys.readouterr().out
     assert "render/canvas: fourier, image, laplacian, maco, pixel" in printed and "efficientnet_lite0" in printed
-    assert main.main(["run", "--cfg", "job", "render=distill"]) == 0
+    assert main(["run", "--cfg", "job", "render=distill"]) == 0
     assert "steps: 160" in capsys.readouterr().out
 
 
@@ -38,7 +39,7 @@ def test_multirun_goes_through_all_choices(tmp_path: Path, photo_folder: Path, m
     monkeypatch.chdir(tmp_path)
     overrides = [*TINY, "data=folder", f"data.root={photo_folder}", "run.root=runs", "run.name=m${render.steps}"]
     overrides = [o for o in overrides if not o.startswith("render.steps")]
-    assert main.main(["plan", "--multirun", *overrides, "render.steps=2,3"]) == 0
+    assert main(["plan", "--multirun", *overrides, "render.steps=2,3"]) == 0
     assert sorted(p.parent.name for p in tmp_path.glob("runs/*/plan.csv")) == ["m2", "m3"]
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
 
@@ -58,23 +59,23 @@ def test_completion_after_the_verb(
 ) -> None:
     monkeypatch.setenv("COMP_LINE", line)
     monkeypatch.setattr(sys, "argv", ["atlas", "-sc", "query=bash"])
-    assert main.main() == 0
+    assert main() == 0
     assert expected in capsys.readouterr().out.split()
 
 
 def test_completion_can_be_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["atlas", "run", "-sc", "install=bash"])
-    assert main.main() == 0
+    assert main() == 0
     assert "hydra_bash_completion atlas" in capsys.readouterr().out
 
 
 def test_reading_verbs_list_the_runs_there_are(
     tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["plan", *tiny_run]) == 0
+    assert main(["plan", *tiny_run]) == 0
     capsys.readouterr()
     for verb in ("status", "site", "verify"):
-        assert main.main([verb, str(tmp_path / "tinny")]) == 2
+        assert main([verb, str(tmp_path / "tinny")]) == 2
         assert f"Runs in {tmp_path}: tiny" in capsys.readouterr().err
 
 
@@ -112,7 +113,7 @@ def setting(argument: str, key: str) -> Any:
 def test_an_argument_that_needs_quotes_is_told_with_them(
     key: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["plan", f"{key}={text}"]) == 2
+    assert main(["plan", f"{key}={text}"]) == 2
     told = capsys.readouterr().err
     assert told.startswith(("atlas: ", f"atlas: {key}")) and "hydra.cc" not in told and key in told
     (typed,) = shlex.split(told.partition("ype ")[2].partition("; for a list")[0].strip().removesuffix("."))
@@ -132,7 +133,7 @@ def test_an_argument_that_needs_quotes_is_told_with_them(
 def test_lists_and_mappings_keep_what_needs_no_quotes(
     argument: str, key: str, value: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["plan", argument]) == 2
+    assert main(["plan", argument]) == 2
     told = capsys.readouterr().err
     assert "hydra.cc" not in told
     if value is not None:
@@ -160,7 +161,7 @@ def test_what_needs_no_quotes_arrives_as_it_is() -> None:
     ],
 )
 def test_arguments_that_quotes_do_not_mend(argument: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["plan", argument]) == 2
+    assert main(["plan", argument]) == 2
     assert told in capsys.readouterr().err
 
 
@@ -171,23 +172,23 @@ def test_a_folder_by_position_may_be_called_anything(
     folder = tmp_path / "bob's runs" / name
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("run: {}\n")
-    assert main.main(["status", str(folder)]) == 0
+    assert main(["status", str(folder)]) == 0
     assert f"{folder}: 0 layers" in capsys.readouterr().out
     monkeypatch.chdir(folder.parent)
     for argument in (f"./{name}", f"{name}/"):
-        assert main.main(["status", argument]) == 0
+        assert main(["status", argument]) == 0
         assert f"{name}: 0 layers" in capsys.readouterr().out
     monkeypatch.chdir(folder)
-    assert main.main(["status", "."]) == 0
+    assert main(["status", "."]) == 0
     # Such a folder is a run to be compared too, and no setting.
-    assert main.compared([str(folder)])[0].runs == (str(folder),)
+    assert compared([str(folder)])[0].runs == (str(folder),)
 
 
 def test_a_run_by_its_name_alone_lies_below_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "config.yaml").write_text("run: {}\n")
-    assert main.main(["status", "mine"]) == 0
+    assert main(["status", "mine"]) == 0
 
 
 def test_the_command_to_publish_can_be_typed(tmp_path: Path) -> None:
@@ -204,7 +205,7 @@ def test_the_command_to_publish_can_be_typed(tmp_path: Path) -> None:
 def test_a_users_own_folder_of_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "render" / "optimizer").mkdir(parents=True)
     (tmp_path / "render" / "optimizer" / "slow.yaml").write_text("name: adam\nlr: 0.001\n")
-    assert main.main(["plan", "--cfg", "job", f"--config-dir={tmp_path}", "render/optimizer=slow"]) == 0
+    assert main(["plan", "--cfg", "job", f"--config-dir={tmp_path}", "render/optimizer=slow"]) == 0
     assert "lr: 0.001" in capsys.readouterr().out
 
 

@@ -426,16 +426,16 @@ def test_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["compare", "runs=[one,two]", "presets=[distill]", f"run.root={root}"]
-    assert main.main(arguments) == 0
+    assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "two against one" in out and "achieved ÷ natural ↑" in out and "blocks.0.conv" in out
     assert (root / "compare-one-two" / "index.html").is_file()
-    assert main.main([*arguments, f"out={tmp_path}/mine", "few"]) == 0
+    assert main([*arguments, f"out={tmp_path}/mine", "few"]) == 0
     assert "few: " in capsys.readouterr().out and (tmp_path / "mine" / MARK).is_file()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "letter.txt").write_text("dear")
-    assert main.main([*arguments, "out=taken"]) == 2
-    assert main.main(["compare", "runs=[one]", "presets=[distill]", f"run.root={root}"]) == 2
+    assert main([*arguments, "out=taken"]) == 2
+    assert main(["compare", "runs=[one]", "presets=[distill]", f"run.root={root}"]) == 2
     assert "needs two runs" in capsys.readouterr().err
     index = json.loads((tmp_path / "mine/data/index.js").read_text().removeprefix('ATLAS.put("index",')[:-3])
     assert len(index["contenders"]) == 3

@@ -325,10 +325,10 @@ def test_a_raised_limit_of_pixels_reads_what_was_refused(tiny_run: list[str], tm
         with (tmp_path / "tiny" / "failures.csv").open(encoding="utf-8") as handle:
             return list(csv.reader(handle))[1:]
 
-    assert main.main(["examples", *asked, "data.max_pixels=10000"]) == 0
+    assert main(["examples", *asked, "data.max_pixels=10000"]) == 0
     reason = "too large: 140 × 100 pixels; data.max_pixels allows 10,000"
     assert failures() == [["examples", "large.png", reason, ""]]
-    assert main.main(["examples", *asked, "data.max_pixels=14000", "run.update=true"]) == 0
+    assert main(["examples", *asked, "data.max_pixels=14000", "run.update=true"]) == 0
     assert failures() == []
     with pytest.raises(AtlasError, match=r"data\.max_pixels=0 is too small: at least 1, or null"):
         compose([*asked, "data.max_pixels=0"])
@@ -407,9 +407,9 @@ def test_a_row_group_is_read_once_for_all_threads(monkeypatch: pytest.MonkeyPatc
 def test_a_second_run_borrows_the_pass_of_the_first(tiny_run: list[str], tmp_path: Path) -> None:
     import pipeline
 
-    assert main.main(["examples", *tiny_run]) == 0
+    assert main(["examples", *tiny_run]) == 0
     first = {p.name: p.stat().st_ino for p in (tmp_path / "tiny" / "shards").rglob("*.h5")}
-    assert main.main(["examples", *tiny_run, "run.name=second", "render.steps=9"]) == 0
+    assert main(["examples", *tiny_run, "run.name=second", "render.steps=9"]) == 0
     second = {p.name: p.stat().st_ino for p in (tmp_path / "second" / "shards").rglob("*.h5")}
     assert second == first  # the very files, linked: nothing was measured again
     with pipeline.open_atlas(tmp_path / "second") as atlas:

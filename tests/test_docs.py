@@ -10,6 +10,7 @@ import pytest
 from conftest import compose
 
 from pipeline.cli.main import main
+from pipeline.cli.overrides import named
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "jobs").rglob("*.md")])
@@ -39,7 +40,7 @@ def test_commands_compose(command: str) -> None:
     if command.startswith("scripts/study"):
         verb, arguments = "run", [f"experiment=study/{verb}", *arguments]
     assert verb in main.VERBS
-    overrides = [a for a in main.named(verb, arguments) if not a.startswith(("--", "out="))]
+    overrides = [a for a in named(verb, arguments) if not a.startswith(("--", "out="))]
     # A sweep over several values is composed with the first of them.
     overrides = [re.sub(r"^([\w./]+=[\w.]+),[\w.,]+$", r"\1", o) for o in overrides]
     compose([o.replace("$HOME", "/somewhere") for o in overrides])
@@ -55,7 +56,7 @@ def test_python_runs_as_printed(
     name = "efficientnet_lite0-distill"
     overrides = [o for o in tiny_run if not o.startswith("run.")]
     overrides += ["also=[naive]", "also.naive.steps=2", "also.naive.size=32"]
-    assert main.main(["run", *overrides, f"run.root={tmp_path}/runs", f"run.name={name}"]) == 0
+    assert main(["run", *overrides, f"run.root={tmp_path}/runs", f"run.name={name}"]) == 0
     monkeypatch.chdir(tmp_path)
     for page, block in blocks("python"):
         if page == "your-own-network.md":
@@ -93,7 +94,7 @@ def test_your_own_network_in_five_minutes(
     for i, command in enumerate(commands):
         _, verb, *arguments = shlex.split(command)
         own = ["run.root=looks", f"run.name=look{i}"] if verb == "plan" else []
-        assert main.main([verb, *arguments, *small, *own]) == 0, command
+        assert main([verb, *arguments, *small, *own]) == 0, command
     out = capsys.readouterr().out
     assert "0.2.0" in out and "body" not in out
     assert (tmp_path / "runs" / "my_net-distill" / "site" / "index.html").is_file()

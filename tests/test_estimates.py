@@ -290,7 +290,7 @@ def test_a_plan_of_a_few_units_says_the_same_seconds_everywhere(
         f"run.root={tmp_path}",
         "run.name=few",
     ]
-    assert main.main(["plan", *own]) == 0
+    assert main(["plan", *own]) == 0
     (found,) = made
     printed = re.search(r"about (.+) with \d+ × \d+ threads", capsys.readouterr().out)
     assert printed is not None and printed[1] == found.span.text()

@@ -27,10 +27,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> Pat
     layers = [o for o in TINY if not o.startswith("layers.include")]
     base = [*layers, "layers.include=[conv_stem,conv_head]", "data=folder", f"data.root={photo_folder}",
             f"run.root={root}"]  # fmt: skip
-    assert main.main(["run", *base, ALSO, *SMALL, "also.diverse.variants=2", "run.name=many"]) == 0
+    assert main(["run", *base, ALSO, *SMALL, "also.diverse.variants=2", "run.name=many"]) == 0
     single = [o for o in base if not o.startswith("render.margin")]
     alone = [*single, "render=negative", "render.steps=3", "render.margin=24", "run.name=alone"]
-    assert main.main(["render", *alone]) == 0
+    assert main(["render", *alone]) == 0
     return root
 
 
@@ -89,13 +89,13 @@ def test_a_preset_among_others_gives_the_same_pictures_as_alone(folders: Path) -
 def test_it_is_whole_and_nothing_is_made_again(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     many = folders / "many"
     times = shard_times(many)
-    assert main.main(["verify", str(many), "run.check=3"]) == 0
-    assert main.main(["compact", str(many)]) == 0
+    assert main(["verify", str(many), "run.check=3"]) == 0
+    assert main(["compact", str(many)]) == 0
     assert len(shard_times(many)) < len(times)
     settings = (many / "config.yaml").read_text()
     assert "also:" in settings and "also:" not in (folders / "alone" / "config.yaml").read_text()
     capsys.readouterr()
-    assert main.main(["verify", str(many), "run.check=0"]) == 0
+    assert main(["verify", str(many), "run.check=0"]) == 0
 
 
 def test_what_can_not_go_together_is_refused(tiny_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,11 +107,11 @@ def test_what_can_not_go_together_is_refused(tiny_run: list[str], capsys: pytest
         (["also=[oygard]"], "also=oygard: render.schedule asks for a head"),
         (["also=[negative]", "render/objective@also.negative.objective=layer"], "give it a run of its own"),
     ):
-        assert main.main(["plan", *tiny_run, *more]) == 2, more
+        assert main(["plan", *tiny_run, *more]) == 2, more
         assert told in capsys.readouterr().err, more
 
 
 def test_the_plan_tells_each_preset(tiny_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["plan", *tiny_run, "also=[negative,diverse]"]) == 0
+    assert main(["plan", *tiny_run, "also=[negative,diverse]"]) == 0
     printed = capsys.readouterr().out
     assert "negative: 15 pictures" in printed and "diverse: 60 pictures" in printed and "15 units" in printed

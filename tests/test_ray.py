@@ -58,13 +58,13 @@ def killer(stop: threading.Event, killed: list[int]) -> None:
 
 def test_killed_workers_change_nothing(tiny_run: list[str], tmp_path: Path) -> None:
     more = ["render.steps=30"]
-    assert main.main(["run", *tiny_run, *more]) == 0
+    assert main(["run", *tiny_run, *more]) == 0
     inline = pictures(tmp_path / "tiny")
     stop, killed = threading.Event(), []
     thread = threading.Thread(target=killer, args=(stop, killed))
     thread.start()
     try:
-        assert main.main(["run", *tiny_run, *more, *ON_RAY, "run.name=killed"]) == 0
+        assert main(["run", *tiny_run, *more, *ON_RAY, "run.name=killed"]) == 0
     finally:
         stop.set()
         thread.join()
@@ -94,24 +94,24 @@ def test_bad_input_on_a_worker_ends_the_run_at_once(
         return dataclasses.replace(made, setup=dataclasses.replace(made.setup, weights="0" * 64))
 
     monkeypatch.setattr(runner, "make_plan", other_weights)
-    assert main.main(["render", *tiny_run, *ON_RAY]) == 2
+    assert main(["render", *tiny_run, *ON_RAY]) == 2
     assert "weights of test_efficientnet are not the driver's" in capsys.readouterr().err
 
 
 def test_more_workers_than_room_are_cut_and_too_large_ones_refused(
     tiny_run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["render", *tiny_run, *TOO_MANY]) == 0
+    assert main(["render", *tiny_run, *TOO_MANY]) == 0
     assert "but the cluster has room for" in capsys.readouterr().err
     assert (
-        main.main(["render", *tiny_run, *ON_RAY, "engine.cpus_per_worker=999", "render.steps=5", "run.update=true"])
+        main(["render", *tiny_run, *ON_RAY, "engine.cpus_per_worker=999", "render.steps=5", "run.update=true"])
         == 2
     )
     assert "No node of the cluster has room for a worker of 999 CPUs" in capsys.readouterr().err
 
 
 def test_no_cluster_at_the_address(tiny_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["render", *tiny_run, *ON_RAY, "engine.address=127.0.0.1:1"]) == 2
+    assert main(["render", *tiny_run, *ON_RAY, "engine.address=127.0.0.1:1"]) == 2
     assert "No Ray cluster at engine.address=127.0.0.1:1" in capsys.readouterr().err
 
 
@@ -300,8 +300,8 @@ def test_workers_that_share_no_files_with_the_driver(tiny_run: list[str], tmp_pa
     own = [*tiny_run, f"model.weights={checkpoint}"]
     assert packed_weights(compose(own).config.model) is not None
     settings = ["engine.cpus_per_worker=1", "engine.task_seconds=0.001"]  # the same cuts
-    assert main.main(["run", *own, *settings]) == 0
-    assert main.main(["run", *own, *settings, *ON_RAY, "engine.shared_fs=false", "run.name=far"]) == 0
+    assert main(["run", *own, *settings]) == 0
+    assert main(["run", *own, *settings, *ON_RAY, "engine.shared_fs=false", "run.name=far"]) == 0
     ours, theirs = ({p.name: p for p in (tmp_path / name / "shards").rglob("*.h5")} for name in ("tiny", "far"))
     assert ours.keys() == theirs.keys()
     for name, path in ours.items():

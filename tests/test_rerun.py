@@ -43,7 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> It
     """A finished run that no test may change, and the overrides it was made with, but for its place."""
     root = tmp_path_factory.mktemp("base")
     settings = [*TINY, "data=folder", f"data.root={photo_folder}"]
-    assert main.main(["run", *settings, f"run.root={root}", "run.name=base"]) == 0
+    assert main(["run", *settings, f"run.root={root}", "run.name=base"]) == 0
     before = snapshot(root / "base")
     yield root / "base", settings
     assert snapshot(root / "base") == before
@@ -124,13 +124,13 @@ def test_examples_are_linked_and_only_pictures_that_differ_are_rendered(
     base, settings = finished
     rerun = [*settings, f"run.root={tmp_path}", "run.name=again", f"base={base}"]
     longer = [*rerun, "render.steps=5"]
-    assert main.main(["plan", *longer]) == 0
+    assert main(["plan", *longer]) == 0
     printed = capsys.readouterr().out
     assert f"from {base}: examples of 20 photographs, 0 of 15 pictures" in printed
     assert re.search(r"to do: examples of 0 photographs, 15 pictures; about \d+ s( \([^)]+\))? with", printed)
     assert not (tmp_path / "again" / "shards").exists()  # a plan links nothing
 
-    assert main.main(["run", *longer]) == 0
+    assert main(["run", *longer]) == 0
     assert len(rendered) == 15
     for kind in ("ranges", "examples", "winners"):
         linked = sorted((tmp_path / "again" / "shards" / kind).glob("*.h5"))
@@ -146,7 +146,7 @@ def test_examples_are_linked_and_only_pictures_that_differ_are_rendered(
     rendered.clear()
     capsys.readouterr()
     equal = [o.replace("run.name=again", "run.name=equal") for o in rerun]
-    assert main.main(["run", *equal]) == 0
+    assert main(["run", *equal]) == 0
     told = capsys.readouterr()
     assert f"from {base}: examples of 20 photographs, 15 of 15 pictures" in told.out
     assert "to do: nothing is missing" in told.out and "15 pictures of" in told.err and "are used again" in told.err
@@ -159,7 +159,7 @@ def test_nothing_is_probed_timed_or_made_where_nothing_is_missing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main.main(["run", *tiny_run]) == 0
+    assert main(["run", *tiny_run]) == 0
     before = snapshot(tmp_path / "tiny" / "shards")
 
     def never(*_: object, **__: object) -> None:
@@ -168,7 +168,7 @@ def test_nothing_is_probed_timed_or_made_where_nothing_is_missing(
     for name in ("receptive_fields", "estimate", "fold"):
         monkeypatch.setattr(planner, name, never)
     capsys.readouterr()
-    assert main.main(["run", *tiny_run]) == 0
+    assert main(["run", *tiny_run]) == 0
     printed = capsys.readouterr().out
     assert "here already: examples of 20 photographs, 15 of 15 pictures\nto do: nothing is missing" in printed
     assert snapshot(tmp_path / "tiny" / "shards") == before
@@ -190,7 +190,7 @@ def test_only_what_is_missing_is_timed(
 
     monkeypatch.setattr(planner, "estimate", noting)
     more = [*settings, f"run.root={tmp_path}", "run.name=more", f"base={base}", "layers.include=[conv_*,blocks.0.0.*]"]
-    assert main.main(["plan", *more]) == 0
+    assert main(["plan", *more]) == 0
     assert timed and "conv_stem" not in timed and all(name.startswith("blocks.0.0") for name in timed)
     written = (tmp_path / "more" / "plan.csv").read_text().splitlines()
     seconds = {line.split(",")[0]: float(line.split(",")[-2]) for line in written[1:-2]}
@@ -205,21 +205,21 @@ def test_fewer_layers_and_channels_are_cut_out_of_the_base(
     base, settings = finished
     settings = [*settings, f"examples.store={store}"]
     if store != "images":
-        assert main.main(["run", *settings, f"run.root={tmp_path / 'base'}", "run.name=base"]) == 0
+        assert main(["run", *settings, f"run.root={tmp_path / 'base'}", "run.name=base"]) == 0
         base = tmp_path / "base" / "base"
     small = [*settings, *SMALL, "run.name=small"]
     alone, based = tmp_path / "alone", tmp_path / "based"
-    assert main.main(["run", *small, f"run.root={alone}"]) == 0
+    assert main(["run", *small, f"run.root={alone}"]) == 0
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("this was done already")
 
     monkeypatch.setattr("pipeline.examples.sweep.photos.load", never)
     monkeypatch.setattr(worker, "render", never)
-    assert main.main(["run", *small, f"run.root={based}", f"base={base}"]) == 0
+    assert main(["run", *small, f"run.root={based}", f"base={base}"]) == 0
     ours, theirs = content(based / "small"), content(alone / "small")
     assert any(name.endswith("heat") or "maps/value" in name for name in ours) and same(ours, theirs)
-    assert main.main(["verify", str(based / "small"), "run.check=0"]) == 0
+    assert main(["verify", str(based / "small"), "run.check=0"]) == 0
 
 
 def test_channels_that_the_base_does_not_show_are_looked_at_again(
@@ -230,11 +230,11 @@ def test_channels_that_the_base_does_not_show_are_looked_at_again(
 ) -> None:
     base, settings = finished
     more = [*settings, "layers.channels='1:5'", "run.name=more"]
-    assert main.main(["run", *more, f"run.root={tmp_path / 'alone'}"]) == 0
+    assert main(["run", *more, f"run.root={tmp_path / 'alone'}"]) == 0
     assert len(rendered) == 20
     rendered.clear()
     capsys.readouterr()
-    assert main.main(["run", *more, f"run.root={tmp_path / 'based'}", f"base={base}"]) == 0
+    assert main(["run", *more, f"run.root={tmp_path / 'based'}", f"base={base}"]) == 0
     assert f"from {base}: examples of 20 photographs, 10 of 20 pictures" in capsys.readouterr().out
     assert len(rendered) == 10 and {channel for _, channel in rendered} == {3, 4}
     assert same(content(tmp_path / "alone" / "more"), content(tmp_path / "based" / "more"))
@@ -245,11 +245,11 @@ def test_other_layers_than_the_bases_are_looked_at_in_full(
 ) -> None:
     base, settings = finished
     other = [*settings, "layers.include=[conv_stem,blocks.0.0.*]", f"run.root={tmp_path}", "run.name=other"]
-    assert main.main(["plan", *other, f"base={base}"]) == 0
+    assert main(["plan", *other, f"base={base}"]) == 0
     printed = capsys.readouterr().out
     assert f"from {base}: examples of 0 photographs, 3 of" in printed and "examples of 20 photographs, " in printed
     assert f"the dataset pass is made anew: {base} has no blocks.0.0." in printed
-    assert main.main(["plan", *settings, f"run.root={tmp_path}", "run.name=k", f"base={base}", "examples.k=2"]) == 0
+    assert main(["plan", *settings, f"run.root={tmp_path}", "run.name=k", f"base={base}", "examples.k=2"]) == 0
     assert "the dataset pass is made anew: examples.k: 3 → 2" in capsys.readouterr().out
 
 
@@ -264,7 +264,7 @@ def test_a_base_that_is_only_begun_lends_what_it_has(
     shutil.rmtree(half / "shards" / "winners")
     shutil.rmtree(half / "shards" / "render" / "conv_stem")
     rest = [*settings, f"run.root={tmp_path}", "run.name=rest", f"base={half}"]
-    assert main.main(["run", *rest]) == 0
+    assert main(["run", *rest]) == 0
     assert {layer for layer, _ in rendered} == {"conv_stem"}
     assert same(content(base), content(tmp_path / "rest"))
 
@@ -275,11 +275,11 @@ def test_a_compacted_base_lends_out_of_its_atlas(
     base, settings = finished
     small = tmp_path / "compacted" / "base"
     shutil.copytree(base, small)
-    assert main.main(["compact", str(small)]) == 0
+    assert main(["compact", str(small)]) == 0
     assert not list((small / "shards").glob("render/*/*.h5"))
     before = snapshot(small)
     again = [*settings, f"run.root={tmp_path}", "run.name=again", f"base={small}", "layers.channels='1:3'"]
-    assert main.main(["run", *again]) == 0
+    assert main(["run", *again]) == 0
     assert not rendered and snapshot(small) == before
     copied = list((tmp_path / "again" / "shards").glob("render/*/*.h5"))
     assert len(copied) == 5  # a shard a layer, of the channels that are wanted
@@ -298,7 +298,7 @@ def test_where_links_cannot_be_made_files_are_copied(
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refused)
-    assert main.main(["run", *settings, f"run.root={tmp_path}", "run.name=copy", f"base={base}"]) == 0
+    assert main(["run", *settings, f"run.root={tmp_path}", "run.name=copy", f"base={base}"]) == 0
     assert not rendered and same(content(base), content(tmp_path / "copy"))
     assert all(path.stat().st_nlink == 1 for path in (tmp_path / "copy" / "shards").rglob("*.h5"))
 
@@ -318,7 +318,7 @@ def test_a_picture_that_is_damaged_in_the_base_is_made_again(
     data[at + 20] ^= 1
     damaged.write_bytes(data)
     before = snapshot(bad)
-    assert main.main(["run", *settings, f"run.root={tmp_path}", "run.name=again", f"base={bad}"]) == 0
+    assert main(["run", *settings, f"run.root={tmp_path}", "run.name=again", f"base={bad}"]) == 0
     assert len(rendered) == 1 and rendered[0][0] == "conv_head" and snapshot(bad) == before
     assert same(content(base), content(tmp_path / "again"))
 
@@ -330,17 +330,17 @@ def test_a_base_is_free_and_not_needed_any_more(
     copy = tmp_path / "copy" / "base"
     shutil.copytree(base, copy)
     mine = [*settings, f"run.root={tmp_path}", "run.name=mine"]
-    assert main.main(["run", *mine, f"base={copy}", "only=below:1e9"]) == 0
+    assert main(["run", *mine, f"base={copy}", "only=below:1e9"]) == 0
     shutil.rmtree(copy)
-    assert main.main(["verify", str(tmp_path / "mine"), "run.check=1"]) == 0
-    assert main.main(["compact", str(tmp_path / "mine")]) == 0
+    assert main(["verify", str(tmp_path / "mine"), "run.check=1"]) == 0
+    assert main(["compact", str(tmp_path / "mine")]) == 0
     whole = [*settings, f"run.root={tmp_path}", "run.name=whole"]
-    assert main.main(["run", *whole, f"base={base}"]) == 0
+    assert main(["run", *whole, f"base={base}"]) == 0
     capsys.readouterr()
-    assert main.main(["run", *whole]) == 0
+    assert main(["run", *whole]) == 0
     assert "to do: nothing is missing" in capsys.readouterr().out
     # A run that names itself has nothing to borrow, which is no error.
-    assert main.main(["plan", *whole, f"base={tmp_path / 'whole'}"]) == 0
+    assert main(["plan", *whole, f"base={tmp_path / 'whole'}"]) == 0
 
 
 def test_a_multirun_over_presets_has_one_base(
@@ -350,7 +350,7 @@ def test_a_multirun_over_presets_has_one_base(
     monkeypatch.chdir(tmp_path)
     settings = [o for o in settings if not o.startswith("render")]
     overrides = [*settings, *TINY_PRESETS, f"base={base}", "run.root=runs"]
-    assert main.main(["run", "--multirun", *overrides, "render=tv,naive"]) == 0
+    assert main(["run", "--multirun", *overrides, "render=tv,naive"]) == 0
     made = sorted(path.parent.name for path in tmp_path.glob("runs/*/atlas.h5"))
     assert made == ["test_efficientnet-naive", "test_efficientnet-tv"]
     for name in made:
@@ -429,14 +429,14 @@ def test_only_units_whose_pictures_were_not_good_enough(
         assert isinstance(status, h5py.Dataset)
         status[1, 0] = "failed"
     rerun = [*settings, "render.steps=6", f"run.root={tmp_path}", f"base={bad}"]
-    assert main.main(["run", *rerun, "run.name=failed", "only=failed"]) == 0
+    assert main(["run", *rerun, "run.name=failed", "only=failed"]) == 0
     assert rendered == [("conv_head", 1)]
     assert f"from {bad}: examples of 20 photographs, 0 of 1 pictures" in capsys.readouterr().out
     with pipeline.open_atlas(tmp_path / "failed") as atlas:
         assert atlas.layers == ("conv_head",) and atlas["conv_head"].channels.tolist() == [1]
         assert atlas["conv_head"].examples() is not None
     # Again: the base says the same, so nothing is missing.
-    assert main.main(["run", *rerun, "run.name=failed", "only=failed"]) == 0
+    assert main(["run", *rerun, "run.name=failed", "only=failed"]) == 0
     assert len(rendered) == 1
 
     with pipeline.open_atlas(base) as atlas:
@@ -496,7 +496,7 @@ def test_what_cannot_be_based_or_chosen_is_told(
     with pytest.raises(AtlasError) as error:
         planner.make_plan(compose(made).config, timed=False)
     assert message in str(error.value)
-    assert main.main(["plan", *made]) == 2
+    assert main(["plan", *made]) == 2
     assert message in capsys.readouterr().err and not Path("runs").exists()
 
 
@@ -584,6 +584,6 @@ def test_commands_of_the_page_work_in_turn(
         flags = [a for a in arguments if a == "--multirun"]
         # Settings of the page come last, and so count.
         typed = [verb, *flags, *own, *(a for a in arguments if a not in flags)]
-        assert main.main(typed) == 0, (arguments, capsys.readouterr().err)
+        assert main(typed) == 0, (arguments, capsys.readouterr().err)
     printed = capsys.readouterr().out
     assert "from runs/distill: examples of 20 photographs" in printed

@@ -28,7 +28,7 @@ def shard_times(folder: Path) -> dict[str, int]:
 
 def test_the_whole_path_and_again(tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "tiny"
-    assert main.main(["run", *tiny_run]) == 0
+    assert main(["run", *tiny_run]) == 0
     printed = capsys.readouterr()
     assert "conv_stem" in printed.out and "total:" in printed.out and "20 photographs" in printed.out
     assert "is complete" in printed.err
@@ -50,7 +50,7 @@ def test_the_whole_path_and_again(tiny_run: list[str], tmp_path: Path, capsys: p
 
     # Again: nothing is missing, so nothing is made.
     made = [(folder / name).stat().st_mtime_ns for name in ("atlas.h5", "site/index.html")]
-    assert main.main(["run", *tiny_run]) == 0
+    assert main(["run", *tiny_run]) == 0
     assert "Nothing is missing" in capsys.readouterr().err
     assert shard_times(folder) == times
     assert made == [(folder / name).stat().st_mtime_ns for name in ("atlas.h5", "site/index.html")]
@@ -58,10 +58,10 @@ def test_the_whole_path_and_again(tiny_run: list[str], tmp_path: Path, capsys: p
     # One shard lost: only that one is made again, and it is the same.
     lost = next((folder / "shards" / "render").rglob("*.h5"))
     lost.unlink()
-    assert main.main(["run", *tiny_run]) == 0
+    assert main(["run", *tiny_run]) == 0
     assert not lost.exists()  # atlas.h5 holds its pictures
     (folder / "atlas.h5").unlink()
-    assert main.main(["run", *tiny_run]) == 0
+    assert main(["run", *tiny_run]) == 0
     after = shard_times(folder)
     # How work is cut follows from timing, so the lost pictures may come back in other portions.
     again = {n for n, t in after.items() if times.get(n) != t}
@@ -69,7 +69,7 @@ def test_the_whole_path_and_again(tiny_run: list[str], tmp_path: Path, capsys: p
     assert all(np.array_equal(before[k], v) for k, v in pictures(folder).items())
 
     # More channels: the old pictures stay, the new ones join them.
-    assert main.main(["run", *tiny_run, "layers.channels=0:5", "run.update=true"]) == 0
+    assert main(["run", *tiny_run, "layers.channels=0:5", "run.update=true"]) == 0
     times = shard_times(folder)
     more = pictures(folder)
     assert len(more) > len(before) and all(np.array_equal(before[k], more[k]) for k in before)
@@ -77,42 +77,42 @@ def test_the_whole_path_and_again(tiny_run: list[str], tmp_path: Path, capsys: p
 
     # Verbs that read.
     capsys.readouterr()
-    assert main.main(["verify", str(folder)]) == 0
-    assert main.main(["status", str(folder)]) == 0
+    assert main(["verify", str(folder)]) == 0
+    assert main(["status", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert "whole" in printed and "complete since" in printed
-    assert main.main(["site", str(folder), "site.title=Another"]) == 0
+    assert main(["site", str(folder), "site.title=Another"]) == 0
     assert "Another" in (folder / "site" / "index.html").read_text()
 
     # A torn store is told, and mended by the next run.
     (folder / "atlas.h5").write_bytes((folder / "atlas.h5").read_bytes()[:5000])
-    assert main.main(["verify", str(folder)]) == 1
+    assert main(["verify", str(folder)]) == 1
     assert "can't be" in capsys.readouterr().out
-    assert main.main(["run", *tiny_run, "layers.channels=0:5", "run.update=true"]) == 0
-    assert main.main(["verify", str(folder)]) == 0
+    assert main(["run", *tiny_run, "layers.channels=0:5", "run.update=true"]) == 0
+    assert main(["verify", str(folder)]) == 0
 
 
 def test_another_configuration_is_refused_with_the_ways_out(
     tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # A plan alone binds nobody; finished work does.
-    assert main.main(["plan", *tiny_run, "render.steps=6"]) == 0
-    assert main.main(["examples", *tiny_run]) == 0
-    assert main.main(["plan", *tiny_run, "engine.batch=1", "engine.workers=7"]) == 0
+    assert main(["plan", *tiny_run, "render.steps=6"]) == 0
+    assert main(["examples", *tiny_run]) == 0
+    assert main(["plan", *tiny_run, "engine.batch=1", "engine.workers=7"]) == 0
     capsys.readouterr()
-    assert main.main(["plan", *tiny_run, "render.steps=5"]) == 2
+    assert main(["plan", *tiny_run, "render.steps=5"]) == 2
     message = capsys.readouterr().err
     assert "render.steps: 4 → 5" in message and "run.name=" in message and "run.update=true" in message
 
 
 def test_examples_alone_then_pictures_then_site(tiny_run: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
-    assert main.main(["examples", *tiny_run]) == 0
+    assert main(["examples", *tiny_run]) == 0
     with pipeline.open_atlas(folder) as atlas:
         assert atlas["conv_stem"].presets == () and atlas["conv_stem"].examples() is not None
-    assert main.main(["site", str(folder)]) == 0
+    assert main(["site", str(folder)]) == 0
     times = shard_times(folder)
-    assert main.main(["render", *tiny_run]) == 0
+    assert main(["render", *tiny_run]) == 0
     assert all(shard_times(folder)[n] == t for n, t in times.items())
     with pipeline.open_atlas(folder) as atlas:
         assert atlas["conv_stem"].presets == ("distill",) and atlas["conv_stem"].examples() is not None
@@ -128,7 +128,7 @@ def test_unreadable_photographs_are_counted_and_listed(tiny_run: list[str], tmp_
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(photos / f"{i}.png")
     (photos / "broken, and 'odd'.jpg").write_text("no")
     overrides = [o for o in tiny_run if not o.startswith("data.root")]
-    assert main.main(["examples", *overrides, f"data.root={photos}"]) == 0
+    assert main(["examples", *overrides, f"data.root={photos}"]) == 0
     failures = (tmp_path / "tiny" / "failures.csv").read_text()
     assert "broken, and 'odd'.jpg" in failures and "not a picture" in failures
     assert len(failures.strip().splitlines()) == 2
@@ -149,15 +149,15 @@ def test_a_failing_task_is_set_aside_and_the_run_goes_on(
         return whole(model, layer, units, *rest, **more)
 
     monkeypatch.setattr(worker, "render", sometimes)
-    assert main.main(["run", *tiny_run]) == 1
+    assert main(["run", *tiny_run]) == 1
     assert len(tries) == 3 * len(set(tries)) == 6
     failures = (tmp_path / "tiny" / "failures.csv").read_text()
     assert "out of luck" in failures and "Traceback" in failures and "conv_head:0" in failures
     capsys.readouterr()
-    assert main.main(["verify", str(tmp_path / "tiny")]) == 1
+    assert main(["verify", str(tmp_path / "tiny")]) == 1
     monkeypatch.setattr(worker, "render", whole)
-    assert main.main(["run", *tiny_run]) == 0
-    assert main.main(["verify", str(tmp_path / "tiny")]) == 0
+    assert main(["run", *tiny_run]) == 0
+    assert main(["verify", str(tmp_path / "tiny")]) == 0
 
 
 def test_too_many_failures_stop_the_run(
@@ -169,7 +169,7 @@ def test_too_many_failures_stop_the_run(
         raise RuntimeError("no disk")
 
     monkeypatch.setattr(worker, "render", never)
-    assert main.main(["render", *tiny_run, "engine.max_failures=2", "engine.attempts=1"]) == 1
+    assert main(["render", *tiny_run, "engine.max_failures=2", "engine.attempts=1"]) == 1
     assert "2 tasks in a row were set aside" in capsys.readouterr().err
     assert len((tmp_path / "tiny" / "failures.csv").read_text().split("no disk")) > 2
 
@@ -180,7 +180,7 @@ def test_two_runs_do_not_meet_in_one_folder(
     from pipeline.runs.folder import RunFolder
 
     with RunFolder(tmp_path / "tiny").locked():
-        assert main.main(["plan", *tiny_run]) == 2
+        assert main(["plan", *tiny_run]) == 2
     assert "Another atlas command is at work" in capsys.readouterr().err
 
 
@@ -201,7 +201,7 @@ def test_an_interrupted_run_stops_soon_and_goes_on_later(
     assert process.returncode == 130 and time.monotonic() - began < 10
     assert "Everything finished is kept" in errors
     kept = shard_times(folder)
-    assert kept and main.main(["run", *slow]) == 0
+    assert kept and main(["run", *slow]) == 0
     assert all(shard_times(folder)[n] == t for n, t in kept.items())
 
 
@@ -222,7 +222,7 @@ def test_an_interrupted_run_stops_soon_and_goes_on_later(
 def test_bad_input_is_told_before_any_work(
     tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
 ) -> None:
-    assert main.main(["run", *tiny_run, *overrides]) == 2
+    assert main(["run", *tiny_run, *overrides]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "tiny").exists()
 
@@ -231,7 +231,7 @@ def test_every_channel_of_a_transformer(tmp_path: Path, photo_folder: Path) -> N
     tiny = [o for o in TINY if not o.startswith(("model.name", "layers", "model.input_size"))]
     overrides = [*tiny, "model.name=test_vit", "layers.include=[blocks.0,blocks.1.mlp.fc1,head]", "layers.channels=0:2"]
     folder = [f"run.root={tmp_path}", "run.name=vit", "data=folder", f"data.root={photo_folder}", "render.size=auto"]
-    assert main.main(["run", *overrides, *folder]) == 0
+    assert main(["run", *overrides, *folder]) == 0
     with pipeline.open_atlas(tmp_path / "vit") as atlas:
         assert atlas.layers == ("blocks.0", "blocks.1.mlp.fc1", "head")
         assert atlas["blocks.0"].receptive_field is None
@@ -239,7 +239,7 @@ def test_every_channel_of_a_transformer(tmp_path: Path, photo_folder: Path) -> N
 
 def test_a_damaged_shard_is_made_again(tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "tiny"
-    assert main.main(["run", *tiny_run]) == 0
+    assert main(["run", *tiny_run]) == 0
     before = pictures(folder)
     damaged = sorted((folder / "shards" / "render").rglob("*.h5"))[0]
     with h5py.File(damaged) as file:
@@ -251,18 +251,18 @@ def test_a_damaged_shard_is_made_again(tiny_run: list[str], tmp_path: Path, caps
     (folder / "atlas.h5").unlink()
     times = shard_times(folder)
     capsys.readouterr()
-    assert main.main(["run", *tiny_run]) == 0
+    assert main(["run", *tiny_run]) == 0
     assert "1 whole pictures kept, the file set aside as" in capsys.readouterr().err
     assert {n.split("-")[2] for n in shard_times(folder).keys() - times.keys()} == {"1"}
-    assert main.main(["verify", str(folder)]) == 0
+    assert main(["verify", str(folder)]) == 0
     assert all(np.array_equal(before[k], v) for k, v in pictures(folder).items())
 
 
 def test_other_portions_of_the_dataset_give_the_same_examples(tiny_run: list[str], tmp_path: Path) -> None:
-    assert main.main(["examples", *tiny_run]) == 0
+    assert main(["examples", *tiny_run]) == 0
     with pipeline.open_atlas(tmp_path / "tiny") as atlas:
         first = atlas["conv_stem"].examples()
-    assert main.main(["examples", *tiny_run, "examples.per_task=12", "run.update=true"]) == 0
+    assert main(["examples", *tiny_run, "examples.per_task=12", "run.update=true"]) == 0
     with pipeline.open_atlas(tmp_path / "tiny") as atlas:
         second = atlas["conv_stem"].examples()
     assert first is not None and second is not None and np.array_equal(first.index, second.index)
@@ -276,7 +276,7 @@ def test_shards_that_nobody_sees_are_no_success(
 
     whole = worker.shards.place
     monkeypatch.setattr(worker.shards, "place", lambda path, data: whole(Path(f"{path}.elsewhere"), data))
-    assert main.main(["render", *tiny_run]) == 1
+    assert main(["render", *tiny_run]) == 1
     assert "do all workers and this driver see the run's folder" in (tmp_path / "tiny" / "failures.csv").read_text()
 
 
@@ -286,7 +286,7 @@ def test_photographs_that_are_all_unreadable(
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.jpg").write_text("no")
     overrides = [o for o in tiny_run if not o.startswith("data.root")]
-    assert main.main(["run", *overrides, f"data.root={tmp_path / 'broken'}"]) == 2
+    assert main(["run", *overrides, f"data.root={tmp_path / 'broken'}"]) == 2
     assert "Not one photograph could be read" in capsys.readouterr().err
 
 
@@ -300,7 +300,7 @@ def test_a_file_name_that_is_no_text(tiny_run: list[str], tmp_path: Path, photo_
     except OSError:
         pytest.skip("this file system wants UTF-8")
     overrides = [o for o in tiny_run if not o.startswith("data.root")]
-    assert main.main(["run", *overrides, f"data.root={odd}"]) == 0
+    assert main(["run", *overrides, f"data.root={odd}"]) == 0
     with pipeline.open_atlas(tmp_path / "tiny") as atlas:
         assert sorted(atlas.dataset()["path"]) == ["caf\\udce9.png", "good.png"]
 
@@ -318,7 +318,7 @@ def test_a_network_of_one_size_gets_its_own(
         "layers.channels=0:2",
     ]
     folder = ["data=folder", f"data.root={photo_folder}", f"run.root={tmp_path}", "run.name=vit"]
-    assert main.main(["plan", *vit, *folder, "render.size=96"]) == 2
+    assert main(["plan", *vit, *folder, "render.size=96"]) == 2
     message = capsys.readouterr().err
     assert "render.size=96: vit_tiny_patch16_224 does not take pictures of 96 x 96" in message and "or 224" in message
-    assert main.main(["plan", *vit, *folder]) == 0
+    assert main(["plan", *vit, *folder]) == 0

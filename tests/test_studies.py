@@ -86,7 +86,7 @@ def test_a_study_has_tables_and_a_figure(tiny_run: list[str], tmp_path: Path) ->
     settings = ["render.name=naive", "render.variants=3", "also=[distill]", "also.distill.variants=3"]
     settings += [f"also.distill.{key}" for key in ("steps=2", "size=32", "margin=4")]
     overrides = [o for o in tiny_run if not o.startswith("run.")]
-    assert main.main(["run", *overrides, *settings, f"run.root={tmp_path}", "run.name=study"]) == 0
+    assert main(["run", *overrides, *settings, f"run.root={tmp_path}", "run.name=study"]) == 0
     found = mosaic.report(tmp_path / "study")
     first, second = found.tables.values()
     assert list(first["preset"]) == ["`naive`", "`distill`"] and list(second["preset"]) == ["`distill`"]

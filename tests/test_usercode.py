@@ -332,30 +332,30 @@ def test_an_edited_import_is_told_by_verify_and_everything_is_made_again(
     edit(tmp_path / "blocks.py", "nn.Conv2d(3, 4, 3, padding=1)", "nn.Conv2d(3, 4, 3, padding=PADDING)")
     (tmp_path / "scales.py").write_text("SCALE = 1.0\nPADDING = 1\n")
     edit(tmp_path / "blocks.py", "import SCALE", "import SCALE, PADDING")
-    assert main.main(["run", *run]) == 0
+    assert main(["run", *run]) == 0
     before = activation(tmp_path / "mine", "3")
-    assert main.main(["verify", str(tmp_path / "mine")]) == 0
+    assert main(["verify", str(tmp_path / "mine")]) == 0
     capsys.readouterr()
     edit(tmp_path / "scales.py", "1.0", "5.0")
-    assert main.main(["verify", str(tmp_path / "mine")]) == 1
+    assert main(["verify", str(tmp_path / "mine")]) == 1
     printed = " ".join(capsys.readouterr().out.split())
     assert "network" in printed and "its weights or its code are not those that the atlas was made from" in printed
     # The message says what to do.
-    assert main.main(["run", *run]) == 0
+    assert main(["run", *run]) == 0
     assert "Nothing is missing" not in capsys.readouterr().err
     assert activation(tmp_path / "mine", "3") != before
-    assert main.main(["verify", str(tmp_path / "mine")]) == 0
+    assert main(["verify", str(tmp_path / "mine")]) == 0
 
 
 def test_verify_of_a_network_that_has_lost_its_layers(
     tmp_path: Path, run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     network(tmp_path)
-    assert main.main(["run", *run]) == 0
+    assert main(["run", *run]) == 0
     edit(tmp_path / "blocks.py", "self.conv", "self.renamed")
     edit(tmp_path / "blocks.py", "= nn.Conv2d", " = nn.Conv2d")
     capsys.readouterr()
-    assert main.main(["verify", str(tmp_path / "mine")]) == 1
+    assert main(["verify", str(tmp_path / "mine")]) == 1
     assert "its code are not those" in " ".join(capsys.readouterr().out.split())
 
 
@@ -367,12 +367,12 @@ def test_verify_computes_activations_again(tmp_path: Path, run: list[str], capsy
     )
     (tmp_path / "scales.json").write_text("1.0")
     run = [*run, "layers=all", "layers.include=['0']", "run.check=2"]
-    assert main.main(["run", *run]) == 0
-    assert main.main(["verify", str(tmp_path / "mine"), "run.check=2"]) == 0
+    assert main(["run", *run]) == 0
+    assert main(["verify", str(tmp_path / "mine"), "run.check=2"]) == 0
     capsys.readouterr()
     (tmp_path / "scales.json").write_text("1.03")
     for name in [n for n in sys.modules if n == "scales" or n == "blocks" or n.startswith("atlas_target_")]:
         del sys.modules[name]  # another process
-    assert main.main(["verify", str(tmp_path / "mine"), "run.check=2"]) == 1
+    assert main(["verify", str(tmp_path / "mine"), "run.check=2"]) == 1
     printed = " ".join(capsys.readouterr().out.split())
     assert "0:0 the network's activation on the kept image is" in printed, printed

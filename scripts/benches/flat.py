@@ -48,10 +48,10 @@ def make(folder: Path, count: int) -> None:
 
 def sweep(folder: Path, count: int, name: str) -> None:
     """One run of `atlas examples` in this process; prints what it took."""
-    from pipeline.cli.main import main as cli
+    from pipeline.cli.main import main
 
     began = time.monotonic()
-    code = cli.main(
+    code = main(
         [
             "examples", "model=timm", "model.name=test_efficientnet", "model.weights=null", "model.input_size=32",
             "model.resize=32", "layers=convs", "layers.channels=spread:4", "data=webdataset", f"data.root={folder}",

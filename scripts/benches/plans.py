@@ -128,7 +128,7 @@ def parts() -> None:
 
 def timed(overrides: Sequence[str]) -> None:
     """One run in this process, with what takes how long on stderr."""
-    from pipeline.cli.main import main as cli
+    from pipeline.cli.main import main
     from pipeline.engine import inline, ray_engine
     from pipeline.runs import overheads, runner
 
@@ -187,7 +187,7 @@ def timed(overrides: Sequence[str]) -> None:
     noting(runner, "_consolidate", "FINISH (atlas.h5)")
     noting(runner, "_refresh_site", "FINISH (site)")
     noting(inline.Worker, "_ranges", "ranges (inline)")
-    cli.main(["run", *overrides])
+    main(["run", *overrides])
     sys.stderr.write(f"start of a process: {start:.1f} s\n")
     for what, seconds in laps.items():
         each = median(seconds)
