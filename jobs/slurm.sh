@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Neuron Atlas on Slurm: one Ray node a Slurm node, gone with the job. Submit it again and it goes on.
+# Neuron Atlas on Slurm: one Ray node per Slurm node, stopped with the job. Submit it again to continue.
 #
 #   sbatch --nodes=4 --gpus-per-node=1 jobs/slurm.sh run.root=/shared/runs run.name=overnight experiment=overnight
 #
-# From the project's folder, which all nodes see like run.root; the project set up there by scripts/setup.
+# Submit it from the project's folder, which all nodes must see, as they must see run.root. Run scripts/setup there before.
 # Needs Ray 2.49 or later (ray symmetric-run).
 #SBATCH --job-name=atlas
 #SBATCH --nodes=2
@@ -24,12 +24,12 @@ for argument in "$@"; do
     case "$argument" in run.root=/*) root="${argument#run.root=}" ;; esac
 done
 if [ -z "$root" ]; then
-    echo "jobs/slurm.sh: say run.root=/…, a folder that all nodes see." >&2
+    echo "jobs/slurm.sh: set run.root=/…, a folder that all nodes see." >&2
     exit 2
 fi
 mkdir -p "$root"
 
-# Only this job's nodes may join: a token of its own, which no other user can read.
+# A token for this job, which no other user can read: only nodes of the job can join the cluster.
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN_PATH="$root/.ray-token-$job"
 mark="$root/.exit-$job"
@@ -37,15 +37,16 @@ trap 'rm -f "$RAY_AUTH_TOKEN_PATH" "$mark"' EXIT
 rm -f "$mark"
 (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > "$RAY_AUTH_TOKEN_PATH")
 
-# Two jobs on one node must not meet; Ray waits half a minute for nodes, slow file systems take longer.
+# A port by job number, so that two jobs on one node do not connect to each other. Ray waits 30 s for nodes by default,
+# which is too short for slow file systems.
 port=$((20000 + job % 20000))
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT="${RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT:-300}"
 read -r first < <(scontrol show hostnames "${SLURM_JOB_NODELIST:?}")
 read -r head _ < <(srun --nodes=1 --ntasks=1 --nodelist="$first" hostname -I)
 gpus="${SLURM_GPUS_ON_NODE:-0}"
 
-# The run's own exit code goes into a file: symmetric-run ends with 0 when Ray could not even start, and the other
-# nodes end with an error when the cluster is stopped under them.
+# The exit code of the run is written to a file: symmetric-run exits with 0 if Ray could not start, and the other nodes exit
+# with an error when the cluster is stopped.
 # shellcheck disable=SC2016  # expands in the inner shell
 srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
     "$bin/ray" symmetric-run --address "$head:$port" --min-nodes "$nodes" \
@@ -55,7 +56,7 @@ srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
     "$bin/python" -m pipeline run "engine.address=$head:$port" "$@" || true
 
 if [ ! -s "$mark" ]; then
-    echo "The run did not come to its end (see above). Everything finished is kept: submit it again." >&2
+    echo "The run did not finish (see above). All finished work is kept: submit it again." >&2
     exit 1
 fi
 exit "$(cat "$mark")"

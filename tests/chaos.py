@@ -29,9 +29,9 @@ import psutil
 from PIL import Image
 
 from pipeline.core.errors import AtlasError
+from pipeline.planning.folder import RunFolder
 from pipeline.runs import maintenance
-from pipeline.runs.folder import RunFolder
-from pipeline.store import shards
+from pipeline.store import hdf5, shards
 
 # A tiny network with random weights; tasks of about a second.
 SMALL = [
@@ -64,7 +64,7 @@ def contents(path: Path) -> dict[str, np.ndarray]:
 
         def visit(name: str, item: Any) -> None:
             if isinstance(item, h5py.Dataset) and item.ndim:
-                found[name] = shards.get(file, name)
+                found[name] = hdf5.read_array(file, name)
 
         file.visititems(visit)
     return found

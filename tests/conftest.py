@@ -14,7 +14,7 @@ from pipeline.cli.main import request_of
 from pipeline.cli.overrides import conf_folder
 from pipeline.layers.finding import Layer, enumerate_layers
 from pipeline.models.config import Preprocessing
-from pipeline.models.loading import Model, prepare, weights_digest
+from pipeline.models.loading import Model, prepare_module, weights_digest
 from pipeline.runs.runner import Request
 
 # Ray must not write a token into the home folder of whoever runs the tests.
@@ -77,7 +77,7 @@ def tiny_model(size: int = 32, channels: int = 3) -> Model:
             nn.init.uniform_(norm.running_mean, -0.5, 0.5)
             nn.init.uniform_(norm.running_var, 0.5, 2.0)
     recipe = Preprocessing((size, size), size, (0.5,) * channels, (0.25,) * channels)
-    return Model(prepare(module), "tiny", recipe, weights_digest(module), tuple("abcde"))
+    return Model(prepare_module(module), "tiny", recipe, weights_digest(module), tuple("abcde"))
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from pipeline.layers.finding import Layer, capture, enumerate_layers
 from pipeline.layers.receptive_fields import receptive_fields
-from pipeline.layers.selection import LayersConfig, choose
-from pipeline.models.loading import Model, ModelConfig, load, weights_digest
+from pipeline.layers.selection import LayersConfig, select_layers
+from pipeline.models.loading import Model, ModelConfig, load_model, weights_digest
+from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.loop import render
 
 CIFAR_NET = """
@@ -100,7 +101,7 @@ def network(expected: Expected, folder: Path) -> Model:
     if expected.source == "custom":
         (folder / "cifar.py").write_text(CIFAR_NET)
         settings |= {"target": f"{folder}/cifar.py:build", "input_size": 32}
-    model = load(ModelConfig(expected.source, expected.name, **settings))
+    model = load_model(ModelConfig(expected.source, expected.name, **settings))
     torch.manual_seed(0)
     for module in weighted(model).values():
         # Some begin with weights so small that nothing of the picture reaches the classifier.
@@ -124,7 +125,7 @@ def calls(model: Model) -> int:
 
     handles = [m.register_forward_hook(after) for n, m in model.module.named_modules() if n]
     with torch.no_grad():
-        model.module(torch.zeros(1, 3, *model.recipe.size))
+        model.module(torch.zeros(1, 3, *model.preprocessing.size))
     for handle in handles:
         handle.remove()
     return count
@@ -145,7 +146,7 @@ def test_layers_channels_fields_and_pictures(expected: Expected, tmp_path: Path)
     layers = enumerate_layers(model)
 
     def by(policy: str) -> list[Layer]:
-        return choose(model, layers, LayersConfig(policy))
+        return select_layers(model, layers, LayersConfig(policy))
 
     tree = weighted(model)
     seen = {name: m for name, m in tree.items() if not any(part in name for part in expected.hidden)}
@@ -180,7 +181,7 @@ def test_layers_channels_fields_and_pictures(expected: Expected, tmp_path: Path)
         # Of random networks some units are dead behind a ReLU, and some saturated behind a ReLU6.
         order = noise[layer.name].mean((0, 2, 3)).argsort().tolist()
         units = sorted({order[-1], order[3 * len(order) // 4], order[len(order) // 2]})
-        pictures = render(model, layer, [(c, 0) for c in units], preset, 0, size)
+        pictures = render(RenderJob(model, layer, preset, 0, size), [(c, 0) for c in units])
         assert any(p.status != "failed" and p.activation > p.start for p in pictures), (kind, layer.name)
     assert state_of(model) == before
 
@@ -191,7 +192,7 @@ def ran(model: Model) -> set[str]:
         m.register_forward_hook(lambda *_, n=n: names.add(n)) for n, m in model.module.named_modules() if n
     ]  # fmt: skip
     with torch.no_grad():
-        model.module(torch.zeros(1, 3, *model.recipe.size))
+        model.module(torch.zeros(1, 3, *model.preprocessing.size))
     for handle in handles:
         handle.remove()
     return names

@@ -1,5 +1,6 @@
 """verify, repair, compact, export: what is wrong is said, what is whole is kept, what is kept twice may go."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -18,15 +19,13 @@ from test_run import pictures, shard_times
 import pipeline
 from pipeline.cli.main import main
 from pipeline.core.errors import AtlasError
-from pipeline.store import shards
+from pipeline.store import hdf5, shards
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> Path:
     root = tmp_path_factory.mktemp("made")
-    assert (
-        main(["run", *TINY, "data=folder", f"data.root={photo_folder}", f"run.root={root}", "run.name=tiny"]) == 0
-    )
+    assert main(["run", *TINY, "data=folder", f"data.root={photo_folder}", f"run.root={root}", "run.name=tiny"]) == 0
     return root / "tiny"
 
 
@@ -39,7 +38,7 @@ def finished(made: Path, tmp_path: Path, tiny_run: list[str]) -> Path:
 def flip(path: Path, inside: str, chunk: int = 0) -> None:
     """Change one bit of a chunk of a file."""
     with h5py.File(path) as file:
-        info = shards.dataset(file, inside).id.get_chunk_info(chunk)
+        info = hdf5.dataset(file, inside).id.get_chunk_info(chunk)
     data = bytearray(path.read_bytes())
     data[info.byte_offset + info.size // 2] ^= 1
     path.write_bytes(data)
@@ -61,7 +60,7 @@ def a_chunked_dataset(path: Path) -> str:
 def another_picture(path: Path, inside: str) -> None:
     """Put a picture in the place of another with all checksums right: what only a digest tells."""
     with h5py.File(path, "r+") as file:
-        images = shards.dataset(file, inside)
+        images = hdf5.dataset(file, inside)
         images[0, 0] = 255 - images[0, 0]
 
 
@@ -90,7 +89,8 @@ def test_verify_reads_compares_and_renders_again(finished: Path, capsys: pytest.
 def test_a_picture_that_is_another_is_found_by_its_digest(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     another_picture(finished / "atlas.h5", images_of("conv_stem"))
     assert main(["verify", str(finished), "run.check=0"]) == 1
-    assert "1 of 3 pictures are not what their digests say" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "1 of 3 visualizations do not have their digests" in printed
 
 
 def test_a_picture_that_cannot_be_rendered_again_is_told(
@@ -100,12 +100,12 @@ def test_a_picture_that_cannot_be_rendered_again_is_told(
 
     whole = worker.render
 
-    def otherwise(*arguments: Any, **rest: Any) -> Any:
-        return whole(*arguments[:4], 99, *arguments[5:], **rest)
+    def otherwise(job: Any, units: Any) -> Any:
+        return whole(dataclasses.replace(job, seed=99), units)
 
     monkeypatch.setattr(worker, "render", otherwise)
     assert main(["verify", str(finished), "run.check=1"]) == 1
-    assert "levels of 255 from what is kept" in capsys.readouterr().out
+    assert "levels of 255 from the stored visualization" in " ".join(capsys.readouterr().out.split())
 
 
 def test_compact_leaves_what_atlas_h5_holds_and_nothing_is_made_again(
@@ -138,6 +138,26 @@ def test_compact_leaves_what_atlas_h5_holds_and_nothing_is_made_again(
     assert all(np.array_equal(after[k], v) for k, v in pictures(finished).items())
 
 
+def test_compact_merges_the_dataset_pass_unchanged(finished: Path) -> None:
+    from pipeline.examples import sweep
+
+    paths = (finished / "shards" / "examples").glob("*.h5")
+    pieces = [piece for piece in map(shards.read, paths) if piece is not None]
+    assert len(pieces) > 1
+    results = (sweep.PassResult.from_arrays(piece.arrays()) for piece in pieces)
+    expected = sweep.merge(results, len(pieces[0].get("tops/max")["tops/max"][0]), None).arrays()
+    attributes = pieces[0].attributes.keys()
+    assert main(["compact", str(finished)]) == 0
+    (path,) = (finished / "shards" / "examples").glob("*.h5")
+    merged = shards.read(path)
+    assert merged is not None and merged.attributes.keys() == attributes and not merged.damage()
+    stored = merged.arrays()
+    assert stored.keys() == expected.keys() and stored["codes/bin"].shape[0] == 20
+    for name, array in expected.items():
+        assert stored[name].dtype == array.dtype, name
+        assert np.array_equal(stored[name], array, equal_nan=array.dtype.kind == "f"), name
+
+
 def test_compact_deletes_nothing_unless_the_atlas_is_whole(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     times = shard_times(finished)
     another_picture(finished / "atlas.h5", images_of("conv_stem"))
@@ -166,7 +186,7 @@ def test_repair_saves_what_is_whole_of_a_compacted_atlas(
     assert main(["verify", str(finished)]) == 1
     capsys.readouterr()
     assert main(["repair", str(finished)]) == 0
-    assert "13 pictures that no shard had were kept" in capsys.readouterr().out.replace("\n", " ")
+    assert "13 visualizations that no shard holds were kept" in " ".join(capsys.readouterr().out.split())
     assert (finished / "atlas.h5.damaged").exists() and not (finished / "atlas.h5").exists()
     kept = shard_times(finished)
     assert main(["run", *tiny_run]) == 0
@@ -181,7 +201,7 @@ def test_pictures_keep_their_attributes_through_compact_repair_and_run(finished:
     """Above all the precision, by which `verify` renders again; and any attribute of a later version."""
     assert main(["compact", str(finished)]) == 0
     with h5py.File(finished / "atlas.h5", "r+") as file:
-        for layer in shards.group(file, "layers").values():
+        for layer in hdf5.group(file, "layers").values():
             layer["render/distill"].attrs.update({"precision": "bfloat16", "later": "kept"})
     flip(finished / "atlas.h5", images_of("conv_stem"), 1)
     assert main(["repair", str(finished)]) == 0
@@ -205,11 +225,11 @@ def test_pictures_keep_their_attributes_through_compact_repair_and_run(finished:
 
 def test_an_activation_that_is_not_the_images_is_told(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with h5py.File(finished / "atlas.h5", "r+") as file:
-        numbers = shards.dataset(file, "layers/conv_stem/render/distill/activation")
+        numbers = hdf5.dataset(file, "layers/conv_stem/render/distill/activation")
         numbers[...] = numbers[...] * 1.5
     assert main(["verify", str(finished), "run.check=15"]) == 1
     printed = " ".join(capsys.readouterr().out.split())
-    assert printed.count("the network's activation on the kept image is") == 3 and "levels of 255" not in printed
+    assert printed.count("the network's activation on the stored image is") == 3 and "levels of 255" not in printed
     assert all(f"conv_stem:{channel}" in printed for channel in range(3))
 
 
@@ -219,14 +239,14 @@ def test_repair_of_shards_keeps_their_whole_pictures(
     shard = max((finished / "shards" / "render" / "conv_head").glob("*.h5"), key=lambda p: p.stat().st_size)
     flip(shard, "images")
     with h5py.File(shard) as file:
-        count = len(shards.get(file, "channels"))
+        count = len(hdf5.read_array(file, "channels"))
     torn = sorted((finished / "shards" / "examples").glob("*.h5"))[0]
     torn.write_bytes(b"no")
     (finished / "atlas.h5").unlink()
     assert main(["repair", str(finished)]) == 0
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     # How many pictures share a shard follows from timing.
-    assert count == 1 or f"{count - 1} whole pictures kept" in printed
+    assert count == 1 or f"{count - 1} intact visualizations kept" in printed
     assert "can't be read; set aside" in printed
     assert not shard.exists() and shard.with_name(f"{shard.name}.damaged").exists()
     assert main(["run", *tiny_run]) == 0
@@ -341,24 +361,25 @@ def test_hdf5_outlives_a_disk_that_fills_up_anywhere(
         return whole(handle, data, at)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(AtlasError, match="The disk is full"), shards.creating(tmp_path / "x.h5") as file:
+    with pytest.raises(AtlasError, match="The disk is full"), hdf5.create_file(tmp_path / "x.h5") as file:
         for i in range(300):
             group = file.create_group(f"layers/{i}")
             group.attrs["name"] = "x" * 500
-            shards.put(group, "a", np.random.default_rng(i).random(2000))
-            assert len(shards.get(file, f"layers/{i // 2}/a")) == 2000
+            hdf5.write_array(group, "a", np.random.default_rng(i).random(2000))
+            assert len(hdf5.read_array(file, f"layers/{i // 2}/a")) == 2000
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_over_the_limit_is_a_full_disk(tmp_path: Path) -> None:
     """RLIMIT_FSIZE stands for a quota; also HDF5's own way of writing must end in a message."""
     code = (
-        "import resource, signal, sys, numpy as np; from pathlib import Path; from pipeline.store import shards\n"
+        "import resource, signal, sys, numpy as np; from pathlib import Path\n"
+        "from pipeline.store import hdf5, shards\n"
         "from pipeline.core.errors import AtlasError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "data = np.random.default_rng(0).integers(0, 256, (40, 1, 64, 64, 3), np.uint8)\n"
         "def direct(path):\n"
-        "    with shards.creating(path) as file: shards.put(file, 'images', data)\n"
+        "    with hdf5.creating(path) as file: hdf5.put(file, 'images', data)\n"
         "for way in (lambda p: shards.write(p, {}, {'images': data}), direct):\n"
         "    try: way(Path(sys.argv[1], 'x.h5'))\n"
         "    except AtlasError as error: print(error)\n"
@@ -369,18 +390,17 @@ def test_a_file_over_the_limit_is_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_a_driver_writes_a_shard_only_where_its_own_task_says(tmp_path: Path) -> None:
-    from pipeline.engine.ray_engine import OnRay
-    from pipeline.engine.worker import Done, Task
+    from pipeline.engine.ray_engine import write_result
+    from pipeline.engine.tasks import Done, RangesTask
 
-    task = Task("render", str(tmp_path / "mine.h5"), "d", 1.0)
-    engine = OnRay.__new__(OnRay)
-    engine._keep(task, Done(str(tmp_path / ".." / "elsewhere.h5"), 1.0, shards.image({"digest": "d"}, {})))
+    task = RangesTask(str(tmp_path / "mine.h5"), "d", 1.0, (0,))
+    write_result(task, Done(str(tmp_path / ".." / "elsewhere.h5"), 1.0, shards.to_bytes({"digest": "d"}, {})))
     assert [p.name for p in tmp_path.iterdir()] == ["mine.h5"] and shards.read(tmp_path / "mine.h5") is not None
 
 
 def test_verify_without_any_work(tmp_path: Path) -> None:
+    from pipeline.planning.folder import RunFolder
     from pipeline.runs import maintenance
-    from pipeline.runs.folder import RunFolder
 
     with pytest.raises(AtlasError, match="no finished work yet"):
         maintenance.verify(RunFolder(tmp_path))

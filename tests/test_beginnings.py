@@ -25,10 +25,10 @@ def test_pictures_begin_with_each_units_best_example(
         assert best is not None
         for channel in layer.channels:
             row = layer.row(channel)
-            photo = atlas.photo(int(best.index[row, 0]))
+            photo = atlas.input_image(int(best.index[row, 0]))
             assert photo is not None
             whole = np.asarray(photo.resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
-            picture = layer.picture(channel).astype(int)
+            picture = layer.image(channel).astype(int)
             y = min(max(round((best.y[row, 0] + 0.5) / layer.map_size[0] * 64 - 16), 0), 32)
             x = min(max(round((best.x[row, 0] + 0.5) / layer.map_size[1] * 64 - 16), 0), 32)
             assert np.abs(picture - whole[y : y + 32, x : x + 32]).max() <= 1
@@ -58,9 +58,9 @@ def test_a_spectrum_of_ones_own_photographs(
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [
-        (["render/objective=interpolate"], "needs the other unit, as layer:channel"),
-        (["render/objective=probability"], "needs the classifier's logits, conv_stem is another layer"),
-        (["render=oygard"], "asks for a head 'aux2.fc2' that this network does not have"),
+        (["render/objective=interpolate"], "needs a second unit, as layer:channel"),
+        (["render/objective=probability"], "needs the classifier's logits, which conv_stem does not hold"),
+        (["render=oygard"], "needs a head 'aux2.fc2', which this network does not have"),
         (["render=maco", "render.canvas.spectrum=nowhere.npz"], "can't be read: No such file"),
         (["render/canvas=image", "render.canvas.source=nowhere.jpg"], "can't be read: No such file"),
         (["render/objective=direction", "render.objective.vectors=nowhere.npy"], "can't be read: No such file"),
@@ -80,9 +80,10 @@ def test_what_makes_no_sense_is_refused_before_any_work(
 def test_directions_and_whole_layers_have_as_many_pictures_as_they_need(tiny_run: list[str], tmp_path: Path) -> None:
     np.save(tmp_path / "two.npy", np.random.default_rng(0).normal(size=(2, 8)))
     run = [*tiny_run, "layers.include=[conv_stem]", "render.steps=2"]
-    assert main(
-        ["run", *run, "render/objective=direction", f"render.objective.vectors={tmp_path / 'two.npy'}"]
-    ) in (0, 2)
+    assert main(["run", *run, "render/objective=direction", f"render.objective.vectors={tmp_path / 'two.npy'}"]) in (
+        0,
+        2,
+    )
     assert main(["run", *run, "render/objective=layer", "run.name=whole"]) == 0
     with pipeline.open_atlas(tmp_path / "whole") as atlas:
         assert list(atlas["conv_stem"].channels) == [0]
@@ -94,7 +95,7 @@ def test_a_picture_that_is_none_is_said(
     (tmp_path / "text.jpg").write_text("no picture")
     arguments = [*tiny_run, "render/canvas=image", f"render.canvas.source={tmp_path / 'text.jpg'}"]
     assert main(["run", *arguments]) == 2
-    assert "is not a picture" in capsys.readouterr().err
+    assert "is not an image" in capsys.readouterr().err
     Image.new("RGB", (80, 60), "red").save(tmp_path / "red.png")
     assert main(["run", *tiny_run, "render/canvas=image", f"render.canvas.source={tmp_path / 'red.png'}",
                      "layers.include=[conv_stem]"]) == 0  # fmt: skip

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from test_site import FAMILIES, LABELS, LAYERS, build, write_atlas
 
-from pipeline.core.metric_specs import MEASURES, RELATIONS
+from pipeline.core.metric_specs import DERIVED_METRICS, IMAGE_METRICS
 from pipeline.site.hosting.serve import server
 from pipeline.store.reader import open_atlas
-from pipeline.store.shards import safe
+from pipeline.store.shards import safe_name
 
 axe = pytest.importorskip("axe_playwright_python.base")
 
@@ -26,7 +26,7 @@ sync_api = pytest.importorskip("playwright.sync_api")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 HOME, MAP, METHOD, FAMILY = "index.html", "map.html", "method.html", "families.html"
-STEM, EVEN, GREY, HOSTILE, HEAD = (f"layers/{safe(layer[0])}.html" for layer in LAYERS)
+STEM, EVEN, GREY, HOSTILE, HEAD = (f"layers/{safe_name(layer[0])}.html" for layer in LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -223,11 +223,11 @@ def test_a_unit_shows_what_the_store_holds(visit, folder):
     with open_atlas(folder / "somewhere/below") as atlas:
         layer = atlas["blocks.0.conv"]
         row = layer.row(20)
-        numbers = layer.numbers()
+        numbers = layer.measurements()
         best = layer.examples("max")
         assert best is not None
         expected = [numbers[key][row, 0] for key in ("activation", "robust", "start", "seconds")]
-        expected += [layer.natural()[row], *best.value[row][:3], *(v[row] for v in layer.stats().values())]
+        expected += [layer.dataset_max()[row], *best.value[row][:3], *(v[row] for v in layer.stats().values())]
         labels = atlas.dataset_labels
     written = page.eval_on_selector_all("data", "all => all.map(e => e.value)")
     floats = {np.float32(text) for text in written if text not in ("true", "false")}
@@ -236,7 +236,7 @@ def test_a_unit_shows_what_the_store_holds(visit, folder):
     text = page.locator("article").inner_text()
     assert "Even <b>ones</b>" not in text and labels[row % len(labels)] in text
     alt = page.locator(".pictures [role=img]").get_attribute("aria-label")
-    assert alt.startswith("Feature visualisation of blocks.0.conv:20, distill: activation ")
+    assert alt.startswith("Feature visualization of blocks.0.conv:20, distill: activation ")
     assert page.locator(".similar .near").count() == 8
 
 
@@ -259,14 +259,14 @@ def test_measures_of_pictures_are_told_with_a_word_on_each(visit, folder):
     page = visit("unit.html#blocks.1.conv:5")
     table = page.locator(".quality table")
     heads = table.locator("thead th").all_inner_texts()
-    assert heads == ["measure", "distill", "neuron, 1", "neuron, 2", "what it says"]
+    assert heads == ["measure", "distill", "neuron, 1", "neuron, 2", "meaning"]
     with open_atlas(folder / "somewhere/below") as atlas:
         layer = atlas["blocks.1.conv"]
         row = layer.row(5)
-        for name in ("gain", "robust_gain", *MEASURES, *RELATIONS):
+        for name in ("gain", "robust_gain", *IMAGE_METRICS, *DERIVED_METRICS):
             line = table.locator(f"tr[data-measure={name}]")
             written = line.locator("data").evaluate_all("all => all.map(e => e.value)")
-            stored = [v for preset in layer.presets for v in layer.numbers(preset)[name][row] if np.isfinite(v)]
+            stored = [v for preset in layer.presets for v in layer.measurements(preset)[name][row] if np.isfinite(v)]
             assert [np.float32(text) for text in written] == stored, name
             assert len(line.locator("td").last.inner_text()) > 40
     # An atlas of before there were measures has no such table.
@@ -275,7 +275,7 @@ def test_measures_of_pictures_are_told_with_a_word_on_each(visit, folder):
 
 def test_failed_and_silent_units_say_so(visit):
     page = visit("unit.html#blocks.0.conv:2")
-    assert "The optimisation failed" in page.locator(".figures").inner_text()
+    assert "The optimization failed" in page.locator(".figures").inner_text()
     assert page.locator(".opening .tag").inner_text() == "Even <b>ones</b>"
     page = visit("unit.html#stem:3")
     assert "never above zero" in page.locator(".subtitle").inner_text()
@@ -286,13 +286,13 @@ def test_toggle(visit):
     frame = page.locator(".examples .frame").first
     box = "e => getComputedStyle(e.firstChild).backgroundImage"
     assert "/media/blocks.0.conv/x0.jpg" in frame.evaluate(box)
-    page.get_by_text("Heat-map", exact=True).click()
+    page.get_by_text("Heat map", exact=True).click()
     canvas = page.locator(".examples canvas.heat").first
     canvas.wait_for()
     assert canvas.evaluate("c => [c.width, c.height]") == [4, 3]
     sums = canvas.evaluate("c => Array.from(c.getContext('2d').getImageData(0, 0, 4, 3).data).reduce((a, b) => a + b)")
     assert sums > 0
-    page.get_by_text("Whole picture", exact=True).click()
+    page.get_by_text("Whole image", exact=True).click()
     assert "/photos/" in frame.evaluate(box) and page.locator(".examples canvas").count() == 0
     # What the unit saw is the upper right corner of the part that the network saw.
     seen, whole = (page.locator(s).first.bounding_box() for s in (".examples .seen", ".examples .frame .pic"))
@@ -440,7 +440,7 @@ def test_keys(visit, base):
         page.keyboard.press("Arrow" + key)
         arrives(page, name)
     page.keyboard.press("c")
-    assert "stem:1 is held" in page.locator("#says").inner_text()
+    assert "stem:1 is selected" in page.locator("#says").inner_text()
     page.keyboard.press("ArrowRight")
     arrives(page, "stem:2")
     page.keyboard.press("c")
@@ -482,7 +482,7 @@ def test_map(visit):
     page = visit(MAP)
     page.wait_for_function("() => Number(document.querySelector('#map').dataset.shown) > 20")
     assert page.locator("#map").get_attribute("data-near") == str(sum(len(layer[3]) for layer in LAYERS))
-    box = page.get_by_label("Light up")
+    box = page.get_by_label("Highlight")
     box.fill("goldfish")
     page.wait_for_function("() => document.querySelector('#map-count').textContent.startsWith('8 ')")
     page.locator("#map").scroll_into_view_if_needed()
@@ -520,7 +520,7 @@ def test_map(visit):
 def test_search_lights_up_the_map(visit, base):
     page = visit(METHOD)
     page.get_by_label("Search", exact=True).fill("tench")
-    page.get_by_text("Light them up on the map").click()
+    page.get_by_text("Highlight them on the map").click()
     page.wait_for_url(base + "map.html#q=tench")
     page.wait_for_function("() => document.querySelector('#map-count').textContent.endsWith('units')")
 
@@ -540,7 +540,7 @@ def test_light_and_dark(visit):
     page = visit(HOME)
     ground = "getComputedStyle(document.body).backgroundColor"
     before = page.evaluate(ground)
-    page.get_by_role("button", name="Light or dark").click()
+    page.get_by_role("button", name="Light or dark theme").click()
     assert page.evaluate(ground) != before
     page.reload()
     assert page.evaluate(ground) != before

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.core.config_files import ConfigFile, loaded
+from pipeline.core.config_files import ConfigFile, load_config_files
 from pipeline.core.errors import AtlasError
-from pipeline.data.natural_spectrum import Spectrum, measure
-from pipeline.visualization.filters import blur, frequencies
+from pipeline.data.image_filters import blur, frequencies
+from pipeline.data.natural_spectrum import Spectrum, measure_spectrum
 from pipeline.visualization.parameterizations import CANVASES, Fourier, FromImage, Maco, Parameterization, Pixel, frame
 
 
@@ -18,13 +18,13 @@ from pipeline.visualization.parameterizations import CANVASES, Fourier, FromImag
 def test_first_image_is_as_quiet_as_lucids(size: int) -> None:
     """lucid and lucent start at a standard deviation of 0.018 (128 px) to 0.020 (224 px) before colour."""
     canvas = Fourier(colour="plain")
-    start = torch.stack([canvas.start(torch.Generator().manual_seed(i), 3, (size, size)) for i in range(4)])
+    start = torch.stack([canvas.initial(torch.Generator().manual_seed(i), 3, (size, size)) for i in range(4)])
     before_sigmoid = torch.logit(canvas.image(start, (size, size)))
     assert 0.016 < before_sigmoid.std().item() < 0.022
 
 
 def every_canvas() -> list[Parameterization]:
-    return [loaded(CANVASES[name](), "canvas") for name in CANVASES]
+    return [load_config_files(CANVASES[name](), "canvas") for name in CANVASES]
 
 
 CASES = pytest.mark.parametrize("canvas", every_canvas(), ids=list(CANVASES))
@@ -43,7 +43,7 @@ def test_every_canvas_gives_images_in_range(canvas: Parameterization, channels: 
         with pytest.raises(AtlasError, match=f"has 3 channels, the network takes {channels}"):
             canvas.check(channels)
         return
-    start = canvas.start(torch.Generator().manual_seed(0), channels, size)
+    start = canvas.initial(torch.Generator().manual_seed(0), channels, size)
     image = canvas.image(start[None] * 100 + 1, size)
     assert image.shape == (1, channels, *size)
     assert image.min() >= 0 and image.max() <= 1 and image.std() > 0
@@ -52,7 +52,7 @@ def test_every_canvas_gives_images_in_range(canvas: Parameterization, channels: 
 @CASES
 def test_a_picture_does_not_know_its_batch(canvas: Parameterization) -> None:
     size = (24, 24)
-    start = torch.stack([canvas.start(torch.Generator().manual_seed(i), 3, size) for i in range(5)])
+    start = torch.stack([canvas.initial(torch.Generator().manual_seed(i), 3, size) for i in range(5)])
     assert torch.allclose(canvas.image(start, size)[3], canvas.image(start[3:4], size)[0], atol=1e-6)
 
 
@@ -61,9 +61,9 @@ def test_a_picture_does_not_know_its_batch(canvas: Parameterization) -> None:
 def test_a_photograph_in_is_the_same_photograph_out(canvas: Parameterization, size: tuple[int, int]) -> None:
     """Within one step of 8 bits; maco keeps the phases and gives up the amplitudes: that is its point."""
     images = photograph(size)
-    back = canvas.image(canvas.fit(images), size)
+    back = canvas.image(canvas.inverse(images), size)
     if isinstance(canvas, Maco):
-        phases = [torch.fft.rfft2(canvas.unsquash(x)).angle()[..., 1:6, 1:6] for x in (images, back)]
+        phases = [torch.fft.rfft2(canvas.from_rgb(x)).angle()[..., 1:6, 1:6] for x in (images, back)]
         assert torch.cos(phases[0] - phases[1]).mean() > 0.99
     else:
         assert ((back * 255).round() - (images * 255).round()).abs().max() <= 1
@@ -74,8 +74,8 @@ def test_blurring_parameters_blurs_the_picture(canvas: Parameterization) -> None
     if not canvas.can_blur:
         return
     size = (32, 32)
-    images = photograph(size) * 0.2 + 0.4  # where the squash is nearly straight
-    blurred = canvas.image(canvas.blurred(canvas.fit(images), 1.5, size), size)
+    images = photograph(size) * 0.2 + 0.4  # where the sigmoid is nearly linear
+    blurred = canvas.image(canvas.blurred(canvas.inverse(images), 1.5, size), size)
     inner = (..., slice(8, 24), slice(8, 24))  # edges are reflected by some, wrapped by others
     tolerance = 0.02 if canvas.__class__.__name__ == "Laplacian" else 0.004
     assert (blurred - blur(images, 1.5))[inner].abs().max() < tolerance
@@ -87,7 +87,7 @@ def test_a_canvas_grows_and_keeps_its_picture(canvas: Parameterization) -> None:
         return
     old, new = (32, 32), (48, 64)
     images = blur(photograph(old), 2.0)
-    grown = canvas.image(canvas.resized(canvas.fit(images), old, new), new)
+    grown = canvas.image(canvas.resized(canvas.inverse(images), old, new), new)
     again = torch.nn.functional.interpolate(grown, old, mode="area")
     inner = (..., slice(6, 26), slice(6, 26))
     # Half a pixel of offset is between the ways of growing, and the Fourier one wraps around.
@@ -104,7 +104,7 @@ def test_growing_a_fourier_canvas_pads_its_spectrum_with_zeros() -> None:
 
 def test_clipped_pixels_are_brought_back() -> None:
     canvas = Pixel(clip=True, mean=0.784, sd=0.031)
-    parameters = canvas.start(torch.Generator().manual_seed(0), 3, (64, 64))[None]
+    parameters = canvas.initial(torch.Generator().manual_seed(0), 3, (64, 64))[None]
     assert parameters.mean().item() == pytest.approx(0.784, abs=0.002)
     parameters += torch.linspace(-1, 1, 64)
     canvas.project(parameters)
@@ -112,10 +112,10 @@ def test_clipped_pixels_are_brought_back() -> None:
 
 
 def test_maco_has_the_amplitudes_of_photographs() -> None:
-    canvas = loaded(Maco(contrast=0.3), "canvas")  # quiet enough that nothing saturates
+    canvas = load_config_files(Maco(contrast=0.3), "canvas")  # quiet enough that nothing saturates
     size = (64, 64)
     image = canvas.image(torch.randn(1, 3, 64, 33), size)
-    amplitude = torch.fft.rfft2(canvas.unsquash(image), norm="ortho").abs()[0, :, 1:31, 1:31]
+    amplitude = torch.fft.rfft2(canvas.from_rgb(image), norm="ortho").abs()[0, :, 1:31, 1:31]
     wanted = 0.3 * canvas.measured.at(*size)[:, 1:31, 1:31]
     assert (amplitude / wanted - 1).abs().median() < 0.02
 
@@ -125,7 +125,7 @@ def test_measured_colours_are_decorrelated() -> None:
     torch.manual_seed(0)
     mixed = torch.einsum("rc,bchw->brhw", torch.tensor([[1, 0.6, 0], [1, 0, 0.3], [1, -0.5, 0.0]]),
                          torch.randn(6, 3, 16, 16)) * 20 + 128  # fmt: skip
-    spectrum = measure([image.clamp(0, 255).to(torch.uint8).numpy() for image in mixed])
+    spectrum = measure_spectrum([image.clamp(0, 255).to(torch.uint8).numpy() for image in mixed])
     pixels = mixed.clamp(0, 255).permute(1, 0, 2, 3).flatten(1)
     plain = torch.linalg.inv(torch.from_numpy(spectrum.colour)) @ pixels
     covariance = torch.cov(plain)
@@ -134,7 +134,7 @@ def test_measured_colours_are_decorrelated() -> None:
 
 
 def test_a_spectrum_survives_its_file(tmp_path: Path) -> None:
-    spectrum = measure([(photograph()[i].numpy() * 255).astype(np.uint8) for i in range(2)])
+    spectrum = measure_spectrum([(photograph()[i].numpy() * 255).astype(np.uint8) for i in range(2)])
     path = tmp_path / "mine.npz"
     path.write_bytes(spectrum.content())
     again = Spectrum.of(ConfigFile(str(path)).read("there"))
@@ -145,7 +145,7 @@ def test_a_spectrum_survives_its_file(tmp_path: Path) -> None:
     with pytest.raises(AtlasError, match=r"is not an \.npy or \.npz"):
         Spectrum.of(ConfigFile(str(tmp_path / "else.npz")).read("there"))
     with pytest.raises(AtlasError, match="can't be read: No such file"):
-        loaded(Maco(spectrum=ConfigFile("nowhere.npz")), "render.canvas")
+        load_config_files(Maco(spectrum=ConfigFile("nowhere.npz")), "render.canvas")
 
 
 def test_the_start_is_cut_around_what_excited_the_unit() -> None:

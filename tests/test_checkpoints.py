@@ -21,10 +21,10 @@ from pipeline.cli.main import main
 from pipeline.core.config_files import ConfigFile
 from pipeline.core.errors import AtlasError
 from pipeline.engine.tasks import render_digest
-from pipeline.models.checkpoints import Choice, _ranked, load_checkpoint, quoted
-from pipeline.models.loading import ModelConfig, load, load_other, weights_digest
+from pipeline.models.checkpoints import StateDictSelector, _rank_candidates, load_checkpoint, quoted
+from pipeline.models.loading import ModelConfig, load_ensemble_member, load_model, weights_digest
 from pipeline.models.state_dicts import Entry
-from pipeline.runs.planner import make_plan
+from pipeline.planning.planner import make_plan
 
 State = dict[str, Tensor]
 
@@ -129,7 +129,7 @@ def test_what_a_plan_takes_and_says(tmp_path: Path, tiny_run: list[str], capfd: 
         "        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))\n"
     )
     target = f"{tmp_path}/net.py:build"
-    net = load(ModelConfig("custom", "net", target=target, input_size=32)).module
+    net = load_model(ModelConfig("custom", "net", target=target, input_size=32)).module
     two = {k: {f"backbone.{n}": v + i for n, v in net.state_dict().items()} for i, k in enumerate(("first", "second"))}
     torch.save({**two, "loss": {"scale": torch.ones(1)}}, tmp_path / "c.pt")
     common = [o for o in tiny_run if not o.startswith(("model", "layers"))]
@@ -198,7 +198,7 @@ def test_several_networks_are_named_and_each_can_be_chosen(case: str, strict: bo
     stems = set()
     for settings in offered:
         net = TinyNet()
-        load_checkpoint(net, tmp_path / "c.pt", strict=strict, choice=Choice(**settings))
+        load_checkpoint(net, tmp_path / "c.pt", strict=strict, selector=StateDictSelector(**settings))
         stems.add(net.stem.weight.flatten()[0].item())
     assert stems == {state(i)["stem.weight"].flatten()[0].item() for i in range(1, len(offered) + 1)}
 
@@ -211,7 +211,7 @@ def test_a_part_that_fits_in_two_places_is_not_chosen_silently(tmp_path: Path) -
     with pytest.raises(AtlasError, match="equally well"):
         load_checkpoint(TinyNet(), tmp_path / "c.pt", strict=False)
     net = TinyNet()
-    load_checkpoint(net, tmp_path / "c.pt", strict=False, choice=Choice("student"))
+    load_checkpoint(net, tmp_path / "c.pt", strict=False, selector=StateDictSelector("student"))
     assert torch.equal(net.stem.weight, state(2)["stem.weight"])
 
 
@@ -228,7 +228,7 @@ def test_the_weights_that_are_not_averaged_can_be_had(tmp_path: Path, caplog: py
         loads(path, state(1))
         assert f"{path}: " in caplog.text and f"({setting} loads those that are not averaged)" in caplog.text
         key, _, value = setting.removeprefix("model.checkpoint_").partition("=")
-        loads(path, state(2), choice=Choice(**{key: value}))
+        loads(path, state(2), selector=StateDictSelector(**{key: value}))
 
 
 def test_settings_that_match_nothing_say_what_is_there(tmp_path: Path) -> None:
@@ -237,17 +237,17 @@ def test_settings_that_match_nothing_say_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(
         AtlasError, match=rf"checkpoint_key=c: .* no such key .*: run \({2 * count}\), run\.a \({count}\)"
     ):
-        load_checkpoint(TinyNet(), tmp_path / "c.pt", choice=Choice("c"))
+        load_checkpoint(TinyNet(), tmp_path / "c.pt", selector=StateDictSelector("c"))
     with pytest.raises(AtlasError, match=rf"checkpoint_prefix=head2: no name in .* begins .*net\. \({count}\)"):
-        load_checkpoint(TinyNet(), tmp_path / "c.pt", choice=Choice("run.a", "head2"))
-    loads(tmp_path / "c.pt", state(1), choice=Choice("run.a", "net"))  # a dot at the end is not needed
-    loads(tmp_path / "c.pt", state(2), choice=Choice("run.b", "net."))  # nor what DataParallel inserts
+        load_checkpoint(TinyNet(), tmp_path / "c.pt", selector=StateDictSelector("run.a", "head2"))
+    loads(tmp_path / "c.pt", state(1), selector=StateDictSelector("run.a", "net"))  # a dot at the end is not needed
+    loads(tmp_path / "c.pt", state(2), selector=StateDictSelector("run.b", "net."))  # nor what DataParallel inserts
     torch.save(state(1), tmp_path / "bare.pt")
     with pytest.raises(AtlasError, match=r"lie under no key\. Leave it null"):
-        load_checkpoint(TinyNet(), tmp_path / "bare.pt", choice=Choice("model"))
+        load_checkpoint(TinyNet(), tmp_path / "bare.pt", selector=StateDictSelector("model"))
     with pytest.raises(AtlasError, match="Not one tensor fits"):
-        load_checkpoint(TinyNet(), tmp_path / "bare.pt", choice=Choice(None, "stem"))
-    loads(tmp_path / "bare.pt", state(1), choice=Choice("", ""))
+        load_checkpoint(TinyNet(), tmp_path / "bare.pt", selector=StateDictSelector(None, "stem"))
+    loads(tmp_path / "bare.pt", state(1), selector=StateDictSelector("", ""))
 
 
 def test_choosing_needs_a_checkpoint() -> None:
@@ -368,7 +368,7 @@ class Hidden:
 
 def test_objects_that_are_code_are_named_with_the_ways_out(tmp_path: Path) -> None:
     torch.save({"state_dict": state(1), "scheduler": Hidden()}, tmp_path / "c.pt")
-    message = r"holds Python objects \(test_checkpoints\.Hidden\).*trust_checkpoint=true.*save model\.state_dict\(\)"
+    message = r"contains Python objects \(test_checkpoints\.Hidden\).*trust_checkpoint=true.*save model\.state_dict\(\)"
     with pytest.raises(AtlasError, match=message):
         load_checkpoint(TinyNet(), tmp_path / "c.pt")
     loads(tmp_path / "c.pt", state(1), trust=True)
@@ -406,9 +406,9 @@ def test_the_search_is_not_quadratic() -> None:
         times = []
         for _ in range(3):
             began = time.process_time()
-            ranked = _ranked(entries, own, Choice("teacher"), Path("c.pt"))
+            ranked = _rank_candidates(entries, own, StateDictSelector("teacher"), Path("c.pt"))
             times.append(time.process_time() - began)
-        assert len(ranked[0].found) == len(own)
+        assert len(ranked[0].entries) == len(own)
         return min(times)
 
     assert seconds(80) < 24 * seconds(10)
@@ -424,13 +424,13 @@ def test_an_ensemble_is_searched_by_the_same_settings(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text("from conftest import TinyNet\ndef build():\n    return TinyNet()\n")
     config = ModelConfig("custom", "net", target=f"{tmp_path}/net.py:build", input_size=32, checkpoint="two.pt")
     config = dataclasses.replace(config, folder=str(tmp_path), checkpoint_key="student")
-    assert torch.equal(load(config).module.get_submodule("stem").weight, state(2)["stem.weight"])
-    other = load_other(config, _file(tmp_path / "two.pt"))
+    assert torch.equal(load_model(config).module.get_submodule("stem").weight, state(2)["stem.weight"])
+    other = load_ensemble_member(config, _file(tmp_path / "two.pt"))
     assert torch.equal(other.module.get_submodule("stem").weight, state(2)["stem.weight"])
     with pytest.raises(AtlasError, match=r"ensemble\.checkpoints: .*one\.pt.*checkpoint_key also applies"):
-        load_other(config, _file(tmp_path / "one.pt"))
+        load_ensemble_member(config, _file(tmp_path / "one.pt"))
     with pytest.raises(AtlasError, match=r"two\.pt holds 2 sets"):
-        load_other(dataclasses.replace(config, checkpoint_key=None), _file(tmp_path / "two.pt"))
+        load_ensemble_member(dataclasses.replace(config, checkpoint_key=None), _file(tmp_path / "two.pt"))
 
 
 def _file(path: Path) -> ConfigFile:
@@ -438,7 +438,7 @@ def _file(path: Path) -> ConfigFile:
 
 
 def test_a_plan_refuses_an_ensemble_that_does_not_fit(tiny_run: list[str], tmp_path: Path) -> None:
-    weights = load(compose(tiny_run).config.model).module.state_dict()
+    weights = load_model(compose(tiny_run).config.model).module.state_dict()
     torch.save({"a": weights, "b": {k: v + 1 for k, v in weights.items()}}, tmp_path / "two.pt")
     torch.save({"x": torch.ones(1)}, tmp_path / "none.pt")
     ensemble = [*tiny_run, "render/augmentations=[ensemble]", "data.limit=4"]
@@ -461,7 +461,7 @@ def test_an_ensemble_of_several_checkpoints_is_planned_and_runs(tmp_path: Path, 
         "def build():\n    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),\n"
         "        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))\n"
     )
-    net = load(ModelConfig("custom", "net", target=f"{tmp_path}/net.py:build", input_size=32)).module
+    net = load_model(ModelConfig("custom", "net", target=f"{tmp_path}/net.py:build", input_size=32)).module
     torch.save({f"{k}.{n}": v for k in ("a", "b") for n, v in net.state_dict().items()}, tmp_path / "c.pt")
     common = [o for o in tiny_run if not o.startswith(("model", "layers"))]
     run = ["run", *common, "model=custom", f"model.target={tmp_path}/net.py:build", "model.input_size=32", "layers=all"]

@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY, compose
 
 from pipeline.cli.main import main
-from pipeline.cli.overrides import compared
+from pipeline.cli.overrides import split_compare
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -180,8 +180,8 @@ def test_a_folder_by_position_may_be_called_anything(
         assert f"{name}: 0 layers" in capsys.readouterr().out
     monkeypatch.chdir(folder)
     assert main(["status", "."]) == 0
-    # Such a folder is a run to be compared too, and no setting.
-    assert compared([str(folder)])[0].runs == (str(folder),)
+    # Such a folder is a run for `atlas compare` too, and no setting.
+    assert split_compare([str(folder)])[0].runs == (str(folder),)
 
 
 def test_a_run_by_its_name_alone_lies_below_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_the_command_to_publish_can_be_typed(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hosts, "ours", lambda folder: True)
         for host in hosts.HOSTS:
-            assert str(site) in shlex.split(hosts.prepare(site, host.key, "title")[1])
+            assert str(site) in shlex.split(hosts.prepare_for_host(site, host.key, "title")[1])
 
 
 def test_a_users_own_folder_of_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

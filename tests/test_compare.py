@@ -16,17 +16,19 @@ from PIL import Image
 from test_site import LAYERS, SMALL, check_links, shard, write_atlas
 
 from pipeline.cli.main import main
-from pipeline.cli.overrides import compared, named
-from pipeline.compare import Comparison, align, build, opened
+from pipeline.cli.overrides import split_compare, split_options, to_overrides
+from pipeline.compare import Comparison, align, open_runs
+from pipeline.compare.build import build
 from pipeline.compare.image_distance import FEATURES, difference, features
-from pipeline.compare.metric_names import in_order, known
+from pipeline.compare.metric_names import measure_named, ordered_measures
 from pipeline.compare.plots import axis, scatter
-from pipeline.compare.runs import unlike
-from pipeline.compare.statistics import duel, median, sign_test
+from pipeline.compare.runs import differing_settings
+from pipeline.compare.statistics import median, paired_test, sign_test
 from pipeline.core.errors import AtlasError
-from pipeline.site import SiteConfig
+from pipeline.site.config import SiteConfig
 from pipeline.site.output import MARK
-from pipeline.store.shards import put, safe
+from pipeline.store.hdf5 import write_array
+from pipeline.store.shards import safe_name
 
 # ----------------------------------------------------------------- inference
 
@@ -82,16 +84,16 @@ def test_the_sign_test_against_counting_by_hand() -> None:
 def test_pairs_are_counted_where_both_are() -> None:
     one = np.array([2.0, 5.0, 1.0, 4.0, np.nan, 7.0])
     other = np.array([1.0, 3.0, 2.0, 4.0, 1.0, np.nan])
-    found = duel(one, other)
+    found = paired_test(one, other)
     assert (found.wins, found.losses, found.ties, found.difference.units) == (2, 1, 1, 4)
     assert found.difference.value == 0.5 and found.p == 1.0
-    less = duel(one, other, better=-1)
+    less = paired_test(one, other, better=-1)
     assert (less.wins, less.losses) == (1, 2) and less.difference == found.difference
 
 
 def test_a_paired_interval_is_narrower_than_units_are_apart() -> None:
     base = np.random.default_rng(0).uniform(0, 100, 60)
-    found = duel(base + 1 + np.random.default_rng(1).normal(0, 0.1, 60), base)
+    found = paired_test(base + 1 + np.random.default_rng(1).normal(0, 0.1, 60), base)
     assert 0.9 < found.difference.low < found.difference.high < 1.1 and found.wins == 60
 
 
@@ -130,9 +132,12 @@ def test_axes_hold_all_values_and_round_ticks() -> None:
 
 
 def test_measures_nobody_described_are_shown_too() -> None:
-    names = [m.name for m in in_order(["seconds", "newly_thought_of", "gain", "activation", "checkerboard"])]
+    names = [m.name for m in ordered_measures(["seconds", "newly_thought_of", "gain", "activation", "checkerboard"])]
     assert names == ["gain", "checkerboard", "newly_thought_of", "activation", "seconds"]
-    assert (known("newly_thought_of").title, known("newly_thought_of").better) == ("newly thought of", "neither")
+    assert (measure_named("newly_thought_of").title, measure_named("newly_thought_of").better) == (
+        "newly thought of",
+        "neither",
+    )
 
 
 # ---------------------------------------------------------------------- atlases
@@ -141,12 +146,12 @@ def test_measures_nobody_described_are_shown_too() -> None:
 def change(path: Path, layer: str, preset: str, **arrays: Sequence[float]) -> None:
     """Other numbers of the pictures of a layer; new names are added."""
     with h5py.File(path, "r+") as file:
-        group = file[f"layers/{safe(layer)}/render/{preset}"]
+        group = file[f"layers/{safe_name(layer)}/render/{preset}"]
         assert isinstance(group, h5py.Group)
         for name, values in arrays.items():
             if name in group:
                 del group[name]
-            put(group, name, np.asarray(values, np.float32).reshape(-1, 1))
+            write_array(group, name, np.asarray(values, np.float32).reshape(-1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +185,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare(root: Path, *runs: str, presets: Sequence[str] = ("distill",)) -> Comparison:
-    with opened(runs, presets, root) as contest:
-        return align(contest)
+    with open_runs(runs, presets, root) as inputs:
+        return align(inputs)
 
 
 def test_numbers_stand_beside_each_other(root: Path) -> None:
@@ -189,8 +194,8 @@ def test_numbers_stand_beside_each_other(root: Path) -> None:
     assert [c.label for c in found.contenders] == ["one", "two"]
     stem = found.layers[0]
     assert stem.of("activation").tolist() == [[1, 2, 3, 4, 5, 6], [2, 2, 1, 9, 6, 7]]
-    natural = stem.natural[0]
-    assert np.array_equal(natural, stem.natural[1]) and natural[3] < 0
+    natural = stem.dataset_max[0]
+    assert np.array_equal(natural, stem.dataset_max[1]) and natural[3] < 0
     expected = np.where(natural > 0, stem.of("activation")[1] / natural, np.nan)
     assert np.allclose(stem.of("gain")[1], expected, equal_nan=True)
     activation = next(m for m in found.measures if m.name == "activation")
@@ -199,7 +204,7 @@ def test_numbers_stand_beside_each_other(root: Path) -> None:
     names = [m.name for m in found.measures]
     assert names[:2] == ["gain", "robust_gain"] and names[-5:] == ["activation", "robust", "start", "steps", "seconds"]
     assert names.index("checkerboard") < names.index("newly_found") < names.index("activation")
-    assert found.main.name == "gain" and found.whole.of("gain").shape == (2, sum(len(layer[3]) for layer in LAYERS))
+    assert found.main.name == "gain" and found.all_units.of("gain").shape == (2, sum(len(layer[3]) for layer in LAYERS))
 
 
 def test_the_summary_counts_wins(root: Path) -> None:
@@ -222,13 +227,13 @@ def test_the_summary_counts_wins(root: Path) -> None:
 def test_units_that_one_lacks_are_left_out_of_pairs(root: Path) -> None:
     found = compare(root, "one", "few")
     even = next(part for part in found.layers if part.name == "blocks.0.conv")
-    assert even.channels.tolist() == list(LAYERS[1][3]) and even.there[1].tolist() == [True, True] + [False] * 18
+    assert even.channels.tolist() == list(LAYERS[1][3]) and even.rendered[1].tolist() == [True, True] + [False] * 18
     table = found.summary().set_index(["layer", "measure", "contender", "against"])
     row = table.loc[("blocks.0.conv", "activation", "few", "one")]
     assert (row.units, row.left_out) == (2, 18)
     assert table.loc[("head", "activation", "few", "one")].units == 0
     units = found.units()
-    assert len(units) == 2 * len(found.whole.channels)
+    assert len(units) == 2 * len(found.all_units.channels)
     lacking = units[(units.layer == "head") & (units.contender == "few")]
     assert not lacking.picture.any() and lacking.activation.isna().all()
     assert units[(units.layer == "blocks.0.conv") & (units.contender == "one")].failed.sum() == 1
@@ -241,8 +246,8 @@ def test_presets_of_one_run_against_each_other(root: Path) -> None:
     assert np.isfinite(grey.of("gain")).any(1).all()
     # An activation means the same only beside the same objective.
     activation = next(m for m in found.measures if m.name == "activation")
-    assert found.duel(grey, activation, 1, 0) is None
-    assert found.duel(grey, found.main, 1, 0) is not None
+    assert found.paired_test(grey, activation, 1, 0) is None
+    assert found.paired_test(grey, found.main, 1, 0) is not None
     both = compare(root, "one", "two", presets=())
     assert [c.label for c in both.contenders] == ["one/distill", "one/neuron", "two/distill", "two/neuron"]
 
@@ -267,7 +272,7 @@ def test_a_negative_is_better_the_lower_it_reaches(root: Path, tmp_path: Path) -
         change(path, "stem", "distill", activation=[reached] * 6)
         with h5py.File(path, "r+") as file:
             file["layers/stem/render/distill"].attrs["natural"] = "least"
-            put(file["layers/stem/stats"], "least_mean", np.full(6, -2, np.float32))  # type: ignore[arg-type]
+            write_array(file["layers/stem/stats"], "least_mean", np.full(6, -2, np.float32))  # type: ignore[arg-type]
     found = compare(tmp_path, str(tmp_path / "low.h5"), str(tmp_path / "lower.h5"))
     row = found.summary().set_index(["layer", "measure", "contender", "against"])
     assert found.layers[0].of("gain").tolist() == [[1.5] * 6, [3.0] * 6]
@@ -279,7 +284,7 @@ def test_a_negative_is_better_the_lower_it_reaches(root: Path, tmp_path: Path) -
 def test_a_run_without_photographs_borrows_what_they_reached(root: Path, tmp_path: Path) -> None:
     path = write_atlas(tmp_path / "atlas.h5", examples=False)
     found = compare(root, "one", str(path))
-    assert np.array_equal(found.layers[0].natural[1], found.layers[0].natural[0])
+    assert np.array_equal(found.layers[0].dataset_max[1], found.layers[0].dataset_max[0])
     assert np.isfinite(found.layers[0].of("gain")[1]).sum() == 5
 
 
@@ -287,7 +292,7 @@ def test_a_run_without_photographs_borrows_what_they_reached(root: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("key", "word"), [("model", "model"), ("weights_sha256", "weights"), ("dataset_fingerprint", "photographs")]
+    ("key", "word"), [("model", "model"), ("weights_sha256", "weights"), ("dataset_fingerprint", "dataset")]
 )
 def test_what_is_not_the_same_network_and_photographs_is_refused(
     root: Path, tmp_path: Path, key: str, word: str
@@ -325,18 +330,19 @@ def test_runs_are_found_by_name_folder_and_file(root: Path, monkeypatch: pytest.
 
 
 def test_settings_that_differ_are_told(root: Path) -> None:
-    with opened(["one", "two"], ["distill"], root) as contest:
-        one, two = contest.contenders
-    assert unlike([one, two]) == [] and one.settings["canvas.decay"] == "1.25"
+    with open_runs(["one", "two"], ["distill"], root) as inputs:
+        one, two = inputs.contenders
+    assert differing_settings([one, two]) == [] and one.settings["canvas.decay"] == "1.25"
     changed = {**one.settings, "canvas.decay": "2.0", "extra": "x"}
     other = type(one)("b", "b", "distill", one.path, "", "mean", "", changed)
-    assert unlike([one, other]) == [("canvas.decay", ["1.25", "2.0"]), ("extra", ["", "x"])]
+    assert differing_settings([one, other]) == [("canvas.decay", ["1.25", "2.0"]), ("extra", ["", "x"])]
 
 
 def test_arguments() -> None:
-    asked, rest = compared(["runs=[a, 'b c']", "d", "presets=tv,naive", "out=x", "run.root=r", "--cfg", "job"][:5])
+    asked, rest = split_compare(["runs=[a, 'b c']", "d", "presets=tv,naive", "out=x", "run.root=r", "--cfg", "job"][:5])
     assert (asked.runs, asked.presets, asked.out, rest) == (("a", "b c", "d"), ("tv", "naive"), "x", ["run.root=r"])
-    assert named("compare", ["runs=[a,b]", "out=x", "site.format=avif"]) == ["site.format=avif"]
+    _, rest = split_options("compare", ["runs=[a,b]", "out=x", "site.format=avif"])
+    assert to_overrides(rest) == ["site.format=avif"]
 
 
 # ------------------------------------------------------------------------- site
@@ -344,8 +350,8 @@ def test_arguments() -> None:
 
 @pytest.fixture(scope="module")
 def site(root: Path) -> Path:
-    with opened(["one", "two", "few"], ["distill"], root) as contest:
-        build(contest, root / "site", SMALL)
+    with open_runs(["one", "two", "few"], ["distill"], root) as inputs:
+        build(inputs, root / "site", SMALL)
     return root / "site"
 
 
@@ -376,8 +382,8 @@ def test_shards_hold_the_numbers_and_the_places_of_pictures(site: Path, root: Pa
         per, variants, columns, width, height = sheets[at]
         assert variants == 1 and per >= 6
         sheet = np.asarray(Image.open(site / f"media/stem/p{at}-0.webp").convert("RGB")).astype(int)
-        with opened([run, "few"], ["distill"], root) as contest:
-            image = contest.first["stem"].picture(4, "distill").astype(int)
+        with open_runs([run, "few"], ["distill"], root) as inputs:
+            image = inputs.first["stem"].image(4, "distill").astype(int)
         y, x = (4 // columns) * height + height // 2, (4 % columns) * width + width // 2
         assert np.abs(sheet[y, x] - image[5, 5]).max() < 25
     missing = np.asarray(Image.open(site / "media/stem/p2-0.webp").convert("RGB")).astype(int)
@@ -397,8 +403,8 @@ def test_tables_beside_the_site(site: Path, root: Path) -> None:
 
 
 def test_the_same_atlases_give_the_same_bytes(site: Path, root: Path) -> None:
-    with opened(["one", "two", "few"], ["distill"], root) as contest:
-        build(contest, root / "again", SMALL)
+    with open_runs(["one", "two", "few"], ["distill"], root) as inputs:
+        build(inputs, root / "again", SMALL)
     first, second = (
         {p.relative_to(d): p.read_bytes() for p in d.rglob("*") if p.is_file()} for d in (site, root / "again")
     )
@@ -412,8 +418,8 @@ def test_a_site_of_many_units_fits(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         write_atlas(tmp_path / name / "atlas.h5", layers=layers, seed=seed, examples=False)
     tight = SiteConfig(thumb_px=32, picture_px=32, max_files=150)
-    with opened(["a", "b"], ["distill"], tmp_path) as contest:
-        made = build(contest, tmp_path / "out", tight)
+    with open_runs(["a", "b"], ["distill"], tmp_path) as inputs:
+        made = build(inputs, tmp_path / "out", tight)
     assert made.host.files <= 150 and made.comparison.main.name == "activation"
     assert shard(tmp_path / "out", "index")["layers"][0][3] == [[0, 699]]
     plot = scatter(made.comparison, made.comparison.layers, 0, 1, lambda layer, channel: f"{layer}:{channel}")
@@ -428,7 +434,7 @@ def test_the_command(
     arguments = ["compare", "runs=[one,two]", "presets=[distill]", f"run.root={root}"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert "two against one" in out and "achieved ÷ natural ↑" in out and "blocks.0.conv" in out
+    assert "two against one" in out and "activation ratio ↑" in out and "blocks.0.conv" in out
     assert (root / "compare-one-two" / "index.html").is_file()
     assert main([*arguments, f"out={tmp_path}/mine", "few"]) == 0
     assert "few: " in capsys.readouterr().out and (tmp_path / "mine" / MARK).is_file()

@@ -9,7 +9,8 @@ from test_browser import nothing_serious
 from test_compare import change
 from test_site import LAYERS, SMALL, write_atlas
 
-from pipeline.compare import build, opened
+from pipeline.compare import open_runs
+from pipeline.compare.build import build
 
 browser, base, visit = test_browser.browser, test_browser.base, test_browser.visit
 
@@ -27,9 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_atlas(runs / name / "atlas.h5", seed=seed)
     change(runs / "one" / "atlas.h5", "stem", "distill", activation=[1, 2, 3, 4, 5, 6])
     change(runs / HOSTILE / "atlas.h5", "stem", "distill", activation=[2, 2, 1, 9, 6, 700])
-    with opened(["one", HOSTILE], [], runs) as contest:
+    with open_runs(["one", HOSTILE], [], runs) as inputs:
         (served / "somewhere/below").mkdir(parents=True)
-        build(contest, served / "somewhere/below/site", SMALL)
+        build(inputs, served / "somewhere/below/site", SMALL)
     return served
 
 
@@ -148,7 +149,7 @@ def test_a_unit_shows_all_pictures_and_numbers(visit):
     assert page.locator(".sides .lens").count() == 5
     backgrounds = "all => all.map(e => e.style.backgroundPosition)"
     before = page.eval_on_selector_all(".sides .pic", backgrounds)
-    page.get_by_text("picture 2", exact=True).click()
+    page.get_by_text("visualization 2", exact=True).click()
     assert page.locator(".sides figure:not(.swipe) .lens").count() == 2  # distill made one picture, neuron two
     assert page.eval_on_selector_all(".sides .pic", backgrounds) != before
 
@@ -171,14 +172,14 @@ def test_zoom_is_the_same_everywhere(visit):
     assert len(near) == 1 and near != whole
     assert page.evaluate("scrollY") == 0
     # What was under the pointer is there still, in every picture: a quarter of it, from the left and from above.
-    seen = page.evaluate("[ATLAS.lens.view.left, ATLAS.lens.view.top, ATLAS.lens.view.scale]")
+    seen = page.evaluate("[ATLAS.magnifier.view.left, ATLAS.magnifier.view.top, ATLAS.magnifier.view.scale]")
     assert seen[0] + 0.25 / seen[2] == pytest.approx(0.25, abs=0.01) and seen[1] == pytest.approx(seen[0], abs=0.01)
     page.mouse.down()
     page.mouse.move(x - 40, y - 10, steps=3)
     page.mouse.up()
     moved = transforms(page)
     assert len(moved) == 1 and moved != near
-    assert page.evaluate("ATLAS.lens.view.left") == pytest.approx(seen[0] + 40 / box["width"] / seen[2], abs=0.01)
+    assert page.evaluate("ATLAS.magnifier.view.left") == pytest.approx(seen[0] + 40 / box["width"] / seen[2], abs=0.01)
     page.keyboard.press("ArrowRight")
     page.wait_for_function("() => document.body.dataset.ready !== 'blocks.1.conv:5'")
     assert transforms(page) <= moved  # the next unit shows the same part
@@ -204,8 +205,8 @@ def test_two_fingers_zoom(visit):
           send("pointerup", 1, 0.3); send("pointerup", 2, 0.7);
         }"""
     )
-    assert page.evaluate("ATLAS.lens.view.scale") == pytest.approx(2, abs=0.01)
-    assert page.evaluate("ATLAS.lens.view.left") == pytest.approx(0.25, abs=0.03)
+    assert page.evaluate("ATLAS.magnifier.view.scale") == pytest.approx(2, abs=0.01)
+    assert page.evaluate("ATLAS.magnifier.view.left") == pytest.approx(0.25, abs=0.03)
     assert len(transforms(page)) == 1
 
 
@@ -256,9 +257,9 @@ def test_search_knows_units(visit, base):
     page.keyboard.press("c")
     assert page.url.startswith(base + "unit.html#blocks.0.conv:38")
     page.goto(base + "unit.html#blocks.0.conv:3")
-    page.get_by_text("blocks.0.conv has no channel 3 here.").wait_for()
+    page.get_by_text("blocks.0.conv has no channel 3 in this comparison.").wait_for()
     page.goto(base + "unit.html#<img src=x onerror=alert(4)>:1")
-    page.get_by_text("There is no such unit here.").wait_for()
+    page.get_by_text("This comparison has no such unit.").wait_for()
 
 
 def test_without_script_there_are_numbers_and_plots(visit):

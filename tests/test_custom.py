@@ -19,10 +19,10 @@ from pipeline.core.errors import AtlasError
 from pipeline.data import multiband
 from pipeline.layers.finding import Layer, ReceptiveField, capture, enumerate_layers
 from pipeline.layers.receptive_fields import receptive_fields
-from pipeline.layers.selection import LayersConfig, choose, found_layers
+from pipeline.layers.selection import LayersConfig, list_layers, select_layers
 from pipeline.models.config import Preprocessing
-from pipeline.models.loading import Model, ModelConfig, load, prepare
-from pipeline.runs.planner import make_plan
+from pipeline.models.loading import Model, ModelConfig, load_model, prepare_module
+from pipeline.planning.planner import make_plan
 
 
 def custom(target: str, **settings: Any) -> ModelConfig:
@@ -31,11 +31,13 @@ def custom(target: str, **settings: Any) -> ModelConfig:
 
 def wrapped(module: nn.Module, size: int | tuple[int, int] = 32, channels: int = 3) -> Model:
     pair = (size, size) if isinstance(size, int) else size
-    return Model(prepare(module), "mine", Preprocessing(pair, min(pair), (0.5,) * channels, (0.5,) * channels), "", ())
+    return Model(
+        prepare_module(module), "mine", Preprocessing(pair, min(pair), (0.5,) * channels, (0.5,) * channels), "", ()
+    )
 
 
 def named(model: Model, **settings: Any) -> dict[str, Layer]:
-    return {la.name: la for la in found_layers(model, LayersConfig(**settings))}
+    return {la.name: la for la in list_layers(model, LayersConfig(**settings))}
 
 
 @pytest.fixture
@@ -54,23 +56,23 @@ def net(tmp_path: Path) -> str:
 
 
 def test_a_file_builds_with_what_lies_beside_it(net: str) -> None:
-    model = load(custom(f"{net}:build", arguments={"channels": 2}, channels=2))
-    assert model.recipe == Preprocessing((32, 32), 32, (0.0, 0.0), (1.0, 1.0)) and not model.module.training
-    assert load(custom(f"{net}:half")).module.get_submodule("0").weight.dtype == torch.float32
+    model = load_model(custom(f"{net}:build", arguments={"channels": 2}, channels=2))
+    assert model.preprocessing == Preprocessing((32, 32), 32, (0.0, 0.0), (1.0, 1.0)) and not model.module.training
+    assert load_model(custom(f"{net}:half")).module.get_submodule("0").weight.dtype == torch.float32
 
 
 def test_the_digest_follows_the_code_but_not_its_comments(net: str) -> None:
     config = custom(f"{net}:build")
-    first = load(config).digest
+    first = load_model(config).digest
     text = Path(net).read_text()
     Path(net).write_text(text + "\n# a remark\n")
-    assert load(config).digest == first
+    assert load_model(config).digest == first
     Path(net).write_text(text.replace("nn.ReLU(inplace=True)", "nn.Tanh()"))
-    assert load(config).digest != first
+    assert load_model(config).digest != first
 
 
 def test_an_import_path_with_arguments() -> None:
-    model = load(custom("torchvision.models:resnet18", arguments={"num_classes": 7}))
+    model = load_model(custom("torchvision.models:resnet18", arguments={"num_classes": 7}))
     assert model.module.get_submodule("fc").weight.shape[0] == 7
 
 
@@ -79,7 +81,7 @@ def test_an_import_path_with_arguments() -> None:
     [
         ("{net}:biuld", "no function 'biuld'. Nearest: build"),
         ("{net}:broken", r"failed: ValueError: no such depth \(my_net.py, line 8\)"),
-        ("{net}:words", "gave a list; it must return a torch.nn.Module"),
+        ("{net}:words", "returned a list; it must return a torch.nn.Module"),
         ("{net}:lazy", "0.weight has no size yet"),
         ("{net}", "names no function"),
         ("nowhere.py:build", "there is no file"),
@@ -92,7 +94,7 @@ def test_an_import_path_with_arguments() -> None:
 def test_targets_that_are_no_network(net: str, tmp_path: Path, target: str, message: str) -> None:
     (tmp_path / "syntax.py").write_text("def build(:\n")
     with pytest.raises(AtlasError, match=message):
-        load(custom(target.format(net=net, folder=tmp_path)))
+        load_model(custom(target.format(net=net, folder=tmp_path)))
 
 
 def test_torchscript_is_refused_and_an_exported_program_is_looked_into(tmp_path: Path) -> None:
@@ -106,12 +108,12 @@ def test_torchscript_is_refused_and_an_exported_program_is_looked_into(tmp_path:
         )
         torch.export.save(program, tmp_path / "net.pt2")
         torch.export.save(torch.export.export(net, (torch.rand(1, 3, 32, 32),)), tmp_path / "one.pt2")
-    with pytest.raises(AtlasError, match="is TorchScript, which runs its inner modules where no hook can look"):
-        load(custom(str(tmp_path / "net.pt")))
-    exported, own = load(custom(str(tmp_path / "net.pt2"))), wrapped(net)
-    own = dataclasses.replace(own, recipe=exported.recipe)
+    with pytest.raises(AtlasError, match="is TorchScript, whose inner modules do not run forward hooks"):
+        load_model(custom(str(tmp_path / "net.pt")))
+    exported, own = load_model(custom(str(tmp_path / "net.pt2"))), wrapped(net)
+    own = dataclasses.replace(own, recipe=exported.preprocessing)
     a, b = named(exported, policy="convs"), named(own)
-    convs = choose(exported, list(a.values()), LayersConfig("convs"))
+    convs = select_layers(exported, list(a.values()), LayersConfig("convs"))
     assert [la.name for la in convs] == ["stem", "block.0", "late", "head"]
     images = torch.rand(3, 3, 32, 32)
     with capture(exported, convs) as one, capture(own, [b[la.name] for la in convs]) as two, torch.no_grad():
@@ -119,39 +121,39 @@ def test_torchscript_is_refused_and_an_exported_program_is_looked_into(tmp_path:
     for name in first:
         assert torch.allclose(first[name], second[name], atol=1e-5), name
     with pytest.raises(AtlasError, match="takes one image at a time"):
-        enumerate_layers(load(custom(str(tmp_path / "one.pt2"))))
+        enumerate_layers(load_model(custom(str(tmp_path / "one.pt2"))))
     (tmp_path / "not.pt2").write_text("hello")
     with pytest.raises(AtlasError, match="can't be read as an exported program"):
-        load(custom(str(tmp_path / "not.pt2")))
+        load_model(custom(str(tmp_path / "not.pt2")))
 
 
 def test_value_range_mean_and_std() -> None:
     recipe = Preprocessing((8, 8), 8, (127.5,), (50.0,), value_range=(0.0, 255.0))
     model = dataclasses.replace(wrapped(nn.Conv2d(1, 2, 1), channels=1), recipe=recipe)
-    assert torch.allclose(model.normalise(torch.tensor([[[[0.0, 1.0]]]])), torch.tensor([[[[-2.55, 2.55]]]]))
+    assert torch.allclose(model.normalize(torch.tensor([[[[0.0, 1.0]]]])), torch.tensor([[[[-2.55, 2.55]]]]))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mean": (0.5,), "std": (0.5, 0.5)}, "one a channel each"),
-        ({"channels": 4, "mean": (0.5,) * 3}, "one a channel each"),
+        ({"mean": (0.5,), "std": (0.5, 0.5)}, "one value per channel"),
+        ({"channels": 4, "mean": (0.5,) * 3}, "one value per channel"),
         ({"std": (0.0,) * 3}, "above 0"),
-        ({"value_range": (1.0, 0.0)}, "black comes first"),
+        ({"value_range": (1.0, 0.0)}, "black must be below"),
         ({"labels": "nowhere.txt"}, "can't be read"),
         ({"checkpoint": "nowhere.pt"}, "There is no checkpoint"),
     ],
 )
 def test_settings_that_make_no_sense(net: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(AtlasError, match=message):
-        load(custom(f"{net}:build", **settings))
+        load_model(custom(f"{net}:build", **settings))
 
 
 def test_labels_from_lists_and_files(net: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
     (tmp_path / "b.json").write_text('{"0": ["n01", "tench"], "1": ["n02", "goldfish"]}')
     for labels, expected in (("a.txt", ("one", "two", "three")), ("b.json", ("tench", "goldfish")), (("x",), ("x",))):
-        assert load(custom(f"{net}:build", labels=labels, folder=str(tmp_path))).labels == expected
+        assert load_model(custom(f"{net}:build", labels=labels, folder=str(tmp_path))).labels == expected
     tree = ["model=custom", f"model.target={net}:build", "model.input_size=32", "model.labels=[a,b]", "engine=inline"]
     with pytest.raises(AtlasError, match="2 names, but 5 has 5 outputs"):
         make_plan(compose(tree).config, timed=False)
@@ -244,7 +246,7 @@ def test_odd_outputs_and_functional_in_place_sums() -> None:
     with capture(model, list(layers.values())) as forward, torch.no_grad():
         seen = forward(images)
     net = model.module
-    assert torch.equal(seen["shared"], net.shared(model.normalise(images)))
+    assert torch.equal(seen["shared"], net.shared(model.normalize(images)))
     assert torch.equal(seen["named"], seen["pair"] + 1) and seen["shared#2"].min() < 0
 
 
@@ -278,7 +280,7 @@ def test_tokens_are_laid_out_as_the_map_of_their_patches(sequence_first: bool) -
             maps = forward(images)["layer"]
         net, seen = model.module, []
         handle = net.layer.register_forward_hook(lambda *a: seen.append(a[2]))
-        net(model.normalise(images))
+        net(model.normalize(images))
         handle.remove()
     tokens = seen[0].transpose(0, 1) if sequence_first else seen[0]
     assert torch.allclose(maps[1, 5, 2, 7], tokens[1, 3 + 2 * 12 + 7, 5], atol=1e-5)
@@ -337,25 +339,25 @@ def test_a_network_of_functions_is_its_output() -> None:
     assert list(layers) == ["output"]
     assert receptive_fields(model, list(layers.values()))["output"] == ReceptiveField((3, 3), (1, 1), (-1, -1))
     with pytest.raises(AtlasError, match="has no classifier: no linear layer or convolution"):
-        choose(model, list(layers.values()), LayersConfig("logits"))
+        select_layers(model, list(layers.values()), LayersConfig("logits"))
 
 
 def test_aliases_are_names_for_globs() -> None:
     model = wrapped(TinyNet())
-    layers = found_layers(model, LayersConfig(), {"mixed4c": "block", "conv1": "stem"})
-    found = choose(model, layers, LayersConfig(include=("mixed4c*", "conv1")))
+    layers = list_layers(model, LayersConfig(), {"mixed4c": "block", "conv1": "stem"})
+    found = select_layers(model, layers, LayersConfig(include=("mixed4c*", "conv1")))
     assert [(la.name, la.alias) for la in found] == [
         ("stem", "conv1"), ("block.0", "mixed4c.0"), ("block.1", "mixed4c.1"), ("block.2", "mixed4c.2"),
         ("block", "mixed4c"),
     ]  # fmt: skip
     with pytest.raises(AtlasError, match="Nearest: mixed4c"):
-        choose(model, layers, LayersConfig(include=("mixed4d",)))
+        select_layers(model, layers, LayersConfig(include=("mixed4d",)))
 
 
 def test_every_alias_of_the_configurations_is_a_module() -> None:
     for name in ("googlenet", "inception_v3", "alexnet", "vgg16"):
         config = compose([f"model={name}", "model.weights=null"]).config.model
-        modules = dict(load(config).module.named_modules())
+        modules = dict(load_model(config).module.named_modules())
         assert config.aliases and not set(config.aliases.values()) - set(modules)
 
 
@@ -386,10 +388,10 @@ def test_small_networks_go_the_whole_way(channels: int, tmp_path: Path, photo_fo
     with pipeline.open_atlas(tmp_path / "mine") as atlas:
         assert len(atlas.layers) == 3
         layer = atlas[atlas.layers[1]]
-        assert layer.picture(0).shape == (32, 32, channels)
+        assert layer.image(0).shape == (32, 32, channels)
         best = layer.examples("max")
         assert best is not None
-        photo = atlas.photo(int(best.index[0, 0]))
+        photo = atlas.input_image(int(best.index[0, 0]))
         assert photo is not None and photo.mode == ("L" if channels == 1 else "RGB")
     assert (tmp_path / "mine" / "site" / "index.html").is_file()
 
@@ -399,14 +401,19 @@ def test_bands_are_read_and_refused(tmp_path: Path) -> None:
 
     stack = np.arange(6 * 4 * 5, dtype=np.uint16).reshape(6, 4, 5) * 500
     tifffile.imwrite(tmp_path / "a.tif", stack, photometric="minisblack")
-    read = np.asarray(multiband.read(tmp_path / "a.tif", 6, None))
+    read = np.asarray(multiband.read_bands(tmp_path / "a.tif", 6, None))
     assert read.shape == (4, 5, 6) and abs(int(read[3, 4, 5]) - round(119 * 500 / 65535 * 255)) <= 1
     with pytest.raises(ValueError, match="no picture of 4 bands"):
-        multiband.read(tmp_path / "a.tif", 4, None)
+        multiband.read_bands(tmp_path / "a.tif", 4, None)
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
     with pytest.raises(ValueError, match=r"only \.npy"):
-        multiband.read(tmp_path / "b.png", 6, None)
-    assert [multiband.visible(np.zeros((2, 2, n), np.uint8)).mode for n in (1, 2, 3, 4)] == ["L", "L", "RGB", "RGB"]
+        multiband.read_bands(tmp_path / "b.png", 6, None)
+    assert [multiband.to_display_image(np.zeros((2, 2, n), np.uint8)).mode for n in (1, 2, 3, 4)] == [
+        "L",
+        "L",
+        "RGB",
+        "RGB",
+    ]
     tree = [*SMALL, "model.target=torchvision.models:resnet18", "model.channels=6"]
     with pytest.raises(AtlasError, match=r"files of 6 bands"):
         make_plan(compose(tree).config, timed=False)

@@ -23,9 +23,11 @@ from PIL import Image
 from pipeline.cli.main import main
 from pipeline.core.errors import AtlasError
 from pipeline.data import datasets, image_formats, image_loading
-from pipeline.data.datasets import DataConfig
+from pipeline.data.config import MAX_PIXELS, DataConfig
+from pipeline.data.readers import huggingface
+from pipeline.data.readers.base import DatasetImage
 from pipeline.models.config import Preprocessing
-from pipeline.runs.planner import make_plan
+from pipeline.planning.planner import make_plan
 
 RECIPE = Preprocessing((16, 16), 16, (0.5,) * 3, (0.25,) * 3)
 COLOURS = ((250, 10, 10), (10, 250, 10), (10, 10, 250), (90, 90, 90), (250, 250, 10))
@@ -40,8 +42,8 @@ def png(i: int) -> bytes:
 def check(dataset: datasets.Dataset, labels: list[str], broken: int | None = None) -> None:
     """Every picture comes out with its own colour, after a journey to another process."""
     dataset = pickle.loads(pickle.dumps(dataset))
-    assert [p.label for p in dataset.photos] == labels and len({p.path for p in dataset.photos}) == len(labels)
-    for item in image_loading.load(dataset, range(len(labels)), RECIPE):
+    assert [p.label for p in dataset.images] == labels and len({p.path for p in dataset.images}) == len(labels)
+    for item in image_loading.load_images(dataset, range(len(labels)), RECIPE):
         if item.index == broken:
             assert item.array is None and item.reason
         else:
@@ -61,9 +63,9 @@ def hugging_table(with_names: bool) -> pa.Table:
 def test_parquet_as_a_hub_holds_it(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     pq.write_table(hugging_table(True), tmp_path / "data" / "train-00000-of-00001.parquet", row_group_size=2)
-    dataset = datasets.listing(DataConfig("huggingface", str(tmp_path)))
+    dataset = datasets.list_dataset(DataConfig("huggingface", str(tmp_path)))
     check(dataset, ["cat", "dog's", "cat", "dog's", ""])
-    assert dataset.photos[3].path == "data/train-00000-of-00001.parquet#3"
+    assert dataset.images[3].path == "data/train-00000-of-00001.parquet#3"
 
 
 def test_arrow_as_save_to_disk_writes_it(tmp_path: Path) -> None:
@@ -73,20 +75,20 @@ def test_arrow_as_save_to_disk_writes_it(tmp_path: Path) -> None:
         path = tmp_path / f"data-0000{i}-of-00002.arrow"
         with pa.OSFile(str(path), "wb") as sink, kind(sink, table.schema) as writer:
             writer.write_table(part, max_chunksize=2)
-    check(datasets.listing(DataConfig("huggingface", str(tmp_path))), ["cat", "dog's", "cat", "dog's", ""])
+    check(datasets.list_dataset(DataConfig("huggingface", str(tmp_path))), ["cat", "dog's", "cat", "dog's", ""])
 
 
 def test_a_table_with_columns_of_other_names(tmp_path: Path) -> None:
     table = pa.table({"id": [1, 2], "png": [png(0), b"no picture"], "breed": ["<b>", "x"]})
     pq.write_table(table, tmp_path / "t.parquet")
     found = DataConfig("huggingface", str(tmp_path / "t.parquet"), label="breed")
-    check(datasets.listing(found), ["<b>", "x"], broken=1)
+    check(datasets.list_dataset(found), ["<b>", "x"], broken=1)
     with pytest.raises(AtlasError, match=r"no column 'bread'\. Nearest: breed"):
-        datasets.listing(DataConfig("huggingface", str(tmp_path), label="bread"))
+        datasets.list_dataset(DataConfig("huggingface", str(tmp_path), label="bread"))
     pq.write_table(pa.table({"id": [1]}), tmp_path / "t.parquet")
-    datasets._parquet.cache_clear()
-    with pytest.raises(AtlasError, match="no column of pictures"):
-        datasets.listing(DataConfig("huggingface", str(tmp_path)))
+    huggingface._parquet.cache_clear()
+    with pytest.raises(AtlasError, match="no image column"):
+        datasets.list_dataset(DataConfig("huggingface", str(tmp_path)))
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
@@ -103,9 +105,9 @@ def test_tar_shards_are_read_from_their_offsets(tmp_path: Path) -> None:
         {"001.png": png(0), "001.cls": b"7\n", "001.json": b"{}", "x/002.png": png(1), 'q"\n.png': png(2)},
     )
     write_tar(tmp_path / "a-001.tar", {"001.png": png(3), "001.cls": b"dog"})
-    dataset = datasets.listing(DataConfig("webdataset", str(tmp_path)))
+    dataset = datasets.list_dataset(DataConfig("webdataset", str(tmp_path)))
     check(dataset, ["7", "x", "", "dog"])
-    assert [p.path for p in dataset.photos[:2]] == ["a-000.tar#001.png", "a-000.tar#x/002.png"]
+    assert [p.path for p in dataset.images[:2]] == ["a-000.tar#001.png", "a-000.tar#x/002.png"]
 
 
 def test_a_tar_that_was_cut_off_gives_what_it_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -116,8 +118,8 @@ def test_a_tar_that_was_cut_off_gives_what_it_has(tmp_path: Path, caplog: pytest
     write_tar(tmp_path / "a.tar", {"0.png": png(0), "1.png": large, "2.png": png(2)})
     whole = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(whole[:4000])
-    dataset = datasets.listing(DataConfig("webdataset", str(tmp_path)))
-    items = list(image_loading.load(dataset, range(len(dataset.photos)), RECIPE))
+    dataset = datasets.list_dataset(DataConfig("webdataset", str(tmp_path)))
+    items = list(image_loading.load_images(dataset, range(len(dataset.images)), RECIPE))
     assert items[0].array is not None and all(item.array is None and item.reason for item in items[1:])
 
 
@@ -134,8 +136,8 @@ def test_labels_from_a_file(tmp_path: Path, ending: str) -> None:
         file.write_text('path,label\n"a/0, \'one\'.png",tench\n2.png,"owl, barn"\n')
     else:
         file.write_text("a/0, 'one'.png\ttench\n2.png\towl, barn\n")
-    dataset = datasets.listing(DataConfig("folder", str(tmp_path / "pictures"), labels=str(file)))
-    assert {p.path: p.label for p in dataset.photos} == {names[0]: "tench", names[1]: "", names[2]: "owl, barn"}
+    dataset = datasets.list_dataset(DataConfig("folder", str(tmp_path / "pictures"), labels=str(file)))
+    assert {p.path: p.label for p in dataset.images} == {names[0]: "tench", names[1]: "", names[2]: "owl, barn"}
     assert dataset.labels[0] == ("owl, barn", "tench") and sorted(dataset.labels[1].tolist()) == [-1, 0, 1]
 
 
@@ -143,34 +145,34 @@ def test_labels_that_do_not_fit_are_told(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(png(0))
     root = str(tmp_path)
     (tmp_path / "l.csv").write_text("other.png,tench\n")
-    with pytest.raises(AtlasError, match=r"names none of the photographs.*0\.png"):
-        datasets.listing(DataConfig("folder", root, labels=str(tmp_path / "l.csv")))
+    with pytest.raises(AtlasError, match=r"contains no path of a dataset image.*0\.png"):
+        datasets.list_dataset(DataConfig("folder", root, labels=str(tmp_path / "l.csv")))
     (tmp_path / "l.json").write_text("[1]")
     with pytest.raises(AtlasError, match="can't be read"):
-        datasets.listing(DataConfig("folder", root, labels=str(tmp_path / "l.json")))
+        datasets.list_dataset(DataConfig("folder", root, labels=str(tmp_path / "l.json")))
     with pytest.raises(AtlasError, match="no such file"):
-        datasets.listing(DataConfig("folder", root, labels=str(tmp_path / "nowhere.csv")))
+        datasets.list_dataset(DataConfig("folder", root, labels=str(tmp_path / "nowhere.csv")))
 
 
 def test_empty_and_wrong_sources(tmp_path: Path) -> None:
     with pytest.raises(AtlasError, match=r"no \.tar there"):
-        datasets.listing(DataConfig("webdataset", str(tmp_path)))
+        datasets.list_dataset(DataConfig("webdataset", str(tmp_path)))
     with pytest.raises(AtlasError, match=r"no \.parquet or \.arrow"):
-        datasets.listing(DataConfig("huggingface", str(tmp_path)))
+        datasets.list_dataset(DataConfig("huggingface", str(tmp_path)))
     (tmp_path / "x.parquet").write_bytes(b"no table")
     with pytest.raises(AtlasError, match="can't be read as a table"):
-        datasets.listing(DataConfig("huggingface", str(tmp_path)))
+        datasets.list_dataset(DataConfig("huggingface", str(tmp_path)))
 
 
 def test_the_fingerprint_knows_labels_sizes_and_recipe(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(png(0))
-    one = datasets.fingerprint(datasets.listing(DataConfig("folder", str(tmp_path))), RECIPE)
-    assert one == datasets.fingerprint(datasets.listing(DataConfig("folder", str(tmp_path))), RECIPE)
+    one = datasets.fingerprint(datasets.list_dataset(DataConfig("folder", str(tmp_path))), RECIPE)
+    assert one == datasets.fingerprint(datasets.list_dataset(DataConfig("folder", str(tmp_path))), RECIPE)
     (tmp_path / "l.csv").write_text("0.png,tench\n")
-    labelled = datasets.listing(DataConfig("folder", str(tmp_path), labels=str(tmp_path / "l.csv")))
+    labelled = datasets.list_dataset(DataConfig("folder", str(tmp_path), labels=str(tmp_path / "l.csv")))
     other = Preprocessing((16, 16), 18, (0.5,) * 3, (0.25,) * 3)
     (tmp_path / "0.png").write_bytes(png(0) + b" ")
-    resized = datasets.listing(DataConfig("folder", str(tmp_path)))
+    resized = datasets.list_dataset(DataConfig("folder", str(tmp_path)))
     different = [datasets.fingerprint(labelled, RECIPE), datasets.fingerprint(resized, other)]
     assert all(d != one for d in [*different, datasets.fingerprint(resized, RECIPE)])
 
@@ -181,7 +183,7 @@ def test_every_format_is_listed_and_read(tmp_path: Path, suffix: str) -> None:
     known = next(known for known in image_formats.FORMATS if suffix in known.suffixes)
     name = {"JPEG 2000": "JPEG2000", "PNM": "PPM"}.get(known.name, known.name)
     Image.init()
-    if not image_formats.readable(known) or name not in Image.SAVE:
+    if not image_formats.can_decode(known) or name not in Image.SAVE:
         pytest.skip(f"Pillow can't write {known.name} here")
     with io.BytesIO() as buffer:
         Image.new("RGB", (20, 24), COLOURS[3]).save(buffer, name)
@@ -189,15 +191,15 @@ def test_every_format_is_listed_and_read(tmp_path: Path, suffix: str) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / f"1{suffix.upper()}").write_bytes(data)
     (tmp_path / "a" / "2").write_bytes(data)
-    dataset = datasets.listing(DataConfig("folder", str(tmp_path)))
+    dataset = datasets.list_dataset(DataConfig("folder", str(tmp_path)))
     # TGA files have no first bytes of their own.
     expected = [f"a/1{suffix.upper()}"] + ["a/2"] * (known.name != "TGA")
-    assert [p.path for p in dataset.photos] == expected
+    assert [p.path for p in dataset.images] == expected
     write_tar(tmp_path / "t.tar", {f"1{suffix}": data, "2": data})
-    tar = datasets.listing(DataConfig("webdataset", str(tmp_path / "t.tar")))
-    assert len(tar.photos) == len(expected)
+    tar = datasets.list_dataset(DataConfig("webdataset", str(tmp_path / "t.tar")))
+    assert len(tar.images) == len(expected)
     for source in (dataset, tar):
-        for item in image_loading.load(source, range(len(expected)), RECIPE):
+        for item in image_loading.load_images(source, range(len(expected)), RECIPE):
             assert item.array is not None, item.reason
             assert np.abs(item.array.astype(int) - 90).max() <= 2
 
@@ -219,7 +221,7 @@ def test_the_beginning_of_a_file_tells_its_format() -> None:
         b"": "",
     }
     for head, name in cases.items():
-        found = image_formats.identified(head)
+        found = image_formats.identify(head)
         assert (found.name if found else "") == name, head
 
 
@@ -228,10 +230,10 @@ def without_decoders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine whose Pillow has no optional decoder, and without pillow-heif."""
     monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
     monkeypatch.setattr(image_formats.features, "check", lambda name: False)
-    image_formats.readable.cache_clear()
+    image_formats.can_decode.cache_clear()
     yield
     monkeypatch.undo()
-    image_formats.readable.cache_clear()
+    image_formats.can_decode.cache_clear()
 
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
@@ -249,23 +251,23 @@ def test_what_is_passed_over_is_counted_by_kind(
     with pytest.raises(
         AtlasError, match=r"no image at all.* holds 8 files of other kinds: \(no suffix\) 3, \.heic 3, \.txt 2"
     ):
-        datasets.listing(DataConfig("folder", str(tmp_path)))
+        datasets.list_dataset(DataConfig("folder", str(tmp_path)))
     with pytest.raises(AtlasError, match=r"To read \.heic: pip install \"neuron-atlas\[heic\]\""):
-        datasets.listing(DataConfig("folder", str(tmp_path)))
+        datasets.list_dataset(DataConfig("folder", str(tmp_path)))
     (tmp_path / "0.png").write_bytes(png(0))
     (tmp_path / "9").write_bytes(png(1))
     with caplog.at_level(logging.INFO, "pipeline"):
-        assert [p.path for p in datasets.listing(DataConfig("folder", str(tmp_path))).photos] == ["0.png", "9"]
-    assert [r.message for r in caplog.records if "passed over" in r.message] == [
-        "8 files of other kinds passed over: (no suffix) 3, .heic 3, .txt 2; "
+        assert [p.path for p in datasets.list_dataset(DataConfig("folder", str(tmp_path))).images] == ["0.png", "9"]
+    assert [r.message for r in caplog.records if "skipped" in r.message] == [
+        "8 files of other kinds skipped: (no suffix) 3, .heic 3, .txt 2; "
         'to read .heic: pip install "neuron-atlas[heic]", or scripts/setup heic in a checkout'
     ]
     caplog.clear()
     (tmp_path / "clean").mkdir()
     (tmp_path / "clean" / "0.png").write_bytes(png(0))
     with caplog.at_level(logging.INFO, "pipeline"):
-        datasets.listing(DataConfig("folder", str(tmp_path / "clean")))
-    assert "passed over" not in caplog.text
+        datasets.list_dataset(DataConfig("folder", str(tmp_path / "clean")))
+    assert "skipped" not in caplog.text
 
 
 def test_many_kinds_are_not_all_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -273,8 +275,8 @@ def test_many_kinds_are_not_all_listed(tmp_path: Path, caplog: pytest.LogCapture
         (tmp_path / f"x.{i:02d}").write_text("")
     (tmp_path / "0.png").write_bytes(png(0))
     with caplog.at_level(logging.INFO, "pipeline"):
-        datasets.listing(DataConfig("folder", str(tmp_path)))
-    assert "15 files of other kinds passed over: .00 1, .01 1" in caplog.text
+        datasets.list_dataset(DataConfig("folder", str(tmp_path)))
+    assert "15 files of other kinds skipped: .00 1, .01 1" in caplog.text
     assert caplog.text.rstrip().endswith(".11 1, and 3 more kinds")
 
 
@@ -283,18 +285,18 @@ def test_tar_shards_count_what_they_pass_over(tmp_path: Path, caplog: pytest.Log
     write_tar(tmp_path / "a.tar", members)
     (tmp_path / "b.tar.gz").write_bytes(b"a compressed shard")
     with caplog.at_level(logging.INFO, "pipeline"):
-        assert len(datasets.listing(DataConfig("webdataset", str(tmp_path))).photos) == 2
-    assert "4 files of other kinds passed over: .json 2, .gz 1, .txt 1" in caplog.text
+        assert len(datasets.list_dataset(DataConfig("webdataset", str(tmp_path))).images) == 2
+    assert "4 files of other kinds skipped: .json 2, .gz 1, .txt 1" in caplog.text
     write_tar(tmp_path / "a.tar", {"1.cls": b"7", "1.json": b"{}"})
     with pytest.raises(AtlasError, match=r"no image at all.* holds 2 files of other kinds: \.gz 1, \.json 1"):
-        datasets.listing(DataConfig("webdataset", str(tmp_path)))
+        datasets.list_dataset(DataConfig("webdataset", str(tmp_path)))
 
 
 def test_heic_is_read_where_its_package_is_installed(tmp_path: Path) -> None:
     heif = pytest.importorskip("pillow_heif")
     heif.from_pillow(Image.new("RGB", (20, 24), COLOURS[3])).save(tmp_path / "0.heic")
-    dataset = datasets.listing(DataConfig("folder", str(tmp_path)))
-    items = list(image_loading.load(dataset, range(len(dataset.photos)), RECIPE))
+    dataset = datasets.list_dataset(DataConfig("folder", str(tmp_path)))
+    items = list(image_loading.load_images(dataset, range(len(dataset.images)), RECIPE))
     assert len(items) == 1 and items[0].array is not None and np.abs(items[0].array.astype(int) - 90).max() <= 2
 
 
@@ -304,9 +306,9 @@ def test_a_worker_without_a_decoder_fails_image_by_image(tmp_path: Path, without
     (tmp_path / "1.heic").write_bytes(HEIC)
     (tmp_path / "2.avif").write_bytes(HEIC.replace(b"heic", b"avif"))
     listed = datasets.Dataset(
-        tuple(datasets.Photo(name, "", i) for i, name in enumerate(("0.png", "1.heic", "2.avif"))), {"": str(tmp_path)}
+        tuple(DatasetImage(name, "", i) for i, name in enumerate(("0.png", "1.heic", "2.avif"))), {"": str(tmp_path)}
     )
-    good, heic, avif = image_loading.load(listed, range(3), RECIPE)
+    good, heic, avif = image_loading.load_images(listed, range(3), RECIPE)
     assert good.array is not None
     assert heic.reason.startswith('no decoder: HEIF (pip install "neuron-atlas[heic]"')
     assert avif.reason.startswith("no decoder: AVIF (install Pillow")
@@ -333,8 +335,8 @@ def test_a_raised_limit_of_pixels_reads_what_was_refused(tiny_run: list[str], tm
     with pytest.raises(AtlasError, match=r"data\.max_pixels=0 is too small: at least 1, or null"):
         compose([*asked, "data.max_pixels=0"])
     default = compose(asked).config.data
-    assert default.max_pixels == datasets.MAX_PIXELS == 64_000_000
-    recipes = [datasets.fingerprint(datasets.listing(DataConfig("folder", str(root), max_pixels=n)), RECIPE)
+    assert default.max_pixels == MAX_PIXELS == 64_000_000
+    recipes = [datasets.fingerprint(datasets.list_dataset(DataConfig("folder", str(root), max_pixels=n)), RECIPE)
                for n in (64_000_000, 14_000, None)]  # fmt: skip
     assert recipes[0] != recipes[1] != recipes[2] != recipes[0]
 
@@ -345,9 +347,9 @@ def path_rows(root: Path, paths: list[str | None], table: str = "data/t.parquet"
     )
     (root / table).parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"image": cells}), root / table)
-    datasets._parquet.cache_clear()
-    datasets._kept_columns.cache_clear()
-    return datasets.listing(DataConfig("huggingface", str(root)))
+    huggingface._parquet.cache_clear()
+    huggingface._cached_column.cache_clear()
+    return datasets.list_dataset(DataConfig("huggingface", str(root)))
 
 
 def test_rows_may_name_files_below_the_root(tmp_path: Path) -> None:
@@ -355,7 +357,7 @@ def test_rows_may_name_files_below_the_root(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(png(i))
     check(path_rows(tmp_path, ["near.png", "images/far.png", "../images/up.png"]), ["", "", ""])
-    gone, empty = image_loading.load(path_rows(tmp_path, ["gone.png", None]), range(2), RECIPE)
+    gone, empty = image_loading.load_images(path_rows(tmp_path, ["gone.png", None]), range(2), RECIPE)
     assert gone.reason == "missing, or a broken link" and empty.reason == "an empty cell"
 
 
@@ -372,18 +374,20 @@ def test_rows_that_lead_out_of_the_root_are_refused(tmp_path: Path) -> None:
         "door/secret.png", str(root / "inside.png"), "/etc/hostname",
     ]  # fmt: skip
     dataset = path_rows(root, [*outside, "inside.png"])
-    *refused, good = image_loading.load(dataset, range(len(outside) + 1), RECIPE)
+    *refused, good = image_loading.load_images(dataset, range(len(outside) + 1), RECIPE)
     for name, item in zip(outside, refused, strict=True):
         assert item.array is None
         assert item.reason == f"outside the dataset: the path {name!r} must be relative and lie below data.root"
         with pytest.raises(ValueError, match="outside the dataset"):
-            dataset.content(dataset.photos[item.index])
+            dataset.content(dataset.images[item.index])
     assert good.array is not None, good.reason
     # The root may itself be a link.
     (tmp_path / "alias").symlink_to(root)
     assert (
         next(
-            image_loading.load(datasets.listing(DataConfig("huggingface", str(tmp_path / "alias"))), [7], RECIPE)
+            image_loading.load_images(
+                datasets.list_dataset(DataConfig("huggingface", str(tmp_path / "alias"))), [7], RECIPE
+            )
         ).array
         is not None
     )
@@ -398,9 +402,9 @@ def test_a_row_group_is_read_once_for_all_threads(monkeypatch: pytest.MonkeyPatc
         time.sleep(0.05)
         return group
 
-    monkeypatch.setattr(datasets, "_kept_columns", slow)
+    monkeypatch.setattr(huggingface, "_cached_column", slow)
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda i: datasets._pictures("t", i // 8, "image"), range(16)))
+        found = list(pool.map(lambda i: huggingface.image_cells("t", i // 8, "image"), range(16)))
     assert found == [0] * 8 + [1] * 8 and sorted(read) == [("t", 0, "image"), ("t", 1, "image")]
 
 
@@ -418,10 +422,10 @@ def test_a_second_run_borrows_the_pass_of_the_first(tiny_run: list[str], tmp_pat
         assert best is not None and (best.map >= 0).all()
         heat = layer.heat_map(int(best.map[0, 0]))
         assert heat is not None and heat.shape == (14, 14)
-        assert atlas.picture(int(best.index[0, 0])) is not None and atlas.examples_store == "images"
-        shown = atlas.shown(int(best.index[0, 0]))
+        assert atlas.source_image(int(best.index[0, 0])) is not None and atlas.examples_store == "images"
+        shown = atlas.image_geometry(int(best.index[0, 0]))
         assert shown is not None and max(shown.size) > 60
-        box = layer.source_box(shown, int(best.y[0, 0]), int(best.x[0, 0]), least=3)
+        box = layer.source_box(shown, int(best.y[0, 0]), int(best.x[0, 0]), min_size=3)
         assert box is not None and 0 <= box[0] < box[2] <= shown.size[0] and 0 <= box[1] < box[3] <= shown.size[1]
         spectrum = layer.examples("spectrum")
         assert spectrum is not None and spectrum.index.shape == (3, 18) and len(layer.spectrum_edges) == 7

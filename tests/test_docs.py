@@ -10,7 +10,8 @@ import pytest
 from conftest import compose
 
 from pipeline.cli.main import main
-from pipeline.cli.overrides import named
+from pipeline.cli.overrides import split_options, to_overrides
+from pipeline.cli.verbs import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "jobs").rglob("*.md")])
@@ -34,13 +35,19 @@ COMMANDS = sorted(
 )
 
 
+def _overrides(verb: str, arguments: list[str]) -> list[str]:
+    own = VERBS[verb]
+    _, rest = split_options(verb, arguments, own.keys, own.flags)
+    return to_overrides(rest, own.on_folder)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_compose(command: str) -> None:
     verb, *arguments = shlex.split(command)[1:]
     if command.startswith("scripts/study"):
         verb, arguments = "run", [f"experiment=study/{verb}", *arguments]
-    assert verb in main.VERBS
-    overrides = [a for a in named(verb, arguments) if not a.startswith(("--", "out="))]
+    assert verb in VERBS
+    overrides = [a for a in _overrides(verb, arguments) if not a.startswith("--")]
     # A sweep over several values is composed with the first of them.
     overrides = [re.sub(r"^([\w./]+=[\w.]+),[\w.,]+$", r"\1", o) for o in overrides]
     compose([o.replace("$HOME", "/somewhere") for o in overrides])

@@ -15,13 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.schema import EngineConfig
+from pipeline.core.errors import AtlasError
 from pipeline.engine import worker
-from pipeline.engine.inline import Failure, TooManyFailures, opened, ordered, size_pool
-from pipeline.engine.progress import Stage, WorkerStats, report, told
-from pipeline.engine.worker import DeviceLost, Done, Task, Worker
-from pipeline.runs.cost_model import PlanRow
-from pipeline.runs.dataset_pass import chosen_ranges, gaps
-from pipeline.runs.planner import SHARE, Plan, make_plan, portions
+from pipeline.engine.base import Failure, TooManyFailures, ordered
+from pipeline.engine.factory import open_engine
+from pipeline.engine.progress import Stage, WorkerStats, report_lines, run_report
+from pipeline.engine.resources import size_pool
+from pipeline.engine.tasks import Done, RangesTask, RenderTask, SweepTask
+from pipeline.engine.worker import DeviceLost, Worker
+from pipeline.planning.cost_model import PlanRow
+from pipeline.planning.plan import SHARE, Plan, portions
+from pipeline.planning.planner import make_plan
+from pipeline.runs.dataset_pass import gaps, without_overlap
 from pipeline.store import shards
 from pipeline.store.shards import Shard
 
@@ -98,18 +103,18 @@ def test_tasks_cover_the_plan_once_longest_first(tiny_plan: Plan, tmp_path: Path
 
 def test_a_photograph_counts_once_however_ranges_overlap() -> None:
     found = [Shard(Path("x"), {"start": a, "end": b}) for a, b in ((0, 8), (8, 16), (0, 12), (16, 20))]
-    assert list(chosen_ranges(found)) == [(0, 12), (16, 20)]
+    assert list(without_overlap(found)) == [(0, 12), (16, 20)]
     assert gaps([(0, 12), (16, 20)], 25) == [(12, 16), (20, 25)] and gaps([(0, 25)], 25) == []
 
 
 def out_of_memory_over(limit: int, sizes: list[int]) -> Any:
     whole = worker.render
 
-    def render(model: Any, layer: Any, units: list[Any], *rest: Any, **more: Any) -> Any:
+    def render(job: Any, units: list[Any]) -> Any:
         sizes.append(len(units))
         if len(units) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return whole(model, layer, units, *rest, **more)
+        return whole(job, units)
 
     return render
 
@@ -121,8 +126,7 @@ def test_out_of_memory_halves_the_batch_and_is_remembered(
     setup = dataclasses.replace(tiny_plan.setup, config=config)
     row = tiny_plan.rows[0]
     tasks = [
-        Task(
-            "render",
+        RenderTask(
             str(tmp_path / f"{i}.h5"),
             "d",
             1.0,
@@ -159,20 +163,20 @@ def test_photographs_too_many_for_memory_are_halved(
 ) -> None:
     whole, sizes = worker.sweep.sweep, []
 
-    def sweep(model: Any, layers: Any, dataset: Any, indices: Any, config: Any, *rest: Any) -> Any:
-        sizes.append(config.batch)
-        if config.batch > 2:
+    def sweep(context: Any, *rest: Any) -> Any:
+        sizes.append(context.config.batch)
+        if context.config.batch > 2:
             raise torch.OutOfMemoryError
-        return whole(model, layers, dataset, indices, config, *rest)
+        return whole(context, *rest)
 
     monkeypatch.setattr(worker.sweep, "sweep", sweep)
     one = Worker(tiny_plan.setup)
-    one.do(Task("ranges", str(tmp_path / "r.h5"), "d", 1.0, photographs=(0, 3)))
+    one.do(RangesTask(str(tmp_path / "r.h5"), "d", 1.0, (0, 3)))
     ranges = shards.read(tmp_path / "r.h5")
     assert ranges is not None
-    given = shards.image({}, ranges.arrays())
-    one.do(Task("examples", str(tmp_path / "a.h5"), "d", 1.0, start=0, end=4, given=given))
-    one.do(Task("examples", str(tmp_path / "b.h5"), "d", 1.0, start=4, end=8, given=given))
+    histogram_ranges = shards.to_bytes({}, ranges.arrays())
+    one.do(SweepTask(str(tmp_path / "a.h5"), "d", 1.0, 0, 4, histogram_ranges))
+    one.do(SweepTask(str(tmp_path / "b.h5"), "d", 1.0, 4, 8, histogram_ranges))
     assert sizes == [4, 2, 2] and shards.read(tmp_path / "b.h5") is not None
 
 
@@ -186,7 +190,7 @@ def test_a_poisoned_context_makes_a_worker_unfit(
     row = tiny_plan.rows[0]
     with pytest.raises(DeviceLost, match="illegal memory access"):
         Worker(tiny_plan.setup).do(
-            Task("render", str(tmp_path / "x.h5"), "d", 1.0, row.layer.name, (0,), row.canvas, row.preset)
+            RenderTask(str(tmp_path / "x.h5"), "d", 1.0, row.layer.name, (0,), row.canvas, row.preset)
         )
 
 
@@ -194,17 +198,17 @@ def test_a_worker_that_grew_is_worn(tiny_plan: Plan) -> None:
     engine = dataclasses.replace(tiny_plan.config.engine, memory_gb=0.001)
     setup = dataclasses.replace(tiny_plan.setup, config=dataclasses.replace(tiny_plan.config, engine=engine))
     one = Worker(setup)
-    assert one._worn() == ""  # over the limit from the start: another one would be no better
+    assert one._restart_reason() == ""  # over the limit from the start: another one would be no better
     one.first_memory /= 2
-    assert "grew from" in one._worn()
-    assert Worker(tiny_plan.setup)._worn() == ""
+    assert "grew from" in one._restart_reason()
+    assert Worker(tiny_plan.setup)._restart_reason() == ""
 
 
 def test_photographs_that_are_sent_stay_in_their_folder(tiny_plan: Plan) -> None:
     one = Worker(tiny_plan.setup)
-    with pytest.raises(shards.AtlasError, match="leads out of its folder"), one._photographs({"../x.png": b""}):
+    with pytest.raises(AtlasError, match="leads out of its folder"), one._dataset_files({"../x.png": b""}):
         pass
-    with one._photographs({"a/b.png": b"1"}):
+    with one._dataset_files({"a/b.png": b"1"}):
         assert Path(one.dataset.roots[""], "a/b.png").read_bytes() == b"1"
 
 
@@ -214,7 +218,7 @@ class Moody:
     def __init__(self, setup: Any, stop: Any = None, weights: Any = None) -> None:
         self.calls: dict[str, int] = {}
 
-    def do(self, task: Task, *_: object) -> Done:
+    def do(self, task: RenderTask, *_: object) -> Done:
         self.calls[task.path] = self.calls.get(task.path, 0) + 1
         if task.layer == "broken" or (task.layer == "moody" and self.calls[task.path] < 3):
             raise ValueError(f"no {task.path}")
@@ -222,10 +226,10 @@ class Moody:
 
 
 def do_all(layers: list[str], **settings: Any) -> list[Any]:
-    tasks = [Task("render", str(i), "d", float(-i), layer, (i,)) for i, layer in enumerate(layers)]
+    tasks = [RenderTask(str(i), "d", float(-i), layer, (i,), (8, 8), "distill") for i, layer in enumerate(layers)]
     told_of: list[Any] = []
     setup: Any = types.SimpleNamespace()
-    with opened(EngineConfig(name="inline", **settings), Moody) as engine:
+    with open_engine(EngineConfig(name="inline", **settings), Moody) as engine:
         try:
             engine.execute(tasks, setup, lambda task, result: told_of.append(result), lambda: None)
         except TooManyFailures as error:
@@ -248,11 +252,11 @@ def test_too_many_in_a_row_stop_the_run() -> None:
 def test_the_report_says_who_was_idle() -> None:
     stage = Stage("render", "units", 10, 8, fresh=8, failed=2, began=0.0, ended=4.0, seconds=6.0)
     posts = [WorkerStats("a:1", 0.0, 4.0, 4.0, 5), WorkerStats("b:2", 0.0, 4.0, 1.0, 3, "worker lost")]
-    summary = report([stage], posts, 5.0, 2)
+    summary = run_report([stage], posts, 5.0, 2)
     assert summary["stages"]["render"] == {
         "units": 8, "failed": 2, "seconds": 4.0, "worker_seconds": 6.0, "per_second": 2.0,
     }  # fmt: skip
-    lines = told(summary, most=1)
+    lines = report_lines(summary, most=1)
     assert lines[0] == "render: 8 units in 4 s, 2/s" and "62%" in lines[1]
     assert lines[2] == "  b:2: 3 tasks, 25% of 4 s; worker lost" and "1 busier" in lines[3]
 
@@ -261,11 +265,11 @@ def test_a_signal_that_an_exception_was_lost_of_is_remembered() -> None:
     from pipeline.core import interrupts
 
     before = signal.getsignal(signal.SIGTERM)
-    with interrupts.listening():
-        interrupts.check()
+    with interrupts.InterruptHandlers():
+        interrupts.raise_if_interrupted()
         with contextlib.suppress(KeyboardInterrupt):  # as Python does inside a destructor
             signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
-            interrupts.check()
-    interrupts.check()
+            interrupts.raise_if_interrupted()
+    interrupts.raise_if_interrupted()
     assert signal.getsignal(signal.SIGTERM) is before

@@ -14,10 +14,10 @@ from conftest import TINY, compose
 from torch import nn
 
 from pipeline.cli.main import main
-from pipeline.runs import cost_model, overheads, planner
-from pipeline.runs.cost_model import PlanRow, Span
-from pipeline.runs.overheads import Amount, Overheads
-from pipeline.runs.planner import Plan, make_plan
+from pipeline.planning import cost_model, overheads, planner
+from pipeline.planning.cost_model import PlanRow, Span
+from pipeline.planning.overheads import Amount, Overheads
+from pipeline.planning.planner import Plan, make_plan
 from pipeline.visualization.schedules import Fixed, Stage
 
 PASS = 0.004  # seconds of two images' forward pass, on the patched clock
@@ -156,29 +156,29 @@ def test_stages_count_by_their_share_of_the_steps(monkeypatch: pytest.MonkeyPatc
     config = dataclasses.replace(
         compose(TINY).config.render, steps=100, schedule=(Stage(0.25, canvas=0.5), Stage(0.75)), stop=Fixed()
     )
-    watch = cost_model._Stopwatch(torch.device("cpu"), [nn.Identity()])
+    watch = cost_model._StepTimer(torch.device("cpu"), [nn.Identity()])
     ends = [0.0, 5.0, 5.1, 5.2, 5.3, 5.4, 5.8, 6.2, 6.6]  # five of 21 steps belong to the first stage
     watch.times, watch.passes = ends, [1] * 8
-    assert watch.measured(config, 2).seconds.expected == pytest.approx((0.25 * 0.1 + 0.75 * 0.4) / 2)
+    assert watch.timing(config, 2).seconds.expected == pytest.approx((0.25 * 0.1 + 0.75 * 0.4) / 2)
     # A stage that was not reached costs as much more as its canvas is larger.
     watch.times, watch.passes = ends[:4], [1] * 3
-    assert watch.measured(config, 2).seconds.expected == pytest.approx((0.25 * 0.1 + 0.75 * 0.4) / 2)
+    assert watch.timing(config, 2).seconds.expected == pytest.approx((0.25 * 0.1 + 0.75 * 0.4) / 2)
 
 
 def test_passes_through_the_network_are_counted(monkeypatch: pytest.MonkeyPatch, photo_folder: Any) -> None:
     """By the real `render`, whose silent units pass twice: here all of them, for the network gives nothing."""
-    seen: list[cost_model._Stopwatch] = []
-    measured = cost_model._Stopwatch.measured
+    seen: list[cost_model._StepTimer] = []
+    measured = cost_model._StepTimer.timing
 
-    def noted(watch: cost_model._Stopwatch, *rest: Any) -> Any:
+    def noted(watch: cost_model._StepTimer, *rest: Any) -> Any:
         seen.append(watch)
         return measured(watch, *rest)
 
-    monkeypatch.setattr(cost_model._Stopwatch, "measured", noted)
+    monkeypatch.setattr(cost_model._StepTimer, "timing", noted)
     monkeypatch.setattr(
         "pipeline.visualization.loop.silent", lambda gradient: torch.ones(len(gradient), 1, 1, 1, dtype=torch.bool)
     )
-    monkeypatch.setattr(cost_model, "_waited", lambda counted, _: counted >= cost_model.TIMED)
+    monkeypatch.setattr(cost_model, "_timing_complete", lambda counted, _: counted >= cost_model.MAX_STEPS)
     planned(photo_folder)
     assert [watch.passes for watch in seen] == [[2] * 16 + [1] * 4] * 2
     assert not any(module._forward_pre_hooks for watch in seen for module in watch.modules if watch.modules[1:])
@@ -186,43 +186,45 @@ def test_passes_through_the_network_are_counted(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_photograph_that_is_unreadable_tells_nothing(photo_folder: Any, tmp_path: Path) -> None:
     made = planned(photo_folder)
-    few = cost_model.reading(made.setup.dataset, made.recipe)
+    few = cost_model.time_image_loading(made.setup.dataset, made.recipe)
     assert 0 < few.low <= few.expected <= few.high
     (tmp_path / "empty.jpg").write_bytes(b"")
-    broken = dataclasses.replace(made.setup.dataset, photos=made.setup.dataset.photos[:1], roots={"": str(tmp_path)})
-    gone = dataclasses.replace(broken, photos=(dataclasses.replace(broken.photos[0], path="empty.jpg"),))
-    assert cost_model.reading(gone, made.recipe) == cost_model.NONE
+    broken = dataclasses.replace(made.setup.dataset, photos=made.setup.dataset.images[:1], roots={"": str(tmp_path)})
+    gone = dataclasses.replace(broken, photos=(dataclasses.replace(broken.images[0], path="empty.jpg"),))
+    assert cost_model.time_image_loading(gone, made.recipe) == cost_model.ZERO_SPAN
 
 
 def costs(**other: Any) -> Overheads:
-    fixed = Overheads(Span.sure(4.0), Span.sure(0.5), Span.sure(3.0), Span.sure(0.01), Span.sure(0.005))
+    fixed = Overheads(Span.exact(4.0), Span.exact(0.5), Span.exact(3.0), Span.exact(0.01), Span.exact(0.005))
     return dataclasses.replace(fixed, **other)
 
 
 def amount(**other: Any) -> Amount:
     few = Amount(
-        workers=2, ray=True, joins=False, sample=16, photographs=16, looks=16, rendered=12, units=12, batch=32
+        workers=2, ray=True, joins_cluster=False, sample=16, images=16, second_pass_images=16, rendered_units=12,
+        units=12, batch=32
     )  # fmt: skip
     return dataclasses.replace(few, **other)
 
 
-def test_workers_start_in_every_round_and_this_process_only_once() -> None:
+def test_workers_start_once_in_a_session_and_this_process_only_once() -> None:
     own, few = costs(), amount()
     start = 4.0
     ray = own.workers(few).expected
-    rounds = 3 * (0.5 + overheads.WORKER * start)
-    assert few.rounds == 3 and ray == pytest.approx(
-        rounds + (overheads.CONNECT + overheads.CLOSE + 3 * overheads.FIRST_PHOTOGRAPHS) * start + 3.0
+    # One worker starts for the first task, the others after it.
+    starts = 2 * (0.5 + overheads.WORKER * start)
+    assert few.starts == 2 and ray == pytest.approx(
+        starts + (overheads.CONNECT + overheads.CLOSE + 3 * overheads.FIRST_IMAGES) * start + 3.0
     )
     only_pictures = amount(sample=0, photographs=0, looks=0)
-    assert only_pictures.rounds == 1 and own.workers(only_pictures).expected < 0.6 * ray
+    assert only_pictures.starts == 1 and own.workers(only_pictures).expected < 0.6 * ray
     # Workers of a cluster join it, and Ray itself is there already.
     assert own.workers(amount(joins=True)).expected == pytest.approx(ray - overheads.CONNECT * start)
     inline = own.workers(amount(ray=False, workers=1)).expected
-    assert inline == pytest.approx(3 * 0.5 + overheads.FIRST_PHOTOGRAPHS * start)
+    assert inline == pytest.approx(0.5 + overheads.FIRST_IMAGES * start)
     # Pictures that begin with the best photographs wait for the whole pass, and for Ray once more.
     apart = amount(apart=True)
-    assert apart.rounds == 4 and own.workers(apart).expected > ray + overheads.CONNECT * start
+    assert apart.starts == 3 and own.workers(apart).expected > ray + overheads.CONNECT * start
     # Twice as slow a machine, twice as slow a start; and it is uncertain.
     slow = costs(start=Span(4.0, 8.0, 10.0)).workers(few)
     assert slow.low < slow.expected < slow.high and slow.expected > 1.8 * ray - 2 * 4.5
@@ -231,18 +233,18 @@ def test_workers_start_in_every_round_and_this_process_only_once() -> None:
 def test_few_photographs_are_a_whole_batch_of_one_worker() -> None:
     own = costs()
     few, more = (own.examples(amount(sample=0, looks=0, photographs=n)).expected for n in (16, 64))
-    assert few == pytest.approx(32 * 0.01 * overheads.REDUCED + 16 * 0.005)
-    assert more == pytest.approx(32 * 0.01 * overheads.REDUCED + 32 * 0.005)  # each of two workers has a batch
+    assert few == pytest.approx(32 * 0.01 * overheads.REDUCTION + 16 * 0.005)
+    assert more == pytest.approx(32 * 0.01 * overheads.REDUCTION + 32 * 0.005)  # each of two workers has a batch
     many = own.examples(amount(sample=0, looks=0, photographs=64_000)).expected
-    assert many == pytest.approx(32_000 * own.photograph)
-    assert own.examples(amount(sample=0, looks=0, photographs=0)) == cost_model.NONE
+    assert many == pytest.approx(32_000 * own.image_seconds)
+    assert own.examples(amount(sample=0, looks=0, photographs=0)) == cost_model.ZERO_SPAN
 
 
 def test_photographs_that_will_be_looked_at_again() -> None:
     config = compose(TINY).config.examples
-    assert overheads.looked_at(20, 100, config) == 20
-    assert overheads.looked_at(1_000_000, 10, config) == pytest.approx(10 * (3 * 3 + 3 * 6), rel=0.01)
-    assert overheads.looked_at(20, 0, config) == 0
+    assert overheads.expected_second_pass_images(20, 100, config) == 20
+    assert overheads.expected_second_pass_images(1_000_000, 10, config) == pytest.approx(10 * (3 * 3 + 3 * 6), rel=0.01)
+    assert overheads.expected_second_pass_images(20, 0, config) == 0
 
 
 def test_the_age_of_an_old_process_says_nothing_about_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,16 +258,16 @@ def test_the_age_of_an_old_process_says_nothing_about_its_start(monkeypatch: pyt
 
         monkeypatch.setattr(overheads.psutil, "Process", Process)
         monkeypatch.setattr(overheads.time, "time", lambda: 1000.0 + age)
-        overheads.own_start.cache_clear()
-        return overheads.own_start()
+        overheads.process_start.cache_clear()
+        return overheads.process_start()
 
     try:
         assert started(8.0, 7.0) == Span(7.0, 8.0, 8.0)
         assert started(40.0, 7.0) == Span(7.0, 14.0, 40.0)  # a cold disk, which is warm for those that come after
-        assert started(7200.0, 90.0).expected == started(7200.0, 5.0).expected == overheads.USUAL_START
+        assert started(7200.0, 90.0).expected == started(7200.0, 5.0).expected == overheads.DEFAULT_START
     finally:
         monkeypatch.undo()
-        overheads.own_start.cache_clear()
+        overheads.process_start.cache_clear()
 
 
 @pytest.mark.parametrize("engine", ["inline", "ray"])
@@ -305,5 +307,5 @@ def test_a_plan_of_a_few_units_says_the_same_seconds_everywhere(
 
 def test_a_row_costs_what_is_left_of_it() -> None:
     made = PlanRow(None, (1, 2, 3, 4), (64, 64), 8.0, "distill", (0.5, 2.0))  # type: ignore[arg-type]
-    assert made.span(1) == Span(1.0, 2.0, 4.0) and made.span(0) == cost_model.NONE
+    assert made.span(1) == Span(1.0, 2.0, 4.0) and made.span(0) == cost_model.ZERO_SPAN
     assert made.span(2).text() == "4 s (2 s to 8 s)" and Span(4.0, 5.0, 5.9).text() == "5 s"

@@ -22,15 +22,17 @@ from PIL import Image, ImageFile
 from pipeline.acceleration.batchnorm_folding import fold
 from pipeline.core.errors import AtlasError
 from pipeline.data import datasets, image_formats, image_loading, multiband
-from pipeline.data.datasets import DataConfig, Dataset, Photo
+from pipeline.data.config import DataConfig
+from pipeline.data.datasets import Dataset
+from pipeline.data.readers.base import DatasetImage
 from pipeline.examples import channel_stats, localize, sweep, topk
 from pipeline.examples.channel_stats import HistogramRange
-from pipeline.examples.sweep import ExamplesConfig, ImageSubsets, PassResult
+from pipeline.examples.sweep import ExamplesConfig, ImageSubsets, PassContext, PassResult
 from pipeline.kernels import build, spatial_stats
 from pipeline.layers.finding import Layer, ReceptiveField, capture, enumerate_layers
 from pipeline.models import loading
 from pipeline.models.config import Preprocessing
-from pipeline.models.loading import Model, ModelConfig, load
+from pipeline.models.loading import Model, ModelConfig, load_model
 
 RECIPE = Preprocessing((32, 32), 36, (0.5,) * 3, (0.25,) * 3)
 
@@ -38,15 +40,20 @@ RECIPE = Preprocessing((32, 32), 36, (0.5,) * 3, (0.25,) * 3)
 def swept(
     model: Model, layers: list[Layer], dataset: Dataset, indices: Iterable[int], config: ExamplesConfig
 ) -> tuple[PassResult, HistogramRange]:
-    drawn = ImageSubsets.of(dataset, config)
-    ranges = sweep.ranges_of(model, layers, dataset, config, drawn.sample.tolist())
-    return sweep.sweep(model, layers, dataset, indices, config, ranges, drawn), ranges
+    subsets = ImageSubsets.of(dataset, config)
+    context = PassContext(model, layers, dataset, config)
+    ranges = sweep.measure_ranges(context, subsets.sample.tolist())
+    return sweep.sweep(context, indices, ranges, subsets), ranges
 
 
 def seen_by(model: Model, layers: list[Layer], dataset: Dataset, batch: int) -> dict[str, np.ndarray]:
     """Everything every layer says, in memory: what nobody can afford with a real dataset."""
-    count = len(dataset.photos)
-    arrays = [item.array for item in image_loading.load(dataset, range(count), model.recipe) if item.array is not None]
+    count = len(dataset.images)
+    arrays = [
+        item.array
+        for item in image_loading.load_images(dataset, range(count), model.preprocessing)
+        if item.array is not None
+    ]
     seen: dict[str, list[np.ndarray]] = {layer.name: [] for layer in layers}
     with capture(model, layers) as forward, torch.no_grad():
         for start in range(0, count, batch):
@@ -59,8 +66,8 @@ def seen_by(model: Model, layers: list[Layer], dataset: Dataset, batch: int) -> 
 
 def check(found: PassResult, ranges: HistogramRange, seen: dict[str, np.ndarray], dataset: Dataset, k: int) -> None:
     """Lists equal to the bit, statistics to 1e-6 of the layer's range."""
-    numbers = channel_stats.statistics(found.tally, ranges)
-    sources = [p.source for p in dataset.photos]
+    numbers = channel_stats.channel_statistics(found.tally, ranges)
+    sources = [p.source for p in dataset.images]
     start = 0
     for maps in seen.values():
         flat = maps.reshape(*maps.shape[:2], -1)
@@ -86,7 +93,7 @@ def check(found: PassResult, ranges: HistogramRange, seen: dict[str, np.ndarray]
 
 
 def test_the_pass_equals_brute_force(photo_folder: Path, tiny: Model) -> None:
-    dataset = datasets.listing(DataConfig("folder", str(photo_folder)))
+    dataset = datasets.list_dataset(DataConfig("folder", str(photo_folder)))
     layers = [la for la in enumerate_layers(tiny) if la.name in ("stem", "late", "head")]
     found, ranges = swept(tiny, layers, dataset, range(20), ExamplesConfig(k=4, batch=6, sample=5))
     check(found, ranges, seen_by(tiny, layers, dataset, 6), dataset, 4)
@@ -94,8 +101,8 @@ def test_the_pass_equals_brute_force(photo_folder: Path, tiny: Model) -> None:
 
 def test_the_default_networks_examples_are_exactly_those_of_brute_force() -> None:
     """Real weights, real photographs and their crops, all channels: indices and values to the last bit."""
-    model = load(ModelConfig("package", "efficientnet_lite0")).to("cpu")
-    dataset = datasets.listing(DataConfig(limit=48))
+    model = load_model(ModelConfig("package", "efficientnet_lite0")).to("cpu")
+    dataset = datasets.list_dataset(DataConfig(limit=48))
     wanted = ("conv_stem", "blocks.2.1.conv_dw", "blocks.4.2", "classifier")
     layers = [la for la in enumerate_layers(model) if la.name in wanted]
     found, ranges = swept(model, layers, dataset, range(48), ExamplesConfig(k=3, sample=16))
@@ -104,7 +111,7 @@ def test_the_default_networks_examples_are_exactly_those_of_brute_force() -> Non
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler here")
 def test_the_compiled_reduction_says_the_same(photo_folder: Path, tiny: Model) -> None:
-    dataset = datasets.listing(DataConfig("folder", str(photo_folder)))
+    dataset = datasets.list_dataset(DataConfig("folder", str(photo_folder)))
     layers = [la for la in enumerate_layers(tiny) if la.name in ("stem", "late", "head")]
     config = ExamplesConfig(k=4, batch=6, sample=5, compile=True)
     found, ranges = swept(tiny, layers, dataset, range(20), config)
@@ -116,10 +123,12 @@ def test_the_compiled_reduction_says_the_same(photo_folder: Path, tiny: Model) -
 def test_the_compiled_loop_reduces_maps_of_any_shape(shape: tuple[int, int, int, int]) -> None:
     maps = torch.randn(shape, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=torch.channels_last)
     centre = torch.linspace(-1, 1, shape[1])
-    assert spatial_stats.loop() is not None
+    assert spatial_stats.load_c_loop() is not None
     compiled, lines = (spatial_stats.Reducer(compile)(maps, centre) for compile in (True, False))
-    assert torch.equal(compiled[: spatial_stats.SHIFT], lines[: spatial_stats.SHIFT])  # extremes are no sums
-    assert torch.equal(compiled[spatial_stats.POSITIVE], lines[spatial_stats.POSITIVE])
+    assert torch.equal(
+        compiled[: spatial_stats.MEAN_DEVIATION], lines[: spatial_stats.MEAN_DEVIATION]
+    )  # extremes are no sums
+    assert torch.equal(compiled[spatial_stats.ACTIVE_SHARE], lines[spatial_stats.ACTIVE_SHARE])
     assert torch.allclose(compiled, lines, rtol=1e-6, atol=1e-6)
     assert torch.equal(compiled, spatial_stats.Reducer(True)(maps.contiguous(), centre))
 
@@ -143,13 +152,13 @@ def test_without_a_compiler_it_falls_back(monkeypatch: pytest.MonkeyPatch, caplo
 
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setenv("CC", "no-such-compiler")
-    caches = (spatial_stats.compiled, spatial_stats.loop, build.library)
+    caches = (spatial_stats.compile_or_fallback, spatial_stats.load_c_loop, build.load_library)
     for kept in caches:
         kept.cache_clear()
     maps, centre = torch.randn(2, 3, 4, 5), torch.zeros(3)
     with caplog.at_level("INFO", logger="pipeline"):
         assert torch.equal(spatial_stats.Reducer(True)(maps, centre), spatial_stats.Reducer(False)(maps, centre))
-        assert spatial_stats.compiled(channel_stats.bins_of)(centre).tolist() == [1, 1, 1]
+        assert spatial_stats.compile_or_fallback(channel_stats.bins_of)(centre).tolist() == [1, 1, 1]
     assert "no-such-compiler" in caplog.text
     assert "bins_of runs uncompiled: no C++ compiler" in caplog.text
     for kept in caches:
@@ -163,34 +172,35 @@ def test_activations_write_in_place_only_while_nothing_is_kept() -> None:
     assert relus and not any(relu.inplace for relu in relus)
     author = [relu for relu in relus if hasattr(relu, loading._WAS_IN_PLACE)]
     assert author
-    with loading.in_place(model):
+    with loading.inplace_activations(model):
         assert [relu for relu in relus if relu.inplace] == author
     assert not any(relu.inplace for relu in relus)
 
 
 @pytest.mark.parametrize("cuts", [(8, 12), (1, 2), (7, 19)])
 def test_ranges_merge_to_the_same_bytes(photo_folder: Path, tiny: Model, cuts: tuple[int, int]) -> None:
-    dataset = datasets.listing(DataConfig("folder", str(photo_folder)))
+    dataset = datasets.list_dataset(DataConfig("folder", str(photo_folder)))
     layers = [la for la in enumerate_layers(tiny) if la.name in ("stem", "head")]
     config = ExamplesConfig(k=5, batch=4, sample=8)
     whole, ranges = swept(tiny, layers, dataset, range(20), config)
+    context = PassContext(tiny, layers, dataset, config)
     parts = []
     for start, end in ((cuts[1], 20), (0, cuts[0]), cuts):
-        part = sweep.sweep(tiny, layers, dataset, range(start, end), config, ranges, ImageSubsets.of(dataset, config))
+        part = sweep.sweep(context, range(start, end), ranges, ImageSubsets.of(dataset, config))
         parts.append(PassResult.from_arrays(part.arrays()))
     merged = sweep.merge(parts, 5, dataset.sources).arrays()
     assert all(np.array_equal(array, merged[name]) for name, array in whole.arrays().items())
 
 
 def test_a_source_picture_stands_once_in_a_list() -> None:
-    dataset = datasets.listing(DataConfig(limit=60))
+    dataset = datasets.list_dataset(DataConfig(limit=60))
     model = tiny_model()
     layers = [la for la in enumerate_layers(model) if la.name == "late"]
     found, _ = swept(model, layers, dataset, range(60), ExamplesConfig(k=8, batch=20))
-    chosen = localize.choose(found, [(layers[0], range(8))], dataset, ExamplesConfig(k=8, per_bin=2))[0]
+    chosen = localize.select_examples(found, [(layers[0], range(8))], dataset, ExamplesConfig(k=8, per_bin=2))[0]
     for name, (_, index) in chosen.lists.items():
         for row in index:
-            kept = [dataset.photos[i].source for i in row if i >= 0]
+            kept = [dataset.images[i].source for i in row if i >= 0]
             assert len(kept) == len(set(kept)), name
         assert (index >= 0).any(), name
 
@@ -199,12 +209,12 @@ def test_a_channel_that_never_fires_gets_no_arbitrary_examples(photo_folder: Pat
     model = tiny_model()
     with torch.no_grad():
         model.module.late.bias[2] = -1000.0  # type: ignore[union-attr,index,operator]
-    dataset = datasets.listing(DataConfig("folder", str(photo_folder)))
+    dataset = datasets.list_dataset(DataConfig("folder", str(photo_folder)))
     layers = [la for la in enumerate_layers(model) if la.name in ("late", "relu#2")]
     config = ExamplesConfig(k=3, batch=5)
     found, ranges = swept(model, layers, dataset, range(20), config)
-    inactive = channel_stats.statistics(found.tally, ranges)["inactive"]
-    chosen = localize.choose(found, [(la, range(la.channels)) for la in layers], dataset, config)
+    inactive = channel_stats.channel_statistics(found.tally, ranges)["inactive"]
+    chosen = localize.select_examples(found, [(la, range(la.channels)) for la in layers], dataset, config)
     assert inactive[2] and inactive[8 + 2] and not inactive.all()
     for own in chosen:
         for name in ("max", "mean", "spectrum"):
@@ -214,15 +224,16 @@ def test_a_channel_that_never_fires_gets_no_arbitrary_examples(photo_folder: Pat
 
 
 def test_the_second_look_finds_places_maps_and_pictures(photo_folder: Path, tiny: Model) -> None:
-    dataset = datasets.listing(DataConfig("folder", str(photo_folder)))
+    dataset = datasets.list_dataset(DataConfig("folder", str(photo_folder)))
     layers = [dataclasses.replace(la, field=ReceptiveField((7, 7), (4, 4), (-3, -3))) for la in enumerate_layers(tiny)
               if la.name in ("stem", "late")]  # fmt: skip
     for store in ("images", "crops", "ids"):
         config = ExamplesConfig(k=3, batch=4, maps=4, store=store, side=48, crop_side=24)
         found, _ = swept(tiny, layers, dataset, range(20), config)
-        chosen = localize.choose(found, [(la, (0, 3, 5)) for la in layers], dataset, config)
+        chosen = localize.select_examples(found, [(la, (0, 3, 5)) for la in layers], dataset, config)
         table = localize.SecondPassIndex.of(chosen)
-        looks = localize.localize(tiny, layers, table, table.images.tolist(), dataset, config)
+        context = PassContext(tiny, layers, dataset, config)
+        looks = localize.localize(context, table, table.images.tolist())
         seen = seen_by(tiny, layers, dataset, 4)
         for i, layer in enumerate(layers):
             for (image, row, _), place, ends, small in zip(
@@ -239,9 +250,10 @@ def test_the_second_look_finds_places_maps_and_pictures(photo_folder: Path, tiny
             # Of all channels of the layer, not only of those whose examples are kept.
             for image, answer in zip(looks[f"{i}/top"], looks[f"{i}/answer"], strict=True):
                 assert answer == pytest.approx(seen[layer.name][image].max((1, 2)), rel=1e-3, abs=1e-3)
-        halves = [localize.localize(tiny, layers, table.part(a, b - 1),
-                                    [n for n in table.images.tolist() if a <= n < b],
-                               dataset, config) for a, b in ((0, 9), (9, 20))]  # fmt: skip
+        halves = [
+            localize.localize(context, table.for_images(a, b - 1), [n for n in table.images.tolist() if a <= n < b])
+            for a, b in ((0, 9), (9, 20))
+        ]
         for name in ("0/pairs", "0/place", "0/top", "0/answer", "1/top", "1/answer"):
             assert np.array_equal(np.concatenate([half[name] for half in halves]), looks[name])
         assert ("shown/jpeg" in looks) == (store == "images") and ("0/jpeg" in looks) == (store == "crops")
@@ -254,10 +266,10 @@ def test_the_second_look_finds_places_maps_and_pictures(photo_folder: Path, tiny
 
 
 def test_default_photographs_are_some_hundreds() -> None:
-    dataset = datasets.listing(DataConfig())
-    assert 300 <= len(dataset.photos) <= 600
-    assert len({p.path for p in dataset.photos}) == len(dataset.photos)
-    assert all(dataset.locate(p).is_file() for p in dataset.photos)
+    dataset = datasets.list_dataset(DataConfig())
+    assert 300 <= len(dataset.images) <= 600
+    assert len({p.path for p in dataset.images}) == len(dataset.images)
+    assert all(dataset.locate(p).is_file() for p in dataset.images)
 
 
 def png_bomb(path: Path) -> None:
@@ -299,14 +311,14 @@ def odd_folder(tmp_path: Path) -> Path:
 
 
 def test_odd_files_are_read_rightly_or_skipped_with_a_reason(odd_folder: Path) -> None:
-    dataset = datasets.listing(DataConfig("folder", str(odd_folder)))
-    assert len(dataset.photos) == 16
+    dataset = datasets.list_dataset(DataConfig("folder", str(odd_folder)))
+    assert len(dataset.images) == 16
     kinds = {
         "bad empty.jpg": "empty file", "bad text.jpg": "not a picture", "bad short.jpg": "cut off",
         "bad link.jpg": "missing, or a broken link", "bad long.png": "too long and thin", "bad bomb.png": "too large",
     }  # fmt: skip
-    for item in image_loading.load(dataset, range(16), RECIPE):
-        name = Path(dataset.photos[item.index].path).name
+    for item in image_loading.load_images(dataset, range(16), RECIPE):
+        name = Path(dataset.images[item.index].path).name
         if name.startswith("bad"):
             assert item.array is None and item.reason.partition(":")[0] == kinds.pop(name)
         else:
@@ -315,7 +327,7 @@ def test_odd_files_are_read_rightly_or_skipped_with_a_reason(odd_folder: Path) -
 
 
 def test_odd_files_end_no_pass(odd_folder: Path, tiny: Model) -> None:
-    dataset = datasets.listing(DataConfig("folder", str(odd_folder)))
+    dataset = datasets.list_dataset(DataConfig("folder", str(odd_folder)))
     layers = [la for la in enumerate_layers(tiny) if la.name == "stem"]
     found, _ = swept(tiny, layers, dataset, range(16), ExamplesConfig(batch=4))
     assert found.tally.images == 11 and len(found.failed) == 5  # the long one just fits a small network
@@ -325,24 +337,24 @@ def test_odd_files_end_no_pass(odd_folder: Path, tiny: Model) -> None:
 def test_a_decompression_bomb_costs_no_memory(odd_folder: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(Exception, match=r"large|exceeds"):
-        image_loading.read(odd_folder / "bad bomb.png", 3)
+        image_loading.read_image(odd_folder / "bad bomb.png", 3)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 
 def test_a_link_back_up_is_walked_once(odd_folder: Path) -> None:
-    before = len(datasets.listing(DataConfig("folder", str(odd_folder))).photos)
+    before = len(datasets.list_dataset(DataConfig("folder", str(odd_folder))).images)
     (odd_folder / "a" / "up").symlink_to(odd_folder)
-    assert len(datasets.listing(DataConfig("folder", str(odd_folder))).photos) == before
+    assert len(datasets.list_dataset(DataConfig("folder", str(odd_folder))).images) == before
 
 
 def test_two_files_of_one_name_are_two_photographs(odd_folder: Path) -> None:
-    found = [(p.path, p.label) for p in datasets.listing(DataConfig("folder", str(odd_folder))).photos]
+    found = [(p.path, p.label) for p in datasets.list_dataset(DataConfig("folder", str(odd_folder))).images]
     assert ("good.jpg", "") in found and ("a/good.jpg", "a") in found
     assert [p for p, _ in found] == sorted(p for p, _ in found)
 
 
 def test_sixteen_bits_are_scaled_not_clipped(odd_folder: Path) -> None:
-    image = np.asarray(image_loading.read(odd_folder / "good deep.png", 3))
+    image = np.asarray(image_loading.read_image(odd_folder / "good deep.png", 3))
     assert image[0, 0].max() == 0 and 225 < image[-1, -1].max() < 240
 
 
@@ -375,10 +387,10 @@ def written(path: Path, kind: str) -> Path:
     ],
 )  # fmt: skip
 def test_the_type_of_a_file_scales_its_values(tmp_path: Path, name: str, kind: str) -> None:
-    if name.endswith(".jp2") and not image_formats.readable(image_formats.identified(b"\xff\x4f\xff\x51")):
+    if name.endswith(".jp2") and not image_formats.can_decode(image_formats.identify(b"\xff\x4f\xff\x51")):
         pytest.skip("no JPEG 2000 here")
     path = written(tmp_path / name, kind)
-    grey, rgb = (np.asarray(image_loading.read(path, channels), np.float32) for channels in (1, 3))
+    grey, rgb = (np.asarray(image_loading.read_image(path, channels), np.float32) for channels in (1, 3))
     assert rgb.shape == (48, 64, 3) and grey.squeeze().shape == (48, 64)
     # As many levels as there are, rounded to no fewer than the file's own.
     close = {
@@ -398,10 +410,10 @@ def test_dark_and_bright_planes_keep_their_ratio(tmp_path: Path, suffix: str) ->
     for value in (200, 300, 60_000):
         Image.fromarray(np.full((20, 20), value, np.uint16)).save(tmp_path / f"{value:05d}{suffix}")
         expected.append(value / 65535 * 255)
-    dataset = datasets.listing(DataConfig("folder", str(tmp_path)))
+    dataset = datasets.list_dataset(DataConfig("folder", str(tmp_path)))
     for channels in (1, 3):
         recipe = Preprocessing((16, 16), 18, (0.5,) * channels, (0.25,) * channels)
-        found = [item.array for item in image_loading.load(dataset, range(3), recipe)]
+        found = [item.array for item in image_loading.load_images(dataset, range(3), recipe)]
         assert [a.shape for a in found if a is not None] == [(channels, 16, 16)] * 3
         assert np.allclose([a.mean() for a in found if a is not None], expected, rtol=1e-5)
 
@@ -415,15 +427,15 @@ def test_bits_alpha_and_white_that_is_zero(tmp_path: Path) -> None:
     for name, values in (("8", step * 255), ("16", step * np.uint16(65535)), ("f", step.astype(np.float32))):
         tifffile.imwrite(tmp_path / f"white {name}.tif", values, photometric="miniswhite")
     for path in sorted(tmp_path.iterdir()):
-        grey = np.asarray(image_loading.read(path, 1)).squeeze()
+        grey = np.asarray(image_loading.read_image(path, 1)).squeeze()
         assert np.array_equal(grey, (1 - step if "white" in path.name else step) * 255), path.name
     # Transparent pixels are seen on white.
     Image.merge("LA", [Image.fromarray(step * 0), Image.fromarray(step * 255)]).save(tmp_path / "la.png")
-    assert np.array_equal(np.asarray(image_loading.read(tmp_path / "la.png", 1)), 255 - step * 255)
+    assert np.array_equal(np.asarray(image_loading.read_image(tmp_path / "la.png", 1)), 255 - step * 255)
 
 
 def test_twelve_bits_are_twelve_bits() -> None:
-    assert multiband.levels(np.array([0, 4095], np.uint16), 4095).tolist() == [0, 255]
+    assert multiband.to_levels(np.array([0, 4095], np.uint16), 4095).tolist() == [0, 255]
 
 
 @pytest.mark.parametrize("planar", [False, True])
@@ -434,8 +446,8 @@ def test_colours_of_more_than_eight_bits(tmp_path: Path, kind: str, planar: bool
     values = (colours * (65535 if kind == "uint16" else 1)).astype(kind)
     planes = {"planarconfig": "separate", "photometric": "rgb"} if planar else {"photometric": "rgb"}
     tifffile.imwrite(tmp_path / "a.tif", values.transpose(2, 0, 1).copy() if planar else values, **planes)
-    assert np.abs(np.asarray(image_loading.read(tmp_path / "a.tif", 3), np.float32) - colours * 255).max() <= 1
-    grey = np.asarray(image_loading.read(tmp_path / "a.tif", 1), np.float32).squeeze()
+    assert np.abs(np.asarray(image_loading.read_image(tmp_path / "a.tif", 3), np.float32) - colours * 255).max() <= 1
+    grey = np.asarray(image_loading.read_image(tmp_path / "a.tif", 1), np.float32).squeeze()
     assert np.abs(grey - colours @ [0.299, 0.587, 0.114] * 255).max() <= 1.5
 
 
@@ -459,13 +471,13 @@ def test_values_outside_their_range_are_refused(tmp_path: Path, values: np.ndarr
     if values.dtype == np.float64:
         values = values.astype(np.float32)
     tifffile.imwrite(tmp_path / "a.tif", values, photometric="minisblack")
-    dataset = Dataset((Photo("a.tif", "", 0),), {"": str(tmp_path)})
+    dataset = Dataset((DatasetImage("a.tif", "", 0),), {"": str(tmp_path)})
     recipe = Preprocessing((32, 32), 36, (0.5,) * channels, (0.25,) * channels)
-    assert next(image_loading.load(dataset, [0], recipe)).reason == f"unsupported values: {reason}"
+    assert next(image_loading.load_images(dataset, [0], recipe)).reason == f"unsupported values: {reason}"
     # What rounding does to floats is no reason.
     just = np.stack([RAMP * 1.00001] * channels).squeeze().astype(np.float32)
     tifffile.imwrite(tmp_path / "a.tif", just, photometric="minisblack")
-    item = next(image_loading.load(dataset, [0], recipe))
+    item = next(image_loading.load_images(dataset, [0], recipe))
     assert item.array is not None and item.array.max() <= 255
 
 
@@ -481,7 +493,7 @@ def test_bands_are_scaled_by_the_same_rules(tmp_path: Path, kind: str, suffix: s
         pytest.skip("bits are written as one image")
     else:
         tifffile.imwrite(tmp_path / f"a{suffix}", values, photometric="minisblack")
-    found = np.asarray(image_loading.read(tmp_path / f"a{suffix}", 5), np.float32)
+    found = np.asarray(image_loading.read_image(tmp_path / f"a{suffix}", 5), np.float32)
     expected = (shares > 0.25 if kind == "bool" else shares) * np.float32(255)
     close = 1 if kind == "uint8" else 0.13 if kind == "float16" else 0.01
     assert found.shape == (48, 64, 5)
@@ -497,20 +509,21 @@ def test_images_of_many_depths_go_through_the_pass_together(tmp_path: Path, tiny
     Image.fromarray((grey * 65535).astype(np.uint16)).save(tmp_path / "2.png")
     tifffile.imwrite(tmp_path / "3.tif", np.stack([grey, grey / 2, grey / 4], -1), photometric="rgb")
     Image.fromarray((grey * 0.1).astype(np.float32)).save(tmp_path / "4.tif")
-    dataset = datasets.listing(DataConfig("folder", str(tmp_path)))
-    recipe = tiny.recipe
-    ((_, batch),) = image_loading.batches(image_loading.load(dataset, range(5), recipe), 5, [])
-    ((_, alone),) = image_loading.batches(image_loading.load(dataset, [0], recipe), 1, [])
+    dataset = datasets.list_dataset(DataConfig("folder", str(tmp_path)))
+    recipe = tiny.preprocessing
+    ((_, batch),) = image_loading.batches(image_loading.load_images(dataset, range(5), recipe), 5, [])
+    ((_, alone),) = image_loading.batches(image_loading.load_images(dataset, [0], recipe), 1, [])
     assert batch.dtype == np.float32 and alone.dtype == np.uint8 and np.array_equal(batch[:1], alone)
     assert np.abs(batch[1] - batch[2]).max() < 0.01 and np.abs(batch[1] * 0.1 - batch[4]).max() < 0.01
     layers = [la for la in enumerate_layers(tiny) if la.name in ("stem", "late")]
     config = ExamplesConfig(k=5, batch=5, sample=5)
     found, ranges = swept(tiny, layers, dataset, range(5), config)
     check(found, ranges, seen_by(tiny, layers, dataset, 5), dataset, 5)
-    chosen = localize.choose(found, [(la, range(3)) for la in layers], dataset, config)
+    chosen = localize.select_examples(found, [(la, range(3)) for la in layers], dataset, config)
     table = localize.SecondPassIndex.of(chosen)
     for store in ("images", "crops"):
-        looks = localize.localize(tiny, layers, table, range(5), dataset, dataclasses.replace(config, store=store))
+        context = PassContext(tiny, layers, dataset, dataclasses.replace(config, store=store))
+        looks = localize.localize(context, table, range(5))
         if store == "images":
             offset = looks["shown/offset"]
             for i, expected in ((1, 127), (2, 127), (3, 80), (4, 13)):
@@ -525,10 +538,10 @@ def test_pillows_settings_do_not_matter_and_are_left_as_they_were(
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
     names = ("bad short.jpg", "good.jpg", "a/good.jpg")
-    dataset = Dataset(tuple(Photo(name, "", i) for i, name in enumerate(names)), {"": str(odd_folder)})
+    dataset = Dataset(tuple(DatasetImage(name, "", i) for i, name in enumerate(names)), {"": str(odd_folder)})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        short, *good = image_loading.load(dataset, range(3), RECIPE, threads=3)
+        short, *good = image_loading.load_images(dataset, range(3), RECIPE, threads=3)
     assert short.array is None and short.reason.startswith("cut off")
     assert all(item.array is not None for item in good)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True and Image.MAX_IMAGE_PIXELS == 5
@@ -546,8 +559,8 @@ def test_the_limit_of_pixels_can_be_set(tmp_path: Path, channels: int) -> None:
 
     def reasons(limit: int | None) -> list[str]:
         config = DataConfig("folder", str(tmp_path), max_pixels=limit)
-        dataset = pickle.loads(pickle.dumps(datasets.listing(config, channels)))  # as workers get it
-        return [item.reason for item in image_loading.load(dataset, range(2), recipe)]
+        dataset = pickle.loads(pickle.dumps(datasets.list_dataset(config, channels)))  # as workers get it
+        return [item.reason for item in image_loading.load_images(dataset, range(2), recipe)]
 
     assert reasons(1199) == ["too large: 40 × 30 pixels; data.max_pixels allows 1,199"] * 2
     assert reasons(1200) == reasons(None) == ["", ""]
@@ -560,47 +573,49 @@ def test_more_pixels_than_pillow_allows_by_itself(tmp_path: Path) -> None:
     reasons = []
     for config in (default, dataclasses.replace(default, max_pixels=180_000_000)):
         reasons.append(
-            next(image_loading.load(datasets.listing(config), [0], Preprocessing((8, 8), 8, (0.5,), (0.5,)))).reason
+            next(
+                image_loading.load_images(datasets.list_dataset(config), [0], Preprocessing((8, 8), 8, (0.5,), (0.5,)))
+            ).reason
         )
     assert reasons == ["too large: 15000 × 12000 pixels; data.max_pixels allows 64,000,000", ""]
 
 
 def test_exif_turns_the_picture(odd_folder: Path) -> None:
-    assert image_loading.read(odd_folder / "good turned.jpg", 3).size == (40, 60)
+    assert image_loading.read_image(odd_folder / "good turned.jpg", 3).size == (40, 60)
 
 
 def test_grey_networks_get_grey_pictures(odd_folder: Path) -> None:
     grey = Preprocessing((32, 32), 36, (0.5,), (0.25,))
-    assert image_loading.prepared(image_loading.read(odd_folder / "good.jpg", 1), grey).shape == (1, 32, 32)
+    assert image_loading.preprocess(image_loading.read_image(odd_folder / "good.jpg", 1), grey).shape == (1, 32, 32)
 
 
 def test_the_input_is_torchvisions_own(photo_folder: Path) -> None:
     from torchvision.transforms import v2
 
-    image = image_loading.read(next(photo_folder.rglob("07.png")), 3)
+    image = image_loading.read_image(next(photo_folder.rglob("07.png")), 3)
     recipe = Preprocessing((32, 32), 36, (0.5,) * 3, (0.25,) * 3, "bicubic")
     theirs = v2.Compose([v2.Resize(36, v2.InterpolationMode.BICUBIC), v2.CenterCrop(32)])(image)
-    assert np.array_equal(image_loading.prepared(image, recipe), np.asarray(theirs).transpose(2, 0, 1))
+    assert np.array_equal(image_loading.preprocess(image, recipe), np.asarray(theirs).transpose(2, 0, 1))
 
 
 def test_folders_that_hold_nothing(tmp_path: Path) -> None:
     with pytest.raises(AtlasError, match="no image at all"):
-        datasets.listing(DataConfig("folder", str(tmp_path)))
+        datasets.list_dataset(DataConfig("folder", str(tmp_path)))
     with pytest.raises(AtlasError, match="no such folder"):
-        datasets.listing(DataConfig("folder", str(tmp_path / "nowhere")))
+        datasets.list_dataset(DataConfig("folder", str(tmp_path / "nowhere")))
     with pytest.raises(AtlasError, match=r"needs data\.root"):
-        datasets.listing(DataConfig("folder"))
+        datasets.list_dataset(DataConfig("folder"))
     with pytest.raises(AtlasError, match="Nearest: folder"):
-        datasets.listing(DataConfig("folde"))
+        datasets.list_dataset(DataConfig("folde"))
 
 
 def test_all_unreadable_is_no_crash(tmp_path: Path, tiny: Model) -> None:
     (tmp_path / "x.jpg").write_text("no")
-    dataset = Dataset((Photo("x.jpg", "", 0),), {"": str(tmp_path)})
+    dataset = Dataset((DatasetImage("x.jpg", "", 0),), {"": str(tmp_path)})
     layers = [la for la in enumerate_layers(tiny) if la.name == "stem"]
     found, _ = swept(tiny, layers, dataset, range(1), ExamplesConfig())
     assert found.failed == ((0, "not a picture"),) and (topk.decode(found.tops["max"])[1] == -1).all()
-    chosen = localize.choose(found, [(layers[0], range(3))], dataset, ExamplesConfig())[0]
+    chosen = localize.select_examples(found, [(layers[0], range(3))], dataset, ExamplesConfig())[0]
     assert not len(chosen.pairs())
 
 
@@ -608,17 +623,17 @@ def test_all_unreadable_is_no_crash(tmp_path: Path, tiny: Model) -> None:
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="the ImageNet photographs are not beside this checkout")
 def test_the_default_network_is_right_on_imagenet_photographs() -> None:
     """85.3 % with the right input recipe; ImageNet's usual mean and std lose about 8 points."""
-    model = fold(load(ModelConfig("package", "efficientnet_lite0")).to("cpu"))
-    dataset = datasets.listing(DataConfig("folder", str(PHOTOS)))
-    labels = sorted({p.label for p in dataset.photos})
+    model = fold(load_model(ModelConfig("package", "efficientnet_lite0")).to("cpu"))
+    dataset = datasets.list_dataset(DataConfig("folder", str(PHOTOS)))
+    labels = sorted({p.label for p in dataset.images})
     assert len(labels) == 1000
     right, failed = 0, []
-    loaded = image_loading.load(dataset, range(len(dataset.photos)), model.recipe)
+    loaded = image_loading.load_images(dataset, range(len(dataset.images)), model.preprocessing)
     with torch.no_grad():
         for items, batch in image_loading.batches(loaded, 50, failed):
             images = (torch.from_numpy(batch).float() / 255).contiguous(memory_format=torch.channels_last)
-            logits = model.module(model.normalise(images))
-            truth = [labels.index(dataset.photos[item.index].label) for item in items]
+            logits = model.module(model.normalize(images))
+            truth = [labels.index(dataset.images[item.index].label) for item in items]
             right += int((logits.argmax(1) == torch.tensor(truth)).sum())
     logging.getLogger(__name__).info("right on %d of 1000 photographs", right)  # shown by --log-cli-level=INFO
     assert not failed and right >= 840

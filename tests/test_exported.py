@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.core.errors import AtlasError
 from pipeline.models import exported
-from pipeline.models.loading import ModelConfig, load
+from pipeline.models.loading import ModelConfig, load_model
 
 
 def save(net: nn.Module, path: Path, size: int = 32, strict: bool = False, **options: Any) -> Path:
@@ -38,7 +38,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(path: Path, trust: bool = False) -> nn.Module:
-    return load(ModelConfig("custom", "mine", target=str(path), input_size=32, trust_checkpoint=trust)).module
+    return load_model(ModelConfig("custom", "mine", target=str(path), input_size=32, trust_checkpoint=trust)).module
 
 
 def crafted(ordinary: Path, path: Path, /, **members: bytes | Callable[[Any], None]) -> Path:
@@ -257,4 +257,4 @@ def test_two_members_of_one_name_and_the_old_format_are_refused(program: Path, t
     ],
 )
 def test_sizes_are_arithmetic(text: str, size: bool) -> None:
-    assert exported._size(text) is size
+    assert exported._is_size_expression(text) is size

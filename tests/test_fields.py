@@ -6,16 +6,16 @@ from conftest import TinyNet, tiny_model
 from torch import nn
 from torchvision.models import vgg
 
-from pipeline.acceleration.batchnorm_folding import FoldedNorm, fold, foldable, pairs
+from pipeline.acceleration.batchnorm_folding import FoldedNorm, conv_norm_pairs, fold, foldable_pairs
 from pipeline.layers.finding import ReceptiveField, capture, enumerate_layers
 from pipeline.layers.receptive_fields import receptive_fields
 from pipeline.layers.tracing import Trace
 from pipeline.models.config import Preprocessing
-from pipeline.models.loading import Model, ModelConfig, load, prepare
+from pipeline.models.loading import Model, ModelConfig, load_model, prepare_module
 
 
 def sizes(name: str, *layers: str) -> list[int | None]:
-    model = load(ModelConfig("torchvision", name, weights=None))
+    model = load_model(ModelConfig("torchvision", name, weights=None))
     chosen = [la for la in enumerate_layers(model) if la.name in layers]
     found = receptive_fields(model, chosen)
     return [field and field.size[0] for field in (found[name] for name in layers)]
@@ -27,7 +27,7 @@ def test_resnet18() -> None:
 
 def test_vgg11() -> None:
     # Its features alone: the 120 million weights of the classifier have no say here.
-    module = prepare(vgg.make_layers(vgg.cfgs["A"]))
+    module = prepare_module(vgg.make_layers(vgg.cfgs["A"]))
     model = Model(module, "vgg11", Preprocessing((128, 128), 128, (0.5,) * 3, (0.5,) * 3), "", ())
     found = receptive_fields(model, enumerate_layers(model))
     pools = [field.size[0] for name in ("2", "5", "10", "15", "20") if (field := found[name])]
@@ -67,7 +67,7 @@ def test_folding_changes_no_layer() -> None:
 
 
 def test_folding_keeps_the_taps_of_fused_norms() -> None:
-    model = load(ModelConfig("timm", "test_efficientnet", weights=None, input_size=64))
+    model = load_model(ModelConfig("timm", "test_efficientnet", weights=None, input_size=64))
     folded = fold(model)
     assert any(isinstance(m, FoldedNorm) for m in folded.module.modules())
     everything = enumerate_layers(model)
@@ -94,8 +94,8 @@ class Peeking(nn.Module):
 
 
 def test_folding_is_refused_where_the_convolution_is_read_elsewhere() -> None:
-    model = Model(prepare(Peeking()), "peeking", Preprocessing((8, 8), 8, (0.5,) * 3, (0.5,) * 3), "", ())
-    assert len(pairs(Trace(model))) == 1
+    model = Model(prepare_module(Peeking()), "peeking", Preprocessing((8, 8), 8, (0.5,) * 3, (0.5,) * 3), "", ())
+    assert len(conv_norm_pairs(Trace(model))) == 1
     assert fold(model) is model
 
 
@@ -114,7 +114,7 @@ class OneSize(nn.Module):
 
 @pytest.mark.parametrize("fixed", [False, True])
 def test_networks_and_maps_of_one_size_are_probed_to_the_pixel(fixed: bool) -> None:
-    model = Model(prepare(OneSize(fixed)), "one", Preprocessing((64, 64), 64, (0.5,) * 3, (0.5,) * 3), "", ())
+    model = Model(prepare_module(OneSize(fixed)), "one", Preprocessing((64, 64), 64, (0.5,) * 3, (0.5,) * 3), "", ())
     assert receptive_fields(model, enumerate_layers(model)) == {
         "first": ReceptiveField((3, 3), (2, 2), (-1, -1)),
         "second": ReceptiveField((7, 7), (4, 4), (-3, -3)),
@@ -124,7 +124,7 @@ def test_networks_and_maps_of_one_size_are_probed_to_the_pixel(fixed: bool) -> N
 
 
 def test_a_field_is_found_to_be_larger_than_the_picture() -> None:
-    module = prepare(nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=4, dilation=4) for _ in range(8))))
+    module = prepare_module(nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=4, dilation=4) for _ in range(8))))
     model = Model(module, "wide", Preprocessing((32, 32), 32, (0.5,) * 3, (0.5,) * 3), "", ())
     assert receptive_fields(model, enumerate_layers(model))["7"] == ReceptiveField((65, 65), (1, 1), (-32, -32))
 
@@ -132,7 +132,7 @@ def test_a_field_is_found_to_be_larger_than_the_picture() -> None:
 def test_what_is_looked_at_is_not_folded() -> None:
     model = tiny_model()
     layers = {la.name: la for la in enumerate_layers(model)}
-    found = foldable(model)
+    found = foldable_pairs(model)
     assert found == (("stem", "norm"), ("block.0", "block.1"))
     for name, spared in (("stem", "norm"), ("norm", "norm"), ("block.0", "block.1"), ("block.1", "block.1")):
         twin = fold(model, found, [layers[name]])

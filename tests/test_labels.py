@@ -8,9 +8,9 @@ import pytest
 from conftest import compose
 
 from pipeline.core.errors import AtlasError
-from pipeline.data.datasets import listing
+from pipeline.data.datasets import list_dataset
 from pipeline.models.loading import read_labels
-from pipeline.runs import unit_selection
+from pipeline.planning import unit_selection
 from pipeline.site.context import families
 
 NAMES = ("cat", "dog", '猫 <b>&"x"', "réal, with / slash")
@@ -47,7 +47,7 @@ def test_class_names_that_are_numbers(tmp_path: Path) -> None:
         ('{"cat": 0, "dog": 2}', "run from 0 to 1: it lacks 1 and has 2", '{"cat": 0, "dog": 1}'),
         ('{"1": "cat", "2": "dog"}', "run from 0 to 1: it lacks 0 and has 2", '{"0": "cat", "1": "dog"}'),
         ('{"cat": -1, "dog": 0}', "it lacks 1 and has -1", '{"cat": 1, "dog": 0}'),
-        ('{"0": "cat", "0": "dog"}', "the key '0' comes twice", '{"0": "cat", "1": "dog"}'),
+        ('{"0": "cat", "0": "dog"}', "the key '0' occurs twice", '{"0": "cat", "1": "dog"}'),
         ('{"0": "cat", "00": "dog"}', "the number 0 belongs to 'cat' and to 'dog'", '{"0": "cat", "1": "dog"}'),
         ('{"cat": "animal"}', "neither the keys nor the values", '{"cat": 0}'),
         ('{"classes": ["cat", "dog"]}', "neither the keys nor the values", '["cat", "dog"]'),
@@ -70,7 +70,7 @@ def test_labels_that_say_nothing_clear(tmp_path: Path, content: str, message: st
 
 def test_an_empty_list_of_names(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\ufeff\n \n".encode())
-    with pytest.raises(AtlasError, match=r"holds no names\. Write one name a line"):
+    with pytest.raises(AtlasError, match=r"holds no names\. Write one name per line"):
         read_labels(tmp_path / "a.txt")
     (tmp_path / "a.txt").write_text("cat\n")
     assert read_labels(tmp_path / "a.txt") == ("cat",)
@@ -98,11 +98,11 @@ def test_labels_of_photographs(tmp_path: Path, photo_folder: Path, encoding: str
     path = tmp_path / f"labels.{suffix}"
     path.write_bytes(text.encode(encoding))
     config = compose(["data=folder", f"data.root={photo_folder}", f"data.labels={path}"]).config.data
-    found = {photo.picture: photo.label for photo in listing(config).photos}
+    found = {photo.source_path: photo.label for photo in list_dataset(config).images}
     assert {name: found[name] for name in names} == rows
     path.write_bytes(text.replace("\\u00e9", "é").encode("latin1"))
     with pytest.raises(AtlasError, match=r"data\.labels=.* is not UTF-8 text"):
-        listing(config)
+        list_dataset(config)
 
 
 @pytest.mark.parametrize("encoding", BOMS)
@@ -110,12 +110,15 @@ def test_tables_of_units_and_families(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "units.csv").write_bytes("layer,channel\r\nstem é,3\r\n".encode(encoding))
     assert unit_selection.read(tmp_path / "units.csv") == [("stem é", 3)]
     (tmp_path / "families.yaml").write_bytes("families:\n- {name: é, units: ['stem:3']}\n".encode(encoding))
-    (family,) = families.read(tmp_path / "families.yaml", {"stem": frozenset((3,))})
-    assert family.name == "é" and family.members[0].there
+    (family,) = families.read_families(tmp_path / "families.yaml", {"stem": frozenset((3,))})
+    assert family.name == "é" and family.members[0].in_atlas
 
 
 def test_tables_and_families_in_another_encoding(tmp_path: Path) -> None:
-    for name, read in (("units.csv", unit_selection.read), ("families.yaml", lambda path: families.read(path, {}))):
+    for name, read in (
+        ("units.csv", unit_selection.read),
+        ("families.yaml", lambda path: families.read_families(path, {})),
+    ):
         (tmp_path / name).write_bytes("é:3\n".encode("latin1"))
         with pytest.raises(AtlasError, match=r"line 1 holds the byte 0xe9\. Save it as UTF-8"):
             read(tmp_path / name)

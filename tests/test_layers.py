@@ -8,18 +8,18 @@ from torch import nn
 from pipeline.core.errors import AtlasError
 from pipeline.layers.finding import capture, enumerate_layers
 from pipeline.layers.layouts import Axes, as_maps
-from pipeline.layers.selection import LayersConfig, channels_of, choose
+from pipeline.layers.selection import LayersConfig, channels_of, select_layers
 from pipeline.models.config import Preprocessing
-from pipeline.models.loading import Model, ModelConfig, load, prepare
+from pipeline.models.loading import Model, ModelConfig, load_model, prepare_module
 
 
 def names(model: Model, **settings: object) -> list[str]:
-    return [la.name for la in choose(model, enumerate_layers(model), LayersConfig(**settings))]  # type: ignore[arg-type]
+    return [la.name for la in select_layers(model, enumerate_layers(model), LayersConfig(**settings))]  # type: ignore[arg-type]
 
 
 def test_default_network_has_all_its_channels() -> None:
-    model = load(ModelConfig("package", "efficientnet_lite0", weights=None))
-    layers = choose(model, enumerate_layers(model), LayersConfig("convs"))
+    model = load_model(ModelConfig("package", "efficientnet_lite0", weights=None))
+    layers = select_layers(model, enumerate_layers(model), LayersConfig("convs"))
     # Counted another way: every module of the right type, whatever the trace saw.
     modules = [m for m in model.module.modules() if isinstance(m, nn.Conv2d)]
     convs = [la for la in layers if la.kind == "conv"]
@@ -41,14 +41,14 @@ def test_default_network_has_all_its_channels() -> None:
 )
 def test_blocks_are_outputs_after_the_sum_not_branches(source: str, name: str, count: int, some: list[str]) -> None:
     """Wholes as many as in the papers, and not their branches, squeezes or MLPs; test_architectures has more."""
-    found = names(load(ModelConfig(source, name, weights=None)), policy="blocks")
+    found = names(load_model(ModelConfig(source, name, weights=None)), policy="blocks")
     assert len(found) == count and set(some) <= set(found)
     assert not any(a != b and a.startswith(b + ".") for a in found for b in found if b != "features")
 
 
 def test_resnet50_has_the_channels_of_the_literature() -> None:
-    model = load(ModelConfig("torchvision", "resnet50", weights=None))
-    layers = choose(model, enumerate_layers(model), LayersConfig("convs"))
+    model = load_model(ModelConfig("torchvision", "resnet50", weights=None))
+    layers = select_layers(model, enumerate_layers(model), LayersConfig("convs"))
     assert sum(la.channels for la in layers if la.kind == "conv") == 26_560
 
 
@@ -59,19 +59,19 @@ def test_a_convolution_is_taken_after_its_norm_and_before_its_activation(tiny: M
         seen = forward(images)
     net = tiny.module
     assert isinstance(net, TinyNet)
-    expected = net.norm(net.stem(tiny.normalise(images)))
+    expected = net.norm(net.stem(tiny.normalize(images)))
     assert torch.equal(seen["stem"], expected)
     assert seen["stem"].min() < 0 <= seen["relu"].min()
 
 
 def test_fused_norm_and_activation_is_cut_between_the_two() -> None:
-    model = load(ModelConfig("timm", "test_efficientnet", weights=None, input_size=64))
+    model = load_model(ModelConfig("timm", "test_efficientnet", weights=None, input_size=64))
     stem = next(la for la in enumerate_layers(model) if la.name == "conv_stem")
     images = torch.rand(2, 3, 64, 64)
     with capture(model, [stem]) as forward, torch.no_grad():
         seen = forward(images)["conv_stem"]
     bn = model.module.get_submodule("bn1")
-    raw = model.module.get_submodule("conv_stem")(model.normalise(images))
+    raw = model.module.get_submodule("conv_stem")(model.normalize(images))
     expected = nn.functional.batch_norm(raw, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)  # type: ignore[arg-type]
     assert torch.allclose(seen, expected, atol=1e-5) and seen.min() < 0
 
@@ -104,7 +104,7 @@ def test_nothing_behind_the_target_is_run(tiny: Model) -> None:
 
 
 def test_prepared_networks_are_frozen_and_not_in_place() -> None:
-    module = prepare(TinyNet().train())
+    module = prepare_module(TinyNet().train())
     assert not module.training and not any(p.requires_grad for p in module.parameters())
     assert not any(getattr(m, "inplace", False) for m in module.modules())
 
@@ -128,7 +128,7 @@ def test_channels(asked: str | int | list[int], expected: tuple[int, ...]) -> No
 
 
 def wide() -> Model:
-    module = prepare(nn.Sequential(nn.Conv2d(3, 10, 1)))
+    module = prepare_module(nn.Sequential(nn.Conv2d(3, 10, 1)))
     return Model(module, "wide", Preprocessing((8, 8), 8, (0.5,) * 3, (0.5,) * 3), "", ())
 
 
@@ -160,6 +160,6 @@ def test_layouts_put_the_channel_second() -> None:
 
 
 def test_a_transformer_has_features_for_channels() -> None:
-    model = load(ModelConfig("timm", "test_vit", weights=None))
+    model = load_model(ModelConfig("timm", "test_vit", weights=None))
     block = next(la for la in enumerate_layers(model) if la.name == "blocks.0")
     assert block.layout == "tokens" and block.channels == model.module.embed_dim

@@ -17,18 +17,19 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
 from pipeline.acceleration import cpu_lowering
-from pipeline.acceleration.batchnorm_folding import FoldedNorm, fold, foldable
+from pipeline.acceleration.batchnorm_folding import FoldedNorm, fold, foldable_pairs
 from pipeline.acceleration.cpu_lowering import Depthwise, FirstConv, LoweredConv2d, Pointwise, lower, precision_of
 from pipeline.acceleration.redirected_relu import limits_of, redirected
 from pipeline.core.errors import AtlasError
 from pipeline.engine import worker
 from pipeline.engine.worker import Worker
 from pipeline.layers.finding import Layer, capture, enumerate_layers
-from pipeline.models.loading import Model, ModelConfig, load
-from pipeline.runs.folder import RunFolder
+from pipeline.models.loading import Model, ModelConfig, load_model
+from pipeline.planning.folder import RunFolder
+from pipeline.planning.planner import Plan, make_plan
 from pipeline.runs.maintenance import verify
-from pipeline.runs.planner import Plan, make_plan
 from pipeline.runs.runner import run
+from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.loop import render
 
 ACTS = {"none": nn.Identity(), "relu": nn.ReLU(), "relu6": nn.ReLU6()}
@@ -72,15 +73,15 @@ def test_any_lowered_convolution_is_the_convolution(
             conv = nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups, bias)
     else:
         conv = nn.Conv2d(channels, data.draw(st.integers(1, 6)), 1, bias=bias)
-    found = cpu_lowering._kind(conv)
+    found = cpu_lowering._replacement_class(conv)
     # A kernel of one place and stride is a matrix product, whatever its channels.
     assert found is kind or (kind is FirstConv and found is Pointwise and conv.kernel_size == conv.stride == (1, 1))
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
     lowered = found(conv, limits_of(ACTS[act]))
     wanted = gradients(nn.Sequential(conv, ACTS[act]), x, None)
-    there = cpu_lowering._fusing(x.dtype)
-    with mock.patch.object(cpu_lowering, "_fusing", lambda _: fusing and there):
+    there = cpu_lowering._can_fuse_rectifier(x.dtype)
+    with mock.patch.object(cpu_lowering, "_can_fuse_rectifier", lambda _: fusing and there):
         torch.testing.assert_close(gradients(lowered, x, None), wanted, rtol=1e-4, atol=1e-5)
     lowered.redirecting = True
     torch.testing.assert_close(lowered(x), wanted[0], rtol=1e-4, atol=1e-5)
@@ -105,7 +106,7 @@ def test_any_lowered_convolution_is_the_convolution(
     ids=str,
 )
 def test_what_is_not_known_to_be_faster_stays(conv: nn.Module) -> None:
-    assert cpu_lowering._kind(conv) is None
+    assert cpu_lowering._replacement_class(conv) is None
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def network() -> Model:
     """1 x 1 and depthwise convolutions with rectifiers, and uneven padding; random, but not idle."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = load(ModelConfig("timm", "tf_efficientnet_lite0", weights=None, input_size=64))
+        model = load_model(ModelConfig("timm", "tf_efficientnet_lite0", weights=None, input_size=64))
         for norm in (m for m in model.module.modules() if isinstance(m, nn.BatchNorm2d)):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.uniform_(norm.bias, 0.0, 0.5)
@@ -128,7 +129,7 @@ def layers(network: Model) -> dict[str, Layer]:
 @pytest.mark.parametrize("name", ["blocks.1.1", "blocks.2.0.conv_dw", "blocks.4.0.conv_pw", "conv_head"])
 def test_a_lowered_network_is_the_folded_one(network: Model, layers: dict[str, Layer], name: str) -> None:
     """Also at an odd size, and where a tapped layer's own pair is spared."""
-    pairs, layer = foldable(network), layers[name]
+    pairs, layer = foldable_pairs(network), layers[name]
     before = copy.deepcopy(network.module.state_dict())
     folded = fold(network, pairs, [layer])
     seen = {}
@@ -152,7 +153,7 @@ def test_a_lowered_network_is_the_folded_one(network: Model, layers: dict[str, L
 
 
 def test_rectifiers_of_folded_norms_work_where_the_convolution_wrote(network: Model) -> None:
-    pairs = foldable(network)
+    pairs = foldable_pairs(network)
     lowered = lower(fold(network, pairs), pairs)
     kinds = [m for m in lowered.module.modules() if isinstance(m, LoweredConv2d)]
     held = [m for m in kinds if m.limits == (0.0, 6.0)]
@@ -176,14 +177,14 @@ def test_dead_units_find_a_way_through_lowered_rectifiers() -> None:
 
 def test_pictures_of_bfloat16_steps_are_measured_in_float32(network: Model, layers: dict[str, Layer]) -> None:
     """Their numbers are the folded network's, and they reach what float32 reaches, alone and in a batch."""
-    pairs, layer = foldable(network), layers["blocks.2.1"]
+    pairs, layer = foldable_pairs(network), layers["blocks.2.1"]
     folded = fold(network, pairs, [layer])
     lowered = lower(folded, pairs, torch.bfloat16)
     config = dataclasses.replace(compose([]).config.render, steps=24, size=64, margin=8)
     units = [(channel, 0) for channel in range(4)]
-    exact = render(folded, layer, units, config, 0)
-    rough = render(folded, layer, units, config, 0, lowered=lowered)
-    (alone,) = render(folded, layer, units[2:3], config, 0, lowered=lowered)
+    exact = render(RenderJob(folded, layer, config, 0), units)
+    rough = render(RenderJob(folded, layer, config, 0, step_model=lowered), units)
+    (alone,) = render(RenderJob(folded, layer, config, 0, step_model=lowered), units[2:3])
     assert alone.activation == pytest.approx(rough[2].activation, rel=0.05)
     reached = [mine.activation / theirs.activation for mine, theirs in zip(rough, exact, strict=True)]
     assert all(0.8 < ratio < 1.25 for ratio in reached), reached
@@ -226,7 +227,7 @@ def test_an_atlas_says_what_its_steps_were_computed_in(
     assert verify(folder, other, 3) == []
     # A picture from another start is another picture.
     whole = worker.render
-    monkeypatch.setattr(worker, "render", lambda *a, **rest: whole(*a[:4], 99, *a[5:], **rest))
+    monkeypatch.setattr(worker, "render", lambda job, units: whole(dataclasses.replace(job, seed=99), units))
     assert len(verify(folder, other, 3)) == 3
 
 

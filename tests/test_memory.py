@@ -10,13 +10,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.kernels.allocator import memory_share
+from pipeline.engine.resources import memory_share
 
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 LARGE = """
 import resource
 from pathlib import Path
+from pipeline.engine.resources import memory_share
 from pipeline.kernels.allocator import keep_memory
 {call}
 held = b"x" * (64 << 20)

@@ -1,5 +1,6 @@
 """What a preset may ask of the loop: schedules, blurs, noise on the network, couplings, plateaus, photographs."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -11,21 +12,23 @@ from torch import Tensor, nn
 
 from pipeline.acceleration.redirected_relu import redirected
 from pipeline.cli.overrides import conf_folder
-from pipeline.core.config_files import loaded
+from pipeline.core.config_files import ConfigFile, load_config_files
 from pipeline.core.errors import AtlasError
 from pipeline.layers.finding import Layer, capture, enumerate_layers
-from pipeline.models.loading import Model, load
-from pipeline.visualization import preset
+from pipeline.models.loading import Model, load_model
+from pipeline.visualization import loop, preset
+from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.batch_terms import Alignment, Diversity, gram_cosine
+from pipeline.visualization.evaluation import Visualization
 from pipeline.visualization.gradient_preconditioners import BlurGradient
 from pipeline.visualization.image_regularizers import Prior, TotalVariation
-from pipeline.visualization.loop import Picture, render
+from pipeline.visualization.loop import render
 from pipeline.visualization.network_perturbations import Dropout, Ensemble, NetworkPerturbation, WeightNoise
 from pipeline.visualization.objectives import OBJECTIVES, Channel, Interpolate, Neuron
 from pipeline.visualization.optimizers import Adam, Sgd
 from pipeline.visualization.parameterizations import Fourier, FromImage, Maco, Pixel
 from pipeline.visualization.preset import Preset
-from pipeline.visualization.schedules import Plateau, Stage, check, expand_schedule, flat
+from pipeline.visualization.schedules import Plateau, Stage, check, expand_schedule, is_flat
 from pipeline.visualization.transforms import Crop, Jitter, Noise, Rotate
 
 PRESET = Preset(
@@ -40,13 +43,13 @@ PRESET = Preset(
 )
 
 
-def made(model: Model, layer: Layer, units: list[tuple[int, int]], **changes: object) -> list[Picture]:
+def made(model: Model, layer: Layer, units: list[tuple[int, int]], **changes: object) -> list[Visualization]:
     others = {la.name: la for la in enumerate_layers(model)}
     config = dataclasses.replace(PRESET, **changes)  # type: ignore[arg-type]
-    return render(model, layer, units, config, 0, others=others)
+    return render(RenderJob(model, layer, config, 0, layers=others), units)
 
 
-def apart(a: Picture, b: Picture) -> int:
+def apart(a: Visualization, b: Visualization) -> int:
     """Largest difference of two pictures, in grey levels."""
     return int(np.abs(a.image.astype(int) - b.image.astype(int)).max())
 
@@ -112,7 +115,7 @@ def test_a_schedule_is_cut_into_its_shares() -> None:
         ((Stage(share=0.0),), "share=0.0 must be above 0"),
         ((Stage(canvas=0.5),), "last stage must have canvas=1"),
         ((Stage(view=1.5),), "0 < view ≤ canvas ≤ 1"),
-        ((Stage(blur=(1.0, -1.0)),), "can't be negative"),
+        ((Stage(blur=(1.0, -1.0)),), "cannot be negative"),
     ],
 )
 def test_stages_without_sense_are_refused(stages: tuple[Stage, ...], why: str) -> None:
@@ -134,7 +137,7 @@ def test_flat_means_little_was_gained_of_much() -> None:
         torch.cat([torch.arange(10.0), torch.full((10,), 9.0)]),
         -torch.arange(20.0),
     )
-    assert flat(torch.stack([rising, level, fallen], 1), 4, 0.05).tolist() == [False, True, False]
+    assert is_flat(torch.stack([rising, level, fallen], 1), 4, 0.05).tolist() == [False, True, False]
 
 
 def test_blurring_each_step_leaves_less_high_frequency(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
@@ -149,7 +152,7 @@ def test_blurring_each_step_leaves_less_high_frequency(tiny: Model, tiny_layers:
         )
     ]
 
-    def roughness(picture: Picture) -> float:
+    def roughness(picture: Visualization) -> float:
         return float(np.abs(np.diff(picture.image.astype(float), axis=0)).mean())
 
     assert all(roughness(other) < 0.6 * roughness(plain) for other in others)
@@ -172,14 +175,12 @@ def test_augmentations_change_the_network_and_undo_it(
     image = torch.rand(1, 3, 32, 32)
     with capture(tiny, [tiny_layers["late"]]) as forward, torch.no_grad():
         clean = forward(image)["late"]
-        with augmentation.applied(tiny.module, 7) as drawn:
-            drawn.to(0)
+        with augmentation.applied(tiny.module, 7) as active:
+            active.set_step(0)
             first = forward(image)["late"]
-            drawn.to(1)
+            active.set_step(1)
             second = forward(image)["late"]
-            drawn.off()
-            assert torch.equal(forward(image)["late"], clean)
-            drawn.to(0)
+            active.set_step(0)
             assert torch.equal(forward(image)["late"], first)
         assert torch.equal(forward(image)["late"], clean)
     assert not torch.equal(first, clean) and not torch.equal(first, second)
@@ -192,11 +193,11 @@ def test_augmentations_are_redrawn_every_so_often(tiny: Model, tiny_layers: dict
     with (
         capture(tiny, [tiny_layers["late"]]) as forward,
         torch.no_grad(),
-        WeightNoise(every=3).applied(tiny.module, 0) as drawn,
+        WeightNoise(every=3).applied(tiny.module, 0) as active,
     ):
         said = []
         for step in range(6):
-            drawn.to(step)
+            active.set_step(step)
             said.append(forward(image)["late"])
     assert torch.equal(said[0], said[2]) and torch.equal(said[3], said[5]) and not torch.equal(said[2], said[3])
 
@@ -208,16 +209,14 @@ def test_an_ensemble_pleases_all_its_members(tiny: Model, tiny_layers: dict[str,
         for weight in other.module.parameters():
             noise = torch.randn(weight.shape, generator=generator)
             weight.add_(noise * weight.std().nan_to_num(0) * 0.7)
-    from pipeline.core.config_files import ConfigFile
-
     augmentation = Ensemble(checkpoints=(ConfigFile("other.pt", b"read before"),))
     assert [augmentation.member(i) for i in range(4)] == [0, 1, 0, 1]
     config = dataclasses.replace(PRESET, augmentations=(augmentation,), steps=32)
     layer = tiny_layers["late"]
-    (joint,) = render(tiny, layer, [(1, 0)], config, 0, ensemble=[other])
-    (alone,) = render(tiny, layer, [(1, 0)], dataclasses.replace(PRESET, steps=32), 0)
+    (joint,) = render(RenderJob(tiny, layer, config, 0, ensemble=[other]), [(1, 0)])
+    (alone,) = render(RenderJob(tiny, layer, dataclasses.replace(PRESET, steps=32), 0), [(1, 0)])
 
-    def pleases(model: Model, picture: Picture) -> float:
+    def pleases(model: Model, picture: Visualization) -> float:
         image = torch.from_numpy(picture.image).permute(2, 0, 1)[None].float() / 255
         with capture(model, [layer]) as forward, torch.no_grad():
             return forward(image)["late"][0, 1].mean().item()
@@ -227,11 +226,28 @@ def test_an_ensemble_pleases_all_its_members(tiny: Model, tiny_layers: dict[str,
     )
 
 
+def test_gradients_are_redirected_in_the_member_of_the_ensemble_that_is_used(
+    tiny: Model, tiny_layers: dict[str, Layer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, modules = tiny_model(), []
+
+    def recorded(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        modules.append(module)
+        return redirected(module)
+
+    monkeypatch.setattr(loop, "redirected", recorded)
+    monkeypatch.setattr(loop, "silent", lambda gradient: torch.ones(len(gradient), 1, 1, 1, dtype=torch.bool))
+    ensemble = Ensemble(checkpoints=(ConfigFile("other.pt", b"read before"),))
+    config = dataclasses.replace(PRESET, augmentations=(ensemble,), steps=4, attempts=1)
+    render(RenderJob(tiny, tiny_layers["late"], config, 0, ensemble=[other]), [(1, 0)])
+    assert modules == [tiny.module, other.module] * 2
+
+
 def test_diversity_makes_siblings_differ(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
     units = [(c, v) for c in (1, 4) for v in range(3)]
     layer = tiny_layers["stem"]
 
-    def likeness(pictures: list[Picture]) -> float:
+    def likeness(pictures: list[Visualization]) -> float:
         images = torch.stack([torch.from_numpy(p.image).permute(2, 0, 1).float() / 255 for p in pictures])
         with capture(tiny, [layer]) as forward, torch.no_grad():
             cosine = gram_cosine(forward(images)["stem"].unflatten(0, (2, 3)))
@@ -263,11 +279,12 @@ def test_a_picture_may_begin_with_a_photograph_and_stay_near(tiny: Model, tiny_l
     found = []
     for weight in (0.0, 30.0):
         config = dataclasses.replace(PRESET, canvas=FromImage(), penalties=(Prior(weight),), transforms=(), steps=32)
-        (picture,) = render(tiny, tiny_layers["late"], [(0, 0)], config, 0, starts={(0, 0): photograph})
+        job = RenderJob(tiny, tiny_layers["late"], config, 0, initial_images={(0, 0): photograph})
+        (picture,) = render(job, [(0, 0)])
         middle = (photograph[:, 4:36, 4:36].permute(1, 2, 0).numpy() * 255).round()
         found.append((picture.activation, np.abs(picture.image - middle).mean()))
         lazy = dataclasses.replace(config, steps=1, optimizer=Sgd(lr=1e-9))
-        (still,) = render(tiny, tiny_layers["late"], [(0, 0)], lazy, 0, starts={(0, 0): photograph})
+        (still,) = render(dataclasses.replace(job, preset=lazy), [(0, 0)])
         assert np.abs(still.image - middle).max() <= 1
     assert found[0][0] > found[1][0] and found[1][1] < 0.5 * found[0][1]
 
@@ -306,11 +323,11 @@ def test_redirection_is_per_image_and_goes_where_it_was() -> None:
     ("overrides", "why"),
     [
         (["render=maco", "render/schedule=blur_image"], "its amplitudes are fixed"),
-        (["render=maco", "render/schedule=coarse_to_fine"], "the maco canvas can't"),
+        (["render=maco", "render/schedule=coarse_to_fine"], "the maco canvas does not support"),
         (["render=maco", "render.canvas.colour=plain"], "colour must be measured"),
         (["render/couplings=[diversity]"], "render.variants of at least 2"),
         (["render/penalties=[prior]"], "needs render/canvas=image"),
-        (["render/schedule=blur_gradient"], "has no blur to follow it"),
+        (["render/schedule=blur_gradient"], "has no blur that it applies to"),
         (["render/augmentations=[ensemble]"], "checkpoints is empty"),
         (["render.canvas.colour=blue"], "is not one of plain, decorrelated, measured"),
         (["render.optimizer.lr=0"], "must be above 0"),
@@ -320,7 +337,7 @@ def test_redirection_is_per_image_and_goes_where_it_was() -> None:
 )
 def test_presets_without_sense_are_refused(overrides: list[str], why: str) -> None:
     with pytest.raises(AtlasError, match=why):
-        preset.check(loaded(compose(overrides).config.render, "render"), 3)
+        preset.check(load_config_files(compose(overrides).config.render, "render"), 3)
 
 
 def test_oygard_goes_through_the_heads_of_googlenet() -> None:
@@ -328,17 +345,19 @@ def test_oygard_goes_through_the_heads_of_googlenet() -> None:
     request = compose(
         ["model=googlenet_aux", "model.weights=null", "render=oygard", "render.size=92", "render.steps=8"]
     )
-    model, config = load(request.config.model), request.config.render
+    model, config = load_model(request.config.model), request.config.render
     with torch.no_grad():
         for module in model.module.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):  # as drawn, its activations fade to nothing in eval mode
+            if isinstance(module, nn.Conv2d | nn.Linear):  # as active, its activations fade to nothing in eval mode
                 nn.init.kaiming_normal_(module.weight)
     assert [name for name, m in model.module.named_modules() if m.training] == [""]
     layers = {la.name: la for la in enumerate_layers(model)}
     preset.check_layer(config, layers["fc"], layers, True)
     heads = [dataclasses.replace(stage, layer=None) for stage in config.schedule]
     own, all_heads = (
-        render(model, layers["fc"], [(3, 0)], dataclasses.replace(config, schedule=tuple(s)), 0, others=layers)[0]
+        render(
+            RenderJob(model, layers["fc"], dataclasses.replace(config, schedule=tuple(s)), 0, layers=layers), [(3, 0)]
+        )[0]
         for s in (heads, config.schedule)
     )
     assert own.activation > own.start and apart(own, all_heads) > 3
@@ -346,7 +365,7 @@ def test_oygard_goes_through_the_heads_of_googlenet() -> None:
 
 def test_oygard_needs_its_heads(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
     oygard = compose(["render=oygard"]).config.render
-    with pytest.raises(AtlasError, match="asks for a head 'aux2\\.fc2' that this network does not have"):
+    with pytest.raises(AtlasError, match="needs a head 'aux2\\.fc2', which this network does not have"):
         preset.check_layer(oygard, tiny_layers["head"], tiny_layers, True)
     assert oygard.others == ("aux2.fc2", "aux1.fc2")
     alone = compose(["render=oygard", "render/schedule=blur"]).config.render
@@ -360,12 +379,12 @@ PRESETS = sorted(path.stem for path in (conf_folder() / "render").glob("*.yaml")
 def test_every_preset_renders(tiny: Model, tiny_layers: dict[str, Layer], name: str) -> None:
     blur = ["render/schedule=blur"] if name == "oygard" else []
     config = compose([f"render={name}", *blur, "render.size=32", "render.steps=12"]).config.render
-    config = loaded(config, "render")
+    config = load_config_files(config, "render")
     preset.check(config, 3)
     units = [(c, v) for c in (0, 3) for v in range(config.variants)]
     side = 32 + 2 * config.margin
     starts: dict[tuple[int, int], Tensor] = dict.fromkeys(units, torch.full((3, side, side), 0.5))
-    pictures = render(tiny, tiny_layers["late"], units, config, 0, starts=starts)
+    pictures = render(RenderJob(tiny, tiny_layers["late"], config, 0, initial_images=starts), units)
     sign: Callable[[float], float] = (lambda x: -x) if config.negative else (lambda x: x)
     assert all(sign(p.activation) > sign(p.start) for p in pictures)
 

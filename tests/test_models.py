@@ -7,7 +7,7 @@ import torch
 from conftest import TinyNet
 
 from pipeline.core.errors import AtlasError
-from pipeline.models.loading import ModelConfig, load, load_checkpoint, weights_digest
+from pipeline.models.loading import ModelConfig, load_checkpoint, load_model, weights_digest
 
 
 def tiny_timm(**settings: object) -> ModelConfig:
@@ -16,16 +16,16 @@ def tiny_timm(**settings: object) -> ModelConfig:
 
 def test_random_weights_are_the_same_everywhere() -> None:
     torch.manual_seed(5)
-    first = load(tiny_timm())
+    first = load_model(tiny_timm())
     torch.rand(3)
-    assert load(tiny_timm()).digest == first.digest
+    assert load_model(tiny_timm()).digest == first.digest
 
 
 def test_loading_draws_nothing_from_the_callers_generator() -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    load(tiny_timm())
+    load_model(tiny_timm())
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -88,17 +88,20 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path) -> None:
 )
 def test_unknown_names_have_neighbours(config: ModelConfig, message: str) -> None:
     with pytest.raises(AtlasError, match=message):
-        load(config)
+        load_model(config)
 
 
 def test_recipes_are_the_weights_own_and_can_be_overridden() -> None:
-    recipe = load(ModelConfig("torchvision", "resnet18", weights=None)).recipe
+    recipe = load_model(ModelConfig("torchvision", "resnet18", weights=None)).preprocessing
     assert (recipe.size, recipe.resize, recipe.mean[0]) == ((224, 224), 256, 0.485)
-    changed = load(tiny_timm(input_size=64, mean=(0.1, 0.2, 0.3))).recipe
+    changed = load_model(tiny_timm(input_size=64, mean=(0.1, 0.2, 0.3))).preprocessing
     assert (changed.size, changed.resize, changed.mean) == ((64, 64), 73, (0.1, 0.2, 0.3))
 
 
 def test_the_default_network_has_its_own_recipe_and_labels() -> None:
-    model = load(ModelConfig("package", "efficientnet_lite0"))
-    assert model.recipe.mean == model.recipe.std == (0.5, 0.5, 0.5) and model.recipe.interpolation == "bicubic"
+    model = load_model(ModelConfig("package", "efficientnet_lite0"))
+    assert (
+        model.preprocessing.mean == model.preprocessing.std == (0.5, 0.5, 0.5)
+        and model.preprocessing.interpolation == "bicubic"
+    )
     assert len(model.labels) == 1000 and model.labels[1] == "goldfish"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.kernels import affine_sample, build
-from pipeline.kernels.affine_sample import by_grid, sample
+from pipeline.kernels.affine_sample import sample, sample_with_pytorch
 from pipeline.visualization import optimizers
 from pipeline.visualization.optimizers import Adam, NAdam
 
@@ -29,7 +29,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     seed=st.integers(0, 9999),
     picture=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     view=st.tuples(st.integers(1, 60), st.integers(1, 60)),
-    channels=st.integers(1, affine_sample.DEEP + 1),
+    channels=st.integers(1, affine_sample.MAX_CHANNELS + 1),
 )
 def test_any_matrix_shows_what_grid_sample_shows(
     seed: int, picture: tuple[int, int], view: tuple[int, int], channels: int
@@ -44,7 +44,7 @@ def test_any_matrix_shows_what_grid_sample_shows(
     assert affine_sample._loop() is not None
     noise = torch.randn(2, channels, *view, generator=generator)
     seen: list[tuple[Tensor, Tensor]] = []
-    for function in (sample, by_grid):
+    for function in (sample, sample_with_pytorch):
         own = images.clone().requires_grad_(True)
         found = function(own, matrix, view)
         seen.append((found.detach(), torch.autograd.grad((found * noise).sum(), own)[0]))
@@ -54,7 +54,12 @@ def test_any_matrix_shows_what_grid_sample_shows(
 
 def test_a_view_wider_than_a_row_is_sampled_by_the_grid() -> None:
     images = torch.rand(1, 1, 2, 3)
-    assert sample(images, torch.eye(3)[None], (2, affine_sample.WIDE + 1)).shape == (1, 1, 2, affine_sample.WIDE + 1)
+    assert sample(images, torch.eye(3)[None], (2, affine_sample.MAX_WIDTH + 1)).shape == (
+        1,
+        1,
+        2,
+        affine_sample.MAX_WIDTH + 1,
+    )
 
 
 @compiled
@@ -70,7 +75,7 @@ def test_one_step_of_adam_is_the_same_in_c(
     def walked() -> Tensor:
         generator = torch.Generator().manual_seed(1)
         parameters = torch.zeros(shape)
-        state = optimizer.start(parameters, paired=shape[-1] == 2)
+        state = optimizer.init_state(parameters, paired=shape[-1] == 2)
         for at in range(6):
             gradient = torch.randn(shape, generator=generator) * 10.0 ** (at - 3)
             optimizer.step(parameters, gradient, state, at, 0.1)
@@ -88,7 +93,7 @@ def test_the_lines_beside_them_are_whole() -> None:
     assert torch.allclose(sample(images, torch.eye(3)[None], (5, 5)), images, atol=1e-6)
     parameters = torch.zeros(1, 3)
     adam = Adam(lr=0.05)
-    adam.step(parameters, torch.tensor([[1.0, -2.0, 3.0]]), adam.start(parameters), 0, 0.05)
+    adam.step(parameters, torch.tensor([[1.0, -2.0, 3.0]]), adam.init_state(parameters), 0, 0.05)
     assert torch.allclose(parameters, torch.tensor([[0.05, -0.05, 0.05]]))
 
 
@@ -96,8 +101,8 @@ def test_without_a_compiler_there_is_no_library(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    build.library.cache_clear()
+    build.load_library.cache_clear()
     with caplog.at_level(logging.INFO, logger="pipeline"):
-        assert build.library("sampling") is None
-    assert "sampling.c stays uncompiled" in caplog.text and "no-such-compiler" in caplog.text
-    build.library.cache_clear()
+        assert build.load_library("affine_sample") is None
+    assert "affine_sample.c cannot be compiled" in caplog.text and "no-such-compiler" in caplog.text
+    build.load_library.cache_clear()

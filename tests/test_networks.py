@@ -229,13 +229,13 @@ def test_what_networks_do_beside_convolutions_keeps_its_values(
 
 @pytest.mark.filterwarnings("ignore")
 def test_wrappers_leave_no_trace_in_the_names(nets: Path) -> None:
-    from pipeline.layers.selection import LayersConfig, found_layers
-    from pipeline.models.loading import load
+    from pipeline.layers.selection import LayersConfig, list_layers
+    from pipeline.models.loading import load_model
 
     names = {}
     for builder in ("add", "compiled", "parallel"):
         overrides = ["model=custom", f"model.target={nets}:{builder}", "model.input_size=32"]
-        names[builder] = [la.name for la in found_layers(load(configuration(overrides).model), LayersConfig())]
+        names[builder] = [la.name for la in list_layers(load_model(configuration(overrides).model), LayersConfig())]
     assert names["add"] == names["compiled"] == names["parallel"] and "conv" in names["add"]
 
 

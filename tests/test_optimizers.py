@@ -10,7 +10,7 @@ def test_adam_without_damping_is_adam() -> None:
     torch.manual_seed(0)
     ours, theirs = torch.zeros(2, 5), torch.zeros(2, 5, requires_grad=True)
     optimizer, reference = Adam(lr=0.05), torch.optim.Adam([theirs], lr=0.05)
-    state = optimizer.start(ours)
+    state = optimizer.init_state(ours)
     for at in range(20):
         gradient = torch.randn(2, 5)
         optimizer.step(ours, gradient, state, at, 0.05)
@@ -32,8 +32,8 @@ def test_damping_is_each_pictures_own() -> None:
     optimizer = Adam(lr=0.1, damping=0.5)
     gradient = torch.stack([torch.ones(4), torch.ones(4) * 1000])
     both, alone = torch.zeros(2, 4), torch.zeros(1, 4)
-    optimizer.step(both, gradient, optimizer.start(both), 0, 0.1)
-    optimizer.step(alone, gradient[:1], optimizer.start(alone), 0, 0.1)
+    optimizer.step(both, gradient, optimizer.init_state(both), 0, 0.1)
+    optimizer.step(alone, gradient[:1], optimizer.init_state(alone), 0, 0.1)
     assert torch.allclose(both[:1], alone)
 
 
@@ -44,7 +44,7 @@ def test_where_the_corner_of_a_picture_is_makes_no_difference_to_joint_steps() -
 
     def painted(adam: Adam, gradients: torch.Tensor) -> torch.Tensor:
         parameters = torch.zeros(1, 8, 6, 2)
-        state = adam.start(parameters, paired=True)
+        state = adam.init_state(parameters, paired=True)
         for at, gradient in enumerate(gradients):
             own = torch.view_as_real(torch.fft.rfft2(gradient)).contiguous()
             adam.step(parameters, own, state, at, 0.1)
@@ -60,7 +60,7 @@ def test_adamw_is_torchs() -> None:
     torch.manual_seed(0)
     ours = AdamW(lr=0.05, weight_decay=0.1)
     mine, theirs = torch.ones(2, 5), torch.ones(2, 5, requires_grad=True)
-    state, reference = ours.start(mine), torch.optim.AdamW([theirs], lr=0.05, weight_decay=0.1)
+    state, reference = ours.init_state(mine), torch.optim.AdamW([theirs], lr=0.05, weight_decay=0.1)
     for at in range(20):
         gradient = torch.randn(2, 5)
         ours.step(mine, gradient, state, at, 0.05)
@@ -73,7 +73,7 @@ def test_nadam_is_dozats() -> None:
     """Algorithm 2 of Dozat 2016 with a constant momentum, written out for one number."""
     gradients = torch.randn(20, generator=torch.Generator().manual_seed(0)).tolist()
     ours, mine = NAdam(lr=0.05), torch.ones(1, 1)
-    state = ours.start(mine)
+    state = ours.init_state(mine)
     x, m, v, mu, nu = 1.0, 0.0, 0.0, 0.9, 0.999
     for t, g in enumerate(gradients, start=1):
         ours.step(mine, torch.tensor([[g]]), state, t - 1, 0.05)
@@ -87,10 +87,10 @@ def test_sgd_moves_by_its_rate_whatever_the_gradient() -> None:
     gradient = torch.randn(3, 4, 5) * torch.tensor([1e-6, 1.0, 1e6]).view(3, 1, 1)
     parameters = torch.zeros(3, 4, 5)
     sgd = Sgd(lr=0.043)
-    sgd.step(parameters, gradient, sgd.start(parameters), 0, 0.043)
+    sgd.step(parameters, gradient, sgd.init_state(parameters), 0, 0.043)
     assert torch.allclose(parameters.abs().mean(dim=(1, 2)), torch.full((3,), 0.043), rtol=1e-4)
     still = torch.zeros(1, 4)
-    sgd.step(still, torch.zeros(1, 4), sgd.start(still), 0, 1.0)
+    sgd.step(still, torch.zeros(1, 4), sgd.init_state(still), 0, 1.0)
     assert torch.equal(still, torch.zeros(1, 4))
 
 
@@ -100,7 +100,7 @@ def test_no_picture_feels_another(name: str) -> None:
     gradients = torch.randn(10, 2, 6)
     gradients[:, 1] *= 1000
     both, alone = torch.zeros(2, 6), torch.zeros(1, 6)
-    states = optimizer.start(both), optimizer.start(alone)
+    states = optimizer.init_state(both), optimizer.init_state(alone)
     for at, gradient in enumerate(gradients):
         optimizer.step(both, gradient, states[0], at, 0.1)
         optimizer.step(alone, gradient[:1], states[1], at, 0.1)

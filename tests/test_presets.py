@@ -13,7 +13,7 @@ from pipeline.cli.main import main
 from pipeline.core import metric_specs
 from pipeline.data import datasets
 from pipeline.layers.finding import enumerate_layers
-from pipeline.models.loading import load
+from pipeline.models.loading import load_model
 from pipeline.store.reader import SCHEMA_VERSION
 
 ALSO = "also=[negative,image_prior,diverse]"
@@ -39,7 +39,7 @@ def test_all_presets_are_in_one_atlas_in_their_order(folders: Path) -> None:
         assert atlas.attributes["schema_version"] == SCHEMA_VERSION
         layer = atlas["conv_stem"]
         assert layer.presets == ("distill", "negative", "image_prior", "diverse")
-        assert layer.pictures().shape == (3, 1, 32, 32, 3) and layer.pictures("diverse").shape == (3, 2, 32, 32, 3)
+        assert layer.images().shape == (3, 1, 32, 32, 3) and layer.images("diverse").shape == (3, 2, 32, 32, 3)
         assert [layer.render_attributes(p)["natural"] for p in layer.presets] == ["mean", "least", "mean", "mean"]
         table = atlas.units()
         counts = table.groupby("preset").size().to_dict()
@@ -50,7 +50,7 @@ def test_all_presets_are_in_one_atlas_in_their_order(folders: Path) -> None:
 def test_pictures_are_measured_and_held_against_photographs(folders: Path) -> None:
     with pipeline.open_atlas(folders / "many") as atlas:
         table = atlas.units()
-        for name, (low, high) in (metric_specs.MEASURES | metric_specs.RELATIONS).items():
+        for name, (low, high) in (metric_specs.IMAGE_METRICS | metric_specs.DERIVED_METRICS).items():
             values = table[name] if name != "agreement" else table[name][table["preset"] == "diverse"]
             assert values.between(low - 1e-3, high + 1e-3).all(), name
         assert table["agreement"].notna().sum() == 12
@@ -62,18 +62,18 @@ def test_pictures_are_measured_and_held_against_photographs(folders: Path) -> No
 def test_transfer_is_that_of_a_pass_over_the_best_photographs(folders: Path, photo_folder: Path) -> None:
     base = [o for o in TINY if not o.startswith("layers.include")]
     config = compose([*base, "data=folder", f"data.root={photo_folder}"]).config
-    model, dataset = load(config.model).to("cpu"), datasets.listing(config.data)
+    model, dataset = load_model(config.model).to("cpu"), datasets.list_dataset(config.data)
     with pipeline.open_atlas(folders / "many") as atlas:
         for view in atlas:
             layer = next(la for la in enumerate_layers(model) if la.name == view.name)
             answers = seen_by(model, [layer], dataset, 4)[layer.name].max((2, 3))
             for preset, which in (("distill", "max"), ("negative", "min")):
-                best, own = view.examples(which), view.picture_responses(preset)
+                best, own = view.examples(which), view.image_activations(preset)
                 assert best is not None and own is not None and own.shape == (3, 1, layer.channels)
                 for row, index in enumerate(best.index):
                     a, b = own[row, 0] - answers.mean(0), answers[index].mean(0) - answers.mean(0)
                     cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-                    assert view.numbers(preset)["transfer"][row, 0] == pytest.approx(cosine, abs=5e-3)
+                    assert view.measurements(preset)["transfer"][row, 0] == pytest.approx(cosine, abs=5e-3)
 
 
 def test_a_preset_among_others_gives_the_same_pictures_as_alone(folders: Path) -> None:
@@ -81,9 +81,9 @@ def test_a_preset_among_others_gives_the_same_pictures_as_alone(folders: Path) -
         for layer in alone:
             other = many[layer.name]
             assert layer.presets == ("negative",)
-            assert np.array_equal(layer.pictures()[()], other.pictures("negative")[()])
+            assert np.array_equal(layer.images()[()], other.images("negative")[()])
             assert layer.render_attributes()["digest"] == other.render_attributes("negative")["digest"]
-            assert np.array_equal(layer.numbers()["seed"], other.numbers("negative")["seed"])
+            assert np.array_equal(layer.measurements()["seed"], other.measurements("negative")["seed"])
 
 
 def test_it_is_whole_and_nothing_is_made_again(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,8 +104,8 @@ def test_what_can_not_go_together_is_refused(tiny_run: list[str], capsys: pytest
         (["also=[nothing]"], "There is no render=nothing"),
         (["also=[negative]", "also.negative.size=8"], "also.negative.size=8"),
         (["also=[negative]", "also.negative.steps=0"], "also.negative.steps=0 is too small"),
-        (["also=[oygard]"], "also=oygard: render.schedule asks for a head"),
-        (["also=[negative]", "render/objective@also.negative.objective=layer"], "give it a run of its own"),
+        (["also=[oygard]"], "also=oygard: render.schedule needs a head"),
+        (["also=[negative]", "render/objective@also.negative.objective=layer"], "into a separate run"),
     ):
         assert main(["plan", *tiny_run, *more]) == 2, more
         assert told in capsys.readouterr().err, more

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from pipeline.engine.progress import ProgressReporter, Stage, clock
+from pipeline.core.formatting import clock
+from pipeline.engine.progress import ProgressReporter, Stage
 
 
 def test_times_as_a_person_says_them() -> None:

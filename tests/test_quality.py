@@ -85,7 +85,7 @@ def photographs(count: int, power: float, seed: int = 0) -> list[np.ndarray]:
 
 
 def test_what_falls_as_photographs_do_is_natural_at_any_contrast() -> None:
-    known = natural_spectrum.measure(photographs(24, 1.0))
+    known = natural_spectrum.measure_spectrum(photographs(24, 1.0))
 
     def apart(power: float, contrast: float = 1.0) -> float:
         images = torch.from_numpy(np.stack(photographs(6, power, seed=1))).double() / 255
@@ -104,7 +104,7 @@ def test_rank_counts_those_above() -> None:
 def test_photographs_are_near_their_own_spectrum_and_noise_is_far() -> None:
     pictures = np.stack([skimage.data.astronaut()[:256, :256], skimage.data.coffee()[:256, 100:356]])
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).double() / 255
-    known = natural_spectrum.packaged()
+    known = natural_spectrum.packaged_spectrum()
     grey = images.mean(1, keepdim=True)
     assert metrics.spectral_distance(images, known).max() < 0.3 and metrics.spectral_distance(grey, known).max() < 0.3
     for channels in (1, 3, 4):
@@ -116,10 +116,10 @@ def test_photographs_are_near_their_own_spectrum_and_noise_is_far() -> None:
 @given(st.sampled_from([1, 3, 5]), st.integers(1, 40), st.integers(1, 40))
 def test_every_size_and_any_channels_give_numbers_in_range(channels: int, height: int, width: int) -> None:
     images = torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(height))
-    found = metrics.of_pictures(images, (2, 4, 7), natural_spectrum.packaged())
-    assert found.keys() == metric_specs.MEASURES.keys() - {"rank"}
+    found = metrics.image_metrics(images, (2, 4, 7), natural_spectrum.packaged_spectrum())
+    assert found.keys() == metric_specs.IMAGE_METRICS.keys() - {"rank"}
     for name, values in found.items():
-        low, high = metric_specs.MEASURES[name]
+        low, high = metric_specs.IMAGE_METRICS[name]
         if name == "spectral_distance" and bool(values.isnan().any()):
             assert min(height, width) < 4  # too small to have a spectrum
         else:
@@ -128,8 +128,8 @@ def test_every_size_and_any_channels_give_numbers_in_range(channels: int, height
 
 def test_a_picture_has_the_same_numbers_in_every_batch() -> None:
     images = ((noise(56, 7) * 255).round() / 255).float()
-    together = metrics.of_pictures(images, (2, 4), natural_spectrum.packaged())
-    alone = metrics.of_pictures(images[3:4], (2, 4), natural_spectrum.packaged())
+    together = metrics.image_metrics(images, (2, 4), natural_spectrum.packaged_spectrum())
+    alone = metrics.image_metrics(images[3:4], (2, 4), natural_spectrum.packaged_spectrum())
     for name, values in together.items():
         assert values[3].float() == alone[name][0].float()
 
@@ -137,10 +137,10 @@ def test_a_picture_has_the_same_numbers_in_every_batch() -> None:
 def test_gain_is_a_ratio_on_the_right_side_of_zero() -> None:
     reached = np.array([[6.0, 3.0], [1.0, 1.0], [-4.0, 2.0]], np.float32)
     natural = np.array([3.0, 0.0, -2.0], np.float32)
-    held = metric_specs.gain(reached, natural, negative=False)
+    held = metric_specs.activation_ratio(reached, natural, negative=False)
     assert held[0].tolist() == [2, 1] and np.isnan(held[1:]).all() and held.dtype == np.float32
-    assert metric_specs.gain(reached, natural, negative=True)[2].tolist() == [2, -1]
-    assert np.isnan(metric_specs.gain(reached, np.full(3, np.nan, np.float32), negative=True)).all()
+    assert metric_specs.activation_ratio(reached, natural, negative=True)[2].tolist() == [2, -1]
+    assert np.isnan(metric_specs.activation_ratio(reached, np.full(3, np.nan, np.float32), negative=True)).all()
 
 
 def test_agreement_is_one_for_the_same_and_zero_for_any_two() -> None:
@@ -175,7 +175,7 @@ def test_transfer_is_a_cosine_about_the_usual_answer() -> None:
 def test_answers_are_found_by_photograph_and_those_lost_are_passed_over() -> None:
     answers = np.array([[1, 10], [2, 20], [4, 40]], np.float16)
     wanted = np.array([[9, 3], [3, 77], [-1, -1], [5, -1], [77, -1]])
-    found = metrics.mean_answers(wanted, np.array([9, 3, 5]), answers)
+    found = metrics.mean_activations(wanted, np.array([9, 3, 5]), answers)
     assert found[[0, 1, 3]].tolist() == [[1.5, 15], [2, 20], [4, 40]] and np.isnan(found[[2, 4]]).all()
-    assert np.isnan(metrics.mean_answers(wanted, np.zeros(0, int), answers[:0])).all()
-    assert metrics.kept(torch.tensor([1e9, -1e9, 2.0])).tolist() == [65504, -65504, 2]
+    assert np.isnan(metrics.mean_activations(wanted, np.zeros(0, int), answers[:0])).all()
+    assert metrics.to_float16(torch.tensor([1e9, -1e9, 2.0])).tolist() == [65504, -65504, 2]

@@ -22,9 +22,10 @@ import pipeline
 from pipeline.cli.main import main
 from pipeline.config.schema import EngineConfig
 from pipeline.core.errors import AtlasError
-from pipeline.engine.inline import Failure, TooManyFailures
-from pipeline.engine.ray_engine import OnRay, connected
-from pipeline.engine.worker import DeviceLost, Done, Task
+from pipeline.engine.base import Failure, TooManyFailures
+from pipeline.engine.ray_engine import RayEngine, connected
+from pipeline.engine.tasks import Done, RenderTask
+from pipeline.engine.worker import DeviceLost
 from pipeline.store import shards
 
 ON_RAY = ["engine=ray", "engine.workers=2"]
@@ -77,7 +78,7 @@ def test_killed_workers_change_nothing(tiny_run: list[str], tmp_path: Path) -> N
             ours, theirs = layer.examples(), b[layer.name].examples()
             assert ours is not None and theirs is not None
             assert np.array_equal(ours.index, theirs.index) and np.array_equal(ours.y, theirs.y)
-            assert np.array_equal(layer.numbers()["seed"], b[layer.name].numbers()["seed"])
+            assert np.array_equal(layer.measurements()["seed"], b[layer.name].measurements()["seed"])
 
 
 def test_bad_input_on_a_worker_ends_the_run_at_once(
@@ -95,7 +96,7 @@ def test_bad_input_on_a_worker_ends_the_run_at_once(
 
     monkeypatch.setattr(runner, "make_plan", other_weights)
     assert main(["render", *tiny_run, *ON_RAY]) == 2
-    assert "weights of test_efficientnet are not the driver's" in capsys.readouterr().err
+    assert "loaded other weights of test_efficientnet than the driver" in capsys.readouterr().err
 
 
 def test_more_workers_than_room_are_cut_and_too_large_ones_refused(
@@ -103,10 +104,7 @@ def test_more_workers_than_room_are_cut_and_too_large_ones_refused(
 ) -> None:
     assert main(["render", *tiny_run, *TOO_MANY]) == 0
     assert "but the cluster has room for" in capsys.readouterr().err
-    assert (
-        main(["render", *tiny_run, *ON_RAY, "engine.cpus_per_worker=999", "render.steps=5", "run.update=true"])
-        == 2
-    )
+    assert main(["render", *tiny_run, *ON_RAY, "engine.cpus_per_worker=999", "render.steps=5", "run.update=true"]) == 2
     assert "No node of the cluster has room for a worker of 999 CPUs" in capsys.readouterr().err
 
 
@@ -135,7 +133,7 @@ def test_a_signal_stops_the_run_and_its_workers(tiny_run: list[str], tmp_path: P
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert time.monotonic() - began < 15
-    assert "Everything finished is kept" in errors
+    assert "Finished work is kept" in errors
     assert kept and all(path.exists() for path in kept)
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert workers and not alive
@@ -156,7 +154,7 @@ def moods() -> tuple[type, Any]:
         def hello(self) -> str:
             return f"node:{os.getpid()}"
 
-        def do(self, task: Task, fits: Any = None, files: Any = None) -> Done:
+        def do(self, task: RenderTask, fits: Any = None, files: Any = None) -> Done:
             self.done += 1
             mark = Path(task.path)
             tries = int(mark.read_text()) + 1 if mark.exists() else 1
@@ -172,24 +170,29 @@ def moods() -> tuple[type, Any]:
             if task.layer == "killer":
                 os._exit(1)
             batch = ("cpu", 4) if task.layer == "tight" else None
-            return Done(task.path, 0.01, batch=batch, worn="grew" if task.layer == "growing" else "")
+            return Done(task.path, 0.01, batch=batch, restart_reason="grew" if task.layer == "growing" else "")
 
     return Moody, Little()
 
 
 def do_all(
     folder: Path, layers: list[str], idle: Callable[[], None] = lambda: None, **settings: Any
-) -> tuple[list[Any], OnRay]:
-    tasks = [Task("render", str(folder / str(i)), "d", -float(i), layer, (i,)) for i, layer in enumerate(layers)]
+) -> tuple[list[Any], RayEngine]:
+    tasks = [
+        RenderTask(str(folder / str(i)), "d", -float(i), layer, (i,), (8, 8), "distill")
+        for i, layer in enumerate(layers)
+    ]
     results: list[Any] = []
     config = EngineConfig(**settings)
     with connected(config) as ray:
         kind, setup = moods()
-        engine = OnRay(ray, config, kind)
+        engine = RayEngine(ray, config, kind)
         try:
             engine.execute(tasks, setup, lambda task, result: results.append((task.layer, result)), idle)
         except TooManyFailures as error:
             results.append(("", error))
+        finally:
+            engine.close()
     return results, engine
 
 
@@ -206,11 +209,11 @@ def test_every_way_a_task_can_end(tmp_path: Path) -> None:
     # A worker that is lost need not be its task's fault: it is tried three times as often as what raises.
     assert (tmp_path / "5").read_text() == "6" and (tmp_path / "2").read_text() == "2"
     # 6 + 2 deaths, 1 poisoned, 2 grown: each had another take its place.
-    ends = [post.end for post in engine.posts if post.end]
+    ends = [post.end for post in engine.stats if post.end]
     assert len(ends) == 11 and ends.count("grew") == 2 and any("illegal memory access" in end for end in ends)
-    assert len({post.name for post in engine.posts}) >= 11
-    assert sum(post.tasks for post in engine.posts) == len(layers) - 2
-    assert all(post.left is not None for post in engine.posts)
+    assert len({post.name for post in engine.stats}) >= 11
+    assert sum(post.tasks for post in engine.stats) == len(layers) - 2
+    assert all(post.left is not None for post in engine.stats)
 
 
 def test_too_many_failures_stop_it_on_ray(tmp_path: Path) -> None:
@@ -222,9 +225,11 @@ def test_too_many_failures_stop_it_on_ray(tmp_path: Path) -> None:
             return ""
 
     with connected(EngineConfig(workers=1, cpus_per_worker=0.5)) as ray:
-        engine = OnRay(ray, EngineConfig(workers=1, cpus_per_worker=0.5), Stillborn)
+        engine = RayEngine(ray, EngineConfig(workers=1, cpus_per_worker=0.5), Stillborn)
         with pytest.raises(AtlasError, match=r"(?s)3 workers in a row could not start.*no such library"):
-            engine.execute([Task("render", "x", "d", 1.0)], moods()[1], lambda *_: None, lambda: None)
+            engine.execute(
+                [RenderTask("x", "d", 1.0, "layer", (0,), (8, 8), "distill")], moods()[1], lambda *_: None, lambda: None
+            )
     results, _ = do_all(tmp_path, ["broken"] * 6, workers=1, cpus_per_worker=0.5, attempts=1, max_failures=3)
     assert [type(r) for _, r in results] == [Failure, Failure, Failure, TooManyFailures]
 
@@ -273,8 +278,8 @@ def test_workers_join_and_leave_with_their_nodes(tmp_path: Path) -> None:
     try:
         results, engine = do_all(tmp_path, ["slow"] * 40, idle, address=cluster.address, patience=120.0)
         assert len(results) == 40 and all(isinstance(r, Done) for _, r in results)
-        assert len(nodes) == 3 and len(engine.posts) >= 3 and sum(post.tasks for post in engine.posts) == 40
-        assert any(post.end for post in engine.posts)
+        assert len(nodes) == 3 and len(engine.stats) >= 3 and sum(post.tasks for post in engine.stats) == 40
+        assert any(post.end for post in engine.stats)
         with pytest.raises(AtlasError, match=r"within 1 s \(engine\.patience\)"):
             do_all(tmp_path, ["good"], address=cluster.address, patience=1.0, cpus_per_worker=64)
         # A node that has room but is held by others is waited for longer, and the message says why.
@@ -292,13 +297,13 @@ def test_workers_that_share_no_files_with_the_driver(tiny_run: list[str], tmp_pa
     from conftest import compose
     from safetensors.torch import save
 
-    from pipeline.models.loading import load, packed_weights
+    from pipeline.models.loading import load_model, serialize_weights
 
     config = compose(tiny_run).config.model
     checkpoint = tmp_path / "weights.safetensors"
-    checkpoint.write_bytes(save(load(config).module.state_dict()))
+    checkpoint.write_bytes(save(load_model(config).module.state_dict()))
     own = [*tiny_run, f"model.weights={checkpoint}"]
-    assert packed_weights(compose(own).config.model) is not None
+    assert serialize_weights(compose(own).config.model) is not None
     settings = ["engine.cpus_per_worker=1", "engine.task_seconds=0.001"]  # the same cuts
     assert main(["run", *own, *settings]) == 0
     assert main(["run", *own, *settings, *ON_RAY, "engine.shared_fs=false", "run.name=far"]) == 0

@@ -10,12 +10,12 @@ from torch import nn
 
 from pipeline.core.errors import AtlasError
 from pipeline.layers.finding import capture
-from pipeline.layers.selection import LayersConfig, choose, found_layers, logit_layers
-from pipeline.models.loading import ModelConfig, load
-from pipeline.runs.planner import make_plan
-from pipeline.runs.runner import plan, run
+from pipeline.layers.selection import LayersConfig, list_layers, logit_layers, select_layers
+from pipeline.models.loading import ModelConfig, load_model
+from pipeline.planning.planner import make_plan
+from pipeline.runs.runner import plan_run, run
 from pipeline.store.reader import open_atlas
-from pipeline.store.writer import parts
+from pipeline.store.writer import render_groups
 
 NETS = '''
 import torch
@@ -188,7 +188,7 @@ def nets(tmp_path: Path) -> Path:
 def layers_of(nets: Path, builder: str, **settings: Any) -> list[str]:
     """Names of all layers, found as a plan finds them."""
     config = ModelConfig("custom", "mine", target=f"{nets}:{builder}", **{"input_size": 16, **settings})
-    return [layer.name for layer in found_layers(load(config).to("cpu"), LayersConfig())]
+    return [layer.name for layer in list_layers(load_model(config).to("cpu"), LayersConfig())]
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch is giving up its former quantization
@@ -235,9 +235,9 @@ def test_the_failing_module_is_named(nets: Path) -> None:
 
 def test_a_network_that_flattens_by_view_runs_in_the_usual_memory_format(nets: Path) -> None:
     config = ModelConfig("custom", "mine", target=f"{nets}:flat", input_size=32)
-    model = load(config).to("cpu")
+    model = load_model(config).to("cpu")
     assert not model.channels_last
-    (layer,) = [la for la in found_layers(model, LayersConfig()) if la.name == "conv"]
+    (layer,) = [la for la in list_layers(model, LayersConfig()) if la.name == "conv"]
     images = torch.rand(2, 3, 32, 32)
     with capture(model, [layer], stop=False) as forward:
         maps = forward(images)["conv"]
@@ -255,21 +255,21 @@ def test_logits_are_asked_for_by_nothing_but_logits(nets: Path, builder: str, lo
         input_size=16,
         arguments={"by": 0.1} if builder == "huge" else None,
     )
-    model = load(config).to("cpu")
-    layers = found_layers(model, LayersConfig())
+    model = load_model(config).to("cpu")
+    layers = list_layers(model, LayersConfig())
     for policy in ("tour", "convs", "all"):
-        assert choose(model, layers, LayersConfig(policy))
+        assert select_layers(model, layers, LayersConfig(policy))
     if logits is None:
         with pytest.raises(AtlasError, match=r"has no classifier: no linear layer .* layers=convs"):
-            choose(model, layers, LayersConfig("logits"))
+            select_layers(model, layers, LayersConfig("logits"))
     else:
-        assert [la.name for la in choose(model, layers, LayersConfig("logits"))] == logits
+        assert [la.name for la in select_layers(model, layers, LayersConfig("logits"))] == logits
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"])
 def test_heads_of_torchvision_without_a_linear_layer(name: str) -> None:
-    model = load(ModelConfig("torchvision", name, weights=None, input_size=96)).to("cpu")
-    layers = found_layers(model, LayersConfig())
+    model = load_model(ModelConfig("torchvision", name, weights=None, input_size=96)).to("cpu")
+    layers = list_layers(model, LayersConfig())
     heads = [(la.name, la.channels) for la in logit_layers(model, layers)]
     expected = {
         "squeezenet1_1": [("classifier.1", 1000)],
@@ -318,7 +318,7 @@ def test_layers_without_gradient_keep_their_dataset_examples(
     assert [row.layer.name for row in made.rows] == rendered
     assert all(reason in one.reason for one in made.unrendered)
     assert {one.layer.name for one in made.unrendered} == {"conv", "act", "head"} - set(rendered)
-    assert run(request, plan(request)) == 0
+    assert run(request, plan_run(request)) == 0
     with open_atlas(request.config.folder) as atlas:
         for name in ("conv", "act", "head"):
             view = atlas[name]
@@ -327,21 +327,23 @@ def test_layers_without_gradient_keep_their_dataset_examples(
             assert not view.unrendered or reason in view.unrendered
             examples = view.examples("max")
             assert examples is not None and (examples.index >= 0).any()
-    kept = parts(request.config.folder / "atlas.h5").values()
+    kept = render_groups(request.config.folder / "atlas.h5").values()
     assert {shard.attributes["level"].split()[0] for shard in kept} <= {"lowered", "folded", "original"}
 
 
 def test_builders_of_one_file_are_different_networks(nets: Path) -> None:
     """Their weights may be equal, and so is the file's source; what they compute is not."""
     digests = {
-        load(ModelConfig("custom", "mine", target=f"{nets}:frozen", input_size=16, arguments={"how": how})).digest
+        load_model(ModelConfig("custom", "mine", target=f"{nets}:frozen", input_size=16, arguments={"how": how})).digest
         for how in ("round", "detach")
     }
     (nets.parent / "two.py").write_text(
         NETS + "\n\ndef one(): return frozen('round')\ndef other(): return frozen('detach')\n"
     )
     for builder in ("one", "other"):
-        digests.add(load(ModelConfig("custom", "mine", target=f"{nets.parent}/two.py:{builder}", input_size=16)).digest)
+        digests.add(
+            load_model(ModelConfig("custom", "mine", target=f"{nets.parent}/two.py:{builder}", input_size=16)).digest
+        )
     assert len(digests) == 4
 
 

@@ -13,6 +13,7 @@ from pipeline.data import natural_spectrum
 from pipeline.layers.finding import Layer, ReceptiveField, capture, enumerate_layers
 from pipeline.models.loading import Model
 from pipeline.visualization import metrics
+from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.loop import render
 from pipeline.visualization.objectives import Channel, Neuron, WholeLayer
 from pipeline.visualization.optimizers import Adam
@@ -34,7 +35,7 @@ PRESET = Preset(
 
 @pytest.mark.parametrize("name", ["stem", "relu#2", "block.0", "head"])
 def test_every_kind_of_layer_rises(tiny: Model, tiny_layers: dict[str, Layer], name: str) -> None:
-    pictures = render(tiny, tiny_layers[name], [(0, 0), (1, 0), (2, 0)], PRESET, seed=0)
+    pictures = render(RenderJob(tiny, tiny_layers[name], PRESET, seed=0), [(0, 0), (1, 0), (2, 0)])
     for picture in pictures:
         assert picture.activation > picture.start and picture.status in ("converged", "limit")
         assert picture.image.shape == (32, 32, 3) and picture.image.dtype == np.uint8
@@ -43,8 +44,8 @@ def test_every_kind_of_layer_rises(tiny: Model, tiny_layers: dict[str, Layer], n
 def test_alone_and_in_a_batch_the_same_picture(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
     preset = dataclasses.replace(PRESET, steps=64)
     layer = tiny_layers["late"]
-    together = render(tiny, layer, [(c, v) for c in range(8) for v in range(2)], preset, seed=3)
-    (alone,) = render(tiny, layer, [(5, 1)], preset, seed=3)
+    together = render(RenderJob(tiny, layer, preset, seed=3), [(c, v) for c in range(8) for v in range(2)])
+    (alone,) = render(RenderJob(tiny, layer, preset, seed=3), [(5, 1)])
     twin = next(p for p in together if (p.channel, p.variant) == (5, 1))
     assert alone.seed == twin.seed
     assert np.abs(alone.image.astype(int) - twin.image.astype(int)).max() <= 1
@@ -52,8 +53,8 @@ def test_alone_and_in_a_batch_the_same_picture(tiny: Model, tiny_layers: dict[st
 
 
 def test_variants_and_run_seeds_differ(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
-    first, second = render(tiny, tiny_layers["late"], [(0, 0), (0, 1)], PRESET, seed=0)
-    (other,) = render(tiny, tiny_layers["late"], [(0, 0)], PRESET, seed=1)
+    first, second = render(RenderJob(tiny, tiny_layers["late"], PRESET, seed=0), [(0, 0), (0, 1)])
+    (other,) = render(RenderJob(tiny, tiny_layers["late"], PRESET, seed=1), [(0, 0)])
     assert len({first.seed, second.seed, other.seed}) == 3
     assert np.abs(first.image.astype(int) - second.image.astype(int)).max() > 10
 
@@ -72,9 +73,9 @@ def test_a_dead_unit_is_tried_again_and_then_marked() -> None:
     with torch.no_grad():
         late.weight[2].zero_()
     layer = next(la for la in enumerate_layers(model) if la.name == "late")
-    dead, alive = render(model, layer, [(2, 0), (3, 0)], dataclasses.replace(PRESET, steps=8), seed=0)
+    dead, alive = render(RenderJob(model, layer, dataclasses.replace(PRESET, steps=8), seed=0), [(2, 0), (3, 0)])
     assert dead.status == "failed" and alive.status != "failed"
-    (alone,) = render(model, layer, [(3, 0)], dataclasses.replace(PRESET, steps=8), seed=0)
+    (alone,) = render(RenderJob(model, layer, dataclasses.replace(PRESET, steps=8), seed=0), [(3, 0)])
     assert np.abs(alone.image.astype(int) - alive.image.astype(int)).max() <= 1
 
 
@@ -89,14 +90,14 @@ def test_a_picture_may_succeed_at_its_second_attempt(tiny: Model, tiny_layers: d
             super().step(parameters, gradient * (float("nan") if rate == 0.1 else 1), state, at, rate)
 
     preset = dataclasses.replace(PRESET, optimizer=Unlucky(lr=0.1), steps=8)
-    (picture,) = render(tiny, tiny_layers["late"], [(0, 0)], preset, seed=0)
+    (picture,) = render(RenderJob(tiny, tiny_layers["late"], preset, seed=0), [(0, 0)])
     assert picture.status == "retried" and set(calls) == {0.1, 0.05}
     assert picture.image.std() > 0
 
 
 def test_the_network_is_left_as_it_was_found(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
     before = {k: v.clone() for k, v in tiny.module.state_dict().items()}
-    render(tiny, tiny_layers["head"], [(0, 0)], dataclasses.replace(PRESET, steps=2), seed=0)
+    render(RenderJob(tiny, tiny_layers["head"], dataclasses.replace(PRESET, steps=2), seed=0), [(0, 0)])
     assert all(torch.equal(v, before[k]) for k, v in tiny.module.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny.module.modules())
     assert all(p.grad is None for p in tiny.module.parameters())
@@ -104,11 +105,11 @@ def test_the_network_is_left_as_it_was_found(tiny: Model, tiny_layers: dict[str,
 
 def test_a_finished_picture_is_measured_as_saved(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
     layer = tiny_layers["late"]
-    pictures = render(tiny, layer, [(c, v) for c in range(8) for v in range(2)], PRESET, seed=3)
+    pictures = render(RenderJob(tiny, layer, PRESET, seed=3), [(c, v) for c in range(8) for v in range(2)])
     images = torch.from_numpy(np.stack([p.image for p in pictures])).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad(), capture(tiny, [layer]) as forward:
         maps = forward(images)[layer.name]
-    expected = metrics.of_pictures(images, (2, 4), natural_spectrum.packaged())
+    expected = metrics.image_metrics(images, (2, 4), natural_spectrum.packaged_spectrum())
     for i, picture in enumerate(pictures):
         own = maps[i].mean((1, 2))
         assert picture.activation == pytest.approx(float(own[picture.channel]), abs=1e-4)
@@ -123,12 +124,14 @@ def test_ranks_follow_what_is_raised(tiny: Model, tiny_layers: dict[str, Layer])
     negative = dataclasses.replace(PRESET, negative=True)
     neuron = dataclasses.replace(PRESET, objective=Neuron())
     for preset, by in ((negative, lambda m: -m.mean((1, 2))), (neuron, lambda m: m.amax((1, 2)))):
-        for picture in render(tiny, layer, [(c, 0) for c in range(8)], preset, seed=0):
+        for picture in render(RenderJob(tiny, layer, preset, seed=0), [(c, 0) for c in range(8)]):
             image = torch.from_numpy(picture.image).permute(2, 0, 1)[None].float() / 255
             with torch.no_grad(), capture(tiny, [layer]) as forward:
                 strengths = by(forward(image)[layer.name][0])
             assert picture.measures["rank"] == 1 + int((strengths > strengths[picture.channel]).sum())
-    (whole,) = render(tiny, layer, [(0, 0)], dataclasses.replace(PRESET, objective=WholeLayer(), steps=2), seed=0)
+    (whole,) = render(
+        RenderJob(tiny, layer, dataclasses.replace(PRESET, objective=WholeLayer(), steps=2), seed=0), [(0, 0)]
+    )
     assert np.isnan(whole.measures["rank"])
 
 

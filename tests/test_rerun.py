@@ -16,7 +16,7 @@ import pipeline
 from pipeline.cli.main import main
 from pipeline.core.errors import AtlasError
 from pipeline.engine import worker
-from pipeline.runs import cost_model, manifest, planner
+from pipeline.planning import cost_model, manifest, planner
 from pipeline.runs.pass_subset import PassSubset
 
 SMALL = ["layers.include=[blocks.1.0.*,classifier]", "layers.channels=[0,2]"]
@@ -33,8 +33,8 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 def hasty() -> Iterator[None]:
     """Estimates need not be good here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost_model, "PATIENCE", 0.01)
-        patch.setattr(cost_model, "TIMED", 3)
+        patch.setattr(cost_model, "TIME_LIMIT", 0.01)
+        patch.setattr(cost_model, "MAX_STEPS", 3)
         yield
 
 
@@ -55,9 +55,9 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     made: list[tuple[str, int]] = []
     whole = worker.render
 
-    def counting(model: Any, layer: Any, units: Any, *rest: Any, **more: Any) -> Any:
-        made.extend((layer.name, channel) for channel, _ in units)
-        return whole(model, layer, units, *rest, **more)
+    def counting(job: Any, units: Any) -> Any:
+        made.extend((job.layer.name, channel) for channel, _ in units)
+        return whole(job, units)
 
     monkeypatch.setattr(worker, "render", counting)
     return made
@@ -71,7 +71,7 @@ def no_photograph(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a photograph was read")
 
     for module in ("pipeline.examples.sweep", "pipeline.examples.localize"):
-        monkeypatch.setattr(f"{module}.photos.load", read)
+        monkeypatch.setattr(f"{module}.image_loading.load", read)
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_examples_are_linked_and_only_pictures_that_differ_are_rendered(
 
     assert main(["run", *longer]) == 0
     assert len(rendered) == 15
-    for kind in ("ranges", "examples", "winners"):
+    for kind in ("ranges", "examples", "localize"):
         linked = sorted((tmp_path / "again" / "shards" / kind).glob("*.h5"))
         assert linked and all(path.samefile(base / "shards" / kind / path.name) for path in linked)
     with pipeline.open_atlas(base) as old, pipeline.open_atlas(tmp_path / "again") as new:
@@ -140,7 +140,7 @@ def test_examples_are_linked_and_only_pictures_that_differ_are_rendered(
             a, b = before.examples("max"), after.examples("max")
             assert a is not None and b is not None and np.array_equal(a.index, b.index)
             assert before.receptive_field == after.receptive_field
-            assert (before.numbers()["steps"] == 4).all() and (after.numbers()["steps"] == 5).all()
+            assert (before.measurements()["steps"] == 4).all() and (after.measurements()["steps"] == 5).all()
 
     # With the base's own settings all of its pictures are taken, too: the atlas is the same, and nothing was rendered.
     rendered.clear()
@@ -149,7 +149,7 @@ def test_examples_are_linked_and_only_pictures_that_differ_are_rendered(
     assert main(["run", *equal]) == 0
     told = capsys.readouterr()
     assert f"from {base}: examples of 20 photographs, 15 of 15 pictures" in told.out
-    assert "to do: nothing is missing" in told.out and "15 pictures of" in told.err and "are used again" in told.err
+    assert "to do: nothing is missing" in told.out and "Reusing 15 visualizations of" in told.err
     assert not rendered and same(content(base), content(tmp_path / "equal"))
 
 
@@ -214,7 +214,7 @@ def test_fewer_layers_and_channels_are_cut_out_of_the_base(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("this was done already")
 
-    monkeypatch.setattr("pipeline.examples.sweep.photos.load", never)
+    monkeypatch.setattr("pipeline.examples.sweep.image_loading.load", never)
     monkeypatch.setattr(worker, "render", never)
     assert main(["run", *small, f"run.root={based}", f"base={base}"]) == 0
     ours, theirs = content(based / "small"), content(alone / "small")
@@ -261,7 +261,7 @@ def test_a_base_that_is_only_begun_lends_what_it_has(
     shutil.copytree(base, half)
     for path in [half / "atlas.h5", *sorted((half / "shards" / "examples").glob("*.h5"))[:1]]:
         path.unlink()
-    shutil.rmtree(half / "shards" / "winners")
+    shutil.rmtree(half / "shards" / "localize")
     shutil.rmtree(half / "shards" / "render" / "conv_stem")
     rest = [*settings, f"run.root={tmp_path}", "run.name=rest", f"base={half}"]
     assert main(["run", *rest]) == 0
@@ -286,7 +286,7 @@ def test_a_compacted_base_lends_out_of_its_atlas(
     with pipeline.open_atlas(base) as old, pipeline.open_atlas(tmp_path / "again") as new:
         for layer in new:
             assert layer.channels.tolist() == [1, 2]
-            assert all(np.array_equal(layer.picture(c), old[layer.name].picture(c)) for c in (1, 2))
+            assert all(np.array_equal(layer.image(c), old[layer.name].image(c)) for c in (1, 2))
 
 
 def test_where_links_cannot_be_made_files_are_copied(
@@ -464,8 +464,8 @@ def test_only_units_whose_pictures_were_not_good_enough(
         (["data.limit=7"], "data.limit: None → 7"),
         (["only=faild"], "only='faild' is unknown. Nearest: failed"),
         (["only=below:much"], "below needs a number"),
-        (["only=failed"], "no picture of"),
-        (["only=below:-1e9"], "the least achieved ÷ natural in"),
+        (["only=failed"], "no visualization of"),
+        (["only=below:-1e9"], "the smallest achieved ÷ natural in"),
         (["only=failed", "base=null"], "only=failed needs base=runs/NAME"),
         (["units=nowhere.csv"], "units=nowhere.csv can't be read: No such file"),
         (["units=empty.csv"], "is empty: rows of layer,channel"),
@@ -473,7 +473,7 @@ def test_only_units_whose_pictures_were_not_good_enough(
         (["units=layers.csv"], "the network has no layer 'conv_stme'. Nearest: conv_stem"),
         (["units=channels.csv"], ", and no 999."),
         (["units=one.csv", "layers.exclude=[conv_stem]"], "leave none of the layers that units and only choose"),
-        (["units=one.csv", "only=converged"], "None of the units of one.csv is so that only=converged holds"),
+        (["units=one.csv", "only=converged"], "None of the units of one.csv satisfies only=converged"),
     ],
 )
 def test_what_cannot_be_based_or_chosen_is_told(
@@ -503,7 +503,7 @@ def test_what_cannot_be_based_or_chosen_is_told(
 def test_only_about_the_run_itself_is_refused(finished: tuple[Path, list[str]]) -> None:
     base, settings = finished
     own = [*settings, f"run.root={base.parent}", "run.name=base", f"base={base}", "only=failed"]
-    with pytest.raises(AtlasError, match="Give the new one a name of its own"):
+    with pytest.raises(AtlasError, match="Give the new run another name"):
         planner.make_plan(compose(own).config, timed=False)
 
 
@@ -522,10 +522,10 @@ def test_files_that_changed_are_another_dataset(finished: tuple[Path, list[str]]
     old = tmp_path / "old"
     shutil.copytree(base, old)
     (old / manifest.NAME).unlink()
-    with pytest.raises(AtlasError, match="has nothing to lend"):
+    with pytest.raises(AtlasError, match=r"Nothing of base=.* can be reused"):
         planner.make_plan(compose([*moved, f"base={old}", "run.name=moved"]).config, timed=False)
     made = planner.make_plan(compose([*settings, f"base={old}", "run.name=moved"]).config, timed=False)
-    from pipeline.runs.folder import RunFolder
+    from pipeline.planning.folder import RunFolder
 
     assert PassSubset.of(made, RunFolder(old)) is None and PassSubset.of(made, RunFolder(base)) is not None
     (old / "atlas.h5").unlink()
@@ -553,8 +553,8 @@ def test_inputs_survive_their_file_and_count_for_the_same_network_only(
     kept = manifest.read(base)
     assert kept is not None and kept == made.inputs
     layers = [layer for layer, _ in made.layers]
-    assert kept.fields(made.network, layers) == {layer.name: layer.field for layer in layers}
-    assert kept.fields("another", layers) == {} and manifest.read(tmp_path) is None
+    assert kept.receptive_fields(made.network, layers) == {layer.name: layer.field for layer in layers}
+    assert kept.receptive_fields("another", layers) == {} and manifest.read(tmp_path) is None
     (tmp_path / manifest.NAME).write_text('{"weights": 3')
     assert manifest.read(tmp_path) is None
 

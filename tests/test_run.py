@@ -1,5 +1,6 @@
 """The whole path in small: what is missing is made, what is finished is kept, and bad input is told early."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,12 +15,13 @@ from conftest import TINY
 
 import pipeline
 from pipeline.cli.main import main
-from pipeline.store import shards
+from pipeline.core.errors import AtlasError
+from pipeline.store import hdf5
 
 
 def pictures(folder: Path) -> dict[tuple[str, int], np.ndarray]:
     with pipeline.open_atlas(folder) as atlas:
-        return {(la.name, int(c)): la.picture(c) for la in atlas for c in la.channels}
+        return {(la.name, int(c)): la.image(c) for la in atlas for c in la.channels}
 
 
 def shard_times(folder: Path) -> dict[str, int]:
@@ -44,7 +46,7 @@ def test_the_whole_path_and_again(tiny_run: list[str], tmp_path: Path, capsys: p
         assert table["natural"].notna().all()
         best = atlas["conv_stem"].examples("max")
         assert best is not None and best.index.shape == (3, 3) and (np.diff(best.value, axis=1) <= 0).all()
-        assert atlas.photo(int(best.index[0, 0])) is not None
+        assert atlas.input_image(int(best.index[0, 0])) is not None
         assert atlas.dataset()["label"].nunique() == 4 and "render:" in atlas.config
     before, times = pictures(folder), shard_times(folder)
 
@@ -142,11 +144,11 @@ def test_a_failing_task_is_set_aside_and_the_run_goes_on(
     tries: list[str] = []
     whole = worker.render
 
-    def sometimes(model, layer, units, *rest, **more):  # type: ignore[no-untyped-def]
-        if layer.name == "conv_head":
+    def sometimes(job, units):  # type: ignore[no-untyped-def]
+        if job.layer.name == "conv_head":
             tries.append(str(units))
             raise RuntimeError("out of luck")
-        return whole(model, layer, units, *rest, **more)
+        return whole(job, units)
 
     monkeypatch.setattr(worker, "render", sometimes)
     assert main(["run", *tiny_run]) == 1
@@ -177,11 +179,54 @@ def test_too_many_failures_stop_the_run(
 def test_two_runs_do_not_meet_in_one_folder(
     tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipeline.runs.folder import RunFolder
+    from pipeline.planning.folder import RunFolder
 
     with RunFolder(tmp_path / "tiny").locked():
         assert main(["plan", *tiny_run]) == 2
     assert "Another atlas command is at work" in capsys.readouterr().err
+
+
+def test_a_running_command_is_visible_until_it_ends(tmp_path: Path) -> None:
+    from pipeline.planning.folder import RunFolder
+
+    folder = RunFolder(tmp_path / "tiny")
+    assert not folder.is_running()
+    with folder.locked():
+        assert folder.is_running()
+    assert not folder.is_running()
+    with folder.locked():
+        assert RunFolder(tmp_path / "tiny").is_running()
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    from pipeline.planning.folder import RunFolder
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    folder = RunFolder(tmp_path / "tiny")
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for _ in range(2):
+        with pytest.raises(AtlasError, match=r"can't be locked: .* lock it with flock.*run\.root"), folder.locked():
+            pass
+    monkeypatch.undo()
+    with folder.locked():
+        pass
+
+
+def test_a_lock_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    from pipeline.planning.folder import RunFolder
+
+    (tmp_path / "tiny" / ".lock").mkdir(parents=True)
+    with (
+        pytest.raises(AtlasError, match=r"can't be locked: .*tiny/\.lock for writing"),
+        RunFolder(tmp_path / "tiny").locked(),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
@@ -243,7 +288,7 @@ def test_a_damaged_shard_is_made_again(tiny_run: list[str], tmp_path: Path, caps
     before = pictures(folder)
     damaged = sorted((folder / "shards" / "render").rglob("*.h5"))[0]
     with h5py.File(damaged) as file:
-        at = shards.dataset(file, "images").id.get_chunk_info(0).byte_offset
+        at = hdf5.dataset(file, "images").id.get_chunk_info(0).byte_offset
     data = bytearray(damaged.read_bytes())
     data[at + 20] ^= 1
     damaged.write_bytes(data)
@@ -252,7 +297,7 @@ def test_a_damaged_shard_is_made_again(tiny_run: list[str], tmp_path: Path, caps
     times = shard_times(folder)
     capsys.readouterr()
     assert main(["run", *tiny_run]) == 0
-    assert "1 whole pictures kept, the file set aside as" in capsys.readouterr().err
+    assert "1 intact visualizations kept, the file set aside as" in capsys.readouterr().err
     assert {n.split("-")[2] for n in shard_times(folder).keys() - times.keys()} == {"1"}
     assert main(["verify", str(folder)]) == 0
     assert all(np.array_equal(before[k], v) for k, v in pictures(folder).items())
@@ -274,8 +319,8 @@ def test_shards_that_nobody_sees_are_no_success(
     """As when a cluster's nodes share no file system: workers report, but the driver has nothing."""
     from pipeline.engine import worker
 
-    whole = worker.shards.place
-    monkeypatch.setattr(worker.shards, "place", lambda path, data: whole(Path(f"{path}.elsewhere"), data))
+    whole = worker.atomic_io.write_atomic
+    monkeypatch.setattr(worker.atomic_io, "place", lambda path, data: whole(Path(f"{path}.elsewhere"), data))
     assert main(["render", *tiny_run]) == 1
     assert "do all workers and this driver see the run's folder" in (tmp_path / "tiny" / "failures.csv").read_text()
 
@@ -320,5 +365,5 @@ def test_a_network_of_one_size_gets_its_own(
     folder = ["data=folder", f"data.root={photo_folder}", f"run.root={tmp_path}", "run.name=vit"]
     assert main(["plan", *vit, *folder, "render.size=96"]) == 2
     message = capsys.readouterr().err
-    assert "render.size=96: vit_tiny_patch16_224 does not take pictures of 96 x 96" in message and "or 224" in message
+    assert "render.size=96: vit_tiny_patch16_224 does not accept images of 96 x 96" in message and "or 224" in message
     assert main(["plan", *vit, *folder]) == 0

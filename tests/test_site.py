@@ -27,20 +27,22 @@ from PIL import Image
 
 from pipeline.cli.overrides import conf_folder
 from pipeline.core.errors import AtlasError
-from pipeline.core.metric_specs import MEASURES, RELATIONS
-from pipeline.site import SiteConfig, build_site
+from pipeline.core.metric_specs import DERIVED_METRICS, IMAGE_METRICS
 from pipeline.site import number_format as v
+from pipeline.site.build import build_site
+from pipeline.site.config import SiteConfig
 from pipeline.site.context import families, method
-from pipeline.site.context.layer_summary import facts_of
+from pipeline.site.context.layer_summary import summarize
 from pipeline.site.data import api, js_shards
 from pipeline.site.hosting import hosts
 from pipeline.site.hosting.serve import server
 from pipeline.site.layout import embedding
 from pipeline.site.media import encoding, size_budget
-from pipeline.site.media.chunks import Piece, showing_of
+from pipeline.site.media.chunks import Chunk, choose_showing
+from pipeline.store.hdf5 import create_file, write_array
 from pipeline.store.layer_view import Stack
 from pipeline.store.reader import open_atlas
-from pipeline.store.shards import creating, put, safe
+from pipeline.store.shards import safe_name
 
 SIDE = 64
 PHOTOS = 12
@@ -86,7 +88,7 @@ def write_atlas(path: Path, pictures: bool = True, examples: bool = True, layers
     `seed` changes the pictures of stem and nothing else.
     """
     rng = np.random.default_rng(0)
-    with creating(path) as file:
+    with create_file(path) as file:
         file.attrs.update(
             schema="neuron-atlas", schema_version=3, model="tiny", weights_sha256="ab" * 32,
             dataset_fingerprint="cd" * 32, versions=json.dumps({"torch": "9.9", "numpy": "8.8"}),
@@ -100,7 +102,7 @@ def write_atlas(path: Path, pictures: bool = True, examples: bool = True, layers
             data="model: tiny\nname: '</pre><script>alert(3)</script>'\nrender:\n  name: distill\n  objective: {name: "
             f"channel}}\n  canvas: {{name: fourier, decay: 1.25}}\n  transforms:\n{shaken}\n  steps: 128\n",
         )
-        put(file, "model/labels", np.array(LABELS, object))
+        write_array(file, "model/labels", np.array(LABELS, object))
         for order, layer in enumerate(layers):
             write_layer(file, rng, order, layer, pictures, examples, seed if layer[0] == "stem" else 0)
         if examples:
@@ -110,14 +112,14 @@ def write_atlas(path: Path, pictures: bool = True, examples: bool = True, layers
 
 def write_layer(file: h5py.File, rng, order: int, layer, pictures: bool, examples: bool, seed: int) -> None:
     name, kind, total, channels, side, field, size, depth = layer
-    group = file.create_group(f"layers/{safe(name)}")
+    group = file.create_group(f"layers/{safe_name(name)}")
     stride = SIDE // side
     group.attrs.update(
         name=name, order=order, kind=kind, channels=total, map_height=side, map_width=side,
         receptive_field=[field] * 2, receptive_field_stride=[stride] * 2,
         receptive_field_offset=[-(field // 2)] * 2, input_size=[SIDE] * 2,
     )  # fmt: skip
-    put(group, "channels", np.array(channels, np.int32))
+    write_array(group, "channels", np.array(channels, np.int32))
     best = rng.uniform(1, 9, len(channels)).astype(np.float32)
     if examples:
         if name == "stem":
@@ -130,22 +132,22 @@ def write_layer(file: h5py.File, rng, order: int, layer, pictures: bool, example
         shape = (len(channels), variants)
         colours = rng.integers(0, 255, (*shape, 1, 1, depth))
         images = np.broadcast_to((colours + seed) % 256, (*shape, size, size, depth)).astype(np.uint8)
-        put(group, f"{render}/images", images)
+        write_array(group, f"{render}/images", images)
         for key in ("activation", "robust", "start", "seconds"):
-            put(group, f"{render}/{key}", rng.normal(3, 1, shape).astype(np.float32))
+            write_array(group, f"{render}/{key}", rng.normal(3, 1, shape).astype(np.float32))
         if name != "stem":  # which is as in an atlas of before there were measures
             judged = np.random.default_rng(order)
-            for key, (low, high) in (MEASURES | RELATIONS).items():
+            for key, (low, high) in (IMAGE_METRICS | DERIVED_METRICS).items():
                 values = judged.uniform(low, min(high, low + 9), shape).astype(np.float32)
                 alone = key == "agreement" and variants == 1
-                put(group, f"{render}/{key}", np.full_like(values, np.nan) if alone else values)
-        put(group, f"{render}/seed", rng.integers(2**53, 2**62, shape))
-        put(group, f"{render}/steps", np.full(shape, 512, np.int32))
-        put(group, f"{render}/trace", np.sort(rng.normal(0, 1, (*shape, 16))).astype(np.float32))
+                write_array(group, f"{render}/{key}", np.full_like(values, np.nan) if alone else values)
+        write_array(group, f"{render}/seed", rng.integers(2**53, 2**62, shape))
+        write_array(group, f"{render}/steps", np.full(shape, 512, np.int32))
+        write_array(group, f"{render}/trace", np.sort(rng.normal(0, 1, (*shape, 16))).astype(np.float32))
         status = np.full(shape, "converged", object)
         if name == "blocks.0.conv":
             status[1] = "failed"
-        put(group, f"{render}/status", status)
+        write_array(group, f"{render}/status", status)
         natural, objective = ("max", "neuron") if number else ("mean", "channel")
         group[render].attrs.update(
             natural=natural,
@@ -165,51 +167,51 @@ def write_examples(group: h5py.Group, rng, name: str, count: int, side: int, bes
     each = sum(lists.values())
     for key, k in lists.items():
         where = f"examples/{key}"
-        put(group, f"{where}/value", (largest[:, None] - np.arange(k) * 0.1).astype(np.float32))
+        write_array(group, f"{where}/value", (largest[:, None] - np.arange(k) * 0.1).astype(np.float32))
         index = np.stack([rng.permutation(PHOTOS)[:k] for _ in range(count)] or [np.zeros(k)]).astype(np.int32)[:count]
         if key == "max":
             index[:, 3:] = np.where(np.arange(count)[:, None] % 2, -1, index[:, 3:])
-        put(group, f"{where}/index", index)
-        put(group, f"{where}/y", np.zeros((count, k), np.int32))
-        put(group, f"{where}/x", np.full((count, k), side - 1, np.int32))
+        write_array(group, f"{where}/index", index)
+        write_array(group, f"{where}/y", np.zeros((count, k), np.int32))
+        write_array(group, f"{where}/x", np.full((count, k), side - 1, np.int32))
         pair = np.arange(count)[:, None] * each + first + np.arange(k)
-        put(group, f"{where}/map", np.where(index >= 0, pair, -1).astype(np.int32))
+        write_array(group, f"{where}/map", np.where(index >= 0, pair, -1).astype(np.int32))
         first += k
     group["examples/spectrum"].attrs["edges"] = np.array(EDGES, float)
-    put(group, "examples/maps/value", rng.integers(0, 256, (count * each, 3, 4), np.uint8))
-    put(group, "examples/maps/range", np.sort(rng.normal(0, 1, (count * each, 2))).astype(np.float32))
+    write_array(group, "examples/maps/value", rng.integers(0, 256, (count * each, 3, 4), np.uint8))
+    write_array(group, "examples/maps/range", np.sort(rng.normal(0, 1, (count * each, 2))).astype(np.float32))
     for key, value in (("mean", best * -0.1), ("max", largest), ("best_mean", best), ("sparsity", best / 10)):
-        put(group, f"stats/{key}", value.astype(np.float32))
-    put(group, "stats/nonzero", rng.uniform(0, 1, count).astype(np.float32))
-    put(group, "stats/inactive", largest <= 0)
-    put(group, "histogram/counts", rng.integers(0, 50, (count, 256)).astype(np.int32))
-    put(group, "histogram/range", np.stack([np.full(count, -1), largest], 1).astype(np.float32))
-    put(group, "histogram/ends", np.stack([np.full(count, -1.5), largest], 1).astype(np.float32))
-    put(group, "responses", rng.normal(0, 1, (count, 8)).astype(np.float16))
+        write_array(group, f"stats/{key}", value.astype(np.float32))
+    write_array(group, "stats/nonzero", rng.uniform(0, 1, count).astype(np.float32))
+    write_array(group, "stats/inactive", largest <= 0)
+    write_array(group, "histogram/counts", rng.integers(0, 50, (count, 256)).astype(np.int32))
+    write_array(group, "histogram/range", np.stack([np.full(count, -1), largest], 1).astype(np.float32))
+    write_array(group, "histogram/ends", np.stack([np.full(count, -1.5), largest], 1).astype(np.float32))
+    write_array(group, "responses", rng.normal(0, 1, (count, 8)).astype(np.float16))
     over = np.full((count, 3), -1, np.int32)
     over[:, 0] = np.arange(count) % len(LABELS)
-    put(group, "labels/over", over)
-    put(group, "labels/count", np.where(over >= 0, 4, 0).astype(np.int32))
-    put(group, "labels/lift", np.where(over >= 0, 2.5, np.nan).astype(np.float32))
-    put(group, "labels/best", over[:, 0].copy())
+    write_array(group, "labels/over", over)
+    write_array(group, "labels/count", np.where(over >= 0, 4, 0).astype(np.int32))
+    write_array(group, "labels/lift", np.where(over >= 0, 2.5, np.nan).astype(np.float32))
+    write_array(group, "labels/best", over[:, 0].copy())
     for key in ("selectivity", "auroc"):
-        put(group, f"labels/{key}", rng.uniform(0, 1, count).astype(np.float32))
+        write_array(group, f"labels/{key}", rng.uniform(0, 1, count).astype(np.float32))
     group["labels"].attrs["method"] = "responses"
     if name == "blocks.0.conv":
-        put(group, "wiring/inputs/channel", np.tile(np.array([[5, 0, -1]], np.int32), (count, 1)))
-        put(group, "wiring/inputs/norm", np.tile(np.array([[2.5, 0.5, 0]], np.float32), (count, 1)))
-        put(group, "wiring/inputs/sum", np.tile(np.array([[-1.5, 0.25, 0]], np.float32), (count, 1)))
+        write_array(group, "wiring/inputs/channel", np.tile(np.array([[5, 0, -1]], np.int32), (count, 1)))
+        write_array(group, "wiring/inputs/norm", np.tile(np.array([[2.5, 0.5, 0]], np.float32), (count, 1)))
+        write_array(group, "wiring/inputs/sum", np.tile(np.array([[-1.5, 0.25, 0]], np.float32), (count, 1)))
         group["wiring/inputs"].attrs["layer"] = "stem"
 
 
 def write_photos(file: h5py.File) -> None:
     paths = [f"val/{i:03d}.jpg" for i in range(PHOTOS)]
     paths[1] = HOSTILE_PATH
-    put(file, "dataset/path", np.array(paths, object))
-    put(file, "dataset/label", np.array([LABELS[i % len(LABELS)] for i in range(PHOTOS)], object))
-    put(file, "dataset/source", np.arange(PHOTOS))
-    put(file, "dataset/labels", np.array(LABELS, object))
-    put(file, "dataset/responses", np.arange(8, dtype=np.int32))
+    write_array(file, "dataset/path", np.array(paths, object))
+    write_array(file, "dataset/label", np.array([LABELS[i % len(LABELS)] for i in range(PHOTOS)], object))
+    write_array(file, "dataset/source", np.arange(PHOTOS))
+    write_array(file, "dataset/labels", np.array(LABELS, object))
+    write_array(file, "dataset/responses", np.arange(8, dtype=np.int32))
     blobs = []
     for i in range(PHOTOS):
         buffer = io.BytesIO()
@@ -218,12 +220,12 @@ def write_photos(file: h5py.File) -> None:
         wide[:, SIDE:] = photo_of(i)
         Image.fromarray(wide).save(buffer, "JPEG", quality=95, subsampling=0)
         blobs.append(buffer.getvalue())
-    put(file, "dataset/shown/index", np.arange(PHOTOS, dtype=np.int32))
-    put(file, "dataset/shown/size", np.tile(np.array([[4 * SIDE, 2 * SIDE]], np.int32), (PHOTOS, 1)))
+    write_array(file, "dataset/shown/index", np.arange(PHOTOS, dtype=np.int32))
+    write_array(file, "dataset/shown/size", np.tile(np.array([[4 * SIDE, 2 * SIDE]], np.int32), (PHOTOS, 1)))
     box = np.array([[2 * SIDE, 0, 4 * SIDE, 2 * SIDE]], np.float32)
-    put(file, "dataset/shown/box", np.tile(box, (PHOTOS, 1)))
-    put(file, "dataset/shown/offset", np.cumsum([0, *map(len, blobs)]))
-    put(file, "dataset/shown/jpeg", np.frombuffer(b"".join(blobs), np.uint8))
+    write_array(file, "dataset/shown/box", np.tile(box, (PHOTOS, 1)))
+    write_array(file, "dataset/shown/offset", np.cumsum([0, *map(len, blobs)]))
+    write_array(file, "dataset/shown/jpeg", np.frombuffer(b"".join(blobs), np.uint8))
     file["dataset/shown"].attrs["store"] = "images"
 
 
@@ -273,7 +275,7 @@ def site(tmp_path_factory) -> Path:
 
 
 def layer_page(site: Path, name: str) -> Page:
-    return Page(site / "layers" / f"{safe(name)}.html")
+    return Page(site / "layers" / f"{safe_name(name)}.html")
 
 
 def shard(site: Path, name: str):
@@ -288,7 +290,7 @@ def unit_of(site: Path, layer, channel: int):
     """A unit's record, as its page finds it, with its photographs."""
     row = layer.row(channel)
     per = shard(site, "index")["sizes"]["shard"]
-    found = shard(site, f"{safe(layer.name)}/u{row - row % per}")
+    found = shard(site, f"{safe_name(layer.name)}/u{row - row % per}")
     return found["units"][row % per], found["photos"]
 
 
@@ -351,22 +353,22 @@ def test_numbers_are_those_of_the_store(site):
     with open_atlas(site.parent) as atlas:
         for layer in atlas:
             stats, labels, maps = layer.stats(), layer.labels(), layer.heat_maps()
-            found = json.loads((site / f"api/v1/units/{safe(layer.name)}.json").read_text())
+            found = json.loads((site / f"api/v1/units/{safe_name(layer.name)}.json").read_text())
             assert (found["layer"], found["of"], len(found["units"])) == (
                 layer.name, layer.total_channels, len(layer.channels)
             )  # fmt: skip
-            facts, grid = (shard(site, f"{safe(layer.name)}/{name}") for name in ("layer", "grid"))
+            facts, grid = (shard(site, f"{safe_name(layer.name)}/{name}") for name in ("layer", "grid"))
             for row, channel in enumerate(layer.channels.tolist()):
                 unit, photos = unit_of(site, layer, channel)
                 assert unit == found["units"][row] and unit["channel"] == channel
                 for key, array in stats.items():
                     assert unit["stats"][key] == array[row].item() or np.float32(unit["stats"][key]) == array[row]
                 for key in layer.presets:
-                    numbers, natural = layer.numbers(key), layer.natural(key)[row]
+                    numbers, natural = layer.measurements(key), layer.dataset_max(key)[row]
                     for variant, picture in enumerate(unit["pictures"][key]):
                         for name in ("activation", "robust", "start", "seconds"):
                             assert np.float32(picture[name]) == numbers[name][row, variant]
-                        for name in {"gain", "robust_gain", *MEASURES, *RELATIONS} & numbers.keys():
+                        for name in {"gain", "robust_gain", *IMAGE_METRICS, *DERIVED_METRICS} & numbers.keys():
                             value = numbers[name][row, variant]
                             assert picture[name] is None if np.isnan(value) else np.float32(picture[name]) == value
                         assert ("transfer" in picture) == (layer.name != "stem")
@@ -405,7 +407,7 @@ def test_numbers_are_those_of_the_store(site):
                 assert sum(unit["histogram"]["counts"]) == layer.histogram().counts[row].sum()
                 quantiles = layer.quantiles([e / 100 for e in EDGES])[row]
                 assert unit["histogram"]["quantiles"] == pytest.approx(quantiles.tolist(), rel=1e-4)
-            heat = shard(site, f"{safe(layer.name)}/h0")
+            heat = shard(site, f"{safe_name(layer.name)}/h0")
             pair = unit_of(site, layer, layer.channels[0])[0]["examples"]["max"][0][4]
             low, high, coded = heat["maps"][str(pair)]
             assert np.array_equal(np.frombuffer(base64.b64decode(coded), np.uint8), maps[pair].ravel())
@@ -458,12 +460,12 @@ def test_home_tells_the_facts(site):
     with open_atlas(site.parent) as atlas:
         units = sum(len(layer.channels) for layer in atlas)
         total = sum(layer.total_channels for layer in atlas)
-    facts = [f"Units {units}", f"Photographs {PHOTOS}", "Failures 1", v.share(units / total).text, "20 of 40"]
-    facts += ["1 unit with a failed picture", "Even <b>ones</b> 2"]
+    facts = [f"Units {units}", f"Dataset images {PHOTOS}", "Failures 1", v.share(units / total).text, "20 of 40"]
+    facts += ["1 unit with a failed visualization", "Even <b>ones</b> 2"]
     for fact in facts:
         assert fact in page.plain, fact
     order = [a["href"] for a in page.all("a") if (a["href"] or "").startswith("layers/")]
-    pages = [f"layers/{safe(layer[0])}.html" for layer in LAYERS]
+    pages = [f"layers/{safe_name(layer[0])}.html" for layer in LAYERS]
     # Once in the diagram, once in the list.
     assert order == pages * 2
 
@@ -473,12 +475,12 @@ def test_method_is_told_from_the_configuration(site):
     for fact in ("model: tiny", "Feature Visualization", "distill", "torch 9.9", "maxₓ", "Σᵢⱼ", "decay = 1.25", "1/f",
                  "Turn about the centre", "degrees = 10.0", "steps = 128", "Treves–Rolls"):  # fmt: skip
         assert fact in words, fact
-    several = method.tell(
+    several = method.describe(
         "render: {objective: {name: neuron}, negative: true}\nalso: {b: {name: own, objective: {name: mine}}, c: 3}"
     )
     assert [p.name for p in several] == ["render", "own"]
     assert several[0].formula.startswith("minₓ") and several[1].objective.text == ()
-    assert method.tell("[1]") == method.tell("a: 'b") == ()
+    assert method.describe("[1]") == method.describe("a: 'b") == ()
 
 
 def cell(site: Path, name: str, at: int, columns: int, width: int, height: int) -> np.ndarray:
@@ -494,27 +496,31 @@ def test_pictures_and_crops_show_the_right_thing(site):
     per, across, px = index["sizes"]["thumb"]
     with open_atlas(site.parent) as atlas:
         for layer in atlas:
-            facts = shard(site, f"{safe(layer.name)}/layer")
+            facts = shard(site, f"{safe_name(layer.name)}/layer")
             for row, channel in enumerate(layer.channels.tolist()):
                 for number, r in enumerate(facts["rendered"]):
                     group, variants, columns, width, height = r["sheet"]
                     start = row - row % group
                     for variant in range(variants):
                         at = (row - start) * variants + variant
-                        name = f"media/{safe(layer.name)}/p{number}-{start}.webp"
+                        name = f"media/{safe_name(layer.name)}/p{number}-{start}.webp"
                         shown = cell(site, name, at, columns, width, height)
-                        stored = layer.picture(channel, r["key"], variant)
+                        stored = layer.image(channel, r["key"], variant)
                         stored = np.broadcast_to(stored, (*stored.shape[:2], 3))
                         middle = shown[8:-8, 8:-8].mean((0, 1))
                         assert np.abs(middle - stored.mean((0, 1))).max() < 8, (layer.name, channel, variant)
-                thumb = cell(site, f"media/{safe(layer.name)}/a{row - row % per}.webp", row % per, across, px, px)
-                stored = layer.picture(channel).mean((0, 1))
+                thumb = cell(site, f"media/{safe_name(layer.name)}/a{row - row % per}.webp", row % per, across, px, px)
+                stored = layer.image(channel).mean((0, 1))
                 assert np.abs(thumb[8:-8, 8:-8].mean((0, 1)) - stored).max() < 8
                 unit, _ = unit_of(site, layer, channel)
                 tiny = index["sizes"]["tiny"]
                 rank = unit["tiny"]
                 small = cell(
-                    site, f"media/{safe(layer.name)}/b{rank - rank % tiny[0]}.webp", rank % tiny[0], *tiny[1:], tiny[2]
+                    site,
+                    f"media/{safe_name(layer.name)}/b{rank - rank % tiny[0]}.webp",
+                    rank % tiny[0],
+                    *tiny[1:],
+                    tiny[2],
                 )
                 assert np.abs(small[8:-8, 8:-8].mean((0, 1)) - stored).max() < 12
         # The unit in the upper right corner sees the green quarter, wherever the photograph comes from.
@@ -532,7 +538,7 @@ def test_pictures_and_crops_show_the_right_thing(site):
             with Image.open(site / f"photos/{photo}.jpg") as whole:
                 assert whole.size == (64, 32)
         # Where a unit sees everything, its photographs are shown and nothing is kept twice.
-        assert shard(site, f"{safe('../../x')}/layer")["crops"] is None
+        assert shard(site, f"{safe_name('../../x')}/layer")["crops"] is None
 
 
 def test_all_images_have_words_and_sizes(site):
@@ -550,7 +556,7 @@ def test_hostile_text_stays_text(site):
         for tag, attributes in page.elements:
             bad = [key for key in attributes if key == "style" or key.startswith("on")]
             assert not bad, (page.path, tag, bad)
-    family = Page(site / "families" / f"{families.read(site.parent / 'families.yaml', {})[0].slug}.html")
+    family = Page(site / "families" / f"{families.read_families(site.parent / 'families.yaml', {})[0].slug}.html")
     assert "Even <b>ones</b>" in family.plain and "<img src=x onerror=alert(9)>" in family.plain
     assert "</pre><script>alert(3)</script>" in Page(site / "method.html").words
     for path in site.rglob("*.js"):
@@ -565,7 +571,7 @@ def test_nothing_is_written_outside(tmp_path):
     assert sorted(p.name for p in path.parent.iterdir()) == ["atlas.h5", "site"]
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     for part in ("layers/{}.html", "media/{}/a0.webp", "data/{}/u0.js", "api/v1/units/{}.json"):
-        assert (path.parent / "site" / part.format(safe("../../x"))).is_file()
+        assert (path.parent / "site" / part.format(safe_name("../../x"))).is_file()
 
 
 def test_pages_forbid_all_but_their_own(site):
@@ -594,8 +600,8 @@ def test_without_examples(tmp_path):
     assert report.pictures > 0
     assert check_links(tmp_path / "site") > 50
     assert not list((tmp_path / "site").rglob("x*.jpg")) and not (tmp_path / "site/photos").exists()
-    assert "holds no photographs" in Page(tmp_path / "site/index.html").plain
-    assert "holds no responses" in Page(tmp_path / "site/map.html").plain
+    assert "has no dataset examples" in Page(tmp_path / "site/index.html").plain
+    assert "has no stored activations" in Page(tmp_path / "site/map.html").plain
     assert "nan" not in (tmp_path / "site/data/stem/u0.js").read_text().lower()
 
 
@@ -604,8 +610,8 @@ def test_without_pictures(tmp_path):
     assert build(path).pictures == 0
     assert check_links(tmp_path / "site") > 50
     assert (
-        "holds no pictures" in Page(tmp_path / "site/index.html").plain
-        or "no pictures" in Page(tmp_path / "site/method.html").plain
+        "has no feature visualizations" in Page(tmp_path / "site/index.html").plain
+        and "has no feature visualizations" in Page(tmp_path / "site/method.html").plain
     )
     # The best photograph stands for a unit: green, for it looks at the upper right corner.
     _, across, px = shard(tmp_path / "site", "index")["sizes"]["thumb"]
@@ -660,8 +666,8 @@ def test_licences(tmp_path, site, licence):
     if licence == "crop":
         # The spectrum's photographs are not kept whole, so their crops are.
         assert all(entry[5] >= 0 for entry in unit["units"][0]["examples"]["spectrum"])
-        assert shard(here, f"{safe('../../x')}/layer")["crops"]
-    words = {"crop": "only what units saw is shown", "blur": "shown blurred", "ids": "only names are shown"}
+        assert shard(here, f"{safe_name('../../x')}/layer")["crops"]
+    words = {"crop": "only receptive fields are shown", "blur": "shown blurred", "ids": "only file names are shown"}
     assert words[licence] in Page(here / "method.html").plain
 
 
@@ -677,18 +683,18 @@ def test_same_atlas_same_bytes(site, tmp_path):
     (tmp_path / "families.yaml").write_text(FAMILIES)
     build(path)
     first = contents(tmp_path / "site")
-    assert build(path).made == 0
+    assert build(path).rebuilt_units == 0
     assert contents(tmp_path / "site") == first == contents(site)
 
 
 def test_only_what_changed_is_made_again(tmp_path):
     path = write_atlas(tmp_path / "atlas.h5")
     report = build(path)
-    assert report.made == report.units
+    assert report.rebuilt_units == report.units
     before = contents(tmp_path / "site")
     stood = (tmp_path / "site/media/head/a0.webp").stat()
     build(write_atlas(path, seed=9), tmp_path / "fresh")
-    assert build(path).made == 6
+    assert build(path).rebuilt_units == 6
     after = contents(tmp_path / "site")
     assert after == contents(tmp_path / "fresh")
     changed = {name for name in after if after[name] != before.get(name)}
@@ -696,8 +702,8 @@ def test_only_what_changed_is_made_again(tmp_path):
     assert not [name for name in changed if name.startswith(("media/head", "data/head", "photos"))]
     # What stays is the same file, not a copy of it.
     assert (tmp_path / "site/media/head/a0.webp").stat().st_ino == stood.st_ino
-    assert build(path, config=dataclasses.replace(SMALL, quality=60)).made == report.units
-    assert build(path, config=dataclasses.replace(SMALL, quality=60, title="Another")).made == 0
+    assert build(path, config=dataclasses.replace(SMALL, quality=60)).rebuilt_units == report.units
+    assert build(path, config=dataclasses.replace(SMALL, quality=60, title="Another")).rebuilt_units == 0
 
 
 def test_all_that_a_layer_holds_is_told_by_its_fingerprint(tmp_path):
@@ -721,17 +727,17 @@ def test_all_that_a_layer_holds_is_told_by_its_fingerprint(tmp_path):
             elif change == "a picture":
                 layer["render/distill/images"][0, 0, 0, 0] += 1
             else:
-                put(layer["render/distill"], "images_sha256", np.zeros((6, 1, 32), np.uint8))
+                write_array(layer["render/distill"], "images_sha256", np.zeros((6, 1, 32), np.uint8))
         found.append(prints())
     assert len({each["stem"] for each in found}) == 6
     assert all(each["head"] == found[0]["head"] for each in found)
 
 
 def test_pictures_are_read_as_hdf5_reads_them(tmp_path):
-    with creating(tmp_path / "one.h5") as file:
+    with create_file(tmp_path / "one.h5") as file:
         rng = np.random.default_rng(0)
         kept = rng.integers(0, 255, (3, 2, 5, 7, 3), np.uint8)
-        put(file, "images", kept)
+        write_array(file, "images", kept)
         file.create_dataset("plain", data=kept)
         file.create_dataset("shuffled", data=kept, chunks=(1, 1, 5, 7, 3), compression="gzip", shuffle=True)
         file.create_dataset("empty", (3, 2, 5, 7, 3), np.uint8, chunks=(1, 1, 5, 7, 3), compression="gzip")
@@ -760,9 +766,10 @@ def test_pictures_are_read_as_hdf5_reads_them(tmp_path):
 def test_decimals_are_the_shortest_however_many_there_are(values):
     """Numbers that are turned together come out as each would alone: NumPy's own shortest."""
     alone = [[float(str(v)) if np.isfinite(v) else None for v in row] for row in values]
-    assert js_shards.exact(values) == alone == [js_shards.exact(row) for row in values]
+    assert js_shards.shortest_decimals(values) == alone == [js_shards.shortest_decimals(row) for row in values]
     drawn = [[float(f"{v:.4g}") if np.isfinite(v) else None for v in row] for row in values.astype(float).tolist()]
-    near = [v == w or abs(v - w) <= 1.001e-3 * abs(v) for a, b in zip(drawn, js_shards.rounded(values), strict=True)
+    rounded = js_shards.rounded_decimals(values)
+    near = [v == w or abs(v - w) <= 1.001e-3 * abs(v) for a, b in zip(drawn, rounded, strict=True)
             for v, w in zip(a, b, strict=True)]  # fmt: skip
     assert all(near)
 
@@ -843,7 +850,7 @@ def test_foreign_folders_are_left_alone(tmp_path):
     path = write_atlas(tmp_path / "atlas.h5")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("years of work")
-    with pytest.raises(AtlasError, match="no site of Neuron Atlas"):
+    with pytest.raises(AtlasError, match="not a site of Neuron Atlas"):
         build(path, tmp_path / "mine")
     assert (tmp_path / "mine/thesis.tex").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
@@ -877,14 +884,14 @@ def test_groups_divide_a_piece():
             groups = [s.per_thumb, s.per_tiny, s.per_shard, s.per_heat, s.per_crops(12), s.per_crops(24)]
             groups += [s.per_picture(*s.picture(side, side), v) for side in (32, 128, 224, 512) for v in (1, 4)]
             assert all(n >= 1 and size_budget.CHUNK % n == 0 for n in groups)
-    assert Piece("a", 0, 0, 240, np.arange(240), ()).stop == size_budget.CHUNK
+    assert Chunk("a", 0, 0, 240, np.arange(240), ()).stop == size_budget.CHUNK
 
 
 def test_big_atlases_become_smaller(tmp_path):
     """A thousand times as many units as there are: counted exactly, weighed by a sample."""
     path = write_atlas(tmp_path / "atlas.h5", layers=LAYERS[:1])
     with open_atlas(path) as atlas:
-        facts = facts_of(next(iter(atlas)), 0, ())
+        facts = summarize(next(iter(atlas)), 0, ())
         many = dataclasses.replace(facts, channels=tuple(c % 6 for c in range(60_000)), total=60_000)
         config = SiteConfig(max_bytes=60_000_000, max_files=6_000)
         inventory = size_budget.Inventory([many], [12], [True], 3_000, 100)
@@ -905,7 +912,7 @@ def test_hosts_say_why_not():
 @pytest.mark.parametrize("target", [host.key for host in hosts.HOSTS])
 def test_publish(tmp_path, target):
     build(write_atlas(tmp_path / "atlas.h5", layers=LAYERS[:1]))
-    report, command = hosts.prepare(tmp_path / "site", target, 'A "title"\nof two')
+    report, command = hosts.prepare_for_host(tmp_path / "site", target, 'A "title"\nof two')
     assert report.files > 10 and str(tmp_path / "site") in command
     assert (tmp_path / "site/.nojekyll").is_file() and "Content-Security-Policy" in (
         tmp_path / "site/_headers"
@@ -919,18 +926,18 @@ def test_publish(tmp_path, target):
 
 def test_publish_refuses(tmp_path, monkeypatch):
     with pytest.raises(AtlasError, match="Valid: bucket, cloudflare"):
-        hosts.prepare(tmp_path, "geo", "x")
-    with pytest.raises(AtlasError, match="holds no site"):
-        hosts.prepare(tmp_path, "github", "x")
+        hosts.prepare_for_host(tmp_path, "geo", "x")
+    with pytest.raises(AtlasError, match="contains no site"):
+        hosts.prepare_for_host(tmp_path, "github", "x")
     build(write_atlas(tmp_path / "atlas.h5", layers=LAYERS[:1]))
     small = dataclasses.replace(hosts.HOSTS[0], files=3)
     monkeypatch.setattr(hosts, "HOSTS", (small,))
-    with pytest.raises(AtlasError, match=r"would not take this site: .* files, 3 at most"):
-        hosts.prepare(tmp_path / "site", "github", "x")
+    with pytest.raises(AtlasError, match=r"does not accept this site: .* files, 3 at most"):
+        hosts.prepare_for_host(tmp_path / "site", "github", "x")
 
 
 def test_serve(site, tmp_path):
-    with pytest.raises(AtlasError, match="holds no site"):
+    with pytest.raises(AtlasError, match="contains no site"):
         server(tmp_path, 0)
     with server(site, 0) as found:
         with pytest.raises(AtlasError, match="port=8001"):
@@ -957,12 +964,12 @@ def test_serve(site, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [", "is no YAML"),
-        ("[1, 2]", "must hold `families:`"),
+        ("a: [", "is not valid YAML"),
+        ("[1, 2]", "must contain `families:`"),
         ("families: [{units: []}]", "needs a `name`"),
         ("families: [{name: a, colour: red}]", "has 'colour'"),
         ("families: [{name: a, units: stem:1}]", "must be a list"),
-        ("families: [{name: a, units: [stem]}]", "is no unit"),
+        ("families: [{name: a, units: [stem]}]", "is not a unit"),
         ("families: [{name: a, source: 'javascript:alert(1)'}]", "must begin with https"),
         ("families: [{name: a}, {name: A}]", "two families"),
     ],
@@ -970,9 +977,9 @@ def test_serve(site, tmp_path):
 def test_families_that_are_none(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(AtlasError, match=message):
-        families.read(tmp_path / "mine.yaml", {})
+        families.read_families(tmp_path / "mine.yaml", {})
     with pytest.raises(AtlasError, match="can't be read"):
-        families.read(tmp_path / "none.yaml", {})
+        families.read_families(tmp_path / "none.yaml", {})
 
 
 def test_families_are_pages_and_tags(site):
@@ -991,28 +998,28 @@ def test_like_units_lie_together():
     centres = rng.normal(0, 1, (5, 40))
     kind = rng.integers(0, 5, 300)
     responses = (centres[kind] + 0.1 * rng.normal(0, 1, (300, 40))).astype(np.float16)
-    vectors = embedding.spectra([responses[:100], responses[100:]])
+    vectors = embedding.unit_vectors([responses[:100], responses[100:]])
     assert vectors is not None
-    components = embedding.axes(vectors)
-    method_, places = embedding.layout(vectors, components)
+    components = embedding.principal_components(vectors)
+    method_, places = embedding.project(vectors, components)
     assert method_ in ("PCA", "UMAP") and places.min() >= 0 and places.max() <= embedding.GRID
-    again = embedding.layout(vectors, embedding.axes(vectors))[1]
+    again = embedding.project(vectors, embedding.principal_components(vectors))[1]
     assert np.array_equal(places, again)
     middles = np.stack([places[kind == k].mean(0) for k in range(5)])
     within = max(places[kind == k].std(0).max() for k in range(5))
     apart = np.linalg.norm(middles[:, None] - middles[None], axis=-1)[~np.eye(5, dtype=bool)].min()
     assert apart > within
     # A sheet holds units of few kinds.
-    order = embedding.blocks(components, 20)
+    order = embedding.sheet_order(components, 20)
     assert sorted(order) == list(range(300))
     kinds = [len(set(kind[order // 20 == sheet])) for sheet in range(15)]
     assert np.mean(kinds) < 2.5
-    near, value = embedding.alike(vectors, slice(10, 12), 6)
+    near, value = embedding.most_correlated(vectors, slice(10, 12), 6)
     assert all(kind[n] == kind[row] for row, found in zip((10, 11), near, strict=True) for n in found)
     assert value.max() <= 1.0001 and 10 not in near[0]
-    assert embedding.spectra([None, responses]) is None
+    assert embedding.unit_vectors([None, responses]) is None
     still = np.zeros((4, 9), np.float16)
-    assert (embedding.alike(embedding.spectra([still]), slice(0, 4), 2)[0] == -1).all()
+    assert (embedding.most_correlated(embedding.unit_vectors([still]), slice(0, 4), 2)[0] == -1).all()
 
 
 @pytest.mark.parametrize(
@@ -1051,5 +1058,5 @@ def test_shares_and_ratios_do_not_lie():
 )
 def test_crops_are_kept_where_whole_pictures_cannot_show_them(store, share, licence, per_photo, celled, whole):
     chosen = dataclasses.replace(size_budget.levels(SiteConfig())[0], per_photo=per_photo)
-    showing = showing_of(store, True, share, SiteConfig(licence=licence), chosen)
-    assert (showing.celled, showing.whole) == (celled, whole)
+    showing = choose_showing(store, True, share, SiteConfig(licence=licence), chosen)
+    assert (showing.celled, showing.whole_images) == (celled, whole)

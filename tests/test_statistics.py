@@ -35,7 +35,7 @@ def reduced(maps: np.ndarray, centre: np.ndarray) -> np.ndarray:
 def setting(maps: np.ndarray, sources: np.ndarray | None) -> tuple[HistogramRange, ImageSubsets, ExamplesConfig]:
     flat = maps.reshape(*maps.shape[:2], -1)
     first = flat[: len(flat) // 2 + 1]
-    ranges = HistogramRange.measured(first.max(-1), first.min(-1), first.mean(-1), LAYERS)
+    ranges = HistogramRange.from_sample(first.max(-1), first.min(-1), first.mean(-1), LAYERS)
     half = np.arange(0, len(maps), 2, dtype=np.int32)
     return ranges, ImageSubsets(half, half, np.arange(len(maps), dtype=np.int32)), ExamplesConfig(k=3)
 
@@ -44,7 +44,7 @@ def gathered(maps: np.ndarray, rows: np.ndarray, sources: np.ndarray | None, giv
     ranges, drawn, config = given
     gathering = PassAccumulator(LAYERS, config, ranges, drawn, sources)
     gathering.add(rows, reduced(maps[rows], ranges.centre))
-    return gathering.swept([(int(i) + 1000, "cut off: x") for i in rows if i % 5 == 0])
+    return gathering.result([(int(i) + 1000, "cut off: x") for i in rows if i % 5 == 0])
 
 
 def same(a: PassResult, b: PassResult) -> None:
@@ -87,7 +87,7 @@ def test_statistics_are_numpys(seed: int, images: int, kind: str) -> None:
     maps = maps_of(seed, images, kind)
     given_ = setting(maps, None)
     found = gathered(maps, np.arange(images), None, given_)
-    got = channel_stats.statistics(found.tally, given_[0])
+    got = channel_stats.channel_statistics(found.tally, given_[0])
     flat = maps.astype(np.float64).reshape(images, sum(LAYERS), -1)
     peaks = flat.max(-1)
     scale = np.abs(flat).max()
@@ -104,7 +104,7 @@ def test_statistics_are_numpys(seed: int, images: int, kind: str) -> None:
         centred = peaks - peaks.mean(0)
         kurtosis = (centred**4).mean(0) / (centred**2).mean(0) ** 2 - 3
     assert np.allclose(got["sparsity"], lifetime, atol=1e-5, equal_nan=True)
-    far = np.abs(given_[0].places(peaks) * 10 - 4).max(0) > 100
+    far = np.abs(given_[0].normalize(peaks) * 10 - 4).max(0) > 100
     spread = (peaks.std(0) > 0.01 * np.abs(peaks).mean(0)) & ~far
     assert np.allclose(got["kurtosis"][spread], kurtosis[spread], atol=1e-3, rtol=1e-4)
     assert np.array_equal(got["inactive"], flat.max((0, 2)) <= 0)
@@ -113,8 +113,8 @@ def test_statistics_are_numpys(seed: int, images: int, kind: str) -> None:
     low = given_[0].low
     for c in range(sum(LAYERS)):
         heap = found.tally.histogram[c]
-        assert heap[0] == (peaks[:, c] < low[c]).sum() and heap[-1] == (given_[0].places(peaks)[:, c] >= 1).sum()
-        inside = np.histogram(given_[0].places(peaks)[:, c], edges)[0]
+        assert heap[0] == (peaks[:, c] < low[c]).sum() and heap[-1] == (given_[0].normalize(peaks)[:, c] >= 1).sum()
+        inside = np.histogram(given_[0].normalize(peaks)[:, c], edges)[0]
         assert np.abs(np.cumsum(heap[1:-1]) - np.cumsum(inside)).max() <= 1
 
 
@@ -149,7 +149,7 @@ def test_lists_are_sorted_by_what_they_say() -> None:
 def brute_spectrum(peaks, indices, sources, channel, edges, each):
     """Bin by bin, turn by turn, in plain Python."""
     ranked = sorted(range(len(indices)), key=lambda i: (peaks[i], indices[i]))
-    chance = {i: int(quantile_examples.draws(np.array([channel]), indices[[i]])[0, 0]) for i in ranked}
+    chance = {i: int(quantile_examples.pseudo_random(np.array([channel]), indices[[i]])[0, 0]) for i in ranked}
     bins = [[i for r, i in enumerate(ranked) if lo <= (r + 0.5) / len(ranked) * 100 < hi]
             for lo, hi in itertools.pairwise(edges)]  # fmt: skip
     bins = [sorted(b, key=chance.__getitem__) for b in bins]
@@ -173,7 +173,9 @@ def test_spectra_are_those_of_plain_python_in_any_order(seed: int, images: int, 
     edges = (0, 1, 25, 50, 75, 99, 100)
     shuffled = np.array(random.sample(range(images), images))
     channels = np.array([7, 300])
-    value, index = quantile_examples.spectrum(peaks[shuffled], indices[shuffled], sources[shuffled], channels, edges, 3)
+    value, index = quantile_examples.select_quantile_examples(
+        peaks[shuffled], indices[shuffled], sources[shuffled], channels, edges, 3
+    )
     for row, channel in enumerate(channels):
         expected = brute_spectrum(peaks[:, row], indices, sources, channel, edges, 3)
         assert [[int(i) for i in b if i >= 0] for b in index[row]] == expected
@@ -184,9 +186,9 @@ def test_spectra_are_those_of_plain_python_in_any_order(seed: int, images: int, 
 
 def test_the_subset_does_not_depend_on_the_order_of_the_list() -> None:
     names = [f"a/{i}.jpg" for i in range(500)]
-    drawn = {names[i] for i in quantile_examples.subset(names, 40)}
+    drawn = {names[i] for i in quantile_examples.draw_subset(names, 40)}
     other = names[::-1]
-    assert {other[i] for i in quantile_examples.subset(other, 40)} == drawn and len(drawn) == 40
+    assert {other[i] for i in quantile_examples.draw_subset(other, 40)} == drawn and len(drawn) == 40
 
 
 def test_labels_are_found_with_lift_selectivity_and_auroc() -> None:
@@ -196,8 +198,8 @@ def test_labels_are_found_with_lift_selectivity_and_auroc() -> None:
     peaks[of == 2, 0] += 3
     low, high = peaks.min(0).astype(np.float64) - 0.1, peaks.max(0).astype(np.float64) + 0.1
     ranges = HistogramRange(low, high, low, high)
-    found = label_association.by_responses(
-        channel_stats.bins_of(torch.from_numpy(ranges.places(peaks))).numpy(), of, low, high
+    found = label_association.associate_by_activations(
+        channel_stats.bins_of(torch.from_numpy(ranges.normalize(peaks))).numpy(), of, low, high
     )
     top = np.argsort(-peaks[:, 0])[:20]
     assert found.method == "responses" and found.best[0] == found.over[0, 0] == 2
@@ -213,7 +215,7 @@ def test_labels_are_found_with_lift_selectivity_and_auroc() -> None:
 
 def test_few_images_a_label_give_counts_and_say_so() -> None:
     of = np.array([0, 0, 1, 2, -1, 1], np.int32)
-    assert not label_association.enough(of) and label_association.enough(np.repeat([0, 1], 10))
-    found = label_association.by_counts(np.array([[0, 1, 2, 4], [-1, -1, -1, -1]]), of)
+    assert not label_association.has_enough_labels(of) and label_association.has_enough_labels(np.repeat([0, 1], 10))
+    found = label_association.associate_by_counts(np.array([[0, 1, 2, 4], [-1, -1, -1, -1]]), of)
     assert found.method == "counts" and found.over[0].tolist() == [0, 1, -1] and found.count[0].tolist() == [2, 1, 0]
     assert found.over[1].tolist() == [-1, -1, -1] and np.isnan(found.auroc).all()

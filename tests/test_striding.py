@@ -70,7 +70,8 @@ def test_a_depthwise_gradient_is_autograds(
     taps = weight[:, 0].permute(1, 2, 0).contiguous()
     before, _ = torch.get_num_threads(), torch.set_num_threads(threads)
     try:
-        found = strided_conv_backward.depthwise(gradient, rectified, limits, taps, size, stride, padding, dilation)
+        geometry = strided_conv_backward.ConvGeometry(size, stride, padding, dilation)
+        found = strided_conv_backward.depthwise(gradient, taps, geometry, rectified, limits)
     finally:
         torch.set_num_threads(before)
     assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
@@ -92,7 +93,8 @@ def test_the_gradient_of_a_first_convolution_is_autograds(
     weight = torch.randn(wide, channels, *kernel, generator=generator).to(dtype)
     y = F.conv2d(x, weight.float(), stride=stride, padding=padding)
     gradient = torch.randn(y.shape, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
-    found = strided_conv_backward.dense(gradient, weight.permute(0, 2, 3, 1).flatten(1), kernel, size, stride, padding)
+    geometry = strided_conv_backward.ConvGeometry(size, stride, padding)
+    found = strided_conv_backward.dense(gradient, weight.permute(0, 2, 3, 1).flatten(1), kernel, geometry)
     close(found, wanted(x, weight, gradient, None, 1, stride=stride, padding=padding))
 
 
@@ -100,7 +102,7 @@ def test_the_gradient_of_a_first_convolution_is_autograds(
 def test_without_a_compiler_pytorch_does_it(conv: nn.Conv2d, monkeypatch: pytest.MonkeyPatch) -> None:
     lowered = (Depthwise if conv.groups > 1 else FirstConv)(conv, (0.0, None))
     x = torch.randn(2, conv.in_channels, 15, 12, generator=torch.Generator().manual_seed(1))
-    assert strided_conv_backward.available(x) and not strided_conv_backward.available(x.double())
+    assert strided_conv_backward.is_available(x) and not strided_conv_backward.is_available(x.double())
 
     def gradient() -> Tensor:
         own = x.clone().requires_grad_(True)
@@ -108,5 +110,5 @@ def test_without_a_compiler_pytorch_does_it(conv: nn.Conv2d, monkeypatch: pytest
 
     fast = gradient()
     monkeypatch.setattr(strided_conv_backward, "_loops", lambda: None)
-    assert not strided_conv_backward.available(x)
+    assert not strided_conv_backward.is_available(x)
     torch.testing.assert_close(fast, gradient(), rtol=1e-4, atol=1e-5)

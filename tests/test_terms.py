@@ -8,10 +8,10 @@ import torch
 from conftest import TinyNet
 from torch import Tensor, nn
 
-from pipeline.core.config_files import ConfigFile, loaded
+from pipeline.core.config_files import ConfigFile, load_config_files
 from pipeline.core.errors import AtlasError
+from pipeline.data.image_filters import rms
 from pipeline.visualization.batch_terms import COUPLINGS, Alignment, Diversity, gram_cosine
-from pipeline.visualization.filters import rms
 from pipeline.visualization.gradient_preconditioners import BlurGradient, Normalise, ScaleSpectrum
 from pipeline.visualization.image_regularizers import PENALTIES, HighFrequency, ImageRegularizer, TotalVariation
 from pipeline.visualization.objectives import (
@@ -22,7 +22,7 @@ from pipeline.visualization.objectives import (
     Joint,
     LayerInfo,
     Objective,
-    parse,
+    parse_unit,
 )
 from pipeline.visualization.schedules import STOPS  # noqa: F401  (registries fill on import)
 
@@ -156,14 +156,14 @@ def facts(classifier: bool = False, variants: int = 1) -> LayerInfo:
 @pytest.mark.parametrize(
     ("objective", "why"),
     [
-        (Interpolate(), "needs the other unit"),
+        (Interpolate(), "needs a second unit"),
         (Interpolate(to="stem:2"), "render.variants of at least 2"),
         (Joint(with_units=()), "needs at least one layer:channel"),
-        (Joint(with_units=("stem:2",), weights=(1.0, 2.0)), "as many as with_units"),
+        (Joint(with_units=("stem:2",), weights=(1.0, 2.0)), "as many entries as with_units"),
         (Joint(with_units=("stam:2",)), "no layer 'stam'"),
         (Joint(with_units=("stem:6",)), "stem has 6 channels"),
         (Joint(with_units=("stem",)), "is not a unit: write layer:channel"),
-        (OBJECTIVES["logit"](), "needs the classifier's logits, late is another layer"),
+        (OBJECTIVES["logit"](), "needs the classifier's logits, which late does not hold"),
         (OBJECTIVES["probability"](), "render/objective=channel"),
     ],
 )
@@ -173,15 +173,15 @@ def test_what_makes_no_sense_is_refused_with_the_fix(objective: Objective, why: 
 
 
 def test_vectors_must_fit_the_layer(vectors: ConfigFile, tmp_path: Path) -> None:
-    with pytest.raises(AtlasError, match="holds 4 vectors of 6 numbers; late needs 8 numbers"):
+    with pytest.raises(AtlasError, match="holds 4 vectors of 6 numbers; late needs vectors of 8 numbers"):
         Direction(vectors).check(facts())
     np.save(tmp_path / "objects.npy", np.array(["a"], dtype=object), allow_pickle=True)
     with pytest.raises(AtlasError, match=r"is not an \.npy or \.npz of plain numbers"):
-        Direction(loaded(ConfigFile(str(tmp_path / "objects.npy")), "x")).check(facts())
+        Direction(load_config_files(ConfigFile(str(tmp_path / "objects.npy")), "x")).check(facts())
 
 
 def test_units_are_named_by_their_last_colon() -> None:
-    assert parse("a:b.c:12") == ("a:b.c", 12)
+    assert parse_unit("a:b.c:12") == ("a:b.c", 12)
 
 
 def test_equal_pictures_have_cosine_one_and_the_term_is_lowest() -> None:

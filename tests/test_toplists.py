@@ -48,7 +48,7 @@ def test_any_split_in_any_order_is_the_sorted_list(
     parts = []
     for start in range(0, len(order), step):
         rows = np.array(order[start : start + step])
-        parts.append(topk.extended(topk.empty(values.shape[1], k), values[rows], rows, own))
+        parts.append(topk.update(topk.empty(values.shape[1], k), values[rows], rows, own))
     merged = topk.merge(parts, k, own)
     assert listed(merged) == brute(values, sources if crops else np.arange(len(values)), k)
 
@@ -60,20 +60,20 @@ def test_a_stream_is_the_sorted_list(case: tuple[np.ndarray, np.ndarray, int, li
     top = topk.empty(values.shape[1], k)
     for start in range(0, len(order), step):
         rows = np.array(order[start : start + step])
-        top = topk.extended(top, values[rows], rows, sources)
+        top = topk.update(top, values[rows], rows, sources)
     assert listed(top) == brute(values, sources, k)
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1), st.integers(0, 2**31 - 1))
 def test_keys_order_as_values_and_come_back(values: list[float], index: int) -> None:
     own = np.array(values, np.float32)
-    keys = topk.keys_of(own, np.full(len(own), index))
+    keys = topk.encode(own, np.full(len(own), index))
     value, indices = topk.decode(keys)
     assert np.array_equal(value, own) and (indices == index).all()
     assert np.array_equal(own[np.argsort(keys, kind="stable")], np.sort(own, kind="stable"))
 
 
 def test_empty_places_are_marked() -> None:
-    top = topk.extended(topk.empty(1, 3), np.ones((2, 1), np.float32), np.array([0, 1]), np.array([4, 4]))
+    top = topk.update(topk.empty(1, 3), np.ones((2, 1), np.float32), np.array([0, 1]), np.array([4, 4]))
     value, index = topk.decode(top)
     assert index.tolist() == [[0, -1, -1]] and np.isnan(value[0, 1:]).all()

@@ -17,7 +17,7 @@ import pipeline
 from pipeline.cli.main import main
 from pipeline.layers.finding import capture, enumerate_layers
 from pipeline.models import user_code
-from pipeline.models.loading import Model, ModelConfig, load
+from pipeline.models.loading import Model, ModelConfig, load_model
 
 BLOCKS = """
 from torch import nn
@@ -64,7 +64,7 @@ def network(folder: Path, imports: str = "from blocks import Block", scale: floa
 
 def loaded(target: str | Path, **settings: Any) -> Model:
     target = f"{target}/net.py:build" if isinstance(target, Path) else target
-    return load(ModelConfig("custom", "mine", **{"target": target, "input_size": 16, **settings}))
+    return load_model(ModelConfig("custom", "mine", **{"target": target, "input_size": 16, **settings}))
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -339,7 +339,9 @@ def test_an_edited_import_is_told_by_verify_and_everything_is_made_again(
     edit(tmp_path / "scales.py", "1.0", "5.0")
     assert main(["verify", str(tmp_path / "mine")]) == 1
     printed = " ".join(capsys.readouterr().out.split())
-    assert "network" in printed and "its weights or its code are not those that the atlas was made from" in printed
+    assert (
+        "network" in printed and "its weights or its code differ from those that the atlas was computed from" in printed
+    )
     # The message says what to do.
     assert main(["run", *run]) == 0
     assert "Nothing is missing" not in capsys.readouterr().err
@@ -356,7 +358,7 @@ def test_verify_of_a_network_that_has_lost_its_layers(
     edit(tmp_path / "blocks.py", "= nn.Conv2d", " = nn.Conv2d")
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "mine")]) == 1
-    assert "its code are not those" in " ".join(capsys.readouterr().out.split())
+    assert "its code differ from those" in " ".join(capsys.readouterr().out.split())
 
 
 def test_verify_computes_activations_again(tmp_path: Path, run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -375,4 +377,4 @@ def test_verify_computes_activations_again(tmp_path: Path, run: list[str], capsy
         del sys.modules[name]  # another process
     assert main(["verify", str(tmp_path / "mine"), "run.check=2"]) == 1
     printed = " ".join(capsys.readouterr().out.split())
-    assert "0:0 the network's activation on the kept image is" in printed, printed
+    assert "0:0 the network's activation on the stored image is" in printed, printed

@@ -1,22 +1,23 @@
-"""A folded network lowered onto what a CPU does fastest: the same function to rounding, for the steps of a picture.
+"""Replace the convolutions of a folded network by faster ones for the optimization steps on a CPU.
 
-An image-step waits for memory and for kernels that nobody tuned, so four things are exchanged:
+The network computes the same function up to rounding. A step is limited by memory bandwidth and by kernels of PyTorch
+that are not optimized, so these convolutions are replaced:
 
-* A convolution of 1 x 1 pixels is a matrix product over the rows of a channels-last map.
-* The gradient of a depthwise convolution is a depthwise convolution itself, of the gradient spread out over the
-  stride, with the kernel turned round. PyTorch's own is a reference loop in bfloat16 and slow in float32. Where there
-  is a stride, and for the first convolution, which reads few colours, `striding` has loops of its own.
-* The rectifier that a folded normalisation holds is part of the convolution: oneDNN applies it to each number before
-  writing it, where PyTorch has oneDNN; elsewhere it works in place on what the convolution wrote.
+* A 1 × 1 convolution is a matrix product over the rows of a channels-last map (`Pointwise`).
+* The gradient of a depthwise convolution is computed as a depthwise convolution of the gradient, dilated by the stride,
+  with the flipped kernel (`Depthwise`). The kernel of PyTorch for it is a reference loop in bfloat16 and slow in
+  float32. With a stride, and for the gradient of the first convolution (`FirstConv`), which has few input channels,
+  there are compiled loops in `kernels.strided_conv_backward`.
+* The rectifier after a folded normalization becomes part of the convolution: oneDNN applies it before it writes a
+  value. Without oneDNN it is applied in place.
 
-In bfloat16 there is half as much to read and write, and processors that multiply it themselves do that twice (vectors:
-AVX512_BF16) to eight times (tiles: AMX) as fast.
-What a finished picture is measured on stays in float32.
+bfloat16 halves the memory traffic, and processors with instructions for it multiply two times (AVX512_BF16, vectors) to
+eight times (AMX, tiles) as fast. Metrics of finished visualizations are always computed in float32.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,44 +26,52 @@ import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
-from pipeline.acceleration.batchnorm_folding import FoldedNorm, Pair, copy_network, only_argument, plain_forward
-from pipeline.acceleration.redirected_relu import Limits, Rectifying, limits_of, passed, redirect
+from pipeline.acceleration.batchnorm_folding import ConvNormPair, FoldedNorm, copy_network, only_argument, plain_forward
+from pipeline.acceleration.redirected_relu import FusedRectifier, PassRange, limits_of, rectifier_gradient, redirect
 from pipeline.kernels import strided_conv_backward
 from pipeline.models.loading import Model
 
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16: in vectors (AVX512_BF16) or tiles (AMX)."""
+    """Return whether this processor has instructions for products of bfloat16 (AVX512_BF16 or AMX)."""
     try:
-        told = Path("/proc/cpuinfo").read_text()
+        cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    return "avx512_bf16" in told or "amx_bf16" in told
+    return "avx512_bf16" in cpuinfo or "amx_bf16" in cpuinfo
 
 
-def precision_of(asked: str, device: str) -> torch.dtype:
-    """What steps are computed in: `auto` takes bfloat16 on a CPU that multiplies it, float32 elsewhere."""
-    if asked == "auto":
+def precision_of(precision: str, device: str) -> torch.dtype:
+    """Return the data type of optimization steps.
+
+    Args:
+        precision: "float32", "bfloat16", or "auto": bfloat16 on a CPU that has instructions for it, else float32.
+        device: Type of the device, such as "cpu".
+    """
+    if precision == "auto":
         return torch.bfloat16 if device == "cpu" and multiplies_bfloat16() else torch.float32
-    return torch.float32 if asked == "float32" else torch.bfloat16
+    return torch.float32 if precision == "float32" else torch.bfloat16
 
 
-def lower(folded: Model, pairs: Sequence[Pair], dtype: torch.dtype = torch.float32, mixed: bool = False) -> Model:
-    """Return a copy of a `folded` network in `dtype`, on a CPU with its convolutions replaced.
+def lower(
+    folded: Model, pairs: Sequence[ConvNormPair], dtype: torch.dtype = torch.float32, mixed: bool = False
+) -> Model:
+    """Return a copy of a folded network in `dtype`, on a CPU with faster convolutions.
 
     Args:
         folded: The network; it is not changed.
-        pairs: What `foldable` returned. Pairs that were not folded, because a layer is read inside, stay as they are.
-        dtype: Data type of weights and activations. Tensors are shared where it is the type that they have.
+        pairs: The pairs that `foldable` returned. Pairs that were not folded, because a layer is read inside, stay
+            unchanged.
+        dtype: Data type of weights and activations. Tensors that have it already are shared.
         mixed: Whether to run under autocast, for networks that create float32 tensors in their forward pass or use
-            operators that need them: operators then receive the type that they support.
+            operators that need them.
     """
     on_cpu = next(folded.module.parameters()).device.type == "cpu"
     if not on_cpu and dtype == torch.float32:
         return folded
     model = in_precision(folded, dtype)
-    # The replacements compute channels-last.
+    # The replacements need the channels-last memory format.
     if on_cpu and folded.channels_last:
         _replace_convolutions(model.module, dict(pairs))
     if mixed:
@@ -71,17 +80,17 @@ def lower(folded: Model, pairs: Sequence[Pair], dtype: torch.dtype = torch.float
 
 
 def in_precision(model: Model, dtype: torch.dtype) -> Model:
-    """Return a copy of a network whose weights, buffers and input are in `dtype`; tensors of that type are shared."""
-    module = copy_network(model.module, lambda tensor: _converted(tensor, dtype))
+    """Return a copy of a network with weights, buffers and input in `dtype`; tensors of this type are shared."""
+    module = copy_network(model.module, lambda tensor: _convert(tensor, dtype))
     if dtype != torch.float32:
 
-        def in_dtype(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        def cast_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             def cast(x: Any) -> Any:
                 return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
             return tuple(map(cast, args)), {key: cast(x) for key, x in kwargs.items()}
 
-        module.register_forward_pre_hook(in_dtype, with_kwargs=True)
+        module.register_forward_pre_hook(cast_inputs, with_kwargs=True)
     return dataclasses.replace(model, module=module)
 
 
@@ -96,11 +105,11 @@ def _run_mixed(module: nn.Module, dtype: torch.dtype) -> None:
     module.forward = autocast  # type: ignore[method-assign]
 
 
-def _replace_convolutions(module: nn.Module, norms: dict[str, str]) -> None:
-    """Replace the convolutions of `module` in place; `norms` are the folded normalizations by their convolution."""
+def _replace_convolutions(module: nn.Module, norms: Mapping[str, str]) -> None:
+    """Replace the convolutions of `module` in place; `norms` are paths of folded normalizations by convolution path."""
     for path, conv in list(module.named_modules()):
-        kind = _kind(conv)
-        if kind is None or not path:
+        replacement = _replacement_class(conv)
+        if replacement is None or not path:
             continue
         norm = module.get_submodule(norms[path]) if path in norms else None
         limits = None
@@ -110,20 +119,20 @@ def _replace_convolutions(module: nn.Module, norms: dict[str, str]) -> None:
                 norm.act = nn.Identity()
         parent, _, name = path.rpartition(".")
         assert isinstance(conv, nn.Conv2d)
-        setattr(module.get_submodule(parent), name, kind(conv, limits).eval())
+        setattr(module.get_submodule(parent), name, replacement(conv, limits).eval())
 
 
-def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a parameter, a buffer or a tensor kept as an attribute in `dtype`; the same tensor for float32."""
+def _convert(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a parameter, buffer or other tensor in `dtype`; the same tensor for float32."""
     if dtype == torch.float32 or not tensor.is_floating_point():
         return tensor
     converted = tensor.detach().to(dtype)
     return nn.Parameter(converted, requires_grad=False) if isinstance(tensor, nn.Parameter) else converted
 
 
-def _kind(module: nn.Module) -> "type[LoweredConv2d] | None":
-    """What a module is exchanged for; None where nothing is known that is faster."""
-    # A subclass may do anything with its weights; timm's Conv2dSame only pads.
+def _replacement_class(module: nn.Module) -> "type[LoweredConv2d] | None":
+    """Return the class that replaces a module; None if there is none for it."""
+    # A subclass may change its weights before it uses them; timm's Conv2dSame only pads.
     if type(module) not in (nn.Conv2d, Conv2dSame):
         return None
     assert isinstance(module, nn.Conv2d)
@@ -135,45 +144,51 @@ def _kind(module: nn.Module) -> "type[LoweredConv2d] | None":
         return None
     if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.groups == 1 and module.padding == (0, 0):
         return Pointwise
-    reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-    inside = all(p <= r for p, r in zip(module.padding, reach, strict=True))
-    if module.groups == module.in_channels == module.out_channels > 1 and inside:
+    extent = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    padding_fits = all(p <= e for p, e in zip(module.padding, extent, strict=True))
+    if module.groups == module.in_channels == module.out_channels > 1 and padding_fits:
         return Depthwise
-    if module.groups == 1 and module.in_channels <= THIN and module.dilation == (1, 1) and inside:
+    is_first = module.groups == 1 and module.in_channels <= MAX_FIRST_CHANNELS
+    if is_first and module.dilation == (1, 1) and padding_fits:
         return FirstConv
     return None
 
 
-# Along the map: down, across.
-Places = tuple[int, int]
+# A number for each axis of a map: (vertical, horizontal).
+Pair2d = tuple[int, int]
 
-# A convolution of more channels than this is dense: its gradient has kernels that are tuned.
-THIN = 4
+# Largest number of input channels of `FirstConv`: with more, the gradient of PyTorch is fast.
+MAX_FIRST_CHANNELS = 4
 
 
-class LoweredConv2d(Rectifying):
-    """A convolution, and the rectifier behind it if `limits` says one."""
+class LoweredConv2d(FusedRectifier):
+    """A convolution and the rectifier after it.
 
-    def __init__(self, conv: nn.Conv2d, limits: Limits | None) -> None:
+    Args:
+        conv: The convolution that is replaced; its weight and bias are shared.
+        limits: Limits of the rectifier; None if there is none.
+    """
+
+    def __init__(self, conv: nn.Conv2d, limits: PassRange | None) -> None:
         super().__init__(limits)
         self.weight, self.bias = conv.weight, conv.bias
 
-    def convolved(self, x: Tensor, limits: Limits | None) -> Tensor:
-        """The convolution, and a rectifier of `limits`."""
+    def convolve(self, x: Tensor, limits: PassRange | None) -> Tensor:
+        """Apply the convolution, and a rectifier with `limits` if they are not None."""
         raise NotImplementedError
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C', H', W'); the input may be given by whatever keyword the replaced module has for it."""
-        # Under autocast the input may be of another type than the weights.
+        """Map (B, C, H, W) to (B, C', H', W'). The parameter can have any name, like that of the replaced module."""
+        # Under autocast the data type of the input may differ from that of the weights.
         x = only_argument(args, kwargs).to(self.weight.dtype)
         if self.redirecting and self.limits is not None:
-            return redirect(self.convolved(x, None), self.limits)
-        return self.convolved(x, self.limits)
+            return redirect(self.convolve(x, None), self.limits)
+        return self.convolve(x, self.limits)
 
 
 @functools.cache
-def _fusing(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch has convolutions that end in a rectifier for numbers of a kind: what its compiler uses."""
+def _can_fuse_rectifier(dtype: torch.dtype) -> bool:
+    """Return whether PyTorch has oneDNN convolutions with a fused rectifier for `dtype`; its compiler uses the same."""
     ops = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available():
         return False
@@ -182,21 +197,21 @@ def _fusing(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(ops._is_mkldnn_bf16_supported()))
 
 
-def _rectified(y: Tensor, limits: Limits | None) -> Tensor:
-    """In place: between the limits."""
+def _rectify_(y: Tensor, limits: PassRange | None) -> Tensor:
+    """Clamp a tensor to `limits` in place; None does nothing."""
     return y if limits is None else y.clamp_(*limits)
 
 
-def _ending(limits: Limits) -> tuple[str, list[float], str]:
-    """oneDNN's name of a rectifier, its numbers, and the algorithm, of which there is but one."""
+def _onednn_rectifier(limits: PassRange) -> tuple[str, list[float], str]:
+    """Return the name, the scalars and the algorithm (none) of a rectifier, as the operators of oneDNN take them."""
     low, high = limits
     return ("relu", [], "") if high is None else ("hardtanh", [low, high], "")
 
 
 def _as_maps(rows: Tensor) -> Tensor:
-    """Return (B, H, W, C) as (B, C, H, W) on the same memory, without being a view of it for autograd.
+    """Return (B, H, W, C) as (B, C, H, W) in the same memory, but not as a view for autograd.
 
-    Autograd forbids writing in place into a view that a custom function returns, as `y += x` after a convolution.
+    Autograd forbids in-place operations on a view that a custom function returns, such as `y += x` after a convolution.
     """
     maps = rows.permute(0, 3, 1, 2)
     return rows.new_empty(0).set_(rows.untyped_storage(), rows.storage_offset(), maps.shape, maps.stride())
@@ -204,12 +219,12 @@ def _as_maps(rows: Tensor) -> Tensor:
 
 class _Pointwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, limits: PassRange | None) -> Tensor:
         rows = x.permute(0, 2, 3, 1)
-        if limits is not None and _fusing(x.dtype):
-            y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, *_ending(limits))
+        if limits is not None and _can_fuse_rectifier(x.dtype):
+            y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, *_onednn_rectifier(limits))
         else:
-            y = _rectified(F.linear(rows, weight, bias), limits)
+            y = _rectify_(F.linear(rows, weight, bias), limits)
         y = _as_maps(y)
         ctx.weight, ctx.limits = weight, limits
         ctx.save_for_backward(None if limits is None else y)
@@ -217,165 +232,206 @@ class _Pointwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = grads
-        rows = passed(gradient, ctx.saved_tensors[0], ctx.limits).permute(0, 2, 3, 1)
-        back = rows.reshape(-1, rows.shape[-1]) @ ctx.weight
-        return back.view(*rows.shape[:3], -1).permute(0, 3, 1, 2), None, None, None
+        gradient = rectifier_gradient(grads[0], ctx.saved_tensors[0], ctx.limits)
+        rows = gradient.permute(0, 2, 3, 1)
+        input_gradient = rows.reshape(-1, rows.shape[-1]) @ ctx.weight
+        return input_gradient.view(*rows.shape[:3], -1).permute(0, 3, 1, 2), None, None, None
 
 
 class Pointwise(LoweredConv2d):
-    """A convolution of 1 × 1 pixels."""
+    """A 1 × 1 convolution, computed as a matrix product over B · H · W rows of C channels."""
 
-    def convolved(self, x: Tensor, limits: Limits | None) -> Tensor:
-        """As a matrix product over (B, H, W) rows of C."""
+    def convolve(self, x: Tensor, limits: PassRange | None) -> Tensor:
+        """See `LoweredConv2d`."""
         return _Pointwise.apply(x, self.weight[:, :, 0, 0], self.bias, limits)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kernel:
-    """A depthwise convolution's weights, the same turned round for its gradient, and its numbers, (down, across).
+class _DepthwiseKernel:
+    """Weights and parameters of a depthwise convolution for one padding.
 
-    `taps` are the weights (kh, kw, C) as `striding` takes them, without zeros, and `front` their padding.
+    Attributes:
+        weight: Weights (C, 1, kh, kw), with zeros in front if the padding is uneven.
+        flipped: `weight`, flipped along both axes, for the gradient.
+        taps: Weights (kh, kw, C) in float32 without the zeros, for `strided_conv_backward`.
+        stride: Stride.
+        padding: Padding of `weight`.
+        taps_padding: Padding of `taps`, at the top and left.
+        dilation: Dilation.
     """
 
     weight: Tensor
-    turned: Tensor
+    flipped: Tensor
     taps: Tensor
-    stride: Places
-    padding: Places
-    front: Places
-    dilation: Places
+    stride: Pair2d
+    padding: Pair2d
+    taps_padding: Pair2d
+    dilation: Pair2d
 
-    def apply(self, x: Tensor, bias: Tensor | None, limits: Limits | None = None) -> Tensor:
-        """The convolution, and the rectifier that `limits` says."""
+    def forward(self, x: Tensor, bias: Tensor | None, limits: PassRange | None = None) -> Tensor:
+        """Apply the convolution, and a rectifier with `limits` if they are not None."""
         groups = len(self.weight)
-        if limits is not None and _fusing(x.dtype):
+        if limits is not None and _can_fuse_rectifier(x.dtype):
             return torch.ops.mkldnn._convolution_pointwise(
-                x, self.weight, bias, self.padding, self.stride, self.dilation, groups, *_ending(limits)
+                x, self.weight, bias, self.padding, self.stride, self.dilation, groups, *_onednn_rectifier(limits)
             )
-        return _rectified(F.conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation, groups), limits)
+        y = F.conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation, groups)
+        return _rectify_(y, limits)
 
-    def back(
-        self, gradient: Tensor, size: Places, rectified: Tensor | None = None, limits: Limits | None = None
+    def backward(
+        self, gradient: Tensor, size: Pair2d, rectified: Tensor | None = None, limits: PassRange | None = None
     ) -> Tensor:
-        """The gradient of what it gave → that of the maps of `size` = (height, width) it was given.
+        """Return the gradient with respect to the input.
 
-        A rectifier of `limits` behind it gave `rectified`.
+        Args:
+            gradient: Gradient with respect to the output, (B, C, h, w).
+            size: (height, width) of the input.
+            rectified: The output, if a rectifier was applied.
+            limits: Limits of the rectifier.
         """
-        fits = len(self.weight) >= strided_conv_backward.LANES and self.weight[0].numel() <= strided_conv_backward.TAPS
-        if self.stride != (1, 1) and fits and strided_conv_backward.available(gradient):
-            numbers = (self.taps, size, self.stride, self.front, self.dilation)
-            return strided_conv_backward.depthwise(gradient, rectified, limits, *numbers)
-        gradient = passed(gradient, rectified, limits)
-        reach = [d * (k - 1) for d, k in zip(self.dilation, self.weight.shape[2:], strict=True)]
+        has_loop = (
+            len(self.weight) >= strided_conv_backward.LANES and self.weight[0].numel() <= strided_conv_backward.MAX_TAPS
+        )
+        if self.stride != (1, 1) and has_loop and strided_conv_backward.is_available(gradient):
+            geometry = strided_conv_backward.ConvGeometry(size, self.stride, self.taps_padding, self.dilation)
+            return strided_conv_backward.depthwise(gradient, self.taps, geometry, rectified, limits)
+        gradient = rectifier_gradient(gradient, rectified, limits)
+        extent = [d * (k - 1) for d, k in zip(self.dilation, self.weight.shape[2:], strict=True)]
         if self.stride != (1, 1):
-            # What a stride left out had no part in any output.
-            room = [n + 2 * p - r for n, p, r in zip(size, self.padding, reach, strict=True)]
-            spread = gradient.new_zeros(len(gradient), *room, gradient.shape[1]).permute(0, 3, 1, 2)
-            spread[:, :, :: self.stride[0], :: self.stride[1]] = gradient
-            gradient = spread
-        padding = [r - p for r, p in zip(reach, self.padding, strict=True)]
-        return F.conv2d(gradient, self.turned, None, 1, padding, self.dilation, len(self.turned))
+            # Positions that the stride skips have no gradient.
+            full_size = [n + 2 * p - e for n, p, e in zip(size, self.padding, extent, strict=True)]
+            dilated = gradient.new_zeros(len(gradient), *full_size, gradient.shape[1]).permute(0, 3, 1, 2)
+            dilated[:, :, :: self.stride[0], :: self.stride[1]] = gradient
+            gradient = dilated
+        padding = [e - p for e, p in zip(extent, self.padding, strict=True)]
+        return F.conv2d(gradient, self.flipped, None, 1, padding, self.dilation, len(self.flipped))
 
 
 class _Depthwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, kernel: _Kernel, limits: Limits | None) -> Tensor:
-        y = kernel.apply(x, bias, limits)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, kernel: _DepthwiseKernel, limits: PassRange | None) -> Tensor:
+        y = kernel.forward(x, bias, limits)
         ctx.kernel, ctx.limits, ctx.size = kernel, limits, tuple(x.shape[-2:])
         ctx.save_for_backward(None if limits is None else y)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.kernel.back(grads[0], ctx.size, ctx.saved_tensors[0], ctx.limits), None, None, None
+        return ctx.kernel.backward(grads[0], ctx.size, ctx.saved_tensors[0], ctx.limits), None, None, None
 
 
-def _less(places: Places, by: Places) -> Places:
-    return places[0] - by[0], places[1] - by[1]
+def _subtract(a: Pair2d, b: Pair2d) -> Pair2d:
+    return a[0] - b[0], a[1] - b[1]
 
 
-class Padded(LoweredConv2d):
-    """A convolution with padding, which may be "same" and uneven, as TensorFlow's is where a stride halves the map.
+class PaddedConv2d(LoweredConv2d):
+    """A convolution with zero padding, which may be the uneven "same" padding of TensorFlow (timm's Conv2dSame).
 
-    That becomes an even one of a kernel with zeros in front: nothing is copied.
+    Uneven padding is replaced by even padding and a kernel with zeros in front, so that the input is not copied.
     """
 
-    def __init__(self, conv: nn.Conv2d, limits: Limits | None) -> None:
+    def __init__(self, conv: nn.Conv2d, limits: PassRange | None) -> None:
         super().__init__(conv, limits)
         self.same = isinstance(conv, Conv2dSame)
         self.stride, self.dilation = (conv.stride[0], conv.stride[1]), (conv.dilation[0], conv.dilation[1])
         self.padding = int(conv.padding[0]), int(conv.padding[1])
 
-    def padded(self, size: Sequence[int]) -> tuple[Places, Places]:
-        """For maps of `size` = (height, width): padding on all sides, and zeros in front of the kernel.
+    def even_padding(self, size: Sequence[int]) -> tuple[Pair2d, Pair2d]:
+        """Return the padding on each side for maps of `size` (height, width), and the zeros in front of the kernel.
 
-        Without these the kernel itself has so much less padding in front.
+        Their difference is the padding at the top and left of the kernel without zeros.
         """
         if not self.same:
             return self.padding, (0, 0)
-        # As many places as strides begin in the map: what is then read beyond it is padding.
-        sides = zip(size, self.weight.shape[2:], self.stride, strict=True)
-        down, across = (max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in sides)
-        return (-(-down // 2), -(-across // 2)), (down % 2, across % 2)
+        # ceil(size / stride) outputs; the positions that they read beyond the map are padding.
+        vertical, horizontal = (
+            max((-(-n // s) - 1) * s + k - n, 0)
+            for n, k, s in zip(size, self.weight.shape[2:], self.stride, strict=True)
+        )
+        return (-(-vertical // 2), -(-horizontal // 2)), (vertical % 2, horizontal % 2)
 
-    def zeroed(self, more: Places) -> Tensor:
-        """The weights with zeros in front."""
-        return F.pad(self.weight, (more[1], 0, more[0], 0))
+    def zero_padded_weight(self, zeros: Pair2d) -> Tensor:
+        """Return the weights with zeros in front."""
+        return F.pad(self.weight, (zeros[1], 0, zeros[0], 0))
 
 
-class Depthwise(Padded):
-    """A convolution of each channel by itself."""
+class Depthwise(PaddedConv2d):
+    """A depthwise convolution with a faster gradient."""
 
-    def __init__(self, conv: nn.Conv2d, limits: Limits | None) -> None:
+    def __init__(self, conv: nn.Conv2d, limits: PassRange | None) -> None:
         super().__init__(conv, limits)
-        self._kernels: dict[tuple[Places, Places], _Kernel] = {}
+        self._kernels: dict[tuple[Pair2d, Pair2d], _DepthwiseKernel] = {}
 
-    def kernel(self, size: Sequence[int]) -> _Kernel:
-        """What convolves maps of `size` = (height, width); kept, for there are few sizes and many steps."""
-        padding, more = self.padded(size)
-        if (padding, more) not in self._kernels:
-            weight, taps = self.zeroed(more), self.weight[:, 0].permute(1, 2, 0).float().contiguous()
-            numbers = (self.stride, padding, _less(padding, more), self.dilation)
-            self._kernels[padding, more] = _Kernel(weight, weight.flip(2, 3), taps, *numbers)
-        return self._kernels[padding, more]
+    def kernel(self, size: Sequence[int]) -> _DepthwiseKernel:
+        """Return the kernel for maps of `size` (height, width); kernels are cached, because sizes are few.
 
-    def convolved(self, x: Tensor, limits: Limits | None) -> Tensor:
-        """With its own gradient."""
+        A cached kernel copies the weights. This is safe because presets that change weights are not optimized on a
+        lowered network (`requires_original_weights`).
+        """
+        padding, zeros = self.even_padding(size)
+        if (padding, zeros) not in self._kernels:
+            weight = self.zero_padded_weight(zeros)
+            self._kernels[padding, zeros] = _DepthwiseKernel(
+                weight=weight,
+                flipped=weight.flip(2, 3),
+                taps=self.weight[:, 0].permute(1, 2, 0).float().contiguous(),
+                stride=self.stride,
+                padding=padding,
+                taps_padding=_subtract(padding, zeros),
+                dilation=self.dilation,
+            )
+        return self._kernels[padding, zeros]
+
+    def convolve(self, x: Tensor, limits: PassRange | None) -> Tensor:
+        """See `LoweredConv2d`."""
         return _Depthwise.apply(x, self.bias, self.kernel(x.shape[-2:]), limits)
 
 
-class _Thin(torch.autograd.Function):
+class _FirstConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: "FirstConv", limits: Limits | None) -> Tensor:
-        padding, more = layer.padded(x.shape[-2:])
-        y = _rectified(F.conv2d(x, layer.zeroed(more), layer.bias, layer.stride, padding), limits)
+    def forward(ctx: Any, x: Tensor, layer: "FirstConv", limits: PassRange | None) -> Tensor:
+        padding, zeros = layer.even_padding(x.shape[-2:])
+        y = _rectify_(F.conv2d(x, layer.zero_padded_weight(zeros), layer.bias, layer.stride, padding), limits)
         ctx.layer, ctx.limits, ctx.size = layer, limits, tuple(x.shape[-2:])
         ctx.save_for_backward(None if limits is None else y)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        layer: FirstConv = ctx.layer
-        gradient = passed(grads[0], ctx.saved_tensors[0], ctx.limits)
-        padding, more = layer.padded(ctx.size)
-        if strided_conv_backward.available(gradient):
-            weight = layer.weight.permute(0, 2, 3, 1).flatten(1)
-            kernel = (layer.weight.shape[2], layer.weight.shape[3])
-            return (
-                strided_conv_backward.dense(gradient, weight, kernel, ctx.size, layer.stride, _less(padding, more)),
-                None,
-                None,
-            )
-        back = torch.ops.aten.convolution_backward
-        like, numbers = gradient.new_empty(len(gradient), layer.weight.shape[1], *ctx.size), (padding, (1, 1))
-        weight, wanted = layer.zeroed(more), (True, False, False)
-        return back(gradient, like, weight, None, layer.stride, *numbers, False, (0, 0), 1, wanted)[0], None, None
+        gradient = rectifier_gradient(grads[0], ctx.saved_tensors[0], ctx.limits)
+        return ctx.layer.input_gradient(gradient, ctx.size), None, None
 
 
-class FirstConv(Padded):
-    """A convolution that reads few channels: a network's first, of colours."""
+class FirstConv(PaddedConv2d):
+    """A convolution of few input channels, such as the first of a network, with a faster gradient."""
 
-    def convolved(self, x: Tensor, limits: Limits | None) -> Tensor:
-        """With its own gradient."""
-        return _Thin.apply(x, self, limits)
+    def convolve(self, x: Tensor, limits: PassRange | None) -> Tensor:
+        """See `LoweredConv2d`."""
+        return _FirstConv.apply(x, self, limits)
+
+    def input_gradient(self, gradient: Tensor, size: Pair2d) -> Tensor:
+        """Return the gradient with respect to the input.
+
+        Args:
+            gradient: Gradient with respect to the output of the convolution, (B, C', h, w).
+            size: (height, width) of the input.
+        """
+        padding, zeros = self.even_padding(size)
+        _, channels, kernel_height, kernel_width = self.weight.shape
+        if strided_conv_backward.is_available(gradient):
+            weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+            geometry = strided_conv_backward.ConvGeometry(size, self.stride, _subtract(padding, zeros))
+            return strided_conv_backward.dense(gradient, weight, (kernel_height, kernel_width), geometry)
+        return torch.ops.aten.convolution_backward(
+            gradient,
+            gradient.new_empty(len(gradient), channels, *size),  # only its shape is used
+            self.zero_padded_weight(zeros),
+            None,  # bias
+            self.stride,
+            padding,
+            (1, 1),  # dilation
+            False,  # transposed
+            (0, 0),  # output padding
+            1,  # groups
+            (True, False, False),  # gradient of the input only
+        )[0]

@@ -1,8 +1,11 @@
-"""Units that are silent on the first picture: a rectifier passes them no gradient, and they would stay grey.
+"""Redirected ReLU gradients, for units whose activation is zero on the initial image.
 
-Inside `redirected`, rectifiers that stop *all* of an image's gradient pass on the part that would push their inputs
-back to where they respond. After lucid/misc/redirected_relu_grad.py, but image by image (a batch-wide test leaves a
-dead unit dead beside a living one), and for any network: the modules' forward is exchanged and put back.
+ReLU passes no gradient to such a unit, so that its image would never change. Inside `redirected`, a ReLU that blocks
+*all* of the gradient of an image passes the part that moves its input back to the active range.
+
+After lucid/misc/redirected_relu_grad.py, with two differences: the test is made for each image, because with a test
+for the whole batch one active unit would leave all others without gradient; and it works for any network, because the
+forward methods of the modules are replaced and restored.
 """
 
 import contextlib
@@ -12,42 +15,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.kernels.types import Limits
+from pipeline.kernels.types import PassRange
 
-# lucid redirects during the first 16 steps.
+# Number of steps with redirected gradients, as in lucid.
 REDIRECTED_STEPS = 16
 
 
-def limits_of(module: nn.Module) -> Limits | None:
-    """What a module of PyTorch's lets through; None for one that is no rectifier, or some other kind."""
+def limits_of(module: nn.Module) -> PassRange | None:
+    """Return the range that a ReLU or ReLU6 passes unchanged; None for other modules."""
     if type(module) is nn.ReLU:
         return 0.0, None
     return (0.0, 6.0) if type(module) is nn.ReLU6 else None
 
 
-def passed(gradient: Tensor, rectified: Tensor | None, limits: Limits | None) -> Tensor:
-    """What a rectifier that gave `rectified` passes on of a gradient."""
+def rectifier_gradient(gradient: Tensor, rectified: Tensor | None, limits: PassRange | None) -> Tensor:
+    """Return the gradient with respect to the input of a rectifier.
+
+    Args:
+        gradient: Gradient with respect to its output.
+        rectified: Its output; its input gives the same result.
+        limits: Its limits. If this or `rectified` is None, there is no rectifier.
+    """
     if limits is None or rectified is None:
         return gradient
     low, high = limits
     return torch.ops.aten.hardtanh_backward(gradient, rectified, low, torch.inf if high is None else high)
 
 
-def redirect(x: Tensor, limits: Limits) -> Tensor:
-    """`x` between the limits, with a gradient that finds its way to dead units."""
+def redirect(x: Tensor, limits: PassRange) -> Tensor:
+    """Clamp `x` to `limits`, with a gradient that is redirected for images whose gradient would be zero."""
     return _Redirected.apply(x, limits[1])
 
 
-class Rectifying(nn.Module):
-    """A module that holds a rectifier of its own, and must `redirect` in its place while `redirecting` is set."""
+class FusedRectifier(nn.Module):
+    """A module that applies a rectifier itself, and calls `redirect` in its place while `redirecting` is set.
 
-    def __init__(self, limits: Limits | None) -> None:
+    Attributes:
+        limits: Limits of the rectifier; None if there is none.
+        redirecting: Whether to redirect gradients.
+    """
+
+    def __init__(self, limits: PassRange | None) -> None:
         super().__init__()
         self.limits, self.redirecting = limits, False
 
 
-def silent(gradient: Tensor) -> Tensor:
-    """(B, 1, …) bool: of which images nothing is left."""
+def has_zero_gradient(gradient: Tensor) -> Tensor:
+    """Return for which images of a batch the gradient (B, …) is zero, as bool of shape (B, 1, …)."""
     return gradient.abs().sum(dim=tuple(range(1, gradient.ndim)), keepdim=True) == 0
 
 
@@ -61,19 +75,23 @@ class _Redirected(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,), (gradient,) = ctx.saved_tensors, grads
-        usual = passed(gradient, x, (0.0, ctx.high))
-        # Mostly one rectifier is to blame; others need no second look, nor does a gradient that was nothing already.
-        dead = silent(usual)
-        if not bool(dead.any()) or not bool((dead := dead & ~silent(gradient)).any()):
-            return usual, None
-        low, above = x <= 0, torch.zeros_like(x, dtype=torch.bool) if ctx.high is None else x >= ctx.high
-        # What is raised is the objective, so a positive gradient asks for more.
-        wanted = gradient * ((low & (gradient > 0)) | (above & (gradient < 0)))
-        return torch.where(dead, wanted, usual), None
+        ordinary = rectifier_gradient(gradient, x, (0.0, ctx.high))
+        blocked = has_zero_gradient(ordinary)
+        if not bool(blocked.any()):
+            return ordinary, None
+        # A gradient that was zero before this rectifier is not redirected: usually only one rectifier blocks it.
+        blocked = blocked & ~has_zero_gradient(gradient)
+        if not bool(blocked.any()):
+            return ordinary, None
+        below = x <= 0
+        above = torch.zeros_like(x, dtype=torch.bool) if ctx.high is None else x >= ctx.high
+        # The objective is maximized, so a positive gradient raises the input.
+        redirected_gradient = gradient * ((below & (gradient > 0)) | (above & (gradient < 0)))
+        return torch.where(blocked, redirected_gradient, ordinary), None
 
 
-def _redirecting(limits: Limits) -> Callable[[Tensor], Tensor]:
-    """Return a forward with the parameter name of PyTorch's rectifiers, for networks that call them by keyword."""
+def _redirecting_forward(limits: PassRange) -> Callable[[Tensor], Tensor]:
+    """Return a forward method; its parameter is named as in nn.ReLU, for networks that pass it by keyword."""
 
     def forward(input: Tensor) -> Tensor:
         return redirect(input, limits)
@@ -83,22 +101,21 @@ def _redirecting(limits: Limits) -> Callable[[Tensor], Tensor]:
 
 @contextlib.contextmanager
 def redirected(module: nn.Module) -> Iterator[None]:
-    """Rectifiers (nn.ReLU, nn.ReLU6, `Rectifying`) of `module` redirect gradients while this is entered."""
-    changed: list[nn.Module] = []
-    switched: list[Rectifying] = []
-
+    """Redirect the gradients of all rectifiers (nn.ReLU, nn.ReLU6, `FusedRectifier`) of a module in this context."""
+    replaced: list[nn.Module] = []
+    switched: list[FusedRectifier] = []
     try:
         for child in module.modules():
-            if isinstance(child, Rectifying):
+            if isinstance(child, FusedRectifier):
                 child.redirecting = True
                 switched.append(child)
             elif isinstance(child, (nn.ReLU, nn.ReLU6)) and "forward" not in vars(child):
                 limits = (0.0, 6.0 if isinstance(child, nn.ReLU6) else None)
-                child.forward = _redirecting(limits)  # type: ignore[method-assign]
-                changed.append(child)
+                child.forward = _redirecting_forward(limits)  # type: ignore[method-assign]
+                replaced.append(child)
         yield
     finally:
-        for child in changed:
+        for child in replaced:
             del child.forward
         for child in switched:
             child.redirecting = False

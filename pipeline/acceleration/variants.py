@@ -1,9 +1,9 @@
-"""Fast variants of a network, each checked against the network itself before it is used.
+"""Fast variants of a network, each compared with the original network before it is used.
 
 Folding batch normalizations, replacing convolutions and computing in bfloat16 make a step several times as fast. None
-of them is right for every network that PyTorch runs, so the variant for a layer is compared on two images with the
-plain network: values of the layer and gradient with respect to the images. Where it raises or deviates, the next
-plainer variant is tried; the last one is the network as it was loaded.
+of them is correct for every network that PyTorch can run, so the variant for a layer is compared with the original
+network on two images: by the values of the layer, and by the gradient with respect to the images. If a variant raises
+an error or deviates, the next less modified one is tried; the last one is the original network.
 """
 
 import dataclasses
@@ -16,41 +16,46 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pipeline.acceleration.batchnorm_folding import FoldedNorm, Pair, fold
+from pipeline.acceleration.batchnorm_folding import ConvNormPair, FoldedNorm, fold
 from pipeline.acceleration.cpu_lowering import LoweredConv2d, in_precision, lower
 from pipeline.core.errors import first_line
 from pipeline.layers.finding import Layer, capture
-from pipeline.models.loading import Model, in_place
+from pipeline.models.loading import Model, inplace_activations
 
 log = logging.getLogger(__name__)
 
-# Largest difference of a float32 variant's values and input gradient, relative to the norm of the plain network's.
-# Rounding alone can exceed it in the gradient: it switches units whose input is nearly 0 on or off, and with each a
-# part of the gradient. In most networks this concerns some images and not others, so the image with the smaller
-# difference counts; values, which do not jump, count for all. In deep networks it concerns all images, so a variant
-# may also differ by `ROUNDING` times what the plain network differs from itself in double precision. A wrong border
-# or stride changes the gradient of every image, and by far more.
+# Largest difference of the values and the input gradient of a float32 variant, relative to their norm in the original
+# network. Rounding alone can exceed it in the gradient, because it turns units with an input close to 0 on or off, and
+# with each of them a part of the gradient. In most networks this affects some images and not others, so only the image
+# with the smaller difference is tested; values do not jump, and are tested for both. In deep networks all images are
+# affected, so a variant may also differ by `ROUNDING_FACTOR` times the difference between the original network and
+# itself in double precision, of which at most `MAX_ROUNDING` counts. A wrong border or stride changes the gradient of
+# every image by far more.
 FLOAT32_TOLERANCE = 1e-3
-ROUNDING = 4.0
-MOST_ROUNDING = 0.02
+ROUNDING_FACTOR = 4.0
+MAX_ROUNDING = 0.02
 
-# Least cosine of a bfloat16 variant's values and input gradient with those of the plain network. Where the plain
-# network in bfloat16 has less, its gradient is that rough by itself: a variant may be as rough, down to `ROUGHEST`.
+# Smallest cosine between the values and the input gradient of a bfloat16 variant and those of the original network. If
+# the cosine of the original network in bfloat16 is itself smaller, the variant may have that cosine less
+# `COSINE_MARGIN`, but not less than `MIN_COSINE`.
 BFLOAT16_COSINE = 0.9
-ROUGHER = 0.1
-ROUGHEST = 0.4
+COSINE_MARGIN = 0.1
+MIN_COSINE = 0.4
+
+# Values of layers by name, and under "" the gradient with respect to the images.
+Observed = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelVariants:
-    """The variants of a network that visualizations of one layer are computed with.
+    """The variants of a network that compute the visualizations of one layer.
 
     Attributes:
-        folded: The network in float32 with batch normalizations folded; the plain network where that is not equal.
-        steps: What optimisation steps are computed with.
-        exact: What finished visualizations are measured with; in float32.
-        level: What `steps` is: "lowered", "folded" or "original", and its precision.
-        reason: Why `steps` is plainer than asked; empty where it is not.
+        folded: In float32 with batch normalizations folded; the original network if that is not equal.
+        steps: For the optimization steps.
+        exact: For the metrics of finished visualizations; in float32.
+        level: Structure of `steps` ("lowered", "folded" or "original") and its precision.
+        reason: Why `steps` is less modified than requested; empty if it is not.
     """
 
     folded: Model
@@ -61,7 +66,7 @@ class ModelVariants:
 
     @property
     def plain_level(self) -> str:
-        """The level of steps that need the original float32 weights: see `RenderConfig.requires_original_weights`."""
+        """The level of steps that need the original float32 weights, on `folded`."""
         return f"{_structure(self.folded)} float32"
 
     @property
@@ -72,142 +77,155 @@ class ModelVariants:
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """A variant by the name of its level, made when it is needed."""
+    """A variant that can be built with `make`, with its structure and data type."""
 
-    level: str
+    structure: str
     make: Callable[[], Model]
     dtype: torch.dtype = torch.float32
 
+    @property
+    def name(self) -> str:
+        return f"{self.structure} {str(self.dtype).removeprefix('torch.')}"
+
 
 @dataclasses.dataclass(frozen=True)
-class _Probe:
-    """Two images, and what the plain network gives for them at some layers."""
+class _Reference:
+    """Values of the original network that variants are compared with.
+
+    Attributes:
+        model: The original network.
+        layers: The layers that are compared.
+        images: Two images (2, C, H, W).
+        observed: Values and gradient of the original network for these images.
+    """
 
     model: Model
     layers: Sequence[Layer]
     images: Tensor
-    reference: "Observed"
+    observed: Observed
 
     @classmethod
-    def of(cls, model: Model, layers: Sequence[Layer], size: tuple[int, int]) -> "_Probe":
+    def of(cls, model: Model, layers: Sequence[Layer], size: tuple[int, int]) -> "_Reference":
         images = probe_images(model, size)
         return cls(model, layers, images, observe(model, layers, images))
 
-    def first(self, candidates: Sequence[_Candidate], reasons: list[str]) -> Model | None:
-        """The first candidate that equals the plain network; why the others do not is added to `reasons`."""
+    def first_equal(self, candidates: Sequence[_Candidate], reasons: list[str]) -> Model | None:
+        """Return the first candidate that equals the original network, and append to `reasons` why others do not."""
         for candidate in candidates:
-            variant = None
             try:
                 variant = candidate.make()
                 reason = self.deviation(observe(variant, self.layers, self.images), candidate.dtype)
+                if not reason:
+                    return variant
             except Exception as error:
-                # A variant runs the user's code in ways that it was not written for, which may raise anything.
+                # The code of the user is run in ways that it was not written for, and may raise any error.
                 reason = f"{type(error).__name__}: {first_line(error)}"
-            if not reason and variant is not None:
-                return variant
-            name = f"{candidate.level} {str(candidate.dtype).removeprefix('torch.')}"
-            log.debug("%s does not equal the plain network: %s", name, reason)
-            reasons.append(f"{name}: {reason}")
+            log.debug("%s does not equal the original network: %s", candidate.name, reason)
+            reasons.append(f"{candidate.name}: {reason}")
         return None
 
-    def deviation(self, observed: "Observed", dtype: torch.dtype) -> str:
-        """In words, where `observed` deviates from the reference beyond the tolerance of a data type; "" if nowhere."""
-        for name, wanted in self.reference.items():
+    def deviation(self, observed: Observed, dtype: torch.dtype) -> str:
+        """Describe the first deviation beyond the tolerance of a data type; empty if there is none."""
+        for name, expected in self.observed.items():
             what = f"values of {name}" if name else "the input gradient"
             if name not in observed:
                 return f"{what}: missing"
-            finite = wanted.isfinite()
+            finite = expected.isfinite()
             if not observed[name][finite].isfinite().all():
                 return f"{what}: not finite"
             if dtype == torch.float32:
-                difference = _difference(name, observed[name], wanted)
-                if difference > FLOAT32_TOLERANCE and difference > ROUNDING * min(self.rounding(name), MOST_ROUNDING):
+                difference = _difference(name, observed[name], expected)
+                if difference > FLOAT32_TOLERANCE and difference > ROUNDING_FACTOR * self._rounding(name):
                     return f"{what}: relative difference {difference:.2g}"
-                continue
-            cosine = cosine_of(observed[name], wanted)
-            if cosine < BFLOAT16_COSINE and cosine < max(self.roughness(name) - ROUGHER, ROUGHEST):
-                return f"{what}: cosine {cosine:.3f}"
+            else:
+                cosine = cosine_of(observed[name], expected)
+                if cosine < BFLOAT16_COSINE and cosine < max(self._cosine(name) - COSINE_MARGIN, MIN_COSINE):
+                    return f"{what}: cosine {cosine:.3f}"
         return ""
 
-    def rounding(self, name: str) -> float:
-        """Relative difference of the plain network from itself in double precision; 0 where it does not run in that."""
-        exact = self._in_double
-        return relative_difference(self.reference[name], exact[name]) if name in exact else 0.0
+    def _rounding(self, name: str) -> float:
+        """Return the relative difference of the original network to itself in double precision, up to `MAX_ROUNDING`.
 
-    def roughness(self, name: str) -> float:
-        """Cosine of the plain network in bfloat16 with itself in float32; 1 where it does not run in bfloat16."""
+        It is 0 if the network does not run in double precision.
+        """
+        exact = self._in_double
+        return min(relative_difference(self.observed[name], exact[name]), MAX_ROUNDING) if name in exact else 0.0
+
+    def _cosine(self, name: str) -> float:
+        """Return the cosine of the original network in bfloat16 with itself; 1 if it does not run in bfloat16."""
         rough = self._in_bfloat16
-        return cosine_of(rough[name], self.reference[name]) if name in rough else 1.0
+        return cosine_of(rough[name], self.observed[name]) if name in rough else 1.0
 
     @functools.cached_property
-    def _in_bfloat16(self) -> "Observed":
-        return self._plain_in(torch.bfloat16)
+    def _in_bfloat16(self) -> Observed:
+        return self._observe_in(torch.bfloat16)
 
-    def _plain_in(self, dtype: torch.dtype) -> "Observed":
+    @functools.cached_property
+    def _in_double(self) -> Observed:
+        return self._observe_in(torch.float64)
+
+    def _observe_in(self, dtype: torch.dtype) -> Observed:
+        """Return values and gradient of the original network in a data type; empty if it does not run in it."""
         try:
             return observe(in_precision(self.model, dtype), self.layers, self.images)
         except Exception as error:
             log.debug("%s does not run in %s: %s", self.model.name, dtype, first_line(error))
             return {}
 
-    @functools.cached_property
-    def _in_double(self) -> "Observed":
-        return self._plain_in(torch.float64)
 
-
-def _difference(name: str, given: Tensor, wanted: Tensor) -> float:
-    """Relative difference of a layer's values, or of the gradient (""): there of the image where it is smaller."""
+def _difference(name: str, values: Tensor, expected: Tensor) -> float:
+    """Return the relative difference of the values of a layer; for the gradient (""), that of the better image."""
     if name:
-        return relative_difference(given, wanted)
-    return min(relative_difference(one, other) for one, other in zip(given, wanted, strict=True))
+        return relative_difference(values, expected)
+    return min(relative_difference(image, reference) for image, reference in zip(values, expected, strict=True))
 
 
-def relative_difference(given: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference of two tensors, relative to the norm of the second, over its finite values."""
-    finite = wanted.isfinite()
-    given, wanted = given[finite].double(), wanted[finite].double()
-    return float((given - wanted).norm()) / max(float(wanted.norm()), 1e-12)
+def relative_difference(values: Tensor, reference: Tensor) -> float:
+    """Return the norm of the difference of two tensors, relative to the norm of the second, over its finite values."""
+    finite = reference.isfinite()
+    values, reference = values[finite].double(), reference[finite].double()
+    return float((values - reference).norm()) / max(float(reference.norm()), 1e-12)
 
 
-def cosine_of(given: Tensor, wanted: Tensor) -> float:
-    """Cosine of two tensors over the finite values of the second; 1 where that is zero everywhere."""
-    finite = wanted.isfinite()
-    given, wanted = given[finite].double(), wanted[finite].double()
-    # Not cosine_similarity, which takes norms under 1e-8 for zero: gradients of random networks are smaller.
-    norms = float(given.norm()) * float(wanted.norm())
+def cosine_of(values: Tensor, reference: Tensor) -> float:
+    """Return the cosine of two tensors over the finite values of the second; 1 if these are all zero."""
+    finite = reference.isfinite()
+    values, reference = values[finite].double(), reference[finite].double()
+    # torch.cosine_similarity treats norms below 1e-8 as zero, but gradients of random networks can be smaller.
+    norms = float(values.norm()) * float(reference.norm())
     if norms == 0:
-        return float(not wanted.any())
-    return float(given @ wanted) / norms
+        return float(not reference.any())
+    return float(values @ reference) / norms
 
 
 def verified_variants(
     model: Model,
-    pairs: Sequence[Pair],
+    pairs: Sequence[ConvNormPair],
     layers: Sequence[Layer],
     dtype: torch.dtype,
     size: tuple[int, int] | None = None,
 ) -> ModelVariants:
-    """Return the fastest variants that equal `model` at `layers`, for steps in `dtype`.
+    """Return the fastest variants that equal `model` at `layers`.
 
     Args:
-        model: The plain network, on the device of the steps.
+        model: The original network, on the device of the optimization steps.
         pairs: The pairs that `foldable` returned for it.
-        layers: The layers that will be read: batch normalizations inside them are not folded.
+        layers: The layers that will be read; batch normalizations inside them are not folded.
         dtype: Data type of the steps, float32 or bfloat16.
-        size: (height, width) in pixels of the images that they are compared on; None for the network's own.
+        size: (height, width) in pixels of the images for the comparison; None for the network's own input size.
     """
-    probe = _Probe.of(model, layers, size or model.recipe.size)
+    reference = _Reference.of(model, layers, size or model.preprocessing.size)
     reasons: list[str] = []
     folded = fold(model, pairs, layers)
-    exact = probe.first([_Candidate("lowered", lambda: lower(folded, pairs))], reasons)
+    exact = reference.first_equal([_Candidate("lowered", lambda: lower(folded, pairs))], reasons)
     if exact is None and folded is not model:
-        # A copy whose convolutions were replaced holds the folded weights, so that one comparison is enough for both.
-        folded = probe.first([_Candidate("folded", lambda: folded)], reasons) or model
+        # The lowered network contains the folded weights: only if it deviates, the folded one has to be compared.
+        folded = reference.first_equal([_Candidate("folded", lambda: folded)], reasons) or model
         exact = folded
     exact = exact or model
     steps = None
     if dtype != torch.float32:
-        steps = probe.first(
+        steps = reference.first_equal(
             [
                 _Candidate("lowered", lambda: lower(folded, pairs, dtype), dtype),
                 _Candidate("mixed", lambda: lower(folded, pairs, dtype, mixed=True), dtype),
@@ -215,132 +233,137 @@ def verified_variants(
             reasons,
         )
     precision = "float32" if steps is None else str(dtype).removeprefix("torch.")
-    # Where the steps are what was asked for, an attempt that failed on the way does not matter.
-    told = "" if steps is not None else "; ".join(dict.fromkeys(reasons))
+    # Failed attempts do not matter if the steps have the requested precision.
+    reason = "" if steps is not None else "; ".join(dict.fromkeys(reasons))
     steps = steps or exact
-    return ModelVariants(folded, steps, exact, f"{_structure(steps)} {precision}", told)
+    return ModelVariants(folded, steps, exact, f"{_structure(steps)} {precision}", reason)
 
 
 def _structure(variant: Model) -> str:
+    """Return "lowered", "folded" or "original"."""
     modules = list(variant.module.modules())
     if any(isinstance(module, LoweredConv2d) for module in modules):
         return "lowered"
     return "folded" if any(isinstance(module, FoldedNorm) for module in modules) else "original"
 
 
-def verified_fold(model: Model, pairs: Sequence[Pair], layers: Sequence[Layer]) -> Model:
-    """Return `model` folded for forward passes in which all `layers` are read, or itself where their values differ."""
+def verified_fold(model: Model, pairs: Sequence[ConvNormPair], layers: Sequence[Layer]) -> Model:
+    """Return the folded network for forward passes that read all `layers`; `model` itself if their values differ."""
     inside = {layer.module for layer in layers}
     folded = fold(model, [pair for pair in pairs if pair[0] not in inside])
     if folded is model:
         return model
-    images = probe_images(model, model.recipe.size)
+    images = probe_images(model, model.preprocessing.size)
     with torch.no_grad():
-        reference = _values(model, layers, images)
-        probe = _Probe(model, layers, images, reference)
+        reference = _Reference(model, layers, images, _values(model, layers, images))
         try:
-            with in_place(folded):
-                reason = probe.deviation(_values(folded, layers, images), torch.float32)
+            with inplace_activations(folded):
+                reason = reference.deviation(_values(folded, layers, images), torch.float32)
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
     if reason:
-        log.warning("%s: the dataset pass runs without folded batch normalizations: %s", model.name, reason)
+        log.warning("%s: batch normalizations are not folded for the dataset pass: %s", model.name, reason)
         return model
     return folded
 
 
 def probe_images(model: Model, size: tuple[int, int]) -> Tensor:
-    """Two images (2, C, H, W) in [0, 1] for comparisons: white noise, and noise of eight pixels' width."""
+    """Return two images (2, C, H, W) in [0, 1] for comparisons: white noise, and noise at 1/8 of the resolution."""
     generator = torch.Generator().manual_seed(0)
-    fine = torch.rand(1, model.recipe.channels, *size, generator=generator)
-    coarse = torch.rand(1, model.recipe.channels, *(max(1, side // 8) for side in size), generator=generator)
+    fine = torch.rand(1, model.preprocessing.channels, *size, generator=generator)
+    coarse = torch.rand(1, model.preprocessing.channels, *(max(1, side // 8) for side in size), generator=generator)
     coarse = torch.nn.functional.interpolate(coarse, size, mode="bilinear", align_corners=False)
     return torch.cat([fine, coarse]).to(next(model.module.parameters()).device)
 
 
-Observed = dict[str, Tensor]
-
-
 def observe(model: Model, layers: Sequence[Layer], images: Tensor) -> Observed:
-    """Values of `layers` by name, and under "" the gradient of a fixed random sum of them by the images.
+    """Return the values of layers, and the gradient of their sum with random signs.
 
-    The sum weights every value of a layer by a random sign, so that each channel has its part in the gradient. There is
-    no gradient where the network passes none.
+    With random signs, every channel contributes to the gradient.
+
+    Args:
+        model: The network.
+        layers: The layers.
+        images: Images (B, C, H, W) in [0, 1].
+
+    Returns:
+        Values by layer name, and under "" the gradient with respect to the images, if the network has one.
     """
     images = images.clone().requires_grad_(True)
-    maps = _values(model, layers, images)
+    values = _values(model, layers, images)
     total = torch.zeros((), device=images.device)
-    for one in maps.values():
-        if one.requires_grad:
-            signs = torch.randint(0, 2, one.shape, generator=torch.Generator().manual_seed(0)).to(one.device) * 2 - 1
-            total = total + (one * signs).sum() / one.detach().norm().clamp_min(1e-12)
-    observed = {name: one.detach() for name, one in maps.items()}
+    for maps in values.values():
+        if maps.requires_grad:
+            signs = torch.randint(0, 2, maps.shape, generator=torch.Generator().manual_seed(0)).to(maps.device) * 2 - 1
+            total = total + (maps * signs).sum() / maps.detach().norm().clamp_min(1e-12)
+    observed = {name: maps.detach() for name, maps in values.items()}
     if total.requires_grad:
         observed[""] = torch.autograd.grad(total, images)[0]
     return observed
 
 
 def _values(model: Model, layers: Sequence[Layer], images: Tensor) -> Observed:
+    """Return the values of layers in float32."""
     with capture(model, layers) as forward:
         return {name: maps.float() for name, maps in forward(images).items()}
 
 
 def layers_without_gradient(model: Model, layers: Sequence[Layer]) -> dict[str, str]:
-    """Return why visualizations of some layers can't be optimised, by layer name: no gradient reaches the image.
+    """Return the layers that can't be visualized because no gradient reaches the image, with the reason, by name.
 
-    One forward pass finds the layers that autograd does not connect to the images (`no_grad`, `inference_mode`,
-    `detach`). A second one in forward mode finds those whose derivative is zero everywhere (rounding, thresholds);
-    backward passes of these layers alone confirm it. Where an operator has no forward-mode derivative, the second
-    pass is left out.
+    Layers that autograd does not connect with the images (`no_grad`, `inference_mode`, `detach`) are found by one
+    forward pass. Layers whose derivative is zero everywhere (rounding, thresholds) are found by a second one in forward
+    mode and confirmed by a backward pass for each of them. If an operator has no forward-mode derivative, the second
+    test is skipped.
     """
-    images = _small_probe(model)
-    maps = _values(model, layers, images.clone().requires_grad_(True))
+    images = _small_probe_image(model)
+    values = _values(model, layers, images.clone().requires_grad_(True))
     reasons = {
         name: "it is computed without gradients (no_grad, inference_mode or detach before it)"
-        for name, one in maps.items()
-        if not one.requires_grad
+        for name, maps in values.items()
+        if not maps.requires_grad
     }
-    del maps
+    del values
     connected = [layer for layer in layers if layer.name not in reasons]
-    for layer in _constant(model, connected, images):
+    for layer in _layers_with_zero_derivative(model, connected, images):
         gradient = observe(model, [layer], images).get("")
         if gradient is not None and not gradient.any():
             reasons[layer.name] = "its gradient is zero everywhere (rounding or a threshold before it)"
     return reasons
 
 
-def _small_probe(model: Model) -> Tensor:
-    """One image (1, C, H, W) of noise, of half the network's own size if it takes that: for what no size changes."""
-    own = model.recipe.size
-    half = (own[0] // 2, own[1] // 2)
+def _small_probe_image(model: Model) -> Tensor:
+    """Return one image (1, C, H, W) of noise, of half the network's own size if the network accepts that."""
+    size = model.preprocessing.size
+    half = (size[0] // 2, size[1] // 2)
     if min(half) >= 64:
         images = probe_images(model, half)[:1]
         try:
             with torch.no_grad():
-                model.module(model.normalise(images))
+                model.module(model.normalize(images))
             return images
         except Exception:
-            log.debug("%s does not take images of %d x %d pixels", model.name, *half)
-    return probe_images(model, own)[:1]
+            log.debug("%s does not accept images of %d × %d pixels", model.name, *half)
+    return probe_images(model, size)[:1]
 
 
-def _constant(model: Model, layers: Sequence[Layer], images: Tensor) -> list[Layer]:
-    """The layers whose derivative along a random direction is exactly zero for every value."""
+def _layers_with_zero_derivative(model: Model, layers: Sequence[Layer], images: Tensor) -> list[Layer]:
+    """Return the layers whose derivative along a random direction is exactly zero for every value."""
     if not layers:
         return []
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).to(images.device)
     constant: list[Layer] = []
 
-    def look(layer: Layer, maps: Tensor) -> None:
+    def append_if_constant(layer: Layer, maps: Tensor) -> None:
         tangent = forward_ad.unpack_dual(maps).tangent
         if tangent is None or not tangent.any():
             constant.append(layer)
 
     try:
         with warnings.catch_warnings():
-            # PyTorch compiles its forward-mode derivatives with TorchScript, which it deprecates.
+            # PyTorch compiles forward-mode derivatives with TorchScript, which is deprecated.
             warnings.simplefilter("ignore", FutureWarning)
-            with torch.no_grad(), forward_ad.dual_level(), capture(model, layers, look) as forward:
+            with torch.no_grad(), forward_ad.dual_level(), capture(model, layers, append_if_constant) as forward:
                 forward(forward_ad.make_dual(images, direction))
     except Exception as error:
         log.debug("no forward-mode derivatives of %s: %s: %s", model.name, type(error).__name__, first_line(error))

@@ -1,4 +1,4 @@
-"""What is typed after `atlas VERB` as overrides for Hydra, and Hydra's refusals in words."""
+"""Arguments of the command line as overrides for Hydra, and the errors of Hydra with their fix."""
 
 import dataclasses
 import re
@@ -14,47 +14,91 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf, grammar_parser
 from omegaconf.errors import GrammarParseError
 
-from pipeline.core.errors import nearest
-
-# Verbs that read a run which is there already, and take its folder.
-ON_FOLDER = ("site", "serve", "publish", "status", "verify", "repair", "compact", "export")
+from pipeline.core.errors import nearest_names
 
 
 @dataclasses.dataclass(frozen=True)
-class Compare:
-    """What `compare` is asked: runs by name or folder, the presets that count (all, if none), and where to."""
+class CompareArguments:
+    """Arguments of `atlas compare`.
 
-    runs: tuple[str, ...]
-    presets: tuple[str, ...]
-    out: str | None
+    Attributes:
+        runs: Names or folders of the runs.
+        presets: Presets that are compared; all if empty.
+        out: Folder of the results; None for the default.
+    """
+
+    runs: tuple[str, ...] = ()
+    presets: tuple[str, ...] = ()
+    out: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Arguments of a verb that are no settings of the configuration.
+
+    Attributes:
+        values: Options that were written as key=value.
+        flags: Options that were written as --flag.
+        host: Host of `atlas publish`; empty if none was named.
+        compare: Arguments of `atlas compare`.
+    """
+
+    values: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    flags: frozenset[str] = frozenset()
+    host: str = ""
+    compare: CompareArguments = CompareArguments()
 
 
 def conf_folder() -> Path:
-    """The folder of YAML files: inside the installed package, or beside it in a checkout."""
+    """Return the folder of YAML files: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
 
 
-def named(verb: str, arguments: Sequence[str]) -> list[str]:
-    """Arguments as Hydra's overrides: a run's folder given by position, and presets in `also=[…]`."""
-    found = []
+def split_options(
+    verb: str, arguments: Sequence[str], keys: Sequence[str] = (), flags: Sequence[str] = ()
+) -> tuple[Options, list[str]]:
+    """Split the arguments of a verb into its own options and the rest.
+
+    Args:
+        verb: The verb.
+        arguments: Everything after the verb.
+        keys: Options of the verb that are written as key=value.
+        flags: Options of the verb that are written as --flag.
+    """
+    host, compare = "", CompareArguments()
+    rest = list(arguments)
     if verb == "publish":
-        _, arguments = target(arguments)
+        host, rest = split_host(rest)
     if verb == "compare":
-        _, arguments = compared(arguments)
+        compare, rest = split_compare(rest)
+    values = {key: value for key, equals, value in (a.partition("=") for a in rest) if equals and key in keys}
+    chosen = frozenset(flag for flag in flags if f"--{flag}" in rest)
+    rest = [a for a in rest if a.partition("=")[0] not in values and a.removeprefix("--") not in chosen]
+    return Options(values, chosen, host, compare), rest
+
+
+def to_overrides(arguments: Sequence[str], on_folder: bool = False) -> list[str]:
+    """Return arguments as overrides for Hydra: presets in `also=[…]`, and the folder of a run.
+
+    Args:
+        arguments: Arguments without the verb and its options.
+        on_folder: Whether an argument may be the folder of a run.
+    """
+    overrides = []
     for argument in arguments:
         if argument.startswith("also="):
             names = argument.removeprefix("also=").strip("[]").split(",")
-            found += [f"+render@also.{name.strip()}={name.strip()}" for name in names if name.strip()]
-        elif verb in ON_FOLDER and (_is_folder(argument) or not _is_override(argument)):
+            overrides += [f"+render@also.{name.strip()}={name.strip()}" for name in names if name.strip()]
+        elif on_folder and (_is_folder(argument) or not _is_override(argument)):
             path = Path(argument).expanduser()
             path = path if path.name not in ("", "..") else path.resolve()
             root = "runs" if path.parent == Path() and "/" not in argument else str(path.parent)
-            found += [f"run.root={literal(root)}", f"run.name={literal(path.name)}"]
+            overrides += [f"run.root={literal(root)}", f"run.name={literal(path.name)}"]
         else:
-            found.append(argument)
-    return found
+            overrides.append(argument)
+    return overrides
 
 
 def _is_override(argument: str) -> bool:
@@ -62,23 +106,23 @@ def _is_override(argument: str) -> bool:
 
 
 def _is_folder(argument: str) -> bool:
-    """Whether an argument is the path of a folder that is there, be it called like an override: `runs/lr=3`."""
+    """Return whether an argument is the path of an existing folder, even if it looks like an override: `runs/lr=3`."""
     return "/" in argument and not argument.startswith("-") and Path(argument).expanduser().is_dir()
 
 
 def quoted(text: str) -> str:
-    """A text in double quotes, as Hydra's grammar has them: backslashes count only before a quote and at the end."""
+    """Return a text in double quotes for Hydra: backslashes escape only before a quote and at the end."""
     escaped = re.sub(r'(\\*)"', lambda match: match[1] * 2 + '\\"', text)
     return '"' + re.sub(r"(\\+)$", lambda match: match[1] * 2, escaped) + '"'
 
 
 def literal(text: str) -> str:
-    """A text in double quotes in which `${…}` refers to nothing either."""
+    """Return a text in double quotes in which `${…}` is no reference."""
     return quoted(re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", text))
 
 
-def target(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Where `publish` goes, its first plain word, and the arguments without it."""
+def split_host(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the host of `atlas publish`, its first plain word, and the other arguments."""
     plain = [a for a in arguments if not a.startswith(("-", "~")) and "=" not in a]
     rest = list(arguments)
     if plain:
@@ -86,41 +130,42 @@ def target(arguments: Sequence[str]) -> tuple[str, list[str]]:
     return plain[0] if plain else "", rest
 
 
-def compared(arguments: Sequence[str]) -> tuple[Compare, list[str]]:
-    """What is compared: `runs=[a,b]` (or plain words), `presets=[…]` and `out=…`; and the arguments without them."""
-    rest, found = [], {"runs": [], "presets": []}
-    out = None
+def split_compare(arguments: Sequence[str]) -> tuple[CompareArguments, list[str]]:
+    """Return `runs=[a,b]` (or plain words), `presets=[…]` and `out=…` of `atlas compare`, and the other arguments."""
+    lists: dict[str, list[str]] = {"runs": [], "presets": []}
+    rest, out = [], None
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if key in found and equals:
-            found[key] += [name.strip().strip("'\"") for name in value.strip("[]").split(",") if name.strip()]
+        if key in lists and equals:
+            lists[key] += [name.strip().strip("'\"") for name in value.strip("[]").split(",") if name.strip()]
         elif key == "out" and equals:
             out = value
         elif _is_override(argument) and not _is_folder(argument):
             rest.append(argument)
         else:
-            found["runs"].append(argument)
-    return Compare(tuple(found["runs"]), tuple(found["presets"]), out), rest
+            lists["runs"].append(argument)
+    return CompareArguments(tuple(lists["runs"]), tuple(lists["presets"]), out), rest
 
 
 def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
-    """A composition error in few words, with the nearest valid names, or with the quotes that an argument needs."""
+    """Return a message for a composition error, with the nearest valid names or the quotes that an argument needs."""
     message = str(error).strip()
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        return f"There is no {group}={name}. {nearest(name, error.options, 6)}"
+        return f"There is no {group}={name}. {nearest_names(name, error.options, 6)}"
     match = re.search(r"Could not (?:override|delete|load) '?([\w./@]+)'?", message)
     if match:
-        return f"{match[1]} is not a setting. {nearest(match[1], settings())}"
+        return f"{match[1]} is not a setting. {nearest_names(match[1], settings())}"
     for override in overrides:
-        if told := _unreadable(override, sweeps="--multirun" in overrides or "-m" in overrides):
-            return told
+        problem = _unreadable(override, sweeps="--multirun" in overrides or "-m" in overrides)
+        if problem:
+            return problem
     cause = f"\n{error.__cause__}" if error.__cause__ is not None else ""
     return f"{message}{cause}"
 
 
 def _unreadable(override: str, sweeps: bool) -> str:
-    """What is wrong with an argument that Hydra's grammar does not allow, and how to type it; empty if it does."""
+    """Return why the grammar of Hydra does not allow an argument, and how to type it; empty if it is allowed."""
     if override.startswith("-"):
         return ""
     key, equals, value = override.partition("=")
@@ -131,7 +176,7 @@ def _unreadable(override: str, sweeps: bool) -> str:
             return ""
     except Exception:  # the parser raises errors of several libraries
         if not re.fullmatch(r"[~+]{0,2}[\w./@:-]+", key):
-            return f"{override!r}: {key!r} is not a setting. {nearest(key, settings())}"
+            return f"{override!r}: {key!r} is not a setting. {nearest_names(key, settings())}"
         if not equals:
             return f"{override!r} has no value: write {shlex.quote(key)}=VALUE."
     if several:
@@ -140,34 +185,34 @@ def _unreadable(override: str, sweeps: bool) -> str:
             f"for a list, {_typed(key, f'[{value}]')}; for a run with each of them, add --multirun."
         )
     plain = " ,[]{}" if value.startswith(("[", "{")) else " "
-    odd = sorted(set(re.sub(r"[\w/\\.+$%*@?|:-]", "", value, flags=re.ASCII)) - set(plain))
-    because = f" because of {' '.join(odd)}" if odd else ""
+    special = sorted(set(re.sub(r"[\w/\\.+$%*@?|:-]", "", value, flags=re.ASCII)) - set(plain))
+    because = f" because of {' '.join(special)}" if special else ""
     return f"{override!r} can't be read{because}: such a value needs quotes. Type {_typed(key, _mended(value))}."
 
 
 def _typed(key: str, value: str) -> str:
-    """An argument as it is typed in a shell."""
+    """Return an argument as it is typed in a shell."""
     return shlex.quote(f"{key}={value}")
 
 
 def _mended(value: str) -> str:
-    """A value with quotes around that of it which Hydra can't read: all, or some members of a list or mapping."""
+    """Return a value with quotes where Hydra needs them: around all of it, or around members of a list or mapping."""
     inner = value.strip()
     if _reads(inner):
         return inner
-    whole = quoted(value) if _refers(value) else literal(value)
+    all_quoted = quoted(value) if _refers(value) else literal(value)
     if inner.startswith("[") and inner.endswith("]"):
         mended = f"[{','.join(_mended(member.strip()) for member in _members(inner[1:-1]))}]"
     elif inner.startswith("{") and inner.endswith("}"):
         entries = [member.partition(":") for member in _members(inner[1:-1])]
         mended = f"{{{','.join(f'{_mended(key.strip())}: {_mended(item.strip())}' for key, _, item in entries)}}}"
     else:
-        return whole
-    return mended if _reads(mended) else whole
+        return all_quoted
+    return mended if _reads(mended) else all_quoted
 
 
 def _refers(text: str) -> bool:
-    """Whether every `${` in a text begins a reference."""
+    """Return whether every `${` in a text begins a reference."""
     try:
         grammar_parser.parse(text)
     except GrammarParseError:
@@ -183,7 +228,7 @@ def _reads(value: str) -> bool:
 
 
 def _members(text: str) -> list[str]:
-    """The parts of a list's or mapping's inside, between commas that are in no brackets or quotes."""
+    """Split the inside of a list or mapping at commas outside of brackets and quotes."""
     members, depth, quote = [""], 0, ""
     for character in text:
         if quote:
@@ -202,9 +247,11 @@ def _members(text: str) -> list[str]:
 
 
 def as_text(message: str, overrides: Sequence[str]) -> str:
-    """How to type an argument whose value was taken for a number or the like, where a text is needed; or nothing.
+    """Return how to type a text that was read as a number or the like; empty if this is not the problem.
 
-    `message` is the error about a wrong type, which begins with the setting.
+    Args:
+        message: The error about a wrong type, which begins with the setting.
+        overrides: The overrides of the command.
     """
     if "has the wrong type" not in message or not re.search(r"\bstr\b", message):
         return ""
@@ -221,7 +268,7 @@ def as_text(message: str, overrides: Sequence[str]) -> str:
 
 
 def reference(error: Exception, overrides: Sequence[str]) -> str:
-    """What is wrong with a `${…}` that refers to nothing, and how to type it where it is no reference."""
+    """Return a message for a `${…}` that refers to nothing, with how to type it if it is meant as text."""
     for override in overrides:
         key, _, value = override.partition("=")
         if "${" in value:
@@ -234,7 +281,7 @@ def reference(error: Exception, overrides: Sequence[str]) -> str:
 
 
 def settings() -> Iterator[str]:
-    """All keys of the default configuration, and all groups."""
+    """Return all keys of the default configuration, and all groups."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
         tree: Any = OmegaConf.to_container(hydra.compose("config"), resolve=False)

@@ -1,17 +1,17 @@
-"""Runs against each other: numbers unit by unit, what they come to, and a site with the pictures side by side.
+"""Compare runs unit by unit: statistics, tables, and a site that shows their feature visualizations side by side.
 
     from pipeline.compare import align, opened
-    with opened(["distill", "tv"]) as contest:
-        found = align(contest)
-    print(found.summary())     # medians, intervals, wins, losses, p: for all units and for each layer
-    table = found.units()      # pandas: one row a unit and contender
+    with opened(["distill", "tv"]) as inputs:
+        comparison = align(inputs)
+    print(comparison.summary())     # medians, intervals, wins, losses and p values, for all units and for each layer
+    table = comparison.units()      # pandas: one row per unit and contender
 
-Everything is read through `pipeline.open_atlas`; `build` writes tables and site to a folder.
+Atlases are read with `pipeline.open_atlas`. `pipeline.compare.build.build` writes the tables and the site to a folder.
 """
 
+# `pipeline.compare.build` is not imported here: the page builder needs Jinja2, the statistics do not.
 from pipeline.compare.alignment import Comparison as Comparison
 from pipeline.compare.alignment import align as align
-from pipeline.compare.build import build as build
 from pipeline.compare.runs import Contender as Contender
 from pipeline.compare.runs import RunComparison as RunComparison
-from pipeline.compare.runs import opened as opened
+from pipeline.compare.runs import open_runs as open_runs

@@ -1,4 +1,4 @@
-"""Numbers of contenders beside each other: one table over all their units, and what it comes to."""
+"""Align the numbers of all contenders unit by unit, and summarize them."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,44 +7,62 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from pipeline.compare.metric_names import HIGHER, LOWER, MAIN, NEITHER, Measure, in_order
+from pipeline.compare.metric_names import HIGHER, LOWER, MAIN, NEITHER, Measure, ordered_measures
 from pipeline.compare.runs import Contender, RunComparison
-from pipeline.compare.statistics import Median, PairedTest, duel, median
-from pipeline.core.metric_specs import gain
+from pipeline.compare.statistics import Median, PairedTest, median, paired_test
+from pipeline.core.metric_specs import activation_ratio
 from pipeline.store.layer_view import LayerView
 
-# What the summary calls all layers together.
+# Name of all layers together in the summary.
 ALL = "*"
-# Numbers that say how a picture was drawn, not how good it is.
+# Numbers that describe how an image was made and are not measures of its quality.
 _LABELS = ("seed",)
+# Ratios to the maximum activation over the dataset, and the activations that they are computed from.
 _RATIOS = {MAIN: "activation", "robust_gain": "robust"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The units of one layer, or of all: (n contenders, C units) arrays, NaN where a contender lacks a unit.
+    """Units of one layer, or of all layers, with the numbers of n contenders; NaN where a contender lacks a unit.
 
-    `values` are by measure: of several pictures of a unit the median. `there` says who has a picture of whom, `failed`
-    how many pictures of it did not rise. `difference` (C,) says how unlike the contenders' pictures of a unit are
-    (`pipeline.compare.image_distance`), NaN until they were looked at.
+    Attributes:
+        name: Name of the layer, or `ALL`.
+        channels: (C,) channels.
+        values: (n, C) values by measure; the median over several visualizations of a unit.
+        dataset_max: (n, C) maximum activations over the dataset.
+        rendered: (n, C) whether the contender has a feature visualization of the unit.
+        failed: (n, C) numbers of feature visualizations whose optimization failed.
+        difference: (C,) mean distance between the contenders' images of a unit (`pipeline.compare.image_distance`);
+            NaN until the images have been read.
     """
 
     name: str
     channels: np.ndarray
     values: Mapping[str, np.ndarray]
-    natural: np.ndarray
-    there: np.ndarray
+    dataset_max: np.ndarray
+    rendered: np.ndarray
     failed: np.ndarray
     difference: np.ndarray
 
+    @property
+    def shared_units(self) -> int:
+        """Number of units that all contenders have a feature visualization of."""
+        return int(self.rendered.all(0).sum())
+
     def of(self, measure: str) -> np.ndarray:
-        """(n, C) values of a measure; NaN if this layer has none."""
-        return self.values.get(measure, np.full(self.there.shape, np.nan))
+        """Return the (n, C) values of a measure; all NaN if this layer does not have it."""
+        return self.values.get(measure, np.full(self.rendered.shape, np.nan))
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Contenders, the measures that any of them has, and their layers in order."""
+    """Numbers of all contenders.
+
+    Attributes:
+        contenders: The contenders.
+        measures: Measures that at least one contender has, in display order.
+        layers: Numbers by layer, in network order.
+    """
 
     contenders: tuple[Contender, ...]
     measures: tuple[Measure, ...]
@@ -52,178 +70,197 @@ class Comparison:
 
     @property
     def main(self) -> Measure:
-        """What pages show first: achieved ÷ natural; where there are no photographs, the activation."""
-        named = {measure.name: measure for measure in self.measures}
-        return named.get(MAIN, named.get("activation", self.measures[0]))
+        """The measure that pages show first: the activation ratio, or the activation without a dataset pass."""
+        by_name = {measure.name: measure for measure in self.measures}
+        return by_name.get(MAIN, by_name.get("activation", self.measures[0]))
 
     @property
-    def whole(self) -> Part:
-        """All layers as one, one after the other."""
+    def all_units(self) -> Part:
+        """The units of all layers, concatenated."""
         shape = (len(self.contenders), 0)
-        every = self.layers
+        layers = self.layers
+        values = {}
+        for measure in self.measures:
+            values[measure.name] = np.concatenate([p.of(measure.name) for p in layers] or [np.zeros(shape)], 1)
         return Part(
-            ALL,
-            np.concatenate([p.channels for p in every] or [np.zeros(0, np.int64)]),
-            {m.name: np.concatenate([p.of(m.name) for p in every] or [np.zeros(shape)], 1) for m in self.measures},
-            np.concatenate([p.natural for p in every] or [np.zeros(shape)], 1),
-            np.concatenate([p.there for p in every] or [np.zeros(shape, bool)], 1),
-            np.concatenate([p.failed for p in every] or [np.zeros(shape, int)], 1),
-            np.concatenate([p.difference for p in every] or [np.zeros(0)]),
+            name=ALL,
+            channels=np.concatenate([p.channels for p in layers] or [np.zeros(0, np.int64)]),
+            values=values,
+            dataset_max=np.concatenate([p.dataset_max for p in layers] or [np.zeros(shape)], 1),
+            rendered=np.concatenate([p.rendered for p in layers] or [np.zeros(shape, bool)], 1),
+            failed=np.concatenate([p.failed for p in layers] or [np.zeros(shape, int)], 1),
+            difference=np.concatenate([p.difference for p in layers] or [np.zeros(0)]),
         )
 
     def median(self, part: Part, measure: Measure, at: int) -> Median:
-        """The median of contender `at` over the units it has."""
+        """Return the median of contender `at` over the units that it has."""
         return median(part.of(measure.name)[at])
 
-    def comparable(self, measure: Measure, one: int, other: int) -> bool:
-        """Whether a measure means the same for two contenders: an activation does only beside its own objective's."""
-        a, b = self.contenders[one], self.contenders[other]
-        return not measure.own or (a.natural, a.objective) == (b.natural, b.objective)
+    def comparable(self, measure: Measure, first: int, second: int) -> bool:
+        """Return whether a measure is comparable; activations are only between contenders with the same objective."""
+        a, b = self.contenders[first], self.contenders[second]
+        return not measure.objective_units or (a.reference, a.objective) == (b.reference, b.objective)
 
     def better(self, measure: Measure, at: int) -> int:
-        """1 where more is better for contender `at`, −1 where less is, 0 where nobody knows."""
+        """Return 1 if higher values are better for contender `at`, −1 if lower ones are, and 0 if neither is."""
         sign = {HIGHER: 1, LOWER: -1}.get(measure.better, 0)
-        return -sign if measure.own and self.contenders[at].negative else sign
+        return -sign if measure.objective_units and self.contenders[at].negative else sign
 
-    def duel(self, part: Part, measure: Measure, one: int, other: int) -> PairedTest | None:
-        """Contender `one` against `other` over the units that both have; None where their numbers mean other things.
+    def paired_test(self, part: Part, measure: Measure, first: int, second: int) -> PairedTest | None:
+        """Compare contender `first` with `second` over the units that both have; None if not comparable.
 
-        Where nobody knows what is better, the larger value wins.
+        If neither direction is better, higher values count as wins.
         """
-        if not self.comparable(measure, one, other):
+        if not self.comparable(measure, first, second):
             return None
         values = part.of(measure.name)
-        return duel(values[one], values[other], self.better(measure, one) or 1)
+        return paired_test(values[first], values[second], self.better(measure, first) or 1)
 
     def disagreement(self, part: Part, measure: Measure) -> np.ndarray:
-        """(C,) how far contenders disagree about each unit: the largest value − the least; NaN of fewer than two.
+        """Return (C,) highest minus lowest value of each unit; NaN with fewer than two values.
 
-        Those count whose numbers mean the same as the first one's.
+        Only contenders whose values are comparable to those of the first one count.
         """
         values = part.of(measure.name)[[self.comparable(measure, 0, at) for at in range(len(self.contenders))]]
-        two = np.isfinite(values).sum(0) > 1
-        high, low = (np.where(np.isfinite(values), values, fill) for fill in (-np.inf, np.inf))
-        return np.where(two, high.max(0) - low.min(0), np.nan)
+        enough = np.isfinite(values).sum(0) > 1
+        highest = np.where(np.isfinite(values), values, -np.inf).max(0)
+        lowest = np.where(np.isfinite(values), values, np.inf).min(0)
+        return np.where(enough, highest - lowest, np.nan)
 
     def units(self) -> pd.DataFrame:
-        """One row a unit and contender, with what it is, then what was measured.
+        """Return a table with one row per unit and contender.
 
-        `picture` says whether the contender has one of this unit; of several, measures are medians, and `failed`
-        counts those that did not rise. `difference` (how unlike the pictures are), `disagreement` (of the main
-        measure) are of the unit, the same in the rows of all contenders; `natural` is the best photograph's response.
+        `picture` is whether the contender has a feature visualization of the unit. With several visualizations,
+        measures are medians and `failed` is the number of failed optimizations. `difference` (distance between the
+        images) and `disagreement` (of the main measure) belong to the unit and are equal in the rows of all contenders.
+        `natural` is the maximum activation over the dataset.
         """
         frames = []
         for part in self.layers:
-            apart = self.disagreement(part, self.main)
+            disagreement = self.disagreement(part, self.main)
             for at, contender in enumerate(self.contenders):
-                told = {"contender": contender.label, "run": contender.run, "preset": contender.preset}
+                names = {"contender": contender.label, "run": contender.run, "preset": contender.preset}
                 numbers = {m.name: part.of(m.name)[at] for m in self.measures}
-                frame = pd.DataFrame({"layer": part.name, "channel": part.channels, **told})
-                frame["picture"], frame["failed"] = part.there[at], part.failed[at]
+                frame = pd.DataFrame({"layer": part.name, "channel": part.channels, **names})
+                frame["picture"], frame["failed"] = part.rendered[at], part.failed[at]
                 frames.append(
-                    frame.assign(difference=part.difference, disagreement=apart, natural=part.natural[at], **numbers)
+                    frame.assign(
+                        difference=part.difference,
+                        disagreement=disagreement,
+                        natural=part.dataset_max[at],
+                        **numbers,
+                    )
                 )
         return pd.concat(frames, ignore_index=True)
 
     def summary(self) -> pd.DataFrame:
-        """Medians and pairs, for all units (layer `*`) and each layer.
+        """Return medians and paired tests, for all units (layer `*`) and for each layer.
 
-        A row without `against` is a contender's own median; with it, the median of contender − against over the pairs,
-        with wins, losses, ties and the sign test's p. `low` and `high` bound 95 %; `left_out` are units of the layer
-        that the contender (or one of the two) has no such number of.
+        A row without `against` has a contender's own median. A row with it has the median of contender − against over
+        the units that both have, with wins, losses, ties and the p value of the sign test. `low` and `high` are the
+        ends of the 95 % interval; `left_out` is the number of units without a value for the contender or for one of
+        the two.
         """
         return pd.DataFrame(self._rows())
 
     def _rows(self) -> Iterator[dict[str, object]]:
-        for part in (self.whole, *self.layers):
+        for part in (self.all_units, *self.layers):
+            units = len(part.channels)
             for measure in self.measures:
                 for at, contender in enumerate(self.contenders):
-                    row = self._head(part, measure, at) | {"contender": contender.label, "against": ""}
-                    yield row | _told(self.median(part, measure, at), len(part.channels))
-                for other, one in combinations(range(len(self.contenders)), 2):
-                    found = self.duel(part, measure, one, other)
-                    if found is None:
+                    row = self._row_start(part, measure, at) | {"contender": contender.label, "against": ""}
+                    yield row | _median_columns(self.median(part, measure, at), units)
+                for second, first in combinations(range(len(self.contenders)), 2):
+                    test = self.paired_test(part, measure, first, second)
+                    if test is None:
                         continue
-                    pair = {"contender": self.contenders[one].label, "against": self.contenders[other].label}
-                    counts = {"wins": found.wins, "losses": found.losses, "ties": found.ties, "p": found.p}
-                    yield self._head(part, measure, one) | pair | _told(found.difference, len(part.channels)) | counts
+                    pair = {"contender": self.contenders[first].label, "against": self.contenders[second].label}
+                    counts = {"wins": test.wins, "losses": test.losses, "ties": test.ties, "p": test.p}
+                    yield (
+                        self._row_start(part, measure, first) | pair | _median_columns(test.difference, units) | counts
+                    )
 
-    def _head(self, part: Part, measure: Measure, at: int) -> dict[str, object]:
+    def _row_start(self, part: Part, measure: Measure, at: int) -> dict[str, object]:
         better = {1: HIGHER, -1: LOWER, 0: NEITHER}[self.better(measure, at)]
         return {"layer": part.name, "measure": measure.name, "better": better}
 
 
-def _told(found: Median, units: int) -> dict[str, object]:
+def _median_columns(result: Median, units: int) -> dict[str, object]:
     return {
-        "units": found.units, "left_out": units - found.units, "median": found.value, "low": found.low,
-        "high": found.high,
-    }  # fmt: skip
+        "units": result.units,
+        "left_out": units - result.units,
+        "median": result.value,
+        "low": result.low,
+        "high": result.high,
+    }
 
 
-def align(contest: RunComparison) -> Comparison:
-    """Read the numbers of all contenders, unit by unit; pictures are not looked at.
+def align(inputs: RunComparison) -> Comparison:
+    """Read the numbers of all contenders unit by unit, without reading images.
 
-    A layer or channel counts if any contender has it, in the order of the first one that does.
+    The result has every layer and channel that at least one contender has, in the order of the first one with it.
     """
-    names = list(dict.fromkeys(name for atlas in contest.atlases for name in atlas.layers))
-    parts = [part for name in names if (part := _part(contest, name)) is not None]
-    every = in_order(name for part in parts for name in part.values)
-    finite = [m for m in every if any(np.isfinite(part.of(m.name)).any() for part in parts)]
-    return Comparison(contest.contenders, tuple(finite), tuple(parts))
+    names = list(dict.fromkeys(name for atlas in inputs.atlases for name in atlas.layers))
+    parts = [part for name in names if (part := _part(inputs, name)) is not None]
+    measures = ordered_measures(name for part in parts for name in part.values)
+    finite = [m for m in measures if any(np.isfinite(part.of(m.name)).any() for part in parts)]
+    return Comparison(inputs.contenders, tuple(finite), tuple(parts))
 
 
-def views(contest: RunComparison, layer: str) -> list[LayerView | None]:
-    """Each contender's view of a layer, None where it has no pictures of it."""
-    found = []
-    for atlas, contender in zip(contest.atlases, contest.contenders, strict=True):
+def views(inputs: RunComparison, layer: str) -> list[LayerView | None]:
+    """Return each contender's view of a layer, or None if it has no feature visualizations of it."""
+    layer_views = []
+    for atlas, contender in zip(inputs.atlases, inputs.contenders, strict=True):
         view = atlas[layer] if layer in atlas.layers else None
-        found.append(view if view is not None and contender.preset in view.presets else None)
-    return found
+        layer_views.append(view if view is not None and contender.preset in view.presets else None)
+    return layer_views
 
 
-def _part(contest: RunComparison, name: str) -> Part | None:
-    found = views(contest, name)
-    if not any(found):
+def _part(inputs: RunComparison, name: str) -> Part | None:
+    """Return the numbers of one layer, or None if no contender has feature visualizations of it."""
+    contenders = inputs.contenders
+    layer_views = views(inputs, name)
+    available = [view for view in layer_views if view is not None]
+    if not available:
         return None
-    channels = np.unique(np.concatenate([view.channels for view in found if view is not None])).astype(np.int64)
-    shape = (len(found), len(channels))
-    natural = np.full(shape, np.nan)
-    there, failed = np.zeros(shape, bool), np.zeros(shape, np.int64)
+    channels = np.unique(np.concatenate([view.channels for view in available])).astype(np.int64)
+    shape = (len(layer_views), len(channels))
+    dataset_max = np.full(shape, np.nan)
+    rendered, failed = np.zeros(shape, bool), np.zeros(shape, np.int64)
     values: dict[str, np.ndarray] = {}
-    rows = [np.searchsorted(channels, view.channels) if view is not None else np.zeros(0, int) for view in found]
-    held = [
-        view.numbers(contender.preset) if view is not None else {}
-        for view, contender in zip(found, contest.contenders, strict=True)
-    ]
-    for at, (view, contender) in enumerate(zip(found, contest.contenders, strict=True)):
-        if view is not None:
-            natural[at, rows[at]] = view.natural(contender.preset)
-            status = held[at]["status"].astype(str)
-            there[at, rows[at]] = (status != "missing").any(1)
-            failed[at, rows[at]] = (status == "failed").sum(1)
-    _lend(natural, contest.contenders)
-    for at, numbers in enumerate(held):
+    for at, (view, contender) in enumerate(zip(layer_views, contenders, strict=True)):
+        if view is None:
+            continue
+        rows = np.searchsorted(channels, view.channels)
+        numbers = view.measurements(contender.preset)
+        status = numbers["status"].astype(str)
+        dataset_max[at, rows] = view.dataset_max(contender.preset)
+        rendered[at, rows] = (status != "missing").any(1)
+        failed[at, rows] = (status == "failed").sum(1)
         for key, array in numbers.items():
             if key not in _LABELS and key not in _RATIOS and array.ndim == 2 and array.dtype.kind in "fiu":
-                values.setdefault(key, np.full(shape, np.nan))[at, rows[at]] = _of_unit(array, numbers["status"])
-    for ratio, reached in _RATIOS.items():
-        if reached in values:
-            sides = zip(values[reached], natural, contest.contenders, strict=True)
-            values[ratio] = np.stack([gain(own[:, None], best, c.negative)[:, 0] for own, best, c in sides])
-    return Part(name, channels, values, natural, there, failed, np.full(len(channels), np.nan))
+                values.setdefault(key, np.full(shape, np.nan))[at, rows] = _median_over_variants(array, status)
+    _fill_dataset_max(dataset_max, contenders)
+    for ratio, activation in _RATIOS.items():
+        if activation in values:
+            ratios = []
+            for at, contender in enumerate(contenders):
+                activations = values[activation][at][:, None]
+                ratios.append(activation_ratio(activations, dataset_max[at], contender.negative)[:, 0])
+            values[ratio] = np.stack(ratios)
+    return Part(name, channels, values, dataset_max, rendered, failed, np.full(len(channels), np.nan))
 
 
-def _of_unit(array: np.ndarray, status: np.ndarray) -> np.ndarray:
-    """(C', V) numbers of pictures → (C',) medians over the pictures that are there and have a finite one."""
-    kept = np.where(status.astype(str) == "missing", np.nan, array.astype(np.float64))
-    kept = np.ma.masked_invalid(kept)
-    return np.ma.median(kept, axis=1).filled(np.nan)
+def _median_over_variants(array: np.ndarray, status: np.ndarray) -> np.ndarray:
+    """Reduce (C', V) numbers to (C',) medians over the visualizations that exist and have a finite number."""
+    values = np.where(status == "missing", np.nan, array.astype(np.float64))
+    return np.ma.median(np.ma.masked_invalid(values), axis=1).filled(np.nan)
 
 
-def _lend(natural: np.ndarray, contenders: Sequence[Contender]) -> None:
-    """A run without a dataset pass is held against what others found: network and photographs are the same."""
+def _fill_dataset_max(dataset_max: np.ndarray, contenders: Sequence[Contender]) -> None:
+    """Fill gaps of runs without a dataset pass from other runs, which share the network and the dataset."""
     for at, contender in enumerate(contenders):
-        for other, lender in enumerate(contenders):
-            if lender.natural == contender.natural:
-                gaps = np.isnan(natural[at])
-                natural[at, gaps] = natural[other, gaps]
+        for other, source in enumerate(contenders):
+            if source.reference == contender.reference:
+                gaps = np.isnan(dataset_max[at])
+                dataset_max[at, gaps] = dataset_max[other, gaps]

@@ -1,4 +1,4 @@
-"""The compare site: tables as files, shards, sheets and pages, in one folder that opens from disk."""
+"""Build the comparison site: tables, data shards, sheets of images and pages, in one folder that opens from disk."""
 
 import dataclasses
 import hashlib
@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.compare.alignment import Comparison, Part, align
-from pipeline.compare.contact_sheets import choose, draw, per_thumb, shapes
+from pipeline.compare.contact_sheets import choose, per_thumb, shapes, write_sheets
+from pipeline.compare.metric_names import Measure
 from pipeline.compare.pages import Pages, code
 from pipeline.compare.runs import RunComparison
+from pipeline.core.hashing import digest_of
 from pipeline.site.config import SiteConfig
-from pipeline.site.context.layer_summary import Catalogue, Facts, facts_of
-from pipeline.site.data.js_shards import exact, put, rounded, text
+from pipeline.site.context.layer_summary import Catalogue, LayerSummary, summarize
+from pipeline.site.data.js_shards import rounded_decimals, shard_script, shortest_decimals, to_json
 from pipeline.site.data.search_index import runs
 from pipeline.site.data.unit_records import labels_of
 from pipeline.site.hosting import hosts
@@ -22,183 +24,246 @@ from pipeline.site.media.chunks import SUFFIX
 from pipeline.site.media.size_budget import Sizes
 from pipeline.site.media.sprites import side
 from pipeline.site.output import replacing, write
-from pipeline.store.shards import digest_of, safe
+from pipeline.store.shards import safe_name
 
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """What was compared, and what the folder of it weighs."""
+    """Result of a build: the comparison, and the size of its folder."""
 
     comparison: Comparison
     host: hosts.Report
 
 
+@dataclasses.dataclass(frozen=True)
+class BuildContext:
+    """Inputs that all steps of one build share.
+
+    Attributes:
+        root: Folder that the site is written to.
+        inputs: The open runs.
+        config: Configuration of the site.
+        sizes: Sizes of images and numbers of units per file.
+    """
+
+    root: Path
+    inputs: RunComparison
+    config: SiteConfig
+    sizes: Sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerResult:
+    """What was written of a layer.
+
+    Attributes:
+        part: Numbers of the layer, with the distances between images.
+        facts: Summary of the layer.
+        labels: Label of each unit, or an empty string.
+        digest: Digest of the layer's files.
+    """
+
+    part: Part
+    facts: LayerSummary
+    labels: list[str]
+    digest: str
+
+
 def build(
-    contest: RunComparison,
+    inputs: RunComparison,
     out: Path,
     config: SiteConfig,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Compared:
-    """Compare, and write everything to `out`: compare.parquet, compare.csv, summary.csv and the site.
+    """Compare runs, and write compare.parquet, compare.csv, summary.csv and the site to `out`.
 
-    What stood there before is replaced when all of it is written. The same atlases give the same bytes. `progress`
-    hears (units done, units in all). Raises `AtlasError` if `out` holds something that is no site of ours.
+    An existing comparison is replaced once everything is written. The same atlases give the same bytes.
+
+    Args:
+        inputs: The open runs.
+        out: Folder to write.
+        config: Configuration of the site.
+        progress: Called with (units done, units in all).
+
+    Raises:
+        AtlasError: If `out` contains files that are not a site of this program.
     """
-    found = align(contest)
-    sizes = choose(contest, found.layers, config)
-    facts = [_facts(contest, part, order) for order, part in enumerate(found.layers)]
-    total, done = sum(len(part.channels) for part in found.layers), 0
-    with replacing(out) as new:
-        parts, digests, words = [], [], []
-        for part, known in zip(found.layers, facts, strict=True):
-            drawn = draw(new, contest, part, known.slug, sizes, config)
-            parts.append(dataclasses.replace(part, difference=drawn.difference))
-            words.append(_words(contest, part))
-            digests.append(_layer(new, contest, found, parts[-1], known, words[-1], sizes, drawn.digest))
+    comparison = align(inputs)
+    sizes = choose(inputs, comparison.layers, config)
+    total, done = sum(len(part.channels) for part in comparison.layers), 0
+    with replacing(out) as root:
+        context = BuildContext(root, inputs, config, sizes)
+        results = []
+        for order, part in enumerate(comparison.layers):
+            results.append(_write_layer(context, comparison.measures, part, order))
             done += len(part.channels)
             progress(done, total)
-        found = dataclasses.replace(found, layers=tuple(parts))
-        identity = digest_of([digests, [c.label for c in found.contenders], code()])[:12]
-        _indices(new, contest, found, facts, words, digests, identity, sizes, config)
-        _tables(new, found)
-        pages = Pages(new, contest, found, facts, config, identity)
+        comparison = dataclasses.replace(comparison, layers=tuple(result.part for result in results))
+        digests = [result.digest for result in results]
+        identity = digest_of([digests, [contender.label for contender in comparison.contenders], code()])[:12]
+        _write_indices(context, comparison, results, identity)
+        _write_tables(root, comparison)
+        pages = Pages(root, inputs, comparison, [result.facts for result in results], config, identity)
         pages.write_static()
         pages.write()
-        return Compared(found, hosts.weighed(new))
+        return Compared(comparison, hosts.weighed(root))
 
 
-def _tables(root: Path, found: Comparison) -> None:
-    units = found.units()
+def _write_tables(root: Path, comparison: Comparison) -> None:
+    units = comparison.units()
     units.to_parquet(root / "compare.parquet", index=False)
     units.to_csv(root / "compare.csv", index=False)
-    found.summary().to_csv(root / "summary.csv", index=False)
+    comparison.summary().to_csv(root / "summary.csv", index=False)
 
 
-def _facts(contest: RunComparison, part: Part, order: int) -> Facts:
-    """What all runs know of a layer, with the units that any of them has."""
-    atlas = next(atlas for atlas in contest.atlases if part.name in atlas.layers)
-    facts = facts_of(atlas[part.name], order, atlas.labels)
+def _facts(inputs: RunComparison, part: Part, order: int) -> LayerSummary:
+    """Return the summary of a layer, with the units that at least one contender has."""
+    atlas = next(atlas for atlas in inputs.atlases if part.name in atlas.layers)
+    facts = summarize(atlas[part.name], order, atlas.labels)
     return dataclasses.replace(facts, channels=tuple(part.channels.tolist()), rendered=())
 
 
-def _words(contest: RunComparison, part: Part) -> list[str]:
-    """A label for each unit, from the first run that knows one; empty where none does."""
-    found: dict[int, str] = {}
-    for atlas in dict.fromkeys(contest.atlases):
+def _labels(inputs: RunComparison, part: Part) -> list[str]:
+    """Return the label of each unit from the first run that has one, or an empty string."""
+    labels: dict[int, str] = {}
+    for atlas in dict.fromkeys(inputs.atlases):
         if part.name in atlas.layers:
             layer, catalogue = atlas[part.name], Catalogue.of(atlas)
-            places, words = labels_of(layer, facts_of(layer, 0, catalogue.classes), catalogue)
-            for channel, place in zip(layer.channels.tolist(), places, strict=True):
-                if place >= 0:
-                    found.setdefault(channel, words[place])
-    return [found.get(channel, "") for channel in part.channels.tolist()]
+            indices, words = labels_of(layer, summarize(layer, 0, catalogue.classes), catalogue)
+            for channel, index in zip(layer.channels.tolist(), indices, strict=True):
+                if index >= 0:
+                    labels.setdefault(channel, words[index])
+    return [labels.get(channel, "") for channel in part.channels.tolist()]
 
 
-def _layer(
-    root: Path,
-    contest: RunComparison,
-    found: Comparison,
-    part: Part,
-    facts: Facts,
-    words: Sequence[str],
-    sizes: Sizes,
-    drawn: str,
-) -> str:
-    """Write the shards of one layer and of its units; returns a digest of them and of the sheets."""
-    digest = hashlib.sha256(drawn.encode())
-
-    def shard(name: str, value: Any) -> None:
-        content = text(value)
+def _write_layer(context: BuildContext, measures: Sequence[Measure], part: Part, order: int) -> LayerResult:
+    """Write the sheets and shards of one layer and of its units."""
+    facts = _facts(context.inputs, part, order)
+    sheets = write_sheets(context.root, context.inputs, part, facts.slug, context.sizes, context.config)
+    part = dataclasses.replace(part, difference=sheets.difference)
+    labels = _labels(context.inputs, part)
+    layer = {
+        "name": part.name,
+        "tiny": list(range(len(part.channels))),
+        "sheets": [shape and shape.sheet(context.sizes) for shape in shapes(context.inputs, part.name)],
+    }
+    units = _unit_records(context.inputs, measures, part, labels)
+    per_shard = context.sizes.per_shard
+    shards: dict[str, Any] = {"layer": layer}
+    for start in range(0, len(units), per_shard):
+        shards[f"u{start}"] = {"units": units[start : start + per_shard]}
+    digest = hashlib.sha256(sheets.digest.encode())
+    for name, value in shards.items():
+        content = to_json(value)
         digest.update(content.encode())
-        write(root, f"data/{facts.slug}/{name}.js", put(f"{facts.slug}/{name}", content))
-
-    sheets = [form and form.sheet(sizes) for form in shapes(contest, part.name)]
-    shard("layer", {"name": part.name, "tiny": list(range(len(part.channels))), "sheets": sheets})
-    told = _told(contest, part)
-    values = {measure.name: [exact(row) for row in part.of(measure.name)] for measure in found.measures}
-    natural, difference = [exact(row) for row in part.natural], exact(part.difference)
-    for start in range(0, len(part.channels), sizes.per_shard):
-        units = []
-        for row in range(start, min(start + sizes.per_shard, len(part.channels))):
-            channel = int(part.channels[row])
-            unit: dict[str, Any] = {
-                "channel": channel,
-                "values": {name: [of[row] for of in rows] for name, rows in values.items()},
-                "natural": [of[row] for of in natural],
-                "difference": difference[row],
-                "pictures": [known.get(channel) for known in told],
-            }
-            if words[row]:
-                unit["label"] = words[row]
-            units.append(unit)
-        shard(f"u{start}", {"units": units})
-    return digest.hexdigest()
+        write(context.root, f"data/{facts.slug}/{name}.js", shard_script(f"{facts.slug}/{name}", content))
+    return LayerResult(part, facts, labels, digest.hexdigest())
 
 
-def _told(contest: RunComparison, part: Part) -> list[Mapping[int, list[dict[str, Any]]]]:
-    """For each contender, by channel, what each picture of it was made with: status, seed and the plain activation."""
-    found = []
-    for atlas, contender in zip(contest.atlases, contest.contenders, strict=True):
-        own: dict[int, list[dict[str, Any]]] = {}
+def _unit_records(
+    inputs: RunComparison, measures: Sequence[Measure], part: Part, labels: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the JSON record of each unit of a layer."""
+    images = _image_records(inputs, part)
+    values = {measure.name: [shortest_decimals(row) for row in part.of(measure.name)] for measure in measures}
+    dataset_max, difference = [shortest_decimals(row) for row in part.dataset_max], shortest_decimals(part.difference)
+    units = []
+    for row, channel in enumerate(part.channels.tolist()):
+        unit: dict[str, Any] = {
+            "channel": channel,
+            "values": {name: [numbers[row] for numbers in rows] for name, rows in values.items()},
+            "natural": [numbers[row] for numbers in dataset_max],
+            "difference": difference[row],
+            "pictures": [records.get(channel) for records in images],
+        }
+        if labels[row]:
+            unit["label"] = labels[row]
+        units.append(unit)
+    return units
+
+
+def _image_records(inputs: RunComparison, part: Part) -> list[Mapping[int, list[dict[str, Any]]]]:
+    """Return status, seed and activation of each feature visualization, by channel, for each contender."""
+    contender_records = []
+    for atlas, contender in zip(inputs.atlases, inputs.contenders, strict=True):
+        by_channel: dict[int, list[dict[str, Any]]] = {}
         if part.name in atlas.layers and contender.preset in atlas[part.name].presets:
             layer = atlas[part.name]
-            numbers = layer.numbers(contender.preset)
+            numbers = layer.measurements(contender.preset)
             for row, channel in enumerate(layer.channels.tolist()):
-                reached = exact(numbers["activation"][row])
+                activations = shortest_decimals(numbers["activation"][row])
                 seeds = numbers.get("seed", np.full(numbers["status"].shape, "", object))[row]
-                own[channel] = [
-                    {"status": str(status), "seed": str(seed), "activation": value}
-                    for status, seed, value in zip(numbers["status"][row], seeds, reached, strict=True)
+                by_channel[channel] = [
+                    {"status": str(status), "seed": str(seed), "activation": activation}
+                    for status, seed, activation in zip(numbers["status"][row], seeds, activations, strict=True)
                 ]
-        found.append(own)
-    return found
+        contender_records.append(by_channel)
+    return contender_records
 
 
-def _indices(
-    root: Path,
-    contest: RunComparison,
-    found: Comparison,
-    facts: Sequence[Facts],
-    words: Sequence[Sequence[str]],
-    digests: Sequence[str],
-    identity: str,
-    sizes: Sizes,
-    config: SiteConfig,
+def _write_indices(
+    context: BuildContext, comparison: Comparison, results: Sequence[LayerResult], identity: str
 ) -> None:
-    """What the pages' scripts know of the whole: layers, contenders, measures, words, and a shard for each measure."""
-    count = len(found.contenders)
-    thumb = per_thumb(sizes, count)
-    index = {
+    """Write the shards that belong to no layer: the index, the search index, and the values of each measure."""
+    shards: dict[str, Any] = {
+        "index": _index(context, comparison, results, identity),
+        "search": _search_index(results),
+    }
+    for measure in comparison.measures:
+        values = [[rounded_decimals(row) for row in part.of(measure.name)] for part in comparison.layers]
+        shards[f"measures/{safe_name(measure.name)}"] = values
+    shards["difference"] = [rounded_decimals(part.difference) for part in comparison.layers]
+    for name, value in shards.items():
+        write(context.root, f"data/{name}.js", shard_script(name, to_json(value)))
+
+
+def _index(
+    context: BuildContext, comparison: Comparison, results: Sequence[LayerResult], identity: str
+) -> dict[str, Any]:
+    """Return the index that the scripts of all pages read: layers, contenders, measures and sizes."""
+    sizes, config = context.sizes, context.config
+    count = len(comparison.contenders)
+    thumbs = per_thumb(sizes, count)
+    layers = []
+    for result in results:
+        facts = result.facts
+        layers.append([facts.name, facts.slug, facts.kind, runs(facts.channels), result.digest[:8], facts.total])
+    return {
         "title": config.title,
-        "model": str(contest.first.attributes.get("model", "")),
+        "model": str(context.inputs.first.attributes.get("model", "")),
         "identity": identity,
         "suffix": SUFFIX[config.format],
-        "layers": [
-            [f.name, f.slug, f.kind, runs(f.channels), digest[:8], f.total]
-            for f, digest in zip(facts, digests, strict=True)
-        ],
+        "layers": layers,
         "families": [],
         "aliases": {},
-        "contenders": [{"label": c.label, "run": c.run, "preset": c.preset} for c in found.contenders],
-        "measures": [
-            {"name": m.name, "title": m.title, "better": m.better, "says": m.says,
-             "signs": [found.better(m, at) for at in range(count)],
-             "alike": [[found.comparable(m, a, b) for b in range(count)] for a in range(count)]}
-            for m in found.measures
-        ],
-        "main": found.main.name,
+        "contenders": [{"label": c.label, "run": c.run, "preset": c.preset} for c in comparison.contenders],
+        "measures": [_measure_entry(comparison, measure) for measure in comparison.measures],
+        "main": comparison.main.name,
         "sizes": {
             "shard": sizes.per_shard,
-            "thumb": [thumb, side(thumb * count), sizes.thumb_px],
+            "thumb": [thumbs, side(thumbs * count), sizes.thumb_px],
             "tiny": [sizes.per_tiny, side(sizes.per_tiny), sizes.tiny_px],
         },
-    }  # fmt: skip
-    shards: dict[str, Any] = {"index": index}
+    }
+
+
+def _measure_entry(comparison: Comparison, measure: Measure) -> dict[str, Any]:
+    contenders = range(len(comparison.contenders))
+    return {
+        "name": measure.name,
+        "title": measure.title,
+        "better": measure.better,
+        "says": measure.description,
+        "signs": [comparison.better(measure, at) for at in contenders],
+        "alike": [[comparison.comparable(measure, a, b) for b in contenders] for a in contenders],
+    }
+
+
+def _search_index(results: Sequence[LayerResult]) -> dict[str, Any]:
+    """Return all labels, and for each layer the label index of each unit, −1 for none; empty without labels."""
     vocabulary: dict[str, int] = {}
-    numbered = [[vocabulary.setdefault(word, len(vocabulary)) if word else -1 for word in of] for of in words]
-    shards["search"] = {"words": list(vocabulary), "units": [of if any(n >= 0 for n in of) else [] for of in numbered]}
-    for measure in found.measures:
-        shards[f"measures/{safe(measure.name)}"] = [[rounded(row) for row in p.of(measure.name)] for p in found.layers]
-    shards["difference"] = [rounded(part.difference) for part in found.layers]
-    for name, value in shards.items():
-        write(root, f"data/{name}.js", put(name, text(value)))
+    units = []
+    for result in results:
+        indices = [vocabulary.setdefault(label, len(vocabulary)) if label else -1 for label in result.labels]
+        units.append(indices if any(index >= 0 for index in indices) else [])
+    return {"words": list(vocabulary), "units": units}

@@ -1,4 +1,4 @@
-"""A comparison on the terminal."""
+"""Print a comparison on the terminal."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -6,50 +6,77 @@ from rich.table import Table
 
 from pipeline.compare.alignment import Comparison
 from pipeline.compare.metric_names import Measure
-from pipeline.compare.pages import FEW, chance
+from pipeline.compare.pages import MAX_PAIRED, p_text
 from pipeline.compare.statistics import Median
 from pipeline.site.number_format import number
 
 
-def show(found: Comparison, console: Console) -> None:
-    """Medians by measure, each contender against the first, and the main measure by layer."""
-    every = found.whole
-    labels = [escape(contender.label) for contender in found.contenders]
-    count = range(len(labels))
-    # Beside each other as long as they fit; a great many are a list, and their intervals are in summary.csv.
-    told = _median if len(labels) <= FEW else _plain
-    medians = _table("median over all units", *labels)
-    if len(labels) > FEW:
-        medians = _table("median over all units", *map(_name, found.measures))
-        for at in count:
-            medians.add_row(labels[at], *(told(found.median(every, m, at)) for m in found.measures))
-    else:
-        for measure in found.measures:
-            medians.add_row(_name(measure), *(told(found.median(every, measure, at)) for at in count))
-    console.print(medians)
-    for other in count[1:]:
-        duels = _table(f"{labels[other]} against {labels[0]}", "pairs", "difference", "better", "worse", "equal", "p")
-        for measure in found.measures:
-            duel = found.duel(every, measure, other, 0)
-            if duel is None or not duel.wins + duel.losses:
-                continue
-            counts = (
-                (duel.wins, duel.losses)
-                if found.better(measure, other)
-                else (f"{duel.wins} more", f"{duel.losses} less")
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print medians by measure, paired tests of each contender against the first, and the main measure by layer."""
+    console.print(_medians(comparison))
+    for at in range(1, len(comparison.contenders)):
+        console.print(_paired_tests(comparison, at))
+    console.print(_layers(comparison))
+    all_units = comparison.all_units
+    for at, contender in enumerate(comparison.contenders):
+        missing, failed = int((~all_units.rendered[at]).sum()), int(all_units.failed[at].sum())
+        if missing or failed:
+            console.print(
+                f"{escape(contender.label)}: {missing:,} units without a feature visualization, "
+                f"{failed:,} failed feature visualizations"
             )
-            numbers = (duel.difference.units, _median(duel.difference), *counts, duel.ties, chance(duel.p))
-            duels.add_row(_name(measure), *map(str, numbers))
-        console.print(duels)
-    layers = _table(f"{found.main.title}, by layer", *labels, "units that all have")
-    for part in found.layers:
-        row = [told(found.median(part, found.main, at)) for at in count]
-        layers.add_row(escape(part.name), *row, str(int(part.there.all(0).sum())))
-    console.print(layers)
-    for at, contender in enumerate(found.contenders):
-        lacking, failed = int((~every.there[at]).sum()), int(every.failed[at].sum())
-        if lacking or failed:
-            console.print(f"{escape(contender.label)}: {lacking:,} units without a picture, {failed:,} failed pictures")
+
+
+def _medians(comparison: Comparison) -> Table:
+    """Return the medians over all units: a column per contender, or with many contenders a row per contender."""
+    labels = [escape(contender.label) for contender in comparison.contenders]
+    all_units, title = comparison.all_units, "median over all units"
+    if len(labels) > MAX_PAIRED:
+        table = _table(title, *map(_name, comparison.measures))
+        for at, label in enumerate(labels):
+            medians = [comparison.median(all_units, measure, at) for measure in comparison.measures]
+            table.add_row(label, *map(_value, medians))
+        return table
+    table = _table(title, *labels)
+    for measure in comparison.measures:
+        medians = [comparison.median(all_units, measure, at) for at in range(len(labels))]
+        table.add_row(_name(measure), *map(_value_and_interval, medians))
+    return table
+
+
+def _paired_tests(comparison: Comparison, at: int) -> Table:
+    """Return the paired tests of contender `at` against the first, by measure."""
+    labels, all_units = [escape(contender.label) for contender in comparison.contenders], comparison.all_units
+    table = _table(f"{labels[at]} against {labels[0]}", "pairs", "difference", "better", "worse", "equal", "p")
+    for measure in comparison.measures:
+        test = comparison.paired_test(all_units, measure, at, 0)
+        if test is None or not test.wins + test.losses:
+            continue
+        counts = [f"{test.wins}", f"{test.losses}"]
+        if not comparison.better(measure, at):
+            counts = [f"{test.wins} more", f"{test.losses} less"]
+        difference = test.difference
+        table.add_row(
+            _name(measure),
+            str(difference.units),
+            _value_and_interval(difference),
+            *counts,
+            str(test.ties),
+            p_text(test.p),
+        )
+    return table
+
+
+def _layers(comparison: Comparison) -> Table:
+    """Return the medians of the main measure by layer."""
+    labels = [escape(contender.label) for contender in comparison.contenders]
+    # The intervals of many contenders would not fit; they are in summary.csv.
+    cell = _value_and_interval if len(labels) <= MAX_PAIRED else _value
+    table = _table(f"{comparison.main.title}, by layer", *labels, "units that all have")
+    for part in comparison.layers:
+        medians = [comparison.median(part, comparison.main, at) for at in range(len(labels))]
+        table.add_row(escape(part.name), *map(cell, medians), str(part.shared_units))
+    return table
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -64,11 +91,11 @@ def _name(measure: Measure) -> str:
     return escape(measure.title) + {"higher": " ↑", "lower": " ↓"}.get(measure.better, "")
 
 
-def _plain(found: Median) -> str:
-    return number(found.value).text
+def _value(result: Median) -> str:
+    return number(result.value).text
 
 
-def _median(found: Median) -> str:
-    if not found.units:
+def _value_and_interval(result: Median) -> str:
+    if not result.units:
         return "—"
-    return f"{number(found.value).text} ({number(found.low).text} … {number(found.high).text})"
+    return f"{number(result.value).text} ({number(result.low).text} … {number(result.high).text})"

@@ -1,4 +1,4 @@
-"""What is compared: the pictures of a run by one preset; found, opened, and held against each other beforehand."""
+"""Find and open the runs to compare, and check that they can be compared."""
 
 import contextlib
 import dataclasses
@@ -8,19 +8,27 @@ from typing import Any
 
 import yaml
 
-from pipeline.core.errors import AtlasError, nearest
+from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.store.reader import Atlas, open_atlas
 
-# What must be the same for numbers of two runs to mean the same, and how a person calls it.
-SHARED = {"model": "model", "weights_sha256": "weights", "dataset_fingerprint": "photographs"}
+# Attributes that must be equal for the numbers of two runs to be comparable, with their names on pages and in messages.
+SHARED = {"model": "model", "weights_sha256": "weights", "dataset_fingerprint": "dataset"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One side of a comparison. `label` is unlike all others'; `settings` are those of its preset, by dotted key.
+    """The feature visualizations of one run by one preset.
 
-    `natural` is what of photographs its activation is held against (`LayerView.render_attributes`), with `negative`
-    where both are as low as can be.
+    Attributes:
+        label: Short name, unique in the comparison.
+        run: Name of the run.
+        preset: Name of the preset.
+        path: File of the atlas.
+        objective: Name of the objective.
+        reference: Statistic over the dataset that activations are divided by: mean, max, least, min or empty; see
+            `LayerView.render_attributes`.
+        created: Time at which the atlas was created.
+        settings: Settings of the preset as text, by dotted key.
     """
 
     label: str
@@ -28,95 +36,120 @@ class Contender:
     preset: str
     path: Path
     objective: str
-    natural: str
+    reference: str
     created: str
     settings: Mapping[str, str]
 
     @property
     def negative(self) -> bool:
-        """Whether its pictures were made to lower the unit."""
-        return self.natural in ("least", "min")
+        """Whether the objective was minimized."""
+        return self.reference in ("least", "min")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunComparison:
-    """All contenders, each with the open atlas that it is in; contenders of one run share it."""
+    """Inputs of a comparison.
+
+    Attributes:
+        contenders: The contenders.
+        atlases: The open atlas of each contender; contenders of the same run share it.
+    """
 
     contenders: tuple[Contender, ...]
     atlases: tuple[Atlas, ...]
 
     @property
     def first(self) -> Atlas:
-        """The atlas that tells what all have in common."""
+        """The first atlas; read for attributes that all atlases have in common."""
         return self.atlases[0]
 
 
-def find(name: str, root: Path) -> Path:
-    """The `atlas.h5` of a run, given as a name below `root`, as its folder, or as the file.
+def find_atlas(name: str, root: Path) -> Path:
+    """Return the `atlas.h5` of a run.
 
-    Raises `AtlasError` with the nearest runs where there is none.
+    Args:
+        name: Name of a run below `root`, its folder, or the file itself.
+        root: Folder of runs.
+
+    Raises:
+        AtlasError: If there is no such run, with the most similar names, or it has no atlas yet.
     """
     for place in (root / name, Path(name)):
-        if place.is_file() or (place / "atlas.h5").is_file():
-            return place if place.is_file() else place / "atlas.h5"
+        if place.is_file():
+            return place
+        if (place / "atlas.h5").is_file():
+            return place / "atlas.h5"
         if (place / "config.yaml").is_file():
-            raise AtlasError(f"{place} is a run without an atlas.h5 so far; `atlas run` finishes it.")
+            raise AtlasError(f"The run {place} is unfinished, without an atlas.h5. Finish it with `atlas run`.")
     folder = Path(name).parent if Path(name).parent != Path() else root
     runs = sorted(p.parent.name for p in folder.glob("*/atlas.h5"))
-    raise AtlasError(f"There is no run {name!r} in {folder}. {nearest(Path(name).name, runs)}")
+    raise AtlasError(f"There is no run {name!r} in {folder}. {nearest_names(Path(name).name, runs)}")
 
 
 @contextlib.contextmanager
-def opened(runs: Sequence[str], presets: Sequence[str] = (), root: Path = Path("runs")) -> Iterator[RunComparison]:
-    """Open what is to be compared: each of `runs` by each of `presets` that it has (all, if none is named).
+def open_runs(runs: Sequence[str], presets: Sequence[str] = (), root: Path = Path("runs")) -> Iterator[RunComparison]:
+    """Open the atlases of the runs to compare.
 
-    Raises `AtlasError` for a run that is not there, a preset that none of them has, runs of another model, other
-    weights or other photographs, and for fewer than two contenders.
+    Args:
+        runs: Names, folders or files of runs.
+        presets: Presets to compare; all if empty.
+        root: Folder of runs.
+
+    Yields:
+        One contender for each run and each preset that the run has.
+
+    Raises:
+        AtlasError: If a run does not exist, no run has one of the presets, the runs differ in model, weights or
+            dataset, or there are fewer than two contenders.
     """
-    paths = list(dict.fromkeys(find(name, root).resolve() for name in runs))
+    paths = list(dict.fromkeys(find_atlas(name, root).resolve() for name in runs))
     with contextlib.ExitStack() as stack:
         atlases = [stack.enter_context(open_atlas(path)) for path in paths]
         for atlas in atlases[1:]:
-            _check(atlases[0], atlas)
-        have = [_presets(atlas) for atlas in atlases]
-        every = list(dict.fromkeys(preset for found in have for preset in found))
+            _check_comparable(atlases[0], atlas)
+        available = [_presets(atlas) for atlas in atlases]
+        all_presets = list(dict.fromkeys(preset for names in available for preset in names))
         for preset in presets:
-            if preset not in every:
-                raise AtlasError(f"No run here has pictures by {preset!r}. {nearest(preset, every)}")
-        chosen = [(a, p) for a, found in zip(atlases, have, strict=True) for p in presets or found if p in found]
+            if preset not in all_presets:
+                raise AtlasError(f"No run has the preset {preset!r}. {nearest_names(preset, all_presets)}")
+        chosen = [
+            (atlas, preset)
+            for atlas, names in zip(atlases, available, strict=True)
+            for preset in presets or names
+            if preset in names
+        ]
         if len(chosen) < 2:
-            what = f"only {_place(chosen[0][0].path)} by {chosen[0][1]}" if chosen else "nothing"
+            what = f"only {_place(chosen[0][0].path)} with preset {chosen[0][1]}" if chosen else "nothing"
             raise AtlasError(
-                f"A comparison needs two runs, or one run with two presets; there is {what}. "
-                "`atlas compare runs=[one,other]`."
+                f"A comparison needs two runs, or one run with two presets, but there is {what}. "
+                "Use `atlas compare runs=[one,other]`."
             )
         labels = _labels([(atlas.path, preset) for atlas, preset in chosen])
-        found = [_contender(a, p, label) for (a, p), label in zip(chosen, labels, strict=True)]
-        yield RunComparison(tuple(found), tuple(atlas for atlas, _ in chosen))
+        contenders = [_contender(atlas, preset, label) for (atlas, preset), label in zip(chosen, labels, strict=True)]
+        yield RunComparison(tuple(contenders), tuple(atlas for atlas, _ in chosen))
 
 
-def _check(one: Atlas, other: Atlas) -> None:
-    """Refuse two atlases that don't show the same network beside the same photographs."""
-    left, right = one.attributes, other.attributes
-    wrong = [
-        f"{word} ({key}): {_short(left.get(key))} and {_short(right.get(key))}"
+def _check_comparable(first: Atlas, second: Atlas) -> None:
+    """Raise an error unless both atlases show the same network and were computed from the same dataset."""
+    differing = [
+        f"{word} ({key}): {_short(first.attributes.get(key))} and {_short(second.attributes.get(key))}"
         for key, word in SHARED.items()
-        if left.get(key) != right.get(key)
+        if first.attributes.get(key) != second.attributes.get(key)
     ]
-    if wrong:
+    if differing:
         raise AtlasError(
-            f"{_place(one.path)} and {_place(other.path)} can't be compared, for they differ in\n  "
-            + "\n  ".join(wrong)
+            f"{_place(first.path)} and {_place(second.path)} cannot be compared. They differ in\n  "
+            + "\n  ".join(differing)
         )
 
 
 def _short(value: Any) -> str:
-    """A digest is told by its beginning."""
+    """Return the first 16 characters of a digest."""
     return "none" if value is None else str(value)[:16] or "none"
 
 
 def _place(path: Path) -> Path:
-    """The run's folder, or the file where it is called something else."""
+    """Return the folder of the run, or the file if it has another name than atlas.h5."""
     return path.parent if path.name == "atlas.h5" else path
 
 
@@ -124,12 +157,12 @@ def _presets(atlas: Atlas) -> list[str]:
     return list(dict.fromkeys(preset for layer in atlas for preset in layer.presets))
 
 
-def _labels(found: Sequence[tuple[Path, str]]) -> list[str]:
-    """The shortest names that tell all contenders apart: the run's, the preset's, both, or the whole path with it."""
-    places, presets = [_place(path) for path, _ in found], [preset for _, preset in found]
-    alone = presets if len(set(places)) == 1 else [place.name for place in places]
+def _labels(contenders: Sequence[tuple[Path, str]]) -> list[str]:
+    """Return the shortest unique labels of (path, preset): run or preset, both, or the path and the preset."""
+    places, presets = [_place(path) for path, _ in contenders], [preset for _, preset in contenders]
+    single = presets if len(set(places)) == 1 else [place.name for place in places]
     joint = [f"{place.name}/{preset}" for place, preset in zip(places, presets, strict=True)]
-    for names in (alone, joint):
+    for names in (single, joint):
         if len(set(names)) == len(names):
             return names
     return [f"{place}/{preset}" for place, preset in zip(places, presets, strict=True)]
@@ -137,21 +170,21 @@ def _labels(found: Sequence[tuple[Path, str]]) -> list[str]:
 
 def _contender(atlas: Atlas, preset: str, label: str) -> Contender:
     layer = next(layer for layer in atlas if preset in layer.presets)
-    told, attributes = layer.render_attributes(preset), atlas.attributes
+    rendering = layer.render_attributes(preset)
     return Contender(
         label=label,
         run=_place(atlas.path).name,
         preset=preset,
         path=atlas.path,
-        objective=str(told.get("objective", "")),
-        natural=str(told.get("natural", "")),
-        created=str(attributes.get("created", "")),
+        objective=str(rendering.get("objective", "")),
+        reference=str(rendering.get("natural", "")),
+        created=str(atlas.attributes.get("created", "")),
         settings=_settings(atlas.config, preset),
     )
 
 
 def _settings(config: str, preset: str) -> dict[str, str]:
-    """Settings of one preset of a configuration, and the run's seed; empty where the YAML doesn't say."""
+    """Return the settings of one preset and the run's seed; empty if the YAML does not contain them."""
     try:
         tree = yaml.safe_load(config)
     except yaml.YAMLError:
@@ -160,18 +193,19 @@ def _settings(config: str, preset: str) -> dict[str, str]:
         return {}
     also = tree.get("also")
     sections = [tree.get("render"), *(also.values() if isinstance(also, Mapping) else ())]
-    named = [s for s in sections if isinstance(s, Mapping)]
-    section = next((s for s in named if s.get("name") == preset), named[0] if len(named) == 1 else {})
-    found = dict(_flat(section, ""))
-    found.pop("name", None)
+    presets = [section for section in sections if isinstance(section, Mapping)]
+    default = presets[0] if len(presets) == 1 else {}
+    section = next((section for section in presets if section.get("name") == preset), default)
+    settings = dict(_flat(section, ""))
+    settings.pop("name", None)
     run = tree.get("run")
     if isinstance(run, Mapping) and "seed" in run:
-        found["seed"] = str(run["seed"])
-    return found
+        settings["seed"] = str(run["seed"])
+    return settings
 
 
 def _flat(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    """Leaves of nested mappings as (dotted key, text)."""
+    """Yield the leaves of nested mappings as (dotted key, text)."""
     if isinstance(node, Mapping) and node:
         for key, value in node.items():
             yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
@@ -181,8 +215,8 @@ def _flat(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
         yield prefix, "" if node is None or node == {} else str(node)
 
 
-def unlike(contenders: Sequence[Contender]) -> list[tuple[str, list[str]]]:
-    """(setting, its value for each contender) of every setting in which they are not all alike."""
+def differing_settings(contenders: Sequence[Contender]) -> list[tuple[str, list[str]]]:
+    """Return (setting, value of each contender) for all settings in which the contenders differ."""
     keys = dict.fromkeys(key for contender in contenders for key in contender.settings)
     rows = [(key, [contender.settings.get(key, "") for contender in contenders]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.config.unit_filter import UnitFilter
 from pipeline.core.errors import AtlasError
 from pipeline.core.registry import build
-from pipeline.data.datasets import DataConfig
+from pipeline.data.config import DataConfig
 from pipeline.examples.sweep import ExamplesConfig
 from pipeline.layers.selection import LayersConfig
 from pipeline.models.config import ModelConfig
@@ -187,7 +187,7 @@ def _check_checkpoint(config: Config) -> None:
     ensembles = any(isinstance(a, Ensemble) for preset in config.presets for a in preset.augmentations)
     for key in ("checkpoint_key", "checkpoint_prefix"):
         value = getattr(config.model, key)
-        if value is not None and config.model.own_weights is None and not ensembles:
+        if value is not None and config.model.checkpoint_path is None and not ensembles:
             raise AtlasError(f"model.{key}={value} chooses within a checkpoint: add model.checkpoint=FILE.")
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pipeline.core.errors import AtlasError, nearest
+from pipeline.core.errors import AtlasError, nearest_names
 
 STATUSES = ("converged", "limit", "retried", "failed")
 
@@ -25,4 +25,4 @@ class UnitFilter:
                 return cls(below=float(number))
             except ValueError:
                 raise AtlasError(f"only={text}: below needs a number, as in only=below:1.0.") from None
-        raise AtlasError(f"only={text!r} is unknown. {nearest(text, (*STATUSES, 'below:1.0'))}")
+        raise AtlasError(f"only={text!r} is unknown. {nearest_names(text, (*STATUSES, 'below:1.0'))}")

@@ -1,1 +1,1 @@
-"""What every package may use: errors, registries, seeds, configuration values that are files. No PyTorch, no HDF5."""
+"""Basics that every package may use: errors, registries, seeds, files named in a configuration. No PyTorch, no HDF5."""

@@ -1,7 +1,6 @@
-"""Files that a configuration names (vectors, pictures, spectra): found and read before any work starts.
+"""Files named in a configuration (vectors, images, spectra), read before any work starts.
 
-A worker may stand on another machine, so a file travels as its content, and what a result depends on is the
-content, never the path.
+Workers may run on other machines, so a file is sent as its content. Digests depend on the content, never on the path.
 """
 
 import codecs
@@ -18,13 +17,19 @@ from pipeline.core.errors import AtlasError, first_line
 
 T = TypeVar("T")
 
+# The path that stands for a file of the package.
 PACKAGED = "default"
 
 
-def decoded(content: bytes, where: str) -> str:
-    """The text of a user's file: UTF-8, or UTF-16 with a byte-order mark; such a mark is no part of the text.
+def decode_text(content: bytes, where: str) -> str:
+    """Decode a user's text file as UTF-8, or as UTF-16 if it starts with a UTF-16 byte-order mark.
 
-    `where` is the setting and file that an error names.
+    Args:
+        content: The bytes of the file. A byte-order mark is removed.
+        where: Setting and file, for the error message.
+
+    Raises:
+        AtlasError: If the file has another encoding.
     """
     try:
         return content.decode("utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
@@ -39,17 +44,30 @@ def decoded(content: bytes, where: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ConfigFile:
-    """A file by its path; `content` once it was read. The path `default` names what the package brings along."""
+    """A file that a setting names.
+
+    Attributes:
+        path: Its path; `default` stands for a file of the package.
+        content: Its bytes; None before it is read.
+    """
 
     path: str
     content: bytes | None = None
 
     def canonical(self) -> str:
-        """What of it changes a result: the digest of its content (of its name, before it is read)."""
+        """Return the sha256 of the content, or of the path if the file is not read yet."""
         return hashlib.sha256(self.path.encode() if self.content is None else self.content).hexdigest()
 
     def read(self, where: str, packaged: str | None = None) -> "ConfigFile":
-        """The same with its content; `where` is the setting that an error names."""
+        """Return this file with its content.
+
+        Args:
+            where: The setting, for the error message.
+            packaged: File of the package that the path `default` stands for, relative to `pipeline/`.
+
+        Raises:
+            AtlasError: If the file cannot be read.
+        """
         try:
             if self.path == PACKAGED and packaged is not None:
                 content = importlib.resources.files("pipeline").joinpath(packaged).read_bytes()
@@ -60,38 +78,52 @@ class ConfigFile:
         return dataclasses.replace(self, content=content)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Arrays of an .npz, or of an .npy under the name `array`; nothing pickled is ever loaded."""
+        """Return the arrays of an .npz file by name, or that of an .npy file under the name `array`.
+
+        Pickled objects are never loaded.
+
+        Raises:
+            AtlasError: If the file is neither, or contains Python objects.
+        """
         assert self.content is not None, f"{self.path} was not read"
         try:
-            loaded = np.load(io.BytesIO(self.content), allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return {"array": loaded}
-            with loaded:
-                return {name: loaded[name] for name in loaded.files}
+            archive = np.load(io.BytesIO(self.content), allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                return {"array": archive}
+            with archive:
+                return {name: archive[name] for name in archive.files}
         except (ValueError, OSError, EOFError) as error:
             raise AtlasError(f"{self.path} is not an .npy or .npz of plain numbers: {first_line(error)}") from None
 
 
-def loaded(config: T, where: str, packaged: str | None = None) -> T:
-    """A frozen dataclass with every `ConfigFile` in it read, however deep; raises `AtlasError` for one that is missing.
+def load_config_files(config: T, where: str, packaged: str | None = None) -> T:
+    """Return a configuration with every `ConfigFile` in it read, at any depth.
 
-    A dataclass may say in `wants(field name)` that it does without one of its files: it is left alone then, and
-    no result depends on it. `packaged` is what the path `default` stands for.
+    A dataclass may have a method `wants(field name)` that returns False for a file that it does not use. Such a file is
+    not read, and no result depends on it. An attribute `packaged` of a dataclass replaces the argument of that name.
+
+    Args:
+        config: A frozen dataclass, a tuple, a `ConfigFile` or any other value.
+        where: The setting, for error messages.
+        packaged: File of the package that the path `default` stands for, relative to `pipeline/`.
+
+    Raises:
+        AtlasError: If a file cannot be read.
     """
     if isinstance(config, ConfigFile):
         return config if config.content is not None else config.read(where, packaged)  # type: ignore[return-value]
     if isinstance(config, tuple):
-        return tuple(loaded(v, f"{where}[{i}]", packaged) for i, v in enumerate(config))  # type: ignore[return-value]
+        return tuple(load_config_files(v, f"{where}[{i}]", packaged) for i, v in enumerate(config))  # type: ignore[return-value]
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         return config
     changed: dict[str, Any] = {}
-    own = getattr(config, "packaged", packaged)
-    wants = getattr(config, "wants", lambda _: True)
+    packaged = getattr(config, "packaged", packaged)
+    uses_file = getattr(config, "uses_file", lambda _: True)
     for field in dataclasses.fields(config):
-        if not wants(field.name):
+        if not uses_file(field.name):
             continue
         old = getattr(config, field.name)
-        new = loaded(old, f"{where}.{field.name}", own)
+        new = load_config_files(old, f"{where}.{field.name}", packaged)
         if new is not old:
             changed[field.name] = new
     return dataclasses.replace(config, **changed) if changed else config

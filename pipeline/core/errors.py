@@ -1,28 +1,33 @@
-"""Errors a user can mend, and the nearest-name hints that go into them."""
+"""The error for invalid user input, and hints on similar names for its messages."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class AtlasError(Exception):
-    """Bad input: the message says what is wrong and how to mend it. The command exits with 2."""
+    """Invalid input. The message states the problem and how to fix it; the command exits with status 2."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type's name where it has none (a bare assertion)."""
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def nearest(name: str, valid: Iterable[str], count: int = 4) -> str:
-    """Names in `valid` closest to `name`, as the end of an error message.
+def nearest_names(name: str, valid: Iterable[str], count: int = 4) -> str:
+    """Return a sentence with the names in `valid` closest to `name`, to end an error message with.
 
-    Falls back to the first few valid names, so that the reader always learns what would have been right.
+    If none is close, the sentence lists the first twelve valid names.
+
+    Args:
+        name: The name that was not found.
+        valid: All valid names.
+        count: Maximum number of close names.
     """
     names = sorted(set(map(str, valid)))
     if not names:
         return "There is none to choose from."
     close = difflib.get_close_matches(str(name), names, n=count, cutoff=0.4)
-    # A dotted path is often right but for its beginning or end: `conv_dw` for `blocks.0.0.conv_dw`.
+    # Part of a dotted path is often correct: `conv_dw` for `blocks.0.0.conv_dw`.
     close += [n for n in names if str(name) and str(name) in n and n not in close][: count - len(close)]
     if close:
         return f"Nearest: {', '.join(close)}."

@@ -1,42 +1,42 @@
-"""Ctrl-C and SIGTERM: raised at once, and remembered for where nobody hears an exception.
+"""Handling of Ctrl-C and SIGTERM: raise at once, and keep a flag in case the exception is lost.
 
-Python drops an exception that a signal's handler raises inside a destructor or a callback of a C library; a run
-would then go on as if nobody had asked it to stop. So whoever works asks `check` now and then.
+Python discards an exception that a signal handler raises inside a destructor or a callback of a C library, and the
+program would continue. Long-running code therefore calls `check` regularly.
 """
 
 import signal
 from typing import Any
 
-_asked = False
+_interrupted = False
 
 
-def check() -> None:
-    """Raise KeyboardInterrupt if a signal came since `listening` was entered."""
-    if _asked:
+def raise_if_interrupted() -> None:
+    """Raise KeyboardInterrupt if a signal arrived since `listening` was entered."""
+    if _interrupted:
         raise KeyboardInterrupt
 
 
-class listening:
-    """SIGTERM means what Ctrl-C means, and both are remembered, while this is entered (in the main thread only)."""
+class InterruptHandlers:
+    """Context manager that handles SIGTERM like Ctrl-C and records both for `check`; for the main thread only."""
 
     def __enter__(self) -> None:
-        global _asked
-        _asked = False
-        self.old: dict[signal.Signals, Any] = {}
+        global _interrupted
+        _interrupted = False
+        self.previous: dict[signal.Signals, Any] = {}
 
         def stop(*_: object) -> None:
-            global _asked
-            _asked = True
+            global _interrupted
+            _interrupted = True
             raise KeyboardInterrupt
 
-        for kind in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM):
             try:
-                self.old[kind] = signal.signal(kind, stop)
+                self.previous[number] = signal.signal(number, stop)
             except ValueError:  # not the main thread: a notebook or a test has its own handlers
                 return
 
     def __exit__(self, *_: object) -> None:
-        global _asked
-        _asked = False
-        for kind, old in self.old.items():
-            signal.signal(kind, old if old is not None else signal.SIG_DFL)
+        global _interrupted
+        _interrupted = False
+        for number, handler in self.previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

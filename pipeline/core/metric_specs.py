@@ -1,11 +1,11 @@
-"""What is measured of a picture, within which ends, and achieved ÷ natural; without torch, for those who only read."""
+"""Metrics of feature visualizations and their ranges. Importable without PyTorch, for code that only reads results."""
 
 import math
 
 import numpy as np
 
-# Measures of each picture that are made with it, and what is made of them when all are there; the ends of each.
-MEASURES = {
+# Metrics computed together with each visualization, with their ranges.
+IMAGE_METRICS = {
     "high_frequency": (0.0, 1.0),
     "checkerboard": (0.0, math.inf),
     "total_variation": (0.0, 1.0),
@@ -13,15 +13,24 @@ MEASURES = {
     "saturated": (0.0, 1.0),
     "rank": (1.0, math.inf),
 }
-RELATIONS = {"agreement": (-1.0, 1.0), "transfer": (-1.0, 1.0)}
+
+# Metrics computed once all visualizations are available, with their ranges.
+DERIVED_METRICS = {"agreement": (-1.0, 1.0), "transfer": (-1.0, 1.0)}
 
 
-def gain(reached: np.ndarray, natural: np.ndarray, negative: bool) -> np.ndarray:
-    """Achieved ÷ natural: `reached` (C', V) by pictures, by the best photograph `natural` (C',) → (C', V) float32.
+def activation_ratio(activation: np.ndarray, dataset_max: np.ndarray, negative: bool) -> np.ndarray:
+    """Return the activation ratio: activation of a visualization ÷ best activation over the dataset.
 
-    Without unit; above 1 the picture goes beyond every photograph. Of a `negative` both are below zero. NaN where the
-    photographs never came to the right side of zero, for a ratio to that says nothing.
+    The ratio has no unit. Above 1 the visualization exceeds every dataset image.
+
+    Args:
+        activation: Activations of the visualizations, (C, V) for C channels with V visualizations each.
+        dataset_max: Best activation over the dataset, (C,); the smallest one if `negative`.
+        negative: Whether the visualizations minimize the activation; both values are then below zero.
+
+    Returns:
+        (C, V) float32. NaN where the dataset's best activation is zero or has the wrong sign.
     """
-    best = np.asarray(natural, np.float32)[:, None]
+    best = np.asarray(dataset_max, np.float32)[:, None]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        return np.where(-best > 0 if negative else best > 0, reached / best, np.nan).astype(np.float32)
+        return np.where(-best > 0 if negative else best > 0, activation / best, np.nan).astype(np.float32)

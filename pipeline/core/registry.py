@@ -1,7 +1,7 @@
-"""Members of a group (canvases, transforms, objectives, …) found by name and built from plain mappings.
+"""Registries: find the members of a group (parameterizations, transforms, …) by name and build them from mappings.
 
-A member is a frozen dataclass. Its fields are its parameters, its class docstring is its documentation,
-and a mapping `{"name": "fourier", "decay": 1.0}` is all that is needed to build it, on any machine.
+A member is a frozen dataclass. Its fields are its parameters and its class docstring is its documentation. A plain
+mapping such as `{"name": "fourier", "decay": 1.0}` is enough to build it on any machine.
 """
 
 import dataclasses
@@ -11,15 +11,23 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from pipeline.core.config_files import ConfigFile
-from pipeline.core.errors import AtlasError, nearest
+from pipeline.core.errors import AtlasError, nearest_names
 
 T = TypeVar("T")
 
 
 def coerce(value: Any, kind: Any, where: str) -> Any:
-    """`value` as the annotated type `kind`, or an `AtlasError` that names the key `where`.
+    """Convert a value of a configuration to an annotated type.
 
-    Only harmless changes of type are made: int to float, list to tuple, mapping to dataclass.
+    Only lossless conversions are made: int to float, list to tuple, str to `ConfigFile`, mapping to dataclass.
+
+    Args:
+        value: A plain value.
+        kind: The type annotation.
+        where: Dotted key of the setting, for the error message.
+
+    Raises:
+        AtlasError: If the value has another type.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
@@ -27,7 +35,7 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        # The exact type first, so that `int | float` keeps 3 an int.
+        # Try the exact type first, so that 3 stays an int for `int | float`.
         options = sorted(
             (a for a in args if a is not type(None)), key=lambda a: not (isinstance(a, type) and type(value) is a)
         )
@@ -61,7 +69,7 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
 
 
 def describe(kind: Any) -> str:
-    """A type annotation in the words of an error message."""
+    """Return a type annotation in words, for error messages."""
     args = typing.get_args(kind)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return " or ".join(describe(a) for a in args)
@@ -75,13 +83,22 @@ def describe(kind: Any) -> str:
 
 
 def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
-    """A frozen dataclass `kind` from a plain mapping; unknown keys and wrong types are errors."""
+    """Build a frozen dataclass from a plain mapping.
+
+    Args:
+        kind: The dataclass.
+        mapping: Values of its fields by name; fields with a default may be absent.
+        where: Dotted key of the mapping, for error messages.
+
+    Raises:
+        AtlasError: If a key is unknown, a required one is missing, or a value has the wrong type.
+    """
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
     dot = f"{where}." if where else ""
     for key in mapping:
         if key not in fields:
-            raise AtlasError(f"{dot}{key} is not a setting. {nearest(str(key), fields)}")
+            raise AtlasError(f"{dot}{key} is not a setting. {nearest_names(str(key), fields)}")
     values = {k: coerce(v, hints[k], f"{dot}{k}") for k, v in mapping.items()}
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -89,17 +106,21 @@ def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     return kind(**values)
 
 
-# The name under which each class was registered. Digests and seeds depend on these, never on the names of classes.
+# The name under which each class is registered. Digests and seeds depend on these names, never on class names.
 _REGISTERED: dict[type, str] = {}
 
 
 def registered_name(member: Any) -> str:
-    """Return the name under which the class of a registry's member was registered, as it is written in `conf/`."""
+    """Return the name under which the class of a registry's member is registered, as it is written in `conf/`."""
     return _REGISTERED[type(member)]
 
 
 def canonical(value: Any) -> Any:
-    """Return a configuration as plain data for digests and provenance: members as {"name": registered name, fields}."""
+    """Return a configuration as plain data, for digests and provenance.
+
+    A registered dataclass becomes a mapping of its registered name (`name`) and its fields, a `ConfigFile` becomes the
+    digest of its content. Stored digests depend on this format.
+    """
     if isinstance(value, ConfigFile):
         return value.canonical()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -114,7 +135,11 @@ def canonical(value: Any) -> Any:
 
 
 class Registry:
-    """Name → dataclass, for one group of `conf/`."""
+    """Dataclasses by name, for one group of `conf/`.
+
+    Args:
+        noun: What a member is called in error messages, e.g. "transform".
+    """
 
     def __init__(self, noun: str) -> None:
         self.noun = noun
@@ -125,11 +150,11 @@ class Registry:
 
     def __getitem__(self, name: str) -> type:
         if name not in self._members:
-            raise AtlasError(f"There is no {self.noun} {name!r}. {nearest(name, self._members)}")
+            raise AtlasError(f"There is no {self.noun} {name!r}. {nearest_names(name, self._members)}")
         return self._members[name]
 
     def add(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator: make a frozen dataclass a member under `name`."""
+        """Return a class decorator that registers a frozen dataclass under `name`."""
 
         def register(cls: type[T]) -> type[T]:
             assert dataclasses.is_dataclass(cls), f"{cls} must be a dataclass"
@@ -141,8 +166,16 @@ class Registry:
         return register
 
     def build(self, mapping: Mapping[str, Any], where: str) -> Any:
-        """The member that `mapping["name"]` names, with the other keys as its parameters."""
+        """Build the member that `mapping["name"]` names, with the other keys as its parameters.
+
+        Args:
+            mapping: The member's name and parameters.
+            where: Dotted key of the mapping, for error messages.
+
+        Raises:
+            AtlasError: If there is no such member, or a parameter is invalid.
+        """
         if not isinstance(mapping, Mapping) or not isinstance(mapping.get("name"), str):
             raise AtlasError(f"{where} needs a `name`: one of {', '.join(self)}.")
-        rest = {k: v for k, v in mapping.items() if k != "name"}
-        return build(self[mapping["name"]], rest, where)
+        parameters = {k: v for k, v in mapping.items() if k != "name"}
+        return build(self[mapping["name"]], parameters, where)

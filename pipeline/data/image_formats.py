@@ -1,9 +1,9 @@
-"""Image formats: the suffixes and the first bytes they are known by, and whether this machine can decode them.
+"""Image formats: their suffixes, their first bytes, and whether this machine can decode them.
 
-The table is the same on every machine. Only `readable` depends on the machine: AVIF and JPEG 2000 are optional parts of
-Pillow, and HEIF needs the package pillow-heif. The machine that lists a dataset (the driver) lists what it can decode
-itself; the list identifies the dataset and is sent to the workers, which never list anything. A worker that lacks a
-decoder reports each such image as failed, with the reason.
+The table is the same on every machine. Only `can_decode` depends on the machine: AVIF and JPEG 2000 are optional parts
+of Pillow, and HEIF needs the package pillow-heif. The driver lists the images that it can decode itself; this list
+identifies the dataset and is sent to the workers, which never list anything. A worker without a decoder reports each
+such image as failed, with the reason.
 """
 
 import dataclasses
@@ -14,33 +14,38 @@ from collections.abc import Iterable
 
 from PIL import features
 
-# So many bytes at the beginning of a file are enough to tell its format.
+# Number of bytes at the beginning of a file that suffice to identify its format.
 HEAD = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """An image format; `start` matches the beginning of a file.
+    """An image format.
 
-    `feature` is Pillow's name of an optional decoder, `remedy` how to get it.
+    Attributes:
+        name: Name for messages.
+        suffixes: Suffixes of its files, in lower case, with the dot.
+        magic: Regular expression that matches the first bytes of its files.
+        feature: Pillow's name of the decoder, if that is an optional part of Pillow.
+        install_hint: How to install the decoder, if it is optional.
     """
 
     name: str
     suffixes: tuple[str, ...]
-    start: bytes
+    magic: bytes
     feature: str = ""
-    remedy: str = ""
+    install_hint: str = ""
 
 
 HEIF = Format(
     "HEIF",
     (".heic", ".heif", ".hif"),
     rb".{4}ftyp(hei[cxms]|hev[cxms]|mif1|msf1)",
-    remedy='pip install "neuron-atlas[heic]", or scripts/setup heic in a checkout',
+    install_hint='pip install "neuron-atlas[heic]", or scripts/setup heic in a checkout',
 )
 TIFF = Format("TIFF", (".tif", ".tiff"), rb"II[\x2a\x2b]\0|MM\0[\x2a\x2b]")
 
-# HEIF comes after AVIF: a file of the general brands mif1 and msf1 is AVIF if it names that brand as well.
+# HEIF follows AVIF: a file with one of the general brands mif1 and msf1 is AVIF if it also lists an AVIF brand.
 FORMATS = (
     Format("JPEG", (".jpg", ".jpeg", ".jpe", ".jfif"), rb"\xff\xd8\xff"),
     Format("PNG", (".png", ".apng"), rb"\x89PNG\r\n\x1a\n"),
@@ -50,7 +55,7 @@ FORMATS = (
     TIFF,
     Format("PNM", (".ppm", ".pgm", ".pbm", ".pnm"), rb"P[1-6]\s+[\d#]"),
     Format("QOI", (".qoi",), rb"qoif"),
-    Format("TGA", (".tga",), rb"(?!)"),  # has no first bytes of its own
+    Format("TGA", (".tga",), rb"(?!)"),  # the format has no magic number
     Format(
         "JPEG 2000",
         (".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
@@ -69,43 +74,48 @@ FORMATS = (
 )
 
 
-def identified(head: bytes) -> Format | None:
-    """The format of a file with these first bytes; None where it is no image format of the table."""
-    return next((f for f in FORMATS if re.match(f.start, head[:HEAD], re.DOTALL)), None)
+def identify(head: bytes) -> Format | None:
+    """Return the format of a file with these first bytes, or None if it is in no format of the table."""
+    return next((f for f in FORMATS if re.match(f.magic, head[:HEAD], re.DOTALL)), None)
 
 
 @functools.cache
-def readable(found: Format) -> bool:
-    """Whether this machine can decode a format."""
-    if found is HEIF:
+def can_decode(image_format: Format) -> bool:
+    """Return whether this machine can decode a format."""
+    if image_format is HEIF:
         try:
             importlib.import_module("pillow_heif").register_heif_opener()
         except ImportError:
             return False
         return True
-    # Pillow warns when it is asked for a feature that it is too old to know.
-    known = features.modules.keys() | features.codecs.keys()
-    return not found.feature or (found.feature in known and bool(features.check(found.feature)))
+    # Pillow emits a warning if `check` is called with a feature that it is too old for.
+    supported = features.modules.keys() | features.codecs.keys()
+    feature = image_format.feature
+    return not feature or (feature in supported and bool(features.check(feature)))
 
 
 def suffixes() -> frozenset[str]:
-    """The suffixes of all formats that this machine can decode."""
-    return frozenset(suffix for f in FORMATS if readable(f) for suffix in f.suffixes)
+    """Return the suffixes of all formats that this machine can decode."""
+    return frozenset(suffix for f in FORMATS if can_decode(f) for suffix in f.suffixes)
 
 
-def remedies(kinds: Iterable[str]) -> list[str]:
-    """How to read those of the suffixes `kinds` that are images which this machine cannot decode."""
-    kinds = set(kinds)
+def install_hints(file_suffixes: Iterable[str]) -> list[str]:
+    """Return how to install the missing decoders, one sentence for each format of `file_suffixes` that needs one."""
+    file_suffixes = set(file_suffixes)
     return [
-        f"to read {', '.join(sorted(kinds & set(f.suffixes)))}: {f.remedy}"
+        f"to read {', '.join(sorted(file_suffixes & set(f.suffixes)))}: {f.install_hint}"
         for f in FORMATS
-        if kinds & set(f.suffixes) and not readable(f)
+        if file_suffixes & set(f.suffixes) and not can_decode(f)
     ]
 
 
-def check(head: bytes) -> Format | None:
-    """The format of a file with these first bytes. Raises ValueError where this machine has no decoder for it."""
-    found = identified(head)
-    if found is not None and not readable(found):
-        raise ValueError(f"no decoder: {found.name} ({found.remedy})")
-    return found
+def identify_decodable(head: bytes) -> Format | None:
+    """Return the format of a file with these first bytes, as `identify`.
+
+    Raises:
+        ValueError: If this machine has no decoder for it.
+    """
+    image_format = identify(head)
+    if image_format is not None and not can_decode(image_format):
+        raise ValueError(f"no decoder: {image_format.name} ({image_format.install_hint})")
+    return image_format

@@ -1,4 +1,4 @@
-"""From a file to the network's input: decode, turn upright, resize, crop. One bad file ends nothing."""
+"""From image files to network inputs: decode, rotate upright, resize, crop. Broken files are reported, not raised."""
 
 import contextlib
 import dataclasses
@@ -14,15 +14,24 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from pipeline.data import image_formats, multiband
-from pipeline.data.datasets import MAX_PIXELS, Dataset
+from pipeline.data.config import MAX_PIXELS
+from pipeline.data.datasets import Dataset
 from pipeline.models.config import INTERPOLATIONS, Preprocessing
 
 RESAMPLE = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
 
-# What reasons for not reading a picture begin with, so that they can be counted.
-KINDS = (
-    "too large", "too long and thin", "an empty cell", "unsupported values", "no decoder", "outside the dataset",
-)  # fmt: skip
+# The ValueErrors of the readers begin with one of these reasons, by which failures can be counted.
+REASONS = (
+    "too large",
+    "too long and thin",
+    "an empty cell",
+    "unsupported values",
+    "no decoder",
+    "outside the dataset",
+)
+
+# Resized sides beyond this are refused (`input_box`).
+MAX_SIDE = 65_000
 
 # Tags of TIFF files.
 BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR_CONFIGURATION, SAMPLE_FORMAT = 258, 262, 284, 339
@@ -30,9 +39,14 @@ BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR_CONFIGURATION, SAMPLE_FORMAT = 258, 262, 28
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A photograph as the network's input, (C, H, W), or None and the reason; `extra` as `load` was asked.
+    """One dataset image after loading.
 
-    Values are levels from 0 to 255: uint8, or float32 where the file has more than 8 bits.
+    Attributes:
+        index: Number of the image in the dataset.
+        array: Network input (C, H, W), levels from 0 to 255: uint8, or float32 if the file has more than 8 bits per
+            channel. None if the image could not be read.
+        reason: Why the image could not be read; "" if it could.
+        extra: Return value of the `extra` function of `load`.
     """
 
     index: int
@@ -42,21 +56,22 @@ class Loaded:
 
 
 class _PillowSettings:
-    """Pillow's settings while pictures are read: they belong to the process, and other code may have set them.
+    """Context manager for Pillow's global settings while images are decoded, in any number of threads.
 
-    A truncated file is always an error: it must not enter the statistics as a whole one. Pillow's own limit of pixels
-    is off, since `read` checks `data.max_pixels` before it decodes. The last thread to leave restores both.
+    Truncated files are always errors: they must not enter the statistics as if they were complete. Pillow's own pixel
+    limit is off, because `data.max_pixels` is checked before decoding. The settings are global and other code may have
+    changed them, so that the last thread to leave restores the values that the first one found.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._readers = 0
-        self._before: tuple[bool, int | None] = (False, None)
+        self._saved: tuple[bool, int | None] = (False, None)
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._readers:
-                self._before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
+                self._saved = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
             self._readers += 1
             ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
 
@@ -66,72 +81,88 @@ class _PillowSettings:
         with self._lock:
             self._readers -= 1
             if not self._readers:
-                ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = self._before
+                ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = self._saved
 
 
-_settings = _PillowSettings()
+_pillow_settings = _PillowSettings()
 
 
-def read(file: Path | io.BytesIO, channels: int, limit: int | None = MAX_PIXELS) -> Image.Image | multiband.Bands:
-    """One whole picture, upright, in RGB (grey for a network of one channel, bands for one of neither one nor three).
+def read_image(
+    file: Path | io.BytesIO, channels: int, max_pixels: int | None = MAX_PIXELS
+) -> Image.Image | multiband.Bands:
+    """Decode a whole image, upright.
 
-    Pictures of more than 8 bits are bands as well, one or three. Raises OSError or ValueError with the reason where
-    it can't be read whole, or has more pixels than `limit`.
+    Args:
+        file: Path or content of an image file.
+        channels: Input channels of the network: 1 reads in gray, 3 in RGB, any other number reads as many bands.
+        max_pixels: Images with more pixels are not decoded; None sets no limit.
+
+    Returns:
+        A Pillow image in mode "L" or "RGB"; `Bands` for other numbers of channels and for more than 8 bits.
+
+    Raises:
+        OSError: If the file can't be decoded completely.
+        ValueError: If the image is too large, or its values are not supported.
     """
     if channels not in (1, 3):
         if not isinstance(file, Path):
             raise ValueError("bands are read from files only")
-        return multiband.read(file, channels, limit)
+        return multiband.read_bands(file, channels, max_pixels)
     opened: contextlib.AbstractContextManager[IO[bytes]] = (
         file.open("rb") if isinstance(file, Path) else contextlib.nullcontext(file)
     )
-    with _settings, opened as handle:
-        found = image_formats.check(handle.read(image_formats.HEAD))
+    with _pillow_settings, opened as handle:
+        image_format = image_formats.identify_decodable(handle.read(image_formats.HEAD))
         handle.seek(0)
         try:
             image = Image.open(handle)
         except UnidentifiedImageError:
-            if found is not image_formats.TIFF:
+            if image_format is not image_formats.TIFF:
                 raise
             handle.seek(0)
-            return multiband.from_tiff(handle, channels, limit)
+            return multiband.read_tiff(handle, channels, max_pixels)
         if _is_misread(image):
             handle.seek(0)
-            return multiband.from_tiff(handle, channels, limit)
-        with image, multiband.decoding(image.width, image.height, limit):
-            return _upright(image, channels)
+            return multiband.read_tiff(handle, channels, max_pixels)
+        with image, multiband.decoding(image.width, image.height, max_pixels):
+            return _decode(image, channels)
+
+
+def _tiff_tags(image: Image.Image) -> Any:
+    return getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
 
 
 def _is_misread(image: Image.Image) -> bool:
-    """Whether Pillow takes the two bytes of a value for two values: it does in TIFFs of one plane for each channel."""
-    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    """Return whether Pillow misreads a TIFF: with planar channels of 16 bits it takes each byte for a value."""
+    tags = _tiff_tags(image)
     return tags.get(PLANAR_CONFIGURATION) == 2 and max(tags.get(BITS_PER_SAMPLE, (8,))) > 8
 
 
-def _upright(image: Image.Image, channels: int) -> Image.Image | multiband.Bands:
-    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
-    deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
-    # Pillow gives signed bytes as unsigned ones.
-    if deep or (image.mode == "L" and tags.get(SAMPLE_FORMAT, (1,))[0] == 2):
-        return multiband.Bands.of(_levels(image, tags)[..., None], channels)
+def _decode(image: Image.Image, channels: int) -> Image.Image | multiband.Bands:
+    """Decode an opened image of 1 or 3 channels, upright."""
+    tags = _tiff_tags(image)
+    more_than_8_bits = image.mode in ("I", "F") or image.mode.startswith("I;16")
+    # Pillow returns signed bytes as unsigned ones.
+    if more_than_8_bits or (image.mode == "L" and tags.get(SAMPLE_FORMAT, (1,))[0] == 2):
+        return multiband.Bands.of(_gray_levels(image, tags)[..., None], channels)
     upright = ImageOps.exif_transpose(image)
     if upright.mode in ("La", "RGBa"):
         upright = upright.convert("LA" if upright.mode == "La" else "RGBA")
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-        # Transparent pixels have no colour of their own: show them on white, as a page would.
+        # The color of transparent pixels is undefined: composite on white, as a web page would.
         rgba = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return upright.convert("L" if channels == 1 else "RGB")
 
 
-def _levels(image: Image.Image, tags: Any) -> np.ndarray:
-    """A grey picture of integers or floats as levels, upright; `tags` are those of a TIFF.
+def _gray_levels(image: Image.Image, tags: Any) -> np.ndarray:
+    """Return a gray image of integers or floats as levels, upright; `tags` are the tags of a TIFF.
 
-    The type is the file's. Pillow's mode does not tell it: "I" (int32) holds unsigned integers of 16 bits, signed ones
-    of 16 and 32 bits and, wrapped to negative ones, unsigned integers of 32 bits.
+    Values are scaled by the type in the file, which Pillow's mode does not determine: "I" (int32) holds unsigned
+    integers of 16 bits, signed integers of 16 and 32 bits, and unsigned integers of 32 bits wrapped to negative values.
     """
     values = np.asarray(ImageOps.exif_transpose(image))
-    top = None
+    max_value = None
     if image.mode != "F":
         bits, signed = (32, True) if image.mode == "I" else (16, False)
         if image.format in ("PNG", "PPM"):
@@ -142,48 +173,71 @@ def _levels(image: Image.Image, tags: Any) -> np.ndarray:
             values = values.view(np.uint32)
         if bits == 8 and signed:
             values = values.view(np.int8)
-        top = 2 ** (bits - signed) - 1
-    found = multiband.levels(values, top)
-    # Pillow turns 8-bit pictures round where 0 is white, and no others.
-    return 255 - found if tags.get(PHOTOMETRIC) == 0 else found
+        max_value = 2 ** (bits - signed) - 1
+    levels = multiband.to_levels(values, max_value)
+    # Pillow inverts 8-bit images in which 0 is white, but no others.
+    return 255 - levels if tags.get(PHOTOMETRIC) == 0 else levels
 
 
 def input_box(
     size: tuple[int, int], box: tuple[int, int, int, int] | None, recipe: Preprocessing
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[float, float, float, float]]:
-    """How a picture of `size` (width, height), or its part `box`, becomes the input.
+    """Return the geometry of resizing and center crop.
 
-    Returns the size it is resized to, the left and top of the crop there, and the crop's (left, top, right, bottom)
-    in pixels of the whole picture, beyond whose edges it may reach. Raises ValueError where it is too long and thin.
+    Args:
+        size: (width, height) of the image.
+        box: Region to use, (left, top, right, bottom); None for the whole image.
+        recipe: Preprocessing of the network.
+
+    Returns:
+        The (width, height) to resize the region to, the (left, top) of the crop in the resized region, and the crop as
+        (left, top, right, bottom) in pixels of the whole image, which may extend beyond its edges.
+
+    Raises:
+        ValueError: If the resized image would be longer than `MAX_SIDE`.
     """
     left, top, right, bottom = box or (0, 0, *size)
-    own = (right - left, bottom - top)
-    scale = recipe.resize / min(own)
-    if scale * max(own) > 65_000:
-        raise ValueError(f"too long and thin: {own[0]} × {own[1]} pixels")
-    width, height = (recipe.resize if s == min(own) else int(recipe.resize * s / min(own)) for s in own)
+    region = (right - left, bottom - top)
+    shorter = min(region)
+    if recipe.resize / shorter * max(region) > MAX_SIDE:
+        raise ValueError(f"too long and thin: {region[0]} × {region[1]} pixels")
+    width, height = (recipe.resize if side == shorter else int(recipe.resize * side / shorter) for side in region)
     x, y = round((width - recipe.size[1]) / 2), round((height - recipe.size[0]) / 2)
-    across, down = own[0] / width, own[1] / height
-    whole = (left + x * across, top + y * down, left + (x + recipe.size[1]) * across, top + (y + recipe.size[0]) * down)
-    return (width, height), (x, y), whole
+    scale_x, scale_y = region[0] / width, region[1] / height
+    crop = (
+        left + x * scale_x,
+        top + y * scale_y,
+        left + (x + recipe.size[1]) * scale_x,
+        top + (y + recipe.size[0]) * scale_y,
+    )
+    return (width, height), (x, y), crop
 
 
-def prepared(
+def preprocess(
     image: Image.Image | multiband.Bands, recipe: Preprocessing, box: tuple[int, int, int, int] | None = None
 ) -> np.ndarray:
-    """(C, H, W) levels: the shorter side resized, the centre cropped, as torchvision's own evaluation does."""
+    """Resize the shorter side and crop the center, as torchvision's `Resize` and `CenterCrop`.
+
+    Args:
+        image: Decoded image.
+        recipe: Preprocessing of the network.
+        box: Region to use, (left, top, right, bottom); None for the whole image.
+
+    Returns:
+        Levels from 0 to 255, (C, H, W).
+    """
     height, width = recipe.size
-    sides, (left, top), _ = input_box(image.size, box, recipe)
-    part = image if box is None else image.crop(box)
-    resized = part.resize(sides, RESAMPLE[recipe.interpolation])
+    resized_size, (left, top), _ = input_box(image.size, box, recipe)
+    region = image if box is None else image.crop(box)
+    resized = region.resize(resized_size, RESAMPLE[recipe.interpolation])
     array = np.asarray(resized.crop((left, top, left + width, top + height)))
     return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
 
 
-def why(error: Exception) -> str:
-    """The reason why a picture was not read: a kind that can be counted, then a detail."""
+def failure_reason(error: Exception) -> str:
+    """Return why an image could not be read: a reason by which failures can be counted, then details."""
     text = str(error)
-    if isinstance(error, ValueError) and text.partition(":")[0] in KINDS:
+    if isinstance(error, ValueError) and text.partition(":")[0] in REASONS:
         return text
     if isinstance(error, FileNotFoundError):
         return "missing, or a broken link"
@@ -194,46 +248,64 @@ def why(error: Exception) -> str:
     return f"unreadable: {type(error).__name__}: {text}"
 
 
-def load(
+def load_images(
     dataset: Dataset,
     indices: Iterable[int],
     recipe: Preprocessing,
     threads: int = 2,
-    also: Callable[[int, Image.Image | multiband.Bands], Any] | None = None,
+    extra: Callable[[int, Image.Image | multiband.Bands], Any] | None = None,
 ) -> Iterator[Loaded]:
-    """Each photograph as the network's input, in the order asked for; the unreadable ones with the reason.
+    """Load dataset images as network inputs, in the given order.
 
-    Pictures are decoded a few ahead, in threads (Pillow lets go of the interpreter while it decodes). `also` is
-    called in the thread with the index and the whole picture, and gives `extra`.
+    Images are decoded ahead in a thread pool; Pillow releases the GIL while it decodes.
+
+    Args:
+        dataset: Dataset that contains the images.
+        indices: Numbers of the images.
+        recipe: Preprocessing of the network.
+        threads: Number of decoding threads.
+        extra: Called in the decoding thread with the number and the whole image; its result becomes `Loaded.extra`.
+
+    Yields:
+        One `Loaded` per index. Images that can't be read have a reason and no array.
     """
 
-    def one(index: int) -> Loaded:
-        photo = dataset.photos[index]
+    def load_one(index: int) -> Loaded:
+        photo = dataset.images[index]
         try:
             file = dataset.open(photo)
             if (file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())) == 0:
                 return Loaded(index, None, "empty file")
-            with _settings:
-                image = read(file, recipe.channels, dataset.max_pixels)
-                return Loaded(index, prepared(image, recipe, photo.box), extra=also and also(index, image))
+            with _pillow_settings:
+                image = read_image(file, recipe.channels, dataset.max_pixels)
+                return Loaded(index, preprocess(image, recipe, photo.box), extra=extra and extra(index, image))
         except Exception as error:
-            # Decoders raise almost anything on broken files; one of them must not end the pass.
-            return Loaded(index, None, why(error))
+            # Decoders raise almost any exception on broken files; one such file must not end the pass.
+            return Loaded(index, None, failure_reason(error))
 
     with ThreadPoolExecutor(threads) as pool:
-        ahead: list[Future[Loaded]] = []
+        pending: list[Future[Loaded]] = []
         for index in indices:
-            ahead.append(pool.submit(one, index))
-            if len(ahead) > 4 * threads:
-                yield ahead.pop(0).result()
-        for future in ahead:
+            pending.append(pool.submit(load_one, index))
+            if len(pending) > 4 * threads:
+                yield pending.pop(0).result()
+        for future in pending:
             yield future.result()
 
 
 def batches(
     loaded: Iterable[Loaded], size: int, failed: list[tuple[int, str]]
 ) -> Iterator[tuple[Sequence[Loaded], np.ndarray]]:
-    """Batches of at most `size` readable photographs, with their (B, C, H, W) levels; the others go to `failed`."""
+    """Group loaded images into batches.
+
+    Args:
+        loaded: Images in any number.
+        size: Maximum number of images per batch.
+        failed: The (number, reason) of every image that could not be read is appended to this list.
+
+    Yields:
+        The images of a batch, and their levels (B, C, H, W).
+    """
     batch: list[Loaded] = []
     for item in loaded:
         if item.array is None:
@@ -241,7 +313,11 @@ def batches(
             continue
         batch.append(item)
         if len(batch) == size:
-            yield batch, np.stack([i.array for i in batch if i.array is not None])
+            yield batch, _stack(batch)
             batch = []
     if batch:
-        yield batch, np.stack([i.array for i in batch if i.array is not None])
+        yield batch, _stack(batch)
+
+
+def _stack(batch: Sequence[Loaded]) -> np.ndarray:
+    return np.stack([item.array for item in batch if item.array is not None])

@@ -1,4 +1,4 @@
-"""How far a run is: live bars on a terminal, a plain line every few seconds elsewhere."""
+"""Progress of a run: bars on a terminal, a line of text every few seconds elsewhere, and the report at the end."""
 
 import dataclasses
 import sys
@@ -11,20 +11,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.progress import Task as BarTask
 from rich.text import Text
 
-
-def clock(seconds: float) -> str:
-    """Seconds as a person says them: 48 s, 7 min 03 s, 3 h 20 min."""
-    seconds = round(seconds)
-    if seconds < 100:
-        return f"{seconds} s"
-    if seconds < 6000:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+from pipeline.core.formatting import clock
 
 
 @dataclasses.dataclass
 class WorkerStats:
-    """A worker's time at work: seconds on the driver's clock, of which `busy` were spent on `tasks` finished."""
+    """Statistics of one worker.
+
+    Attributes:
+        name: "host:process".
+        joined: Time of its start in seconds, on the clock of the driver.
+        left: Time of its end; None while it runs.
+        busy: Seconds spent on finished tasks.
+        tasks: Number of finished tasks.
+        end: Why it ended early; empty otherwise.
+    """
 
     name: str
     joined: float
@@ -34,16 +35,27 @@ class WorkerStats:
     end: str = ""
 
     def use(self, now: float) -> float:
-        """Share of its time that it was at work; loading the network is no work."""
+        """Return the share of its time that it spent on tasks; loading the network does not count."""
         return min(1.0, self.busy / max((self.left or now) - self.joined, 1e-6))
 
 
 @dataclasses.dataclass
 class Stage:
-    """Counts of one stage; `done` includes what an earlier run had finished, `fresh` does not.
+    """Progress of one stage of a run.
 
-    `cost` is the estimate of the work to do, in seconds of one worker, and `spent` the share of it that is
-    behind; `measured` of that was done (not set aside) and took `seconds`.
+    Attributes:
+        name: Name of the stage.
+        noun: What is counted.
+        total: Number of units or images of the stage.
+        done: Number of finished ones, of earlier runs too.
+        cost: Estimate of the work that was left at the start, in seconds of one worker.
+        fresh: Number of those that this run finished.
+        failed: Number of those that were set aside.
+        began: Time at which the first task began.
+        ended: Time at which the last task ended.
+        spent: Part of `cost` that is behind.
+        measured: Part of `spent` that was finished, not set aside.
+        seconds: Seconds that the `measured` part took.
     """
 
     name: str
@@ -61,17 +73,17 @@ class Stage:
 
     @property
     def left(self) -> float:
-        """Worker seconds of the work left: the estimate, corrected by what finished tasks really took."""
+        """Remaining worker seconds: the estimate, scaled by measured ÷ estimated time of the finished tasks."""
         return max(self.cost - self.spent, 0.0) * (self.seconds / self.measured if self.measured > 0 else 1.0)
 
     def rate(self, now: float) -> float:
-        """Units per second since the stage's first task began."""
+        """Return units per second since the first task of the stage began."""
         if self.began is None:
             return 0.0
         return self.fresh / max((now if self.ended is None else self.ended) - self.began, 1e-6)
 
     def line(self, now: float) -> str:
-        """`render 36 of 108 units, 0.52/s, 2 failed`."""
+        """Return the progress as text: "render 36 of 108 units, 0.52/s, 2 failed"."""
         parts = [f"{self.name} {self.done} of {self.total} {self.noun}"]
         if self.fresh and self.done < self.total:
             parts.append(f"{self.rate(now):.2g}/s")
@@ -81,35 +93,42 @@ class Stage:
 
 
 class _Note(ProgressColumn):
-    """What stands right of a bar."""
+    """Text to the right of a bar."""
 
     def render(self, task: BarTask) -> Text:
-        """The note that `ProgressReporter` keeps."""
+        """Return the note that `ProgressReporter` sets."""
         return Text(task.fields.get("note", ""))
 
 
 class ProgressReporter:
-    """Progress of all stages that work together; a context manager.
+    """Shows the progress of stages that run at the same time; a context manager.
 
-    The ETA goes by estimated cost, not by number, for late layers take longer, and counts on `workers` being
-    busy all the time. `saved` is told every second or so what status.json should hold. `after` is the number of
-    seconds that come after the stages.
+    The time left follows from estimated costs, not from counts, because units of late layers take longer; it assumes
+    that all workers are busy until the end.
+
+    Args:
+        stages: The stages.
+        workers: Expected number of workers.
+        save: Called about every second with the fields of status.json.
+        every: Seconds between two lines of text.
+        stats: Statistics of the workers.
+        after: Seconds of work after the stages.
     """
 
     def __init__(
         self,
         stages: list[Stage],
         workers: int,
-        saved: Callable[..., None],
+        save: Callable[..., None],
         every: float,
-        posts: Sequence[WorkerStats] = (),
+        stats: Sequence[WorkerStats] = (),
         after: float = 0.0,
     ) -> None:
         self.stages = {stage.name: stage for stage in stages}
-        self.most, self.posts = workers, posts
-        self.every, self.saved, self.after = every, saved, after
+        self.expected_workers, self.stats = workers, stats
+        self.every, self.save, self.after = every, save, after
         self.added = time.monotonic()
-        self.spoken = self.kept = float("-inf")
+        self.printed_at = self.saved_at = float("-inf")
         self.console = Console(stderr=True)
         self.bars: Progress | None = None
         self.rows: dict[str, Any] = {}
@@ -132,37 +151,45 @@ class ProgressReporter:
             self.bars.stop()
 
     def add(self, stage: str, units: int, cost: float, seconds: float, failed: bool = False) -> None:
-        """Count a finished task that took `seconds`."""
-        own = self.stages[stage]
-        if own.began is None:
-            own.began = time.monotonic() - seconds
+        """Count a finished task.
+
+        Args:
+            stage: Name of the stage.
+            units: Number of units or images of the task.
+            cost: Its estimated seconds.
+            seconds: Its measured seconds.
+            failed: Whether it was set aside.
+        """
+        progress = self.stages[stage]
+        if progress.began is None:
+            progress.began = time.monotonic() - seconds
         if failed:
-            own.failed += units
+            progress.failed += units
         else:
-            own.done += units
-            own.fresh += units
-            own.seconds += seconds
-            own.measured += cost
-        own.spent += cost
+            progress.done += units
+            progress.fresh += units
+            progress.seconds += seconds
+            progress.measured += cost
+        progress.spent += cost
         self.added = time.monotonic()
-        if own.done + own.failed >= own.total:
-            own.ended = self.added
+        if progress.done + progress.failed >= progress.total:
+            progress.ended = self.added
         self.beat()
 
     def beat(self) -> None:
-        """Called often; speaks only every few seconds."""
+        """Update the display if it is due; cheap to call often."""
         self._show(final=False)
 
     @property
     def workers(self) -> int:
-        """How many are at work now; before anybody has come, how many are expected."""
-        return sum(post.left is None for post in self.posts) or self.most
+        """Number of workers now; before the first has started, the expected number."""
+        return sum(worker.left is None for worker in self.stats) or self.expected_workers
 
     @property
     def eta(self) -> float | None:
-        """Seconds left; None before anything was finished and so measured, and while the work takes longer than that.
+        """Seconds left; None before the first task is finished, and after the estimated time has run out.
 
-        A task in progress reports nothing, so an estimate that has run out says nothing about the rest.
+        Tasks in progress report nothing, so an estimate that has run out cannot be corrected before the next result.
         """
         if not any(stage.fresh for stage in self.stages.values()):
             return None
@@ -181,15 +208,15 @@ class ProgressReporter:
                 if left is not None and stage.done < stage.total:
                     note += f"  {clock(left)} left"
                 self.bars.update(self.rows[stage.name], completed=stage.done, note=note)
-        elif final or now - self.spoken >= self.every:
+        elif final or now - self.printed_at >= self.every:
             lines = [stage.line(now) for stage in self.stages.values()]
             if left is not None:
                 lines.append(f"{clock(left)} left")
             sys.stderr.write("; ".join(lines) + "\n")
             sys.stderr.flush()
-            self.spoken = now
-        if final or now - self.kept >= 1.0:
-            self.saved(
+            self.printed_at = now
+        if final or now - self.saved_at >= 1.0:
+            self.save(
                 stages={
                     s.name: {"done": s.done, "total": s.total, "failed": s.failed, "per_second": round(s.rate(now), 3)}
                     for s in self.stages.values()
@@ -197,11 +224,13 @@ class ProgressReporter:
                 eta_seconds=None if left is None else round(left, 1),
                 workers=self.workers,
             )
-            self.kept = now
+            self.saved_at = now
 
 
-def report(stages: Sequence[Stage], posts: Sequence[WorkerStats], seconds: float, failures: int) -> dict[str, Any]:
-    """What a run did, as plain data: units, failures, seconds and rate by stage, and how busy each worker was."""
+def run_report(
+    stages: Sequence[Stage], workers: Sequence[WorkerStats], seconds: float, failures: int
+) -> dict[str, Any]:
+    """Return the report of a run as plain data: counts, seconds and rate of each stage, and use of each worker."""
     now = time.monotonic()
     return {
         "seconds": round(seconds, 1),
@@ -218,29 +247,29 @@ def report(stages: Sequence[Stage], posts: Sequence[WorkerStats], seconds: float
         },
         "workers": [
             {
-                "name": post.name,
-                "tasks": post.tasks,
-                "seconds": round((post.left or now) - post.joined, 1),
-                "busy": round(post.busy, 1),
-                "use": round(post.use(now), 3),
-                **({"end": post.end} if post.end else {}),
+                "name": worker.name,
+                "tasks": worker.tasks,
+                "seconds": round((worker.left or now) - worker.joined, 1),
+                "busy": round(worker.busy, 1),
+                "use": round(worker.use(now), 3),
+                **({"end": worker.end} if worker.end else {}),
             }
-            for post in posts
+            for worker in workers
         ],
     }
 
 
-def told(summary: dict[str, Any], most: int = 8) -> list[str]:
-    """A report in a few lines; of many workers only the least busy are named."""
+def report_lines(summary: dict[str, Any], most: int = 8) -> list[str]:
+    """Return a report as lines of text; of the workers only the `most` least busy ones are listed."""
     lines = []
     for name, stage in summary["stages"].items():
         noun, count = next(iter(stage.items()))
         if count:
             lines.append(f"{name}: {count:,} {noun} in {clock(stage['seconds'])}, {stage['per_second']:.3g}/s")
     workers = summary["workers"]
-    whole = sum(w["seconds"] for w in workers)
-    if whole:
-        use = sum(w["busy"] for w in workers) / whole
+    total = sum(w["seconds"] for w in workers)
+    if total:
+        use = sum(w["busy"] for w in workers) / total
         lines.append(f"{len(workers)} workers, busy {use:.0%} of their time")
         for w in sorted(workers, key=lambda w: w["use"])[:most]:
             end = f"; {w['end']}" if "end" in w else ""

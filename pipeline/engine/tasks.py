@@ -1,26 +1,40 @@
-"""What workers are told: the setup of a run and its tasks, as plain data, and the digests of what they make."""
+"""Setup and tasks of workers as plain data, and the digests of the results."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.config.schema import Config
+from pipeline.core import hashing
 from pipeline.core.registry import canonical
 from pipeline.data.datasets import Dataset
 from pipeline.layers.finding import Layer
-from pipeline.models.config import NAMES_ONLY
-from pipeline.store import shards
+from pipeline.models.config import LOCATION_FIELDS
 from pipeline.visualization.initial_images import InitialImage
 from pipeline.visualization.network_perturbations import Ensemble
 from pipeline.visualization.preset import Preset
 
+# Versions of the three kinds of results. A new version makes finished results stale: it is raised when the code gives
+# other results from the same settings (docs/store.md, "Identity").
+RENDER_VERSION = 3
+EXAMPLES_VERSION = 3
+LOCALIZE_VERSION = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """All a worker needs, as plain data.
+    """Everything that a worker needs besides its tasks, as plain data.
 
-    `others` are layers that presets look at besides a unit's own; `begins` is the digest of the dataset pass
-    whose best examples some pictures begin with, if they do.
+    Attributes:
+        config: Configuration of the run; `engine.precision` is resolved (see `render_digest`).
+        weights: Digest of the weights that the run was planned with.
+        layers: Layers of the plan.
+        dataset: Listing of the dataset.
+        threads: CPU threads of one worker.
+        device: Device of one worker, for example "cpu" or "cuda".
+        others: Layers that presets read besides the layer of the unit.
+        begins: Digest of the dataset pass whose best examples are the initial images; empty if there are none.
+        precision: Precision of the optimization steps, "float32" or "bfloat16".
     """
 
     config: Config
@@ -31,108 +45,261 @@ class Setup:
     device: str
     others: tuple[Layer, ...] = ()
     begins: str = ""
+    precision: str = "float32"
 
     def others_of(self, preset: Preset) -> dict[str, Layer]:
-        """Those of `others` that one preset looks at, by name."""
+        """Return those of `others` that `preset` reads, by name."""
         return {layer.name: layer for layer in self.others if layer.name in preset.others}
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """A piece of the plan that one worker finishes in minutes, and the shard it ends in.
+class _Task:
+    """Part of a plan that one worker finishes within minutes.
 
-    `examples` tasks cover photographs start … end - 1 for all layers; `ranges` and `winners` tasks the listed
-    `photographs`; `render` tasks some channels of one layer under one preset, each with the photograph that its picture
-    begins with, if the canvas asks for that. `given` is what a task builds on, as bytes of a shard.
+    Attributes:
+        path: Shard that holds the result.
+        digest: Identity of the result; a shard with another digest is stale.
+        cost: Estimated seconds of one worker.
     """
 
-    stage: str
+    stage: ClassVar[str]
+
     path: str
     digest: str
     cost: float
-    layer: str = ""
-    channels: tuple[int, ...] = ()
-    canvas: tuple[int, int] = (0, 0)
-    preset: str = ""
-    start: int = 0
-    end: int = 0
-    photographs: tuple[int, ...] = ()
-    given: bytes = b""
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderTask(_Task):
+    """Visualize some channels of one layer with one preset.
+
+    Attributes:
+        layer: Name of the layer.
+        channels: Channels of the layer.
+        canvas: (height, width) of the finished images in pixels.
+        preset: Name of the preset.
+        starts: Initial image of each channel; empty unless the parameterization starts from dataset examples.
+    """
+
+    stage = "render"
+
+    layer: str
+    channels: tuple[int, ...]
+    canvas: tuple[int, int]
+    preset: str
     starts: tuple[InitialImage, ...] = ()
 
     @property
     def name(self) -> str:
-        """For messages: what this task is about."""
-        if self.stage == "render":
-            return f"{self.layer}:{self.channels[0]}…{self.channels[-1]}"
-        if self.stage == "examples":
-            return f"photographs {self.start}…{self.end - 1}"
-        return f"{self.stage}, {len(self.photographs)} photographs"
+        """Description for messages."""
+        return f"{self.layer}:{self.channels[0]}…{self.channels[-1]}"
 
     @property
     def size(self) -> int:
-        """Units of progress: channels or photographs."""
-        return len(self.channels) if self.stage == "render" else len(self.indices)
+        """Number of units."""
+        return len(self.channels)
+
+
+@dataclasses.dataclass(frozen=True)
+class RangesTask(_Task):
+    """Measure the ranges of the activation histograms of all layers on a sample of the dataset.
+
+    Attributes:
+        images: Indices of the dataset images.
+    """
+
+    stage = "ranges"
+
+    images: tuple[int, ...]
 
     @property
-    def indices(self) -> Sequence[int]:
-        """The photographs that this task reads."""
-        return self.photographs or range(self.start, self.end)
+    def name(self) -> str:
+        """Description for messages."""
+        return f"ranges, {len(self.images)} images"
+
+    @property
+    def size(self) -> int:
+        """Number of dataset images."""
+        return len(self.images)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepTask(_Task):
+    """First pass over the dataset images `start` … `end` - 1, for all layers.
+
+    Attributes:
+        start: First image.
+        end: One past the last image.
+        ranges: Ranges of the histograms, as bytes of a shard.
+    """
+
+    stage = "examples"
+
+    start: int
+    end: int
+    ranges: bytes
+
+    @property
+    def name(self) -> str:
+        """Description for messages."""
+        return f"images {self.start}…{self.end - 1}"
+
+    @property
+    def size(self) -> int:
+        """Number of dataset images."""
+        return self.end - self.start
+
+    @property
+    def images(self) -> Sequence[int]:
+        """Indices of the dataset images."""
+        return range(self.start, self.end)
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalizeTask(_Task):
+    """Second pass over dataset examples: their positions, activation maps and crops.
+
+    Attributes:
+        start: Position of the first image in the list of all dataset examples.
+        end: One past the position of the last image.
+        images: Indices of the dataset images.
+        index: The part of the `SecondPassIndex` about these images, as bytes of a shard.
+    """
+
+    stage = "localize"
+
+    start: int
+    end: int
+    images: tuple[int, ...]
+    index: bytes
+
+    @property
+    def name(self) -> str:
+        """Description for messages."""
+        return f"second pass, {len(self.images)} images"
+
+    @property
+    def size(self) -> int:
+        """Number of dataset images."""
+        return len(self.images)
+
+
+DatasetTask = RangesTask | SweepTask | LocalizeTask
+Task = RenderTask | DatasetTask
 
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """What a finished task reports: small, for the result itself is in the shard.
+    """Report of a finished task; the result itself is in the shard.
 
-    `data` is the shard, where worker and driver share no file system. `batch` is (device, pictures that fitted on
-    it) after it ran out of memory; `worn` says why this worker should be replaced.
+    Attributes:
+        path: Path of the shard.
+        seconds: Duration of the task.
+        data: Bytes of the shard if worker and driver share no file system.
+        batch: (device, number of images) that fit into memory, after the device ran out of it.
+        restart_reason: Why this worker should be replaced; empty if it can go on.
     """
 
     path: str
     seconds: float
     data: bytes = b""
     batch: tuple[str, int] | None = None
-    worn: str = ""
+    restart_reason: str = ""
 
 
 def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int], name: str) -> str:
-    """Digest of everything that changes the pictures of `layer` by a preset: nothing else makes a shard stale."""
+    """Return the digest of everything that changes the visualizations of `layer` by the preset called `name`.
+
+    Precision and the kind of device are part of it, because they change pixels. The driver resolves
+    `engine.precision=auto` once per run folder, so that a run continues elsewhere in the precision that it began with.
+    """
     config = setup.config
-    own = config.preset(name)
-    preset = canonical(own)
-    preset.pop("name")  # the same settings under another name are the same pictures
+    own_preset = config.preset(name)
+    preset = canonical(own_preset)
+    preset.pop("name")  # the same settings under another name give the same images
     model = canonical(config.model)
-    for key in NAMES_ONLY:
-        model.pop(key)  # where weights and code lie says nothing; what they are is in their digest
-    others = [other.tap for other in setup.others_of(own).values()]
-    begins = setup.begins if own.needs_examples else ""
-    if any(isinstance(augmentation, Ensemble) for augmentation in own.augmentations):
-        # A file's content does not say which of its state dicts was loaded.
-        chosen = [config.model.checkpoint_key, config.model.checkpoint_prefix]
-        others += [f"{chosen}"] if any(value is not None for value in chosen) else []
-    made_of = [setup.weights, model, layer.tap, list(canvas), preset, others, begins, config.run.seed]
-    return shards.digest_of(["render 2", *made_of, *_built(config)])
+    for key in LOCATION_FIELDS:
+        model.pop(key)  # paths of weights and code; their contents are in the digest of the weights
+    checkpoint = None
+    if any(isinstance(perturbation, Ensemble) for perturbation in own_preset.augmentations):
+        # The content of a file does not say which of its state dicts was loaded.
+        checkpoint = [config.model.checkpoint_key, config.model.checkpoint_prefix]
+    exact = own_preset.requires_original_weights
+    return hashing.digest_of(
+        {
+            "result": "render",
+            "version": RENDER_VERSION,
+            "weights": setup.weights,
+            "model": model,
+            "arguments": _arguments(config),
+            "layer": layer.tap,
+            "canvas": list(canvas),
+            "preset": preset,
+            "layers read": [other.tap for other in setup.others_of(own_preset).values()],
+            "dataset pass": setup.begins if own_preset.needs_examples else "",
+            "checkpoint": checkpoint,
+            "seed": config.run.seed,
+            "precision": "float32" if exact else setup.precision,
+            "device": setup.device.partition(":")[0],
+        }
+    )
 
 
-def _built(config: Config) -> list[Any]:
-    """What builds a network of a library beside its name, if anything does: weights alone do not tell of a stride.
+def _arguments(config: Config) -> Any:
+    """Return the arguments of a network from a library: its weights alone do not determine, say, a stride.
 
-    The digest of a network of the user's own code has its arguments in it.
+    The digest of a network from the user's own code includes its arguments.
     """
     arguments = config.model.arguments if config.model.source != "custom" else None
-    return [canonical(arguments)] if arguments else []
+    return canonical(arguments) if arguments else None
 
 
 def examples_digest(setup: Setup, fingerprint: str) -> str:
-    """Digest of everything that changes examples and statistics: dataset, weights, layers, and what is kept."""
-    taps = [layer.tap for layer in setup.layers]
+    """Return the digest of everything that changes the first pass: dataset, weights, layers, and what is kept.
+
+    Args:
+        setup: The setup of the workers.
+        fingerprint: Digest of the dataset and the preprocessing.
+    """
     config = setup.config.examples
-    kept = [config.k, config.batch, config.sample, config.subset, config.labelled]
-    return shards.digest_of(["examples 2", setup.weights, fingerprint, taps, kept, *_built(setup.config)])
+    return hashing.digest_of(
+        {
+            "result": "examples",
+            "version": EXAMPLES_VERSION,
+            "weights": setup.weights,
+            "arguments": _arguments(setup.config),
+            "dataset": fingerprint,
+            "layers": [layer.tap for layer in setup.layers],
+            "k": config.k,
+            "batch": config.batch,
+            "sample": config.sample,
+            "subset": config.subset,
+            "labelled": config.labelled,
+        }
+    )
 
 
-def winners_digest(setup: Setup, examples: str, channels: Sequence[Sequence[int]]) -> str:
-    """Digest of everything that changes which examples are shown, and how."""
+def localize_digest(setup: Setup, examples: str, channels: Sequence[Sequence[int]]) -> str:
+    """Return the digest of everything that changes which dataset examples are shown, and how.
+
+    Args:
+        setup: The setup of the workers.
+        examples: Digest of the first pass.
+        channels: Channels of each layer.
+    """
     config = setup.config.examples
-    shown = [config.spectrum, config.per_bin, config.store, config.side, config.crop_side, config.jpeg_quality]
-    return shards.digest_of(["winners 2", examples, channels, shown, config.maps])
+    return hashing.digest_of(
+        {
+            "result": "localize",
+            "version": LOCALIZE_VERSION,
+            "examples": examples,
+            "channels": [list(numbers) for numbers in channels],
+            "spectrum": list(config.spectrum),
+            "per_bin": config.per_bin,
+            "store": config.store,
+            "side": config.side,
+            "crop_side": config.crop_side,
+            "jpeg_quality": config.jpeg_quality,
+            "maps": config.maps,
+        }
+    )

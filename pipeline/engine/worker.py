@@ -1,4 +1,4 @@
-"""What does the work: a loaded network and a loop body. Knows nothing of who hands out the tasks."""
+"""Execution of tasks with one loaded network, the same inline and in a Ray actor."""
 
 import contextlib
 import dataclasses
@@ -17,28 +17,31 @@ import psutil
 import torch
 from safetensors.torch import load as unpacked
 
-from pipeline.acceleration.batchnorm_folding import Pair, foldable
-from pipeline.acceleration.cpu_lowering import precision_of
+from pipeline.acceleration.batchnorm_folding import ConvNormPair, foldable_pairs
 from pipeline.acceleration.variants import ModelVariants, verified_fold, verified_variants
+from pipeline.core import atomic_io, hashing
 from pipeline.core.errors import AtlasError
-from pipeline.core.metric_specs import MEASURES
+from pipeline.core.metric_specs import IMAGE_METRICS
 from pipeline.core.registry import registered_name
-from pipeline.engine.tasks import Done, Setup, Task
+from pipeline.engine.resources import memory_share
+from pipeline.engine.tasks import Done, LocalizeTask, RangesTask, RenderTask, Setup, SweepTask, Task
 from pipeline.examples import localize, sweep
 from pipeline.examples.channel_stats import HistogramRange
-from pipeline.kernels.allocator import keep_memory, memory_share
+from pipeline.kernels.allocator import retain_freed_memory
 from pipeline.layers.finding import Layer
-from pipeline.models.loading import Model, load, load_other
-from pipeline.store import shards
+from pipeline.models.loading import Model, load_ensemble_member, load_model
+from pipeline.store import hdf5, shards
 from pipeline.visualization import initial_images
+from pipeline.visualization.batch import RenderJob
+from pipeline.visualization.evaluation import Visualization
 from pipeline.visualization.initial_images import InitialImage
-from pipeline.visualization.loop import Picture, render
+from pipeline.visualization.loop import render
 from pipeline.visualization.network_perturbations import Ensemble
 from pipeline.visualization.preset import Preset
 
 log = logging.getLogger(__name__)
 
-# Words of errors after which a CUDA context is of no use to anybody any more.
+# Parts of the messages of errors after which a CUDA context cannot be used any more.
 DEVICE_LOST_ERRORS = (
     "CUDA error",
     "CUBLAS_STATUS_EXECUTION_FAILED",
@@ -46,20 +49,23 @@ DEVICE_LOST_ERRORS = (
     "device-side assert",
 )
 
-# A worker is worn out when it has outgrown its share of memory and its own beginnings.
-GROWTH = 1.5
+# A worker is replaced when its memory exceeds its share of the machine and this multiple of its first reading.
+MAX_GROWTH = 1.5
 
 T = TypeVar("T")
 
 
 class DeviceLost(Exception):
-    """This worker can do nothing more, and its process must end: a CUDA context was poisoned."""
+    """The CUDA context of this process is lost: the worker must be replaced."""
 
 
 class Worker:
-    """Loads the network once, then does tasks. The same class runs inline and as a Ray actor.
+    """Loads the network with its first task, then executes tasks.
 
-    `weights` are the network's, as safetensors, where they are sent; without, they are found as the driver did.
+    Args:
+        setup: Everything besides the tasks.
+        stop: Called at each optimization step; raises to interrupt the work.
+        weights: Weights of the network as safetensors; without, they are loaded as the driver loaded them.
     """
 
     def __init__(self, setup: Setup, stop: Callable[[], None] = lambda: None, weights: bytes | None = None) -> None:
@@ -68,107 +74,125 @@ class Worker:
         self.weights = weights
         self.layers = {layer.name: layer for layer in setup.layers}
         self.dataset = setup.dataset
-        self.fits: dict[str, int] = {}  # pictures of a layer that fit on this device together
+        self.fits: dict[str, int] = {}  # largest batch that fits on this device, by layer
         self.first_memory = 0.0
         self._ensembles: dict[str, tuple[Model, ...]] = {}
         self._variants: tuple[tuple[Any, ...], ModelVariants] | None = None  # of one layer and preset
-        self._fallbacks: set[tuple[str, str]] = set()  # levels and causes that the log has
+        self._fallbacks: set[tuple[str, str]] = set()  # (level, reason) pairs that were logged
 
     def hello(self) -> str:
-        """Who this is: node and process."""
+        """Return "host:process" of this worker."""
         return f"{os.uname().nodename}:{os.getpid()}"
 
     @functools.cached_property
     def model(self) -> Model:
-        """The network, loaded with the first task: an error then is a task's, with a cause, not a dead actor's.
+        """The network, loaded with the first task: an error is then reported as a task's, with its cause.
 
-        Raises `AtlasError` where the weights are not those that the driver planned with.
+        Raises:
+            AtlasError: If the weights are not those that the run was planned with.
         """
-        keep_memory()
+        retain_freed_memory()
         torch.set_num_threads(self.setup.threads)
-        model = load(self.setup.config.model, unpacked(self.weights) if self.weights else None)
+        model = load_model(self.setup.config.model, unpacked(self.weights) if self.weights else None)
         self.weights = None
         if model.digest != self.setup.weights:
             raise AtlasError(
-                f"This worker's weights of {model.name} are not the driver's "
+                f"This worker loaded other weights of {model.name} than the driver "
                 f"({model.digest[:12]} instead of {self.setup.weights[:12]}): install the same versions everywhere."
             )
         return model.to(self.setup.device)
 
     @functools.cached_property
-    def _foldable(self) -> tuple[Pair, ...]:
-        return foldable(self.model)
+    def _foldable(self) -> tuple[ConvNormPair, ...]:
+        return foldable_pairs(self.model)
 
     def variants(self, layer: Layer, preset: Preset, size: tuple[int, int]) -> ModelVariants:
         """Return the fastest variants of the network that equal it at `layer`, for visualizations of `size` pixels.
 
-        Batch normalizations that `layer` and the preset look into are not folded. They are kept until another layer or
-        preset is asked for.
+        Batch normalizations whose output `layer` or the preset reads are not folded. The variants of the last layer
+        and preset are cached.
         """
         key = (layer.name, size, *preset.others)
         if self._variants is None or self._variants[0] != key:
             self._variants = None
             layers = [layer, *self.setup.others_of(preset).values()]
-            made = verified_variants(self.model, self._foldable, layers, self.precision, size)
-            told = (made.level, made.reason)
-            if made.reason and told not in self._fallbacks:
-                self._fallbacks.add(told)
-                log.warning("%s: steps of %s run on the %s network: %s", self.model.name, layer.name, *told)
-            self._variants = key, made
+            variants = verified_variants(self.model, self._foldable, layers, self.precision, size)
+            fallback = (variants.level, variants.reason)
+            if variants.reason and fallback not in self._fallbacks:
+                self._fallbacks.add(fallback)
+                log.warning("%s: steps of %s run on the %s network: %s", self.model.name, layer.name, *fallback)
+            self._variants = key, variants
         return self._variants[1]
 
-    @functools.cached_property
+    @property
     def precision(self) -> torch.dtype:
-        """What steps are computed in."""
-        return precision_of(self.setup.config.engine.precision, torch.device(self.setup.device).type)
+        """Data type of the optimization steps."""
+        return torch.bfloat16 if self.setup.precision == "bfloat16" else torch.float32
 
     @functools.cached_property
     def measured(self) -> Model:
-        """The network that dataset examples are measured on: folded where its values are the same at all layers."""
+        """The network of the dataset pass: with folded batch normalizations where all layers keep their values."""
         return verified_fold(self.model, self._foldable, self.setup.layers)
 
     @functools.cached_property
     def device_name(self) -> str:
-        """What batches that fit are remembered by."""
+        """Name of the device, under which the driver shares batch sizes that fit among workers."""
         on_gpu = self.setup.device.startswith("cuda") and torch.cuda.is_available()
         return torch.cuda.get_device_name() if on_gpu else self.setup.device
 
     def ensemble(self, preset: Preset) -> tuple[Model, ...]:
-        """The other checkpoints of a preset's ensemble, folded as well, loaded once."""
+        """Return the networks of the other checkpoints of a preset's ensemble; they are loaded once."""
         if preset.name not in self._ensembles:
             files = [f for a in preset.augmentations if isinstance(a, Ensemble) for f in a.checkpoints]
-            members = [load_other(self.setup.config.model, f).to(self.setup.device) for f in files]
+            members = [load_ensemble_member(self.setup.config.model, f).to(self.setup.device) for f in files]
             layers = [*self.setup.layers, *self.setup.others_of(preset).values()]
-            self._ensembles[preset.name] = tuple(verified_fold(m, foldable(m), layers) for m in members)
+            self._ensembles[preset.name] = tuple(verified_fold(m, foldable_pairs(m), layers) for m in members)
         return self._ensembles[preset.name]
 
     def do(self, task: Task, fits: Mapping[str, int] | None = None, files: Mapping[str, bytes] | None = None) -> Done:
-        """Finish one task and write its shard.
+        """Execute one task and write its shard.
 
-        `fits` says how many pictures of this layer fitted on which device elsewhere; `files` holds the
-        photographs, where this worker can't read them itself. Raises `DeviceLost` when this process must end.
+        Args:
+            task: The task.
+            fits: Batch sizes for this layer that fitted into memory, by device name, learnt by other workers.
+            files: Dataset images by path, if this worker cannot read the dataset itself.
+
+        Raises:
+            DeviceLost: If this process must be replaced.
         """
         began = time.perf_counter()
+        layer = task.layer if isinstance(task, RenderTask) else ""
         if fits and self.device_name in fits:
-            self.fits[task.layer] = min(fits[self.device_name], self.fits.get(task.layer, fits[self.device_name]))
-        known = self.fits.get(task.layer)
+            self.fits[layer] = min(fits[self.device_name], self.fits.get(layer, fits[self.device_name]))
+        fitted_before = self.fits.get(layer)
         try:
-            with self._photographs(files):
-                data = getattr(self, f"_{task.stage}")(task)
+            with self._dataset_files(files):
+                data = self._result(task)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and any(word in str(error) for word in DEVICE_LOST_ERRORS):
                 raise DeviceLost(f"{type(error).__name__}: {error}") from error
             raise
         if self.setup.config.engine.shared_fs:
-            shards.place(Path(task.path), data)
+            atomic_io.write_atomic(Path(task.path), data)
             data = b""
-        learnt = self.fits.get(task.layer)
-        batch = (self.device_name, learnt) if learnt is not None and learnt != known else None
-        return Done(task.path, time.perf_counter() - began, data, batch, self._worn())
+        fits_now = self.fits.get(layer)
+        batch = (self.device_name, fits_now) if fits_now is not None and fits_now != fitted_before else None
+        return Done(task.path, time.perf_counter() - began, data, batch, self._restart_reason())
+
+    def _result(self, task: Task) -> bytes:
+        match task:
+            case RenderTask():
+                return self._render(task)
+            case RangesTask():
+                return self._ranges(task)
+            case SweepTask():
+                return self._sweep(task)
+            case LocalizeTask():
+                return self._localize(task)
 
     @contextlib.contextmanager
-    def _photographs(self, files: Mapping[str, bytes] | None) -> Iterator[None]:
-        """Lay photographs that were sent into a folder of this machine, for as long as a task needs them."""
+    def _dataset_files(self, files: Mapping[str, bytes] | None) -> Iterator[None]:
+        """Write dataset images that were sent to a temporary folder of this machine, for the time of one task."""
         if files is None:
             yield
             return
@@ -182,41 +206,41 @@ class Worker:
             self.dataset = dataclasses.replace(self.setup.dataset, roots={"": folder}, sent=True)
             yield
 
-    def _worn(self) -> str:
-        """Why this worker should be replaced: its memory has outgrown its share and its own beginnings."""
+    def _restart_reason(self) -> str:
+        """Return why this worker should be replaced: its memory has grown too much. Empty if it can go on."""
         memory = float(psutil.Process().memory_info().rss)
         self.first_memory = self.first_memory or memory
-        asked = self.setup.config.engine.memory_gb
-        limit = memory_share(self.setup.threads) if isinstance(asked, str) else asked * 1e9
-        if memory <= limit or memory <= GROWTH * self.first_memory:
+        memory_gb = self.setup.config.engine.memory_gb
+        limit = memory_share(self.setup.threads) if isinstance(memory_gb, str) else memory_gb * 1e9
+        if memory <= limit or memory <= MAX_GROWTH * self.first_memory:
             return ""
         return f"grew from {self.first_memory / 1e9:.1f} to {memory / 1e9:.1f} GB of memory"
 
     def _in_batches(
         self, layer: str, units: list[T], size: int, each: int, work: Callable[[list[T]], list[Any]]
     ) -> list[Any]:
-        """`work` on portions of `units`, of which each gives `each` pictures.
+        """Return the results of `work` on batches of `size` units, each of which gives `each` results.
 
-        A portion is halved whenever a GPU runs out of memory, and that size is remembered for the layer.
+        A batch is halved whenever the device runs out of memory; the size that fits is kept for the layer.
         """
         size = min(size, self.fits.get(layer, size))
-        done: list[Any] = []
-        while len(done) < each * len(units):
-            part = units[len(done) // each :][:size]
+        results: list[Any] = []
+        while len(results) < each * len(units):
+            part = units[len(results) // each :][:size]
             try:
-                done += work(part)
+                results += work(part)
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise
                 size = self.fits[layer] = len(part) // 2
-                log.warning("%s: out of memory with %d channels; going on with %d", layer, len(part), size)
+                log.warning("%s: out of memory with %d channels; continuing with %d", layer, len(part), size)
             else:
                 continue
-            self._let_go()
-        return done
+            self._free_memory()
+        return results
 
-    def _let_go(self) -> None:
-        """Free a failed attempt's memory; only outside of its handler nothing holds its tensors any more."""
+    def _free_memory(self) -> None:
+        """Free the memory of a failed attempt, outside of the exception handler, which still holds its tensors."""
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -228,36 +252,46 @@ class Worker:
         canvas: tuple[int, int],
         preset: Preset,
         begins: Sequence[InitialImage] = (),
-    ) -> list[Picture]:
-        """All variants of some channels of a layer, channel by channel; `begins` what each starts from, if anything."""
+    ) -> list[Visualization]:
+        """Return all variants of some channels of a layer, channel by channel.
+
+        Args:
+            name: Name of the layer.
+            channels: Its channels.
+            canvas: (height, width) of the finished images in pixels.
+            preset: The preset.
+            begins: Initial image of each channel; empty if none is needed.
+        """
         config, layer = self.setup.config, self.layers[name]
         variants = self.variants(layer, preset, canvas)
         others = self.setup.others_of(preset)
 
-        own_starts = dict(zip(channels, begins, strict=False))
+        own_starts = dict(zip(channels, begins, strict=True)) if begins else {}
 
-        def work(part: list[int]) -> list[Picture]:
-            # All pictures of a channel stay together: a coupling compares them.
+        def work(part: list[int]) -> list[Visualization]:
+            # All variants of a channel stay together: batch terms compare them.
             own = [(c, v) for c in part for v in range(preset.variants)]
-            return render(
+            job = RenderJob(
                 variants.folded,
                 layer,
-                own,
                 preset,
                 config.run.seed,
                 canvas,
                 self.stop,
-                lowered=variants.steps,
-                exact=variants.exact,
-                others=others,
+                step_model=variants.steps,
+                exact_model=variants.exact,
+                layers=others,
                 ensemble=self.ensemble(preset),
-                starts=initial_images.pictures(preset, canvas, self.model.recipe.channels, own, own_starts),
+                initial_images=initial_images.load_initial_images(
+                    preset, canvas, self.model.preprocessing.channels, own, own_starts
+                ),
             )
+            return render(job, own)
 
         per_batch = max(1, config.engine.batch // preset.variants)
         return self._in_batches(name, list(channels), per_batch, preset.variants, work)
 
-    def _render(self, task: Task) -> bytes:
+    def _render(self, task: RenderTask) -> bytes:
         preset = self.setup.config.preset(task.preset)
         pictures = self.pictures(task.layer, task.channels, task.canvas, preset, task.starts)
         variants = self.variants(self.layers[task.layer], preset, task.canvas)
@@ -276,7 +310,7 @@ class Worker:
             "seed": column("seed", np.int64),
             "steps": column("steps", np.int32),
             **{k: column(k, np.float32) for k in ("activation", "robust", "start", "seconds")},
-            **{k: np.array([p.measures[k] for p in pictures], np.float32).reshape(shape) for k in MEASURES},
+            **{k: np.array([p.measures[k] for p in pictures], np.float32).reshape(shape) for k in IMAGE_METRICS},
             "response": np.stack([p.response for p in pictures]).reshape(*shape, -1),
         }
         attributes = {
@@ -286,58 +320,67 @@ class Worker:
             "natural": preset.natural,
             "preset": preset.name,
             "precision": "float32" if preset.requires_original_weights else variants.precision,
+            "device": self.setup.device.partition(":")[0],
             "level": variants.plain_level if preset.requires_original_weights else variants.level,
             "level_reason": "" if preset.requires_original_weights else variants.reason,
         }
-        return shards.image(attributes, arrays)
+        return shards.to_bytes(attributes, arrays)
 
     def _portioned(self, work: Callable[[sweep.ExamplesConfig], T]) -> T:
-        """`work` with the configured batch, halved while a GPU runs out of memory.
+        """Return the result of `work` with the configured batch, halved while the device runs out of memory.
 
-        A smaller batch rounds its last bit otherwise: the price of photographs too large for a GPU.
+        Values of a smaller batch may differ in their last bit: the price of images that do not fit on the device.
         """
-        own = self.setup.config.examples
+        configured = self.setup.config.examples
         while True:
-            config = dataclasses.replace(own, batch=self.fits.get("", own.batch))
+            config = dataclasses.replace(configured, batch=self.fits.get("", configured.batch))
             try:
                 return work(config)
             except torch.OutOfMemoryError:
                 if config.batch == 1:
                     raise
                 self.fits[""] = config.batch // 2
-                log.warning("out of memory with %d photographs; going on with %d", config.batch, self.fits[""])
-            self._let_go()
+                log.warning("out of memory with %d images; continuing with %d", config.batch, self.fits[""])
+            self._free_memory()
 
     @functools.cached_property
     def drawn(self) -> sweep.ImageSubsets:
-        """What is drawn from the dataset by hash."""
+        """The subsets of the dataset that are drawn by hash."""
         return sweep.ImageSubsets.of(self.setup.dataset, self.setup.config.examples)
 
-    def _ranges(self, task: Task) -> bytes:
+    def _ranges(self, task: RangesTask) -> bytes:
         layers, model = self.setup.layers, self.measured
         arrays = self._portioned(
-            lambda config: sweep.ranges_of(model, layers, self.dataset, config, task.photographs)
+            lambda config: sweep.measure_ranges(sweep.PassContext(model, layers, self.dataset, config), task.images)
         ).arrays()
-        return shards.image({"digest": task.digest, "content": shards.content(arrays)}, arrays)
+        return shards.to_bytes({"digest": task.digest, "content": hashing.arrays_digest(arrays)}, arrays)
 
-    def _examples(self, task: Task) -> bytes:
+    def _sweep(self, task: SweepTask) -> bytes:
         layers, model, threads = self.setup.layers, self.measured, max(2, self.setup.threads)
-        given = shards.unpack(task.given)
-        ranges = HistogramRange(**given)
-        found = self._portioned(
+        range_arrays = hdf5.from_bytes(task.ranges)
+        ranges = HistogramRange(**range_arrays)
+        result = self._portioned(
             lambda config: sweep.sweep(
-                model, layers, self.dataset, task.indices, config, ranges, self.drawn, self.stop, threads
+                sweep.PassContext(model, layers, self.dataset, config, self.stop, threads),
+                task.images,
+                ranges,
+                self.drawn,
             )
         )
-        attributes = {"digest": task.digest, "start": task.start, "end": task.end, "ranges": shards.content(given)}
-        return shards.image(attributes, found.arrays(), "lzf")
+        attributes = {
+            "digest": task.digest,
+            "start": task.start,
+            "end": task.end,
+            "ranges": hashing.arrays_digest(range_arrays),
+        }
+        return shards.to_bytes(attributes, result.arrays(), "lzf")
 
-    def _winners(self, task: Task) -> bytes:
+    def _localize(self, task: LocalizeTask) -> bytes:
         layers, model, threads = self.setup.layers, self.measured, max(2, self.setup.threads)
-        table = localize.SecondPassIndex.from_arrays(shards.unpack(task.given))
-        found = self._portioned(
+        table = localize.SecondPassIndex.from_arrays(hdf5.from_bytes(task.index))
+        arrays = self._portioned(
             lambda config: localize.localize(
-                model, layers, table, task.photographs, self.dataset, config, self.stop, threads
+                sweep.PassContext(model, layers, self.dataset, config, self.stop, threads), table, task.images
             )
         )
-        return shards.image({"digest": task.digest, "start": task.start, "end": task.end}, found, "lzf")
+        return shards.to_bytes({"digest": task.digest, "start": task.start, "end": task.end}, arrays, "lzf")

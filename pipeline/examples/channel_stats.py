@@ -1,12 +1,13 @@
-"""What a channel does over all photographs, in whole numbers: any split, added in any order, is the same sum.
+"""Exact statistics of channels over a dataset: sums of integers, which do not depend on splits or order.
 
-A sum of floats depends on its order. Here every image's contribution is first rounded to a multiple of a small
-unit, 2^-32 of the channel's own scale, say, and counted in units: sums of whole numbers have no order. The scale, the
-centre of the squares and the range of the histogram come from a first sample of photographs (`HistogramRange`).
+A sum of floats depends on the order of its terms. Therefore the contribution of each image is first rounded to a
+multiple of a small unit (for most sums 2^-32 of the channel's scale) and counted in units: sums of integers are exact.
+The scale, the center of the squares and the range of the histogram are measured on a first sample of images
+(`HistogramRange`).
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,29 +16,41 @@ from torch import Tensor
 
 from pipeline.kernels import spatial_stats
 
-BINS = 254  # of a histogram, between `low` and `high`; one more at each end for what lies beyond
+# Bins of a histogram between `low` and `high`. There is one more at each end, for values outside this range.
+BINS = 254
 
-# So many channels are counted at a time: their table stays in the processor's own memory.
-NEAR = 512
+# Histograms of so many channels are counted at a time: their table fits into the processor's cache.
+HISTOGRAM_CHANNELS = 512
 
-# Contributions are counted in units of 2^-bits, and one of more than 2^47 units counts as that many. Float64 sums of
-# at most BLOCK of them are then sums of whole numbers below 2^53: exact.
+# Contributions are counted in units of 2^-bits and clipped to 2^47 units. A float64 sum of at most `BLOCK` of them is
+# a sum of integers below 2^53, and therefore exact.
 BLOCK = 64
-_BITS = {
-    "shift": 32, "square": 32, "positive": 32, "rate": 32, "power": 32,
-    "first": 32, "second": 28, "third": 24, "fourth": 20,
-}  # fmt: skip
-_MOST = 2.0**47
-# The place u of a maximum counts as at most this far out, so that u⁴ stays within _MOST units.
-_FAR = 107.0
+_UNIT_BITS = {
+    "shift": 32,
+    "square": 32,
+    "positive": 32,
+    "rate": 32,
+    "power": 32,
+    "first": 32,
+    "second": 28,
+    "third": 24,
+    "fourth": 20,
+}
+_MAX_UNITS = 2.0**47
+
+# The standardized maximum u is clipped to ± this, so that u⁴ is at most _MAX_UNITS units.
+_MAX_STANDARDIZED = 107.0
 
 
 @dataclasses.dataclass(frozen=True)
 class HistogramRange:
-    """What a first sample of photographs says of C channels; (C,) float64 each.
+    """Ranges and scales of C channels, measured on a first sample of images; (C,) float64 each.
 
-    `low` … `high` is the range of the histogram of per-image maxima: the sample's, half a span wider below and a
-    whole one above. `centre` is the mean, `scale` a power of two not below any distance from it.
+    Attributes:
+        low: Lower end of the histogram of per-image maxima: half a span below the smallest maximum of the sample.
+        high: Upper end of the histogram: one span above the largest maximum of the sample.
+        centre: Mean activation.
+        scale: Power of two, at least the distance of any activation of the sample from `centre`.
     """
 
     low: np.ndarray
@@ -46,54 +59,80 @@ class HistogramRange:
     scale: np.ndarray
 
     @classmethod
-    def measured(
+    def from_sample(
         cls, peaks: np.ndarray, lows: np.ndarray, means: np.ndarray, layers: Sequence[int]
     ) -> "HistogramRange":
-        """From (n, C) maxima, minima and means of n images; `layers` are the channel counts of the layers in turn.
+        """Measure ranges on a sample of n images.
 
-        A channel that hardly moves in the sample gets a span like that of its neighbours in the layer.
+        The span of a channel is the range of its maxima in the sample. A channel whose maxima hardly vary in the
+        sample gets a span derived from the median span of its layer.
+
+        Args:
+            peaks: Maximum of each image and channel, (n, C).
+            lows: Minimum of each image and channel, (n, C).
+            means: Spatial mean of each image and channel, (n, C).
+            layers: Number of channels of each layer.
         """
         channels = peaks.shape[1]
         if not len(peaks):
             zero, one = np.zeros(channels), np.ones(channels)
             return cls(-one, one, zero, one)
         peaks, means = peaks.astype(np.float64), means.astype(np.float64)
-        least, most = peaks.min(0), peaks.max(0)
-        own = most - least
-        # The order of images in the sample is fixed, so this float sum is too. Reductions subtract it in float32.
+        smallest, largest = peaks.min(0), peaks.max(0)
+        # The order of images in the sample is fixed, and with it this float sum. The reduction subtracts the center in
+        # float32.
         centre = (means.sum(0) / len(means)).astype(np.float32).astype(np.float64)
         spans = []
-        for part in np.split(own, np.cumsum(layers)[:-1]):
-            moving = part[part > 0]
-            typical = float(np.median(moving)) if len(moving) else 1.0
-            spans.append(np.where(part > 0, np.maximum(part, typical / 8), typical))
+        for span in np.split(largest - smallest, np.cumsum(layers)[:-1]):
+            positive = span[span > 0]
+            typical = float(np.median(positive)) if len(positive) else 1.0
+            spans.append(np.where(span > 0, np.maximum(span, typical / 8), typical))
         span = np.concatenate(spans)
-        reach = np.maximum(np.maximum(most - centre, centre - lows.astype(np.float64).min(0)), span)
-        return cls(least - span / 2, most + span, centre, 2.0 ** np.ceil(np.log2(reach)))
+        distance = np.maximum(np.maximum(largest - centre, centre - lows.astype(np.float64).min(0)), span)
+        return cls(smallest - span / 2, largest + span, centre, 2.0 ** np.ceil(np.log2(distance)))
 
-    def places(self, peaks: np.ndarray) -> np.ndarray:
-        """(n, C) maxima in parts of the range: 0 at `low`, 1 at `high`; float64."""
+    def normalize(self, peaks: np.ndarray) -> np.ndarray:
+        """Map maxima (n, C) to positions in the range, 0 at `low` and 1 at `high`; float64."""
         return (peaks - self.low) * (1 / (self.high - self.low))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """As they go into a shard."""
+        """Return the arrays by name, as a shard stores them."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
-_HIGHEST = ("max", "best_mean")
-_LOWEST = ("min", "peak_least", "least_mean")
+_MAXIMA = ("max", "best_mean")
+_MINIMA = ("min", "peak_least", "least_mean")
 
 
 @dataclasses.dataclass(frozen=True)
 class ChannelAccumulator:
-    """Sums over `images` photographs, of C channels in L layers; (C,) int64 unless said otherwise.
+    """Sums over images, for C channels in L layers. Accumulators of disjoint sets of images are added with `+`.
 
-    Over positions: `shift` and `square` (means of d and d² in scales, d the distance to the centre), `positive`
-    (share above zero). Over images: `fired` (those with a maximum above zero), `first` … `fourth` (powers of u, ten
-    times the maximum's place in the range less four tenths: in about standard deviations, and no further out than
-    107), `rate` and `power` (the rectified maximum and its square, in scales), `histogram` (C, 256). `crowd` (L,)
-    sums population sparsity over the `crowded` (L,) images in which anything of the layer fired. The extremes are
-    float32.
+    Sums are (C,) int64 in units of 2^-bits (`_UNIT_BITS`), extremes (C,) float32. In the descriptions, d is the
+    difference to `HistogramRange.centre`, in scales. u is the standardized maximum of an image: 10 times its position
+    in the histogram range, less 4, which is about the number of standard deviations, clipped to ±107.
+
+    Attributes:
+        images: Number of images.
+        shift: Sum of the spatial means of d.
+        square: Sum of the spatial means of d².
+        positive: Sum of the share of positions with a positive activation.
+        fired: Number of images with a positive maximum.
+        first: Sum of u.
+        second: Sum of u².
+        third: Sum of u³.
+        fourth: Sum of u⁴.
+        rate: Sum of the rectified maxima, in scales.
+        power: Sum of the squares of the rectified maxima, in scales.
+        histogram: Histogram of the maxima, (C, BINS + 2) int32.
+        crowd: Sum of the population sparsity of each layer, (L,), in units of 2^-32.
+        crowded: Number of images for which the population sparsity is defined, (L,): those with a positive maximum in
+            any channel of the layer.
+        max: Largest activation.
+        best_mean: Largest spatial mean.
+        min: Smallest activation.
+        peak_least: Smallest maximum of an image.
+        least_mean: Smallest spatial mean.
     """
 
     images: int
@@ -118,152 +157,188 @@ class ChannelAccumulator:
 
     @classmethod
     def empty(cls, layers: Sequence[int]) -> "ChannelAccumulator":
-        """Of no photograph; `layers` are the channel counts of the layers in turn."""
+        """Return the accumulator of no image; `layers` are the numbers of channels of each layer."""
         channels = sum(layers)
-        values: dict[str, Any] = {name: np.zeros(channels, np.int64) for name in (*_BITS, "fired")}
+        values: dict[str, Any] = {name: np.zeros(channels, np.int64) for name in (*_UNIT_BITS, "fired")}
         values |= {name: np.zeros(len(layers), np.int64) for name in ("crowd", "crowded")}
-        values |= {name: np.full(channels, -np.inf, np.float32) for name in _HIGHEST}
-        values |= {name: np.full(channels, np.inf, np.float32) for name in _LOWEST}
+        values |= {name: np.full(channels, -np.inf, np.float32) for name in _MAXIMA}
+        values |= {name: np.full(channels, np.inf, np.float32) for name in _MINIMA}
         return cls(images=0, histogram=np.zeros((channels, BINS + 2), np.int32), **values)
 
     def __add__(self, other: "ChannelAccumulator") -> "ChannelAccumulator":
-        joined = {}
+        combined = {}
         for field in dataclasses.fields(self):
-            join = np.maximum if field.name in _HIGHEST else np.minimum if field.name in _LOWEST else np.add
-            joined[field.name] = join(getattr(self, field.name), getattr(other, field.name))
-        return ChannelAccumulator(**{**joined, "images": self.images + other.images})
+            if field.name in _MAXIMA:
+                combine = np.maximum
+            elif field.name in _MINIMA:
+                combine = np.minimum
+            else:
+                combine = np.add
+            combined[field.name] = combine(getattr(self, field.name), getattr(other, field.name))
+        return ChannelAccumulator(**{**combined, "images": self.images + other.images})
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """As they go into a shard."""
+        """Return the arrays by name, as a shard stores them."""
         return {f.name: np.asarray(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "ChannelAccumulator":
-        """The inverse of `arrays`."""
+        """Create from the result of `arrays`."""
         return cls(**{**{f.name: arrays[f.name] for f in dataclasses.fields(cls)}, "images": int(arrays["images"])})
 
 
-def tally(
-    peaks: np.ndarray,
-    lows: np.ndarray,
-    shifts: np.ndarray,
-    squares: np.ndarray,
-    positives: np.ndarray,
-    ranges: HistogramRange,
-    layers: Sequence[int],
-    compile: bool = False,
+def accumulate(
+    reduced: np.ndarray, ranges: HistogramRange, layers: Sequence[int], compile: bool = False
 ) -> tuple[ChannelAccumulator, np.ndarray]:
-    """The sums of n images, (n, C) float32 each as `reduction` gives them, and the codes of their maxima, (n, C)."""
-    count = spatial_stats.compiled(counted) if compile else counted
-    values = [torch.from_numpy(np.ascontiguousarray(a)) for a in (peaks, lows, shifts, squares, positives)]
-    within = [torch.from_numpy(a) for a in (1 / ranges.scale, ranges.low, 1 / (ranges.high - ranges.low))]
-    sums = np.zeros((len(_BITS), peaks.shape[1]), np.int64)
-    found = []
-    for blocks in zip(*(v.split(BLOCK) for v in values), strict=True):
-        codes, added, *ends = count(*blocks, *within)
+    """Compute the sums of n images.
+
+    Args:
+        reduced: Maximum, minimum, mean d, mean d² and share of positive positions, (5, n, C) float32, as
+            `spatial_stats.Reducer` returns them.
+        ranges: Ranges and scales of the channels.
+        layers: Number of channels of each layer.
+        compile: Whether to use the compiled loop.
+
+    Returns:
+        The accumulator of the images, and the histogram bins of their maxima, (n, C) uint8.
+    """
+    sum_block: Callable[..., Any] = spatial_stats.compile_or_fallback(block_sums) if compile else block_sums
+    rows = [torch.from_numpy(np.ascontiguousarray(row)) for row in reduced]
+    scaling = torch.from_numpy(np.stack([1 / ranges.scale, ranges.low, 1 / (ranges.high - ranges.low)]))
+    sums = np.zeros((len(_UNIT_BITS), reduced.shape[2]), np.int64)
+    codes, maxima, minima, fired = [], [], [], []
+    for block in zip(*(row.split(BLOCK) for row in rows), strict=True):
+        block_codes, added, block_maxima, block_minima, block_fired = sum_block(*block, scaling)
         sums += added.long().numpy()
-        found.append((codes, *ends))
-    parts = list(zip(*found, strict=True))
-    codes = torch.cat(parts[0]).numpy()
-    highest, lowest, fired = (torch.stack(part) for part in parts[1:])
-    (most, best), (least, peak_least, worst) = highest.amax(0).numpy(), lowest.amin(0).numpy()
-    starts = np.cumsum([0, *layers[:-1]])
-    fires = np.maximum(peaks, np.float32(0)).astype(np.float64)
-    total, squared = np.add.reduceat(fires, starts, axis=1), np.add.reduceat(fires * fires, starts, axis=1)
-    crowd = sparsity(total, squared, np.asarray(layers, np.float64))
-    best_mean, least_mean = ((ranges.centre + end).astype(np.float32) for end in (best, worst))
-    added = ChannelAccumulator(
-        images=len(peaks),
-        fired=fired.sum(0).numpy(),
-        histogram=_histogram(codes),
+        codes.append(block_codes)
+        maxima.append(block_maxima)
+        minima.append(block_minima)
+        fired.append(block_fired)
+    bins = torch.cat(codes).numpy()
+    largest, largest_shift = torch.stack(maxima).amax(0).numpy()
+    smallest, smallest_peak, smallest_shift = torch.stack(minima).amin(0).numpy()
+    crowd = _population_sparsity(reduced[spatial_stats.MAXIMUM], layers)
+    accumulator = ChannelAccumulator(
+        images=reduced.shape[1],
+        fired=torch.stack(fired).sum(0).numpy(),
+        histogram=_histogram(bins),
         crowd=np.rint(np.nan_to_num(crowd) * 2.0**32).sum(0).astype(np.int64),
         crowded=np.isfinite(crowd).sum(0),
-        max=most,
-        best_mean=best_mean,
-        min=least,
-        peak_least=peak_least,
-        least_mean=least_mean,
-        **dict(zip(_BITS, sums, strict=True)),
+        max=largest,
+        best_mean=(ranges.centre + largest_shift).astype(np.float32),
+        min=smallest,
+        peak_least=smallest_peak,
+        least_mean=(ranges.centre + smallest_shift).astype(np.float32),
+        **dict(zip(_UNIT_BITS, sums, strict=True)),
     )
-    return added, codes
+    return accumulator, bins
 
 
-def bins_of(places: Tensor) -> Tensor:
-    """Places in the range (0 at its low end, 1 at its high) → bins, uint8: 0 below it, 1 … 254 inside, 255 above."""
-    return ((places * BINS).floor().clamp(-1, BINS) + 1).to(torch.uint8)
+def bins_of(positions: Tensor) -> Tensor:
+    """Return uint8 bins of positions in the histogram range: 0 below 0, 1 to `BINS` in [0, 1), `BINS` + 1 above."""
+    return ((positions * BINS).floor().clamp(-1, BINS) + 1).to(torch.uint8)
 
 
-def counted(
-    peaks: Tensor,
-    lows: Tensor,
-    shifts: Tensor,
-    squares: Tensor,
-    positives: Tensor,
-    per: Tensor,
-    low: Tensor,
-    width: Tensor,
+def block_sums(
+    peaks: Tensor, lows: Tensor, shifts: Tensor, squares: Tensor, positives: Tensor, scaling: Tensor
 ) -> tuple[Tensor, ...]:
-    """(n, C) float32 of n images → codes (n, C), sums (9, C), two highest and three lowest ends, how many fired.
+    """Compute the sums of a block of at most `BLOCK` images.
 
-    Sums are float64, whole numbers of the units of `_BITS` and in its order. Ends are of the maxima and means, and of
-    minima, maxima and means. `per` is 1 / scale; `low` and `width` (1 / span) place a maximum in the range. Each
-    contribution is rounded by itself, and no sum is rounded at all, so that order and number of threads do not matter.
+    Each contribution is rounded by itself, and sums are never rounded, so that neither the order of images nor the
+    number of threads matters.
+
+    Args:
+        peaks: Maximum of each image and channel, (n, C) float32, as all of the following.
+        lows: Minimum.
+        shifts: Mean d, with d the difference to the center.
+        squares: Mean d².
+        positives: Share of positive positions.
+        scaling: 1 / scale, the lower end of the histogram range, and 1 / its length, (3, C) float64.
+
+    Returns:
+        Histogram bins of the maxima, (n, C) uint8; sums in units and in the order of `_UNIT_BITS`, (9, C) float64; the
+        largest `peaks` and `shifts`, (2, C); the smallest `lows`, `peaks` and `shifts`, (3, C); the number of images
+        with a positive maximum, (C,).
     """
+    inverse_scale, low, inverse_length = scaling[0], scaling[1], scaling[2]
     peak = peaks.double()
-    rate = peak.clamp(min=0) * per
-    inside = (peak - low) * width
-    place = (inside * 10 - 4).clamp(-_FAR, _FAR)
-    second = place * place
+    rate = peak.clamp(min=0) * inverse_scale
+    position = (peak - low) * inverse_length
+    standardized = (position * 10 - 4).clamp(-_MAX_STANDARDIZED, _MAX_STANDARDIZED)
+    second = standardized * standardized
     contributions = {
-        "shift": shifts.double() * per,
-        "square": squares.double() * per * per,
+        "shift": shifts.double() * inverse_scale,
+        "square": squares.double() * inverse_scale * inverse_scale,
         "positive": positives.double(),
         "rate": rate,
         "power": rate * rate,
-        "first": place,
+        "first": standardized,
         "second": second,
-        "third": second * place,
+        "third": second * standardized,
         "fourth": second * second,
     }
-    sums = [(contributions[k] * 2.0**bits).clamp(-_MOST, _MOST).round().sum(0) for k, bits in _BITS.items()]
-    highest, lowest = [peaks.amax(0), shifts.amax(0)], [lows.amin(0), peaks.amin(0), shifts.amin(0)]
-    return bins_of(inside), torch.stack(sums), torch.stack(highest), torch.stack(lowest), (peaks > 0).sum(0)
+    sums = [
+        (contributions[name] * 2.0**bits).clamp(-_MAX_UNITS, _MAX_UNITS).round().sum(0)
+        for name, bits in _UNIT_BITS.items()
+    ]
+    maxima = [peaks.amax(0), shifts.amax(0)]
+    minima = [lows.amin(0), peaks.amin(0), shifts.amin(0)]
+    return bins_of(position), torch.stack(sums), torch.stack(maxima), torch.stack(minima), (peaks > 0).sum(0)
 
 
 def _histogram(codes: np.ndarray) -> np.ndarray:
+    """Count the bins (n, C) of each channel, (C, BINS + 2) int32."""
     counts = np.empty((codes.shape[1], BINS + 2), np.int32)
-    for start in range(0, len(counts), NEAR):
-        part = counts[start : start + NEAR]
-        flat = np.arange(len(part)) * (BINS + 2) + codes[:, start : start + NEAR]
+    for start in range(0, len(counts), HISTOGRAM_CHANNELS):
+        part = counts[start : start + HISTOGRAM_CHANNELS]
+        flat = np.arange(len(part)) * (BINS + 2) + codes[:, start : start + HISTOGRAM_CHANNELS]
         part[:] = np.bincount(flat.ravel(), minlength=part.size).reshape(part.shape)
     return counts
 
 
-def sparsity(total: np.ndarray, squares: np.ndarray, count: np.ndarray | float) -> np.ndarray:
-    """Treves–Rolls sparsity as Vinje and Gallant (2000) write it, from Σr, Σr² of `count` rates r ≥ 0.
+def _population_sparsity(peaks: np.ndarray, layers: Sequence[int]) -> np.ndarray:
+    """Return the sparsity over the rectified maxima of all channels of a layer, (n, L), from maxima (n, C)."""
+    starts = np.cumsum([0, *layers[:-1]])
+    rates = np.maximum(peaks, np.float32(0)).astype(np.float64)
+    total, squares = np.add.reduceat(rates, starts, axis=1), np.add.reduceat(rates * rates, starts, axis=1)
+    return sparsity(total, squares, np.asarray(layers, np.float64))
 
-    (1 − (Σr/n)² / (Σr²/n)) / (1 − 1/n): 0 where all answer alike, 1 where one alone does; NaN where none does.
+
+def sparsity(total: np.ndarray, squares: np.ndarray, count: np.ndarray | float) -> np.ndarray:
+    """Return Treves–Rolls sparsity in the form of Vinje and Gallant (2000): (1 − (Σr/n)² / (Σr²/n)) / (1 − 1/n).
+
+    It is 0 if all rates are equal, 1 if only one rate is positive, and NaN if none is.
+
+    Args:
+        total: Σr of the rates r ≥ 0.
+        squares: Σr².
+        count: Number n of rates.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         return (1 - total**2 / (count * squares)) / (1 - 1 / np.asarray(count, np.float64))
 
 
-def statistics(total: ChannelAccumulator, ranges: HistogramRange) -> dict[str, np.ndarray]:
-    """What an atlas keeps of each channel, by name; (C,) float32, `inactive` bool.
+def channel_statistics(total: ChannelAccumulator, ranges: HistogramRange) -> dict[str, np.ndarray]:
+    """Compute the statistics of each channel that an atlas stores.
 
-    `mean`, `sd`, `max`, `min` and `nonzero` (share above zero) are over positions; `fired` is the share of images
-    with any position above zero; `best_mean` and `least_mean` are of one image's spatial mean. `sparsity` (lifetime)
-    and `kurtosis` (excess) are over the per-image maxima, rectified for the first.
+    Returns:
+        Arrays (C,) by name, float32 unless stated otherwise:
+
+        - over all positions of all images: `mean`, `sd`, `max`, `min`, and `nonzero`, the share of positive values;
+        - over the spatial means of images: the largest `best_mean` and the smallest `least_mean`;
+        - over the maxima of images: `fired`, the share of positive ones, lifetime `sparsity` of the rectified maxima,
+          and excess `kurtosis`;
+        - `inactive`, bool: whether no activation was positive.
     """
     n = max(total.images, 1)
-    mean = {name: getattr(total, name) / 2.0**bits / n for name, bits in _BITS.items()}
-    first, second, third, fourth = (mean[k] for k in ("first", "second", "third", "fourth"))
+    mean = {name: getattr(total, name) / 2.0**bits / n for name, bits in _UNIT_BITS.items()}
+    first, second, third, fourth = mean["first"], mean["second"], mean["third"], mean["fourth"]
     variance = second - first**2
     central = fourth - 4 * third * first + 6 * second * first**2 - 3 * first**4
     with np.errstate(divide="ignore", invalid="ignore"):
-        # Below 1e-9 of the sample's own variance the moments have no digits left.
+        # Below 1e-9 of the variance in the sample the moments have no significant digits.
         kurtosis = np.where(variance > 1e-9, central / variance**2 - 3, np.nan)
-    named = {
+    values = {
         "mean": ranges.centre + ranges.scale * mean["shift"],
         "sd": ranges.scale * np.sqrt(np.maximum(mean["square"] - mean["shift"] ** 2, 0)),
         "max": total.max,
@@ -275,4 +350,4 @@ def statistics(total: ChannelAccumulator, ranges: HistogramRange) -> dict[str, n
         "sparsity": sparsity(mean["rate"] * n, mean["power"] * n, n) if n > 1 else np.full(len(total.max), np.nan),
         "kurtosis": kurtosis,
     }
-    return {**{k: v.astype(np.float32) for k, v in named.items()}, "inactive": ~(total.max > 0)}
+    return {**{name: value.astype(np.float32) for name, value in values.items()}, "inactive": ~(total.max > 0)}

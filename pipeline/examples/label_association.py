@@ -1,4 +1,4 @@
-"""Which labels a channel goes with: over-represented ones among its top images, class selectivity, AUROC."""
+"""Association of channels with labels: over-representation among the top images, class selectivity, AUROC."""
 
 import dataclasses
 
@@ -6,19 +6,30 @@ import numpy as np
 
 from pipeline.examples.channel_stats import BINS
 
-# With fewer images of a label than this its mean and its AUROC say more of those images than of the label.
-LEAST = 10
+# Labels with fewer images than this are ignored: mean and AUROC would describe those images rather than the label.
+MIN_IMAGES = 10
+
+# Number of over-represented labels that are stored per channel.
 TOP = 3
+
+# So many channels are processed at a time, to bound memory.
+CHANNEL_BLOCK = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Association:
-    """Labels of C channels, by number; −1 and NaN where there is nothing to say.
+    """Labels associated with C channels, by label number; −1 and NaN where there is none.
 
-    `over` (C, 3) are the labels most over-represented among the top 1 % of images, with `count` there and `lift`
-    (their share there, divided by their share of all); `best` (C,) is the label with the largest mean response, with
-    `selectivity` and `auroc`. `method` is "responses", or "counts" where too few images have one label: then `over`
-    and `count` are the commonest labels among the channel's best examples, and the rest is empty.
+    Attributes:
+        method: "responses" if computed by `by_responses`, "counts" if by `by_counts`, which sets only `over` and
+            `count`.
+        over: Most over-represented labels among the top 1 % of images, (C, TOP) int32. With "counts": the most
+            frequent labels among the dataset examples.
+        count: Number of images with these labels among the top images, (C, TOP) int32.
+        lift: Share of the label among the top images, divided by its share of all images, (C, TOP) float32.
+        best: Label with the highest mean activation, (C,) int32.
+        selectivity: Class selectivity of that label, (C,) float32.
+        auroc: AUROC of that label against all other images, (C,) float32.
     """
 
     method: str
@@ -30,98 +41,119 @@ class Association:
     auroc: np.ndarray
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays by name, as they go into an atlas."""
+        """Return the arrays by name, as an atlas stores them."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "method"}
 
 
-def _nothing(method: str, channels: int) -> Association:
-    def floats(*shape: int) -> np.ndarray:
+def _empty(method: str, channels: int) -> Association:
+    def nan(*shape: int) -> np.ndarray:
         return np.full(shape, np.nan, np.float32)
 
     over = np.full((channels, TOP), -1, np.int32)
-    zero = np.zeros((channels, TOP), np.int32)
+    count = np.zeros((channels, TOP), np.int32)
     best = np.full(channels, -1, np.int32)
-    return Association(method, over, zero, floats(channels, TOP), best, floats(channels), floats(channels))
+    return Association(method, over, count, nan(channels, TOP), best, nan(channels), nan(channels))
 
 
-def enough(labels: np.ndarray) -> bool:
-    """Whether at least two labels have images enough for numbers; `labels` (n,) are label numbers, −1 for none."""
+def has_enough_labels(labels: np.ndarray) -> bool:
+    """Return whether at least two labels have `MIN_IMAGES` images; `labels` (n,) are label numbers, −1 for none."""
     counts = np.bincount(labels[labels >= 0])
-    return int((counts >= LEAST).sum()) >= 2
+    return int((counts >= MIN_IMAGES).sum()) >= 2
 
 
-def by_counts(best: np.ndarray, labels: np.ndarray) -> Association:
-    """From lists of best examples alone: (C, k) image indices, −1 for none, and the label number of every image."""
-    found = _nothing("counts", len(best))
-    for row, indices in enumerate(best):
-        own = labels[indices[indices >= 0]]
-        names, counts = np.unique(own[own >= 0], return_counts=True)
-        order = np.lexsort((names, -counts))[:TOP]
-        found.over[row, : len(order)] = names[order]
-        found.count[row, : len(order)] = counts[order]
-    return found
+def associate_by_counts(best: np.ndarray, labels: np.ndarray) -> Association:
+    """Count the labels among the dataset examples, for datasets with too few labeled images for `by_responses`.
 
-
-def by_responses(codes: np.ndarray, labels: np.ndarray, low: np.ndarray, high: np.ndarray) -> Association:
-    """From the bins of per-image maxima, (n, C) uint8, of images with label numbers `labels` (n,), −1 for none.
-
-    The top 1 % are the n / 100 images (rounded up) with the highest bins, ties by the order of images. Means and
-    selectivity are of rectified responses at the middle of their bins. Selectivity is that of Morcos et al. (2018):
-    (m − r) / (m + r), m the mean over images of the best label and r over all others. AUROC is the chance that an
-    image of the best label answers higher than one of another, ties counting half.
+    Args:
+        best: Image indices of the dataset examples, (C, k); −1 for none.
+        labels: Label number of every image of the dataset, (images,); −1 for none.
     """
-    labelled = labels >= 0
-    codes, labels = codes[labelled], labels[labelled]
+    association = _empty("counts", len(best))
+    for channel, indices in enumerate(best):
+        example_labels = labels[indices[indices >= 0]]
+        names, counts = np.unique(example_labels[example_labels >= 0], return_counts=True)
+        order = np.lexsort((names, -counts))[:TOP]
+        association.over[channel, : len(order)] = names[order]
+        association.count[channel, : len(order)] = counts[order]
+    return association
+
+
+def associate_by_activations(codes: np.ndarray, labels: np.ndarray, low: np.ndarray, high: np.ndarray) -> Association:
+    """Measure the association of channels with labels from histogram bins of the maximum activations.
+
+    The top 1 % are the n / 100 images (rounded up) in the highest bins, ties in the order of images. Means and
+    selectivity are of rectified activations, taken at the centers of the bins. Selectivity is that of Morcos et al.
+    (2018), (m − r) / (m + r), with m the mean over the images of the label with the highest mean, and r the mean over
+    all other images. AUROC is the probability that an image of that label has a higher activation than an image of
+    another label; ties count half.
+
+    Args:
+        codes: Bins of n images, (n, C) uint8.
+        labels: Label numbers of these images, (n,); −1 for none.
+        low: Lower ends of the histograms, (C,).
+        high: Upper ends of the histograms, (C,).
+    """
+    is_labeled = labels >= 0
+    codes, labels = codes[is_labeled], labels[is_labeled]
     sizes = np.bincount(labels)
-    large = np.flatnonzero(sizes >= LEAST)
-    found = _nothing("responses", codes.shape[1])
+    large = np.flatnonzero(sizes >= MIN_IMAGES)
+    association = _empty("responses", codes.shape[1])
     by_label = np.argsort(labels, kind="stable")
     starts = np.cumsum([0, *sizes[:-1]])
-    members = {int(name): by_label[starts[name] : starts[name] + sizes[name]] for name in large}
+    images_of = {int(label): by_label[starts[label] : starts[label] + sizes[label]] for label in large}
     present = np.flatnonzero(sizes > 0)
-    for start in range(0, codes.shape[1], 64):
-        columns = slice(start, start + 64)
-        own = np.ascontiguousarray(codes[:, columns].T)
-        _over(found, start, own, labels, sizes)
-        middle = np.arange(-0.5, BINS + 1) / BINS
-        values = np.maximum(low[columns, None] + (high - low)[columns, None] * middle, 0).astype(np.float32)
-        sums = np.zeros((len(own), len(sizes)))
-        answers = np.take_along_axis(values, own[:, by_label], 1)
-        sums[:, present] = np.add.reduceat(answers, starts[present], axis=1, dtype=np.float64)
-        for row, each in enumerate(sums):
+    for start in range(0, codes.shape[1], CHANNEL_BLOCK):
+        columns = slice(start, start + CHANNEL_BLOCK)
+        block = np.ascontiguousarray(codes[:, columns].T)
+        _set_over_represented(association, start, block, labels, sizes)
+        center = np.arange(-0.5, BINS + 1) / BINS
+        values = np.maximum(low[columns, None] + (high - low)[columns, None] * center, 0).astype(np.float32)
+        sums = np.zeros((len(block), len(sizes)))
+        activations = np.take_along_axis(values, block[:, by_label], 1)
+        sums[:, present] = np.add.reduceat(activations, starts[present], axis=1, dtype=np.float64)
+        for row, label_sums in enumerate(sums):
             channel = start + row
-            means = each[large] / sizes[large]
+            means = label_sums[large] / sizes[large]
             if not means.max() > 0:
                 continue
             best = int(large[means.argmax()])
-            mean, rest = means.max(), (each.sum() - each[best]) / (len(labels) - sizes[best])
-            found.best[channel] = best
-            found.selectivity[channel] = (mean - rest) / (mean + rest)
-            found.auroc[channel] = auroc(own[row][members[best]], own[row])
-    return found
+            mean = means.max()
+            mean_others = (label_sums.sum() - label_sums[best]) / (len(labels) - sizes[best])
+            association.best[channel] = best
+            association.selectivity[channel] = (mean - mean_others) / (mean + mean_others)
+            association.auroc[channel] = auroc(block[row][images_of[best]], block[row])
+    return association
 
 
-def _over(found: Association, start: int, codes: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> None:
+def _set_over_represented(
+    association: Association, start: int, codes: np.ndarray, labels: np.ndarray, sizes: np.ndarray
+) -> None:
+    """Set `over`, `count` and `lift` of the channels from `start` on; `codes` are their bins, (channels, n)."""
     count = len(labels)
     top = -(-count // 100)
-    # Code first, then the earlier image: whole numbers without ties.
+    # Higher bins first, then earlier images, packed into integers without ties.
     keys = codes.astype(np.int64) * count + (count - 1 - np.arange(count))
-    chosen = count - 1 - np.partition(keys, count - top, axis=1)[:, count - top :] % count
-    for row, own in enumerate(labels[chosen]):
-        counts = np.bincount(own, minlength=len(sizes))
+    top_images = count - 1 - np.partition(keys, count - top, axis=1)[:, count - top :] % count
+    for row, top_labels in enumerate(labels[top_images]):
+        counts = np.bincount(top_labels, minlength=len(sizes))
         lift = counts / top / (np.maximum(sizes, 1) / count)
-        # One image of a rare label is chance: two are the least to speak of.
-        names = np.flatnonzero((sizes >= LEAST) & (counts >= min(2, top)) & (lift > 1))
-        best = names[np.lexsort((names, -counts[names], -lift[names]))][:TOP]
-        found.over[start + row, : len(best)] = best
-        found.count[start + row, : len(best)] = counts[best]
-        found.lift[start + row, : len(best)] = lift[best]
+        # A single image of a rare label may be there by chance: require two.
+        candidates = np.flatnonzero((sizes >= MIN_IMAGES) & (counts >= min(2, top)) & (lift > 1))
+        best = candidates[np.lexsort((candidates, -counts[candidates], -lift[candidates]))][:TOP]
+        association.over[start + row, : len(best)] = best
+        association.count[start + row, : len(best)] = counts[best]
+        association.lift[start + row, : len(best)] = lift[best]
 
 
-def auroc(own: np.ndarray, everyone: np.ndarray) -> float:
-    """Chance that one of `own` codes is above one of the others of `everyone`, ties counting half."""
-    mine = np.bincount(own, minlength=BINS + 2).astype(np.float64)
-    others = np.bincount(everyone, minlength=BINS + 2) - mine
-    below = np.cumsum(others) - others
-    pairs = mine.sum() * others.sum()
-    return float((mine * (below + others / 2)).sum() / pairs) if pairs else float("nan")
+def auroc(positives: np.ndarray, all_codes: np.ndarray) -> float:
+    """Return the probability that a code of `positives` is above one of the other codes; ties count half.
+
+    Args:
+        positives: Codes of the positive images.
+        all_codes: Codes of all images, the positive ones included.
+    """
+    positive_counts = np.bincount(positives, minlength=BINS + 2).astype(np.float64)
+    negative_counts = np.bincount(all_codes, minlength=BINS + 2) - positive_counts
+    below = np.cumsum(negative_counts) - negative_counts
+    pairs = positive_counts.sum() * negative_counts.sum()
+    return float((positive_counts * (below + negative_counts / 2)).sum() / pairs) if pairs else float("nan")

@@ -1,13 +1,12 @@
-"""The second look: which photographs stand for each unit, and what exactly the unit did on them.
+"""The second pass over the dataset: where and how strongly each unit responds to its dataset examples.
 
-The pass keeps numbers only. When it is complete, the winners are known, and one more forward pass over them alone
-gives places, heat-maps and the pictures to show.
+The first pass stores numbers only. When it is complete, the dataset examples of all units are known, and a second
+forward pass over these images alone gives positions, activation maps and the images to show.
 """
 
 import dataclasses
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,86 +16,114 @@ from torch.nn import functional
 
 from pipeline.data import crops, image_loading, multiband
 from pipeline.data.datasets import Dataset
-from pipeline.examples import quantile_examples, topk
-from pipeline.examples.sweep import LISTS, ExamplesConfig, PassResult
+from pipeline.data.image_loading import Loaded
+from pipeline.examples import topk
+from pipeline.examples.quantile_examples import select_quantile_examples
+from pipeline.examples.sweep import LISTS, ExamplesConfig, PassContext, PassResult
 from pipeline.layers.finding import Layer, capture
-from pipeline.models.loading import Model
+from pipeline.models.config import Preprocessing
 from pipeline.visualization import metrics
 
-# So many of a unit's strongest and weakest photographs have the answers of the whole layer kept: their mean is what a
-# picture is held against. Of k each, that would be more than everything else that the pass keeps.
+# For so many of a unit's highest and lowest dataset examples, the activations of the whole layer are stored: feature
+# visualizations are compared with their mean. For all k examples they would take more space than all other results of
+# the pass.
 TOP = 4
 
-# Side of the copy that crops are cut from, when only crops are kept.
-CUT_FROM = 1024
+# Longest side of the copy from which crops are cut, if only crops are stored.
+CROP_SOURCE_SIDE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class TopExamples:
-    """Examples of one layer's C' channels, by list: (value float32, index int32), (C', k); NaN and −1 for none.
+    """Dataset examples of C' channels of one layer.
 
-    The list `spectrum` has its quantile bins one after the other, each with the same number of places.
+    Attributes:
+        channels: The channels, (C',) int32.
+        lists: (values float32, image indices int32), (C', k) each, by list; NaN and −1 for no image. The list
+            `spectrum` contains its quantile bins one after the other, with the same number of entries each.
     """
 
     channels: np.ndarray
     lists: Mapping[str, tuple[np.ndarray, np.ndarray]]
 
     def pairs(self) -> np.ndarray:
-        """(P, 3) int32: every image and row that stand in any list, once, by image, then row; 1 if only in `min`."""
-        found = []
+        """Return all pairs of image and channel that are in any list, each once.
+
+        Returns:
+            (P, 3) int32, sorted: image, row of the channel in `channels`, and 1 if the pair is only in the list `min`.
+        """
+        entries = []
         for name, (_, index) in self.lists.items():
-            row = np.broadcast_to(np.arange(len(index))[:, None], index.shape)[index >= 0]
-            found.append(np.stack([index[index >= 0], row, np.full(len(row), int(name == "min"))], 1))
-        everyone = np.unique(np.concatenate(found), axis=0).astype(np.int32)
-        # Of (image, row, 0) and (image, row, 1) the first stays.
-        return everyone[np.r_[True, (everyone[1:, :2] != everyone[:-1, :2]).any(1)]] if len(everyone) else everyone
+            is_image = index >= 0
+            row = np.broadcast_to(np.arange(len(index))[:, None], index.shape)[is_image]
+            entries.append(np.stack([index[is_image], row, np.full(len(row), int(name == "min"))], 1))
+        unique = np.unique(np.concatenate(entries), axis=0).astype(np.int32)
+        if not len(unique):
+            return unique
+        # Of (image, row, 0) and (image, row, 1) keep the first.
+        is_first = np.r_[True, (unique[1:, :2] != unique[:-1, :2]).any(1)]
+        return unique[is_first]
 
     def top(self, negative: bool = False) -> np.ndarray:
-        """(C', at most TOP) photographs that a unit answers most strongly, or most weakly; −1 for none."""
+        """Return the `TOP` images with the highest (or lowest) activations, (C', at most TOP); −1 for none."""
         return self.lists["min" if negative else "max"][1][:, :TOP]
 
 
-def choose(
+def select_examples(
     swept: PassResult, layers: Sequence[tuple[Layer, Sequence[int]]], dataset: Dataset, config: ExamplesConfig
 ) -> list[TopExamples]:
-    """What an atlas shows of each layer's channels.
+    """Select the dataset examples of each layer's channels from the result of a complete first pass.
 
-    A channel that never rose above zero gets no example but of its lowest responses, and a response of exactly zero,
-    which is what a rectifier leaves of nothing, is never an example in a list of extremes: such entries would be
-    arbitrary.
+    Arbitrary entries are left out: a channel whose activation was never positive gets only examples of its lowest
+    activations, and images with an activation of exactly 0, the output of a rectifier for any negative input, are
+    never in a list of extremes.
+
+    Args:
+        swept: Result of the first pass, for all channels of the layers.
+        layers: Layers, and of each the channels to select examples for.
+        dataset: The dataset.
+        config: Settings.
     """
-    sources = np.arange(len(dataset.photos)) if dataset.sources is None else dataset.sources
-    found, start = [], 0
-    for layer, channels in layers:
-        own = np.asarray(channels)
-        at = start + own
-        silent = ~(swept.tally.max[at] > 0)[:, None]
+    sources = np.arange(len(dataset.images)) if dataset.sources is None else dataset.sources
+    examples: list[TopExamples] = []
+    start = 0
+    for layer, layer_channels in layers:
+        channels = np.asarray(layer_channels)
+        columns = start + channels
+        is_inactive = ~(swept.tally.max[columns] > 0)[:, None]
         lists: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for name in LISTS:
-            value, index = topk.decode(swept.tops[name][at])
+            value, index = topk.decode(swept.tops[name][columns])
             value = -value if name == "min" else value
-            arbitrary = (value == 0) | (silent & (name != "min"))
-            lists[name] = np.where(arbitrary, np.float32(np.nan), value), np.where(arbitrary, -1, index)
-        value, index = quantile_examples.spectrum(
-            swept.responses[:, at],
+            is_arbitrary = (value == 0) | (is_inactive & (name != "min"))
+            lists[name] = _without(is_arbitrary, value, index)
+        value, index = select_quantile_examples(
+            swept.responses[:, columns],
             swept.responses_index,
             sources[swept.responses_index],
-            own,
+            channels,
             config.spectrum,
             config.per_bin,
         )
-        value, index = value.reshape(len(own), -1), index.reshape(len(own), -1)
-        lists["spectrum"] = np.where(silent, np.float32(np.nan), value), np.where(silent, -1, index)
-        found.append(TopExamples(own.astype(np.int32), lists))
+        lists["spectrum"] = _without(is_inactive, value.reshape(len(channels), -1), index.reshape(len(channels), -1))
+        examples.append(TopExamples(channels.astype(np.int32), lists))
         start += layer.channels
-    return found
+    return examples
+
+
+def _without(removed: np.ndarray, value: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Empty the entries of a list for which `removed` is true."""
+    return np.where(removed, np.float32(np.nan), value), np.where(removed, -1, index)
 
 
 @dataclasses.dataclass(frozen=True)
 class SecondPassIndex:
-    """Who is looked at again: for each layer its channels (C',), pairs (P, 3), by image, and `top` (m,) int32.
+    """What the second pass has to measure, for each layer.
 
-    `top` are the images, rising, to which the answers of the whole layer are kept.
+    Attributes:
+        channels: Channels with dataset examples, (C',).
+        pairs: Pairs of image and channel, (P, 3), sorted by image; see `TopExamples.pairs`.
+        top: Images for which the activations of the whole layer are stored, (m,) int32, ascending.
     """
 
     channels: tuple[np.ndarray, ...]
@@ -105,7 +132,7 @@ class SecondPassIndex:
 
     @classmethod
     def of(cls, chosen: Sequence[TopExamples]) -> "SecondPassIndex":
-        """Of what was chosen of each layer."""
+        """Create from the dataset examples of each layer."""
         tops = [np.unique(np.concatenate([c.top().ravel(), c.top(True).ravel()])) for c in chosen]
         return cls(
             tuple(c.channels for c in chosen),
@@ -113,151 +140,239 @@ class SecondPassIndex:
             tuple(top[top >= 0].astype(np.int32) for top in tops),
         )
 
-    def part(self, first: int, last: int) -> "SecondPassIndex":
-        """The same for the images `first` to `last` alone, both included."""
+    def for_images(self, first: int, last: int) -> "SecondPassIndex":
+        """Return the part for the images from `first` to `last`, both included."""
 
-        def inside(images: np.ndarray) -> slice:
+        def rows(images: np.ndarray) -> slice:
             return slice(*np.searchsorted(images, [first, last + 1]))
 
         return SecondPassIndex(
             self.channels,
-            tuple(p[inside(p[:, 0])] for p in self.pairs),
-            tuple(t[inside(t)] for t in self.top),
+            tuple(pairs[rows(pairs[:, 0])] for pairs in self.pairs),
+            tuple(top[rows(top)] for top in self.top),
         )
 
     @property
     def images(self) -> np.ndarray:
-        """All images in any pair, rising."""
-        return np.unique(np.concatenate([np.zeros(0, np.int32), *(p[:, 0] for p in self.pairs)]))
+        """All images of all pairs, ascending."""
+        return np.unique(np.concatenate([np.zeros(0, np.int32), *(pairs[:, 0] for pairs in self.pairs)]))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """As they go into a shard."""
+        """Return the arrays by name, as a shard stores them."""
         parts = {"channels": self.channels, "pairs": self.pairs, "top": self.top}
         return {f"{i}/{name}": array for name, arrays in parts.items() for i, array in enumerate(arrays)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "SecondPassIndex":
-        """The inverse of `arrays`."""
+        """Create from the result of `arrays`."""
         count = sum(name.endswith("/pairs") for name in arrays)
-        return cls(*(tuple(arrays[f"{i}/{what}"] for i in range(count)) for what in ("channels", "pairs", "top")))
+
+        def of_layers(name: str) -> tuple[np.ndarray, ...]:
+            return tuple(arrays[f"{i}/{name}"] for i in range(count))
+
+        return cls(of_layers("channels"), of_layers("pairs"), of_layers("top"))
 
 
-def localize(
-    model: Model,
-    layers: Sequence[Layer],
-    winners: SecondPassIndex,
-    images: Sequence[int],
-    dataset: Dataset,
-    config: ExamplesConfig,
-    stop: Callable[[], None] = lambda: None,
-    threads: int = 2,
-) -> dict[str, np.ndarray]:
-    """Places, heat-maps and pictures of the pairs of `images`, as they go into a shard.
+def localize(context: PassContext, index: SecondPassIndex, images: Sequence[int]) -> dict[str, np.ndarray]:
+    """Run the second pass over the given images.
 
-    For layer i: `i/pairs` (p, 3), `i/place` (p, 4) int16 (y and x of the maximum, y and x of the minimum), `i/range`
-    (p, 2) float32 and `i/map` (p, h, w) uint8, 0 and 255 standing for the range's ends; `i/top` (m,) int32, those of
-    `winners.top`, and `i/answer` (m, C) float16, the largest answers of all the layer's channels to them. For the
-    pictures:
-    `shown/index`, `shown/size` (width, height), `shown/box` (the part that became the input) and the JPEG bytes with
-    their offsets, one an image (`shown/offset`) or, for crops, one a pair (`i/offset`); none for ids.
+    Args:
+        context: Network, layers, dataset and settings.
+        index: Pairs to measure, at least those of `images`.
+        images: Images to read.
+
+    Returns:
+        Arrays by name, as a shard stores them. For layer i:
+
+        - `i/pairs` (p, 3) int32: as in `TopExamples.pairs`;
+        - `i/place` (p, 4) int16: row and column of the maximum, row and column of the minimum;
+        - `i/range` (p, 2) float32 and `i/map` (p, h, w) uint8: the averaged activation map, with 0 and 255 for the
+          ends of its range;
+        - `i/top` (m,) int32 and `i/answer` (m, C) float16: the images of `index.top` that were read, and the maximum
+          activations of all channels of the layer on them;
+        - `i/jpeg`, `i/offset`: with `store="crops"`, a crop for each pair, in the form of `blob`.
+
+        For the images: `shown/index`, `shown/size` (width, height), `shown/box` (the region that became the input),
+        `shown/lost` (images that could not be read), and with `store="images"` `shown/jpeg` and `shown/offset`.
     """
+    model, config = context.model, context.config
     device = next(model.module.parameters()).device
-    place = {layer.name: i for i, layer in enumerate(layers)}
-    found: dict[int, list[dict[str, np.ndarray]]] = {i: [] for i in range(len(layers))}
-    rows_of = [{image: pairs[a:b, 1:] for image, a, b in _runs(pairs[:, 0], images)} for pairs in winners.pairs]
-    tops = [set(top.tolist()) for top in winners.top]
-    answers: dict[int, list[tuple[int, np.ndarray]]] = {i: [] for i in range(len(layers))}
-    current: Sequence[image_loading.Loaded] = ()
-
-    def reduce(layer: Layer, maps: Tensor) -> None:
-        i = place[layer.name]
-        which = [(b, item.index, rows_of[i][item.index]) for b, item in enumerate(current) if item.index in rows_of[i]]
-        if not which:
-            return
-        batch = torch.tensor(np.concatenate([np.full(len(rows), b) for b, _, rows in which]))
-        rows, lowest = np.concatenate([rows for _, _, rows in which]).T
-        channel = torch.tensor(winners.channels[i][rows], dtype=torch.int64)
-        own = maps[batch.to(device), channel.to(device)].float()  # (p, H, W)
-        pairs = np.stack([np.concatenate([np.full(len(r), image) for _, image, r in which]), rows, lowest], 1)
-        found[i].append({"pairs": pairs.astype(np.int32), **_measured(own, config.maps)})
-        top = [b for b, item in enumerate(current) if item.index in tops[i]]
-        if top:
-            peaks = maps[top].float().flatten(2).amax(2)
-            answers[i] += zip((current[b].index for b in top), metrics.kept(peaks), strict=True)
-
-    def whole(index: int, image: Image.Image | multiband.Bands) -> dict[str, Any]:
-        box = image_loading.input_box(image.size, dataset.photos[index].box, model.recipe)[2]
-        side = {"images": config.side, "crops": CUT_FROM}.get(config.store, 1)
-        shown = image.copy() if isinstance(image, Image.Image) else image.visible()
-        shown.thumbnail((side, side), Image.Resampling.LANCZOS)
-        return {"size": image.size, "box": box, "image": shown}
-
-    indices: list[int] = []
-    sizes: list[tuple[int, int]] = []
-    boxes: list[tuple[float, float, float, float]] = []
-    blobs: list[bytes] = []
-    cuts: dict[int, dict[tuple[int, int], bytes]] = {i: {} for i in range(len(layers))}
+    measurements = {
+        layer.name: _LayerMeasurements(layer, index.channels[i], index.pairs[i], index.top[i], images)
+        for i, layer in enumerate(context.layers)
+    }
+    shown = _ShownImages()
     failed: list[tuple[int, str]] = []
-    loaded = image_loading.load(dataset, images, model.recipe, threads, whole)
-    with capture(model, layers, each=reduce) as forward, torch.no_grad():
+    batch_images: list[int] = []
+
+    def measure(layer: Layer, maps: Tensor) -> None:
+        measurements[layer.name].add(batch_images, maps, config.maps)
+
+    def shrink(number: int, image: Image.Image | multiband.Bands) -> _SourceImage:
+        return _SourceImage.of(image, context.dataset.images[number].box, model.preprocessing, config)
+
+    loaded = image_loading.load_images(context.dataset, images, model.preprocessing, context.threads, shrink)
+    with capture(model, context.layers, each=measure) as forward, torch.no_grad():
         for items, batch in image_loading.batches(loaded, config.batch, failed):
-            stop()
-            current = items
+            context.stop()
+            batch_images[:] = [item.index for item in items]
             full = np.concatenate([batch, np.repeat(batch[-1:], config.batch - len(batch), 0)])
             forward(torch.from_numpy(full).to(device).float() / 255)
-            for item in items:
-                indices.append(item.index)
-                sizes.append(item.extra["size"])
-                boxes.append(item.extra["box"])
-                if config.store == "images":
-                    blobs.append(jpeg(item.extra["image"], config.jpeg_quality))
+            shown.add(items, config)
             if config.store == "crops":
-                extras = {item.index: item.extra for item in items}
-                for i, layer in enumerate(layers):
-                    for part in found[i][-1:]:
-                        for pair, at in zip(part["pairs"].tolist(), part["place"].tolist(), strict=True):
-                            if pair[0] in extras:
-                                cuts[i][pair[0], pair[1]] = _cut(
-                                    layer, at[2:] if pair[2] else at[:2], extras[pair[0]], model, config
-                                )
-    arrays: dict[str, np.ndarray] = {
-        "shown/index": np.array(indices, np.int32),
-        "shown/size": np.array(sizes, np.int32).reshape(-1, 2),
-        "shown/box": np.array(boxes, np.float32).reshape(-1, 4),
-        "shown/lost": np.array([i for i, _ in failed], np.int32),
-    }
-    if config.store == "images":
-        arrays |= blob("shown/", blobs)
-    for i, layer in enumerate(layers):
-        small = (min(layer.height, config.maps), min(layer.width, config.maps))
-        nothing = {
-            "pairs": np.zeros((0, 3), np.int32),
-            "place": np.zeros((0, 4), np.int16),
-            "range": np.zeros((0, 2), np.float32),
-            "map": np.zeros((0, *small), np.uint8),
-        }
-        parts = [nothing, *found[i]]
-        arrays |= {f"{i}/{name}": np.concatenate([p[name] for p in parts]) for name in nothing}
-        arrays[f"{i}/top"] = np.array([image for image, _ in answers[i]], np.int32)
-        arrays[f"{i}/answer"] = np.array([a for _, a in answers[i]], np.float16).reshape(-1, layer.channels)
-        if config.store == "crops":
-            arrays |= blob(f"{i}/", [cuts[i][int(a), int(b)] for a, b, _ in arrays[f"{i}/pairs"]])
+                source_images = {item.index: item.extra for item in items}
+                for layer_measurements in measurements.values():
+                    layer_measurements.add_crops(source_images, model.preprocessing, config)
+    arrays = shown.arrays(failed, config.store)
+    for i, layer in enumerate(context.layers):
+        arrays |= {f"{i}/{name}": array for name, array in measurements[layer.name].arrays(config).items()}
     return arrays
 
 
-def _runs(sorted_images: np.ndarray, images: Sequence[int]) -> Iterable[tuple[int, int, int]]:
-    """(image, first row, row after the last) of each of `images` in a rising column."""
-    starts = np.searchsorted(sorted_images, images, "left").tolist()
-    ends = np.searchsorted(sorted_images, images, "right").tolist()
-    return ((int(i), a, b) for i, a, b in zip(images, starts, ends, strict=True) if b > a)
+@dataclasses.dataclass(frozen=True)
+class _SourceImage:
+    """A small copy of a source image.
+
+    Attributes:
+        size: (width, height) of the source image.
+        box: Region of the source image that became the network's input, in its pixels.
+        image: The copy; as small as `store` allows.
+    """
+
+    size: tuple[int, int]
+    box: tuple[float, float, float, float]
+    image: Image.Image
+
+    @classmethod
+    def of(
+        cls,
+        image: Image.Image | multiband.Bands,
+        box: tuple[int, int, int, int] | None,
+        recipe: Preprocessing,
+        config: ExamplesConfig,
+    ) -> "_SourceImage":
+        """Copy a decoded image, of which the region `box` (None: all of it) is the dataset image."""
+        _, _, input_box = image_loading.input_box(image.size, box, recipe)
+        side = {"images": config.side, "crops": CROP_SOURCE_SIDE}.get(config.store, 1)
+        copy = image.copy() if isinstance(image, Image.Image) else image.to_display_image()
+        copy.thumbnail((side, side), Image.Resampling.LANCZOS)
+        return cls(image.size, input_box, copy)
 
 
-def _measured(maps: Tensor, side: int) -> dict[str, np.ndarray]:
-    """Places, ranges and small copies of (p, H, W) maps."""
+class _ShownImages:
+    """Sizes, input regions and JPEGs of the images of a second pass."""
+
+    def __init__(self) -> None:
+        self._indices: list[int] = []
+        self._sizes: list[tuple[int, int]] = []
+        self._boxes: list[tuple[float, float, float, float]] = []
+        self._jpegs: list[bytes] = []
+
+    def add(self, items: Sequence[Loaded], config: ExamplesConfig) -> None:
+        """Add a batch of images, whose `extra` is a `_SourceImage`."""
+        for item in items:
+            source_image: _SourceImage = item.extra
+            self._indices.append(item.index)
+            self._sizes.append(source_image.size)
+            self._boxes.append(source_image.box)
+            if config.store == "images":
+                self._jpegs.append(encode_jpeg(source_image.image, config.jpeg_quality))
+
+    def arrays(self, failed: Sequence[tuple[int, str]], store: str) -> dict[str, np.ndarray]:
+        """Return the arrays `shown/…` of `localize`."""
+        arrays = {
+            "shown/index": np.array(self._indices, np.int32),
+            "shown/size": np.array(self._sizes, np.int32).reshape(-1, 2),
+            "shown/box": np.array(self._boxes, np.float32).reshape(-1, 4),
+            "shown/lost": np.array([index for index, _ in failed], np.int32),
+        }
+        if store == "images":
+            arrays |= concatenate_bytes("shown/", self._jpegs)
+        return arrays
+
+
+class _LayerMeasurements:
+    """Positions, activation maps and crops of one layer's pairs, batch by batch."""
+
+    def __init__(
+        self, layer: Layer, channels: np.ndarray, pairs: np.ndarray, top: np.ndarray, images: Sequence[int]
+    ) -> None:
+        self._layer = layer
+        self._channels = channels
+        self._top = set(top.tolist())
+        self._rows_of = _rows_by_image(pairs, images)
+        self._parts: list[dict[str, np.ndarray]] = []
+        self._activations: list[tuple[int, np.ndarray]] = []
+        self._crops: dict[tuple[int, int], bytes] = {}
+
+    def add(self, images: Sequence[int], maps: Tensor, side: int) -> None:
+        """Measure the pairs of a batch.
+
+        Args:
+            images: Images of the batch.
+            maps: Feature maps (B, C, H, W), with B at least the number of images.
+            side: Largest side of the stored activation maps.
+        """
+        positions = [(b, image) for b, image in enumerate(images) if image in self._rows_of]
+        if not positions:
+            return
+        counts = [len(self._rows_of[image]) for _, image in positions]
+        batch = torch.tensor(np.repeat([b for b, _ in positions], counts))
+        rows, only_min = np.concatenate([self._rows_of[image] for _, image in positions]).T
+        channel = torch.tensor(self._channels[rows], dtype=torch.int64)
+        pair_maps = maps[batch.to(maps.device), channel.to(maps.device)].float()  # (p, H, W)
+        pairs = np.stack([np.repeat([image for _, image in positions], counts), rows, only_min], 1)
+        self._parts.append({"pairs": pairs.astype(np.int32), **_measure_maps(pair_maps, side)})
+        top = [b for b, image in enumerate(images) if image in self._top]
+        if top:
+            peaks = maps[top].float().flatten(2).amax(2)
+            self._activations += zip((images[b] for b in top), metrics.to_float16(peaks), strict=True)
+
+    def add_crops(
+        self, source_images: Mapping[int, _SourceImage], recipe: Preprocessing, config: ExamplesConfig
+    ) -> None:
+        """Cut the crops of the last batch's pairs; `source_images` are those of this batch, by image."""
+        if not self._parts:
+            return
+        last = self._parts[-1]  # of an earlier batch, if the last one has no pair of this layer
+        for (image, row, only_min), place in zip(last["pairs"].tolist(), last["place"].tolist(), strict=True):
+            if image in source_images:
+                unit = place[2:] if only_min else place[:2]
+                self._crops[image, row] = _crop(self._layer, unit, source_images[image], recipe, config)
+
+    def arrays(self, config: ExamplesConfig) -> dict[str, np.ndarray]:
+        """Return the arrays `i/…` of `localize`, without the prefix."""
+        layer = self._layer
+        map_size = (min(layer.height, config.maps), min(layer.width, config.maps))
+        no_pairs = {
+            "pairs": np.zeros((0, 3), np.int32),
+            "place": np.zeros((0, 4), np.int16),
+            "range": np.zeros((0, 2), np.float32),
+            "map": np.zeros((0, *map_size), np.uint8),
+        }
+        arrays = {name: np.concatenate([part[name] for part in [no_pairs, *self._parts]]) for name in no_pairs}
+        arrays["top"] = np.array([image for image, _ in self._activations], np.int32)
+        arrays["answer"] = np.array([a for _, a in self._activations], np.float16).reshape(-1, layer.channels)
+        if config.store == "crops":
+            arrays |= concatenate_bytes("", [self._crops[image, row] for image, row, _ in arrays["pairs"].tolist()])
+        return arrays
+
+
+def _rows_by_image(pairs: np.ndarray, images: Sequence[int]) -> dict[int, np.ndarray]:
+    """Return (row, only in `min`), (r, 2), of every image in `images` that has pairs; `pairs` are sorted by image."""
+    starts = np.searchsorted(pairs[:, 0], images, "left").tolist()
+    ends = np.searchsorted(pairs[:, 0], images, "right").tolist()
+    return {
+        int(image): pairs[start:end, 1:] for image, start, end in zip(images, starts, ends, strict=True) if end > start
+    }
+
+
+def _measure_maps(maps: Tensor, side: int) -> dict[str, np.ndarray]:
+    """Return positions of the extremes, ranges and averaged copies of maps (p, H, W); see `localize`."""
     height, width = maps.shape[1:]
     flat = maps.flatten(1)
-    peak, low = flat.argmax(1), flat.argmin(1)
-    places = torch.stack([peak // width, peak % width, low // width, low % width], 1)
+    largest, smallest = flat.argmax(1), flat.argmin(1)
+    places = torch.stack([largest // width, largest % width, smallest // width, smallest % width], 1)
     small = functional.adaptive_avg_pool2d(maps[:, None], (min(height, side), min(width, side)))[:, 0]
     ends = torch.stack([small.amin((1, 2)), small.amax((1, 2))], 1)
     span = (ends[:, 1] - ends[:, 0]).clamp(min=torch.finfo(torch.float32).tiny)
@@ -269,26 +384,34 @@ def _measured(maps: Tensor, side: int) -> dict[str, np.ndarray]:
     }
 
 
-def _cut(layer: Layer, place: Sequence[int], extra: Mapping[str, Any], model: Model, config: ExamplesConfig) -> bytes:
-    """What one unit saw of a picture, and no more of it; small and whole where it saw everything."""
-    limits = model.recipe.size
-    box = (0, 0, limits[1], limits[0])
+def _crop(
+    layer: Layer, unit: Sequence[int], source_image: _SourceImage, recipe: Preprocessing, config: ExamplesConfig
+) -> bytes:
+    """Return the receptive field of a unit (row, column) as JPEG; the whole input if the unit sees all of it."""
+    input_size = recipe.size
+    box = (0, 0, input_size[1], input_size[0])
     if layer.field is not None:
-        box = crops.seen(place[0], place[1], layer.field.size, layer.field.stride, layer.field.offset, limits)
-    image = extra["image"]
-    part = image.crop(crops.in_picture(box, limits, extra["box"], extra["size"], image.size))
-    part.thumbnail((config.crop_side, config.crop_side), Image.Resampling.LANCZOS)
-    return jpeg(part, config.jpeg_quality)
+        box = crops.receptive_field_box(
+            unit[0], unit[1], layer.field.size, layer.field.stride, layer.field.offset, input_size
+        )
+    image = source_image.image
+    region = image.crop(crops.to_source_box(box, input_size, source_image.box, source_image.size, image.size))
+    region.thumbnail((config.crop_side, config.crop_side), Image.Resampling.LANCZOS)
+    return encode_jpeg(region, config.jpeg_quality)
 
 
-def jpeg(image: Image.Image, quality: int) -> bytes:
-    """A picture as JPEG bytes, without metadata."""
+def encode_jpeg(image: Image.Image, quality: int) -> bytes:
+    """Return an image as JPEG bytes, without metadata."""
     with io.BytesIO() as buffer:
         image.save(buffer, "JPEG", quality=quality, optimize=True)
         return buffer.getvalue()
 
 
-def blob(prefix: str, pieces: Sequence[bytes]) -> dict[str, np.ndarray]:
-    """`<prefix>jpeg`, all bytes in a row, and `<prefix>offset`, where each begins and the last ends."""
+def concatenate_bytes(prefix: str, pieces: Sequence[bytes]) -> dict[str, np.ndarray]:
+    """Concatenate byte strings.
+
+    Returns:
+        `<prefix>jpeg`, all bytes, and `<prefix>offset`, (n + 1,): where each string begins, and where the last ends.
+    """
     offset = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
     return {f"{prefix}jpeg": np.frombuffer(b"".join(pieces), np.uint8), f"{prefix}offset": offset}

@@ -1,29 +1,29 @@
-"""Examples from a channel's whole range, and the subset of photographs that they are drawn from.
+"""Dataset examples from all quantiles of a channel, and the subset of images from which they are drawn.
 
-What is drawn must not depend on who worked when, so chance is a hash of what a photograph is called: the
-photographs with the lowest hashes are the *subset*, whose responses are kept for every channel.
+A draw must not depend on which worker did what when, so random numbers are hashes of image names: the images with the
+lowest hashes form the *subset*, for which the activations of every channel are stored.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 
-def chance(name: str, purpose: str) -> int:
-    """A number from 0 to 2⁶⁴ − 1 that only what is named and the purpose decide."""
+def hash64(name: str, purpose: str) -> int:
+    """Return a pseudo-random integer below 2⁶⁴ that depends only on the name and the purpose."""
     text = f"{purpose}\0{name}".encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
 
 
-def subset(names: Sequence[str], count: int) -> np.ndarray:
-    """Indices of at most `count` of the named photographs, drawn by hash, in the order of their hashes; int32."""
-    hashes = np.array([chance(name, "subset") for name in names], np.uint64)
+def draw_subset(names: Sequence[str], count: int) -> np.ndarray:
+    """Return the indices of at most `count` names, those with the lowest hashes, in the order of hashes; int32."""
+    hashes = np.array([hash64(name, "subset") for name in names], np.uint64)
     return np.lexsort((np.arange(len(hashes)), hashes))[:count].astype(np.int32)
 
 
-def draws(channels: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """(C, n) pseudo-random uint64 of each channel and photograph: splitmix64 (Steele et al. 2014) of the pair."""
+def pseudo_random(channels: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Return a uint64 for each pair of channel and image, (C, n): splitmix64 (Steele et al. 2014) of the pair."""
     x = channels.astype(np.uint64)[:, None] << np.uint64(32) | indices.astype(np.uint64)
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -31,45 +31,64 @@ def draws(channels: np.ndarray, indices: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def spectrum(
+def select_quantile_examples(
     peaks: np.ndarray,
     indices: np.ndarray,
     sources: np.ndarray,
     channels: np.ndarray,
     edges: Sequence[float],
-    each: int,
+    per_bin: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`each` photographs from every quantile bin of each channel: (value float32, index int32), (C, bins, each).
+    """Select images from every quantile bin of each channel.
 
-    `peaks` (n, C) are the maxima of photographs `indices` (n,), which come from `sources` (n,). Photographs are
-    ranked by maximum, ties by index; the one of rank r of n lies at (r + ½) / n, and `edges` (per cent) bound the
-    bins. From each bin those of the lowest `draws` are taken, no source twice, and put in rising order; −1 and NaN
-    where there are no more. Bins take turns, the outer ones first, so that none takes all of few sources.
+    Images are ranked by maximum activation, ties by index. The image of rank r among n is at quantile (r + ½) / n.
+    From each bin those with the lowest `pseudo_random` numbers are selected, no source twice for a channel. The bins
+    select one image each in turn, the outer bins first, so that no bin uses up all sources.
+
+    Args:
+        peaks: Maximum activations of n images, (n, C).
+        indices: Indices of the images, (n,).
+        sources: Sources of the images, (n,).
+        channels: Channel numbers of the columns of `peaks`, (C,).
+        edges: Bounds of the bins in percent, ascending.
+        per_bin: Number of images per bin.
+
+    Returns:
+        (values float32, image indices int32), (C, bins, per_bin) each, ascending by value within a bin; NaN and −1 for
+        entries without an image.
     """
     count, bins = len(indices), len(edges) - 1
-    shape = (len(channels), bins, each)
+    shape = (len(channels), bins, per_bin)
     value, index = np.full(shape, np.nan, np.float32), np.full(shape, -1, np.int32)
     if not count:
         return value, index
     by_index = np.argsort(indices)
     peaks, indices, sources = peaks[by_index], indices[by_index], sources[by_index]
-    order = np.argsort(peaks.T, axis=1, kind="stable")  # (C, n), rising
-    place = (np.arange(count) + 0.5) / count * 100
-    bin_of = np.searchsorted(np.asarray(edges, np.float64), place, "right") - 1
+    order = np.argsort(peaks.T, axis=1, kind="stable")  # (C, n), ascending
+    quantile = (np.arange(count) + 0.5) / count * 100
+    bin_of_rank = np.searchsorted(np.asarray(edges, np.float64), quantile, "right") - 1
     for row, channel in enumerate(channels):
         ranked = order[row]
-        chances = draws(np.array([channel]), indices[ranked])[0]
-        queues = [iter(np.flatnonzero(bin_of == b)[np.argsort(chances[bin_of == b])]) for b in range(bins)]
-        used: set[int] = set()
-        taken: list[list[int]] = [[] for _ in range(bins)]
-        for _ in range(each):
-            for b in sorted(range(bins), key=lambda b: (min(b, bins - 1 - b), b)):
-                for at in queues[b]:
-                    if (source := int(sources[ranked[at]])) not in used:
-                        used.add(source)
-                        taken[b].append(int(at))
-                        break
-        for b, ats in enumerate(taken):
-            rows = ranked[sorted(ats)]
+        randoms = pseudo_random(np.array([channel]), indices[ranked])[0]
+        queues = [iter(np.flatnonzero(bin_of_rank == b)[np.argsort(randoms[bin_of_rank == b])]) for b in range(bins)]
+        for b, ranks in enumerate(_draw_in_turn(queues, sources[ranked], per_bin)):
+            rows = ranked[sorted(ranks)]
             value[row, b, : len(rows)], index[row, b, : len(rows)] = peaks[rows, row], indices[rows]
     return value, index
+
+
+def _draw_in_turn(queues: Sequence[Iterator[int]], source_of_rank: np.ndarray, per_bin: int) -> list[list[int]]:
+    """Take ranks from the queue of each bin in turn, the outer bins first, skipping sources that are in use."""
+    bins = len(queues)
+    used: set[int] = set()
+    selected: list[list[int]] = [[] for _ in range(bins)]
+    outer_first = sorted(range(bins), key=lambda b: (min(b, bins - 1 - b), b))
+    for _ in range(per_bin):
+        for b in outer_first:
+            for rank in queues[b]:
+                source = int(source_of_rank[rank])
+                if source not in used:
+                    used.add(source)
+                    selected[b].append(int(rank))
+                    break
+    return selected

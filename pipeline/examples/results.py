@@ -13,15 +13,23 @@ from pipeline.examples.sweep import PassResult
 
 @dataclasses.dataclass(frozen=True)
 class DatasetPassResult:
-    """All that an atlas keeps of a dataset, for the layers of a plan in their order.
+    """Everything that an atlas stores about a dataset, for the layers of a plan in their order.
 
-    `looks` are the arrays of the second look, pieces joined; `associations` are None where there are no labels.
+    Attributes:
+        sweep: Result of the first pass.
+        ranges: Histogram ranges and scales with which the first pass measured.
+        chosen: Dataset examples of each layer.
+        looks: Arrays of the second pass, as `localize` returns them, with all parts concatenated.
+        associations: Label association of each layer; None if the dataset has no labels.
+        store: What is stored of the images: "images", "crops" or "ids" (`examples.store`).
+        edges: Bounds of the quantile bins, in percent.
+        labels: All labels of the dataset; label numbers are positions in this tuple.
     """
 
-    sweep: PassResult
+    first_pass: PassResult
     ranges: HistogramRange
-    chosen: Sequence[TopExamples]
-    looks: Mapping[str, np.ndarray]
+    examples: Sequence[TopExamples]
+    localizations: Mapping[str, np.ndarray]
     associations: Sequence[Association | None]
     store: str
     edges: tuple[float, ...]

@@ -1,8 +1,8 @@
-"""The dataset pass: one sweep over a range of photographs, all channels of all layers at once, nothing dumped.
+"""The first pass over the dataset: statistics and top-k images of all channels of all layers at once.
 
-Every layer's response is reduced inside the hook that sees it, so that no activation of a batch outlives its
-layer. From then on the channels of all layers stand side by side on one axis. The result of a range is small and can
-be merged with any other: any split, merged in any order, is the same to the last byte.
+Every layer's output is reduced inside its forward hook, so that no feature map of a batch is kept. From then on, the
+channels of all layers lie side by side on one axis. The result for a range of images is small and can be merged with
+others: any split of the dataset, merged in any order, gives the same bytes.
 """
 
 import dataclasses
@@ -17,22 +17,23 @@ from pipeline.data import image_loading
 from pipeline.data.datasets import Dataset
 from pipeline.data.image_loading import Loaded
 from pipeline.examples import topk
-from pipeline.examples.channel_stats import ChannelAccumulator, HistogramRange, tally
-from pipeline.examples.quantile_examples import subset
+from pipeline.examples.channel_stats import ChannelAccumulator, HistogramRange, accumulate
+from pipeline.examples.quantile_examples import draw_subset
 from pipeline.kernels import spatial_stats
 from pipeline.kernels.spatial_stats import Reducer
 from pipeline.layers.finding import Layer, capture
-from pipeline.models.loading import Model, in_place
+from pipeline.models.loading import Model, inplace_activations
 
+# Lists of images: by the largest activation, the largest spatial mean, and the smallest activation.
 LISTS = ("max", "mean", "min")
 
-# So many photographs are sorted and counted together.
-HELD = 192
+# So many images are accumulated together.
+BUFFER_IMAGES = 192
 
 
 @dataclasses.dataclass(frozen=True)
 class ExamplesConfig:
-    """What is kept of a dataset, and in what portions it is read; conf/examples/default.yaml explains each."""
+    """What is stored of a dataset, and in what portions it is read. `conf/examples/default.yaml` explains each key."""
 
     k: int = 8
     spectrum: tuple[float, ...] = (0, 1, 25, 50, 75, 99, 100)
@@ -49,22 +50,25 @@ class ExamplesConfig:
     jpeg_quality: int = 85
     maps: int = 14
 
-    def portion(self, photographs: int) -> int:
-        """Photographs a task: about 64 tasks, but of no fewer than 256 photographs, and no more than 4,096."""
+    def images_per_task(self, images: int) -> int:
+        """Return the number of images per task: by default about 64 tasks of 256 to 4,096 images each."""
         if isinstance(self.per_task, int):
             return self.per_task
-        return min(max(256, -(-photographs // 64)), 4096)
+        return min(max(256, -(-images // 64)), 4096)
 
-    def compiles(self, photographs: int, layers: int) -> bool:
-        """Whether a compiled reduction pays: compiling takes as long as some thousands of photographs and layers."""
-        return self.compile if isinstance(self.compile, bool) else photographs * layers >= 30_000
+    def should_compile(self, images: int, layers: int) -> bool:
+        """Return whether to compile the reduction. By default from 30,000 images times layers on, where that pays."""
+        return self.compile if isinstance(self.compile, bool) else images * layers >= 30_000
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSubsets:
-    """Photographs drawn by hash before the pass, as indices: `sample` in the order of the draw, the others rising.
+    """Images drawn by hash before the pass, as indices.
 
-    `sample` sets the ranges of histograms; of `subset` every channel's response is kept, of `labelled` its bin.
+    Attributes:
+        sample: Images that determine the ranges of the histograms, in the order of the draw.
+        subset: Images for which the maximum activation of every channel is stored, ascending.
+        labelled: Images for which the histogram bin of every channel is stored, ascending.
     """
 
     sample: np.ndarray
@@ -73,19 +77,49 @@ class ImageSubsets:
 
     @classmethod
     def of(cls, dataset: Dataset, config: ExamplesConfig) -> "ImageSubsets":
-        """The same on every machine: paths decide. Nothing is drawn as labelled where there are no two labels."""
-        most = max(config.sample, config.subset, config.labelled)
-        order = subset([p.path for p in dataset.photos], most)
+        """Draw from a dataset. Only paths matter, so that the result is the same on every machine.
+
+        `labelled` is empty if the dataset has fewer than two labels.
+        """
+        size = max(config.sample, config.subset, config.labelled)
+        order = draw_subset([p.path for p in dataset.images], size)
         labelled = order[: config.labelled] if len(dataset.labels[0]) > 1 else order[:0]
         return cls(order[: config.sample], np.sort(order[: config.subset]), np.sort(labelled))
 
 
 @dataclasses.dataclass(frozen=True)
-class PassResult:
-    """What photographs gave, for the C channels of all layers side by side.
+class PassContext:
+    """What both passes over the dataset need.
 
-    `tops` are keys (C, k) by list; `responses` the maxima (n, C) float32 of the photographs `responses_index`, `codes`
-    the bins (n, C) uint8 of `codes_index`, both by rising index; `failed` what could not be read, and why.
+    Attributes:
+        model: The network.
+        layers: Layers to measure.
+        dataset: The dataset.
+        config: Settings.
+        stop: Called before every batch; raises an exception to interrupt the pass.
+        threads: Number of threads that decode images.
+    """
+
+    model: Model
+    layers: Sequence[Layer]
+    dataset: Dataset
+    config: ExamplesConfig
+    stop: Callable[[], None] = lambda: None
+    threads: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class PassResult:
+    """Result of the first pass for any set of images, for the C channels of all layers side by side.
+
+    Attributes:
+        tops: Keys (C, k) of the top-k images (`topk`), by list.
+        tally: Sums over the images.
+        responses_index: The images of `ImageSubsets.subset`, (n,), ascending.
+        responses: Their maximum activations, (n, C) float32.
+        codes_index: The images of `ImageSubsets.labelled`, (n,), ascending.
+        codes: The histogram bins of their maximum activations, (n, C) uint8.
+        failed: Images that could not be read, with the reason.
     """
 
     tops: Mapping[str, np.ndarray]
@@ -97,7 +131,7 @@ class PassResult:
     failed: tuple[tuple[int, str], ...]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """As they go into a shard."""
+        """Return the arrays by name, as a shard stores them."""
         return {
             **{f"tops/{name}": keys for name, keys in self.tops.items()},
             **{f"tally/{name}": array for name, array in self.tally.arrays().items()},
@@ -111,36 +145,43 @@ class PassResult:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "PassResult":
-        """The inverse of `arrays`."""
-
-        def under(prefix: str) -> dict[str, np.ndarray]:
-            return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-
+        """Create from the result of `arrays`."""
+        tally = {k.removeprefix("tally/"): v for k, v in arrays.items() if k.startswith("tally/")}
         failed = zip(arrays["failed/index"].tolist(), arrays["failed/reason"].tolist(), strict=True)
         return cls(
-            {name: arrays[f"tops/{name}"] for name in LISTS},
-            ChannelAccumulator.from_arrays(under("tally/")),
-            arrays["responses/index"],
-            arrays["responses/peak"],
-            arrays["codes/index"],
-            arrays["codes/bin"],
-            tuple((int(i), str(reason)) for i, reason in failed),
+            tops={name: arrays[f"tops/{name}"] for name in LISTS},
+            tally=ChannelAccumulator.from_arrays(tally),
+            responses_index=arrays["responses/index"],
+            responses=arrays["responses/peak"],
+            codes_index=arrays["codes/index"],
+            codes=arrays["codes/bin"],
+            failed=tuple((int(i), str(reason)) for i, reason in failed),
         )
 
 
 class PassAccumulator:
-    """Takes reduced responses image by image, in any order, and has a `PassResult` of them at any time."""
+    """Accumulates reduced activations of images, in any order, into a `PassResult`."""
 
     def __init__(
         self,
         layers: Sequence[int],
         config: ExamplesConfig,
         ranges: HistogramRange,
-        drawn: ImageSubsets,
+        subsets: ImageSubsets,
         sources: np.ndarray | None,
         compile: bool = False,
     ) -> None:
-        self._layers, self._k, self._ranges, self._drawn, self._sources = layers, config.k, ranges, drawn, sources
+        """Create an accumulator without any image.
+
+        Args:
+            layers: Number of channels of each layer.
+            config: Settings.
+            ranges: Ranges and scales of the channels.
+            subsets: Images for which activations or bins are stored.
+            sources: Source of every image of the dataset; None if each image is its own source.
+            compile: Whether to compile the computation of sums.
+        """
+        self._layers, self._ranges, self._subsets, self._sources = layers, ranges, subsets, sources
         self._tops = {name: topk.empty(sum(layers), config.k) for name in LISTS}
         self._tally = ChannelAccumulator.empty(layers)
         self._compile = compile
@@ -149,152 +190,189 @@ class PassAccumulator:
         self._codes: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, indices: np.ndarray, reduced: np.ndarray) -> None:
-        """Photographs `indices` (n,) with what `reduction` says of them, (5, n, C) float32."""
+        """Add images.
+
+        Args:
+            indices: Indices of the images, (n,).
+            reduced: Their reduced activations, (5, n, C) float32, as `spatial_stats.Reducer` returns them.
+        """
         if not torch.from_numpy(reduced).sum().isfinite():
-            # A network may overflow on some picture: what is no number must not enter sums of whole numbers.
+            # Networks may overflow on some images, and the sums of integers have no NaN or infinity.
             reduced = np.nan_to_num(reduced)
-        peaks, lows, shifts, squares, positives = reduced
-        for name, values in {"max": peaks, "mean": shifts + self._centre, "min": -lows}.items():
-            self._tops[name] = topk.extended(self._tops[name], values, indices, self._sources)
-        added, codes = tally(peaks, lows, shifts, squares, positives, self._ranges, self._layers, self._compile)
+        peaks = reduced[spatial_stats.MAXIMUM]
+        values = {
+            "max": peaks,
+            "mean": reduced[spatial_stats.MEAN_DEVIATION] + self._centre,
+            "min": -reduced[spatial_stats.MINIMUM],
+        }
+        for name, ranked in values.items():
+            self._tops[name] = topk.update(self._tops[name], ranked, indices, self._sources)
+        added, codes = accumulate(reduced, self._ranges, self._layers, self._compile)
         self._tally = self._tally + added
-        for kept, drawn, values in (
-            (self._responses, self._drawn.subset, peaks),
-            (self._codes, self._drawn.labelled, codes),
-        ):
-            own = np.isin(indices, drawn)
-            if own.any():
-                kept.append((indices[own].astype(np.int32), values[own]))
+        _append_members(self._responses, indices, peaks, self._subsets.subset)
+        _append_members(self._codes, indices, codes, self._subsets.labelled)
 
-    def swept(self, failed: Iterable[tuple[int, str]] = ()) -> PassResult:
-        """The result so far."""
+    def result(self, failed: Iterable[tuple[int, str]] = ()) -> PassResult:
+        """Return the result for all images so far; `failed` are images that could not be read, with the reason."""
         channels = sum(self._layers)
-        responses = _sorted(self._responses, np.zeros((0, channels), np.float32))
-        codes = _sorted(self._codes, np.zeros((0, channels), np.uint8))
-        return PassResult(dict(self._tops), self._tally, *responses, *codes, tuple(sorted(failed)))
+        responses_index, responses = _sort_by_index(self._responses, np.zeros((0, channels), np.float32))
+        codes_index, codes = _sort_by_index(self._codes, np.zeros((0, channels), np.uint8))
+        return PassResult(
+            tops=dict(self._tops),
+            tally=self._tally,
+            responses_index=responses_index,
+            responses=responses,
+            codes_index=codes_index,
+            codes=codes,
+            failed=tuple(sorted(failed)),
+        )
 
 
-def _sorted(parts: Sequence[tuple[np.ndarray, np.ndarray]], nothing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(indices, rows) of several parts, by rising index."""
-    index = np.concatenate([np.zeros(0, np.int32), *(i for i, _ in parts)])
+def _append_members(
+    parts: list[tuple[np.ndarray, np.ndarray]], indices: np.ndarray, rows: np.ndarray, members: np.ndarray
+) -> None:
+    """Append the indices and rows of those images that are among `members`."""
+    is_member = np.isin(indices, members)
+    if is_member.any():
+        parts.append((indices[is_member].astype(np.int32), rows[is_member]))
+
+
+def _sort_by_index(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]], no_rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Concatenate (indices, rows) and sort them by index; `no_rows` (0, C) sets type and shape if there is no part."""
+    index = np.concatenate([np.zeros(0, np.int32), *(indices for indices, _ in parts)])
     order = np.argsort(index, kind="stable")
-    return index[order], np.concatenate([nothing, *(rows for _, rows in parts)])[order]
+    return index[order], np.concatenate([no_rows, *(rows for _, rows in parts)])[order]
 
 
-def reduced(
-    model: Model,
-    layers: Sequence[Layer],
+def reduce_batches(
+    context: PassContext,
     loaded: Iterable[Loaded],
-    batch: int,
     centre: np.ndarray,
     reducer: Reducer,
     failed: list[tuple[int, str]],
-    stop: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(indices (n,), (5, n, C) float32 as `reduction` gives them) of photographs, batch by batch.
+    """Run the network on images and reduce the feature maps of all layers.
 
-    The numbers are overwritten by the next batch: who wants to keep them copies them.
+    Args:
+        context: Network, layers and settings.
+        loaded: Images.
+        centre: Center of each channel, (C,), which the reduction subtracts.
+        reducer: The reduction.
+        failed: The (index, reason) of every image that could not be read is appended to this list.
+
+    Yields:
+        Indices (n,) and reduced activations (5, n, C) float32 of each batch. On the CPU the latter are a view of a
+        buffer that the next batch overwrites: copy them to keep them.
     """
+    model, layers, batch_size = context.model, context.layers, context.config.batch
     device = next(model.module.parameters()).device
     starts = np.cumsum([0, *(layer.channels for layer in layers)])
-    place = {layer.name: i for i, layer in enumerate(layers)}
+    position = {layer.name: i for i, layer in enumerate(layers)}
     centres = [torch.from_numpy(centre[a:b].astype(np.float32)).to(device) for a, b in itertools.pairwise(starts)]
     parts: list[Tensor] = [torch.empty(0)] * len(layers)
-    joined = torch.empty(5, batch, int(starts[-1]), device=device)
+    joined = torch.empty(5, batch_size, int(starts[-1]), device=device)
 
     def reduce(layer: Layer, maps: Tensor) -> None:
-        i = place[layer.name]
+        i = position[layer.name]
         parts[i] = reducer(maps, centres[i])
 
-    # A map is reduced the moment it is there: what comes after may overwrite it.
-    with in_place(model), capture(model, layers, each=reduce) as forward, torch.no_grad():
-        for items, images in image_loading.batches(loaded, batch, failed):
-            stop()
-            # Always the same batch size: kernels chosen by size would round differently.
-            if len(images) < batch:
-                images = np.concatenate([images, np.repeat(images[-1:], batch - len(images), 0)])
-            # Turned round while they are bytes.
+    # Maps are reduced in the hook, before later layers can overwrite them: in-place activations are safe.
+    with inplace_activations(model), capture(model, layers, each=reduce) as forward, torch.no_grad():
+        for items, images in image_loading.batches(loaded, batch_size, failed):
+            context.stop()
+            # Pad to the full batch size: kernels that are chosen by batch size round differently.
+            if len(images) < batch_size:
+                images = np.concatenate([images, np.repeat(images[-1:], batch_size - len(images), 0)])
+            # Change the memory format before the conversion to float, while there are fewer bytes to move.
             full = torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last)
             forward(full.float().div_(255))
             torch.cat(parts, -1, out=joined)
             yield np.array([item.index for item in items]), joined[:, : len(items)].cpu().numpy()
 
 
-def ranges_of(
-    model: Model, layers: Sequence[Layer], dataset: Dataset, config: ExamplesConfig, sample: Sequence[int]
-) -> HistogramRange:
-    """Ranges of histograms and centres of squares, from the photographs of a first sample."""
-    channels = [layer.channels for layer in layers]
-    loaded = image_loading.load(dataset, sample, model.recipe)
-    found = [
-        array.copy()
-        for _, array in reduced(model, layers, loaded, config.batch, np.zeros(sum(channels)), Reducer(False), [])
-    ]
-    joined = np.concatenate([np.zeros((5, 0, sum(channels)), np.float32), *found], 1)
-    return HistogramRange.measured(
-        joined[spatial_stats.PEAK], joined[spatial_stats.LOW], joined[spatial_stats.SHIFT], channels
+def measure_ranges(context: PassContext, sample: Sequence[int]) -> HistogramRange:
+    """Measure the ranges of histograms and the centers of squares on a first sample of images."""
+    channels = [layer.channels for layer in context.layers]
+    loaded = image_loading.load_images(context.dataset, sample, context.model.preprocessing)
+    batches = reduce_batches(context, loaded, np.zeros(sum(channels)), Reducer(False), [])
+    reduced = [values.copy() for _, values in batches]
+    joined = np.concatenate([np.zeros((5, 0, sum(channels)), np.float32), *reduced], 1)
+    return HistogramRange.from_sample(
+        joined[spatial_stats.MAXIMUM], joined[spatial_stats.MINIMUM], joined[spatial_stats.MEAN_DEVIATION], channels
     )
 
 
-def sweep(
-    model: Model,
-    layers: Sequence[Layer],
-    dataset: Dataset,
-    indices: Iterable[int],
-    config: ExamplesConfig,
-    ranges: HistogramRange,
-    drawn: ImageSubsets,
-    stop: Callable[[], None] = lambda: None,
-    threads: int = 2,
-) -> PassResult:
-    """Examples and statistics of all channels of `layers` over the photographs `indices`."""
-    compile = config.compiles(len(dataset.photos), len(layers))
-    gathering = PassAccumulator([layer.channels for layer in layers], config, ranges, drawn, dataset.sources, compile)
-    reducer = Reducer(compile)
-    failed: list[tuple[int, str]] = []
-    loaded = image_loading.load(dataset, indices, model.recipe, threads)
-    collect(gathering, reduced(model, layers, loaded, config.batch, ranges.centre, reducer, failed, stop))
-    return gathering.swept(failed)
+def sweep(context: PassContext, indices: Iterable[int], ranges: HistogramRange, subsets: ImageSubsets) -> PassResult:
+    """Run the first pass over the images `indices`.
 
-
-def collect(gathering: PassAccumulator, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Add what `reduced` gives, many photographs at a time, in memory that is used again.
-
-    Fresh memory for every batch would scatter the network's own, which then runs slower. All of it beside the
-    network would take from it what it wins.
+    Args:
+        context: Network, layers, dataset and settings.
+        indices: Images to read.
+        ranges: Ranges and scales of the channels; the same for all parts of a pass.
+        subsets: Images for which activations or bins are stored.
     """
-    rows, block, filled = np.empty(HELD, np.int64), np.empty((5, 0, 0), np.float32), 0
-    for indices, values in pieces:
-        if not block.size:
-            block = np.empty((5, HELD, values.shape[2]), np.float32)
+    dataset, config, layers = context.dataset, context.config, context.layers
+    compile = config.should_compile(len(dataset.images), len(layers))
+    channels = [layer.channels for layer in layers]
+    accumulator = PassAccumulator(channels, config, ranges, subsets, dataset.sources, compile)
+    failed: list[tuple[int, str]] = []
+    loaded = image_loading.load_images(dataset, indices, context.model.preprocessing, context.threads)
+    collect(accumulator, reduce_batches(context, loaded, ranges.centre, Reducer(compile), failed))
+    return accumulator.result(failed)
+
+
+def collect(accumulator: PassAccumulator, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Add the batches of `reduce_batches` to an accumulator, `BUFFER_IMAGES` images at a time.
+
+    The buffer is reused: fresh memory for every batch would fragment that of the network, which then runs slower.
+    """
+    rows = np.empty(BUFFER_IMAGES, np.int64)
+    buffer = np.empty((5, 0, 0), np.float32)
+    filled = 0
+    for indices, values in batches:
+        if not buffer.size:
+            buffer = np.empty((5, BUFFER_IMAGES, values.shape[2]), np.float32)
         start = 0
         while start < len(indices):
-            count = min(HELD - filled, len(indices) - start)
+            count = min(BUFFER_IMAGES - filled, len(indices) - start)
             rows[filled : filled + count] = indices[start : start + count]
-            block[:, filled : filled + count] = values[:, start : start + count]
+            buffer[:, filled : filled + count] = values[:, start : start + count]
             filled, start = filled + count, start + count
-            if filled == HELD:
-                gathering.add(rows, block)
+            if filled == BUFFER_IMAGES:
+                accumulator.add(rows, buffer)
                 filled = 0
     if filled:
-        gathering.add(rows[:filled], block[:, :filled])
+        accumulator.add(rows[:filled], buffer[:, :filled])
 
 
-def merge(sweeps: Iterable[PassResult], k: int, sources: np.ndarray | None) -> PassResult:
-    """One result from several over disjoint photographs, in any order; one is held in memory at a time."""
+def merge(results: Iterable[PassResult], k: int, sources: np.ndarray | None) -> PassResult:
+    """Merge results over disjoint sets of images, in any order; at most two are in memory at a time.
+
+    Args:
+        results: At least one result.
+        k: Length of the lists.
+        sources: Source of every image of the dataset; None if each image is its own source.
+    """
     total: PassResult | None = None
-    for one in sweeps:
-        if total is None:
-            total = one
-            continue
-        responses = [(total.responses_index, total.responses), (one.responses_index, one.responses)]
-        codes = [(total.codes_index, total.codes), (one.codes_index, one.codes)]
-        total = PassResult(
-            {name: topk.merge([total.tops[name], one.tops[name]], k, sources) for name in LISTS},
-            total.tally + one.tally,
-            *_sorted(responses, one.responses[:0]),
-            *_sorted(codes, one.codes[:0]),
-            tuple(sorted(total.failed + one.failed)),
-        )
+    for result in results:
+        total = result if total is None else _merge_two(total, result, k, sources)
     assert total is not None
     return total
+
+
+def _merge_two(a: PassResult, b: PassResult, k: int, sources: np.ndarray | None) -> PassResult:
+    responses_index, responses = _sort_by_index(
+        [(a.responses_index, a.responses), (b.responses_index, b.responses)], b.responses[:0]
+    )
+    codes_index, codes = _sort_by_index([(a.codes_index, a.codes), (b.codes_index, b.codes)], b.codes[:0])
+    return PassResult(
+        tops={name: topk.merge([a.tops[name], b.tops[name]], k, sources) for name in LISTS},
+        tally=a.tally + b.tally,
+        responses_index=responses_index,
+        responses=responses,
+        codes_index=codes_index,
+        codes=codes,
+        failed=tuple(sorted(a.failed + b.failed)),
+    )

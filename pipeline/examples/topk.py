@@ -1,8 +1,8 @@
-"""The k best photographs of every channel: exact, and the same however the work was split.
+"""Top-k lists of dataset images for every channel: exact, and independent of how the work was split.
 
-The order is total: higher value first, then lower image index. Value and index together make one whole number,
-the *key*, so that the order needs no rule for ties and sorting is sorting of integers. Photographs of one source
-picture (crops of it) stand for one another: only the best of them enters a list. Lists of any ranges can be merged.
+The order is total: higher value first, then lower image index. Value and index are packed into one integer, the *key*,
+so that sorting keys needs no rule for ties. Images from the same source (crops of one image) are alternatives: only
+the best of them enters a list. Lists over disjoint sets of images can be merged in any order.
 """
 
 from collections.abc import Sequence
@@ -10,92 +10,116 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-NONE = np.iinfo(np.int64).min  # the key of an empty place
-_INDEX = 0xFFFFFFFF
-DENSE = 4  # where more than one value in so many may enter a list, all are tried
+EMPTY_KEY = np.iinfo(np.int64).min
+_INDEX_MASK = 0xFFFFFFFF
+
+# Rebuild all lists at once when more than one in `DENSE` of the new values could enter a list; otherwise update only
+# the lists of the channels concerned.
+DENSE = 4
 
 
-def keys_of(values: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """float32 values of the photographs `indices` (of a shape that goes with theirs) → int64 keys, larger is better.
+def encode(values: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Pack values and image indices into keys; a larger key is better.
 
-    The bits of a float, read as a whole number, are in the order of the floats once those of negative ones are
-    turned round. Values must not be NaN.
+    The bits of a float, read as an integer, are in the order of the floats once those of negative floats are inverted.
+
+    Args:
+        values: float32 values without NaN.
+        indices: Image indices, of a shape that broadcasts with that of `values`.
+
+    Returns:
+        int64 keys.
     """
     bits = (values.astype(np.float32, copy=False) + np.float32(0)).view(np.int32)  # −0 becomes 0
     ordered = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
-    return (ordered.astype(np.int64) << 32) | (_INDEX - indices.astype(np.int64))
+    return (ordered.astype(np.int64) << 32) | (_INDEX_MASK - indices.astype(np.int64))
 
 
 def decode(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(value float32, index int32) of keys; NaN and −1 in empty places."""
+    """Return (values float32, image indices int32) of keys; NaN and −1 for empty entries."""
     ordered = (keys >> 32).astype(np.int32)
     value = (ordered ^ ((ordered >> 31) & np.int32(0x7FFFFFFF))).view(np.float32)
-    empty = keys == NONE
-    index = np.where(empty, -1, _INDEX - (keys & _INDEX)).astype(np.int32)
-    return np.where(empty, np.float32(np.nan), value), index
+    is_empty = keys == EMPTY_KEY
+    index = np.where(is_empty, -1, _INDEX_MASK - (keys & _INDEX_MASK)).astype(np.int32)
+    return np.where(is_empty, np.float32(np.nan), value), index
 
 
 def empty(channels: int, k: int) -> np.ndarray:
-    """(C, k) keys of lists that nothing has entered yet."""
-    return np.full((channels, k), NONE, np.int64)
+    """Return the keys of empty lists, (C, k)."""
+    return np.full((channels, k), EMPTY_KEY, np.int64)
 
 
-def best_of(keys: np.ndarray, k: int, sources: np.ndarray | None = None) -> np.ndarray:
-    """(C, k) best of (C, n) keys in any order, best first, at most one of a source.
+def select_best(keys: np.ndarray, k: int, sources: np.ndarray | None = None) -> np.ndarray:
+    """Return the k best keys of each channel, best first, at most one per source.
 
-    `sources` (images,) says which source each photograph of the dataset comes from; None where each is its own.
+    Args:
+        keys: Keys in any order, (C, n).
+        k: Length of the lists; shorter ones are padded with empty entries.
+        sources: Source of every image of the dataset, (images,); None if each image is its own source.
+
+    Returns:
+        Keys (C, k).
     """
     if sources is not None:
-        keys = _once(keys, sources)
-    ordered = torch.from_numpy(np.ascontiguousarray(keys)).topk(min(k, keys.shape[1]), dim=1).values.numpy()
-    if ordered.shape[1] < k:
-        ordered = np.concatenate([ordered, empty(len(ordered), k - ordered.shape[1])], 1)
-    return ordered
+        keys = _deduplicate(keys, sources)
+    best = torch.from_numpy(np.ascontiguousarray(keys)).topk(min(k, keys.shape[1]), dim=1).values.numpy()
+    if best.shape[1] < k:
+        best = np.concatenate([best, empty(len(best), k - best.shape[1])], 1)
+    return best
 
 
 def merge(lists: Sequence[np.ndarray], k: int, sources: np.ndarray | None = None) -> np.ndarray:
-    """One list from several over disjoint photographs."""
-    return best_of(np.concatenate(list(lists), 1), k, sources)
+    """Merge lists over disjoint sets of images into one of length k; see `select_best`."""
+    return select_best(np.concatenate(list(lists), 1), k, sources)
 
 
-def extended(
-    tops: np.ndarray, values: np.ndarray, indices: np.ndarray, sources: np.ndarray | None = None
-) -> np.ndarray:
-    """`tops` with (n, C) values of photographs `indices` merged in; channels that none can enter are left alone."""
+def update(tops: np.ndarray, values: np.ndarray, indices: np.ndarray, sources: np.ndarray | None = None) -> np.ndarray:
+    """Return lists with the values of further images merged in.
+
+    Args:
+        tops: Keys of the lists so far, (C, k).
+        values: Values of n images, (n, C).
+        indices: Indices of the images, (n,).
+        sources: Source of every image of the dataset; None if each image is its own source.
+
+    Returns:
+        Keys (C, k); `tops` itself if no value can enter a list.
+    """
     last, _ = decode(tops[:, -1])
-    # A value equal to the last may have a lower index. Most values are below, and cost this comparison only.
-    enters = np.ascontiguousarray((values >= np.where(np.isnan(last), np.float32(-np.inf), last)).T)
-    found = np.flatnonzero(enters)
-    if not len(found):
+    # A value equal to the last one may have a lower index. Most values are lower, and cost only this comparison.
+    is_candidate = np.ascontiguousarray((values >= np.where(np.isnan(last), np.float32(-np.inf), last)).T)
+    candidates = np.flatnonzero(is_candidate)
+    if not len(candidates):
         return tops
-    if sources is None and len(found) > enters.size // DENSE:
-        return best_of(np.concatenate([tops, keys_of(np.ascontiguousarray(values.T), indices)], 1), tops.shape[1])
-    channel, image = np.divmod(found, enters.shape[1])
-    counts = np.count_nonzero(enters, axis=1)
+    if sources is None and len(candidates) > is_candidate.size // DENSE:
+        return select_best(np.concatenate([tops, encode(np.ascontiguousarray(values.T), indices)], 1), tops.shape[1])
+    channel, image = np.divmod(candidates, is_candidate.shape[1])
+    counts = np.count_nonzero(is_candidate, axis=1)
     rows = np.flatnonzero(counts)
     counts = counts[rows]
     starts = np.cumsum(counts) - counts
-    keys = keys_of(values[image, channel], indices[image])
+    keys = encode(values[image, channel], indices[image])
     if sources is not None:
-        # Crops of a picture mostly follow one another: the best of each run first, or dedupe compares them all.
-        own = sources[indices[image]]
-        runs = np.flatnonzero(np.r_[True, (own[1:] != own[:-1]) | (channel[1:] != channel[:-1])])
+        # Crops of one image are mostly adjacent. Reducing each run to its best key first spares `_deduplicate` the
+        # comparison of all of them.
+        source = sources[indices[image]]
+        runs = np.flatnonzero(np.r_[True, (source[1:] != source[:-1]) | (channel[1:] != channel[:-1])])
         keys, channel = np.maximum.reduceat(keys, runs), channel[runs]
         rows, starts, counts = np.unique(channel, return_index=True, return_counts=True)
-    new = np.full((len(rows), counts.max()), NONE, np.int64)
+    new = np.full((len(rows), counts.max()), EMPTY_KEY, np.int64)
     row = np.repeat(np.arange(len(rows)), counts)
     new[row, np.arange(len(keys)) - starts[row]] = keys
     merged = tops.copy()
-    merged[rows] = best_of(np.concatenate([tops[rows], new], 1), tops.shape[1], sources)
+    merged[rows] = select_best(np.concatenate([tops[rows], new], 1), tops.shape[1], sources)
     return merged
 
 
-def _once(keys: np.ndarray, sources: np.ndarray) -> np.ndarray:
-    """(C, n) keys with all but the best of each source emptied; best first."""
+def _deduplicate(keys: np.ndarray, sources: np.ndarray) -> np.ndarray:
+    """Return keys (C, n) in descending order, with all but the best key of each source emptied."""
     ordered = np.sort(keys, axis=1)[:, ::-1]
     _, index = decode(ordered)
     source = np.where(index >= 0, sources[np.maximum(index, 0)], -1 - np.arange(index.shape[1]))
-    repeat = np.zeros(ordered.shape, bool)
+    is_repeated = np.zeros(ordered.shape, bool)
     for column in range(1, ordered.shape[1]):
-        repeat[:, column] = (source[:, :column] == source[:, column : column + 1]).any(1)
-    return np.where(repeat, NONE, ordered)
+        is_repeated[:, column] = (source[:, :column] == source[:, column : column + 1]).any(1)
+    return np.where(is_repeated, EMPTY_KEY, ordered)

@@ -1,1 +1,1 @@
-"""Compiled CPU loops, their build, and settings of the memory allocator."""
+"""Compiled C loops for the CPU, their build, and the settings of the memory allocator."""

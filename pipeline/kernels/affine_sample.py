@@ -1,8 +1,9 @@
-"""Pictures seen through a matrix: bilinear, with what lies beyond the edge reflected.
+"""Bilinear affine resampling of images with reflection at the borders.
 
-`grid_sample` writes down where every pixel comes from, reads that again, and gives its picture in a layout that the
-network has to turn round. sampling.c does it picture by picture in the processor's nearest, all channels of a pixel at
-once and straight into the network's layout; the step of an early layer waited a sixth of its time for `grid_sample`.
+`torch.nn.functional.grid_sample` writes a coordinate for every pixel, reads them again, and returns its images in a
+layout that the network has to convert. affine_sample.c processes one image at a time in the CPU cache, all channels of
+a pixel at once, and writes channels-last directly. With `grid_sample` the resampling took a sixth of a step of an early
+layer.
 """
 
 import ctypes
@@ -18,26 +19,40 @@ from pipeline.kernels import build
 
 Size = tuple[int, int]
 
-# The longest row and the most channels that sampling.c has room for.
-WIDE, DEEP = 2048, 4
+# Longest output row and most channels that the buffers of affine_sample.c have room for.
+MAX_WIDTH, MAX_CHANNELS = 2048, 4
 
 
 def sample(images: Tensor, matrix: Tensor, size: Size) -> Tensor:
-    """(B, C, H, W) seen through `matrix` (B, 3, 3; output → input pixels from the centre) as (B, C, *size)."""
-    fits = images.device.type == "cpu" and images.dtype == torch.float32 and size[1] <= WIDE and images.shape[1] <= DEEP
-    loop = _loop() if fits else None
+    """Resample images through an affine matrix, in C where possible.
+
+    Args:
+        images: (B, C, H, W).
+        matrix: (B, 3, 3); maps output to input coordinates, both in pixels from the image center.
+        size: Height and width of the output in pixels.
+
+    Returns:
+        (B, C, *size). The gradient is propagated to `images`, not to `matrix`.
+    """
+    supported = (
+        images.device.type == "cpu"
+        and images.dtype == torch.float32
+        and size[1] <= MAX_WIDTH
+        and images.shape[1] <= MAX_CHANNELS
+    )
+    loop = _loop() if supported else None
     if loop is None:
-        return by_grid(images, matrix, size)
+        return sample_with_pytorch(images, matrix, size)
     return _Sample.apply(images, matrix[:, :2].to(torch.float32).contiguous(), size, loop)
 
 
-def by_grid(images: Tensor, matrix: Tensor, size: Size) -> Tensor:
-    """The same by PyTorch's own operations, on any device."""
+def sample_with_pytorch(images: Tensor, matrix: Tensor, size: Size) -> Tensor:
+    """Compute `sample` with PyTorch operations, on any device."""
     height, width = images.shape[-2:]
-    # From pixels about the centre to grid_sample's [-1, 1]: of the output on the right, of the input on the left.
-    to = matrix.new_tensor([2 / width, 2 / height]).view(1, 2, 1)
-    of = matrix.new_tensor([size[1] / 2, size[0] / 2, 1.0]).view(1, 1, 3)
-    theta = matrix[:, :2, :] * to * of
+    # grid_sample takes coordinates in [-1, 1]: scale from pixels on the output side and to pixels on the input side.
+    input_scale = matrix.new_tensor([2 / width, 2 / height]).view(1, 2, 1)
+    output_scale = matrix.new_tensor([size[1] / 2, size[0] / 2, 1.0]).view(1, 1, 3)
+    theta = matrix[:, :2, :] * input_scale * output_scale
     grid = F.affine_grid(theta.to(images.dtype), [*images.shape[:2], *size], align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
@@ -47,8 +62,11 @@ _Loop = Callable[..., int]
 
 @functools.cache
 def _loop() -> _Loop | None:
-    """sampling.c: what is read, the matrices, what is written, whether backwards, and six sizes."""
-    library = build.library("affine_sample")
+    """Return `sample` of affine_sample.c, or None if it cannot be compiled.
+
+    Its arguments are the source, the matrices, the target, a flag for the backward direction, and six sizes.
+    """
+    library = build.load_library("affine_sample")
     if library is None:
         return None
     library.sample.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int] + [ctypes.c_ssize_t] * 6
@@ -61,20 +79,20 @@ class _Sample(torch.autograd.Function):
     def forward(ctx: Any, images: Tensor, matrix: Tensor, size: Size, loop: _Loop) -> Tensor:
         images = images.contiguous()
         view = images.new_empty(len(images), *size, images.shape[1])
-        ctx.matrix, ctx.numbers, ctx.loop = matrix, (*images.shape, *size), loop
-        _Sample.run(ctx, images, view, backwards=False)
+        ctx.matrix, ctx.sizes, ctx.loop = matrix, (*images.shape, *size), loop
+        _Sample.run(ctx, images, view, backward=False)
         return view.permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = grads
-        gradient = gradient.to(torch.float32).permute(0, 2, 3, 1).contiguous()
-        found = gradient.new_empty(ctx.numbers[:4])
-        _Sample.run(ctx, gradient, found, backwards=True)
-        return found, None, None, None
+        (view_gradient,) = grads
+        view_gradient = view_gradient.to(torch.float32).permute(0, 2, 3, 1).contiguous()
+        image_gradient = view_gradient.new_empty(ctx.sizes[:4])
+        _Sample.run(ctx, view_gradient, image_gradient, backward=True)
+        return image_gradient, None, None, None
 
     @staticmethod
-    def run(ctx: Any, read: Tensor, written: Tensor, *, backwards: bool) -> None:
-        """The loop, from one tensor to another."""
-        if not ctx.loop(read.data_ptr(), ctx.matrix.data_ptr(), written.data_ptr(), backwards, *ctx.numbers):
-            raise MemoryError("no room for a picture to be looked at")
+    def run(ctx: Any, source: Tensor, target: Tensor, *, backward: bool) -> None:
+        """Call the C loop from `source` to `target`."""
+        if not ctx.loop(source.data_ptr(), ctx.matrix.data_ptr(), target.data_ptr(), backward, *ctx.sizes):
+            raise MemoryError("There is not enough memory to resample an image.")

@@ -1,7 +1,7 @@
-"""Loops in C, compiled for this very processor by whatever C compiler there is; None where there is none.
+"""Compile the C loops of this package for the present CPU, with any C compiler.
 
-A module with such a loop has it in a file of its own name (reduction.py, reduction.c) and the same lines in PyTorch
-beside it, which run where nothing can be compiled. It takes half a second, so every process does it anew.
+Each loop NAME.c has a PyTorch implementation of the same computation, which is used where nothing can be compiled.
+Compiling takes about half a second, so every process compiles anew.
 """
 
 import ctypes
@@ -15,8 +15,8 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-# Its threads are PyTorch's own: the symbols of OpenMP are there already. Nothing is contracted, so that a loop gives
-# the same bits with every compiler.
+# -fopenmp: PyTorch has already loaded an OpenMP runtime, and the loops use its threads.
+# -ffp-contract=off: no fused multiply-add, so that results are bit-identical with every compiler.
 FLAGS = (
     "-O3",
     "-march=native",
@@ -30,10 +30,15 @@ FLAGS = (
 
 
 @functools.cache
-def library(name: str, fused: bool = False) -> ctypes.CDLL | None:
-    """NAME.c of this package, compiled; None where that does not work, which the log says.
+def load_library(name: str, fused: bool = False) -> ctypes.CDLL | None:
+    """Compile and load NAME.c of this package.
 
-    `fused` lets a product and a sum be one instruction that rounds once, where there is one.
+    Args:
+        name: File name of the source, without its suffix.
+        fused: Allow fused multiply-add instructions, which round once instead of twice.
+
+    Returns:
+        The loaded library, or None if it cannot be compiled; the reason is logged.
     """
     source = Path(__file__).with_name(f"{name}.c")
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
@@ -45,6 +50,6 @@ def library(name: str, fused: bool = False) -> ctypes.CDLL | None:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
             return ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
-        said = str(getattr(error, "stderr", None) or error).strip().splitlines()
-        log.info("%s.c stays uncompiled, and its work takes longer: %s", name, said[0])
+        messages = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        log.info("%s.c cannot be compiled; a slower PyTorch implementation is used: %s", name, messages[0])
         return None

@@ -1,50 +1,55 @@
-/* One reading of a layer's maps: reduction.py says what for. No sum is split among threads or lanes, and nothing is
-   contracted (-ffp-contract=off), so that every machine and every number of threads gives the same bits. */
+/* Spatial statistics of activation maps in one pass over memory; see spatial_stats.py. No sum is split among threads or
+   lanes, and products and sums are not fused (-ffp-contract=off): results are bit-identical on every machine and with
+   any number of threads. */
 #include <math.h>
 #include <stddef.h>
 
-enum { WIDE = 256, TOGETHER = 256 };
+enum { BLOCK = 256, CHUNK = 256 };
 
-/* Maps (B, P, C) and centres (C,) to (5, B, C): largest, smallest, mean d, mean d*d, share above 0. A row of channels
-   is read as it lies in memory, and its running numbers stay in the processor's nearest. */
-void reduce(const float *restrict maps, const float *restrict centres, float *restrict found, ptrdiff_t B, ptrdiff_t P,
+/* Reduce maps (B, P, C) to (5, B, C): maximum, minimum, mean d, mean d*d and share above 0, where d = map - center and
+   centers are (C,). Channels are processed in blocks whose accumulators stay in the L1 cache. */
+void reduce(const float *restrict maps, const float *restrict centers, float *restrict output, ptrdiff_t B, ptrdiff_t P,
             ptrdiff_t C) {
 #pragma omp parallel for schedule(static)
     for (ptrdiff_t b = 0; b < B; b++)
-        for (ptrdiff_t from = 0; from < C; from += WIDE) {
-            const ptrdiff_t n = C - from < WIDE ? C - from : WIDE;
-            const float *centre = centres + from;
-            float peak[WIDE], low[WIDE], first[WIDE], second[WIDE], above[WIDE];
-            double shift[WIDE], square[WIDE], positive[WIDE];
+        for (ptrdiff_t channel = 0; channel < C; channel += BLOCK) {
+            const ptrdiff_t n = C - channel < BLOCK ? C - channel : BLOCK;
+            const float *center = centers + channel;
+            float maximum[BLOCK], minimum[BLOCK], deviation[BLOCK], square[BLOCK], positive[BLOCK];
+            double total_deviation[BLOCK], total_square[BLOCK], total_positive[BLOCK];
             for (ptrdiff_t i = 0; i < n; i++) {
-                peak[i] = -INFINITY, low[i] = INFINITY;
-                shift[i] = square[i] = positive[i] = 0;
+                maximum[i] = -INFINITY, minimum[i] = INFINITY;
+                total_deviation[i] = total_square[i] = total_positive[i] = 0;
             }
-            for (ptrdiff_t start = 0; start < P; start += TOGETHER) {
-                const ptrdiff_t end = P - start < TOGETHER ? P : start + TOGETHER;
-                for (ptrdiff_t i = 0; i < n; i++) first[i] = second[i] = above[i] = 0;
+            for (ptrdiff_t start = 0; start < P; start += CHUNK) {
+                const ptrdiff_t end = P - start < CHUNK ? P : start + CHUNK;
+                for (ptrdiff_t i = 0; i < n; i++) deviation[i] = square[i] = positive[i] = 0;
                 for (ptrdiff_t p = start; p < end; p++) {
-                    const float *row = maps + (b * P + p) * C + from;
+                    const float *row = maps + (b * P + p) * C + channel;
                     for (ptrdiff_t i = 0; i < n; i++) {
-                        const float x = row[i], d = x - centre[i];
-                        peak[i] = x > peak[i] ? x : peak[i];
-                        low[i] = x < low[i] ? x : low[i];
-                        first[i] += d;
-                        second[i] += d * d;
-                        above[i] += x > 0 ? 1.0f : 0.0f;
+                        const float x = row[i], d = x - center[i];
+                        maximum[i] = x > maximum[i] ? x : maximum[i];
+                        minimum[i] = x < minimum[i] ? x : minimum[i];
+                        deviation[i] += d;
+                        square[i] += d * d;
+                        positive[i] += x > 0 ? 1.0f : 0.0f;
                     }
                 }
-                for (ptrdiff_t i = 0; i < n; i++) shift[i] += first[i], square[i] += second[i], positive[i] += above[i];
+                for (ptrdiff_t i = 0; i < n; i++) {
+                    total_deviation[i] += deviation[i];
+                    total_square[i] += square[i];
+                    total_positive[i] += positive[i];
+                }
             }
-            float *out = found + b * C + from;
+            float *out = output + b * C + channel;
             for (ptrdiff_t i = 0; i < n; i++) {
-                /* Comparisons pass over what is no number; sums do not. */
-                const int number = shift[i] == shift[i];
-                out[i] = number ? peak[i] : NAN;
-                out[B * C + i] = number ? low[i] : NAN;
-                out[2 * B * C + i] = (float)(shift[i] / P);
-                out[3 * B * C + i] = (float)(square[i] / P);
-                out[4 * B * C + i] = (float)(positive[i] / P);
+                /* Comparisons ignore NaN, sums do not: a NaN sum marks maps that contain one. */
+                const int is_number = total_deviation[i] == total_deviation[i];
+                out[i] = is_number ? maximum[i] : NAN;
+                out[B * C + i] = is_number ? minimum[i] : NAN;
+                out[2 * B * C + i] = (float)(total_deviation[i] / P);
+                out[3 * B * C + i] = (float)(total_square[i] / P);
+                out[4 * B * C + i] = (float)(total_positive[i] / P);
             }
         }
 }

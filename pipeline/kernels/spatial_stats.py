@@ -1,9 +1,8 @@
-"""A layer's maps, reduced in one reading to five numbers an image and channel.
+"""Spatial statistics of activation maps: five numbers per image and channel, computed in one pass over the maps.
 
-The maps of all convolutions of a small network are tens of megabytes an image: reading them five times costs more
-than the network itself. reduction.c reads them once, row by row as they lie in memory, for which any C compiler is
-enough; on a GPU `torch.compile` makes one loop of the five reductions. Where there is no compiler, or compiling would
-not pay, the same lines run one after the other.
+The activation maps of all convolutions of a small network take tens of megabytes per image; reading them five times
+costs more than the network itself. spatial_stats.c reads them once, in memory order, on the CPU. On a GPU
+`torch.compile` fuses the five reductions into one kernel. Where neither works, the same operations run one by one.
 """
 
 import ctypes
@@ -21,51 +20,67 @@ from pipeline.kernels import build
 
 log = logging.getLogger(__name__)
 
-# What `reduce` returns, along its first axis.
-PEAK, LOW, SHIFT, SQUARE, POSITIVE = range(5)
+# Rows of the first axis of what `Reducer` returns.
+MAXIMUM, MINIMUM, MEAN_DEVIATION, MEAN_SQUARE, ACTIVE_SHARE = range(5)
 
 
-# Positions whose sums are float32, at most: few enough for their last bits, many enough that the sums of these weigh
-# nothing beside the maps.
-TOGETHER = 256
-
-
-@functools.cache
-def together(places: int) -> int:
-    """How many of a map's places are summed in float32: as many as divide it, within `TOGETHER`, and not all of it.
-
-    Not all, for the compiled loop wants more than one of everything.
-    """
-    return max((n for n in range(1, min(TOGETHER, places // 2) + 1) if places % n == 0), default=1)
-
-
-def parts(maps: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(B, n, P, C) maps in n parts of P positions → five (B, n, C): largest, smallest, Σd, Σd², count above 0.
-
-    d is the distance to `centre`, (C,): squares about a value near the mean do not cancel. Float32 sums are short,
-    and none is ever split among threads: its last bit is the same whoever computes it.
-    """
-    distance = maps - centre
-    above = (maps > 0).to(maps.dtype)
-    return maps.amax(2), maps.amin(2), distance.sum(2), (distance * distance).sum(2), above.sum(2)
-
-
-def whole(maps: Tensor, centre: Tensor, places: Tensor) -> Tensor:
-    """(B, n, P, C) maps of so many `places` (float64) → (5, B, C) float32: maximum, minimum, three means.
-
-    Sums over parts are float64, and rounded once.
-    """
-    peak, low, *sums = parts(maps, centre)
-    # Converted apart from the sum: the compiler makes vector code of this, and none of a sum of another type.
-    means = [(part.double().sum(1) / places).float() for part in sums]
-    return torch.stack([peak.amax(1), low.amin(1), *means])
+# Maximum number of positions that are summed in float32: few enough for small rounding errors, enough that the float64
+# sums over these chunks cost nothing compared with reading the maps.
+MAX_CHUNK = 256
 
 
 @functools.cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of tensors as one compiled loop, or as it is (said in the log) where compiling does not work here.
+def chunk_length(positions: int) -> int:
+    """Return how many positions of a map to sum in float32: their largest divisor within `MAX_CHUNK`.
 
-    Compiled once for all sizes above 1, with gradients off whoever calls: a loop compiled anew takes ten seconds.
+    At most half of the positions, because the compiled function requires every size to exceed 1.
+    """
+    return max((n for n in range(1, min(MAX_CHUNK, positions // 2) + 1) if positions % n == 0), default=1)
+
+
+def reduce_chunks(maps: Tensor, center: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Reduce each chunk of positions to its maximum, minimum, Σd, Σd² and number of values above 0.
+
+    d is the distance from `center`; squares about a value near the mean do not suffer from cancellation. The float32
+    sums are short and never split among threads, so that their bits do not depend on the number of threads.
+
+    Args:
+        maps: (B, n, P, C), in n chunks of P positions.
+        center: (C,).
+
+    Returns:
+        Five tensors (B, n, C).
+    """
+    distance = maps - center
+    positive = (maps > 0).to(maps.dtype)
+    return maps.amax(2), maps.amin(2), distance.sum(2), (distance * distance).sum(2), positive.sum(2)
+
+
+def reduce_maps(maps: Tensor, center: Tensor, positions: Tensor) -> Tensor:
+    """Reduce maps to their maximum, minimum, mean d, mean d² and share of values above 0.
+
+    Sums over chunks are float64 and rounded once.
+
+    Args:
+        maps: (B, n, P, C), in n chunks of P positions.
+        center: (C,).
+        positions: Number of positions of a map, n × P, as a float64 scalar.
+
+    Returns:
+        (5, B, C) float32.
+    """
+    maximum, minimum, *sums = reduce_chunks(maps, center)
+    # Convert before summing: the compiler vectorizes this, but not a sum into another dtype.
+    means = [(chunk_sum.double().sum(1) / positions).float() for chunk_sum in sums]
+    return torch.stack([maximum.amax(1), minimum.amin(1), *means])
+
+
+@functools.cache
+def compile_or_fallback(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` compiled with `torch.compile`, falling back to `function` itself where compiling fails.
+
+    It is compiled once for all sizes above 1, and always without gradients, because each compilation takes ten seconds.
+    A failure is logged.
     """
     fast = torch.compile(function, dynamic=True)
     works = True
@@ -75,10 +90,10 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         if works and all(size > 1 for tensor in tensors for size in tensor.shape):
             try:
                 with torch.no_grad(), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # the compiler's own, on a first shape
+                    warnings.simplefilter("ignore")  # warnings of the compiler itself, with the first shape
                     return fast(*tensors)
             except Exception as error:
-                # Whatever is wrong with compilers on this machine, the pass itself needs none.
+                # The dataset pass works without a compiler, whatever is wrong with the one of this machine.
                 log.info("%s runs uncompiled: %s", function.__name__, first_line(error))
                 works = False
         return function(*tensors)
@@ -87,37 +102,48 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def loop() -> Callable[[Tensor, Tensor], Tensor] | None:
-    """reduction.c: (B, P, C) maps and (C,) centres → (5, B, C), all float32 on the CPU; None where not compiled."""
-    library = build.library("spatial_stats")
+def load_c_loop() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return a wrapper of spatial_stats.c, or None if it cannot be compiled.
+
+    It takes maps (B, P, C) and centers (C,), and returns (5, B, C); all are float32 on the CPU.
+    """
+    library = build.load_library("spatial_stats")
     if library is None:
         return None
     reduce = library.reduce
     reduce.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_ssize_t] * 3
     reduce.restype = None
 
-    def call(maps: Tensor, centre: Tensor) -> Tensor:
-        maps, centre = maps.contiguous(), centre.contiguous()
-        found = maps.new_empty(5, maps.shape[0], maps.shape[2])
-        reduce(maps.data_ptr(), centre.data_ptr(), found.data_ptr(), *maps.shape)
-        return found
+    def call(maps: Tensor, center: Tensor) -> Tensor:
+        maps, center = maps.contiguous(), center.contiguous()
+        output = maps.new_empty(5, maps.shape[0], maps.shape[2])
+        reduce(maps.data_ptr(), center.data_ptr(), output.data_ptr(), *maps.shape)
+        return output
 
     return call
 
 
 class Reducer:
-    """Reduces maps, with a compiled loop if `compile`."""
+    """Reduce activation maps to five statistics.
+
+    Args:
+        compile: Whether to use the C loop on the CPU and `torch.compile` elsewhere.
+    """
 
     def __init__(self, compile: bool) -> None:
-        self._native = loop() if compile else None
-        self._whole: Callable[..., Any] = compiled(whole) if compile else whole
+        self._c_loop = load_c_loop() if compile else None
+        self._reduce_maps: Callable[..., Any] = compile_or_fallback(reduce_maps) if compile else reduce_maps
 
-    def __call__(self, maps: Tensor, centre: Tensor) -> Tensor:
-        """(B, C, H, W) maps → (5, B, C) float32: maximum, minimum, mean d, mean d², share of positions above 0."""
-        last = maps.permute(0, 2, 3, 1).float().flatten(1, 2)
-        on_cpu = last.device.type == "cpu"
-        if on_cpu and self._native:
-            return self._native(last, centre)
-        places = torch.tensor(float(last.shape[1]), dtype=torch.float64, device=last.device)
-        function = whole if on_cpu else self._whole
-        return function(last.unflatten(1, (-1, together(last.shape[1]))), centre, places)
+    def __call__(self, maps: Tensor, center: Tensor) -> Tensor:
+        """Return the statistics of maps (B, C, H, W) as (5, B, C) float32.
+
+        They are the maximum, minimum, mean d, mean d² and share of positions above 0, where d = map - `center`, and
+        `center` is (C,).
+        """
+        rows = maps.permute(0, 2, 3, 1).float().flatten(1, 2)
+        on_cpu = rows.device.type == "cpu"
+        if on_cpu and self._c_loop:
+            return self._c_loop(rows, center)
+        positions = torch.tensor(float(rows.shape[1]), dtype=torch.float64, device=rows.device)
+        function = reduce_maps if on_cpu else self._reduce_maps
+        return function(rows.unflatten(1, (-1, chunk_length(rows.shape[1]))), center, positions)

@@ -1,4 +1,4 @@
-"""Types that the compiled loops and their callers share."""
+"""Types shared by the compiled loops and their callers."""
 
-# The range of values that a rectifier passes unchanged: (lower, upper), None for no upper end.
-Limits = tuple[float, float | None]
+# Range of values that a rectifier passes unchanged: (lower, upper); an upper bound of None means unbounded.
+PassRange = tuple[float, float | None]

@@ -1,14 +1,16 @@
-"""Which units of one layer feed which of another, and how strongly: the *expanded weights* of circuits.
+"""Expanded weights: how strongly the channels of one layer are connected to those of the next.
 
-Where one layer feeds another directly, through normalisation, activation, pooling and the like only, the weight
-between two channels is a small kernel; its L2 norm says how strongly they are wired, the sign of its sum whether one
-excites or inhibits the other. After Cammarata et al. 2020, "Thread: Circuits", and Voss et al. 2021, "Visualizing
-Weights". A depthwise convolution that is no layer of its own is multiplied through; non-linearities are passed over,
-so numbers of different layers are not to be compared.
+Where one layer feeds another through channel-wise modules only (normalization, activation, pooling), the weights
+between two channels form a small kernel. The L2 norm of the kernel is the strength of the connection, and the sign of
+its sum is negative where one channel inhibits the other. See Cammarata et al. 2020, "Thread: Circuits", and Voss et
+al. 2021, "Visualizing Weights".
+
+Kernels are multiplied by the norms of depthwise convolutions between the two layers that are not themselves in the
+list of layers. Non-linearities are ignored, so strengths of different layers are not comparable.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,16 +20,31 @@ from pipeline.layers.finding import Layer
 from pipeline.layers.tracing import Call, Trace, kind_of
 from pipeline.models.loading import Model
 
-# What may lie between two layers without mixing channels.
-BETWEEN = ("norm", "activation", "pool", "dropout", "dropout1d", "dropout2d", "flatten", "identity", "droppath")
-KEPT = 8
+# Kinds of modules (`kind_of`) that do not mix channels.
+CHANNELWISE = (
+    "norm",
+    "activation",
+    "pool",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "flatten",
+    "identity",
+    "droppath",
+)
+# Number of connections that are stored for each channel.
+NUM_CONNECTIONS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Connectivity:
-    """For each channel of a layer the `KEPT` channels of `layer` that it is wired to most, strongest first.
+    """The strongest connections of each channel of one layer with the channels of another, strongest first.
 
-    `channel` (C, k) int32, −1 where there are fewer; `norm` and `sum` (C, k) float32 of the kernels between them.
+    Attributes:
+        layer: Name of the other layer.
+        channel: Channels of the other layer, (C, k) int32 with k at most `NUM_CONNECTIONS`; -1 where the norm is 0.
+        norm: L2 norms of the kernels, (C, k) float32.
+        sum: Sums of the kernels, (C, k) float32.
     """
 
     layer: str
@@ -36,89 +53,106 @@ class Connectivity:
     sum: np.ndarray
 
 
-def wires(model: Model, layers: Sequence[Layer]) -> tuple[dict[str, Connectivity], dict[str, Connectivity]]:
-    """(inputs, outputs) by layer name, for those of `layers` that another one of them feeds or that feed another.
+def find_connectivity(model: Model, layers: Sequence[Layer]) -> tuple[dict[str, Connectivity], dict[str, Connectivity]]:
+    """Return the connections between layers that feed each other directly.
 
-    Where a layer feeds several, the first of them counts.
+    Args:
+        model: The network.
+        layers: The layers between which connections are searched; only convolutions and linear layers count.
+
+    Returns:
+        Two dictionaries by layer name: connections to the channels that a layer reads, and to the channels that read
+        it. A layer without such a neighbor is missing. Where a layer feeds several, the first one counts.
     """
     trace = Trace(model)
-    known = {layer.name: layer for layer in layers if layer.kind in ("conv", "linear")}
-    made = _producers(trace)
+    weighted = {layer.name: layer for layer in layers if layer.kind in ("conv", "linear")}
+    producers = _producers(trace)
     inputs: dict[str, Connectivity] = {}
     outputs: dict[str, Connectivity] = {}
     for call in trace.calls:
         name = call.name
-        if name not in known or not call.inputs:
+        if name not in weighted or not call.inputs:
             continue
-        found = _source(trace, made, call, known)
-        if found is None:
+        source_and_scale = _source(trace, producers, call, weighted)
+        if source_and_scale is None:
             continue
-        source, through = found
-        kernels = expanded(trace.modules[call.path], known[source].channels)
-        if kernels is None:
+        source, scale = source_and_scale
+        weights = expanded_weights(trace.modules[call.path], weighted[source].channels)
+        if weights is None:
             continue
-        norm, total = (part * through for part in kernels)
+        norm, total = weights[0] * scale, weights[1] * scale
         inputs[name] = _strongest(source, norm, total)
         outputs.setdefault(source, _strongest(name, norm.T, total.T))
     return inputs, outputs
 
 
-def expanded(module: nn.Module, channels: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """(L2 norm, sum) of the kernel between each output and each of `channels` input channels, (O, I) float32 each.
+def expanded_weights(module: nn.Module, channels: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the L2 norm and the sum of the kernel between each output and each input channel.
 
-    Groups that do not meet are zero. None for weights that are not those of a convolution or linear layer, or whose
-    inputs are no whole number of places of each channel.
+    Args:
+        module: A convolution or linear layer. A linear layer may read flattened maps (C × H × W).
+        channels: Number of input channels, I.
+
+    Returns:
+        Norms and sums, (O, I) float32 each; zero between channels of different groups. None for other modules,
+        transposed convolutions, and weights whose number of inputs is not a multiple of `channels`.
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() < 2 or getattr(module, "transposed", False):
         return None
-    held = weight.detach().float().cpu().flatten(2) if weight.dim() > 2 else weight.detach().float().cpu()[..., None]
+    kernels = weight.detach().float().cpu()
+    kernels = kernels.flatten(2) if weight.dim() > 2 else kernels[..., None]
     groups = int(getattr(module, "groups", 1))
-    outs, each = held.shape[:2]
-    if groups == 1 and each != channels and each % channels == 0:
-        held = held.reshape(outs, channels, -1)  # maps that were flattened, channel by channel
-        each = channels
-    if each * groups != channels:
+    num_outputs, per_group = kernels.shape[:2]
+    if groups == 1 and per_group != channels and per_group % channels == 0:
+        kernels = kernels.reshape(num_outputs, channels, -1)  # inputs are flattened maps, channel by channel
+        per_group = channels
+    if per_group * groups != channels:
         return None
-    norm, total = torch.zeros(outs, channels), torch.zeros(outs, channels)
+    norm, total = torch.zeros(num_outputs, channels), torch.zeros(num_outputs, channels)
     for group in range(groups):
-        rows = slice(group * outs // groups, (group + 1) * outs // groups)
-        columns = slice(group * each, (group + 1) * each)
-        norm[rows, columns] = held[rows].norm(dim=2)
-        total[rows, columns] = held[rows].sum(dim=2)
+        rows = slice(group * num_outputs // groups, (group + 1) * num_outputs // groups)
+        columns = slice(group * per_group, (group + 1) * per_group)
+        norm[rows, columns] = kernels[rows].norm(dim=2)
+        total[rows, columns] = kernels[rows].sum(dim=2)
     return norm.numpy(), total.numpy()
 
 
 def _producers(trace: Trace) -> dict[int, Call]:
-    """The call that each tensor came out of: the outermost that does not mix channels, or a convolution or the like."""
-    made: dict[int, Call] = {}
+    """Return for each tensor the outermost call of a channel-wise module, convolution or linear layer that made it."""
+    producers: dict[int, Call] = {}
     for call in trace.calls:
-        # A module that hands on what it was given produced nothing.
-        if call.output not in call.inputs and kind_of(trace.modules[call.path]) in (*BETWEEN, "conv", "linear"):
-            made[call.output] = call
-    return made
+        # A module that returns one of its inputs did not compute it.
+        if call.output in call.inputs:
+            continue
+        if kind_of(trace.modules[call.path]) in (*CHANNELWISE, "conv", "linear"):
+            producers[call.output] = call
+    return producers
 
 
-def _source(trace: Trace, made: dict[int, Call], call: Call, known: dict[str, Layer]) -> tuple[str, np.ndarray] | None:
-    """The layer that feeds `call`, and what depthwise convolutions on the way make of each of its channels."""
-    through: np.ndarray = np.ones(1, np.float32)
-    seen = made.get(call.inputs[0])
-    while seen is not None:
-        module = trace.modules[seen.path]
-        if seen.name in known:
-            return seen.name, through
+def _source(
+    trace: Trace, producers: Mapping[int, Call], call: Call, weighted: Mapping[str, Layer]
+) -> tuple[str, np.ndarray] | None:
+    """Return the layer that feeds `call`, and the factor for each of its channels by depthwise convolutions between."""
+    scale: np.ndarray = np.ones(1, np.float32)
+    producer = producers.get(call.inputs[0])
+    while producer is not None:
+        module = trace.modules[producer.path]
+        if producer.name in weighted:
+            return producer.name, scale
         if kind_of(module) in ("conv", "linear"):
-            channels = int(getattr(module, "groups", 0))
+            groups = int(getattr(module, "groups", 0))
             weight = getattr(module, "weight", None)
-            if channels < 2 or not isinstance(weight, Tensor) or len(weight) != channels:
-                return None
-            through = through * weight.detach().float().cpu().flatten(1).norm(dim=1).numpy()
-        seen = made.get(seen.inputs[0]) if seen.inputs else None
+            if groups < 2 or not isinstance(weight, Tensor) or len(weight) != groups:
+                return None  # not depthwise: channels are mixed
+            scale = scale * weight.detach().float().cpu().flatten(1).norm(dim=1).numpy()
+        producer = producers.get(producer.inputs[0]) if producer.inputs else None
     return None
 
 
 def _strongest(layer: str, norm: np.ndarray, total: np.ndarray) -> Connectivity:
-    count = min(KEPT, norm.shape[1])
+    """Select the largest norms of each row of (O, I) norms and sums."""
+    count = min(NUM_CONNECTIONS, norm.shape[1])
     order = np.argsort(-norm, axis=1, kind="stable")[:, :count]
     strength = np.take_along_axis(norm, order, 1)
     channel = np.where(strength > 0, order, -1).astype(np.int32)

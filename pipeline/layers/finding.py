@@ -1,32 +1,39 @@
-"""Find every layer of a network, and capture what it says.
+"""Enumerate the layers of a network, and capture their activations.
 
-A *layer* is one output of one module call. It is named by the module's path, with `#2` for the second call
-of a shared module. The name of a convolution or linear layer stands for its response **before the activation
-and after its own normalisation** when that follows directly; every other name stands for the module's output.
+A *layer* is one output of one module call. It is named by the path of the module, with "#2" for the second call of a
+shared module. A convolution or linear layer is read **before the activation function and after its own
+normalization**, if a normalization follows directly; any other layer is the output of its module.
 """
 
+import collections
 import contextlib
 import dataclasses
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pipeline.core.errors import AtlasError, nearest
-from pipeline.layers.layouts import Axes, Layout, Part, as_maps, checked, find_axes
+from pipeline.core.errors import AtlasError, nearest_names
+from pipeline.layers.layouts import Axes, Layout, Part, as_maps, find_axes, override_layout
 from pipeline.layers.tracing import Call, Trace, class_of, kind_of, modules_of, tensor_of
 from pipeline.models.loading import Model
+
+Side = Literal["in", "out"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ReceptiveField:
-    """Receptive field of a layer, in input pixels: unit (y, x) sees rows `stride[0]*y + offset[0]` and on.
+    """Receptive field of the units of a layer, in input pixels.
 
-    `size` is (height, width); `offset` is the first row and column that unit (0, 0) sees, negative where
-    padding begins.
+    Unit (y, x) depends on `size[0]` rows of the image, from row `stride[0] * y + offset[0]` on; columns likewise.
+
+    Attributes:
+        size: (height, width).
+        stride: Distance of the receptive fields of neighboring units, (rows, columns).
+        offset: First row and column that unit (0, 0) depends on; negative inside the padding.
     """
 
     size: tuple[int, int]
@@ -36,18 +43,31 @@ class ReceptiveField:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer, by where it is tapped (`module`, `call`, `side`) and what comes out there.
+    """One layer of a network: where its output is read, and the shape of its feature maps.
 
-    `prefix` and `grid` say how tokens become a map, `part` which of them do. `cost` is the number of
-    multiply-adds of one forward pass up to this layer; `field` is None where a unit sees the whole image, or
-    where nobody has asked yet. `alias` is the name that the literature uses, if it is another.
+    Attributes:
+        name: Module path, with "#2" for a second call.
+        kind: Kind of the module; see `tracing.kind_of`.
+        module: Path of the module that the hook is registered on; for a convolution it may be the normalization.
+        call: Number of the call of that module, from 1.
+        side: Whether the layer is the input or the output of that module.
+        layout: Axes of the tensor; see `layouts.as_maps`.
+        channels: Number of channels.
+        height: Height of the map for an image of the network's own size.
+        width: Width of the map for an image of the network's own size.
+        cost: Multiply-adds of one forward pass up to this layer.
+        field: Receptive field; None if a unit sees the whole image, or if it has not been computed.
+        prefix: Number of tokens at the start that are not patches (class, distillation and register tokens).
+        grid: (height, width) of the patches of a layer of tokens.
+        part: Which tokens make up the map.
+        alias: Name of the layer in the literature, if it differs.
     """
 
     name: str
     kind: str
     module: str
     call: int
-    side: Literal["in", "out"]
+    side: Side
     layout: Layout
     channels: int
     height: int
@@ -61,102 +81,151 @@ class Layer:
 
     @property
     def tap(self) -> list[Any]:
-        """All that says which numbers this layer gives, for digests."""
+        """All attributes that determine the values of this layer, for digests."""
         return [self.name, self.module, self.call, self.side, self.layout, self.prefix, self.grid, self.part]
 
     @property
     def spatial(self) -> bool:
-        """Whether the places of its map are places of the picture."""
+        """Whether positions in its map correspond to positions in the image."""
         patches = self.layout in ("tokens", "tokens_first", "flat") and self.grid is not None and self.part == "patches"
         return patches or self.layout in ("maps", "maps_last")
 
     def maps(self, output: Tensor, batch: int, size: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-        """What the tap gives for `batch` images, `size` times as large as the recipe's, as (B, C, H, W)."""
+        """Return the tensor at this layer as maps (B, C, H, W).
+
+        Args:
+            output: The tensor that the hook received.
+            batch: Number of images, B.
+            size: (height, width) of the images relative to the network's own input size.
+        """
         return as_maps(output, Axes(self.layout, self.prefix, self.grid), batch, self.part, size)
 
 
-class _Stop(Exception):
-    """Raised in a hook when all wanted layers were seen: what lies behind them is never run."""
+class _StopForward(Exception):
+    """Raised in a hook to end the forward pass after the last requested layer."""
 
 
 @contextlib.contextmanager
-def capture(model: Model, layers: Sequence[Layer], each: Any = None, stop: bool = True) -> Iterator[Any]:
-    """A function `forward(images) -> {layer name: (B, C, H, W)}`, whose hooks are gone on exit.
+def capture(
+    model: Model, layers: Sequence[Layer], each: Callable[[Layer, Tensor], Any] | None = None, stop: bool = True
+) -> Iterator[Callable[[Tensor], Any]]:
+    """Register hooks at layers and provide a function that returns their activations.
 
-    `images` are in [0, 1]. With `each`, every layer's output is handed to `each(layer, maps)` as soon as it
-    exists and is not kept. With `stop`, the network is not run past the last wanted layer.
+    The hooks are removed on exit.
+
+    Args:
+        model: The network.
+        layers: The layers to read.
+        each: Called as `each(layer, maps)` as soon as the output of a layer exists. The activations are then not
+            kept, and the values of the returned dictionaries are None.
+        stop: Whether to end the forward pass after the last of the layers.
+
+    Yields:
+        A function `forward(images)` that takes images (B, C, H, W) in [0, 1] and returns activations (B, C, H, W) by
+        layer name, float32 or the lower precision of the network. It raises `AtlasError` if the network does not
+        compute one of the layers for these images.
     """
-    modules = modules_of(model.module)
-    found: dict[str, Any] = {}
-    calls: dict[tuple[str, str], int] = {}
-    own, batch, size = model.recipe.size, 1, (1.0, 1.0)
-    running = False
-    handles: list[RemovableHandle] = []
-
-    def see(path: str, side: str, value: Any, wanted: dict[int, list[Layer]]) -> None:
-        if not running:
-            return  # another capture of the same network runs it, as in the estimate of an ensemble
-        calls[path, side] = call = calls.get((path, side), 0) + 1
-        tensor = tensor_of(value)
-        for layer in wanted.get(call, ()):
-            if tensor is None:
-                raise AtlasError(f"{layer.name} gives no tensor for these images. layers.exclude leaves it out.")
-            maps = layer.maps(tensor, batch, size)
-            if maps.dtype == torch.float64:
-                maps = maps.float()  # what follows computes in single precision
-            found[layer.name] = maps if each is None else None
-            if each is not None:
-                each(layer, maps)
-            elif not stop or len(found) < len(layers):
-                # The network goes on, and may add to this very tensor in place.
-                found[layer.name] = maps.clone()
-        if stop and len(found) == len(layers):
-            raise _Stop
-
-    taps: dict[tuple[str, str], dict[int, list[Layer]]] = {}
-    for layer in layers:
-        taps.setdefault((layer.module, layer.side), {}).setdefault(layer.call, []).append(layer)
+    recorder = _ActivationRecorder(model, layers, each, stop)
     try:
-        for (path, side), wanted in taps.items():
-
-            def before(_: nn.Module, args: Any, kwargs: Any, path: str = path, wanted: Any = wanted) -> None:
-                see(path, "in", (args, kwargs), wanted)
-
-            def after(_: nn.Module, __: Any, output: Any, path: str = path, wanted: Any = wanted) -> None:
-                see(path, "out", output, wanted)
-
-            module = modules[path]
-            handles.append(
-                module.register_forward_pre_hook(before, with_kwargs=True)
-                if side == "in"
-                else module.register_forward_hook(after)
-            )
-
-        def forward(images: Tensor) -> dict[str, Tensor]:
-            nonlocal batch, size, running
-            found.clear()
-            calls.clear()
-            batch, size = images.shape[0], (images.shape[-2] / own[0], images.shape[-1] / own[1])
-            images = images.contiguous(memory_format=model.memory_format)
-            running = True
-            try:
-                with contextlib.suppress(_Stop):
-                    model.module(model.normalise(images))
-            finally:
-                running = False
-            missing = [layer.name for layer in layers if layer.name not in found]
-            if missing:
-                raise AtlasError(
-                    f"{model.name} did not run {', '.join(missing[:3])} for these images: what it computes depends on "
-                    "them. layers.exclude leaves such layers out."
-                )
-            return dict(found)
-
-        yield forward
+        recorder.attach()
+        yield recorder.forward
     finally:
-        for handle in handles:
+        recorder.detach()
+
+
+class _ActivationRecorder:
+    """Forward hooks that collect the activations of layers during `forward`; see `capture` for the arguments."""
+
+    def __init__(
+        self, model: Model, layers: Sequence[Layer], each: Callable[[Layer, Tensor], Any] | None, stop: bool
+    ) -> None:
+        self.model, self.layers, self.each, self.stop = model, layers, each, stop
+        self._activations: dict[str, Tensor | None] = {}
+        self._num_calls: collections.Counter[tuple[str, Side]] = collections.Counter()
+        self._batch = 1
+        self._relative_size = (1.0, 1.0)
+        self._running = False
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Register one hook for each module and side."""
+        modules = modules_of(self.model.module)
+        taps: dict[tuple[str, Side], dict[int, list[Layer]]] = {}
+        for layer in self.layers:
+            taps.setdefault((layer.module, layer.side), {}).setdefault(layer.call, []).append(layer)
+        for tap, layers_by_call in taps.items():
+            self._handles.append(self._register(modules[tap[0]], tap, layers_by_call))
+
+    def detach(self) -> None:
+        """Remove the hooks and release the activations."""
+        for handle in self._handles:
             handle.remove()
-        found.clear()
+        self._activations.clear()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor | None]:
+        """Run the network on images (B, C, H, W) in [0, 1] and return the activations by layer name."""
+        self._activations.clear()
+        self._num_calls.clear()
+        height, width = self.model.preprocessing.size
+        self._batch = images.shape[0]
+        self._relative_size = (images.shape[-2] / height, images.shape[-1] / width)
+        images = images.contiguous(memory_format=self.model.memory_format)
+        self._running = True
+        try:
+            with contextlib.suppress(_StopForward):
+                self.model.module(self.model.normalize(images))
+        finally:
+            self._running = False
+        missing = [layer.name for layer in self.layers if layer.name not in self._activations]
+        if missing:
+            raise AtlasError(
+                f"{self.model.name} did not run {', '.join(missing[:3])} for these images: what it computes depends on "
+                "the image. Exclude such layers with layers.exclude."
+            )
+        return dict(self._activations)
+
+    def _register(
+        self, module: nn.Module, tap: tuple[str, Side], layers_by_call: Mapping[int, Sequence[Layer]]
+    ) -> RemovableHandle:
+        # Closures and not bound methods: `copy.deepcopy` of a module would copy this object with the latter.
+        if tap[1] == "in":
+
+            def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+                self._record(tap, (args, kwargs), layers_by_call)
+
+            return module.register_forward_pre_hook(before, with_kwargs=True)
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._record(tap, output, layers_by_call)
+
+        return module.register_forward_hook(after)
+
+    def _record(self, tap: tuple[str, Side], value: Any, layers_by_call: Mapping[int, Sequence[Layer]]) -> None:
+        """Collect the layers of one module call from its input or output."""
+        if not self._running:
+            return  # another `capture` runs the same network, as in the estimate of an ensemble
+        self._num_calls[tap] += 1
+        tensor = tensor_of(value)
+        for layer in layers_by_call.get(self._num_calls[tap], ()):
+            if tensor is None:
+                raise AtlasError(f"{layer.name} has no tensor for these images. Exclude it with layers.exclude.")
+            maps = layer.maps(tensor, self._batch, self._relative_size)
+            if maps.dtype == torch.float64:
+                maps = maps.float()  # objectives and statistics are computed in single precision
+            self._keep(layer, maps)
+        if self.stop and len(self._activations) == len(self.layers):
+            raise _StopForward
+
+    def _keep(self, layer: Layer, maps: Tensor) -> None:
+        if self.each is not None:
+            self._activations[layer.name] = None
+            self.each(layer, maps)
+            return
+        self._activations[layer.name] = maps
+        is_last = len(self._activations) == len(self.layers)
+        if not (self.stop and is_last):
+            # The rest of the forward pass may change this tensor in place.
+            self._activations[layer.name] = maps.clone()
 
 
 def enumerate_layers(
@@ -166,60 +235,59 @@ def enumerate_layers(
     prefix: int | None = None,
     aliases: Mapping[str, str] | None = None,
 ) -> list[Layer]:
-    """Every layer of the network in the order of computation, found by a few forward passes on noise.
+    """Return all layers of a network in the order of computation, from a few forward passes on noise.
 
-    `layouts` maps globs on layer names to layouts that are right where the search is wrong. Raises
-    `AtlasError` for a network that does not take its own input, has no layer that hooks can reach, or couples
-    the images of a batch.
+    Args:
+        model: The network.
+        layouts: Layouts by glob on layer names; they override the detected ones.
+        part: Which tokens make up the maps of layers of tokens.
+        prefix: Number of tokens that are not patches; None to detect it.
+        aliases: Module paths by the names that the literature uses.
+
+    Raises:
+        AtlasError: If the network rejects its own input, has no layer that hooks can reach, or if its output for one
+            image depends on the other images of the batch.
     """
-    trace, axes = find_axes(model)
+    layouts = layouts or {}
+    trace, axes_by_call = find_axes(model)
     layers: list[Layer] = []
     outputs: set[int] = set()
-    used: set[str] = set()
+    matched: set[str] = set()
     for call in trace.calls:
         name = call.name
-        found = axes.get(call.key)
-        for pattern, layout in (layouts or {}).items():
+        axes = axes_by_call.get(call.key)
+        for pattern, layout in layouts.items():
             if fnmatch.fnmatchcase(name, pattern):
-                used.add(pattern)
-                found = checked(found or Axes("maps"), layout, call, name)
-        if found is None or (not call.path and call.output in outputs):
-            continue  # the whole network's output is a layer only where no module inside gives it
+                matched.add(pattern)
+                axes = override_layout(axes or Axes("maps"), layout, call, name)
+        if axes is None or (not call.path and call.output in outputs):
+            continue  # the output of the whole network is a layer only if no module inside returns it
         outputs.add(call.output)
-        if prefix is not None and found.layout in ("tokens", "tokens_first", "flat"):
-            found = dataclasses.replace(found, prefix=prefix)
-        module = trace.modules[call.path]
-        kind = kind_of(module)
-        tap = _tap(trace, call) if kind in ("conv", "linear") else (call.path, call.index, "out")
-        layer = _layer(name, kind, tap, found, call, part, aliases or {})
+        if prefix is not None and axes.layout in ("tokens", "tokens_first", "flat"):
+            axes = dataclasses.replace(axes, prefix=prefix)
+        layer = _layer(trace, call, axes, part, aliases or {})
         layers.append(layer)
-        hidden = _hidden_projection(trace, call, layer.channels)
-        if hidden:
-            layers.append(dataclasses.replace(layer, name=name.replace(call.path, hidden, 1), kind="linear"))
-    for pattern in layouts or {}:
-        if pattern not in used:
-            raise AtlasError(
-                f"layers.layouts: no layer matches {pattern!r}. {nearest(pattern, [c.path for c in trace.calls])}"
-            )
+        projection = _hidden_projection(trace, call, layer.channels)
+        if projection:
+            layers.append(dataclasses.replace(layer, name=name.replace(call.path, projection, 1), kind="linear"))
+    for pattern in layouts:
+        if pattern not in matched:
+            suggestion = nearest_names(pattern, [call.path for call in trace.calls])
+            raise AtlasError(f"layers.layouts: no layer matches {pattern!r}. {suggestion}")
     if not layers:
         raise AtlasError(
-            f"{model.name} runs no module whose output has channels, so that there is nothing to hook. What it "
-            "computes with functions alone must be put into modules (torch.nn.Conv2d, torch.nn.Linear, …)."
+            f"{model.name} has no module whose output has channels, so there is no layer that a hook could read. "
+            "Replace functional calls by modules (torch.nn.Conv2d, torch.nn.Linear, …)."
         )
     return layers
 
 
-def _layer(
-    name: str,
-    kind: str,
-    tap: tuple[str, int, Literal["in", "out"]],
-    axes: Axes,
-    call: Call,
-    part: Part,
-    aliases: Mapping[str, str],
-) -> Layer:
+def _layer(trace: Trace, call: Call, axes: Axes, part: Part, aliases: Mapping[str, str]) -> Layer:
+    """Build the layer of one call."""
+    name, kind = call.name, kind_of(trace.modules[call.path])
     if part == "prefix" and not axes.prefix:
         part = "patches"
+    module, index, side = _tap(trace, call) if kind in ("conv", "linear") else (call.path, call.index, "out")
     maps = as_maps(torch.empty(call.shape, device="meta"), axes, 1, part)
     alias = ""
     for short, path in aliases.items():
@@ -227,38 +295,51 @@ def _layer(
             alias = short + name[len(path) :]
     _, channels, height, width = maps.shape
     return Layer(
-        name, kind, *tap, axes.layout, channels, height, width, call.cost,
-        prefix=axes.prefix, grid=axes.grid, part=part, alias=alias,
-    )  # fmt: skip
+        name=name,
+        kind=kind,
+        module=module,
+        call=index,
+        side=side,
+        layout=axes.layout,
+        channels=channels,
+        height=height,
+        width=width,
+        cost=call.cost,
+        prefix=axes.prefix,
+        grid=axes.grid,
+        part=part,
+        alias=alias,
+    )
 
 
-def _tap(trace: Trace, call: Call) -> tuple[str, int, Literal["in", "out"]]:
-    """Where the response of a convolution or linear layer is read: after the normalisation that is its own.
+def _tap(trace: Trace, call: Call) -> tuple[str, int, Side]:
+    """Return (module, call, side) where a convolution or linear layer is read: after its own normalization, if any.
 
-    Its own is one that reads it directly, and that nothing else reads beside (a container takes the tensor
-    too, when the normalisation is its first child).
+    A normalization belongs to the layer if it is the only module that reads its output. The containers of the
+    normalization do not count: they receive the same tensor if the normalization is their first child.
     """
     readers = trace.readers.get(call.output, [])
-    norm = next((c for c in readers if kind_of(trace.modules[c.path]) == "norm"), None)
+    norm = next((reader for reader in readers if kind_of(trace.modules[reader.path]) == "norm"), None)
     if norm is None or norm.shape != call.shape:
         return call.path, call.index, "out"
-    for other in readers:
-        related = other.path in ("", norm.path) or _inside(norm.path, other.path) or _inside(other.path, norm.path)
-        if not related:
+    for reader in readers:
+        path = reader.path
+        if path not in ("", norm.path) and not _is_inside(norm.path, path) and not _is_inside(path, norm.path):
             return call.path, call.index, "out"
-    # timm fuses norm and activation in one module; what enters its `act` is before the activation.
+    # timm fuses normalization and activation in one module; the input of its `act` is before the activation.
     fused = f"{norm.path}.act"
     return (fused, norm.index, "in") if fused in trace.modules else (norm.path, norm.index, "out")
 
 
-def _inside(path: str, container: str) -> bool:
+def _is_inside(path: str, container: str) -> bool:
     return path.startswith(f"{container}.")
 
 
 def _hidden_projection(trace: Trace, call: Call, channels: int) -> str | None:
-    """The path of the output projection that an attention module applies as a function, unseen by hooks.
+    """Return the path of the output projection of an attention module that applies it as a function, without hooks.
 
-    Its response is what the attention gives: torch's MultiheadAttention (`out_proj`), torchvision's Swin (`proj`).
+    The output of the projection is that of the attention module. Examples are torch's MultiheadAttention (`out_proj`)
+    and torchvision's Swin (`proj`).
     """
     module = trace.modules[call.path]
     if kind_of(module) != "attention":
@@ -268,6 +349,7 @@ def _hidden_projection(trace: Trace, call: Call, channels: int) -> str | None:
         if isinstance(projection, nn.Module) and issubclass(class_of(projection), nn.Linear):
             path = f"{call.path}.{name}"
             weight = getattr(projection, "weight", None)
-            if all(c.path != path for c in trace.calls) and isinstance(weight, Tensor) and len(weight) == channels:
+            is_called = any(other.path == path for other in trace.calls)
+            if not is_called and isinstance(weight, Tensor) and len(weight) == channels:
                 return path
     return None

@@ -1,13 +1,14 @@
-"""Where the channel axis of a module's output is, found by running the network on two input sizes.
+"""Detect the axes of every module output by running the network on two input sizes and two batch sizes.
 
-What grows with the picture is space, what grows with the batch is the batch, and what stays is the channel.
-Where a network takes one size only, the kind of module and the shape decide.
+An axis that grows with the image is a spatial axis, one that grows with the batch is the batch axis, and the one that
+stays is the channel axis. If a network accepts one input size only, the type of the module and the shape decide.
+`RULES` lists all cases.
 """
 
 import dataclasses
 import logging
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -24,13 +25,21 @@ Layout = Literal["maps", "maps_last", "tokens", "tokens_first", "flat", "windows
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 Part = Literal["patches", "all", "prefix"]
 
-# Class, distillation and register tokens together are never more than this.
-MOST_PREFIX = 32
+CallKey = tuple[str, int]
+
+# Upper bound of the number of class, distillation and register tokens together.
+MAX_PREFIX = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """A layout, and for tokens how many at the start are no patches and the (height, width) of the patches."""
+    """The meaning of the axes of a module output.
+
+    Attributes:
+        layout: The layout; see `as_maps`.
+        prefix: For tokens, how many at the start are not patches.
+        grid: For tokens, (height, width) of the patches; None if they do not form a map.
+    """
 
     layout: Layout
     prefix: int = 0
@@ -40,19 +49,24 @@ class Axes:
 def as_maps(
     output: Tensor, axes: Axes, batch: int | None = None, part: Part = "patches", size: tuple[float, float] = (1, 1)
 ) -> Tensor:
-    """Any layer output of `batch` images as (B, C, H, W), so that *channel c* means the same thing everywhere.
+    """Return a module output as maps (B, C, H, W), in which axis 1 is the channel for every layout.
 
-    | layout | shape | becomes |
+    | layout | shape of `output` | H × W |
     |---|---|---|
-    | maps | (B, C, H, W) | itself |
-    | maps_last | (B, H, W, C) | the map |
-    | tokens | (B, N, C) | the map of patches, or 1 × N of all tokens, or 1 × prefix of class and like tokens |
-    | tokens_first | (N, B, C) | the same |
-    | flat | (B, C, N) | the same |
+    | maps | (B, C, H, W) | H × W |
+    | maps_last | (B, H, W, C) | H × W |
+    | tokens | (B, N, C) | `part="patches"`: the grid of patches; "all": 1 × N; "prefix": 1 × prefix |
+    | tokens_first | (N, B, C) | as for tokens |
+    | flat | (B, C, N) | as for tokens |
     | windows | (B · windows, …, C) | windows × positions in a window |
     | vector | (B, C) | 1 × 1 |
 
-    `size` is (height, width) of the images relative to those that the grid was found on.
+    Args:
+        output: The module output.
+        axes: Its axes.
+        batch: Number of images, B; only used for windows.
+        part: Which tokens make up the map.
+        size: (height, width) of the images relative to those that the grid was detected with.
     """
     match axes.layout:
         case "maps":
@@ -75,240 +89,365 @@ def as_maps(
     if part == "prefix":
         return tokens[:, :, : axes.prefix].unsqueeze(2)
     patches = tokens[:, :, axes.prefix :]
-    high, wide = axes.grid or (1, patches.shape[2])
-    height = max(1, round(high * size[0]))
-    if height * max(1, round(wide * size[1])) != patches.shape[2]:
+    grid_height, grid_width = axes.grid or (1, patches.shape[2])
+    height = max(1, round(grid_height * size[0]))
+    width = max(1, round(grid_width * size[1]))
+    if height * width != patches.shape[2]:
         return patches.unsqueeze(2)
     return patches.unflatten(2, (height, -1))
 
 
-def find_axes(model: Model) -> tuple[Trace, dict[tuple[str, int], Axes]]:
-    """A trace at the network's own size, and the axes of every call with a channel axis, by `Call.key`.
+def find_axes(model: Model) -> tuple[Trace, dict[CallKey, Axes]]:
+    """Detect the axes of all module outputs of a network.
 
-    Left out are outputs that are not per image (tables of positions), that have no channel axis (attention
-    weights), and, with the reason in the log, those that depend on the other images of the batch or on chance.
+    Outputs are left out if they are not computed per image (tables of positions), if they have no channel axis
+    (attention weights), or if they belong to regions that a detector selects.
+
+    Returns:
+        A trace at the network's own input size, and the axes of its calls by `Call.key`.
+
+    Raises:
+        AtlasError: If the network rejects its own input or a batch of two, if an output contains infinity or NaN, or
+            if it depends on chance or on the other images of the batch.
     """
     try:
         trace = trace_of(model)
     except NotTaken as error:
         raise error.explained() from error
-    other = next(_other(model), None)
-    small = other or trace
+    resized = next(_resized_traces(model), None)
+    single = resized or trace
     random_state = torch.get_rng_state()
     try:
-        two = Trace(model, small.size, half=small)
+        double = Trace(model, single.size, single=single)
     except AtlasError as error:
         raise AtlasError(
-            f"{model.name} takes one image at a time: {str(error).splitlines()[0]}\nVisualizations are made in "
-            "batches. An exported program needs a batch of any size: torch.export.export(..., "
+            f"{model.name} takes one image at a time: {str(error).splitlines()[0]}\nVisualizations are optimized in "
+            "batches. An exported program needs a dynamic batch size: torch.export.export(..., "
             "dynamic_shapes=({0: Dim('batch')},))."
         ) from error
-    seconds = {call.key: call for call in small.calls} if other else {}
-    batches = {call.key: call for call in two.calls}
-    found: dict[tuple[str, int], Axes] = {}
-    layouts: dict[int, Layout] = {}
-    for call in trace.calls:
-        double = batches.get(call.key)
-        batch = double.batch if double else 0
-        if batch is None:
-            continue
-        layout = _layout(trace, call, seconds.get(call.key), small.size, batch, layouts)
-        if layout is not None:
-            layouts[call.output] = layout
-            found[call.key] = Axes(layout)
-    _drop_chosen_regions(model, trace, found)
-    _refuse_not_finite(model, trace, found)
-    if not torch.equal(random_state, torch.get_rng_state()):
-        _refuse_coupled(model, _repeated(model, small), found)
-    _refuse_coupled(model, two.calls, found)
-    return trace, {key: _grid(axes, key, trace, found, seconds) for key, axes in found.items()}
+    resized_calls = {call.key: call for call in resized.calls} if resized else {}
+    axes = {key: Axes(layout) for key, layout in _layouts(trace, double, resized_calls, single.size).items()}
+    _drop_selected_regions(model, trace, axes)
+    _require_finite(model, trace, axes)
+    if not torch.equal(random_state, torch.get_rng_state()):  # the network draws random numbers
+        _require_independent_images(model, _compared_with_repetition(model, single), axes)
+    _require_independent_images(model, double.calls, axes)
+    return trace, {key: _with_grid(key, trace, axes, resized_calls) for key in axes}
 
 
-def _drop_chosen_regions(model: Model, trace: Trace, found: dict[tuple[str, int], Axes]) -> None:
-    """Leave out what is computed for regions that a detector chooses: their number depends on the image.
+def _layouts(
+    trace: Trace, double: Trace, resized_calls: Mapping[CallKey, Call], resized: tuple[int, int]
+) -> dict[CallKey, Layout]:
+    """Return the layouts of all calls that have a channel axis.
 
-    Several outputs an image are windows only if an image of one colour has as many of them.
+    Args:
+        trace: One image of the network's own input size.
+        double: Two images.
+        resized_calls: Calls for one image of another size; empty if the network accepts one size only.
+        resized: (height, width) of that image.
     """
-    if all(axes.layout != "windows" for axes in found.values()):
+    growth = resized[0] / trace.size[0], resized[0] * resized[1] / (trace.size[0] * trace.size[1])
+    double_calls = {call.key: call for call in double.calls}
+    layouts: dict[CallKey, Layout] = {}
+    layouts_by_tensor: dict[int, Layout] = {}
+    for call in trace.calls:
+        batch_axis = double_calls[call.key].batch if call.key in double_calls else 0
+        if batch_axis is None:
+            continue
+        module, resized_call = trace.modules[call.path], resized_calls.get(call.key)
+        layout = _layout(_Output(call, module, batch_axis, resized_call, growth, layouts_by_tensor))
+        if layout is not None:
+            layouts_by_tensor[call.output] = layout
+            layouts[call.key] = layout
+    return layouts
+
+
+def _drop_selected_regions(model: Model, trace: Trace, axes: dict[CallKey, Axes]) -> None:
+    """Remove outputs for regions that a detector selects: their number depends on the image.
+
+    Outputs with several entries per image are kept if their shape is the same for an image of uniform grey.
+    """
+    windows = [call for call in trace.calls if call.key in axes and axes[call.key].layout == "windows"]
+    if not windows:
         return
-    grey = {call.key: call.shape for call in Trace(model, grey=True).calls}
-    chosen = [call for call in trace.calls if call.key in found and found[call.key].layout == "windows"]
-    chosen = [call for call in chosen if grey.get(call.key) != call.shape]
-    for call in chosen:
-        del found[call.key]
-    if chosen:
-        log.info("%d layers of regions that depend on the image are left out, as %s", len(chosen), chosen[0].name)
-
-
-def _refuse_not_finite(model: Model, trace: Trace, layers: Container[tuple[str, int]]) -> None:
-    """Raise `AtlasError` where a layer's output holds infinity or NaN for an image of noise, naming the first one."""
-    wrong = next((call for call in trace.calls if not call.finite and call.key in layers), None)
-    if wrong is not None:
-        raise AtlasError(
-            f"{model.name} gives infinity or NaN for an image of noise, first in {wrong.name!r}, a "
-            f"{type(trace.modules[wrong.path]).__name__}. Nothing can be optimised through that: check the weights, "
-            "and the input's range (model.mean, model.std, model.value_range)."
+    shapes = {call.key: call.shape for call in Trace(model, grey=True).calls}
+    regions = [call for call in windows if shapes.get(call.key) != call.shape]
+    for call in regions:
+        del axes[call.key]
+    if regions:
+        log.info(
+            "%d layers are excluded because they process regions that depend on the image, for example %s",
+            len(regions),
+            regions[0].name,
         )
 
 
-def _repeated(model: Model, trace: Trace) -> list[Call]:
-    """The calls of a trace, each marked by whether its output is the same when the same image is run again.
+def _require_finite(model: Model, trace: Trace, keys: Container[CallKey]) -> None:
+    """Raise `AtlasError` if an output contains infinity or NaN for an image of noise."""
+    first = next((call for call in trace.calls if not call.finite and call.key in keys), None)
+    if first is not None:
+        raise AtlasError(
+            f"{model.name} gives infinity or NaN for an image of noise, first in {first.name!r}, a "
+            f"{type(trace.modules[first.path]).__name__}. Visualizations can't be optimized through it: check the "
+            "weights, and the input range (model.mean, model.std, model.value_range)."
+        )
 
-    This is done for networks that draw random numbers: what a dropout changes may vanish in a mean over a large map.
+
+def _compared_with_repetition(model: Model, trace: Trace) -> list[Call]:
+    """Return the calls of a trace, with `Call.same` from a second pass on the same image.
+
+    For networks that draw random numbers: the effect of dropout may vanish in the mean over a large map.
     """
-    again = {call.key: call.sample for call in Trace(model, trace.size).calls}
-    return [dataclasses.replace(call, same=_equal(call.sample, again.get(call.key))) for call in trace.calls]
+    samples = {call.key: call.sample for call in Trace(model, trace.size).calls}
+    return [dataclasses.replace(call, same=_is_equal(call.sample, samples.get(call.key))) for call in trace.calls]
 
 
-def _equal(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is None or other is None or torch.allclose(one, other, rtol=1e-5, atol=1e-6 * float(one.abs().max()))
+def _is_equal(sample: Tensor | None, repeated: Tensor | None) -> bool:
+    """Return whether two samples of an output agree; True if one is missing."""
+    if sample is None or repeated is None:
+        return True
+    return torch.allclose(sample, repeated, rtol=1e-5, atol=1e-6 * float(sample.abs().max()))
 
 
-def _refuse_coupled(model: Model, calls: Sequence[Call], layers: Container[tuple[str, int]]) -> None:
-    """Raise `AtlasError` where an image's output depends on chance or on the other image of a batch of two."""
-    wrong = next((i for i, call in enumerate(calls) if not call.same and call.key in layers), None)
-    if wrong is None:
+def _require_independent_images(model: Model, calls: Sequence[Call], keys: Container[CallKey]) -> None:
+    """Raise `AtlasError` if the output for an image depends on chance or on the other image of a batch of two."""
+    index = next((i for i, call in enumerate(calls) if not call.same and call.key in keys), None)
+    if index is None:
         return
-    call = calls[wrong]
-    # The cause may lie between modules, as a dropout called as a function does: behind the last output that agrees.
-    before = next((c for c in reversed(calls[:wrong]) if c.same and c.key in layers), None)
-    inside = before is not None and before.output in call.inputs
-    place = f"in {call.name!r}" if inside or before is None else f"between {before.name!r} and {call.name!r}"
+    call = calls[index]
+    # The cause may lie between two modules, such as a functional dropout: after the last output that agrees.
+    previous = next((c for c in reversed(calls[:index]) if c.same and c.key in keys), None)
+    if previous is None or previous.output in call.inputs:
+        place = f"in {call.name!r}"
+    else:
+        place = f"between {previous.name!r} and {call.name!r}"
     raise AtlasError(
-        f"{model.name} gives one image another output in a batch of two, or at every pass, and this begins {place}: "
-        "a dropout that is always on (training=True), noise, or a normalization by the batch's own statistics "
-        "(track_running_stats=False). Visualizations of such a network would be wrong: switch it off in the builder."
+        f"{model.name} gives different outputs for the same image in a batch of two, or in every pass; this begins "
+        f"{place}. Common causes are dropout that is always on (training=True), noise, and normalization by the "
+        "statistics of the batch (track_running_stats=False). Visualizations of such a network would be wrong: switch "
+        "this off in the builder."
     )
 
 
-def checked(axes: Axes, layout: str, call: Call, where: str) -> Axes:
-    """`axes` with the layout that the configuration says, if the output has the number of axes for it."""
+def override_layout(axes: Axes, layout: str, call: Call, name: str) -> Axes:
+    """Return `axes` with a layout from the configuration.
+
+    Args:
+        axes: The detected axes.
+        layout: One of `LAYOUTS`.
+        call: The call of the layer.
+        name: Name of the layer, for error messages.
+
+    Raises:
+        AtlasError: If the layout is unknown, or if the output has another number of axes.
+    """
     if layout not in LAYOUTS:
-        raise AtlasError(f"layers.layouts: {layout!r} for {where} is not one of {', '.join(LAYOUTS)}.")
+        raise AtlasError(f"layers.layouts: {layout!r} for {name} is not one of {', '.join(LAYOUTS)}.")
     dims = {"maps": (4,), "maps_last": (4,), "vector": (2,), "windows": (2, 3, 4)}.get(layout, (3,))
     if len(call.shape) not in dims:
         shape = " × ".join(map(str, call.shape))
-        raise AtlasError(f"layers.layouts: {where} gives {shape}, which can't be {layout!r}.")
+        raise AtlasError(f"layers.layouts: the output of {name} is {shape}, so its layout can't be {layout!r}.")
     return dataclasses.replace(axes, layout=layout)  # type: ignore[arg-type]
 
 
-def _other(model: Model) -> Iterator[Trace]:
-    """Traces at other input sizes that the network takes, small ones first: they are cheap."""
-    height, width = model.recipe.size
-    steps = [32 * round(min(height, width) * 0.7 / 32) - min(height, width), 32, min(height, width)]
-    for step in steps:
-        if min(height, width) + step < 32 or step == 0 or (step < 0 and min(height, width) < 96):
+def _resized_traces(model: Model) -> Iterator[Trace]:
+    """Yield traces at other input sizes that the network accepts, small ones first because they are cheap."""
+    height, width = model.preprocessing.size
+    shorter = min(height, width)
+    for difference in (32 * round(shorter * 0.7 / 32) - shorter, 32, shorter):
+        if shorter + difference < 32 or difference == 0 or (difference < 0 and shorter < 96):
             continue
         try:
-            trace = Trace(model, (height + step, width + step))
+            trace = Trace(model, (height + difference, width + difference))
         except AtlasError:
             continue
         yield trace
 
 
-def _layout(
-    trace: Trace, call: Call, second: Call | None, size: tuple[int, int], batch: int, known: dict[int, Layout]
-) -> Layout | None:
-    """The layout of one call, or None where it has no channel axis."""
-    shape: tuple[int, ...] = call.shape
-    module = trace.modules[call.path]
-    if len(shape) not in (2, 3, 4) or 0 in shape:
-        return None
-    if batch == 0 and call.shape[0] > 1:
-        # Windows become more with the image; a fixed number of them are regions that a detector has chosen.
-        fixed = second is not None and second.shape[0] == shape[0]
-        return "windows" if kind_of(module) != "conv" and not fixed else None
-    if batch != 0:
-        return "tokens_first" if len(shape) == 3 and batch == 1 else None
-    if len(shape) == 2:
-        return "vector"
-    grown: tuple[int, ...] = ()
-    if second is not None and len(second.shape) == len(shape):
-        grown = tuple(i for i in range(1, len(shape)) if shape[i] != second.shape[i])
-    said = _said(module, shape)
-    if len(shape) == 3:
-        if grown == (1, 2):
-            return None  # weights of attention, summed over its heads
-        if grown == (2,) and said != "last":
-            return "flat"
-        # A linear layer over positions (a mixer's) has its own outputs for channels.
-        return "flat" if not grown and said == "second" else "tokens"
-    height, wide, last = (shape[i] for i in (1, 2, 3))
-    if grown == (2, 3) and second is not None:
-        # Attention weights grow with the area, maps with the side.
-        side, area = size[0] / trace.size[0], size[0] * size[1] / (trace.size[0] * trace.size[1])
-        growth = second.shape[2] / wide
-        square = wide == last > 4
-        return None if square and abs(growth - area) < abs(growth - side) / 2 else "maps"
-    if grown == (1, 2) or (grown == (1,) and wide == 1):
-        return "maps_last"
-    if grown == (3,) or (grown == (2,) and last == 1):
-        return "maps"
-    if grown:
-        return None
-    if said is not None:
-        return "maps" if said == "second" else "maps_last"
-    if height == wide != last:
-        return "maps_last"
-    if wide == last != height:
-        return "maps"
-    before: list[Layout] = [known[i] for i in call.inputs if known.get(i) in ("maps", "maps_last")]
-    return before[0] if before else "maps"
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    """What is observed of one module output; the conditions of `RULES` are about this.
 
-
-def _said(module: torch.nn.Module, shape: tuple[int, ...]) -> Literal["second", "last"] | None:
-    """Where a module of a known kind says that its channels are."""
-    kind = kind_of(module)
-    if kind == "conv":
-        return "second"
-    if kind == "linear":
-        return "last"
-    if class_of(module) is torch.nn.LayerNorm:
-        return "last"
-    features = getattr(module, "num_features", None) or getattr(module, "num_channels", None)
-    if kind == "norm" and features == shape[1] != shape[-1]:
-        return "second"
-    return None
-
-
-def _grid(
-    axes: Axes,
-    key: tuple[str, int],
-    trace: Trace,
-    found: dict[tuple[str, int], Axes],
-    seconds: dict[tuple[str, int], Call],
-) -> Axes:
-    """Tokens with the map that their patches form: that of the last maps before them that they can be of.
-
-    What is left over at the start are class, distillation and register tokens; where a second size was run,
-    there must be as many of them there.
+    Attributes:
+        call: The call, for one image of the network's own size.
+        module: The module.
+        batch_axis: The axis that grows with the batch.
+        resized: The same call for an image of another size, if the network accepts one.
+        growth: Factors by which the side and the area of that image differ.
+        layouts_by_tensor: Layouts of the outputs of earlier calls, by tensor.
     """
-    axis = {"tokens": 1, "tokens_first": 0, "flat": 2}.get(axes.layout)
+
+    call: Call
+    module: torch.nn.Module
+    batch_axis: int
+    resized: Call | None
+    growth: tuple[float, float]
+    layouts_by_tensor: Mapping[int, Layout]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.call.shape
+
+    @property
+    def dims(self) -> int:
+        return len(self.shape)
+
+    @property
+    def several_per_image(self) -> bool:
+        """Whether the first axis holds several entries for one image."""
+        return self.batch_axis == 0 and self.shape[0] > 1
+
+    @property
+    def number_is_fixed(self) -> bool:
+        """Whether the first axis has the same length for an image of another size."""
+        return self.resized is not None and self.resized.shape[0] == self.shape[0]
+
+    @property
+    def grown(self) -> tuple[int, ...]:
+        """The axes after the first whose length depends on the image size; empty if only one size is accepted."""
+        if self.resized is None or len(self.resized.shape) != self.dims:
+            return ()
+        return tuple(axis for axis in range(1, self.dims) if self.shape[axis] != self.resized.shape[axis])
+
+    @property
+    def grows_with_area(self) -> bool:
+        """Whether the last two axes are equal and grow with the area of the image rather than with its side."""
+        _, _, rows, columns = self.shape
+        if self.resized is None or rows != columns or columns <= 4:
+            return False
+        side, area = self.growth
+        growth = self.resized.shape[2] / rows
+        return abs(growth - area) < abs(growth - side) / 2
+
+    @property
+    def channel_axis(self) -> Literal["second", "last"] | None:
+        """The channel axis according to the type of the module, if that determines it."""
+        kind = kind_of(self.module)
+        if kind == "conv":
+            return "second"
+        if kind == "linear" or class_of(self.module) is torch.nn.LayerNorm:
+            return "last"
+        features = getattr(self.module, "num_features", None) or getattr(self.module, "num_channels", None)
+        if kind == "norm" and features == self.shape[1] != self.shape[-1]:
+            return "second"
+        return None
+
+    @property
+    def input_layout(self) -> Layout | None:
+        """The layout of the first input that is a map."""
+        layouts = [self.layouts_by_tensor.get(tensor) for tensor in self.call.inputs]
+        return next((layout for layout in layouts if layout in ("maps", "maps_last")), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """The layout of outputs that meet a condition; None if they have no channel axis.
+
+    Attributes:
+        applies: The condition.
+        layout: The layout.
+        case: What outputs these are.
+    """
+
+    applies: Callable[[_Output], bool]
+    layout: Layout | None
+    case: str
+
+
+# The first rule that applies determines the layout. `grown` are the axes that grow with the image.
+RULES = (
+    _Rule(lambda o: o.dims not in (2, 3, 4) or 0 in o.shape, None, "unknown number of axes, or empty"),
+    # The first axis holds several entries per image.
+    _Rule(lambda o: o.several_per_image and kind_of(o.module) == "conv", None, "convolution over parts of the image"),
+    _Rule(lambda o: o.several_per_image and o.number_is_fixed, None, "regions selected by a detector"),
+    _Rule(lambda o: o.several_per_image, "windows", "(B · windows, …, C): more windows for larger images"),
+    # The batch is not the first axis.
+    _Rule(lambda o: o.batch_axis == 1 and o.dims == 3, "tokens_first", "(N, B, C)"),
+    _Rule(lambda o: o.batch_axis != 0, None, "any other batch axis"),
+    # Two or three axes.
+    _Rule(lambda o: o.dims == 2, "vector", "(B, C)"),
+    _Rule(lambda o: o.dims == 3 and o.grown == (1, 2), None, "(B, N, N): attention weights, summed over the heads"),
+    _Rule(lambda o: o.dims == 3 and o.grown == (2,) and o.channel_axis != "last", "flat", "(B, C, N): N grows"),
+    # A linear layer over positions, as in an MLP-Mixer, has its own outputs as channels.
+    _Rule(lambda o: o.dims == 3 and o.grown == () and o.channel_axis == "second", "flat", "(B, C, N) by module type"),
+    _Rule(lambda o: o.dims == 3, "tokens", "(B, N, C)"),
+    # Four axes, of which some grow.
+    _Rule(lambda o: o.grown == (2, 3) and o.grows_with_area, None, "(B, heads, N, N): attention weights"),
+    _Rule(lambda o: o.grown == (2, 3), "maps", "(B, C, H, W): H and W grow"),
+    _Rule(lambda o: o.grown == (1, 2), "maps_last", "(B, H, W, C): H and W grow"),
+    _Rule(lambda o: o.grown == (1,) and o.shape[2] == 1, "maps_last", "(B, H, 1, C)"),
+    _Rule(lambda o: o.grown == (3,), "maps", "(B, C, 1, W)"),
+    _Rule(lambda o: o.grown == (2,) and o.shape[3] == 1, "maps", "(B, C, H, 1)"),
+    _Rule(lambda o: o.grown != (), None, "any other axes grow"),
+    # Four axes, of which none grows, or a network that accepts one size only.
+    _Rule(lambda o: o.channel_axis == "second", "maps", "(B, C, H, W) by module type"),
+    _Rule(lambda o: o.channel_axis == "last", "maps_last", "(B, H, W, C) by module type"),
+    _Rule(lambda o: o.shape[1] == o.shape[2] != o.shape[3], "maps_last", "(B, H, W, C): H = W"),
+    _Rule(lambda o: o.shape[2] == o.shape[3] != o.shape[1], "maps", "(B, C, H, W): H = W"),
+    _Rule(lambda o: o.input_layout == "maps_last", "maps_last", "as the input of the module"),
+    _Rule(lambda o: True, "maps", "anything else"),
+)
+
+
+def _layout(output: _Output) -> Layout | None:
+    """Return the layout of one output, or None if it has no channel axis."""
+    return next(rule.layout for rule in RULES if rule.applies(output))
+
+
+def _with_grid(key: CallKey, trace: Trace, axes: Mapping[CallKey, Axes], resized_calls: Mapping[CallKey, Call]) -> Axes:
+    """Return the axes of one call; for tokens with the grid that their patches form and the number of prefix tokens.
+
+    The grid is that of the last map before the tokens, if at most `MAX_PREFIX` more tokens than positions exist and, at
+    another image size, equally many more. Without such a map the grid has the aspect ratio of the image.
+    """
+    axis = {"tokens": 1, "tokens_first": 0, "flat": 2}.get(axes[key].layout)
     if axis is None:
-        return axes
-    place = next(i for i, call in enumerate(trace.calls) if call.key == key)
-    count = trace.calls[place].shape[axis]
-    sources = [call for call in trace.calls[:place] if call.key in found and found[call.key].layout[:4] == "maps"]
-    for call in reversed(sources[-1:]):
-        (high, wide), prefix = _sides(call, found[call.key]), 0
-        prefix = count - high * wide
-        if high * wide > 1 and 0 <= prefix <= MOST_PREFIX:
-            if key in seconds and call.key in seconds:
-                high2, wide2 = _sides(seconds[call.key], found[call.key])
-                if seconds[key].shape[axis] - high2 * wide2 != prefix:
-                    continue
-            return Axes(axes.layout, prefix, (high, wide))
-    # Without a map before them, as square as the picture is.
-    high = math.isqrt(max(1, count * trace.size[0] // trace.size[1]))
-    wide = count // high
-    if (
-        high * wide > 1
-        and count - high * wide <= MOST_PREFIX
-        and abs(high / wide - trace.size[0] / trace.size[1]) < 0.2
-    ):
-        return Axes(axes.layout, count - high * wide, (high, wide))
-    return axes
+        return axes[key]
+    index = next(i for i, call in enumerate(trace.calls) if call.key == key)
+    count = trace.calls[index].shape[axis]
+    grid = _grid_of_map_before(trace.calls[: index + 1], axis, axes, resized_calls) or _grid_like_image(trace, count)
+    if grid is None:
+        return axes[key]
+    return Axes(axes[key].layout, count - grid[0] * grid[1], grid)
 
 
-def _sides(call: Call, axes: Axes) -> tuple[int, int]:
+def _grid_of_map_before(
+    calls: Sequence[Call], axis: int, axes: Mapping[CallKey, Axes], resized_calls: Mapping[CallKey, Call]
+) -> tuple[int, int] | None:
+    """Return the size of the last map before the last of `calls`, if the tokens along its `axis` can be its positions.
+
+    Args:
+        calls: The calls up to the one whose output are tokens.
+        axis: The axis of its tokens.
+        axes: Detected axes of all calls.
+        resized_calls: Calls for an image of another size.
+    """
+    *earlier, tokens = calls
+    maps = [call for call in earlier if call.key in axes and axes[call.key].layout in ("maps", "maps_last")]
+    if not maps:
+        return None
+    source = maps[-1]
+    height, width = _map_size(source, axes[source.key])
+    prefix = tokens.shape[axis] - height * width
+    if height * width <= 1 or not 0 <= prefix <= MAX_PREFIX:
+        return None
+    if tokens.key in resized_calls and source.key in resized_calls:
+        resized_height, resized_width = _map_size(resized_calls[source.key], axes[source.key])
+        if resized_calls[tokens.key].shape[axis] - resized_height * resized_width != prefix:
+            return None
+    return height, width
+
+
+def _grid_like_image(trace: Trace, count: int) -> tuple[int, int] | None:
+    """Return a grid for up to `count` patches with the aspect ratio of the image, if there is one."""
+    height = math.isqrt(max(1, count * trace.size[0] // trace.size[1]))
+    width = count // height
+    if height * width <= 1 or count - height * width > MAX_PREFIX:
+        return None
+    same_ratio = abs(height / width - trace.size[0] / trace.size[1]) < 0.2
+    return (height, width) if same_ratio else None
+
+
+def _map_size(call: Call, axes: Axes) -> tuple[int, int]:
+    """Return (height, width) of an output with layout maps or maps_last."""
     return (call.shape[2], call.shape[3]) if axes.layout == "maps" else (call.shape[1], call.shape[2])

@@ -1,4 +1,4 @@
-"""Which layers, and which of their channels: policies, globs, aliases and channel ranges."""
+"""Select layers and channels by policy, by globs on layer names and aliases, and by channel ranges."""
 
 import dataclasses
 import fnmatch
@@ -8,19 +8,26 @@ from typing import get_args
 
 from torch import nn
 
-from pipeline.core.errors import AtlasError, nearest
+from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.layers.finding import Layer, enumerate_layers
 from pipeline.layers.layouts import Part
-from pipeline.layers.tracing import Trace, kind_of, trace_of
+from pipeline.layers.tracing import Call, Trace, kind_of, trace_of
 from pipeline.models.loading import Model
 
 
 @dataclasses.dataclass(frozen=True)
 class LayersConfig:
-    """Which layers and which of their channels; see `choose` and `channels_of`.
+    """Selection of layers and channels.
 
-    `layouts` overrides, by glob on layer names, where the channel axis is; `tokens` says which tokens of a
-    transformer's layer make its map, and `prefix` how many of them are no patches, where that is not found.
+    Attributes:
+        policy: Name of a selection in `POLICIES`.
+        include: Globs on layer names and aliases; see `choose`.
+        exclude: Globs of layers to leave out.
+        channels: Channels of each layer; see `channels_of`.
+        count: Number of layers of the policy `tour`.
+        layouts: Layouts by glob on layer names, for layers whose channel axis is not detected correctly.
+        tokens: Which tokens of a transformer layer make up its map: patches, all or prefix.
+        prefix: Number of tokens that are not patches; None to detect it.
     """
 
     policy: str = "tour"
@@ -33,59 +40,93 @@ class LayersConfig:
     prefix: int | None = None
 
 
-def found_layers(model: Model, config: LayersConfig, aliases: Mapping[str, str] | None = None) -> list[Layer]:
-    """Every layer of the network, laid out as the configuration says."""
-    part = next((p for p in get_args(Part) if p == config.tokens), None)
+def list_layers(model: Model, config: LayersConfig, aliases: Mapping[str, str] | None = None) -> list[Layer]:
+    """Return all layers of a network, with the layouts and tokens of the configuration.
+
+    Args:
+        model: The network.
+        config: The settings; `layouts`, `tokens` and `prefix` are used.
+        aliases: Module paths by the names that the literature uses.
+
+    Raises:
+        AtlasError: If a setting is invalid, or as in `enumerate_layers`.
+    """
+    part = next((part for part in get_args(Part) if part == config.tokens), None)
     if part is None:
-        raise AtlasError(f"layers.tokens={config.tokens!r} is unknown. {nearest(config.tokens, get_args(Part))}")
+        raise AtlasError(f"layers.tokens={config.tokens!r} is unknown. {nearest_names(config.tokens, get_args(Part))}")
     if config.prefix is not None and config.prefix < 0:
-        raise AtlasError(f"layers.prefix={config.prefix} is too small: at least 0, or null to find it.")
+        raise AtlasError(f"layers.prefix={config.prefix} is negative: use a number of tokens, or null to detect it.")
     return enumerate_layers(model, config.layouts, part, config.prefix, aliases)
 
 
-def choose(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
-    """The layers that the configuration asks for, in the order of computation.
+def select_layers(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
+    """Return the selected layers in the order of computation.
 
-    `include` beside the default policy chooses exactly the modules it matches, of whatever kind; beside any
-    other policy it narrows that policy down.
+    With the default policy (`tour`), `include` selects from all layers of any kind. With any other policy it selects
+    from the layers of the policy.
+
+    Args:
+        model: The network.
+        layers: All layers of the network.
+        config: The settings; `policy`, `include`, `exclude` and `count` are used.
+
+    Raises:
+        AtlasError: If the policy is unknown, if a glob matches no layer, or if no layer remains.
     """
     if config.policy not in POLICIES:
-        raise AtlasError(f"layers.policy={config.policy!r} is unknown. {nearest(config.policy, POLICIES)}")
+        raise AtlasError(f"layers.policy={config.policy!r} is unknown. {nearest_names(config.policy, POLICIES)}")
     if config.include and config.policy == "tour":
-        chosen = list(layers)
+        candidates = list(layers)
     else:
-        chosen = POLICIES[config.policy](model, layers, config)
-    chosen = narrowed(chosen, layers, config)
-    if not chosen:
+        candidates = POLICIES[config.policy](model, layers, config)
+    selected = filter_layers(candidates, layers, config)
+    if not selected:
         raise AtlasError(
-            f"layers: nothing is left of layers={config.policy} after layers.include and layers.exclude. "
-            "`atlas plan layers=all` lists every layer."
+            f"layers={config.policy} with layers.include and layers.exclude selects no layer. "
+            "`atlas plan layers=all` lists all layers."
         )
-    return chosen
+    return selected
 
 
-def narrowed(chosen: Sequence[Layer], layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
-    """Those of the `chosen` of all `layers` that `include` and `exclude` leave; each pattern must match some layer."""
+def filter_layers(candidates: Sequence[Layer], layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
+    """Return the candidates that match `include`, if there are any globs in it, and do not match `exclude`.
+
+    Args:
+        candidates: The layers to select from.
+        layers: All layers of the network.
+        config: The settings.
+
+    Raises:
+        AtlasError: If a glob matches none of `layers`.
+    """
     for key, patterns in (("include", config.include), ("exclude", config.exclude)):
         for pattern in patterns:
             if not any(_matches(layer, pattern) for layer in layers):
                 names = [name for layer in layers for name in (layer.name, layer.alias) if name]
-                raise AtlasError(f"layers.{key}: no layer matches {pattern!r}. {nearest(pattern, names)}")
-    if config.include:
-        chosen = [la for la in chosen if any(_matches(la, p) for p in config.include)]
-    return [la for la in chosen if not any(_matches(la, p) for p in config.exclude)]
+                raise AtlasError(f"layers.{key}: no layer matches {pattern!r}. {nearest_names(pattern, names)}")
+    included = [
+        layer
+        for layer in candidates
+        if not config.include or any(_matches(layer, pattern) for pattern in config.include)
+    ]
+    return [layer for layer in included if not any(_matches(layer, pattern) for pattern in config.exclude)]
 
 
 def _matches(layer: Layer, pattern: str) -> bool:
-    """Whether a glob is of a layer's name, or of the name that the literature has for it."""
+    """Return whether a glob matches the name or the alias of a layer."""
     return fnmatch.fnmatchcase(layer.name, pattern) or fnmatch.fnmatchcase(layer.alias, pattern)
 
 
 def channels_of(layer: Layer, channels: str | int | Sequence[int]) -> tuple[int, ...]:
-    """Channel numbers of one layer from `layers.channels`.
+    """Return the selected channels of one layer.
 
-    `all`, a slice (`0:12`, `::64`), `spread:12` (twelve, evenly over the layer), a number, or a list.
-    Slices stop at the layer's end; a number in a list beyond it is left out of that layer.
+    Args:
+        layer: The layer.
+        channels: "all", a slice ("0:12", "::64"), "spread:12" (twelve channels, evenly over the layer), a number, or
+            several numbers. Numbers beyond the channels of the layer are ignored.
+
+    Raises:
+        AtlasError: If `channels` is another string.
     """
     n = layer.channels
     if isinstance(channels, int):
@@ -98,129 +139,162 @@ def channels_of(layer: Layer, channels: str | int | Sequence[int]) -> tuple[int,
         count = min(int(match[1]), n)
         return tuple(sorted({(2 * i + 1) * n // (2 * count) for i in range(count)}))
     if re.fullmatch(r"\d*:\d*(:[1-9]\d*)?", channels):
-        return tuple(range(n)[slice(*(int(p) if p else None for p in channels.split(":")))])
+        return tuple(range(n)[slice(*(int(number) if number else None for number in channels.split(":")))])
     raise AtlasError(f"layers.channels={channels!r}: use all, 0:12, ::64, spread:12, a number or a list [3,7].")
 
 
 def _all(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
+    """Return all layers."""
     return list(layers)
 
 
 def _convs(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
-    """Every convolution and linear layer."""
+    """Return all convolutions and linear layers."""
     return [layer for layer in layers if layer.kind in ("conv", "linear")]
 
 
 def _blocks(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
-    """Outputs of stages and residual blocks.
+    """Return the outputs of stages and residual blocks.
 
-    A candidate is a container with at least two convolutions or linears that work on the whole map (those of
-    squeeze-and-excite work on one position). It is a *stage* if it lists candidates, else a *block*; what lies
-    inside a block (its branches, its MLP) is left out. Of several that end in the same tensor (a stage and its
-    last block) the innermost is kept.
+    A candidate is a block or attention module with at least two convolutions or linear layers that are applied to the
+    whole map (those of squeeze-and-excite are applied to one position). A candidate that contains a list of candidates
+    is a *stage*, any other a *block*; modules inside a block (its branches, its MLP) are left out. If several
+    candidates return the same tensor (a stage and its last block), the innermost one is selected.
     """
     trace = trace_of(model)
-    modules = trace.modules
     shapes = {call.path: call.shape for call in trace.calls}
-
-    def weight(path: str) -> int:
-        inner = [f"{path}.{name}" for name, m in modules[path].named_modules() if kind_of(m) in ("conv", "linear")]
-        pooled = len(shapes.get(path, ())) == 4 and max(shapes[path][2:]) > 1
-        return sum(not (pooled and len(shape := shapes.get(p, ())) == 4 and max(shape[2:]) == 1) for p in inner)
-
-    def lists(path: str) -> bool:
-        own = modules[path]
-        members = [(path, own), *((f"{path}.{name}", child) for name, child in own.named_children())]
-        return any(
-            weight(f"{base}.{name}") >= 2
-            for base, module in members
-            if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-            for name, child in module.named_children()
-            if any(True for _ in child.children())
-        )
-
-    inner = [la for la in layers if la.module and la.kind in ("block", "attention")]
-    heavy = {la.module for la in inner if weight(la.module) >= 2}
-    blocks = {path for path in heavy if not lists(path)}
-    outputs = {(call.path, call.index): call.output for call in trace.calls}
-    kept: dict[int, Layer] = {}
+    modules = [layer.module for layer in layers if layer.module and layer.kind in ("block", "attention")]
+    candidates = {path for path in modules if _num_weighted(trace, shapes, path) >= 2}
+    blocks = {path for path in candidates if not _is_stage(trace, shapes, path)}
+    outputs = {call.key: call.output for call in trace.calls}
+    selected: dict[int, Layer] = {}
     for layer in layers:
         parents = layer.module.split(".")
-        inside = any(".".join(parents[:i]) in blocks for i in range(1, len(parents)))
-        if layer.module in heavy and layer.name.partition("#")[0] == layer.module and not inside:
-            # Calls are listed as they end, the innermost first.
-            kept.setdefault(outputs[layer.module, layer.call], layer)
-    return list(kept.values())
+        is_inside = any(".".join(parents[:i]) in blocks for i in range(1, len(parents)))
+        if layer.module in candidates and layer.name.partition("#")[0] == layer.module and not is_inside:
+            # Calls are listed in the order in which they return, the innermost first.
+            selected.setdefault(outputs[layer.module, layer.call], layer)
+    return list(selected.values())
+
+
+def _num_weighted(trace: Trace, shapes: Mapping[str, tuple[int, ...]], path: str) -> int:
+    """Return the number of convolutions and linear layers inside a module.
+
+    If the module returns a map, layers that return a single position are not counted.
+
+    Args:
+        trace: A trace of the network.
+        shapes: Output shapes by module path.
+        path: Path of the module.
+    """
+    inner = [
+        f"{path}.{name}"
+        for name, module in trace.modules[path].named_modules()
+        if kind_of(module) in ("conv", "linear")
+    ]
+    shape = shapes.get(path, ())
+    if len(shape) != 4 or max(shape[2:]) <= 1:
+        return len(inner)
+    return sum(not _is_single_position(shapes.get(inner_path, ())) for inner_path in inner)
+
+
+def _is_single_position(shape: tuple[int, ...]) -> bool:
+    """Return whether a shape is (B, C, 1, 1)."""
+    return len(shape) == 4 and max(shape[2:]) == 1
+
+
+def _is_stage(trace: Trace, shapes: Mapping[str, tuple[int, ...]], path: str) -> bool:
+    """Return whether a module, or one of its children, is a list that contains a candidate; see `_blocks`."""
+    module = trace.modules[path]
+    members = [(path, module), *((f"{path}.{name}", child) for name, child in module.named_children())]
+    for member_path, member in members:
+        if not isinstance(member, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            continue
+        for name, child in member.named_children():
+            has_children = any(True for _ in child.children())
+            if has_children and _num_weighted(trace, shapes, f"{member_path}.{name}") >= 2:
+                return True
+    return False
 
 
 def _logits(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
-    """The classifier's layer or layers; see `logit_layers`."""
-    found = logit_layers(model, layers)
-    if not found:
+    """Return the layers of logits; see `logit_layers`.
+
+    Raises:
+        AtlasError: If there are none.
+    """
+    heads = logit_layers(model, layers)
+    if not heads:
         raise AtlasError(
-            f"{model.name} has no classifier: no linear layer or convolution gives its output. Choose other layers, as "
-            "layers=convs."
+            f"{model.name} has no classifier: no linear layer or convolution gives its output. Select other layers, "
+            "for example layers=convs."
         )
-    return found
+    return heads
 
 
 def logit_layers(model: Model, layers: Sequence[Layer]) -> list[Layer]:
-    """Return the layers of logits: what gives the network's output; empty for backbones, towers of maps, detectors.
+    """Return the layers of logits, which compute the output of the network; empty for backbones and detectors.
 
-    The last linear layer or, in a fully convolutional head (SqueezeNet, a segmentation network), the last convolution
-    that no normalization follows, if only activations, pooling and functions lie between it and the output. With a
-    linear layer come other vectors of as many channels that no module reads: a distilled transformer has two heads.
+    A layer of logits is the last linear layer or, in a fully convolutional head (SqueezeNet, semantic segmentation),
+    the last convolution without a normalization after it, if only activations, pooling and functions follow. Other
+    vectors with the same number of channels that no module reads are included: a distilled transformer has two heads.
     """
-    ends = _convs(model, layers, LayersConfig())
-    if not ends:
+    weighted = _convs(model, layers, LayersConfig())
+    if not weighted:
         return []
-    last = ends[-1]
+    last = weighted[-1]
     trace = trace_of(model)
     if not _gives_output(trace, last):
         return []
     if last.layout != "vector":
         return [last]
-    same = [la for la in ends if la.layout == "vector" and la.channels == last.channels]
-    read = {c.key for c in trace.calls if any(r.path and r.path != c.path for r in trace.readers.get(c.output, ()))}
-    return [la for la in same if la is last or (la.module, la.call) not in read]
+    heads = [layer for layer in weighted if layer.layout == "vector" and layer.channels == last.channels]
+    read = {call.key for call in trace.calls if _is_read(trace, call)}
+    return [layer for layer in heads if layer is last or (layer.module, layer.call) not in read]
 
 
-# Modules between a layer of logits and the output that leave its channels what they are.
-BEHIND_LOGITS = ("activation", "pool", "dropout", "flatten", "identity")
+def _is_read(trace: Trace, call: Call) -> bool:
+    """Return whether another module than the network itself reads the output of a call."""
+    return any(reader.path and reader.path != call.path for reader in trace.readers.get(call.output, ()))
+
+
+# Kinds of modules between a layer of logits and the output that do not change the meaning of channels.
+KINDS_AFTER_LOGITS = ("activation", "pool", "dropout", "flatten", "identity")
 
 
 def _gives_output(trace: Trace, layer: Layer) -> bool:
-    """Whether a linear layer or convolution gives the network's output, but for activations, pooling and functions."""
-    whole = next((call for call in trace.calls if not call.path), None)
-    own = next((c for c in trace.calls if (c.path, c.index) == (layer.module, layer.call)), None)
-    if own is None or layer.side == "in" or kind_of(trace.modules[own.path]) == "norm":
+    """Return whether the output of the network is that of `layer`, after activations, pooling and functions only."""
+    network = next((call for call in trace.calls if not call.path), None)
+    producer = next((call for call in trace.calls if call.key == (layer.module, layer.call)), None)
+    if producer is None or layer.side == "in" or kind_of(trace.modules[producer.path]) == "norm":
         return False  # a normalization follows
-    if whole is None:
-        return layer.layout == "vector"  # an output without channels, as of one class
-    inner = {identity for call in trace.calls if call.path for identity in call.results}
-    reached = {own.output}
+    if network is None:
+        return layer.layout == "vector"  # the output has no channels, as for one class
+    reached = {producer.output}
     for call in trace.calls:
-        kind = kind_of(trace.modules[call.path])
-        if call.path and kind in BEHIND_LOGITS and reached & set(call.inputs):
+        if call.path and kind_of(trace.modules[call.path]) in KINDS_AFTER_LOGITS and reached & set(call.inputs):
             reached.add(call.output)
-    if reached & set(whole.results):
+    if reached & set(network.results):
         return True
-    # Functions gave the output; it is this layer's if it has its channels.
+    # If functions computed the output, it belongs to this layer if it has the same number of channels.
+    returned_by_modules = {tensor for call in trace.calls if call.path for tensor in call.results}
     axis = -1 if layer.layout in ("maps_last", "tokens", "windows") else 1
-    return not (inner & set(whole.results)) and whole.shape[axis] == layer.channels
+    return not (returned_by_modules & set(network.results)) and network.shape[axis] == layer.channels
 
 
-def _tour(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
-    """`count` layers from stem to logits: the first and last, and block outputs evenly between them."""
-    ends = _convs(model, layers, config)
-    if len(ends) < 2:
+def _overview(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
+    """Return `count` layers from stem to logits: the first and the last, and block outputs evenly between them."""
+    weighted = _convs(model, layers, config)
+    if len(weighted) < 2:
         return list(layers)
-    middle = [la for la in _blocks(model, layers, config) if ends[0].cost < la.cost < ends[-1].cost]
+    first, last = weighted[0], weighted[-1]
+    middle = [layer for layer in _blocks(model, layers, config) if first.cost < layer.cost < last.cost]
     if len(middle) < min(config.count - 2, 3):
-        middle = ends[1:-1]  # a plain chain of layers, as in VGG
-    wanted = min(max(config.count - 2, 0), len(middle))
-    picked = [middle[(2 * i + 1) * len(middle) // (2 * wanted)] for i in range(wanted)]
-    return [la for la in layers if la in (ends[0], *picked, ends[-1])]
+        middle = weighted[1:-1]  # a network without blocks, such as VGG
+    count = min(max(config.count - 2, 0), len(middle))
+    selected = [middle[(2 * i + 1) * len(middle) // (2 * count)] for i in range(count)]
+    return [layer for layer in layers if layer in (first, *selected, last)]
 
 
-POLICIES = {"tour": _tour, "convs": _convs, "blocks": _blocks, "logits": _logits, "all": _all}
+# Selections by the name that `layers.policy` has for them.
+POLICIES = {"tour": _overview, "convs": _convs, "blocks": _blocks, "logits": _logits, "all": _all}

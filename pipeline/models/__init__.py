@@ -1,1 +1,1 @@
-"""Load a network: from torchvision, timm, a checkpoint, an exported program or the user's own code."""
+"""Load a network from torchvision, timm, a checkpoint, an exported program or the user's own code."""

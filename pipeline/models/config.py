@@ -1,4 +1,4 @@
-"""What a user says about a network, and how a picture becomes its input: two plain records."""
+"""Configuration of the network and its preprocessing."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,12 +10,29 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Which network, and with which weights. Fields left null are taken from the network's own recipe.
+    """Network and weights. Preprocessing fields that are None take the network's own values.
 
-    `target`, `arguments`, `channels`, `trust_checkpoint` and `strict` matter for `source=custom` alone, the last
-    two for every checkpoint. `checkpoint_key` and `checkpoint_prefix` choose one of several state dicts in a
-    checkpoint: by the dotted keys of the mappings around it, and by what its names begin with. `folder` is where
-    relative paths begin: null is where the command was typed.
+    Attributes:
+        source: Where the network comes from: "package", "torchvision", "timm" or "custom".
+        name: Name of the network in that source; for "custom", any name.
+        weights: "default", the path of a checkpoint, or None for random weights.
+        input_size: Side of the input in pixels, or (height, width).
+        resize: Length in pixels that the shorter side of an image is resized to before the crop.
+        mean: Mean of each input channel.
+        std: Standard deviation of each input channel.
+        interpolation: One of `INTERPOLATIONS`.
+        target: For "custom": a builder, as file.py:function or package.module:function, or an exported program.
+        arguments: Keyword arguments of the builder.
+        checkpoint: Path of a checkpoint; the same as a path in `weights`.
+        checkpoint_key: Dotted keys of the mappings around the state dict, if a checkpoint contains several.
+        checkpoint_prefix: What the names of the state dict begin with, if a checkpoint contains several.
+        channels: Number of input channels.
+        value_range: Values of black and white before `mean` and `std` are applied.
+        labels: Class names, or the path of a file with them.
+        trust_checkpoint: Load files that can run code when they are unpickled.
+        strict: Refuse a checkpoint of which only a part fits.
+        aliases: Paths of modules by alternative name, e.g. {"mixed4c": "inception4c"}.
+        folder: Folder that relative paths start from; None for the current one.
     """
 
     source: str
@@ -40,34 +57,46 @@ class ModelConfig:
     folder: str | None = None
 
     @property
-    def own_weights(self) -> Path | None:
-        """The user's own weights, as an absolute path; None for random or the network's usual ones.
-
-        `checkpoint=file` and `weights=file` say the same.
-        """
+    def checkpoint_path(self) -> Path | None:
+        """Absolute path of the user's checkpoint; None for the default weights and for random ones."""
         if self.checkpoint is not None:
-            return self.locate(self.checkpoint)
-        own = self.weights is not None and self.weights != "default"
-        return self.locate(str(self.weights)) if own else None
+            return self.absolute_path(self.checkpoint)
+        if self.weights is None or self.weights == "default":
+            return None
+        return self.absolute_path(str(self.weights))
 
-    def locate(self, path: str) -> Path:
-        """A path as the user typed it, made absolute."""
+    def absolute_path(self, path: str) -> Path:
+        """Return the absolute path for a path that the user typed."""
         return Path(self.folder or Path.cwd(), Path(path).expanduser()).absolute()
 
 
-# What of a model's configuration says where things lie or what they are called, but not what they are.
-NAMES_ONLY = (
-    "weights", "checkpoint", "checkpoint_key", "checkpoint_prefix", "target", "arguments", "folder", "labels",
-    "trust_checkpoint", "strict", "aliases",
-)  # fmt: skip
+# Fields that locate or name parts of the model but do not define it: digests contain the content itself instead.
+LOCATION_FIELDS = (
+    "weights",
+    "checkpoint",
+    "checkpoint_key",
+    "checkpoint_prefix",
+    "target",
+    "arguments",
+    "folder",
+    "labels",
+    "trust_checkpoint",
+    "strict",
+    "aliases",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes an input: resize the shorter side, crop the centre, bring into range, normalise.
+    """How an image becomes an input: resize the shorter side, crop the center, scale to a range, normalize.
 
-    `size` is (height, width) in pixels; `value_range` is what black and white become before `mean` and `std`,
-    which are per channel and in the same values.
+    Attributes:
+        size: (height, width) of the crop in pixels.
+        resize: Length in pixels that the shorter side is resized to.
+        mean: Mean of each channel, in the units of `value_range`.
+        std: Standard deviation of each channel, in the units of `value_range`.
+        interpolation: One of `INTERPOLATIONS`.
+        value_range: Values of black and white before normalization.
     """
 
     size: tuple[int, int]
@@ -79,5 +108,5 @@ class Preprocessing:
 
     @property
     def channels(self) -> int:
-        """Input channels of the network."""
+        """Number of input channels of the network."""
         return len(self.mean)

@@ -1,4 +1,4 @@
-"""The user's own network: a builder in a Python file or on the import path, or an exported program."""
+"""The user's own network: built by a function in a Python file or module, or loaded from an exported program."""
 
 import contextlib
 import hashlib
@@ -19,34 +19,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.core.errors import AtlasError, first_line, nearest
+from pipeline.core.errors import AtlasError, first_line, nearest_names
 from pipeline.models import exported, user_code
 from pipeline.models.config import ModelConfig, Preprocessing
 from pipeline.models.wrappers import unwrapped
 
 log = logging.getLogger(__name__)
 
-# The user's files that a network was built from, as they were then.
-_built: "weakref.WeakKeyDictionary[nn.Module, dict[str, user_code.Source]]" = weakref.WeakKeyDictionary()
+# Source files that each network was built from, with their content at that time.
+_build_sources: "weakref.WeakKeyDictionary[nn.Module, dict[str, user_code.Source]]" = weakref.WeakKeyDictionary()
 
-# Classes without a source file that the log has named.
-_told: set[str] = set()
+# Classes without a source file that were already logged.
+_logged_classes: set[str] = set()
 
-# By target: files of its network that no import statement led to before it was built.
-_late: defaultdict[tuple[str, str], set[Path]] = defaultdict(set)
+# By target: files of its network that its import statements did not lead to before it was built.
+_late_files: defaultdict[tuple[str, str], set[Path]] = defaultdict(set)
 
 FORMS = "my_net.py:build, my_package.nets:build, or an exported program net.pt2"
 
 
 def from_target(config: ModelConfig) -> tuple[nn.Module, Preprocessing, tuple[str, ...]]:
-    """The network that `model.target` builds, the recipe that the configuration gives, and no labels.
+    """Build or load the network that `model.target` names.
 
-    Raises `AtlasError` where there is no such file, module or function, where the builder raises, or where it
-    gives something else than a module.
+    Returns:
+        The network, the preprocessing that the configuration defines, and an empty tuple of labels.
+
+    Raises:
+        AtlasError: If there is no such file, module or function, if the builder raises, or if it does not return a
+            `torch.nn.Module`.
     """
     if not config.target:
         raise AtlasError(f"model=custom needs model.target: {FORMS}.")
-    module = from_file(config) if _is_file(config.target) else from_builder(config)
+    module = from_file(config) if _is_saved_network(config.target) else from_builder(config)
     channels = config.channels or len(config.mean or config.std or (0.0,) * 3)
     size = config.input_size or 224
     pair = (size, size) if isinstance(size, int) else size
@@ -54,103 +58,120 @@ def from_target(config: ModelConfig) -> tuple[nn.Module, Preprocessing, tuple[st
 
 
 def code_digest(config: ModelConfig, module: nn.Module) -> str:
-    """Digest of the code that builds `module` and that its classes are written in: weights alone do not tell it.
+    """Return a digest of the code of a network, because weights alone do not determine what it computes.
 
-    It covers the target's own file, the files of all classes in the network, and what these import, except installed
-    packages. Comments and formatting do not count, nor where the files lie. For exported programs it is that of the
-    file, which holds all.
+    The digest covers the target's own file, the files of all classes in the network, and what these import, except
+    installed packages. It ignores comments, formatting and the location of the files. For an exported program it is the
+    sha256 of the file.
+
+    Args:
+        config: Configuration with a `target`.
+        module: The network that was built from it.
     """
     assert config.target is not None
-    if _is_file(config.target):
-        return hashlib.sha256(config.locate(config.target).read_bytes()).hexdigest()
-    own = _top_level(config)
-    built = _built.get(module, {})
-    with _importing(config):
-        classes, without = user_code.of_classes(module, own)
-        paths = {source.path.resolve() for source in built.values()}
-        also = [source for source in classes if source.path.resolve() not in paths]
-        sources = built | user_code.closure(also, own) if also else built
+    if _is_saved_network(config.target):
+        return hashlib.sha256(config.absolute_path(config.target).read_bytes()).hexdigest()
+    package = _target_package(config)
+    build_sources = _build_sources.get(module, {})
+    with _import_paths(config):
+        class_sources, compiled_digests = user_code.of_classes(module, package)
+        build_paths = {source.path.resolve() for source in build_sources.values()}
+        new = [source for source in class_sources if source.path.resolve() not in build_paths]
+        sources = build_sources | user_code.closure(new, package) if new else build_sources
     user_code.remember(sources.values())
-    _late[_key(config)].update(source.path for source in sources.values() if source.path.resolve() not in paths)
-    for name in sorted(without.keys() - _told):
-        log.info("%s has no source file: its compiled code counts in its place", name)
-    _told.update(without)
+    late = (source.path for source in sources.values() if source.path.resolve() not in build_paths)
+    _late_files[_target_key(config)].update(late)
+    for name in sorted(compiled_digests.keys() - _logged_classes):
+        log.info("%s has no source file; the digest of the network covers its compiled code instead", name)
+    _logged_classes.update(compiled_digests)
     code = sorted({(source.name, source.code) for source in sources.values()})
     arguments = json.dumps(dict(config.arguments or {}), sort_keys=True, default=str)
-    # One file may hold several builders and classes whose weights are alike: which of them were used counts as well.
+    # One file may contain several builders and classes with equal weights, so the digest covers which are used.
     classes_used = [[path, type(part).__qualname__] for path, part in module.named_modules()]
     builder = str(config.target).rpartition(":")[2]
-    parts = [code, sorted(without.items()), arguments, builder, classes_used]
+    parts = [code, sorted(compiled_digests.items()), arguments, builder, classes_used]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def from_builder(config: ModelConfig) -> nn.Module:
-    """What the builder gives when it is called with `model.arguments`."""
-    own = _top_level(config)
-    with _importing(config) as folders:
-        roots = _roots(config)
-        sources = user_code.closure(roots, own)
-        late = {str(path): user_code.Source.of(str(path), path) for path in _late[_key(config)] if path.is_file()}
+    """Return the network that the target's builder returns for `model.arguments`.
+
+    Raises:
+        AtlasError: If the builder cannot be imported, raises, or does not return a `torch.nn.Module`.
+    """
+    package = _target_package(config)
+    with _import_paths(config) as folders:
+        roots = _root_sources(config)
+        sources = user_code.closure(roots, package)
+        late_paths = [path for path in _late_files[_target_key(config)] if path.is_file()]
+        late = {str(path): user_code.Source.of(str(path), path) for path in late_paths}
         user_code.refresh(sources | late)
         build = _builder(config)
         try:
             module = build(**(config.arguments or {}))
         except Exception as error:
-            raise AtlasError(f"{config.target} failed: {_where(error)}") from error
-        # A builder may come from another file than the target names.
+            raise AtlasError(f"{config.target} failed: {_describe(error)}") from error
+        # The builder may be defined in another file than the one that the target names.
         paths = {source.path.resolve() for source in sources.values()}
         others = [source for source in user_code.of_object(build) if source.path.resolve() not in paths]
-        more = user_code.closure(others, own) if others else {}
-    _late[_key(config)].update(source.path for source in more.values())
+        more = user_code.closure(others, package) if others else {}
+    _late_files[_target_key(config)].update(source.path for source in more.values())
     sources |= more
     user_code.remember(sources.values())
-    user_code.Beside(folders, sources).install()
+    user_code.LateImportFinder(folders, sources).install()
     if isinstance(module, torch.jit.ScriptModule):
-        raise _scripted(config.target or "")
+        raise _torchscript_error(config.target or "")
     if not isinstance(module, nn.Module):
-        raise AtlasError(f"{config.target} gave a {type(module).__name__}; it must return a torch.nn.Module.")
+        raise AtlasError(f"{config.target} returned a {type(module).__name__}; it must return a torch.nn.Module.")
     module = unwrapped(module)
-    _built[module] = sources
+    _build_sources[module] = sources
     return module
 
 
-def _roots(config: ModelConfig) -> list[user_code.Source]:
-    """The files that a target names: its own, or for an import path that and those of the packages around it."""
-    place = _place(config)
-    if not place.endswith(".py"):
-        return list(user_code.along(place, _top_level(config)))
-    path = config.locate(place)
+def _root_sources(config: ModelConfig) -> list[user_code.Source]:
+    """Return the files that a target names: its own, and for an import path also those of its parent packages."""
+    location = _location(config)
+    if not location.endswith(".py"):
+        return list(user_code.sources_of_import(location, _target_package(config)))
+    path = config.absolute_path(location)
     return [user_code.Source.of(user_code.TARGET, path)] if path.is_file() else []
 
 
-def _place(config: ModelConfig) -> str:
-    """File or import path of a target, without the builder's name."""
+def _location(config: ModelConfig) -> str:
+    """Return the file or import path of a target, without the builder's name."""
     target = config.target or ""
     return target.rpartition(":")[0] if ":" in target else target
 
 
-def _top_level(config: ModelConfig) -> str:
-    """The package that a target given by import path lies in, whose files count even where it is installed."""
-    place = _place(config)
-    return "" if place.endswith(".py") else place.partition(".")[0]
+def _target_package(config: ModelConfig) -> str:
+    """Return the top-level package of a target given by import path, or "" for a file.
+
+    The files of this package count as user code even where it is installed.
+    """
+    location = _location(config)
+    return "" if location.endswith(".py") else location.partition(".")[0]
 
 
-def _key(config: ModelConfig) -> tuple[str, str]:
-    return str(config.target), str(config.locate("."))
+def _target_key(config: ModelConfig) -> tuple[str, str]:
+    return str(config.target), str(config.absolute_path("."))
 
 
 def from_file(config: ModelConfig) -> nn.Module:
-    """An exported program as a tree of modules that hooks can be put on; TorchScript is refused."""
+    """Load an exported program as a tree of modules that accept hooks.
+
+    Raises:
+        AtlasError: If the file is missing, is TorchScript, or could run code and `trust_checkpoint` is not set.
+    """
     assert config.target is not None
-    path = config.locate(config.target)
+    path = config.absolute_path(config.target)
     if not path.is_file():
         raise AtlasError(f"model.target={config.target}: there is no such file. Use {FORMS}.")
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
     if any("/code/" in name for name in names):
-        raise _scripted(config.target)
+        raise _torchscript_error(config.target)
     if path.suffix != ".pt2":
         raise AtlasError(
-            f"model.target={config.target} is no network: use {FORMS}. Weights alone go to model.checkpoint."
+            f"model.target={config.target} is not a network. Use {FORMS}. Weights alone belong in model.checkpoint."
         )
     try:
         with warnings.catch_warnings():
@@ -160,44 +181,44 @@ def from_file(config: ModelConfig) -> nn.Module:
             return torch.export.unflatten(torch.export.load(path))
     except exported.Refused as error:
         raise AtlasError(
-            f"{path} holds {error}, which is beyond what programs of ordinary networks hold, and to load such a file "
-            "may run code of whoever made it. If you trust them: model.trust_checkpoint=true. Else export the network "
-            "again with torch.export.save."
+            f"{path} {error}, unlike exported programs of ordinary networks. Loading it may run code of whoever made "
+            "it. If you trust them, set model.trust_checkpoint=true. Otherwise export the network again with "
+            "torch.export.save."
         ) from error
     except Exception as error:
-        raise AtlasError(f"{path} can't be read as an exported program: {_where(error)}") from error
+        raise AtlasError(f"{path} can't be read as an exported program: {_describe(error)}") from error
 
 
-def _scripted(target: str) -> AtlasError:
+def _torchscript_error(target: str) -> AtlasError:
     return AtlasError(
-        f"{target} is TorchScript, which runs its inner modules where no hook can look. Give the Python code that "
-        "made it (model.target=my_net.py:build with its weights as model.checkpoint), or export it again with "
+        f"{target} is TorchScript, whose inner modules do not run forward hooks. Use the Python code that it was made "
+        "from (model.target=my_net.py:build with its weights as model.checkpoint), or export the network with "
         "torch.export (net.pt2)."
     )
 
 
-def _is_file(target: str) -> bool:
-    """Whether a target is a network saved whole, and not code."""
+def _is_saved_network(target: str) -> bool:
+    """Return whether a target is the file of a saved network rather than code."""
     return ":" not in target and not target.endswith(".py") and Path(target).suffix in (".pt2", ".pt", ".pth", ".ts")
 
 
 def _builder(config: ModelConfig) -> Callable[..., Any]:
     assert config.target is not None
-    place, _, name = config.target.rpartition(":") if ":" in config.target else (config.target, "", "")
+    location, _, name = config.target.rpartition(":") if ":" in config.target else (config.target, "", "")
     if not name:
         raise AtlasError(f"model.target={config.target} names no function. Use {FORMS}.")
-    code = _from_path(config.locate(place)) if place.endswith(".py") else _from_name(place)
+    code = _import_file(config.absolute_path(location)) if location.endswith(".py") else _import_module(location)
     builder = getattr(code, name, None)
     if not callable(builder):
         functions = [k for k, v in vars(code).items() if callable(v) and not k.startswith("_")]
-        raise AtlasError(f"{place} has no function {name!r}. {nearest(name, functions)}")
+        raise AtlasError(f"{location} has no function {name!r}. {nearest_names(name, functions)}")
     return builder
 
 
-def _from_path(path: Path) -> ModuleType:
+def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise AtlasError(f"model.target: there is no file {path}. Use {FORMS}.")
-    # One name for each file and content: a file that was edited is read again.
+    # One module name per file and content, so that an edited file is imported again.
     name = f"atlas_target_{hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -209,27 +230,27 @@ def _from_path(path: Path) -> ModuleType:
         spec.loader.exec_module(code)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise AtlasError(f"{path} can't be run: {_where(error)}") from error
+        raise AtlasError(f"{path} can't be run: {_describe(error)}") from error
     return code
 
 
-def _from_name(place: str) -> ModuleType:
+def _import_module(name: str) -> ModuleType:
     try:
-        return importlib.import_module(place)
+        return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         raise AtlasError(
-            f"model.target: {place} can't be imported: {_where(error)}. Install it, stand in the folder "
-            "that it lies in, or give the file: my_net.py:build."
+            f"model.target: {name} can't be imported: {_describe(error)}. Install it, run the command in the folder "
+            "that contains it, or name the file: my_net.py:build."
         ) from error
 
 
 @contextlib.contextmanager
-def _importing(config: ModelConfig) -> Iterator[list[str]]:
-    """Let the target import what lies beside it and where the command was typed; gives these folders."""
-    place = _place(config)
-    added = [str(config.locate("."))]
-    if place.endswith(".py"):
-        added.insert(0, str(config.locate(place).parent))
+def _import_paths(config: ModelConfig) -> Iterator[list[str]]:
+    """Add the target's folder and the folder of the command to the import path; yield the added folders."""
+    location = _location(config)
+    added = [str(config.absolute_path("."))]
+    if location.endswith(".py"):
+        added.insert(0, str(config.absolute_path(location).parent))
     saved = list(sys.path)
     sys.path[:0] = added
     try:
@@ -238,8 +259,8 @@ def _importing(config: ModelConfig) -> Iterator[list[str]]:
         sys.path[:] = saved
 
 
-def _where(error: BaseException) -> str:
-    """An error of the user's code: its type, first line, and the last line of that code that it went through."""
+def _describe(error: BaseException) -> str:
+    """Describe an error in the user's code: its type, first line, and the innermost line of the user's code."""
     trace, place = error.__traceback__, ""
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename

@@ -1,4 +1,4 @@
-"""Read a checkpoint file, safely: every tensor in it with the keys of the mappings around it and its name."""
+"""Read all tensors of a checkpoint file without running code, with their names and the keys of enclosing mappings."""
 
 import dataclasses
 import io
@@ -13,19 +13,17 @@ from torch import Tensor, nn
 
 from pipeline.core.errors import AtlasError, first_line
 
-# Parts of a name that a wrapping module inserts: DataParallel and AveragedModel, torch.compile, FSDP, activation
-# checkpointing, Lightning Fabric.
-INSERTED = frozenset(
-    ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
-)  # fmt: skip
+# Parts of names that wrappers insert: DataParallel and AveragedModel, torch.compile, FSDP, activation checkpointing,
+# Lightning Fabric.
+INSERTED = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"))
 
-# A word in a key or prefix that marks averaged weights. They are what is evaluated, so they are preferred.
+# Words in keys and prefixes that indicate averaged weights. These are meant for evaluation, so they are preferred.
 AVERAGED = frozenset(("ema", "swa", "averaged"))
 
-# Where Lightning keeps the weights that were not averaged.
+# Key of the non-averaged weights in checkpoints of Lightning.
 NOT_AVERAGED = "current_model_state"
 
-# Objects of training scripts that are not needed: each is read as a `_Ignored`, so that no code runs.
+# Types of objects in training checkpoints that are not needed. They are read as `_Ignored`, so that no code runs.
 HARMLESS = (
     "argparse.Namespace", "datetime.datetime", "datetime.timedelta",
     "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath",
@@ -35,7 +33,7 @@ HARMLESS = (
 
 
 class _Ignored:
-    """Takes the place of an object that is not needed, whatever it is made from."""
+    """Placeholder for an object that is not needed. It accepts any arguments."""
 
     def __new__(cls, *_: Any, **__: Any) -> "_Ignored":
         return super().__new__(cls)
@@ -49,14 +47,20 @@ class _Ignored:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: the keys of the mappings around it, from outside, and its name in the innermost one."""
+    """One tensor of a file.
+
+    Attributes:
+        keys: Keys of the enclosing mappings, outermost first.
+        name: Its name in the innermost mapping.
+        value: The tensor, or the extra state of a module.
+    """
 
     keys: tuple[str, ...]
     name: str
     value: Any
 
     def places(self) -> "Iterator[tuple[Place, list[str]]]":
-        """Every place where the state dict that holds this tensor may begin, and the parts of its name from there."""
+        """Yield every place where the state dict with this tensor may begin, and the parts of its name from there."""
         names = self.name.split(".")
         for i in range(len(self.keys)):
             yield Place(self.keys[:i], ""), [*self.keys[i:], *names]
@@ -64,82 +68,108 @@ class Entry:
             yield Place(self.keys, "".join(f"{part}." for part in names[:i])), names[i:]
 
     def within(self, place: "Place") -> list[str] | None:
-        """The parts of its name if the state dict begins at `place`; None if it lies elsewhere."""
-        return next((parts for known, parts in self.places() if known == place), None)
+        """Return the parts of its name in a state dict that begins at `place`, or None if it is not part of that."""
+        return next((parts for candidate, parts in self.places() if candidate == place), None)
 
 
 class Place(NamedTuple):
-    """Where in a file a state dict begins: the keys of nested mappings, and what its names begin with."""
+    """Where in a file a state dict begins.
+
+    Attributes:
+        keys: Keys of the enclosing mappings, outermost first.
+        prefix: Common prefix of its names, empty or ending in a dot.
+    """
 
     keys: tuple[str, ...]
     prefix: str
 
     @property
     def preference(self) -> int:
-        """0 for averaged weights, 1 for others, 2 for those that were replaced by averaged ones."""
+        """Rank: 0 for averaged weights, 1 for others, 2 for weights that averaged ones have replaced."""
         words = set(re.split(r"[._\W]+", ".".join((*self.keys, self.prefix)).lower()))
-        return 0 if words & AVERAGED else 2 if NOT_AVERAGED in self.keys else 1
+        if words & AVERAGED:
+            return 0
+        return 2 if NOT_AVERAGED in self.keys else 1
 
     def __str__(self) -> str:
-        found = [f"key {'.'.join(self.keys)!r}"] if self.keys else []
-        return ", ".join(found + [f"prefix {self.prefix!r}"] * bool(self.prefix)) or "top level"
+        parts = []
+        if self.keys:
+            parts.append(f"key {'.'.join(self.keys)!r}")
+        if self.prefix:
+            parts.append(f"prefix {self.prefix!r}")
+        return ", ".join(parts) or "top level"
 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """The tensors of a file, and the version numbers of modules that PyTorch keeps beside a state dict."""
+    """The contents of a checkpoint file.
+
+    Attributes:
+        entries: All tensors.
+        metadata: By the keys of a state dict: its `_metadata`, the version numbers of modules.
+    """
 
     entries: list[Entry]
     metadata: dict[tuple[str, ...], Mapping[str, Any]]
 
 
 def contents(path: Path, trust: bool, content: bytes | None) -> Contents:
-    """All tensors of a checkpoint file, however deep they lie."""
+    """Read all tensors of a checkpoint file, at any depth.
+
+    Args:
+        path: The file.
+        trust: Whether to unpickle arbitrary objects, which can run code.
+        content: Bytes of the file, if it was read before.
+
+    Raises:
+        AtlasError: If the file cannot be read or contains no tensors.
+    """
     if content is None and not path.is_file():
         raise AtlasError(
-            f"There is no checkpoint {path}. Give model.checkpoint a file, or leave it null for random weights."
+            f"There is no checkpoint {path}. Set model.checkpoint to a file, or to null for random weights."
         )
     loaded = _read(path, trust, content)
-    found = Contents([], {})
-    _collect(loaded, (), found, ())
-    if not found.entries:
+    collected = Contents([], {})
+    _collect(loaded, (), collected, ())
+    if not collected.entries:
         what = f" with the keys {', '.join(map(str, list(loaded)[:6]))}" if isinstance(loaded, Mapping) else ""
         raise AtlasError(
-            f"{path} holds a {type(loaded).__name__}{what}, and no state dict. Save model.state_dict(), bare or under "
-            "a key such as state_dict or model."
+            f"{path} contains a {type(loaded).__name__}{what} but no state dict. Save model.state_dict(), directly or "
+            "under a key such as state_dict or model."
         )
-    return found
+    return collected
 
 
-def _collect(value: Any, keys: tuple[str, ...], found: Contents, above: tuple[int, ...]) -> None:
-    if id(value) in above:
+def _collect(value: Any, keys: tuple[str, ...], target: Contents, ancestors: tuple[int, ...]) -> None:
+    """Add all tensors below `value` to `target`; `ancestors` are ids of enclosing objects, to stop at cycles."""
+    if id(value) in ancestors:
         return
-    above = (*above, id(value))
+    ancestors = (*ancestors, id(value))
     if isinstance(value, nn.Module):
         value = value.state_dict()
     if isinstance(value, (list, tuple)):
-        # Tensors in lists have no names, but a state dict may lie in one.
+        # Tensors in lists have no names, but a list may contain a state dict.
         value = {str(i): item for i, item in enumerate(value) if isinstance(item, (Mapping, list, tuple, nn.Module))}
     if not isinstance(value, Mapping):
         return
     versions = getattr(value, "_metadata", None)
     if isinstance(versions, Mapping):
-        found.metadata[keys] = versions
+        target.metadata[keys] = versions
     for key, item in value.items():
         name = str(key)
         if isinstance(item, Tensor) or name.endswith("_extra_state"):
-            found.entries.append(Entry(keys, name, item))
+            target.entries.append(Entry(keys, name, item))
         else:
-            _collect(item, (*keys, name), found, above)
+            _collect(item, (*keys, name), target, ancestors)
 
 
 def bare_name(parts: Iterable[str]) -> str:
-    """A name without what wrapping modules insert."""
+    """Return a name without the parts that wrappers insert."""
     return ".".join(part for part in parts if part not in INSERTED)
 
 
 def of_optimizer(keys: Sequence[str]) -> bool:
-    """Whether tensors under these keys are moments and the like, which may have the name and shape of a weight."""
+    """Return whether tensors under these keys are optimizer state, which may have the name and shape of a weight."""
     return any(key.lower().startswith("optim") for key in keys)
 
 
@@ -150,18 +180,19 @@ def _read(path: Path, trust: bool, content: bytes | None) -> Any:
 
             return load(path.read_bytes() if content is None else content)
         with warnings.catch_warnings(), torch.serialization.safe_globals([(_Ignored, name) for name in HARMLESS]):
-            # torch.load says of a TorchScript archive that it is one; what follows says more.
+            # torch.load warns about TorchScript archives; the error below is more specific.
             warnings.simplefilter("ignore")
             source = path if content is None else io.BytesIO(content)
             return torch.load(source, map_location="cpu", weights_only=not trust)
     except Exception as error:
-        # Unpicklers raise almost anything on a file that is not theirs.
+        # Unpicklers raise almost any exception for a file of another format.
         reason = first_line(error)
         if not trust and ("weights_only" in str(error) or "Unsupported" in str(error) or "WeightsUnpickler" in reason):
-            named = re.search(r"GLOBAL ([\w.]+)", str(error))
-            what = f"Python objects ({named[1]})" if named else "Python objects"
+            match = re.search(r"GLOBAL ([\w.]+)", str(error))
+            objects = f"Python objects ({match[1]})" if match else "Python objects"
             raise AtlasError(
-                f"{path} can't be read as weights only: it holds {what}, and to load those is to run code. "
-                "If you trust whoever made it: model.trust_checkpoint=true. Else save model.state_dict() and use that."
+                f"{path} can't be read as weights only: it contains {objects}, and loading them can run code. If you "
+                "trust whoever made it, set model.trust_checkpoint=true. Otherwise save model.state_dict() and load "
+                "that."
             ) from error
         raise AtlasError(f"{path} can't be read as a checkpoint: {type(error).__name__}: {reason}") from error

@@ -1,4 +1,4 @@
-"""Networks inside the modules that training puts around them: compiled, data-parallel and averaged ones."""
+"""Remove the modules that training wraps around a network: compiled, data-parallel and averaged models."""
 
 import torch
 from torch import nn
@@ -6,11 +6,16 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return a network without the modules that training put around it or around its parts.
+    """Remove the wrappers of training around a network and around its parts.
 
-    Compiled networks (`torch.compile`, `Module.compile`), `DataParallel`, `DistributedDataParallel` and averaged models
-    compute what the module inside them does, under names that begin with `_orig_mod.` or `module.`. The network is
-    changed in place; it runs uncompiled afterwards.
+    Compiled networks (`torch.compile`, `Module.compile`), `DataParallel`, `DistributedDataParallel` and `AveragedModel`
+    compute the same as the wrapped module, but prefix its parameter names with `_orig_mod.` or `module.`.
+
+    Args:
+        module: The network. It is changed in place and runs uncompiled afterwards.
+
+    Returns:
+        The network inside all wrappers.
     """
     while (inner := _inner(module)) is not None:
         module = inner
@@ -23,7 +28,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _inner(module: nn.Module) -> nn.Module | None:
-    """The module that a wrapper holds; None for a module that is no wrapper."""
+    """Return the module inside a wrapper, or None if `module` is no wrapper."""
     if isinstance(module, torch._dynamo.OptimizedModule):
         return module._orig_mod
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)

@@ -1,4 +1,4 @@
-"""The best dataset examples of units, as images that visualizations begin with (`render.canvas.source=best`)."""
+"""The best dataset examples of units as initial images of visualizations (`render.canvas.source=best`)."""
 
 import io
 from collections.abc import Sequence
@@ -10,26 +10,28 @@ from pipeline.store.reader import Atlas
 from pipeline.visualization.initial_images import InitialImage
 
 
-def best(atlas: Atlas, layer: str, channels: Sequence[int]) -> tuple[InitialImage, ...]:
-    """What each channel's picture begins with: the photograph that it answers to most, around that place.
+def best_example_images(atlas: Atlas, layer: str, channels: Sequence[int]) -> tuple[InitialImage, ...]:
+    """Return each channel's dataset image with the largest activation, and the position of that activation.
 
-    Raises `AtlasError` where the atlas keeps no photographs.
+    Raises:
+        AtlasError: If the atlas holds no such image.
     """
     view = atlas[layer]
-    tops = view.examples("max")
-    found = []
+    examples = view.examples("max")
+    images = []
     for channel in channels:
         row = view.row(channel)
-        image = None if tops is None else atlas.photo(int(tops.index[row, 0]))
-        if tops is None or image is None:
+        image = None if examples is None else atlas.input_image(int(examples.index[row, 0]))
+        if examples is None or image is None:
             raise AtlasError(
-                f"{layer}:{channel} has no photograph to begin with: render.canvas.source=best needs a dataset pass "
-                "that keeps its pictures, and a unit that answers to one."
+                f"{layer}:{channel} has no dataset example to start from: render.canvas.source=best needs a dataset "
+                "pass that stores images, and a unit with a positive activation."
             )
-        # A feature has a size in pixels of the network's input, so the photograph is brought to that scale.
+        # Features have a size in pixels of the network's input, so the image is resized to that scale.
         image = image.resize((view.input_size[1], view.input_size[0]), Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
-        place = (float(tops.y[row, 0]) + 0.5) / view.map_size[0], (float(tops.x[row, 0]) + 0.5) / view.map_size[1]
-        found.append(InitialImage(buffer.getvalue(), place))
-    return tuple(found)
+        height, width = view.map_size
+        centre = (float(examples.y[row, 0]) + 0.5) / height, (float(examples.x[row, 0]) + 0.5) / width
+        images.append(InitialImage(buffer.getvalue(), centre))
+    return tuple(images)

@@ -1,17 +1,20 @@
-"""The dataset pass as the driver sees it: its three rounds, and what a folder holds of them.
+"""State and tasks of the dataset pass of a run.
 
-First a sample of photographs sets the ranges of histograms, then all photographs are swept, then the winners are
-looked at again. Each round builds on the whole of the one before; within a round, order and portions do not matter.
+It has three rounds: a sample of images sets the ranges of the histograms; the first pass reads all images; the second
+pass reads the dataset examples again, for positions, activation maps and crops. Each round needs the complete one
+before. Within a round, the order and the size of the tasks do not change the merged result.
 """
 
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.engine.tasks import Task, winners_digest
+from pipeline.core import hashing
+from pipeline.engine.tasks import DatasetTask, LocalizeTask, RangesTask, SweepTask, Task, localize_digest
 from pipeline.examples import label_association, localize
 from pipeline.examples import sweep as examples
 from pipeline.examples.channel_stats import HistogramRange
@@ -20,168 +23,183 @@ from pipeline.examples.localize import SecondPassIndex, TopExamples
 from pipeline.examples.results import DatasetPassResult
 from pipeline.examples.sweep import ImageSubsets, PassResult
 from pipeline.layers.finding import Layer
-from pipeline.runs.planner import Plan
+from pipeline.planning.plan import Plan
 from pipeline.store import shards
 from pipeline.store.shards import Shard
 
 
 class DatasetPass:
-    """What is finished of a plan's dataset pass below `folder` (the run's shards), and what is next.
+    """Finished parts of the dataset pass of a plan, and the tasks of its next round.
 
-    With `keep=False` nothing is ever written there: for folders of other runs, and before a run has its lock.
+    Args:
+        plan: The plan.
+        folder: Folder of the shards of a run.
+        read_only: Whether nothing may be written there: in the folders of other runs, and without the run's lock.
+
+    Attributes:
+        total: Number of dataset images.
+        digest: Digest of the first pass.
+        ranges_digest: Digest of the histogram ranges.
+        localize_digest: Digest of the second pass.
+        histogram_ranges: Shard of the histogram ranges; None until they are measured.
+        swept_ranges: Shards of the first pass by (start, end), without overlap.
+        localized_ranges: Shards of the second pass by (start, end), without overlap.
     """
 
-    def __init__(self, made: Plan, folder: Path, keep: bool = True) -> None:
-        self._made, self.folder, self._keep = made, folder, keep
-        self._config = made.config.examples
-        self.total = len(made.setup.dataset.photos)
-        self.digest = made.examples_digest
-        self.layers = made.layers
-        self.scale_digest = shards.digest_of(["ranges", self.digest])
-        self.shown_digest = winners_digest(made.setup, self.digest, [channels for _, channels in made.layers])
-        self.scale = shards.read(self.path("ranges", "ranges", self.scale_digest))
-        found = shards.find(folder / "examples", self.digest) if self.scale else []
-        # Pieces that were measured with other ranges can't be added to these.
-        self.ranges = chosen_ranges(s for s in found if s.attributes.get("ranges") == self.content)
-        self.looks = chosen_ranges(shards.find(folder / "winners", self.shown_digest))
+    def __init__(self, plan: Plan, folder: Path, read_only: bool = False) -> None:
+        self._plan, self.folder, self._read_only = plan, folder, read_only
+        self._config = plan.config.examples
+        self.total = len(plan.setup.dataset.images)
+        self.digest = plan.examples_digest
+        self.layers = plan.layers
+        self.ranges_digest = hashing.digest_of(["ranges", self.digest])
+        self.localize_digest = localize_digest(plan.setup, self.digest, [channels for _, channels in plan.layers])
+        self.histogram_ranges = shards.read(self.path("ranges", "ranges", self.ranges_digest))
+        parts = shards.find(folder / "examples", self.digest) if self.histogram_ranges else []
+        # Parts with other histogram ranges cannot be merged with these.
+        self.swept_ranges = without_overlap(s for s in parts if s.attributes.get("ranges") == self.content)
+        self.localized_ranges = without_overlap(shards.find(folder / "localize", self.localize_digest))
 
     def path(self, kind: str, name: str, digest: str) -> Path:
-        """Where a piece of the pass lies: `kind` is ranges, examples or winners."""
+        """Return the path of a shard; `kind` is "ranges", "examples" or "localize"."""
         return self.folder / kind / f"{name}-{digest[:12]}.h5"
 
     @property
     def content(self) -> str:
-        """Digest of the ranges that all pieces of the pass were measured with."""
-        return str(self.scale.attributes["content"]) if self.scale else ""
+        """Digest of the values of the histogram ranges; empty until they are measured."""
+        return str(self.histogram_ranges.attributes["content"]) if self.histogram_ranges else ""
 
     def paths(self) -> list[Path]:
-        """All files of the pass."""
-        scale = [self.scale.path] if self.scale else []
-        table = self.path("winners", "table", self.shown_digest)
-        pieces = [*self.ranges.values(), *self.looks.values()]
-        return [*scale, *(s.path for s in pieces), *([table] if table.is_file() else [])]
+        """Return all files of the pass."""
+        first = [self.histogram_ranges.path] if self.histogram_ranges else []
+        index = self.path("localize", "index", self.localize_digest)
+        parts = [*self.swept_ranges.values(), *self.localized_ranges.values()]
+        return [*first, *(s.path for s in parts), *([index] if index.is_file() else [])]
 
     @property
     def covered(self) -> bool:
-        """Whether every photograph was swept."""
-        return self.scale is not None and not gaps(self.ranges, self.total)
+        """Whether the first pass has read every image."""
+        return self.histogram_ranges is not None and not gaps(self.swept_ranges, self.total)
 
     @functools.cached_property
-    def table(self) -> SecondPassIndex:
-        """Who is looked at again; kept beside the looks, so that a later run need not merge the pass to know."""
-        shard = shards.read(self.path("winners", "table", self.shown_digest))
+    def index(self) -> SecondPassIndex:
+        """The images of the second pass, stored so that later runs need not merge the first pass to find them."""
+        path = self.path("localize", "index", self.localize_digest)
+        shard = shards.read(path)
         if shard is not None:
             return SecondPassIndex.from_arrays(shard.arrays())
-        table = SecondPassIndex.of(self.chosen)
-        path = self.path("winners", "table", self.shown_digest)
-        if self._keep:
-            shards.write(path, {"digest": shards.digest_of(["table", self.shown_digest])}, table.arrays())
-        return table
+        index = SecondPassIndex.of(self.chosen)
+        if not self._read_only:
+            shards.write(path, {"digest": hashing.digest_of(["index", self.localize_digest])}, index.arrays())
+        return index
 
     @property
-    def shown(self) -> int:
-        """How many photographs are looked at again; 0 while that is not known."""
-        return len(self.table.images) if self.covered else 0
+    def to_localize(self) -> int:
+        """Number of images of the second pass; 0 until the first pass is complete."""
+        return len(self.index.images) if self.covered else 0
 
     @property
-    def looked(self) -> int:
-        """How many of them were."""
-        return sum(end - start for start, end in self.looks)
+    def localized(self) -> int:
+        """Number of images that the second pass has read."""
+        return sum(end - start for start, end in self.localized_ranges)
 
     @property
     def swept(self) -> int:
-        """How many photographs were swept."""
-        return sum(end - start for start, end in self.ranges)
+        """Number of images that the first pass has read."""
+        return sum(end - start for start, end in self.swept_ranges)
 
     @property
     def complete(self) -> bool:
-        """Whether nothing of the pass is missing."""
-        return self.covered and not gaps(self.looks, self.shown)
+        """Whether both passes are complete."""
+        return self.covered and not gaps(self.localized_ranges, self.to_localize)
 
     @property
     def identity(self) -> str:
-        """Digest of all that the pass puts into an atlas."""
-        return shards.digest_of([self.content, self.shown_digest])
+        """Digest of everything that an atlas contains of the pass."""
+        return hashing.digest_of([self.content, self.localize_digest])
 
-    def tasks(self, workers: int, known: Sequence[Task] = ()) -> list[Task]:
-        """Tasks of the next round, without what the `known` ones are about; none when it is complete or stuck."""
-        lost = {stage: [(t.start, t.end) for t in known if t.stage == stage] for stage in ("examples", "winners")}
-        if self.scale is None:
-            if any(task.stage == "ranges" for task in known):
-                return []
-            sample = tuple(ImageSubsets.of(self._made.setup.dataset, self._config).sample.tolist())
-            path = self.path("ranges", "ranges", self.scale_digest)
-            cost = self._made.examples_seconds * len(sample) / self.total
-            return [Task("ranges", str(path), self.scale_digest, cost, photographs=sample)]
+    def tasks(self, workers: int, excluded: Sequence[Task] = ()) -> Sequence[DatasetTask]:
+        """Return the tasks of the next round; none if the pass is complete or cannot go on.
+
+        Args:
+            workers: Number of workers.
+            excluded: Tasks that were set aside; their images are left out.
+        """
+        if self.histogram_ranges is None:
+            return [] if any(isinstance(task, RangesTask) for task in excluded) else [self._ranges_task()]
         if not self.covered:
-            given = shards.image({}, self.scale.arrays())
-            todo = gaps([*self.ranges, *lost["examples"]], self.total)
-            return self._made.examples_tasks(self.folder, todo, workers, given)
-        return self._look_tasks(gaps([*self.looks, *lost["winners"]], self.shown), workers)
+            lost = [(task.start, task.end) for task in excluded if isinstance(task, SweepTask)]
+            histogram_ranges = shards.to_bytes({}, self.histogram_ranges.arrays())
+            todo = gaps([*self.swept_ranges, *lost], self.total)
+            return self._plan.examples_tasks(self.folder, todo, workers, histogram_ranges)
+        lost = [(task.start, task.end) for task in excluded if isinstance(task, LocalizeTask)]
+        return self._localize_tasks(gaps([*self.localized_ranges, *lost], self.to_localize), workers)
 
-    def _look_tasks(self, todo: Sequence[tuple[int, int]], workers: int) -> list[Task]:
-        images = self.table.images
+    def _ranges_task(self) -> RangesTask:
+        sample = tuple(ImageSubsets.of(self._plan.setup.dataset, self._config).sample.tolist())
+        path = self.path("ranges", "ranges", self.ranges_digest)
+        cost = self._plan.examples_seconds * len(sample) / self.total
+        return RangesTask(str(path), self.ranges_digest, cost, sample)
+
+    def _localize_tasks(self, todo: Sequence[tuple[int, int]], workers: int) -> list[LocalizeTask]:
+        """Return tasks for (start, end) ranges of the list of images of the second pass."""
+        images = self.index.images
+        largest = self._config.images_per_task(len(images))
         tasks = []
-        most = self._config.portion(len(images))
         for begin, end in todo:
-            pieces = max(-(-(end - begin) // most), min(workers, -(-(end - begin) // self._config.batch)))
-            cuts = np.linspace(begin, end, pieces + 1).astype(int).tolist()
-            for a, b in itertools.pairwise(cuts):
-                own = images[a:b]
-                given = shards.image({}, self.table.part(int(own[0]), int(own[-1])).arrays())
-                path = self.folder / "winners" / f"{a}-{b}-{self.shown_digest[:12]}.h5"
-                cost = self._made.examples_seconds * len(own) / self.total
-                tasks.append(
-                    Task(
-                        "winners",
-                        str(path),
-                        self.shown_digest,
-                        cost,
-                        start=a,
-                        end=b,
-                        photographs=tuple(own.tolist()),
-                        given=given,
-                    )
-                )
+            count = end - begin
+            parts = max(math.ceil(count / largest), min(workers, math.ceil(count / self._config.batch)))
+            cuts = np.linspace(begin, end, parts + 1).astype(int).tolist()
+            for start, stop in itertools.pairwise(cuts):
+                part = images[start:stop]
+                index = shards.to_bytes({}, self.index.for_images(int(part[0]), int(part[-1])).arrays())
+                path = self.path("localize", f"{start}-{stop}", self.localize_digest)
+                cost = self._plan.examples_seconds * len(part) / self.total
+                task = LocalizeTask(str(path), self.localize_digest, cost, start, stop, tuple(part.tolist()), index)
+                tasks.append(task)
         return tasks
 
     @functools.cached_property
     def sweep(self) -> PassResult:
-        """The whole pass in one, but for the bins of single images, of which there may be too many for memory."""
-        nothing = {"codes/index": np.zeros(0, np.int32), "codes/bin": np.zeros((0, self._channels), np.uint8)}
+        """The merged first pass, without the histogram bins of single images, which may be too large for memory."""
+        empty = {"codes/index": np.zeros(0, np.int32), "codes/bin": np.zeros((0, self._channels), np.uint8)}
         parts = (
-            PassResult.from_arrays(shard.arrays(but=tuple(nothing)) | nothing)
-            for _, shard in sorted(self.ranges.items())
+            PassResult.from_arrays(shard.arrays(but=tuple(empty)) | empty)
+            for _, shard in sorted(self.swept_ranges.items())
         )
-        return examples.merge(parts, self._config.k, self._made.setup.dataset.sources)
+        return examples.merge(parts, self._config.k, self._plan.setup.dataset.sources)
 
     @property
     def _channels(self) -> int:
-        return sum(layer.channels for layer in self._made.setup.layers)
+        return sum(layer.channels for layer in self._plan.setup.layers)
 
     @functools.cached_property
     def chosen(self) -> list[TopExamples]:
-        """The examples of every layer of the plan."""
-        return localize.choose(self.sweep, self._made.layers, self._made.setup.dataset, self._config)
+        """The dataset examples of each layer."""
+        return localize.select_examples(self.sweep, self._plan.layers, self._plan.setup.dataset, self._config)
 
     @property
     def result(self) -> DatasetPassResult:
-        """What an atlas keeps. Raises `Damaged` for a shard that can't be read."""
-        assert self.scale is not None
-        dataset = self._made.setup.dataset
-        ranges = HistogramRange(**self.scale.arrays())
-        pieces = [shard.arrays() for _, shard in sorted(self.looks.items())]
+        """The result of both passes, as an atlas contains it.
+
+        Raises:
+            Damaged: If a shard cannot be read.
+        """
+        assert self.histogram_ranges is not None
+        dataset = self._plan.setup.dataset
+        ranges = HistogramRange(**self.histogram_ranges.arrays())
+        parts = [shard.arrays() for _, shard in sorted(self.localized_ranges.items())]
         names, of = dataset.labels
         associations: list[Association | None] = []
         start = 0
-        for (layer, _), own in zip(self._made.layers, self.chosen, strict=True):
-            associations.append(self._association(layer, start, own, of, ranges) if names else None)
+        for (layer, _), chosen in zip(self._plan.layers, self.chosen, strict=True):
+            associations.append(self._association(layer, start, chosen, of, ranges) if names else None)
             start += layer.channels
         return DatasetPassResult(
             self.sweep,
             ranges,
             self.chosen,
-            _joined(pieces),
+            _concatenated(parts),
             associations,
             self._config.store,
             self._config.spectrum,
@@ -191,53 +209,54 @@ class DatasetPass:
     def _association(
         self, layer: Layer, start: int, chosen: TopExamples, of: np.ndarray, ranges: HistogramRange
     ) -> Association:
-        parts = [shard.get("codes/index")["codes/index"] for _, shard in sorted(self.ranges.items())]
+        """Return the association of a layer's channels with labels; `start` is its first column in the pass."""
+        parts = [shard.get("codes/index")["codes/index"] for _, shard in sorted(self.swept_ranges.items())]
         index = np.concatenate(parts)
-        if not label_association.enough(of[index]):
-            return label_association.by_counts(chosen.lists["max"][1], of)
-        own = chosen.channels
+        if not label_association.has_enough_labels(of[index]):
+            return label_association.associate_by_counts(chosen.lists["max"][1], of)
+        channels = chosen.channels
         columns = [
-            shard.columns("codes/bin", start, start + layer.channels)[:, own]
-            for (_, shard), part in zip(sorted(self.ranges.items()), parts, strict=True)
+            shard.columns("codes/bin", start, start + layer.channels)[:, channels]
+            for (_, shard), part in zip(sorted(self.swept_ranges.items()), parts, strict=True)
             if len(part)
         ]
         order = np.argsort(index, kind="stable")
         codes = np.concatenate(columns)[order]
-        return label_association.by_responses(
-            codes, of[index[order]], ranges.low[start + own], ranges.high[start + own]
+        return label_association.associate_by_activations(
+            codes, of[index[order]], ranges.low[start + channels], ranges.high[start + channels]
         )
 
 
-def _joined(pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Pieces of the second look as one: rows one after the other, offsets going on where the last piece ended."""
-    found: dict[str, np.ndarray] = {}
-    for name in pieces[0] if pieces else ():
-        arrays = [piece[name] for piece in pieces]
+def _concatenated(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return the parts of the second pass as one; offsets of a part continue where the part before it ended."""
+    result: dict[str, np.ndarray] = {}
+    for name in parts[0] if parts else ():
+        arrays = [part[name] for part in parts]
         if name.endswith("/offset"):
             ends = np.cumsum([0, *(a[-1] for a in arrays)])
             arrays = [arrays[0][:1], *(a[1:] + end for a, end in zip(arrays, ends, strict=False))]
-        found[name] = np.concatenate(arrays)
-    return found
+        result[name] = np.concatenate(arrays)
+    return result
 
 
-def chosen_ranges(found: Iterable[Shard]) -> dict[tuple[int, int], Shard]:
-    """Shards of the dataset pass that do not overlap, the longest first, by range and in order.
+def without_overlap(parts: Iterable[Shard]) -> dict[tuple[int, int], Shard]:
+    """Return shards whose (start, end) ranges do not overlap, the longest first, in the order of their ranges.
 
-    Work cut in other portions at another time leaves ranges that overlap; a photograph must count once.
+    Tasks that were divided differently at another time leave overlapping ranges; an image must count once.
     """
-    kept: dict[tuple[int, int], Shard] = {}
-    ranges = {(int(s.attributes["start"]), int(s.attributes["end"])): s for s in found}
+    chosen: dict[tuple[int, int], Shard] = {}
+    ranges = {(int(s.attributes["start"]), int(s.attributes["end"])): s for s in parts}
     for start, end in sorted(ranges, key=lambda r: (r[0] - r[1], r)):
-        if all(end <= a or b <= start for a, b in kept):
-            kept[start, end] = ranges[start, end]
-    return dict(sorted(kept.items()))
+        if all(end <= a or b <= start for a, b in chosen):
+            chosen[start, end] = ranges[start, end]
+    return dict(sorted(chosen.items()))
 
 
 def gaps(ranges: Iterable[tuple[int, int]], total: int) -> list[tuple[int, int]]:
-    """What of 0 … total - 1 is in none of the (start, end) ranges."""
-    found, at = [], 0
+    """Return the (start, end) ranges of 0 … `total` - 1 that `ranges` do not cover."""
+    missing, position = [], 0
     for start, end in [*sorted(ranges), (total, total)]:
-        if start > at:
-            found.append((at, min(start, total)))
-        at = max(at, end)
-    return found
+        if start > position:
+            missing.append((position, min(start, total)))
+        position = max(position, end)
+    return missing

@@ -1,358 +1,492 @@
-"""Is a run whole, and what can be saved of one that is not: verify, repair, compact.
+"""Maintenance of a run: verify its files, repair damaged ones, and compact finished shards.
 
-Nothing here deletes finished work: a damaged file is renamed once all whole pictures in it have a shard of their
-own, and shards go only when atlas.h5 was seen to hold, to the last pixel, what they hold.
+Nothing here deletes finished work. A damaged file is renamed after all intact visualizations in it were copied to a
+shard of their own, and shards are deleted only after every pixel of them was found in atlas.h5.
 """
 
 import dataclasses
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from pipeline.core import atomic_io
 from pipeline.core.errors import AtlasError, first_line
 from pipeline.engine.tasks import Setup, render_digest
 from pipeline.engine.worker import Worker
-from pipeline.examples import sweep
-from pipeline.examples.sweep import PassResult
 from pipeline.layers.finding import capture
 from pipeline.models.config import ModelConfig
-from pipeline.models.loading import load
+from pipeline.models.loading import load_model
+from pipeline.planning.cost_model import PlanRow
+from pipeline.planning.folder import RunFolder
+from pipeline.planning.plan import Plan
 from pipeline.runs import best_examples
 from pipeline.runs.artifacts import Artifacts, put_aside
-from pipeline.runs.cost_model import PlanRow
-from pipeline.runs.folder import RunFolder
-from pipeline.runs.planner import Plan
-from pipeline.store import shards, writer
+from pipeline.store import hdf5, shards, writer
 from pipeline.store.reader import open_atlas
-from pipeline.store.shards import Damaged, Shard
+from pipeline.store.shards import DamagedShardError, Shard
 from pipeline.visualization.initial_images import InitialImage
 from pipeline.visualization.objectives import Activations
 
 log = logging.getLogger(__name__)
 
-Wrong = tuple[str, str]
+# (where, what): a problem that was found, or a repair that was done.
+Finding = tuple[str, str]
 
-# How far a picture may be from its second rendering, in levels of 255: rounding differs with machine and batch.
+# Largest difference between a stored visualization and its second rendering, in levels of 255: rounding differs with
+# machine and batch.
 TOLERANCE = 1
 
-# How far the activation of a kept image may be from the number kept beside it, computed again by the network as it is,
-# in float32: relative to that number or to the median of its layer, whichever is larger. Folded normalization, other
-# batches and other machines differ by their rounding alone, which is below a thousandth; other code does not.
+# Largest difference between the stored activation of a visualization and the one recomputed from the stored image in
+# float32, relative to the stored activation or to the median of its layer, whichever is larger. Folded normalization,
+# other batches and other machines change it by rounding alone, which is below a thousandth; other code does not.
 ACTIVATION_TOLERANCE = 0.01
 
-# In bfloat16 a last bit that differs is soon a level or more: the difference may have this share of the picture's
-# contrast. Another start gives more than its whole contrast.
-ALIKE = 0.5
+# In bfloat16, one differing last bit soon becomes a level or more: the root mean square difference may be this share
+# of the visualization's contrast (standard deviation). Another seed gives more than the full contrast.
+BFLOAT16_TOLERANCE = 0.5
+
+# The bins of single images in a shard of the dataset pass: (images, channels) uint8, too many for memory at once.
+CODES = "codes/bin"
 
 
-def verify(folder: RunFolder, made: Plan | None = None, sample: int = 0) -> list[Wrong]:
-    """What is wrong with a run, as (where, what); empty if it is whole.
+def verify(folder: RunFolder, plan: Plan | None = None, sample: int = 0) -> list[Finding]:
+    """Check whether a run is complete and undamaged.
 
-    Reads atlas.h5 and all shards to the last byte and holds every picture against its digest, the content against
-    the plan, and renders `sample` pictures of `made` again, drawn by the run's seed; of the kept ones the activation is
-    computed again, too.
+    Reads atlas.h5 and all shards completely, compares every visualization with its digest and the content with
+    plan.csv.
+
+    Args:
+        folder: The run.
+        plan: The plan of the run; needed only with `sample`.
+        sample: Number of visualizations to render again. They are drawn by the seed of the run; the activation of the
+            stored image is recomputed, too.
+
+    Returns:
+        (where, what) of each problem; empty if there is none.
+
+    Raises:
+        AtlasError: If the run has no finished work.
     """
-    wrong: list[Wrong] = []
+    problems: list[Finding] = []
     if folder.atlas.is_file():
-        wrong += writer.verify(folder.atlas, folder.planned())
-        wrong += [(part.inside.strip("/"), what) for part, what in _damaged_parts(folder.atlas)]
+        problems += writer.verify(folder.atlas, folder.planned_channels())
+        problems += [(part.group_path.strip("/"), what) for part, what in _damaged_parts(folder.atlas)]
     elif next(folder.shards.rglob("*.h5"), None) is None:
-        raise AtlasError(f"{folder.path} has no finished work yet; `atlas run` makes it.")
+        raise AtlasError(f"{folder.path} has no finished work yet; start it with `atlas run`.")
     else:
-        wrong.append((folder.atlas.name, "is not there; `atlas run` writes it from the shards"))
+        problems.append((folder.atlas.name, "does not exist; `atlas run` writes it from the shards"))
     for path in sorted(folder.shards.rglob("*.h5")):
         shard = shards.read(path)
         if shard is None or shard.damage():
             where = str(path.relative_to(folder.path))
-            wrong.append((where, "is damaged; `atlas repair` keeps what is whole of it, `atlas run` makes the rest"))
+            problems.append((where, "is damaged; `atlas repair` keeps its intact parts, `atlas run` makes the others"))
     for path in sorted(folder.path.rglob("*.damaged")):
-        log.info("%s was set aside; delete it when you need it no more", path.relative_to(folder.path))
-    if not wrong and made is not None and sample:
-        wrong += _rendered_again(folder.atlas, made, sample)
-    return wrong
+        log.info("%s was set aside; delete it when it is no longer needed", path.relative_to(folder.path))
+    if not problems and plan is not None and sample:
+        problems += _render_again(folder.atlas, plan, sample)
+    return problems
 
 
-def another_network(folder: RunFolder, config: ModelConfig) -> list[Wrong]:
-    """Whether `config` gives another network now than the one that the atlas was made from; empty without an atlas.
+def check_network(folder: RunFolder, config: ModelConfig) -> list[Finding]:
+    """Check that `config` still gives the network that the atlas was computed from.
 
-    Raises `AtlasError` where it gives none at all.
+    Returns:
+        One problem if it gives another network; nothing if it gives the same, or if there is no atlas.
+
+    Raises:
+        AtlasError: If the network can't be loaded.
     """
-    if writer.identity(folder.atlas) is None:
+    if writer.read_identity(folder.atlas) is None:
         return []
     with open_atlas(folder.atlas) as atlas:
-        made_from = str(atlas.attributes["weights_sha256"])
-    if load(config).digest == made_from:
+        atlas_weights = str(atlas.attributes["weights_sha256"])
+    if load_model(config).digest == atlas_weights:
         return []
     return [
         (
             "network",
-            "its weights or its code are not those that the atlas was made from: run `atlas run` again, which makes "
-            "what they change, or bring them back",
+            "its weights or its code differ from those that the atlas was computed from: restore them, or compute "
+            "the affected results again with `atlas run`",
         )
     ]
 
 
 def _damaged_parts(atlas: Path) -> list[tuple[Shard, str]]:
-    """Parts of an atlas with a picture that is not what its digest says."""
-    found = []
-    for part in writer.parts(atlas).values():
+    """Return the parts of an atlas that hold a visualization without its digest, each with a description."""
+    damaged = []
+    for part in writer.render_groups(atlas).values():
         try:
-            whole, total = len(_whole(part)), int((part.get("status")["status"] != "missing").sum())
-        except Damaged as error:
-            found.append((part, first_line(error)))
+            intact, total = len(_intact_images(part)), int((part.get("status")["status"] != "missing").sum())
+        except DamagedShardError as error:
+            damaged.append((part, first_line(error)))
             continue
-        if whole < total:
+        if intact < total:
             what = (
-                f"{total - whole} of {total} pictures are not what their digests say; `atlas repair` keeps the others"
+                f"{total - intact} of {total} visualizations do not have their digests; `atlas repair` keeps the others"
             )
-            found.append((part, what))
-    return found
+            damaged.append((part, what))
+    return damaged
 
 
-def _whole(shard: Shard) -> list[tuple[int, int]]:
-    """(row, variant) of a shard's pictures that can be read and have their digest."""
-    found = []
+def _intact_images(shard: Shard) -> list[tuple[int, int]]:
+    """Return (row, variant) of the visualizations of a shard that can be read and have their digest."""
+    intact = []
     small = shard.get("status", "images_sha256")
     with shard.opened() as opened:
-        pictures = shards.dataset(opened, "images")
-        for i, v in np.argwhere(small["status"] != "missing").tolist():
+        images = hdf5.dataset(opened, "images")
+        for row, variant in np.argwhere(small["status"] != "missing").tolist():
             try:
-                picture = pictures[i, v]
+                image = images[row, variant]
             except OSError:
                 continue
-            if np.array_equal(shards.picture_digests(picture[None, None])[0, 0], small["images_sha256"][i, v]):
-                found.append((i, v))
-    return found
+            digest = hdf5.image_digests(image[None, None])[0, 0]
+            if np.array_equal(digest, small["images_sha256"][row, variant]):
+                intact.append((row, variant))
+    return intact
 
 
-def _rendered_again(atlas: Path, made: Plan, sample: int) -> list[Wrong]:
-    """Render some pictures of a whole atlas once more and compare; of the kept ones, compute the activation again."""
-    parts = writer.parts(atlas)
-    digest = {row: render_digest(made.setup, row.layer, row.canvas, row.preset) for row in made.rows}
-    preset = {row: made.config.preset(row.preset) for row in made.rows}
-    rows = [row for row in made.rows if (row.layer.name, digest[row]) in parts]
-    units = [(row, channel, v) for row in rows for channel in row.channels for v in range(preset[row].variants)]
-    chosen = np.random.default_rng(made.config.run.seed).permutation(len(units))[:sample]
-    workers = {name: Worker(_in_precision(made.setup, name)) for name in ("float32", "bfloat16")}
-    wrong: list[Wrong] = []
-    for row, channel, variant in (units[i] for i in sorted(chosen)):
-        part = parts[row.layer.name, digest[row]]
+def _render_again(atlas: Path, plan: Plan, sample: int) -> list[Finding]:
+    """Render `sample` visualizations of an undamaged atlas again and compare them with the stored ones."""
+    parts = writer.render_groups(atlas)
+    digests = {row: render_digest(plan.setup, row.layer, row.canvas, row.preset) for row in plan.rows}
+    units = [
+        (row, channel, variant)
+        for row in plan.rows
+        if (row.layer.name, digests[row]) in parts
+        for channel in row.channels
+        for variant in range(plan.config.preset(row.preset).variants)
+    ]
+    drawn = np.random.default_rng(plan.config.run.seed).permutation(len(units))[:sample]
+    workers = {name: Worker(_with_precision(plan.setup, name)) for name in ("float32", "bfloat16")}
+    problems: list[Finding] = []
+    for row, channel, variant in (units[i] for i in sorted(drawn)):
+        part = parts[row.layer.name, digests[row]]
         small = part.get("channels", "activation")
-        at = small["channels"].tolist().index(channel)
+        index = small["channels"].tolist().index(channel)
         with part.opened() as opened:
-            kept = shards.dataset(opened, "images")[at, variant]
-        now = _activation(workers["float32"], row, channel, variant, kept)
-        wrong += _apart(f"{row.layer.name}:{channel}", now, small["activation"], (at, variant))
-        begins: tuple[InitialImage, ...] = ()
-        if preset[row].needs_examples:
+            stored = hdf5.dataset(opened, "images")[index, variant]
+        activation = _recompute_activation(workers["float32"], row, channel, variant, stored)
+        unit = f"{row.layer.name}:{channel}"
+        problems += _compare_activation(unit, activation, small["activation"], (index, variant))
+        initial: tuple[InitialImage, ...] = ()
+        if plan.config.preset(row.preset).needs_examples:
             with open_atlas(atlas) as opened_atlas:
-                begins = best_examples.best(opened_atlas, row.layer.name, [channel])
-        # Where workers differed, one of them has made it.
-        apart: list[int] = []
-        for name in writer.precisions(part):
-            again = workers[name].pictures(row.layer.name, [channel], row.canvas, preset[row], begins)[variant]
-            difference = again.image.astype(float) - kept
-            apart.append(int(np.abs(difference).max()))
-            log.info("%s:%d rendered again: %d levels apart at most", row.layer.name, channel, apart[-1])
-            rough = name == "bfloat16" and np.sqrt((difference**2).mean()) <= ALIKE * kept.std()
-            if rough or apart[-1] <= TOLERANCE:
-                break
-        else:
-            told = f"rendered again, it is {min(apart)} levels of 255 from what is kept"
-            wrong.append((f"{row.layer.name}:{channel}", told))
-    return wrong
+                initial = best_examples.best_example_images(opened_atlas, row.layer.name, [channel])
+        # An atlas part lists several precisions if its workers differed: one of them rendered this visualization.
+        candidates = [workers[name] for name in writer.precisions(part)]
+        problems += _compare_image(candidates, row, (channel, variant), initial, stored)
+    return problems
 
 
-def _activation(worker: Worker, row: PlanRow, channel: int, variant: int, kept: np.ndarray) -> float:
-    """The objective on a kept image (H, W, C), of 8 bits, by the network as it is: nothing folded, all in float32."""
+def _compare_image(
+    workers: Sequence[Worker],
+    row: PlanRow,
+    unit: tuple[int, int],
+    initial: tuple[InitialImage, ...],
+    stored: np.ndarray,
+) -> list[Finding]:
+    """Render the (channel, variant) `unit` on each worker until one agrees with the stored image (H, W, C) uint8."""
+    channel, variant = unit
+    largest: list[int] = []
+    for worker in workers:
+        preset = worker.setup.config.preset(row.preset)
+        again = worker.pictures(row.layer.name, [channel], row.canvas, preset, initial)[variant]
+        difference = again.image.astype(float) - stored
+        largest.append(int(np.abs(difference).max()))
+        log.info("%s:%d rendered again: largest difference %d levels", row.layer.name, channel, largest[-1])
+        if largest[-1] <= TOLERANCE:
+            return []
+        root_mean_square = np.sqrt((difference**2).mean())
+        if worker.setup.config.engine.precision == "bfloat16" and root_mean_square <= BFLOAT16_TOLERANCE * stored.std():
+            return []
+    return [
+        (
+            f"{row.layer.name}:{channel}",
+            f"rendered again, it differs by {min(largest)} levels of 255 from the stored visualization",
+        )
+    ]
+
+
+def _recompute_activation(worker: Worker, row: PlanRow, channel: int, variant: int, image: np.ndarray) -> float:
+    """Return the objective on a stored image (H, W, C) uint8, by the unmodified network in float32."""
     preset = worker.setup.config.preset(row.preset)
     layers = {row.layer.name: row.layer} | worker.setup.others_of(preset)
     model = worker.model
     device = next(model.module.parameters()).device
-    image = torch.from_numpy(kept).to(device).permute(2, 0, 1)[None].float() / 255
+    batch = torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float() / 255
     with torch.no_grad(), capture(model, list(layers.values())) as forward:
-        maps = {name: found.float() for name, found in forward(image).items()}
+        maps = {name: activations.float() for name, activations in forward(batch).items()}
         channels, variants = (torch.tensor([number], device=device) for number in (channel, variant))
-        responses = Activations(maps[row.layer.name], channels, variants, preset.variants, maps)
-        return float(preset.objective.value(responses))
+        activations = Activations(maps[row.layer.name], channels, variants, preset.variants, maps)
+        return float(preset.objective.value(activations))
 
 
-def _apart(unit: str, now: float, activations: np.ndarray, at: tuple[int, int]) -> list[Wrong]:
-    """Whether a picture's activation, computed again, is another than the one kept of it among its layer's."""
-    kept = float(activations[at])
-    finite = activations[np.isfinite(activations)]
+def _compare_activation(unit: str, recomputed: float, stored: np.ndarray, at: tuple[int, int]) -> list[Finding]:
+    """Compare a recomputed activation with the one at (row, variant) `at` of the stored ones (C', V) of its layer."""
+    expected = float(stored[at])
+    finite = stored[np.isfinite(stored)]
     scale = float(np.median(np.abs(finite))) if finite.size else 0.0
-    log.info("%s has an activation of %.5g, kept as %.5g", unit, now, kept)
-    if np.isclose(now, kept, rtol=ACTIVATION_TOLERANCE, atol=ACTIVATION_TOLERANCE * scale, equal_nan=True):
+    log.info("%s has an activation of %.5g, stored is %.5g", unit, recomputed, expected)
+    absolute = ACTIVATION_TOLERANCE * scale
+    if np.isclose(recomputed, expected, rtol=ACTIVATION_TOLERANCE, atol=absolute, equal_nan=True):
         return []
-    return [(unit, f"the network's activation on the kept image is {now:.5g}, but {kept:.5g} is kept")]
+    what = f"the network's activation on the stored image is {recomputed:.5g}, but the stored one is {expected:.5g}"
+    return [(unit, what)]
 
 
-def _in_precision(setup: Setup, precision: str) -> Setup:
-    """The same setup for a worker that steps in `precision`."""
+def _with_precision(setup: Setup, precision: str) -> Setup:
+    """Return a copy of `setup` with another `engine.precision`."""
     engine = dataclasses.replace(setup.config.engine, precision=precision)
     return dataclasses.replace(setup, config=dataclasses.replace(setup.config, engine=engine))
 
 
 def rescue(shard: Shard, folder: RunFolder) -> int:
-    """Give all whole pictures of a damaged file shards of their own, and set the file aside; returns their number.
+    """Copy the intact visualizations of a damaged file into new shards, and set the file aside.
 
-    For an atlas this means every picture in it that no shard has.
+    Args:
+        shard: The damaged shard, or an atlas: then all visualizations that no shard holds are copied.
+        folder: The run that gets the new shards.
+
+    Returns:
+        The number of copied visualizations.
     """
-    if not shard.inside:
-        kept = copy_pictures(shard, folder)
+    if not shard.group_path:
+        count = copy_visualizations(shard, folder)
     else:
-        kept = sum(copy_pictures(part, folder) for part in writer.parts(shard.path).values())
+        count = sum(copy_visualizations(part, folder) for part in writer.render_groups(shard.path).values())
     aside = put_aside(shard.path)
-    log.warning("%s: %d whole pictures kept, the file set aside as %s", shard.path, kept, aside.name)
-    return kept
+    log.warning("%s: %d intact visualizations kept, the file set aside as %s", shard.path, count, aside.name)
+    return count
 
 
-def copy_pictures(shard: Shard, folder: RunFolder, wanted: Collection[int] | None = None) -> int:
-    """Give whole pictures that no other shard of `folder` has a shard there; returns how many they are.
+def copy_visualizations(shard: Shard, folder: RunFolder, channels: Collection[int] | None = None) -> int:
+    """Copy intact visualizations that no other shard of `folder` holds into a new shard, with all their attributes.
 
-    `shard` may be a part of an atlas, also another run's; `wanted` are the channels to be copied, None for all.
+    A channel is copied only if all of its variants are intact.
+
+    Args:
+        shard: A shard or a part of an atlas, also of another run.
+        folder: The run that gets the new shard.
+        channels: Channels to copy; all if None.
+
+    Returns:
+        The number of copied visualizations.
     """
-    if "layer" not in shard.attributes:  # a piece of the dataset pass is whole or not at all
+    if "layer" not in shard.attributes:  # A shard of the dataset pass can't be used in part.
         return 0
     try:
-        arrays = shard.get("channels", *(n for n in _names(shard) if n not in ("channels", "images")))
-        whole = set(_whole(shard))
-    except Damaged:
+        arrays = shard.get("channels", *(name for name in _names(shard) if name not in ("channels", "images")))
+        intact = set(_intact_images(shard))
+    except DamagedShardError:
         return 0
-    where = folder.shards / "render" / shards.safe(str(shard.attributes["layer"]))
+    target = folder.shards / "render" / shards.safe_name(str(shard.attributes["layer"]))
     digest = str(shard.attributes["digest"])
-    have = {
-        int(c)
-        for other in shards.find(where, digest)
+    present = {
+        int(channel)
+        for other in shards.find(target, digest)
         if other.path != shard.path
-        for c in other.get("channels")["channels"]
+        for channel in other.get("channels")["channels"]
     }
     variants = arrays["status"].shape[1]
     rows = [
-        i
-        for i, channel in enumerate(arrays["channels"].tolist())
-        if channel not in have
-        and (wanted is None or channel in wanted)
-        and all((i, v) in whole for v in range(variants))
+        row
+        for row, channel in enumerate(arrays["channels"].tolist())
+        if channel not in present
+        and (channels is None or channel in channels)
+        and all((row, variant) in intact for variant in range(variants))
     ]
     if not rows:
         return 0
     with shard.opened() as opened:
-        images = np.stack([shards.dataset(opened, "images")[i] for i in rows])
+        images = np.stack([hdf5.dataset(opened, "images")[row] for row in rows])
     content = {name: array[rows] for name, array in arrays.items() if name != "images_sha256"}
     numbers = content["channels"].tolist()
     name = f"{numbers[0]}-{numbers[-1]}-{len(rows)}-copied-{digest[:12]}.h5"
-    # All but the place that they have in an atlas.
+    # Every attribute but the position among the presets of an atlas.
     attributes = {key: value for key, value in shard.attributes.items() if key != "order"}
-    shards.write(where / name, attributes, content | {"images": images})
+    shards.write(target / name, attributes, content | {"images": images})
     return len(rows) * variants
 
 
 def _names(shard: Shard) -> list[str]:
     with shard.opened() as opened:
-        return shards.names(opened)
+        return hdf5.member_names(opened)
 
 
-def put_aside_unreadable(folder: RunFolder) -> None:
-    """An atlas.h5 that can't even be opened is kept under another name, never overwritten by a poorer one."""
-    if folder.atlas.is_file() and writer.identity(folder.atlas) is None:
+def set_aside_unreadable_atlas(folder: RunFolder) -> None:
+    """Rename an atlas.h5 that can't be opened, so that no smaller one overwrites it."""
+    if folder.atlas.is_file() and writer.read_identity(folder.atlas) is None:
         log.warning("atlas.h5 can't be read and was set aside as %s", put_aside(folder.atlas).name)
 
 
-def repair(folder: RunFolder) -> list[Wrong]:
-    """Set aside what is broken, after saving what is whole of it; (where, what was done)."""
-    done: list[Wrong] = []
-    shards.sweep(folder.path)
+def repair(folder: RunFolder) -> list[Finding]:
+    """Set damaged files aside after copying their intact visualizations.
+
+    Returns:
+        (where, what was done) for each damaged file.
+    """
+    done: list[Finding] = []
+    atomic_io.remove_temporary_files(folder.path)
     for path in sorted(folder.shards.rglob("*.h5")):
         shard = shards.read(path)
         if shard is None:
             put_aside(path)
             done.append((str(path.relative_to(folder.path)), "can't be read; set aside"))
         elif shard.damage():
-            kept = rescue(shard, folder)
-            done.append((str(path.relative_to(folder.path)), f"set aside; {kept} whole pictures kept"))
+            count = rescue(shard, folder)
+            done.append((str(path.relative_to(folder.path)), f"set aside; {count} intact visualizations kept"))
     if folder.atlas.is_file():
-        if writer.identity(folder.atlas) is None:
-            put_aside_unreadable(folder)
+        if writer.read_identity(folder.atlas) is None:
+            set_aside_unreadable_atlas(folder)
             done.append((folder.atlas.name, "can't be read; set aside"))
-        elif _damaged_parts(folder.atlas) or _torn(folder.atlas):
-            kept = rescue(Shard(folder.atlas, {}, "/"), folder)
-            done.append((folder.atlas.name, f"set aside; {kept} pictures that no shard had were kept"))
+        elif _damaged_parts(folder.atlas) or _has_unreadable_parts(folder.atlas):
+            count = rescue(Shard(folder.atlas, {}, "/"), folder)
+            done.append((folder.atlas.name, f"set aside; {count} visualizations that no shard holds were kept"))
     return done
 
 
-def _torn(atlas: Path) -> bool:
+def _has_unreadable_parts(atlas: Path) -> bool:
     return any("can't be" in what for _, what in writer.verify(atlas, {}))
 
 
 @dataclasses.dataclass(frozen=True)
 class Compacted:
-    """How many shards went, and the bytes that they took."""
+    """Result of `compact`.
 
-    removed: int
+    Attributes:
+        removed: Number of deleted shards.
+        bytes: Their size.
+        kept: Number of shards that remain.
+    """
+
+    removed_shards: int
     bytes: int
-    kept: int
+    remaining_shards: int
 
 
-def compact(folder: RunFolder, made: Plan) -> Compacted:
-    """Delete shards whose every picture atlas.h5 holds, and melt the pieces of the dataset pass into one.
+def compact(folder: RunFolder, plan: Plan) -> Compacted:
+    """Delete shards whose visualizations are all in atlas.h5, and merge the shards of the dataset pass into one.
 
-    Raises `AtlasError` unless atlas.h5 is whole. Shards of other settings, which it does not hold, stay.
+    Shards of other settings, which are not in atlas.h5, remain.
+
+    Raises:
+        AtlasError: If there is no atlas.h5, or if `verify` finds a problem.
     """
     if not folder.atlas.is_file():
-        raise AtlasError(f"{folder.path} has no atlas.h5 yet; `atlas run` makes it.")
-    wrong = verify(folder)
-    if wrong:
-        raise AtlasError(
-            f"Not compacted: {wrong[0][0]} {wrong[0][1]}" + (f" (and {len(wrong) - 1} more)" if wrong[1:] else "")
-        )
-    removable = [shard.path for shard in _melted(folder, made)]
-    parts = writer.parts(folder.atlas)
-    digests = {key: part.get("channels", "images_sha256", "status") for key, part in parts.items()}
+        raise AtlasError(f"{folder.path} has no atlas.h5 yet; `atlas run` writes it.")
+    problems = verify(folder)
+    if problems:
+        where, what = problems[0]
+        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+        raise AtlasError(f"Not compacted: {where} {what}{more}")
+    removable = [shard.path for shard in merge_pass_shards(folder, plan)]
+    removable += _shards_in_atlas(folder)
+    size = sum(path.stat().st_size for path in removable)
+    for path in removable:
+        path.unlink()
+    for subfolder in sorted((path for path in folder.shards.rglob("*") if path.is_dir()), reverse=True):
+        if not any(subfolder.iterdir()):
+            subfolder.rmdir()
+    return Compacted(len(removable), size, sum(1 for _ in folder.shards.rglob("*.h5")))
+
+
+def _shards_in_atlas(folder: RunFolder) -> list[Path]:
+    """Return the rendered shards whose every visualization atlas.h5 holds, by digest."""
+    parts = writer.render_groups(folder.atlas)
+    in_atlas = {key: part.get("channels", "images_sha256", "status") for key, part in parts.items()}
+    paths = []
     for path in sorted((folder.shards / "render").rglob("*.h5")):
         shard = shards.read(path)
         if shard is None:
             continue
-        own = shard.get("channels", "images_sha256")
-        kept = digests.get((str(shard.attributes["layer"]), str(shard.attributes["digest"])))
-        if kept is None:
+        small = shard.get("channels", "images_sha256")
+        part = in_atlas.get((str(shard.attributes["layer"]), str(shard.attributes["digest"])))
+        if part is None:
             continue
-        row = {int(c): i for i, c in enumerate(kept["channels"]) if (kept["status"][i] != "missing").all()}
+        complete = (part["status"] != "missing").all(1)
+        atlas_row = {int(channel): row for row, channel in enumerate(part["channels"]) if complete[row]}
         if all(
-            int(c) in row and np.array_equal(own["images_sha256"][i], kept["images_sha256"][row[int(c)]])
-            for i, c in enumerate(own["channels"])
+            channel in atlas_row
+            and np.array_equal(small["images_sha256"][row], part["images_sha256"][atlas_row[channel]])
+            for row, channel in enumerate(small["channels"].tolist())
         ):
-            removable.append(path)
-    size = sum(path.stat().st_size for path in removable)
-    for path in removable:
-        path.unlink()
-    for empty in sorted((p for p in folder.shards.rglob("*") if p.is_dir()), reverse=True):
-        if not any(empty.iterdir()):
-            empty.rmdir()
-    return Compacted(len(removable), size, sum(1 for _ in folder.shards.rglob("*.h5")))
+            paths.append(path)
+    return paths
 
 
-def _melted(folder: RunFolder, made: Plan) -> list[Shard]:
-    """Pieces of a complete dataset pass that one new shard has taken the place of."""
-    survey = Artifacts(made, folder).survey
-    pieces = list(survey.ranges.values())
-    if not survey.covered or len(pieces) < 2:
+def merge_pass_shards(folder: RunFolder, plan: Plan) -> list[Shard]:
+    """Write one shard with the content of all shards of a complete dataset pass.
+
+    Returns:
+        The shards that the new one replaces; none if the pass is incomplete or is one shard already.
+
+    Raises:
+        AtlasError: If the new shard does not hold what was written to it.
+    """
+    dataset_pass = Artifacts(plan, folder).dataset_pass
+    pieces = list(dataset_pass.swept_ranges.values())
+    if not dataset_pass.covered or len(pieces) < 2:
         return []
-    sweeps = (PassResult.from_arrays(piece.arrays()) for piece in pieces)
-    arrays = sweep.merge(sweeps, made.config.examples.k, made.setup.dataset.sources).arrays()
-    path = folder.shards / "examples" / f"0-{survey.total}-{survey.digest[:12]}.h5"
-    attributes = {"digest": survey.digest, "start": 0, "end": survey.total, "ranges": survey.content}
-    shards.write(path, attributes, arrays)
-    whole = shards.read(path)
-    assert whole is not None
-    again = whole.arrays()
-    if again.keys() != arrays.keys() or any(
-        not np.array_equal(again[k], v, equal_nan=v.dtype.kind == "f") for k, v in arrays.items()
-    ):
+    arrays = dataset_pass.sweep.arrays()
+    # The pieces cover rising ranges of images, so that their indices rise from piece to piece.
+    arrays["codes/index"] = np.concatenate([piece.get("codes/index")["codes/index"] for piece in pieces])
+    path = folder.shards / "examples" / f"0-{dataset_pass.total}-{dataset_pass.digest[:12]}.h5"
+    attributes = {
+        "digest": dataset_pass.digest,
+        "start": 0,
+        "end": dataset_pass.total,
+        "ranges": dataset_pass.content,
+    }
+    _write_merged(path, attributes, arrays, pieces)
+    if not _holds(path, arrays, pieces):
         path.unlink()
         raise AtlasError("The dataset pass could not be written again as one shard; nothing was deleted.")
     return pieces
+
+
+def _write_merged(
+    path: Path, attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray], pieces: Sequence[Shard]
+) -> None:
+    """Write `arrays` and, one piece at a time, the bins of single images: 32,768 × 22,008 of them are 721 MB."""
+    with hdf5.create_file(path) as file:
+        for name, array in arrays.items():
+            if name != CODES:
+                hdf5.write_array(file, name, array)
+        shape = (len(arrays["codes/index"]), arrays[CODES].shape[1])
+        if shape[0]:
+            bins = file.create_dataset(CODES, shape, np.uint8, chunks=True, compression="gzip", fletcher32=True)
+            start = 0
+            for piece in pieces:
+                rows = piece.get(CODES)[CODES]
+                bins[start : start + len(rows)] = rows
+                start += len(rows)
+        else:
+            hdf5.write_array(file, CODES, arrays[CODES])
+        for key, value in attributes.items():
+            file.attrs[key] = value
+        file.attrs["shard_version"] = shards.SHARD_VERSION
+        file.attrs["complete"] = True
+
+
+def _holds(path: Path, arrays: Mapping[str, np.ndarray], pieces: Sequence[Shard]) -> bool:
+    """Return whether the shard at `path` holds `arrays` and the bins of all pieces."""
+    merged = shards.read(path)
+    assert merged is not None
+    small = {name: array for name, array in arrays.items() if name != CODES}
+    stored = merged.arrays(but=(CODES,))
+    if stored.keys() != small.keys():
+        return False
+    if any(not np.array_equal(stored[k], v, equal_nan=v.dtype.kind == "f") for k, v in small.items()):
+        return False
+    with merged.opened() as opened:
+        bins, start = hdf5.dataset(opened, CODES), 0
+        for piece in pieces:
+            rows = piece.get(CODES)[CODES]
+            if not np.array_equal(bins[start : start + len(rows)], rows):
+                return False
+            start += len(rows)
+        return bins.shape[0] == start

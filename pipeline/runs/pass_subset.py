@@ -1,8 +1,8 @@
-"""Parts of a finished dataset pass: what it says of some of its layers and channels is the pass of a smaller run.
+"""Subset of a finished dataset pass: some of its layers and channels become the dataset pass of a smaller run.
 
-A pass keeps the channels of all its layers side by side, and nothing of one depends on another's. So columns are
-taken out, and rows of the second look; no photograph is read. The numbers are those that a pass of the smaller run's
-own would give, to the rounding of a network that is folded for other layers.
+The arrays of a pass hold the channels of all layers side by side, and no channel depends on another. So columns of the
+first pass and rows of the second pass are copied, and no image is read. The numbers equal those of a dataset pass of
+the smaller run up to the rounding of a network that is folded for other layers.
 """
 
 import dataclasses
@@ -10,137 +10,196 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pipeline.examples.localize import blob
-from pipeline.runs import manifest
-from pipeline.runs.cost_model import PlanRow
+from pipeline.core import atomic_io, hashing
+from pipeline.examples.localize import SecondPassIndex, concatenate_bytes
+from pipeline.planning import manifest
+from pipeline.planning.cost_model import PlanRow
+from pipeline.planning.folder import RunFolder
+from pipeline.planning.plan import Plan
 from pipeline.runs.dataset_pass import DatasetPass
-from pipeline.runs.folder import RunFolder
-from pipeline.runs.planner import Plan
 from pipeline.store import shards
 
-# What the pass keeps a layer, and what a photograph and channel; all else is by channel, or of the photographs alone.
-LAYERS = ("tally/crowd", "tally/crowded")
-PHOTOGRAPHS = ("responses/peak", "codes/bin")
+# Arrays of the first pass with one row per layer, and those with one row per image and one column per channel. All
+# others have one row per channel, or concern the images alone.
+PER_LAYER = ("tally/crowd", "tally/crowded")
+PER_IMAGE = ("responses/peak", "codes/bin")
+
+
+@dataclasses.dataclass(frozen=True)
+class _LayerSelection:
+    """What to copy of one layer's second pass.
+
+    Attributes:
+        source: Index of the layer in the source.
+        keys: Keys of the (image, row) pairs to copy; see `_keys`.
+        rows: Row in the copy for each row in the source, −1 if it is not copied; int32.
+        top: Images whose activations of the whole layer are copied.
+    """
+
+    source: int
+    keys: np.ndarray
+    rows: np.ndarray
+    top: np.ndarray
 
 
 class PassSubset:
-    """What `lender`, the survey of a run with more layers or channels, says of those of a plan."""
+    """The layers and channels of a plan in the dataset pass of another run.
 
-    def __init__(self, made: Plan, lender: DatasetPass) -> None:
-        self.lender = lender
-        place = {layer.name: i for i, (layer, _) in enumerate(lender.layers)}
-        starts = np.cumsum([0, *(layer.channels for layer, _ in lender.layers)])
-        self._layers = [place[layer.name] for layer, _ in made.layers]
+    Attributes:
+        source: The dataset pass of the other run.
+        covers_channels: Whether the second pass of the source localizes all channels of the plan.
+    """
+
+    def __init__(self, plan: Plan, source: DatasetPass) -> None:
+        self.source = source
+        index = {layer.name: i for i, (layer, _) in enumerate(source.layers)}
+        starts = np.cumsum([0, *(layer.channels for layer, _ in source.layers)])
+        self._layers = [index[layer.name] for layer, _ in plan.layers]
         self._columns = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in self._layers])
-        # Places and heat-maps are known of channels that the lender shows.
-        there = [set(lender.layers[i][1]) for i in self._layers]
-        self.shows = all(set(channels) <= known for (_, channels), known in zip(made.layers, there, strict=True))
+        source_channels = [set(source.layers[i][1]) for i in self._layers]
+        self.covers_channels = all(
+            set(channels) <= available for (_, channels), available in zip(plan.layers, source_channels, strict=True)
+        )
 
     @classmethod
-    def of(cls, made: Plan, lender: RunFolder) -> "PassSubset | None":
-        """From a run whose layers hold all of the plan's; None where they do not, or nobody knows which they are."""
-        known = manifest.read(lender.path)
-        if known is None or (known.weights, known.dataset) != (made.setup.weights, made.dataset_fingerprint):
-            return None
-        taps = {layer.name: (layer.tap, layer.channels) for layer, _ in known.layers}
-        if any(taps.get(layer.name) != (layer.tap, layer.channels) for layer, _ in made.layers):
-            return None
-        main = made.config.render.name
-        rows = tuple(PlanRow(layer, channels, (0, 0), 0.0, main) for layer, channels in known.layers)
-        setup = dataclasses.replace(made.setup, layers=tuple(layer for layer, _ in known.layers))
-        return cls(made, DatasetPass(dataclasses.replace(made, rows=rows, setup=setup), lender.shards, keep=False))
+    def of(cls, plan: Plan, folder: RunFolder) -> "PassSubset | None":
+        """Return the subset of the dataset pass of the run in `folder`.
 
-    def fits(self, own: DatasetPass) -> bool:
-        """Whether the whole first look can be taken over: nothing of it was begun with other ranges."""
-        return self.lender.covered and own.content in ("", shards.content(self._ranges()))
+        Returns:
+            None if the weights, the dataset or a layer of the plan differ, or if the run has no manifest.
+        """
+        source = manifest.read(folder.path)
+        if source is None or (source.weights, source.dataset) != (plan.setup.weights, plan.dataset_fingerprint):
+            return None
+        taps = {layer.name: (layer.tap, layer.channels) for layer, _ in source.layers}
+        if any(taps.get(layer.name) != (layer.tap, layer.channels) for layer, _ in plan.layers):
+            return None
+        main = plan.config.render.name
+        rows = tuple(PlanRow(layer, channels, (0, 0), 0.0, main) for layer, channels in source.layers)
+        setup = dataclasses.replace(plan.setup, layers=tuple(layer for layer, _ in source.layers))
+        source_plan = dataclasses.replace(plan, rows=rows, setup=setup)
+        return cls(plan, DatasetPass(source_plan, folder.shards, read_only=True))
+
+    def can_copy_first_pass(self, target: DatasetPass) -> bool:
+        """Return whether the source has a complete first pass and `target` none with other histogram ranges."""
+        return self.source.covered and target.content in ("", hashing.arrays_digest(self._ranges()))
 
     def _ranges(self) -> dict[str, np.ndarray]:
-        assert self.lender.scale is not None
-        return {name: array[self._columns] for name, array in self.lender.scale.arrays().items()}
+        """Return the histogram ranges of the plan's layers."""
+        assert self.source.histogram_ranges is not None
+        return {name: array[self._columns] for name, array in self.source.histogram_ranges.arrays().items()}
 
-    def write_sweep(self, own: DatasetPass) -> int:
-        """Write the first look, ranges and all pieces, into the folder of `own`; returns the number of shards."""
-        ranges = self._ranges()
-        content = shards.content(ranges)
-        shards.write(
-            own.path("ranges", "ranges", own.scale_digest), {"digest": own.scale_digest, "content": content}, ranges
-        )
-        for (start, end), piece in self.lender.ranges.items():
-            attributes = {"digest": own.digest, "start": start, "end": end, "ranges": content}
-            data = shards.image(attributes, self._cut(piece.arrays()), "lzf")
-            shards.place(own.path("examples", f"{start}-{end}", own.digest), data)
-        return 1 + len(self.lender.ranges)
+    def write_first_pass(self, target: DatasetPass) -> int:
+        """Write histogram ranges and all shards of the first pass into the folder of `target`.
 
-    def _cut(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The arrays of a `Sweep` for fewer layers."""
-        found = dict(arrays)
-        for name, array in arrays.items():
-            if name in LAYERS:
-                found[name] = array[self._layers]
-            elif name in PHOTOGRAPHS:
-                found[name] = array[:, self._columns]
-            elif name.startswith(("tops/", "tally/")) and array.ndim:
-                found[name] = array[self._columns]
-        return found
-
-    def write_looks(self, own: DatasetPass) -> int:
-        """Write the second look into the folder of `own`, whose first is complete; returns the number of shards.
-
-        That is 0 where the lender did not look at all that is shown here: then it is looked at again.
+        Returns:
+            The number of shards.
         """
-        mine, theirs = own.table, self.lender.table
-        wanted: list[np.ndarray] = []
-        rows: list[np.ndarray] = []  # the row here of each row there, −1 for none
-        for i, j in enumerate(self._layers):
-            at = np.searchsorted(theirs.channels[j], mine.channels[i])
-            pairs = mine.pairs[i].astype(np.int64)
-            wanted.append(pairs[:, 0] * len(theirs.channels[j]) + at[pairs[:, 1]])
-            if not np.isin(wanted[-1], _keys(theirs.pairs[j], len(theirs.channels[j]))).all():
-                return 0
-            if not np.isin(mine.top[i], theirs.top[j]).all():
-                return 0
-            rows.append(np.full(len(theirs.channels[j]), -1, np.int32))
-            rows[-1][at] = np.arange(len(at))
+        ranges = self._ranges()
+        content = hashing.arrays_digest(ranges)
+        path = target.path("ranges", "ranges", target.ranges_digest)
+        shards.write(path, {"digest": target.ranges_digest, "content": content}, ranges)
+        for (start, end), shard in self.source.swept_ranges.items():
+            attributes = {"digest": target.digest, "start": start, "end": end, "ranges": content}
+            data = shards.to_bytes(attributes, self._first_pass_arrays(shard.arrays()), "lzf")
+            atomic_io.write_atomic(target.path("examples", f"{start}-{end}", target.digest), data)
+        return 1 + len(self.source.swept_ranges)
+
+    def _first_pass_arrays(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the arrays of a `PassResult` with the layers of the plan only."""
+        subset = dict(arrays)
+        for name, array in arrays.items():
+            if name in PER_LAYER:
+                subset[name] = array[self._layers]
+            elif name in PER_IMAGE:
+                subset[name] = array[:, self._columns]
+            elif name.startswith(("tops/", "tally/")) and array.ndim:
+                subset[name] = array[self._columns]
+        return subset
+
+    def write_second_pass(self, target: DatasetPass) -> int:
+        """Write the second pass into the folder of `target`, whose first pass is complete.
+
+        Returns:
+            The number of shards: 0 if the source lacks an image that `target` needs, so that the second pass must be
+            computed.
+        """
+        index, source_index = target.index, self.source.index
+        selections = self._select(index, source_index)
+        if selections is None:
+            return 0
         count = 0
-        for (a, b), piece in self.lender.looks.items():
-            start = int(np.searchsorted(mine.images, theirs.images[a]))
-            end = int(np.searchsorted(mine.images, theirs.images[b - 1], "right"))
+        for (first, last), shard in self.source.localized_ranges.items():
+            start = int(np.searchsorted(index.images, source_index.images[first]))
+            end = int(np.searchsorted(index.images, source_index.images[last - 1], "right"))
             if start == end:
                 continue
-            held = piece.arrays()
-            arrays = _pictures(held, mine.images[start:end])
-            for i, j in enumerate(self._layers):
-                pairs = held[f"{j}/pairs"]
-                kept = np.isin(_keys(pairs, len(rows[i])), wanted[i])
-                for name in ("place", "range", "map"):
-                    arrays[f"{i}/{name}"] = held[f"{j}/{name}"][kept]
-                arrays[f"{i}/pairs"] = np.stack([pairs[kept, 0], rows[i][pairs[kept, 1]], pairs[kept, 2]], 1)
-                top = np.isin(held[f"{j}/top"], mine.top[i])
-                for name in ("top", "answer"):
-                    arrays[f"{i}/{name}"] = held[f"{j}/{name}"][top]
-                if f"{j}/jpeg" in held:
-                    arrays |= _pieces(held, f"{j}/", f"{i}/", kept)
-            attributes = {"digest": own.shown_digest, "start": start, "end": end}
-            path = own.path("winners", f"{start}-{end}", own.shown_digest)
-            shards.place(path, shards.image(attributes, arrays, "lzf"))
+            arrays = _second_pass_arrays(shard.arrays(), index.images[start:end], selections)
+            attributes = {"digest": target.localize_digest, "start": start, "end": end}
+            path = target.path("localize", f"{start}-{end}", target.localize_digest)
+            atomic_io.write_atomic(path, shards.to_bytes(attributes, arrays, "lzf"))
             count += 1
         return count
 
+    def _select(self, index: SecondPassIndex, source_index: SecondPassIndex) -> list[_LayerSelection] | None:
+        """Return what to copy of each layer; None if the source lacks a pair or an image of `index`."""
+        selections = []
+        for i, source in enumerate(self._layers):
+            channels = source_index.channels[source]
+            source_row = np.searchsorted(channels, index.channels[i])
+            pairs = index.pairs[i].astype(np.int64)
+            keys = pairs[:, 0] * len(channels) + source_row[pairs[:, 1]]
+            if not np.isin(keys, _keys(source_index.pairs[source], len(channels))).all():
+                return None
+            if not np.isin(index.top[i], source_index.top[source]).all():
+                return None
+            rows = np.full(len(channels), -1, np.int32)
+            rows[source_row] = np.arange(len(source_row))
+            selections.append(_LayerSelection(source, keys, rows, index.top[i]))
+        return selections
 
-def _keys(pairs: np.ndarray, width: int) -> np.ndarray:
-    """(P, 3) pairs of image and row, of `width` rows, → (P,) one number each."""
-    return pairs[:, 0].astype(np.int64) * width + pairs[:, 1]
+
+def _second_pass_arrays(
+    source: Mapping[str, np.ndarray], images: np.ndarray, selections: list[_LayerSelection]
+) -> dict[str, np.ndarray]:
+    """Return the arrays of a shard of the second pass with the selected images and pairs only."""
+    arrays = _image_arrays(source, images)
+    for i, selection in enumerate(selections):
+        j = selection.source
+        pairs = source[f"{j}/pairs"]
+        selected = np.isin(_keys(pairs, len(selection.rows)), selection.keys)
+        for name in ("place", "range", "map"):
+            arrays[f"{i}/{name}"] = source[f"{j}/{name}"][selected]
+        rows = selection.rows[pairs[selected, 1]]
+        arrays[f"{i}/pairs"] = np.stack([pairs[selected, 0], rows, pairs[selected, 2]], 1)
+        top = np.isin(source[f"{j}/top"], selection.top)
+        for name in ("top", "answer"):
+            arrays[f"{i}/{name}"] = source[f"{j}/{name}"][top]
+        if f"{j}/jpeg" in source:
+            arrays |= _select_jpegs(source, f"{j}/", f"{i}/", selected)
+    return arrays
 
 
-def _pictures(held: Mapping[str, np.ndarray], images: np.ndarray) -> dict[str, np.ndarray]:
-    """The pictures of a second look that are of `images`."""
-    kept = np.isin(held["shown/index"], images)
-    found = {f"shown/{name}": held[f"shown/{name}"][kept] for name in ("index", "size", "box")}
-    found["shown/lost"] = held["shown/lost"][np.isin(held["shown/lost"], images)]
-    return found | (_pieces(held, "shown/", "shown/", kept) if "shown/jpeg" in held else {})
+def _keys(pairs: np.ndarray, num_rows: int) -> np.ndarray:
+    """Return one int64 key (P,) for each (image, row, …) of `pairs` (P, 3), where rows are below `num_rows`."""
+    return pairs[:, 0].astype(np.int64) * num_rows + pairs[:, 1]
 
 
-def _pieces(held: Mapping[str, np.ndarray], old: str, new: str, kept: np.ndarray) -> dict[str, np.ndarray]:
-    """Those JPEGs of a row of them that are `kept`."""
-    offset, data = held[f"{old}offset"], held[f"{old}jpeg"]
-    return blob(new, [data[offset[i] : offset[i + 1]].tobytes() for i in np.flatnonzero(kept).tolist()])
+def _image_arrays(source: Mapping[str, np.ndarray], images: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the arrays of the stored dataset images that are in `images`."""
+    selected = np.isin(source["shown/index"], images)
+    arrays = {f"shown/{name}": source[f"shown/{name}"][selected] for name in ("index", "size", "box")}
+    arrays["shown/lost"] = source["shown/lost"][np.isin(source["shown/lost"], images)]
+    if "shown/jpeg" in source:
+        arrays |= _select_jpegs(source, "shown/", "shown/", selected)
+    return arrays
+
+
+def _select_jpegs(
+    source: Mapping[str, np.ndarray], source_prefix: str, prefix: str, selected: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return the selected ones of concatenated JPEG files, under names that begin with `prefix`."""
+    offset, data = source[f"{source_prefix}offset"], source[f"{source_prefix}jpeg"]
+    return concatenate_bytes(
+        prefix, [data[offset[i] : offset[i + 1]].tobytes() for i in np.flatnonzero(selected).tolist()]
+    )

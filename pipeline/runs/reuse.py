@@ -1,7 +1,8 @@
-"""What former runs lend a plan, by digest: pieces of their dataset pass and, from the run that `base` names, pictures.
+"""Reuse of results of other runs, by digest: their dataset pass and, from the base run, visualizations.
 
-Files are linked, or copied where links can't be made; none of another run's is ever changed. Of a base with more
-layers or channels the part that is asked for is cut out, and of a compacted one the pictures come out of its atlas.h5.
+Files are linked, or copied where links are not possible; files of other runs are never changed. If the base run has
+more layers or channels, the needed part of its dataset pass is copied; if it was compacted, visualizations are read
+from its atlas.h5.
 """
 
 import contextlib
@@ -13,143 +14,186 @@ from pathlib import Path
 
 from pipeline.config.schema import differences
 from pipeline.core.registry import canonical
-from pipeline.runs import maintenance, manifest
+from pipeline.planning import manifest
+from pipeline.planning.base_run import find_base_run, read_config
+from pipeline.planning.folder import RunFolder
+from pipeline.planning.plan import ExistingWork, Plan, RemainingWork
+from pipeline.runs import maintenance
 from pipeline.runs.artifacts import Artifacts
-from pipeline.runs.base_run import based_on, settings
 from pipeline.runs.dataset_pass import DatasetPass, gaps
-from pipeline.runs.folder import RunFolder
 from pipeline.runs.pass_subset import PassSubset
-from pipeline.runs.planner import ExistingWork, Plan, RemainingWork
 from pipeline.store import shards
 
 log = logging.getLogger(__name__)
 
 HERE = "here already"
 
+# Settings of the dataset pass that change no result.
+NON_RESULT_SETTINGS = ("examples.per_task", "examples.compile")
 
-def look(made: Plan, folder: RunFolder) -> RemainingWork:
-    """What of a plan is still to be made, when all that `folder` has and others would lend is counted; writes nothing.
 
-    How many photographs are to be looked at again is 0 as long as nobody knows.
+def remaining_work(plan: Plan, folder: RunFolder) -> RemainingWork:
+    """Return the work of a plan that remains after reusing results of `folder` and of other runs; writes nothing.
+
+    The number of images of the second pass is 0 until the first pass is complete.
     """
-    total = len(made.setup.dataset.photos)
-    own = Artifacts(made, folder, keep=False)
-    held = {HERE: [own.survey.swept, 0]}
-    missing = total - own.survey.swept
-    looks = own.survey.shown - own.survey.looked if own.survey.covered else 0
-    for lender in lenders(made):
-        if not missing and not looks:
+    artifacts = Artifacts(plan, folder, read_only=True)
+    base = find_base_run(plan.config)
+    existing_images, missing, second_pass = _remaining_pass(plan, artifacts.dataset_pass)
+    channels, existing_visualizations = _remaining_channels(plan, artifacts, base)
+    sources = dict.fromkeys([*existing_images, *existing_visualizations])
+    counts = {source: (existing_images.get(source, 0), existing_visualizations.get(source, 0)) for source in sources}
+    existing = tuple(ExistingWork(source, *numbers) for source, numbers in counts.items() if any(numbers))
+    reason = ""
+    if base is not None and missing == len(plan.setup.dataset.images):
+        reason = _reuse_blocker(plan, base)
+    return RemainingWork(channels, missing, second_pass, existing, reason)
+
+
+def _remaining_pass(plan: Plan, dataset_pass: DatasetPass) -> tuple[dict[str, int], int, int]:
+    """Return the existing images of the first pass by source, and the missing images of the first and second pass."""
+    total = len(plan.setup.dataset.images)
+    existing = {HERE: dataset_pass.swept}
+    missing = total - dataset_pass.swept
+    second_pass = dataset_pass.to_localize - dataset_pass.localized if dataset_pass.covered else 0
+    for candidate in candidate_runs(plan):
+        if not missing and not second_pass:
             break
-        lent, excerpt = _offer(made, own.survey, lender)
-        ranges = [*own.survey.ranges, *(lent.ranges if lent else ())]
-        left = 0 if excerpt and excerpt.fits(own.survey) else sum(end - start for start, end in gaps(ranges, total))
-        done = (excerpt is not None and excerpt.shows and not left) or (lent is not None and lent.complete)
-        if left < missing:
-            held[f"from {lender.path}"] = [missing - left, 0]
-        missing, looks = left, 0 if done else looks
-    channels: dict[tuple[str, str], int] = {}
-    base = based_on(made.config)
-    theirs = Artifacts(made, base, keep=False) if base else None
-    for row in made.rows:
-        variants = made.config.preset(row.preset).variants
-        mine = own.channels(row) & set(row.channels)
-        lent_too = (theirs.channels(row) & set(row.channels)) - mine if theirs else set()
-        channels[row.layer.name, row.preset] = len(row.channels) - len(mine) - len(lent_too)
-        held[HERE][1] += len(mine) * variants
-        if base and lent_too:
-            held.setdefault(f"from {base.path}", [0, 0])[1] += len(lent_too) * variants
-    there = tuple(ExistingWork(where, *counts) for where, counts in held.items() if any(counts))
-    lent_none = base is not None and missing == total
-    return RemainingWork(channels, missing, looks, there, _obstacle(made, base) if base and lent_none else "")
+        same_pass, subset = _reusable_pass(plan, dataset_pass, candidate)
+        if subset is not None and subset.can_copy_first_pass(dataset_pass):
+            still_missing = 0
+        else:
+            ranges = [*dataset_pass.swept_ranges, *(same_pass.swept_ranges if same_pass is not None else ())]
+            still_missing = sum(end - start for start, end in gaps(ranges, total))
+        if still_missing < missing:
+            existing[f"from {candidate.path}"] = missing - still_missing
+        missing = still_missing
+        second_pass_copied = subset is not None and subset.covers_channels and not still_missing
+        if second_pass_copied or (same_pass is not None and same_pass.complete):
+            second_pass = 0
+    return existing, missing, second_pass
 
 
-def _obstacle(made: Plan, base: RunFolder) -> str:
-    """Why a base does not lend its dataset pass."""
-    theirs, known = settings(base), manifest.read(base.path)
-    apart = differences(canonical(theirs.examples), canonical(made.config.examples), "examples.") if theirs else []
-    apart = [d for d in apart if not d.startswith(("examples.per_task", "examples.compile"))]  # these change nothing
-    taps = [layer.tap for layer, _ in known.layers] if known else []
-    others = [layer.name for layer, _ in made.layers if layer.tap not in taps] if known else []
-    if others and not apart:
-        more = f" and {len(others) - 1} more" if others[1:] else ""
-        return f"{base.path} has no {others[0]}{more}"
-    return ", ".join(apart) or f"that of {base.path} is not complete"
+def _remaining_channels(
+    plan: Plan, artifacts: Artifacts, base: RunFolder | None
+) -> tuple[dict[tuple[str, str], int], dict[str, int]]:
+    """Return the number of missing channels by (layer, preset), and the existing visualizations by source."""
+    missing: dict[tuple[str, str], int] = {}
+    existing = {HERE: 0}
+    base_artifacts = Artifacts(plan, base, read_only=True) if base is not None else None
+    for row in plan.rows:
+        variants = plan.config.preset(row.preset).variants
+        finished = artifacts.channels(row) & set(row.channels)
+        reusable: set[int] = set()
+        if base_artifacts is not None:
+            reusable = (base_artifacts.channels(row) & set(row.channels)) - finished
+        missing[row.layer.name, row.preset] = len(row.channels) - len(finished) - len(reusable)
+        existing[HERE] += len(finished) * variants
+        if base is not None and reusable:
+            source = f"from {base.path}"
+            existing[source] = existing.get(source, 0) + len(reusable) * variants
+    return missing, existing
 
 
-def reuse_results(made: Plan, folder: RunFolder, stages: tuple[str, ...]) -> None:
-    """Bring what others lend for `stages` into `folder`, whose lock the caller holds."""
+def _reuse_blocker(plan: Plan, base: RunFolder) -> str:
+    """Return why the dataset pass of a base run can't be reused."""
+    base_config, base_manifest = read_config(base), manifest.read(base.path)
+    changed: list[str] = []
+    if base_config is not None:
+        changed = differences(canonical(base_config.examples), canonical(plan.config.examples), "examples.")
+    changed = [line for line in changed if not line.startswith(NON_RESULT_SETTINGS)]
+    missing: list[str] = []
+    if base_manifest is not None:
+        taps = [layer.tap for layer, _ in base_manifest.layers]
+        missing = [layer.name for layer, _ in plan.layers if layer.tap not in taps]
+    if missing and not changed:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        return f"{base.path} has no {missing[0]}{more}"
+    return ", ".join(changed) or f"the dataset pass of {base.path} is not complete"
+
+
+def reuse_results(plan: Plan, folder: RunFolder, stages: tuple[str, ...]) -> None:
+    """Link or copy reusable results of other runs for `stages` into `folder`, whose lock the caller holds."""
     if "examples" in stages:
-        _lend_pass(made, folder)
-    base = based_on(made.config)
+        _reuse_pass(plan, folder)
+    base = find_base_run(plan.config)
     if "render" in stages and base is not None:
-        _lend_pictures(made, folder, base)
+        _reuse_visualizations(plan, folder, base)
 
 
-def lenders(made: Plan) -> Iterator[RunFolder]:
-    """Runs whose dataset pass may be taken over: the base, then those beside this one."""
-    own = made.config.folder.resolve()
-    base = based_on(made.config)
-    first = [base] if base else []
-    beside = [RunFolder(path.parent) for path in sorted(own.parent.glob("*/shards"))]
-    seen = {own}
-    for lender in [*first, *beside]:
-        if lender.path.resolve() not in seen:
-            seen.add(lender.path.resolve())
-            yield lender
+def candidate_runs(plan: Plan) -> Iterator[RunFolder]:
+    """Yield the runs whose dataset pass may be reused: the base run, then the runs beside this one."""
+    folder = plan.config.folder.resolve()
+    base = find_base_run(plan.config)
+    bases = [base] if base is not None else []
+    siblings = [RunFolder(path.parent) for path in sorted(folder.parent.glob("*/shards"))]
+    visited = {folder}
+    for candidate in [*bases, *siblings]:
+        if candidate.path.resolve() not in visited:
+            visited.add(candidate.path.resolve())
+            yield candidate
 
 
-def _offer(made: Plan, own: DatasetPass, lender: RunFolder) -> tuple[DatasetPass | None, PassSubset | None]:
-    """A lender's pass, if it is this very one, and the excerpt of it; a run that is not the base gives none."""
-    lent: DatasetPass | None = DatasetPass(made, lender.shards, keep=False)
-    if lent is not None and (not lent.ranges or (own.content and own.content != lent.content)):
-        lent = None
-    base = based_on(made.config)
-    excerpt = PassSubset.of(made, lender) if base is not None and base.path == lender.path else None
-    return lent, excerpt if excerpt and excerpt.lender.complete else None
+def _reusable_pass(
+    plan: Plan, dataset_pass: DatasetPass, candidate: RunFolder
+) -> tuple[DatasetPass | None, PassSubset | None]:
+    """Return the candidate's dataset pass if it is the plan's, and the plan's subset of it if it is the base run."""
+    same_pass: DatasetPass | None = DatasetPass(plan, candidate.shards, read_only=True)
+    if not same_pass.swept_ranges or (dataset_pass.content and dataset_pass.content != same_pass.content):
+        same_pass = None
+    base = find_base_run(plan.config)
+    if base is None or base.path != candidate.path:
+        return same_pass, None
+    subset = PassSubset.of(plan, candidate)
+    if subset is not None and not subset.source.complete:
+        subset = None
+    return same_pass, subset
 
 
-def _lend_pass(made: Plan, folder: RunFolder) -> None:
-    for lender in lenders(made):
-        own = DatasetPass(made, folder.shards)
-        if own.complete:
+def _reuse_pass(plan: Plan, folder: RunFolder) -> None:
+    """Link shards of the same dataset pass of other runs, and copy the subset of the base run's."""
+    for candidate in candidate_runs(plan):
+        dataset_pass = DatasetPass(plan, folder.shards)
+        if dataset_pass.complete:
             break
-        lent, excerpt = _offer(made, own, lender)
+        same_pass, subset = _reusable_pass(plan, dataset_pass, candidate)
         count = 0
-        if lent is not None:
-            count = sum(_link(path, folder.shards / path.relative_to(lent.folder)) for path in lent.paths())
-            own = DatasetPass(made, folder.shards)
-        if excerpt is not None and not own.complete:
-            if not own.covered and excerpt.fits(own):
-                count += excerpt.write_sweep(own)
-                own = DatasetPass(made, folder.shards)
-            if own.covered and excerpt.shows:
-                count += excerpt.write_looks(own)
+        if same_pass is not None:
+            count = sum(_link(path, folder.shards / path.relative_to(same_pass.folder)) for path in same_pass.paths())
+            dataset_pass = DatasetPass(plan, folder.shards)
+        if subset is not None and not dataset_pass.complete:
+            if not dataset_pass.covered and subset.can_copy_first_pass(dataset_pass):
+                count += subset.write_first_pass(dataset_pass)
+                dataset_pass = DatasetPass(plan, folder.shards)
+            if dataset_pass.covered and subset.covers_channels:
+                count += subset.write_second_pass(dataset_pass)
         if count:
-            log.info("the dataset pass of %s is used again (%d shards)", lender.path, count)
+            log.info("Reusing the dataset pass of %s (%d shards)", candidate.path, count)
 
 
-def _lend_pictures(made: Plan, folder: RunFolder, base: RunFolder) -> None:
-    own, theirs = Artifacts(made, folder), Artifacts(made, base, keep=False)
+def _reuse_visualizations(plan: Plan, folder: RunFolder, base: RunFolder) -> None:
+    """Link shards of the base run with missing visualizations, or copy these from its atlas.h5."""
+    artifacts, base_artifacts = Artifacts(plan, folder), Artifacts(plan, base, read_only=True)
     count = 0
-    for row in made.rows:
-        wanted = set(row.channels) - own.channels(row)
-        before = len(wanted)
-        for shard in theirs.pictures[row]:
-            given = theirs.channels_in(shard) & wanted
-            if not given:
+    for row in plan.rows:
+        missing = set(row.channels) - artifacts.channels(row)
+        missing_before = len(missing)
+        for shard in base_artifacts.visualizations[row]:
+            reusable = base_artifacts.channels_in(shard) & missing
+            if not reusable:
                 continue
-            if shard.inside:
-                maintenance.copy_pictures(shard, folder, given)
+            if shard.group_path:
+                maintenance.copy_visualizations(shard, folder, reusable)
             else:
-                _link(shard.path, folder.shards / "render" / shards.safe(row.layer.name) / shard.path.name)
-            wanted -= given
-        count += (before - len(wanted)) * made.config.preset(row.preset).variants
+                _link(shard.path, folder.shards / "render" / shards.safe_name(row.layer.name) / shard.path.name)
+            missing -= reusable
+        count += (missing_before - len(missing)) * plan.config.preset(row.preset).variants
     if count:
-        log.info("%d pictures of %s are used again", count, base.path)
+        log.info("Reusing %d visualizations of %s", count, base.path)
 
 
 def _link(path: Path, target: Path) -> int:
-    """Link or copy a finished file; returns 1, or 0 where there is one by that name, or none to link."""
+    """Link or copy a finished file; return 1, or 0 if the target exists or the file does not."""
     if target.exists():
         return 0
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,325 +1,251 @@
-"""The order of stages, and what of each is still missing: plan → examples and pictures → atlas → site."""
+"""Execution of a plan, stage by stage: dataset pass and visualizations, atlas.h5, site."""
 
 import dataclasses
 import logging
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from pipeline import site
-from pipeline.config.schema import Config
-from pipeline.core import interrupts
+from pipeline.core import atomic_io, interrupts
 from pipeline.core.errors import AtlasError
-from pipeline.engine.inline import Failure, TooManyFailures, opened
-from pipeline.engine.progress import ProgressReporter, Stage, WorkerStats, clock, report, told
-from pipeline.engine.tasks import Done, Task
-from pipeline.examples.results import DatasetPassResult
-from pipeline.layers import connectivity
-from pipeline.models.loading import load
-from pipeline.runs import best_examples, maintenance, manifest, reuse
+from pipeline.core.formatting import clock
+from pipeline.engine.base import Engine, Failure, TooManyFailures
+from pipeline.engine.factory import open_engine
+from pipeline.engine.progress import ProgressReporter, Stage, WorkerStats, report_lines, run_report
+from pipeline.engine.tasks import Done, RangesTask, RenderTask, SweepTask, Task
+from pipeline.planning import execution, manifest
+from pipeline.planning.folder import RunFolder, write_text
+from pipeline.planning.plan import Plan
+from pipeline.planning.planner import make_plan
+from pipeline.planning.request import Request
+from pipeline.runs import best_examples, maintenance, reuse
 from pipeline.runs.artifacts import Artifacts
+from pipeline.runs.consolidate import consolidate, failure_row
 from pipeline.runs.dataset_pass import gaps
-from pipeline.runs.folder import RunFolder, binding, write_text
-from pipeline.runs.planner import Plan, make_plan
-from pipeline.store import shards, writer
+from pipeline.runs.pages import refresh_site
 from pipeline.store.reader import open_atlas
-from pipeline.store.shards import Damaged
+from pipeline.store.shards import DamagedShardError
 
 log = logging.getLogger(__name__)
 
+# Exit codes.
 COMPLETE, SET_ASIDE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What a command was asked for: the typed configuration, the same as plain data, and as text to keep."""
-
-    config: Config
-    tree: Mapping[str, Any]
-    text: str
-
-    @property
-    def folder(self) -> RunFolder:
-        """The run's folder."""
-        return RunFolder(self.config.folder)
+STAGES = ("examples", "render", "site")
 
 
-def plan(request: Request) -> Plan:
-    """Make the plan and write plan.csv. Touches no folder before everything asked for was found."""
-    folder = request.folder
-    folder.check(request.tree, request.config.run.update)
-    made = make_plan(request.config, look=lambda made: reuse.look(made, folder))
-    with folder.locked():
-        write_text(folder.config, request.text)
-        write_text(folder.plan, made.written().to_csv(index=False))
-        write_text(folder.path / manifest.NAME, made.inputs.text())
-    return made
+def plan_run(request: Request) -> Plan:
+    """Make the plan of a run and write plan.csv.
 
-
-def run(request: Request, made: Plan, stages: tuple[str, ...] = ("examples", "render", "site")) -> int:
-    """Do what is missing of `stages`, consolidate, build the site; returns the exit code.
-
-    A KeyboardInterrupt ends the work and goes on to the caller; the next call goes on with the work.
+    Raises:
+        AtlasError: If anything in the input is wrong; nothing is written then.
     """
     folder = request.folder
-    began = time.monotonic()
-    if made.setup.begins and "render" in stages:
-        # Pictures begin with the best photographs, so these must be known first.
-        if "examples" not in stages and not Artifacts(made, folder).survey.covered:
+    folder.check_config(request.tree, request.config.run.update)
+    plan = make_plan(request.config, remaining_work=lambda plan: reuse.remaining_work(plan, folder))
+    with folder.locked():
+        _record(request, plan)
+    return plan
+
+
+def _record(request: Request, plan: Plan) -> None:
+    """Write configuration, plan and manifest to the run folder, whose lock is held.
+
+    Raises:
+        AtlasError: If the folder holds results of another configuration.
+    """
+    folder = request.folder
+    folder.check_config(request.tree, request.config.run.update)
+    write_text(folder.config, request.text)
+    write_text(folder.plan, plan.written().to_csv(index=False))
+    write_text(folder.path / manifest.NAME, plan.inputs.text())
+
+
+def run(request: Request, plan: Plan, stages: tuple[str, ...] = STAGES) -> int:
+    """Compute what is missing of `stages`, write atlas.h5 and build the site; return the exit code.
+
+    A KeyboardInterrupt stops the work and is raised again; the next call continues.
+    """
+    folder = request.folder
+    if plan.setup.begins and "render" in stages:
+        # Visualizations start from the best dataset examples, so the dataset pass comes first.
+        if "examples" not in stages and not Artifacts(plan, folder, read_only=True).dataset_pass.covered:
             raise AtlasError("render.canvas.source=best needs the dataset pass first: `atlas examples` or `atlas run`.")
-        if run(request, made, ("examples",)) != COMPLETE:
+        if run(request, plan, ("examples",)) != COMPLETE:
             return SET_ASIDE
     with folder.locked():
-        shards.sweep(folder.path)
-        maintenance.put_aside_unreadable(folder)
-        reuse.reuse_results(made, folder, stages)
-        posts: list[WorkerStats] = []
-        worked: dict[str, Stage] = {}
-        held: Artifacts | None = None
+        # Another command may have planned a run in this folder in the meantime.
+        _record(request, plan)
+        atomic_io.remove_temporary_files(folder.path)
+        maintenance.set_aside_unreadable_atlas(folder)
+        reuse.reuse_results(plan, folder, stages)
+        return _Session(request, plan, stages).run()
+
+
+class _Session:
+    """One execution of a plan, under the lock of the run folder."""
+
+    def __init__(self, request: Request, plan: Plan, stages: tuple[str, ...]) -> None:
+        self.request, self.plan, self.stages = request, plan, stages
+        self.folder: RunFolder = request.folder
+        self.stats: list[WorkerStats] = []
+        self.set_aside: list[Failure] = []
+        self.progress: dict[str, Stage] = {}  # of each stage, in the round in which it was worked on
+        self.artifacts = Artifacts(plan, self.folder)
+
+    def run(self) -> int:
+        """Work until nothing is missing or can be done, then consolidate; return the exit code."""
+        began = time.monotonic()
         while True:
-            set_aside: list[Failure] = []
-            held = Artifacts(made, folder, held)
+            self.set_aside.clear()
             try:
-                counts = _work(request, made, folder, held, stages, set_aside, posts)
+                self._work()
             except TooManyFailures as error:
                 log.error("%s", error)
-                folder.write_failures([_row(failure) for failure in set_aside])
+                self.folder.write_failures([failure_row(failure) for failure in self.set_aside])
                 return SET_ASIDE
-            worked = {stage.name: stage for stage in counts if stage.fresh or stage.name not in worked} | worked
-            held = Artifacts(made, folder, held)
-            # What counts is the shards that this driver sees, not what anybody reported.
-            known = [failure.task for failure in set_aside]
-            for task in _tasks(made, held, stages, 1, known):
-                reason = "no shard was found after the work: do all workers and this driver see the run's folder?"
-                set_aside.append(Failure(task, reason, ""))
+            self._note_missing_shards()
             try:
-                failures = _consolidate(request, made, folder, held, set_aside)
-            except Damaged as error:
-                log.warning("%s; what is whole of it is kept, the rest is made again", error)
-                maintenance.rescue(error.shard, folder)
+                failures = consolidate(self.request, self.plan, self.artifacts, self.set_aside)
+            except DamagedShardError as error:
+                log.warning("%s; what is intact of it is kept, the rest is made again", error)
+                maintenance.rescue(error.shard, self.folder)
+                self._refresh()
                 continue
             break
-        if "site" in stages:
-            _refresh_site(request, folder)
+        if "site" in self.stages:
+            refresh_site(self.request, self.folder)
+        self._finish(began, failures)
+        return SET_ASIDE if self.set_aside else COMPLETE
+
+    def _finish(self, began: float, failures: int) -> None:
+        """Write status.json and log the report."""
         totals = {
-            s.name: {"done": s.done, "total": s.total, "failed": s.total - s.done} for s in _stages(made, held, stages)
+            stage.name: {"done": stage.done, "total": stage.total, "failed": stage.total - stage.done}
+            for stage in self._counts()
         }
-        whole = "site" in stages and not set_aside
-        summary = report(list(worked.values()), posts, time.monotonic() - began, failures)
-        folder.write_status(finished=whole, failures=failures, stages=totals, report=summary)
-    for line in told(summary):
-        log.info("%s", line)
-    outcome = "is incomplete" if set_aside else "is complete"
-    log.info("%s %s after %s%s", folder.path, outcome, clock(time.monotonic() - began), _trouble(failures))
-    return SET_ASIDE if set_aside else COMPLETE
+        finished = "site" in self.stages and not self.set_aside
+        report = run_report(list(self.progress.values()), self.stats, time.monotonic() - began, failures)
+        self.folder.write_status(finished=finished, failures=failures, stages=totals, report=report)
+        for line in report_lines(report):
+            log.info("%s", line)
+        outcome = "is incomplete" if self.set_aside else "is complete"
+        trouble = f"; {failures} failures are listed in failures.csv" if failures else ""
+        log.info("%s %s after %s%s", self.folder.path, outcome, clock(time.monotonic() - began), trouble)
 
+    def _refresh(self) -> None:
+        """Read what the run folder contains now."""
+        self.artifacts = Artifacts(self.plan, self.folder, self.artifacts)
 
-def _trouble(failures: int) -> str:
-    return f"; {failures} failures are listed in failures.csv" if failures else ""
+    def _note_missing_shards(self) -> None:
+        """Set aside tasks without a shard: reports of workers do not count, only shards that this process sees."""
+        self._refresh()
+        for task in self._tasks(1):
+            reason = "no shard was found after the work: do all workers and this driver see the run's folder?"
+            self.set_aside.append(Failure(task, reason, ""))
 
+    def _work(self) -> None:
+        """Execute rounds of tasks until none is left or a round makes no progress."""
+        counts = self._counts()
+        if not self._tasks(1):
+            log.info("Nothing is missing: %s", "; ".join(stage.line(0.0) for stage in counts))
+            self._note_progress(counts)
+            return
+        with open_engine(self.plan.config.engine) as engine:
+            engine.stats = self.stats
+            self._bind(engine)
+            while tasks := self._tasks(engine.pool.workers):
+                before = len(self.set_aside)
+                counts = self._counts()
+                self._round(engine, tasks, counts)
+                self._note_progress(counts)
+                self._refresh()
+                again = {task.path for task in self._tasks(1)} & {task.path for task in tasks}
+                if again and len(self.set_aside) == before:
+                    break  # tasks were reported as done, but there are no shards
 
-def _row(failure: Failure) -> tuple[str, str, str, str]:
-    return failure.task.stage, failure.task.name, failure.reason, failure.detail
+    def _bind(self, engine: Engine) -> None:
+        """Follow the engine's device if it is another kind than the plan assumed: nodes of a cluster may have GPUs."""
+        device = engine.pool.device
+        if device.partition(":")[0] != self.plan.setup.device.partition(":")[0]:
+            log.info("workers run on %s, not on %s as planned", device, self.plan.setup.device)
+            self.plan = dataclasses.replace(self.plan, setup=execution.on_device(self.plan.setup, device))
+            self._refresh()
 
+    def _note_progress(self, counts: Sequence[Stage]) -> None:
+        """Keep the counts of stages that were worked on."""
+        worked = {stage.name: stage for stage in counts if stage.fresh or stage.name not in self.progress}
+        self.progress |= worked
 
-def _stages(made: Plan, held: Artifacts, stages: tuple[str, ...]) -> list[Stage]:
-    """Each stage's count so far."""
-    rows: list[Stage] = []
-    if "examples" in stages:
-        pass_ = held.survey
-        todo = sum(end - start for start, end in gaps(pass_.ranges, held.total))
-        each = made.examples_seconds / held.total
-        rows.append(Stage("examples", "photographs", held.total, held.total - todo, each * todo))
-        if pass_.covered:
-            rows.append(Stage("winners", "photographs", pass_.shown, pass_.looked, each * (pass_.shown - pass_.looked)))
-    if "render" in stages:
-        missing = {row: len(set(row.channels) - held.channels(row)) for row in made.rows}
-        cost = sum(row.cost(count) for row, count in missing.items())
-        rows.append(Stage("render", "units", made.work, made.work - sum(missing.values()), cost))
-    return rows
+    def _round(self, engine: Engine, tasks: Sequence[Task], counts: list[Stage]) -> None:
+        """Execute tasks and show the progress."""
+        config = self.request.config.engine
+        workers = min(engine.pool.workers, len(tasks))
+        after = self.plan.finish_seconds if "site" in self.stages else 0.0
+        save = self.folder.write_status
+        with ProgressReporter(counts, workers, save, config.progress_seconds, self.stats, after) as reporter:
 
-
-def _tasks(
-    made: Plan, held: Artifacts, stages: tuple[str, ...], workers: int, known: Sequence[Task] = ()
-) -> list[Task]:
-    """Tasks that can be done now, without what the `known` ones are about.
-
-    The dataset pass comes in rounds, each of which needs all of the one before: pictures wait for the last.
-    """
-    tasks: list[Task] = []
-    where = made.config.folder.absolute() / "shards"
-    if "examples" in stages:
-        tasks += held.survey.tasks(workers, known)
-    if "render" in stages and not any(task.stage in ("ranges", "examples") for task in tasks):
-        done = {row: held.channels(row) for row in made.rows}
-        named = {(row.layer.name, row.preset): row for row in made.rows}
-        for task in known:
-            if task.stage == "render":
-                done[named[task.layer, task.preset]] |= set(task.channels)
-        missing = made.render_tasks(where, done, workers)
-        tasks += _beginning(made, missing) if made.setup.begins else missing
-    return tasks
-
-
-def _beginning(made: Plan, tasks: list[Task]) -> list[Task]:
-    """The same tasks with the photographs that their pictures begin with, out of this run's atlas.h5."""
-    begin = {preset.name for preset in made.config.presets if preset.needs_examples}
-    if not any(task.preset in begin for task in tasks):
-        return tasks
-    with open_atlas(made.config.folder) as atlas:
-        return [
-            dataclasses.replace(t, starts=best_examples.best(atlas, t.layer, t.channels)) if t.preset in begin else t
-            for t in tasks
-        ]
-
-
-def _work(
-    request: Request,
-    made: Plan,
-    folder: RunFolder,
-    held: Artifacts,
-    stages: tuple[str, ...],
-    set_aside: list[Failure],
-    posts: list[WorkerStats],
-) -> list[Stage]:
-    """Do what is missing, round by round; returns each stage's counts of the round in which it was worked on."""
-    rows = _stages(made, held, stages)
-    if not _tasks(made, held, stages, 1):
-        log.info("Nothing is missing: %s", "; ".join(row.line(0.0) for row in rows))
-        return rows
-    config = request.config.engine
-    worked: dict[str, Stage] = {}
-    after = made.finish_seconds if "site" in stages else 0.0
-    with opened(config) as engine:
-        engine.posts = posts
-        while tasks := _tasks(made, held, stages, engine.pool.workers, [f.task for f in set_aside]):
-            count = min(engine.pool.workers, len(tasks))
-            before = len(set_aside)
-            with ProgressReporter(rows, count, folder.write_status, config.progress_seconds, posts, after) as board:
-
-                def finished(task: Task, result: Done | Failure, board: ProgressReporter = board) -> None:
+            def on_result(task: Task, result: Done | Failure) -> None:
+                if isinstance(result, Failure):
+                    self.set_aside.append(result)
+                if task.stage in reporter.stages:
+                    seconds = 0.0 if isinstance(result, Failure) else result.seconds
                     failed = isinstance(result, Failure)
-                    if isinstance(result, Failure):
-                        set_aside.append(result)
-                    if task.stage in board.stages:
-                        board.add(task.stage, task.size, task.cost, 0.0 if failed else result.seconds, failed=failed)
+                    reporter.add(task.stage, task.size, task.cost, seconds, failed=failed)
 
-                def idle(board: ProgressReporter = board) -> None:
-                    interrupts.check()
-                    board.beat()
+            def on_idle() -> None:
+                interrupts.raise_if_interrupted()
+                reporter.beat()
 
-                engine.execute(tasks, made.setup, finished, idle)
-            worked |= {row.name: row for row in rows if row.fresh or row.name not in worked}
-            held = Artifacts(made, folder, held)
-            rows = _stages(made, held, stages)
-            again = _tasks(made, held, stages, 1, [f.task for f in set_aside])
-            if {t.path for t in again} & {t.path for t in tasks} and len(set_aside) == before:
-                break  # done, they said, but there is no shard
-    return list(worked.values())
+            engine.execute(tasks, self.plan.setup, on_result, on_idle)
 
+    def _counts(self) -> list[Stage]:
+        """Return the progress of each stage so far."""
+        plan, artifacts = self.plan, self.artifacts
+        counts: list[Stage] = []
+        if "examples" in self.stages:
+            state = artifacts.dataset_pass
+            missing = sum(end - start for start, end in gaps(state.swept_ranges, artifacts.total))
+            each = plan.examples_seconds / artifacts.total
+            counts.append(Stage("examples", "images", artifacts.total, artifacts.total - missing, each * missing))
+            if state.covered:
+                cost = each * (state.to_localize - state.localized)
+                counts.append(Stage("localize", "images", state.to_localize, state.localized, cost))
+        if "render" in self.stages:
+            missing_channels = {row: len(set(row.channels) - artifacts.channels(row)) for row in plan.rows}
+            cost = sum(row.cost(count) for row, count in missing_channels.items())
+            done = plan.work - sum(missing_channels.values())
+            counts.append(Stage("render", "units", plan.work, done, cost))
+        return counts
 
-def _consolidate(request: Request, made: Plan, folder: RunFolder, held: Artifacts, set_aside: list[Failure]) -> int:
-    """Write atlas.h5 and failures.csv from what is finished; returns the number of failures.
+    def _tasks(self, workers: int) -> list[Task]:
+        """Return the tasks that can be done now, without those that were set aside.
 
-    Raises `Damaged` with the first shard that can't be read to the last byte.
-    """
-    config = request.config
-    done: DatasetPassResult | None = None
-    pass_ = held.survey
-    if pass_.ranges and not pass_.complete:
-        log.warning("The dataset pass is not complete: atlas.h5 has no examples until it is")
-    failed = pass_.sweep.failed if pass_.complete else ()
-    _tell_unreadable(failed, made)
-    failures = [_row(failure) for failure in set_aside]
-    paths = made.setup.dataset.photos
-    failures += [("examples", paths[i].path, reason, "") for i, reason in failed]
-    for row in made.rows:
-        for channel, variant in held.failed(row):
-            what = f"{row.layer.name}:{channel} {row.preset} variant {variant}"
-            failures.append(("render", what, "the objective did not rise in any attempt", ""))
-    folder.write_failures(failures)
-    # What the file would hold, whichever shards it comes from.
-    digests = [[r.layer.name, r.preset, found[0].attributes["digest"]] for r, found in held.pictures.items() if found]
-    channels = [[row.layer.name, row.channels, sorted(held.channels(row))] for row in made.rows]
-    swept = pass_.identity if pass_.complete else ""
-    told_of = [failure[:3] for failure in failures]
-    identity = shards.digest_of([binding(request.tree), channels, digests, swept, told_of, writer.versions()])
-    if writer.identity(folder.atlas) == identity:
-        return len(failures)
-    if pass_.complete:
-        done = pass_.result
-    inputs, outputs = connectivity.wires(load(config.model).to("cpu"), [layer for layer, _ in made.layers])
-    content = writer.Content(
-        identity=identity,
-        run=config.run.name,
-        model=config.model.name,
-        weights=made.setup.weights,
-        config_yaml=request.text,
-        labels=made.labels,
-        input_size=made.recipe.size,
-        layers=made.layers,
-        photos=paths if done else (),
-        dataset_fingerprint=made.dataset_fingerprint,
-        examples=done,
-        inputs=inputs,
-        outputs=outputs,
-        failures=len(failures),
-        unrendered={one.layer.name: one.reason for one in made.unrendered},
-    )
-    writer.consolidate(
-        folder.atlas, content, {(row.layer.name, row.preset): found for row, found in held.pictures.items()}
-    )
-    return len(failures)
+        The rounds of the dataset pass need the complete round before, and visualizations come with its last round.
+        """
+        plan, artifacts = self.plan, self.artifacts
+        excluded = [failure.task for failure in self.set_aside]
+        tasks: list[Task] = []
+        if "examples" in self.stages:
+            tasks += artifacts.dataset_pass.tasks(workers, excluded)
+        if "render" in self.stages and not any(isinstance(task, RangesTask | SweepTask) for task in tasks):
+            done = {row: artifacts.channels(row) for row in plan.rows}
+            rows = {(row.layer.name, row.preset): row for row in plan.rows}
+            for task in excluded:
+                if isinstance(task, RenderTask):
+                    done[rows[task.layer, task.preset]] |= set(task.channels)
+            missing = plan.render_tasks(plan.config.folder.absolute() / "shards", done, workers)
+            tasks += self._with_initial_images(missing) if plan.setup.begins else missing
+        return tasks
 
-
-def _tell_unreadable(failed: Sequence[tuple[int, str]], made: Plan) -> None:
-    """Say in the log which photographs could not be read, and how many for which reason; all of them is an error."""
-    total = len(made.setup.dataset.photos)
-    for index, reason in failed[:20]:
-        log.warning("skipped %r: %s", made.setup.dataset.photos[index].path, reason)
-    if failed:
-        kinds = Counter(reason.partition(":")[0] for _, reason in failed)
-        counted = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
-        log.warning("%d of %d photographs could not be read (%s); failures.csv lists them", len(failed), total, counted)
-    if len(failed) == total:
-        raise AtlasError("Not one photograph could be read: check data.root.")
-
-
-def _refresh_site(request: Request, folder: RunFolder) -> None:
-    """Build the site unless it shows this very atlas under these very settings."""
-    shows = shards.digest_of([writer.identity(folder.atlas), dataclasses.asdict(request.config.site)])
-    mark = folder.path / ".site"
-    if mark.is_file() and mark.read_text() == shows and (folder.site / "index.html").is_file():
-        return
-    build_site(request, folder)
-    write_text(mark, shows)
-
-
-def build_site(request: Request, folder: RunFolder) -> None:
-    """Write the pages from atlas.h5, with a line of progress now and then and a report on who will host them."""
-    config = request.config
-    began = told_at = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal told_at
-        now = time.monotonic()
-        if now - told_at >= config.engine.progress_seconds and done < total:
-            told_at = now
-            log.info("site: %d of %d units, %.0f/s", done, total, done / max(now - began, 1e-6))
-
-    with open_atlas(folder.path) as atlas:
-        report = site.build_site(atlas, folder.site, config.site, progress)
-    (folder.path / ".site").unlink(missing_ok=True)
-    kept = report.units - report.made
-    log.info(
-        "site: %d units of %d layers in %s%s", report.units, report.layers, clock(time.monotonic() - began),
-        f", {kept} of them taken over as they were" if kept else "",
-    )  # fmt: skip
-    if report.level:
-        log.info("site: sizes are those of step %d of 4 below the best, to fit into site.max_bytes", report.level)
-    for line in report.host.lines():
-        log.info("%s", line)
-    if report.bytes > config.site.max_bytes or report.files > config.site.max_files:
-        log.warning("The site is larger than site.max_bytes or site.max_files, even at its smallest sizes")
-    log.info("open %s", folder.site / "index.html")
+    def _with_initial_images(self, tasks: list[RenderTask]) -> list[RenderTask]:
+        """Return the tasks with the dataset examples that their visualizations start from, from atlas.h5."""
+        presets = {preset.name for preset in self.plan.config.presets if preset.needs_examples}
+        if not any(task.preset in presets for task in tasks):
+            return tasks
+        with open_atlas(self.plan.config.folder) as atlas:
+            return [
+                dataclasses.replace(task, starts=best_examples.best_example_images(atlas, task.layer, task.channels))
+                if task.preset in presets
+                else task
+                for task in tasks
+            ]

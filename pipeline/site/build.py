@@ -1,8 +1,6 @@
-"""The order in which a site is built, and what of the former one still holds."""
+"""Build a site: plan it, reuse unchanged layers of the previous build, and write all files."""
 
 import dataclasses
-import functools
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,38 +8,50 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipeline.core.hashing import digest_of
+from pipeline.core.source import package_digest
 from pipeline.site import output, workers
 from pipeline.site.config import SiteConfig
 from pipeline.site.context import families
 from pipeline.site.context.home import Home
-from pipeline.site.context.layer_summary import Catalogue, Facts, facts_of, lists_of
+from pipeline.site.context.layer_summary import Catalogue, LayerSummary, shown_lists, summarize
 from pipeline.site.data import api, search_index
-from pipeline.site.data.js_shards import text
+from pipeline.site.data.js_shards import to_json
 from pipeline.site.hosting import hosts
 from pipeline.site.layout import embedding
-from pipeline.site.media.chunks import STRIP_PX, SUFFIX, Made, Piece, pieces_of, showing_of, table_of
+from pipeline.site.media.chunks import STRIP_PX, SUFFIX, Chunk, ChunkResult, choose_showing, chunks_of, image_table
 from pipeline.site.media.size_budget import Inventory, Sizes, choose, encode
 from pipeline.site.media.sprites import sheet, side
 from pipeline.site.output import BUILT, write
 from pipeline.site.pages import Pages
 from pipeline.store.reader import Atlas
-from pipeline.store.shards import digest_of
 
-# Parts of a layer that a later build takes over as they are.
-KEPT = ("media/{slug}", "data/{slug}")
-# Fields of the configuration that change no layer's files.
-ELSEWHERE = ("title", "families", "aliases", "workers")
+# Folders of a layer that are reused unchanged if the layer has not changed.
+REUSED_FOLDERS = ("media/{slug}", "data/{slug}")
+# Settings that affect no layer's files.
+SETTINGS_OUTSIDE_LAYERS = ("title", "families", "aliases", "workers")
+# The smallest images and the strip are encoded at this much lower quality.
+QUALITY_STEP = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteReport:
-    """What was written, and how many layers, units and pictures it shows; `made` units were not taken over."""
+    """Result of a build.
+
+    Attributes:
+        host: Sizes and numbers of files, as web hosts limit them.
+        layers: Number of layers shown.
+        units: Number of units shown.
+        pictures: Number of feature visualizations shown.
+        made: Number of units whose files were written; the files of all other units were reused.
+        level: Size level that was chosen; 0 is the best.
+    """
 
     host: hosts.Report
     layers: int
     units: int
     pictures: int
-    made: int
+    rebuilt_units: int
     level: int
 
     @property
@@ -51,27 +61,78 @@ class SiteReport:
 
     @property
     def bytes(self) -> int:
-        """Their size."""
+        """Total size of the files in bytes."""
         return self.host.bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Survey:
-    """What is known of an atlas before anything is drawn, each by layer in order.
+class AtlasSummary:
+    """Contents of an atlas, read before any image; lists have one entry per layer.
 
-    `common` is a digest of what all layers show of the photographs, `counts` are the examples of a unit by list,
-    `answers` fingerprints of the responses that likeness is made from.
+    Attributes:
+        dataset_digest: Digest of everything that all layers show of the dataset images.
+        layers: Summaries of the layers.
+        catalogue: Paths and labels of the dataset images.
+        example_counts: Number of dataset examples per unit, by list.
+        response_digests: Fingerprints of the activations that the map and the order of similarity are computed from.
+        used_images: Sorted indices of all dataset images shown, (n,) integers.
+        digests: Digests of the contents of the layers.
+        families: Families of units.
+        wired_layers: Names of the layers that each layer is connected to.
     """
 
-    common: str
-    layers: list[Facts]
+    dataset_digest: str
+    layers: list[LayerSummary]
     catalogue: Catalogue
-    counts: list[dict[str, int]]
-    answers: list[str]
-    used: np.ndarray
+    example_counts: list[dict[str, int]]
+    response_digests: list[str]
+    used_images: np.ndarray
     digests: list[str]
-    groups: tuple[families.Family, ...]
-    wired: list[tuple[str, ...]]
+    families: tuple[families.Family, ...]
+    wired_layers: list[tuple[str, ...]]
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return sum(len(facts.channels) for facts in self.layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildContext:
+    """Inputs and decisions that all steps of one build share.
+
+    Attributes:
+        atlas: The atlas to show.
+        config: Configuration of the site.
+        summary: Contents of the atlas.
+        sizes: Sizes of images and numbers of units per file.
+        target: Folder of the site.
+        root: Folder that the new site is written to; it replaces `target` at the end.
+        previous: State written by the previous build of `target`; empty if there is none.
+        shared_digest: Digest of everything that affects the files of all layers: sizes, settings, code, class names.
+        ranks: Positions of each layer's units in its sheets of small images, (units,) integers per layer.
+        map: Map of all units, or None without stored activations.
+        digests: Digests of the layers' files, by layer name.
+        reused: Names of layers whose files are reused from `target`.
+    """
+
+    atlas: Atlas
+    config: SiteConfig
+    summary: AtlasSummary
+    sizes: Sizes
+    target: Path
+    root: Path
+    previous: Mapping[str, Any]
+    shared_digest: str
+    ranks: list[np.ndarray]
+    map: search_index.UnitMap | None
+    digests: Mapping[str, str]
+    reused: frozenset[str]
+
+    @property
+    def reused_units(self) -> int:
+        """Number of units whose files are reused."""
+        return sum(len(facts.channels) for facts in self.summary.layers if facts.name in self.reused)
 
 
 def build_site(
@@ -80,92 +141,91 @@ def build_site(
     config: SiteConfig,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SiteReport:
-    """Write the site of `atlas` to `target`, in place of the site that may be there.
+    """Write the site of `atlas` to `target`, replacing an existing site.
 
-    The new site is written beside `target` and takes its place when it is finished; until then, and after any
-    error, the old one stands. Layers that have not changed are taken over from it. `progress` hears (units done,
-    units in all). The same atlas and configuration give the same bytes.
+    The new site is written to a folder beside `target`, which replaces `target` at the end; after an error, the old
+    site is unchanged. Files of unchanged layers are reused. The same atlas and configuration give the same bytes.
 
-    Raises `AtlasError` if `target` holds something that is no site of ours, or a file of families is none.
+    Args:
+        atlas: The atlas to show.
+        target: Folder of the site.
+        config: Configuration of the site.
+        progress: Called with (units done, units in all).
+
+    Raises:
+        AtlasError: If `target` contains files that are not a site of this program, or the families file is invalid.
     """
     target = target.absolute()
-    before = output.built(target)
-    seen = _survey(atlas, config)
-    total = sum(len(facts.channels) for facts in seen.layers)
-    inventory = _inventory(atlas, seen, config)
-    sizes = _sizes(atlas, inventory, config, before)
-    look = digest_of([dataclasses.asdict(sizes), _settings(config), _code(), seen.catalogue.classes])
-    ranks, plan = _plane(atlas, seen, sizes, before)
-    digests = _digests(seen, look, ranks)
-    with output.replacing(target) as new:
-        old = before.get("layers", {})
-        kept = {f.name for f in seen.layers if old.get(f.name) == digests[f.name] and _adopt(target, new, f)}
-        progress(sum(len(f.channels) for f in seen.layers if f.name in kept), total)
-        made = total - sum(len(f.channels) for f in seen.layers if f.name in kept)
-        with workers.opened(atlas.path, new, config, sizes, made) as crew:
-            groups = _photographs(atlas, seen, sizes, config, new, target, before.get("photos"), look)
-            crew.begin(_pieces(seen, kept, config, ranks), groups)
-            # All that needs no picture, while others make these.
-            search_index.write_all(
-                new, atlas, seen.layers, seen.catalogue, seen.groups, sizes, config, ranks, plan, digests, kept
-            )
-            home = Home.of(atlas, target, config, seen.layers, seen.catalogue)
-            pages = Pages(new, config, seen.groups, digest_of([sorted(digests.items()), look])[:8])
-            pages.write_static()
-            for i, facts in enumerate(seen.layers):
-                around = [seen.layers[j] if 0 <= j < len(seen.layers) else None for j in (i - 1, i + 1)]
-                pages.write_layer(home, facts, around[0], around[1], sizes)
-            pages.write_others(home, plan is not None)
-            api.write_index(new, atlas, seen.layers, seen.catalogue, config.title)
-            _layers(crew, new, seen, kept, sizes, config, digests, progress)
-        state = {
-            "layers": digests,
-            "photos": _photos_digest(atlas, seen, look),
-            "fits": [_fitting(inventory, config), dataclasses.asdict(sizes)],
-            "map": plan and plan.state(),
-        }
-        write(new, BUILT, text(state))
-        report = hosts.weighed(new)
-    return SiteReport(report, len(seen.layers), total, sum(f.pictures for f in seen.layers), made, sizes.level)
+    previous = output.built(target)
+    summary = _summarize(atlas, config)
+    inventory = _inventory(atlas, summary, config)
+    sizes = _sizes(atlas, inventory, config, previous)
+    shared_digest = digest_of(
+        [dataclasses.asdict(sizes), _settings(config), package_digest(), summary.catalogue.classes]
+    )
+    ranks, unit_map = _layout(atlas, summary, sizes, previous)
+    digests = _digests(summary, shared_digest, ranks)
+    with output.replacing(target) as root:
+        reused = _reuse_layers(summary, digests, previous, target, root)
+        context = BuildContext(
+            atlas, config, summary, sizes, target, root, previous, shared_digest, ranks, unit_map, digests, reused
+        )
+        progress(context.reused_units, summary.units)
+        rebuilt_units = summary.units - context.reused_units
+        with workers.open_pool(atlas.path, root, config, sizes, rebuilt_units) as pool:
+            pool.start(_chunks(context), _image_groups(context))
+            # Pages and indices need no image, so they are written while the pool encodes images.
+            _write_pages(context)
+            _collect_layers(context, pool, progress)
+        _write_state(context, inventory)
+        report = hosts.weighed(root)
+    pictures = sum(facts.pictures for facts in summary.layers)
+    return SiteReport(report, len(summary.layers), summary.units, pictures, rebuilt_units, sizes.level)
 
 
-def _survey(atlas: Atlas, config: SiteConfig) -> Survey:
+def _summarize(atlas: Atlas, config: SiteConfig) -> AtlasSummary:
     catalogue = Catalogue.of(atlas)
-    layers, used, digests, wired, counts, answers = [], [np.zeros(0, np.int64)], [], [], [], []
-    common = _common(atlas, catalogue)
+    dataset_digest = _dataset_digest(atlas, catalogue)
+    layers, digests, wired_layers, example_counts, response_digests = [], [], [], [], []
+    used = [np.zeros(0, np.int64)]
     for order, layer in enumerate(atlas):
-        layers.append(facts_of(layer, order, catalogue.classes))
-        lists = lists_of(layer, config)
-        used += [np.unique(shown.index) for shown in lists]
-        counts.append({shown.name: shown.count for shown in lists})
-        answers.append(layer.fingerprint("responses"))
-        wired.append(tuple(w.layer for side in ("inputs", "outputs") if (w := layer.wiring(side)) is not None))
-        digests.append(digest_of([common, repr(layers[-1]), layer.fingerprint()]))
-    units = {f.name: frozenset(f.channels) for f in layers}
-    groups = families.read(_families(atlas, config), units)
-    shown = np.unique(np.concatenate(used))
-    return Survey(common, layers, catalogue, counts, answers, shown[shown >= 0], digests, groups, wired)
+        facts = summarize(layer, order, catalogue.classes)
+        lists = shown_lists(layer, config)
+        layers.append(facts)
+        used += [np.unique(examples.index) for examples in lists]
+        example_counts.append({examples.name: examples.count for examples in lists})
+        response_digests.append(layer.fingerprint("responses"))
+        connections = [layer.connectivity(direction) for direction in ("inputs", "outputs")]
+        wired_layers.append(tuple(wiring.layer for wiring in connections if wiring is not None))
+        digests.append(digest_of([dataset_digest, repr(facts), layer.fingerprint()]))
+    units = {facts.name: frozenset(facts.channels) for facts in layers}
+    groups = families.read_families(_families_file(atlas, config), units)
+    used_images = np.unique(np.concatenate(used))
+    return AtlasSummary(
+        dataset_digest, layers, catalogue, example_counts, response_digests, used_images[used_images >= 0], digests,
+        groups, wired_layers,
+    )  # fmt: skip
 
 
-def _digests(seen: Survey, look: str, ranks: Sequence[np.ndarray]) -> dict[str, str]:
-    """Digest of each layer's files: its own content, how it is shown, and the places of what it is wired to."""
-    places = {facts.name: ranks[facts.order].tolist() for facts in seen.layers}
+def _digests(summary: AtlasSummary, shared_digest: str, ranks: Sequence[np.ndarray]) -> dict[str, str]:
+    """Return a digest of each layer's files: its contents, how they are shown, and the ranks of connected layers."""
+    ranks_by_name = {facts.name: ranks[facts.order].tolist() for facts in summary.layers}
     return {
-        facts.name: digest_of([look, digest, [[name, places.get(name)] for name in wired]])
-        for facts, digest, wired in zip(seen.layers, seen.digests, seen.wired, strict=True)
+        facts.name: digest_of([shared_digest, digest, [[name, ranks_by_name.get(name)] for name in wired]])
+        for facts, digest, wired in zip(summary.layers, summary.digests, summary.wired_layers, strict=True)
     }
 
 
-def _families(atlas: Atlas, config: SiteConfig) -> Path | None:
+def _families_file(atlas: Atlas, config: SiteConfig) -> Path | None:
     if config.families is not None:
         return Path(config.families)
-    beside = atlas.path.parent / families.BESIDE
+    beside = atlas.path.parent / families.DEFAULT_FILE
     return beside if beside.is_file() else None
 
 
-def _common(atlas: Atlas, catalogue: Catalogue) -> str:
-    """Digest of what all layers show of the photographs."""
-    shown = atlas.shown_photographs()
+def _dataset_digest(atlas: Atlas, catalogue: Catalogue) -> str:
+    """Return a digest of everything that all layers show of the dataset images."""
+    shown = atlas.image_geometries()
     return digest_of(
         [
             catalogue.paths,
@@ -178,173 +238,214 @@ def _common(atlas: Atlas, catalogue: Catalogue) -> str:
 
 
 def _settings(config: SiteConfig) -> dict[str, Any]:
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ELSEWHERE}
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in SETTINGS_OUTSIDE_LAYERS}
 
 
-@functools.cache
-def _code() -> str:
-    """Digest of this package's own code: what another version would make otherwise is made again."""
-    here = Path(__file__).parent
-    return digest_of([hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(here.rglob("*.py"))])
+def _inventory(atlas: Atlas, summary: AtlasSummary, config: SiteConfig) -> Inventory:
+    store, boxes = atlas.examples_store, bool(image_table(atlas))
+    crops = []
+    heat_maps = []
+    any_whole = False
+    # Whether each whole image can have a file of its own. Sheets of whole images are slow to view one by one, so if
+    # images share files, every unit gets crops as well. Sizes are chosen for this number of crops.
+    separate_files = len(summary.used_images) <= config.max_files // 3
+    for layer, facts, counts in zip(atlas, summary.layers, summary.example_counts, strict=True):
+        provisional = Sizes(0, 1, 1, 1, 1, 1, per_photo=1 if separate_files else 2)
+        showing = choose_showing(store, boxes, max(facts.aperture), config, provisional)
+        any_whole = any_whole or showing.whole_images
+        crops.append(sum(counts.get(name, 0) for name in showing.celled))
+        heat_maps.append(layer.heat_maps() is not None and config.licence != "ids")
+    other_files = 40 + 5 * len(summary.layers) + len(summary.families)
+    return Inventory(summary.layers, crops, heat_maps, len(summary.used_images) if any_whole else 0, other_files)
 
 
-def _inventory(atlas: Atlas, seen: Survey, config: SiteConfig) -> Inventory:
-    store, boxes = atlas.examples_store, bool(table_of(atlas))
-    # As if whole pictures had a file each; where they do not, there are more crops, and sizes are chosen with these.
-    cells = []
-    heat = []
-    whole = False
-    # Photographs that share a file are heavy to look at one by one, so every unit then has crops of its own.
-    alone = len(seen.used) <= config.max_files // 3
-    for layer, facts, counts in zip(atlas, seen.layers, seen.counts, strict=True):
-        lone = Sizes(0, 1, 1, 1, 1, 1, per_photo=1 if alone else 2)
-        showing = showing_of(store, boxes, max(facts.aperture), config, lone)
-        whole = whole or showing.whole
-        cells.append(sum(counts.get(name, 0) for name in showing.celled))
-        heat.append(layer.heat_maps() is not None and config.licence != "ids")
-    other = 40 + 5 * len(seen.layers) + len(seen.groups)
-    return Inventory(seen.layers, cells, heat, len(seen.used) if whole else 0, other)
-
-
-def _fitting(inventory: Inventory, config: SiteConfig) -> str:
-    """Digest of what sizes were chosen for: counts, not content, so that a picture made anew changes no size."""
+def _inventory_digest(inventory: Inventory, config: SiteConfig) -> str:
+    """Return a digest of the counts that sizes were chosen for; new contents of the same images change no size."""
     layers = [
         [f.name, len(f.channels), [[r.key, r.variants, r.height, r.width] for r in f.rendered]]
         for f in inventory.layers
     ]
-    counts = [inventory.cells, inventory.heat, inventory.photographs, inventory.pages]
-    return digest_of([layers, counts, _settings(config), _code()])
+    counts = [inventory.crops, inventory.heat_maps, inventory.images, inventory.other_files]
+    return digest_of([layers, counts, _settings(config), package_digest()])
 
 
-def _sizes(atlas: Atlas, inventory: Inventory, config: SiteConfig, before: Mapping[str, Any]) -> Sizes:
-    fitting, kept = before.get("fits", (None, None))
-    return Sizes(**kept) if fitting == _fitting(inventory, config) else choose(atlas, inventory, config)
+def _sizes(atlas: Atlas, inventory: Inventory, config: SiteConfig, previous: Mapping[str, Any]) -> Sizes:
+    """Return the sizes of the previous build if they were chosen for the same counts, else choose new ones."""
+    digest, sizes = previous.get("fits", (None, None))
+    if digest == _inventory_digest(inventory, config):
+        return Sizes(**sizes)
+    return choose(atlas, inventory, config)
 
 
-def _adopt(target: Path, new: Path, facts: Facts) -> bool:
-    unit = f"{api.API}/units/{facts.slug}.json"
-    if not (target / unit).is_file() or not all((target / p.format(slug=facts.slug)).is_dir() for p in KEPT):
+def _reuse_layers(
+    summary: AtlasSummary, digests: Mapping[str, str], previous: Mapping[str, Any], target: Path, root: Path
+) -> frozenset[str]:
+    """Take over the files of unchanged layers from `target` to `root`; return the names of these layers."""
+    previous_digests = previous.get("layers", {})
+    return frozenset(
+        facts.name
+        for facts in summary.layers
+        if previous_digests.get(facts.name) == digests[facts.name] and _reuse_layer(target, root, facts)
+    )
+
+
+def _reuse_layer(target: Path, root: Path, facts: LayerSummary) -> bool:
+    units = f"{api.API}/units/{facts.slug}.json"
+    folders = [folder.format(slug=facts.slug) for folder in REUSED_FOLDERS]
+    if not (target / units).is_file() or not all((target / folder).is_dir() for folder in folders):
         return False
-    write(new, unit, (target / unit).read_bytes())
-    return all(output.adopt(target, new, part.format(slug=facts.slug)) for part in KEPT)
+    write(root, units, (target / units).read_bytes())
+    return all(output.adopt(target, root, folder) for folder in folders)
 
 
-def _plane(
-    atlas: Atlas, seen: Survey, sizes: Sizes, before: Mapping[str, Any]
-) -> tuple[list[np.ndarray], search_index.Map | None]:
-    """Places of each layer's units in its sheets of small pictures, and the map."""
-    counts = [len(f.channels) for f in seen.layers]
-    key = digest_of([seen.answers, counts, sizes.per_tiny])
-    held = before.get("map")
-    if held and held.get("key") == key:
-        found = search_index.Map.again(held)
-        return np.split(found.ranks, np.cumsum(counts)[:-1]), found
-    vectors = embedding.spectra([layer.responses() for layer in atlas])
+def _layout(
+    atlas: Atlas, summary: AtlasSummary, sizes: Sizes, previous: Mapping[str, Any]
+) -> tuple[list[np.ndarray], search_index.UnitMap | None]:
+    """Return the positions of each layer's units in its sheets of small images, and the map of all units."""
+    counts = [len(facts.channels) for facts in summary.layers]
+    key = digest_of([summary.response_digests, counts, sizes.per_tiny])
+    state = previous.get("map")
+    if state and state.get("key") == key:
+        unit_map = search_index.UnitMap.from_state(state)
+        return np.split(unit_map.ranks, np.cumsum(counts)[:-1]), unit_map
+    vectors = embedding.unit_vectors([layer.dataset_activations() for layer in atlas])
     if vectors is None or len(vectors) < 3:
         return [np.arange(count) for count in counts], None
-    each = np.split(vectors, np.cumsum(counts)[:-1])
-    ranks = [embedding.blocks(embedding.own_axes(part), sizes.per_tiny) if len(part) else np.arange(0) for part in each]
-    method, places = embedding.layout(vectors, embedding.axes(vectors))
-    return ranks, search_index.Map(key, method, places, np.concatenate(ranks))
+    ranks = []
+    for part in np.split(vectors, np.cumsum(counts)[:-1]):
+        ranks.append(
+            embedding.sheet_order(embedding.layer_components(part), sizes.per_tiny) if len(part) else np.arange(0)
+        )
+    method, places = embedding.project(vectors, embedding.principal_components(vectors))
+    return ranks, search_index.UnitMap(key, method, places, np.concatenate(ranks))
 
 
-def _photos_digest(atlas: Atlas, seen: Survey, look: str) -> str:
-    fingerprint = atlas.attributes.get("dataset_fingerprint", "")
-    return digest_of([look, fingerprint, seen.common, seen.used.tolist()])
+def _images_digest(context: BuildContext) -> str:
+    """Return a digest of the files of whole dataset images."""
+    fingerprint = context.atlas.attributes.get("dataset_fingerprint", "")
+    summary = context.summary
+    return digest_of([context.shared_digest, fingerprint, summary.dataset_digest, summary.used_images.tolist()])
 
 
-def _photographs(
-    atlas: Atlas,
-    seen: Survey,
-    sizes: Sizes,
-    config: SiteConfig,
-    new: Path,
-    target: Path,
-    held: str | None,
-    look: str,
-) -> list[workers.Group]:
-    """Whole pictures to make, a file each or many to a sheet; none where they are there or not to be shown."""
-    table = table_of(atlas)
-    if not showing_of(atlas.examples_store, bool(table), 0.0, config, sizes).whole:
+def _image_groups(context: BuildContext) -> list[workers.Group]:
+    """Return the whole dataset images to write, by file; empty if they are not shown or could be reused."""
+    table = image_table(context.atlas)
+    showing = choose_showing(context.atlas.examples_store, bool(table), 0.0, context.config, context.sizes)
+    if not showing.whole_images:
         return []
-    if held == _photos_digest(atlas, seen, look) and output.adopt(target, new, "photos"):
+    unchanged = context.previous.get("photos") == _images_digest(context)
+    if unchanged and output.adopt(context.target, context.root, "photos"):
         return []
-    per = sizes.per_photo
-    if per == 1:
-        return [(int(i), [int(i)]) for i in seen.used]
-    every = list(table)
-    return [(start, every[start : start + per]) for start in range(0, len(every), per)]
+    per_file = context.sizes.per_photo
+    if per_file == 1:
+        return [(int(i), [int(i)]) for i in context.summary.used_images]
+    indices = list(table)
+    return [(start, indices[start : start + per_file]) for start in range(0, len(indices), per_file)]
 
 
-def _pieces(seen: Survey, kept: set[str], config: SiteConfig, ranks: Sequence[np.ndarray]) -> list[Piece]:
-    """The pieces of all layers that were not kept."""
-    places = {facts.name: facts.order for facts in seen.layers}
-    found: list[Piece] = []
-    for facts in seen.layers:
-        if facts.name in kept:
+def _chunks(context: BuildContext) -> list[Chunk]:
+    """Return the chunks of all layers that are not reused."""
+    layers, ranks = context.summary.layers, context.ranks
+    orders = {facts.name: facts.order for facts in layers}
+    chunks: list[Chunk] = []
+    for facts in layers:
+        if facts.name in context.reused:
             continue
-        strip = tuple(spaced(list(range(len(facts.channels))), config.strip))
-        others = {
-            name: dict(zip(seen.layers[places[name]].channels, ranks[places[name]].tolist(), strict=True))
-            for name in seen.wired[facts.order]
-            if name in places
+        strip = tuple(spaced(list(range(len(facts.channels))), context.config.strip))
+        wired_ranks = {
+            name: dict(zip(layers[orders[name]].channels, ranks[orders[name]].tolist(), strict=True))
+            for name in context.summary.wired_layers[facts.order]
+            if name in orders
         }
-        found += pieces_of(facts, ranks[facts.order], strip, others)
-    return found
+        chunks += chunks_of(facts, ranks[facts.order], strip, wired_ranks)
+    return chunks
 
 
-def _layers(
-    crew: workers.Workshop,
-    new: Path,
-    seen: Survey,
-    kept: set[str],
-    sizes: Sizes,
-    config: SiteConfig,
-    digests: Mapping[str, str],
-    progress: Callable[[int, int], None],
-) -> None:
-    """Finish every layer that was not kept, when all its pieces are there: what needs a whole layer."""
-    total = sum(len(f.channels) for f in seen.layers)
-    done = sum(len(f.channels) for f in seen.layers if f.name in kept)
-    for facts in seen.layers:
-        if facts.name not in kept and not facts.channels:
-            _finish(new, facts, [], sizes, config, digests[facts.name])
-    parts: dict[str, list[Made]] = {}
-    for made in crew.made():
-        facts = seen.layers[made.piece.order]
-        held = parts.setdefault(facts.name, [])
-        held.append(made)
-        if sum(part.piece.stop - part.piece.start for part in held) == len(facts.channels):
-            ordered = sorted(parts.pop(facts.name), key=lambda m: m.piece.start)
-            _finish(new, facts, ordered, sizes, config, digests[facts.name])
-        done += made.piece.stop - made.piece.start
-        progress(done, total)
+def _write_pages(context: BuildContext) -> None:
+    """Write the search index, all pages, static files and the index of the API."""
+    root, atlas, config, summary = context.root, context.atlas, context.config, context.summary
+    layers, digests = summary.layers, context.digests
+    inputs = search_index.IndexInputs(
+        atlas=atlas,
+        layers=layers,
+        catalogue=summary.catalogue,
+        families=summary.families,
+        sizes=context.sizes,
+        config=config,
+        ranks=context.ranks,
+        unit_map=context.map,
+        digests=digests,
+        reused=context.reused,
+    )
+    search_index.write_all(root, inputs)
+    home = Home.of(atlas, context.target, config, layers, summary.catalogue)
+    version = digest_of([sorted(digests.items()), context.shared_digest])[:8]
+    pages = Pages(root, config, summary.families, version)
+    pages.write_static()
+    for i, facts in enumerate(layers):
+        before = layers[i - 1] if i > 0 else None
+        after = layers[i + 1] if i + 1 < len(layers) else None
+        pages.write_layer(home, facts, before, after, context.sizes)
+    pages.write_others(home, context.map is not None)
+    api.write_index(root, atlas, layers, summary.catalogue, config.title)
 
 
-def _finish(new: Path, facts: Facts, parts: Sequence[Made], sizes: Sizes, config: SiteConfig, digest: str) -> None:
-    """A layer's smallest pictures, in the order of likeness; its strip; its part of the API."""
-    api.write_units(new, facts, [record for part in parts for record in part.records], digest[:12])
+def _collect_layers(context: BuildContext, pool: workers.EncoderPool, progress: Callable[[int, int], None]) -> None:
+    """Write the files that need a whole layer, as soon as all chunks of the layer are done."""
+    layers = context.summary.layers
+    done = context.reused_units
+    for facts in layers:
+        if facts.name not in context.reused and not facts.channels:
+            _finish_layer(context, facts, [])
+    results: dict[str, list[ChunkResult]] = {}
+    for result in pool.results():
+        chunk = result.chunk
+        facts = layers[chunk.order]
+        results.setdefault(facts.name, []).append(result)
+        if sum(r.chunk.stop - r.chunk.start for r in results[facts.name]) == len(facts.channels):
+            _finish_layer(context, facts, sorted(results.pop(facts.name), key=lambda r: r.chunk.start))
+        done += chunk.stop - chunk.start
+        progress(done, context.summary.units)
+
+
+def _finish_layer(context: BuildContext, facts: LayerSummary, results: Sequence[ChunkResult]) -> None:
+    """Write a layer's API file, its sheets of the smallest images in order of similarity, and its strip."""
+    root, sizes, config = context.root, context.sizes, context.config
+    records = [record for result in results for record in result.records]
+    api.write_units(root, facts, records, context.digests[facts.name][:12])
     media, suffix = f"media/{facts.slug}", SUFFIX[config.format]
-    (new / media).mkdir(parents=True, exist_ok=True)
-    (new / f"data/{facts.slug}").mkdir(parents=True, exist_ok=True)
-    if not parts:
+    (root / media).mkdir(parents=True, exist_ok=True)
+    (root / f"data/{facts.slug}").mkdir(parents=True, exist_ok=True)
+    if not results:
         return
-    tiny = np.concatenate([part.tiny for part in parts])
-    order = np.argsort(parts[0].piece.ranks)
-    per, px = sizes.per_tiny, sizes.tiny_px
-    for start in range(0, len(order), per):
-        cells = [Image.fromarray(tiny[row]) for row in order[start : start + per]]
-        image = sheet(cells, side(per), (px, px))
-        write(new, f"{media}/b{start}.{suffix}", encode(image, config.format, max(1, sizes.quality - 8)))
-    strip = {row: image for part in parts for row, image in part.strip.items()}
-    rows = parts[0].piece.strip
+    quality = max(1, sizes.quality - QUALITY_STEP)
+    tiny = np.concatenate([result.tiny for result in results])
+    order = np.argsort(results[0].chunk.ranks)
+    per_sheet, px = sizes.per_tiny, sizes.tiny_px
+    for start in range(0, len(order), per_sheet):
+        cells = [Image.fromarray(tiny[row]) for row in order[start : start + per_sheet]]
+        image = sheet(cells, side(per_sheet), (px, px))
+        write(root, f"{media}/b{start}.{suffix}", encode(image, config.format, quality))
+    strip = {row: image for result in results for row, image in result.strip.items()}
+    rows = results[0].chunk.strip
     cells = [Image.fromarray(strip[row]) if row in strip else None for row in rows]
     image = sheet(cells, max(1, len(rows)), (STRIP_PX, STRIP_PX))
-    write(new, f"{media}/strip.{suffix}", encode(image, config.format, max(1, sizes.quality - 8)))
+    write(root, f"{media}/strip.{suffix}", encode(image, config.format, quality))
+
+
+def _write_state(context: BuildContext, inventory: Inventory) -> None:
+    """Write what the next build compares itself with."""
+    state = {
+        "layers": context.digests,
+        "photos": _images_digest(context),
+        "fits": [_inventory_digest(inventory, context.config), dataclasses.asdict(context.sizes)],
+        "map": context.map and context.map.state(),
+    }
+    write(context.root, BUILT, to_json(state))
 
 
 def spaced(items: Sequence[int], count: int) -> list[int]:
-    """At most `count` of `items`, evenly spread, the first and last among them."""
+    """Return at most `count` evenly spaced items, including the first and the last."""
     if len(items) <= count:
         return list(items)
     if count == 1:

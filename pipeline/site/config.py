@@ -1,4 +1,4 @@
-"""What a user may choose about the site."""
+"""Configuration of the site."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,22 +7,53 @@ from pipeline.core.errors import AtlasError
 
 LICENCES = ("full", "crop", "blur", "ids")
 FORMATS = ("webp", "avif", "jpeg")
+# Valid ranges (lowest, highest) of the integer settings.
+RANGES = {
+    "quality": (1, 100),
+    "picture_px": (32, 1024),
+    "thumb_px": (16, 256),
+    "example_px": (16, 256),
+    "photo_px": (32, 1024),
+    "examples": (0, 64),
+    "least": (0, 64),
+    "per_bin": (0, 16),
+    "similar": (0, 64),
+    "strip": (1, 32),
+}
+LOWER_BOUNDS = {"max_bytes": 1_000_000, "max_files": 100}
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteConfig:
-    """What the site looks like and how large it may become.
+    """Appearance of the site and limits on its size.
 
-    Sizes are in pixels and are the largest that are used: where the site would not fit into `max_bytes`, smaller
-    ones are chosen, and where it would not fit into `max_files`, more pictures share a file. `examples` photographs
-    with the largest responses, `least` with the lowest and `per_bin` of each bin of the spectrum are shown of a unit,
-    `similar` units of its layer beside it, and `strip` pictures of a layer on the first page.
+    Sizes are in pixels and are upper limits: if the site would exceed `max_bytes`, smaller sizes are chosen, and if it
+    would exceed `max_files`, more images share a file.
 
-    `format` is that of rendered pictures, `photo_format` that of photographs, which are JPEG already.
-    `licence` says what may be shown of photographs: `full` (crops and whole pictures), `crop` (only what units saw),
-    `blur` (both, blurred), `ids` (names alone). `families` is a YAML file of named groups of units; null takes
-    families.yaml beside the atlas, if it is there. `aliases` maps former layer names to present ones, so that old
-    links still lead somewhere. `workers` processes encode; `auto` decides by the work and the machine.
+    Attributes:
+        title: Title of the site.
+        format: File format of feature visualizations: webp, avif or jpeg.
+        photo_format: File format of dataset images, which are JPEG already.
+        quality: Encoder quality, 1 to 100.
+        picture_px: Longer side of a feature visualization.
+        thumb_px: Side of a thumbnail.
+        example_px: Side of a crop of a dataset image.
+        photo_px: Longer side of a whole dataset image.
+        examples: Number of dataset examples with the highest activations per unit.
+        least: Number of dataset examples with the lowest activations per unit.
+        per_bin: Number of dataset examples per quantile bin of a unit's activations.
+        similar: Number of similar units of the same layer per unit.
+        strip: Number of images in a layer's strip on the home page.
+        licence: What may be shown of dataset images: `full` (crops and whole images), `crop` (only receptive fields),
+            `blur` (both, blurred) or `ids` (only paths).
+        families: YAML file of named groups of units; None uses families.yaml beside the atlas if it exists.
+        aliases: Current layer names by former layer names, so that old links keep working.
+        max_bytes: Largest size of the site in bytes.
+        max_files: Largest number of files.
+        workers: Number of encoding processes; `auto` chooses by the amount of work and the number of CPUs.
+
+    Raises:
+        AtlasError: If a value is invalid.
     """
 
     title: str = "Neuron Atlas"
@@ -49,15 +80,11 @@ class SiteConfig:
         for key, valid in (("licence", LICENCES), ("format", FORMATS), ("photo_format", FORMATS)):
             if getattr(self, key) not in valid:
                 raise AtlasError(f"site.{key}={getattr(self, key)!r} is not one of {', '.join(valid)}.")
-        for key, least, most in (
-            ("quality", 1, 100), ("picture_px", 32, 1024), ("thumb_px", 16, 256), ("example_px", 16, 256),
-            ("photo_px", 32, 1024), ("examples", 0, 64), ("least", 0, 64), ("per_bin", 0, 16), ("similar", 0, 64),
-            ("strip", 1, 32),
-        ):  # fmt: skip
-            if not least <= getattr(self, key) <= most:
-                raise AtlasError(f"site.{key}={getattr(self, key)} must lie between {least} and {most}.")
-        for key, least in (("max_bytes", 1_000_000), ("max_files", 100)):
-            if getattr(self, key) < least:
-                raise AtlasError(f"site.{key}={getattr(self, key)} is too small: at least {least:,}.")
+        for key, (lowest, highest) in RANGES.items():
+            if not lowest <= getattr(self, key) <= highest:
+                raise AtlasError(f"site.{key}={getattr(self, key)} must be between {lowest} and {highest}.")
+        for key, lowest in LOWER_BOUNDS.items():
+            if getattr(self, key) < lowest:
+                raise AtlasError(f"site.{key}={getattr(self, key)} is too small; use at least {lowest:,}.")
         if self.workers != "auto" and (isinstance(self.workers, str) or self.workers < 1):
-            raise AtlasError(f"site.workers={self.workers!r}: use auto or a number from 1.")
+            raise AtlasError(f"site.workers={self.workers!r} must be auto or a positive integer.")

@@ -1,4 +1,4 @@
-"""Numbers on a page: what a person reads, and beside it what a program reads."""
+"""Formatting of numbers on pages: a short text for readers and the exact value for programs."""
 
 import dataclasses
 import math
@@ -11,40 +11,45 @@ _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """`text` has about three digits; `exact` reads back as the stored number, and is empty without one."""
+    """A formatted number.
+
+    Attributes:
+        text: About three significant digits.
+        exact: Decimal text that parses back to the stored number; empty if there is no number.
+    """
 
     text: str
     exact: str
 
 
 def number(value: float) -> Value:
-    """A measured float32."""
+    """Format a measured float32."""
     value = float(value)
     if not math.isfinite(value):
         return Value(NONE, "")
     return Value(_digits(value), str(np.float32(value)))
 
 
-def whole(value: int) -> Value:
-    """A count."""
+def count(value: int) -> Value:
+    """Format a count."""
     return Value(f"{int(value):,}", str(int(value)))
 
 
 def share(value: float) -> Value:
-    """A share between 0 and 1, as a percentage."""
+    """Format a fraction between 0 and 1 as a percentage."""
     value = float(value)
     if not math.isfinite(value):
         return Value(NONE, "")
     exact = str(np.float32(value))
     if 0 < value < 0.0005:
         return Value("< 0.1%", exact)
-    # Ninety-nine point nine nine is not all: only what is complete may say 100%.
+    # A value below 1 must not be rounded up to 100%.
     digits = f"{min(100 * value, 99.9) if value < 1 else 100 * value:.1f}"
     return Value(digits.removesuffix(".0") + "%", exact)
 
 
 def ratio(activation: float, natural: float) -> Value:
-    """Achieved ÷ natural; nothing where no photograph reached above zero."""
+    """Format the ratio of activation to best dataset activation; no number if the latter is not positive."""
     activation, natural = float(activation), float(natural)
     if not math.isfinite(activation) or not natural > 0:
         return Value(NONE, "")

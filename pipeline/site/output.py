@@ -1,4 +1,4 @@
-"""The folder of a site, which is replaced as a whole or not at all."""
+"""The folder of a site, which is replaced atomically."""
 
 import contextlib
 import json
@@ -12,29 +12,32 @@ from pipeline.core.errors import AtlasError
 
 MARK = "neuron-atlas-site.txt"
 MARK_TEXT = "Written by Neuron Atlas. The next build replaces this folder: keep nothing of your own here.\n"
-# What the next build asks about this one. A leading dot: hosts do not serve it.
+# State for the next build. Web hosts do not serve files with a leading dot.
 BUILT = ".build.json"
 
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A new, empty folder beside `folder` that takes its place when the block ends without an error.
+    """Yield a new, empty folder that replaces `folder` when the block ends without an error.
 
-    On any error the new folder is removed and what stood under `folder` still stands. One builder at a time
-    for a folder: leftovers of a killed one are swept away first.
+    On an error the new folder is removed and `folder` is unchanged. Remains of a killed build are removed first, so
+    only one process may build a folder at a time.
 
-    Raises `AtlasError` if `folder` is there, is not empty and was not written by this function.
+    Raises:
+        AtlasError: If `folder` exists, is not empty and was not written by this function, or if the disk is full.
     """
     folder = folder.absolute()
     new, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
-    # A builder that died between the two renames below leaves the finished old site under its other name.
+    # A build that was killed between the two renames below leaves the complete old site in `old`.
     if old.exists() and not folder.exists():
         old.rename(folder)
     for leftover in (new, old):
         if leftover.exists():
             shutil.rmtree(leftover)
     if folder.exists() and not ours(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise AtlasError(f"{folder} holds something that is no site of Neuron Atlas. Name another folder or move it.")
+        raise AtlasError(
+            f"{folder} contains files but is not a site of Neuron Atlas. Move them, or choose another folder."
+        )
     new.mkdir(parents=True)
     try:
         (new / MARK).write_text(MARK_TEXT)
@@ -51,7 +54,7 @@ def replacing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(old)
     except OSError as error:
         if error.errno == 28:
-            raise AtlasError("The disk is full: the site could not be written. Make space and build again.") from error
+            raise AtlasError("The disk is full. Free some space and build the site again.") from error
         raise
     finally:
         if new.exists():
@@ -59,12 +62,12 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def ours(folder: Path) -> bool:
-    """Whether `folder` is a site that `replacing` wrote."""
+    """Return whether `folder` is a site that `replacing` wrote."""
     return (folder / MARK).is_file()
 
 
 def built(folder: Path) -> dict[str, Any]:
-    """What the build that wrote `folder` said of itself; empty if there is none, or none that can be read."""
+    """Return the state that the build of `folder` recorded; empty if there is none or it cannot be read."""
     try:
         return json.loads((folder / BUILT).read_text(encoding="utf-8")) if ours(folder) else {}
     except (OSError, ValueError):
@@ -72,7 +75,7 @@ def built(folder: Path) -> dict[str, Any]:
 
 
 def adopt(old: Path, new: Path, part: str) -> bool:
-    """Take the folder `part` of one site over into another, by hard links where the disk allows; False if not there."""
+    """Copy the folder `part` of one site to another, by hard links if possible; return False if it does not exist."""
     if not (old / part).is_dir():
         return False
     shutil.copytree(old / part, new / part, copy_function=_link, dirs_exist_ok=True)
@@ -80,19 +83,22 @@ def adopt(old: Path, new: Path, part: str) -> bool:
 
 
 def write(root: Path, to: str, content: str | bytes) -> None:
-    """A file below `root`, with its folders. A link to a file of the former site is broken, never written through."""
+    """Write a file below `root` and create its folders.
+
+    An existing file is unlinked first, because it may be a hard link to a file of the previous site.
+    """
     path = root / to
-    held = content.encode("utf-8") if isinstance(content, str) else content
+    data = content.encode("utf-8") if isinstance(content, str) else content
     try:
         path.unlink(missing_ok=True)
-        path.write_bytes(held)
-    except FileNotFoundError:  # no such folder yet, which is rare
+        path.write_bytes(data)
+    except FileNotFoundError:  # the folder does not exist yet, which is rare
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(held)
+        path.write_bytes(data)
 
 
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another disk, or one without links
+    except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)

@@ -1,4 +1,4 @@
-"""Pages and static files of a site, from templates."""
+"""Pages and static files of a site, rendered from templates."""
 
 import hashlib
 import math
@@ -13,7 +13,7 @@ import jinja2
 from pipeline.site.config import SiteConfig
 from pipeline.site.context.families import Family
 from pipeline.site.context.home import Home
-from pipeline.site.context.layer_summary import Facts
+from pipeline.site.context.layer_summary import LayerSummary
 from pipeline.site.data.api import table_name
 from pipeline.site.hosting.hosts import HEADERS, POLICY
 from pipeline.site.media.chunks import STRIP_PX, SUFFIX
@@ -27,7 +27,7 @@ STATIC = ("atlas.css", "core.js", "layer.js", "unit.js", "map.js", "missing.js",
 
 
 class Pages:
-    """Writer of pages below `root`. Everything that comes from an atlas is escaped."""
+    """Writer of pages below `root`. All values from the atlas are HTML-escaped."""
 
     def __init__(self, root: Path, config: SiteConfig, groups: Sequence[Family], version: str) -> None:
         self._root = root
@@ -44,29 +44,32 @@ class Pages:
         )
 
     def write_static(self) -> None:
-        """Stylesheet, scripts and icon, and what hosts look for."""
+        """Write the stylesheet, scripts, icon and the files that web hosts read."""
         for name in STATIC:
-            # Bytes only: a site's permissions should not hang on how the package was installed.
+            # copyfile copies no permissions: those of the site must not depend on how the package was installed.
             (self._root / "static").mkdir(exist_ok=True)
             shutil.copyfile(HERE / "static" / name, self._root / "static" / name)
-        # GitHub Pages leaves out files whose names begin with `~` or `_` unless this one is there.
+        # Without this file, GitHub Pages omits files whose names begin with `~` or `_`.
         write(self._root, ".nojekyll", "")
         write(self._root, "_headers", HEADERS)
 
-    def write_layer(self, home: Home, facts: Facts, before: Facts | None, after: Facts | None, sizes: Sizes) -> None:
-        """The page of one layer."""
-        units, per, px = len(facts.channels), sizes.per_thumb, sizes.thumb_px
+    def write_layer(
+        self, home: Home, facts: LayerSummary, before: LayerSummary | None, after: LayerSummary | None, sizes: Sizes
+    ) -> None:
+        """Write the page of one layer, with links to the layers before and after it."""
+        units, per_sheet, px = len(facts.channels), sizes.per_thumb, sizes.thumb_px
         sheets = []
-        for start in range(0, units, per):
-            stop = min(start + per, units)
-            rows = math.ceil((stop - start) / side(per))
+        for start in range(0, units, per_sheet):
+            stop = min(start + per_sheet, units)
+            rows = math.ceil((stop - start) / side(per_sheet))
             source = f"media/{facts.slug}/a{start}.{SUFFIX[self._config.format]}"
-            sheets.append((source, side(per) * px, rows * px, facts.channels[start], facts.channels[stop - 1]))
-        shown = {"home": home, "facts": facts, "before": before, "after": after, "sheets": sheets}
-        self._render("layer.html", facts.href, root="../", **shown)
+            sheets.append((source, side(per_sheet) * px, rows * px, facts.channels[start], facts.channels[stop - 1]))
+        self._render(
+            "layer.html", facts.href, root="../", home=home, facts=facts, before=before, after=after, sheets=sheets
+        )
 
     def write_others(self, home: Home, mapped: bool) -> None:
-        """The first page, that of units, the map, families, the method, and the one for what is not there."""
+        """Write all other pages; `mapped` is whether the atlas has a map."""
         self._render("index.html", "index.html", root="", home=home)
         self._render("unit.html", "unit.html", root="", home=home)
         self._render("map.html", "map.html", root="", home=home, mapped=mapped)
@@ -81,22 +84,22 @@ class Pages:
 
 
 def environment(config: SiteConfig, *folders: Path) -> jinja2.Environment:
-    """Templates of `folders`, the first that has one, with what all pages know; everything put into them is escaped."""
-    found = jinja2.Environment(
+    """Return an autoescaping template environment for `folders`, with the values that all pages use."""
+    templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folders),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters["thousands"] = lambda count: f"{count:,}"
-    found.filters["number"] = lambda value: number(value).text
-    found.globals.update(title=config.title, policy=POLICY, suffix=SUFFIX[config.format])
-    return found
+    templates.filters["thousands"] = lambda count: f"{count:,}"
+    templates.filters["number"] = lambda value: number(value).text
+    templates.globals.update(title=config.title, policy=POLICY, suffix=SUFFIX[config.format])
+    return templates
 
 
 def _version(content: str) -> str:
-    """What keeps caches from giving old files: of the atlas's content and of the static files."""
+    """Return a short digest of the contents and static files; as part of addresses it invalidates browser caches."""
     static = hashlib.sha256(content.encode())
     for name in STATIC:
         static.update((HERE / "static" / name).read_bytes())
@@ -104,5 +107,5 @@ def _version(content: str) -> str:
 
 
 def unit_link(layer: str, channel: int) -> str:
-    """Address of a unit's page, from the site's root: `unit.html#layer:channel`."""
+    """Return the address of a unit's page, from the site's root: `unit.html#layer:channel`."""
     return f"unit.html#{quote(layer, safe='/.:')}:{channel}"

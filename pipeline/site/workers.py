@@ -1,4 +1,4 @@
-"""Who makes the pieces of a site: this process, or a few beside it where the work is worth it."""
+"""Pool of processes that write the chunks of a site; a small site is written by the calling process itself."""
 
 import contextlib
 import gc
@@ -11,87 +11,92 @@ from pathlib import Path
 from types import ModuleType
 
 from pipeline.site.config import SiteConfig
-from pipeline.site.media.chunks import Made, Maker, Piece
+from pipeline.site.media.chunks import Chunk, ChunkResult, ChunkWriter
 from pipeline.site.media.size_budget import Sizes
 
-# Another process takes a second to begin: as long as a few hundred units take.
-WORTH = 600
-# Pieces of one layer that go to the same process, which reads the layer's numbers once for all of them.
-TOGETHER = 4
-# Photographs of one errand.
-MANY = 64
-# What libraries of linear algebra read when they are loaded.
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+# Number of units that justify one more process: starting it takes a second, as long as a few hundred units.
+UNITS_PER_PROCESS = 600
+# Number of chunks of one layer per task; a process reads the layer's numbers once for all of them.
+CHUNKS_PER_TASK = 4
+# Number of files of whole dataset images per task.
+IMAGE_FILES_PER_TASK = 64
+# Environment variables that linear algebra libraries read when they are loaded.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
-_maker: Maker | None = None
+# Writer of this pool process.
+_writer: ChunkWriter | None = None
 
-# The first place and the indices of the photographs of a file.
+# A file of whole dataset images: the first position and the indices of the images.
 Group = tuple[int, Sequence[int]]
 
 
-class Workshop:
-    """Makes what was begun, in any order of finishing. With an `executor` it does so beside this process."""
+class EncoderPool:
+    """Writer of chunks, in the processes of `executor`, or in this process if it is None."""
 
-    def __init__(self, maker: Maker, executor: Executor | None) -> None:
-        self._maker = maker
+    def __init__(self, writer: ChunkWriter, executor: Executor | None) -> None:
+        self._writer = writer
         self._executor = executor
-        self._pieces: list[Piece] = []
+        self._chunks: list[Chunk] = []
         self._groups: list[Group] = []
-        self._making: list[Future[list[Made]]] = []
-        self._showing: list[Future[int]] = []
+        self._chunk_futures: list[Future[list[ChunkResult]]] = []
+        self._image_futures: list[Future[int]] = []
 
-    def begin(self, pieces: Sequence[Piece], groups: Sequence[Group]) -> None:
-        """Start on `pieces`, and on whole pictures: (place of the first, indices) for each file or sheet."""
-        self._pieces, self._groups = list(pieces), list(groups)
+    def start(self, chunks: Sequence[Chunk], groups: Sequence[Group]) -> None:
+        """Start to write `chunks` and files of whole dataset images."""
+        self._chunks, self._groups = list(chunks), list(groups)
         if self._executor is None:
             return
-        # The largest first and the photographs last, so that all processes end together.
-        errands = sorted(_errands(pieces), key=lambda errand: errand[0].start - errand[-1].stop)
-        cut = [groups[i : i + MANY] for i in range(0, len(groups), MANY)]
-        with _bare():
-            self._making = [self._executor.submit(_make, errand) for errand in errands]
-            self._showing = [self._executor.submit(_photographs, some) for some in cut]
+        # The largest tasks first and the images last, so that all processes finish at about the same time.
+        tasks = sorted(_tasks(chunks), key=lambda task: task[0].start - task[-1].stop)
+        image_tasks = [groups[i : i + IMAGE_FILES_PER_TASK] for i in range(0, len(groups), IMAGE_FILES_PER_TASK)]
+        with _spawn_environment():
+            self._chunk_futures = [self._executor.submit(_write_chunks, task) for task in tasks]
+            self._image_futures = [self._executor.submit(_write_images, task) for task in image_tasks]
 
-    def made(self) -> Iterator[Made]:
-        """Each piece, when it is finished; at the end the photographs are there, too."""
+    def results(self) -> Iterator[ChunkResult]:
+        """Yield the result of each chunk, in any order; after the last one, all dataset images are written too."""
         if self._executor is None:
-            yield from map(self._maker.make, self._pieces)
+            yield from map(self._writer.write, self._chunks)
             for group in self._groups:
-                self._maker.photographs(*group)
+                self._writer.write_images(*group)
             return
-        while self._making:
-            future = next(as_completed(self._making))
-            self._making.remove(future)  # what was made is large: keep none of it longer than needed
+        while self._chunk_futures:
+            future = next(as_completed(self._chunk_futures))
+            self._chunk_futures.remove(future)  # results are large: release each one as soon as it is consumed
             yield from future.result()
-        for done in self._showing:
-            done.result()
+        for image_future in self._image_futures:
+            image_future.result()
 
 
 @contextlib.contextmanager
-def opened(path: Path, root: Path, config: SiteConfig, sizes: Sizes, units: int) -> Iterator[Workshop]:
-    """A workshop for the atlas at `path` that has `units` to make, below `root`."""
-    count = min(len(os.sched_getaffinity(0)), units // WORTH) if config.workers == "auto" else int(config.workers)
-    with contextlib.closing(Maker(path, root, config, sizes)) as maker:
+def open_pool(path: Path, root: Path, config: SiteConfig, sizes: Sizes, units: int) -> Iterator[EncoderPool]:
+    """Open a pool that writes `units` units of the atlas at `path` to files below `root`."""
+    count = int(config.workers) if config.workers != "auto" else _auto_processes(units)
+    with contextlib.closing(ChunkWriter(path, root, config, sizes)) as writer:
         if count < 2:
-            yield Workshop(maker, None)
+            yield EncoderPool(writer, None)
             return
-        # A fresh process: one that was forked would share HDF5's and Ray's locks with this one.
-        pool = ProcessPoolExecutor(count, get_context("spawn"), _begin, (path, root, config, sizes))
+        # Spawned, because a forked process would share the locks of HDF5 and Ray with this one.
+        executor = ProcessPoolExecutor(count, get_context("spawn"), _initialize, (path, root, config, sizes))
         try:
-            yield Workshop(maker, pool)
+            yield EncoderPool(writer, executor)
         finally:
-            pool.shutdown(cancel_futures=True)
+            executor.shutdown(cancel_futures=True)
+
+
+def _auto_processes(units: int) -> int:
+    return min(len(os.sched_getaffinity(0)), units // UNITS_PER_PROCESS)
 
 
 @contextlib.contextmanager
-def _bare() -> Iterator[None]:
-    """Processes that begin meanwhile have one thread each, for there is one for every core, and no main module.
+def _spawn_environment() -> Iterator[None]:
+    """Make processes that are spawned in this context use one thread each and not import the main module.
 
-    They would import that again, and `atlas` brings torch, which no piece needs.
+    There is a process for every core, and the main module of `atlas` imports torch, which no chunk needs.
     """
-    main, threads = sys.modules["__main__"], {name: os.environ.get(name) for name in THREADS}
+    main, threads = sys.modules["__main__"], {name: os.environ.get(name) for name in THREAD_VARIABLES}
     sys.modules["__main__"] = ModuleType("__main__")
-    os.environ.update(dict.fromkeys(THREADS, "1"))
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
     try:
         yield
     finally:
@@ -103,30 +108,31 @@ def _bare() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _errands(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Pieces by layer, a few together."""
-    found: list[list[Piece]] = []
-    for piece in pieces:
-        if found and found[-1][0].layer == piece.layer and len(found[-1]) < TOGETHER:
-            found[-1].append(piece)
+def _tasks(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
+    """Group consecutive chunks of a layer into tasks."""
+    tasks: list[list[Chunk]] = []
+    for chunk in chunks:
+        if tasks and tasks[-1][0].layer == chunk.layer and len(tasks[-1]) < CHUNKS_PER_TASK:
+            tasks[-1].append(chunk)
         else:
-            found.append([piece])
-    return found
+            tasks.append([chunk])
+    return tasks
 
 
-def _begin(path: Path, root: Path, config: SiteConfig, sizes: Sizes) -> None:
-    global _maker
-    # Records are trees: there are no cycles in them to be looked for.
+def _initialize(path: Path, root: Path, config: SiteConfig, sizes: Sizes) -> None:
+    """Initialize a process of the pool."""
+    global _writer
+    # Records are trees without reference cycles, so the cyclic garbage collector can run rarely.
     gc.freeze()
     gc.set_threshold(500_000, 20, 100)
-    _maker = Maker(path, root, config, sizes)
+    _writer = ChunkWriter(path, root, config, sizes)
 
 
-def _make(errand: Sequence[Piece]) -> list[Made]:
-    assert _maker is not None
-    return [_maker.make(piece) for piece in errand]
+def _write_chunks(task: Sequence[Chunk]) -> list[ChunkResult]:
+    assert _writer is not None
+    return [_writer.write(chunk) for chunk in task]
 
 
-def _photographs(groups: Sequence[Group]) -> int:
-    assert _maker is not None
-    return sum(_maker.photographs(*group) for group in groups)
+def _write_images(groups: Sequence[Group]) -> int:
+    assert _writer is not None
+    return sum(_writer.write_images(*group) for group in groups)

@@ -1,4 +1,4 @@
-"""What an atlas says of one layer, as NumPy and pandas, read when asked for; `pipeline.store.reader` opens the file."""
+"""The read API of one layer of an atlas: lazy access as NumPy and pandas; `pipeline.store.reader` opens the file."""
 
 import contextlib
 import dataclasses
@@ -16,15 +16,25 @@ import pandas as pd
 from PIL import Image
 
 from pipeline.core import metric_specs
-from pipeline.core.errors import AtlasError, nearest
+from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.data import crops
-from pipeline.store import shards
+from pipeline.store import hdf5
+
+# Datasets of a group `render/<preset>` that are not measurements of single images.
+NOT_MEASUREMENTS = ("images", "images_sha256", "response")
+# Dataset in `stats` that holds the best activation over the dataset, by the group's attribute `natural`.
+NATURAL_STATISTICS = {"mean": "best_mean", "max": "max", "least": "least_mean", "min": "min"}
 
 
 @dataclasses.dataclass(frozen=True)
-class ShownPhoto:
-    """A photograph that an atlas shows: the size (width, height) of its source picture and the part that became the
-    network's input, (left, top, right, bottom), which may reach beyond the edges; both in pixels of that picture.
+class ShownImage:
+    """Geometry of a dataset image that is an example of some unit.
+
+    Attributes:
+        index: Row of the image in the dataset.
+        size: (width, height) of the source image in pixels.
+        box: (left, top, right, bottom) of the part that became the network's input, in pixels of the source image;
+            it may extend beyond the edges.
     """
 
     index: int
@@ -33,17 +43,21 @@ class ShownPhoto:
 
 
 def jpeg_image(group: h5py.Group, at: int) -> Image.Image:
-    """Picture `at` of a group with JPEG bytes and offsets."""
-    start, end = shards.dataset(group, "offset")[at : at + 2]
-    return Image.open(io.BytesIO(shards.dataset(group, "jpeg")[int(start) : int(end)].tobytes()))
+    """Open image number `at` of a group with the datasets `jpeg` (bytes) and `offset`."""
+    start, end = hdf5.dataset(group, "offset")[at : at + 2]
+    return Image.open(io.BytesIO(hdf5.dataset(group, "jpeg")[int(start) : int(end)].tobytes()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Photographs that stand for each unit of a layer; (C', k) arrays, `index` −1 where there is none.
+    """Dataset examples of each unit of a layer.
 
-    `value` is the response, `index` the photograph's row in the dataset, `y` and `x` the place on the map, `map` the
-    number of the heat-map (−1 for none).
+    Attributes:
+        value: Activations, (C', k).
+        index: Rows of the images in the dataset, (C', k); −1 where there is no example.
+        y: Row of the activation in the layer's map, (C', k).
+        x: Column of the activation in the layer's map, (C', k).
+        map: Numbers of the heat maps for `LayerView.heat_map`, (C', k); −1 where there is none.
     """
 
     value: np.ndarray
@@ -55,9 +69,14 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True)
 class Histogram:
-    """Per-image maxima of each unit: `counts` (C', bins) between the `edges` (C', bins + 1).
+    """Histograms of the per-image maxima of each unit.
 
-    `under` and `over` (C',) count the images beyond the edges; `ends` (C', 2) are the least and largest maximum.
+    Attributes:
+        counts: Images per bin, (C', bins).
+        edges: Edges of the bins, (C', bins + 1).
+        under: Images below the first edge, (C',).
+        over: Images above the last edge, (C',).
+        ends: Smallest and largest per-image maximum, (C', 2).
     """
 
     counts: np.ndarray
@@ -69,9 +88,13 @@ class Histogram:
 
 @dataclasses.dataclass(frozen=True)
 class Wiring:
-    """The units of `layer` that each unit of another is most strongly wired to; (C', k) arrays, strongest first.
+    """The most strongly connected units in an adjacent layer, for each unit; strongest first.
 
-    `channel` is −1 where there are fewer; `norm` and `sum` are those of the weights between the two.
+    Attributes:
+        layer: Name of the adjacent layer.
+        channel: Channels of that layer, (C', k); −1 where there are fewer than k.
+        norm: Norms of the weights between the two units, (C', k).
+        sum: Sums of the weights between the two units, (C', k).
     """
 
     layer: str
@@ -82,11 +105,19 @@ class Wiring:
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """Labels of each unit, by number in `Atlas.dataset_labels`; −1 and NaN where there is nothing to say.
+    """Association of each unit with labels of the dataset, given as indices into `Atlas.dataset_labels`.
 
-    `over` (C', 3) are the most over-represented in the top 1 % of images, with `count` there and `lift`; `best` (C',)
-    is the label with the largest mean response, with `selectivity` and `auroc`. Where `method` is "counts", too few
-    images share a label for such numbers: `over` and `count` are the commonest among the examples, the rest is empty.
+    Missing labels are −1, missing numbers NaN. With `method` "counts", too few images share a label for statistics:
+    `over` and `count` are then the most frequent labels among the examples, and everything else is missing.
+
+    Attributes:
+        method: How the association was computed.
+        over: The most over-represented labels among the top 1 % of images, (C', 3).
+        count: Images with these labels among the top 1 %, (C', 3).
+        lift: Their share in the top 1 % ÷ their share in the dataset, (C', 3).
+        best: The label with the largest mean activation, (C',).
+        selectivity: Selectivity of the unit for `best`, (C',).
+        auroc: Area under the ROC curve of the unit as a detector of `best`, (C',).
     """
 
     method: str
@@ -99,224 +130,249 @@ class Labels:
 
 
 class Stack:
-    """Pictures of a stack (N, V, H, W, C) one by one, (H, W, C) uint8 and read-only, the fastest way there is.
+    """Fast read access to single images of a stack (N, V, H, W, C): `stack[n, v]` is (H, W, C) uint8, read-only.
 
-    A picture is one chunk, so its bytes can be had as they lie in the file; HDF5's own way to unpack and check them
-    takes half as long again. What zlib has packed carries a checksum of its own. Whatever is not as
-    `shards.create_images` makes it goes HDF5's way, with its words on what is wrong.
+    An image is one chunk, whose compressed bytes can be read and decompressed directly. HDF5's own filter pipeline
+    takes half as long again. The zlib stream contains a checksum of its own. Datasets that were not created by
+    `hdf5.create_images`, and chunks that fail to decompress, are read through HDF5, which raises a precise error.
     """
 
     def __init__(self, images: h5py.Dataset) -> None:
         self._images = images
         self._shape = images.shape[2:]
         self._size = math.prod(self._shape)
-        packed = images.compression == "gzip" and images.fletcher32 and not images.shuffle
-        self._plain = packed and images.chunks == (1, 1, *self._shape) and images.dtype == np.uint8
+        filters = images.compression == "gzip" and images.fletcher32 and not images.shuffle
+        self._direct = filters and images.chunks == (1, 1, *self._shape) and images.dtype == np.uint8
 
     def __getitem__(self, at: tuple[int, int]) -> np.ndarray:
-        if self._plain:
+        if self._direct:
             with contextlib.suppress(OSError, RuntimeError, ValueError, zlib.error):
-                mask, packed = self._images.id.read_direct_chunk((*at, 0, 0, 0))
-                pixels = zlib.decompress(memoryview(packed)[:-4], bufsize=self._size)  # without HDF5's checksum
-                if mask == 0 and len(pixels) == self._size:
+                filter_mask, chunk = self._images.id.read_direct_chunk((*at, 0, 0, 0))
+                pixels = zlib.decompress(memoryview(chunk)[:-4], bufsize=self._size)  # without HDF5's own checksum
+                if filter_mask == 0 and len(pixels) == self._size:
                     return np.frombuffer(pixels, np.uint8).reshape(self._shape)
         return np.asarray(self._images[at])
 
 
 class LayerView:
-    """One layer of an atlas. `channels` holds the channel numbers that the atlas has, (C',) int32."""
+    """One layer of an atlas. Arrays are read from the file on access.
+
+    C' is the number of the layer's channels in the atlas, and C the number in the network.
+
+    Attributes:
+        name: Name of the layer.
+        kind: Kind of the layer, such as "conv" or "linear".
+        channels: Channel numbers in the atlas, (C',) int32.
+        total_channels: Number of channels in the network, C.
+        map_size: (height, width) of the layer's activation map.
+    """
 
     def __init__(self, group: h5py.Group) -> None:
         self._group = group
-        self.name = shards.text(group, "name")
-        self.kind = shards.text(group, "kind")
-        self.total_channels = shards.numbers(group, "channels")[0]
-        self.map_size = (shards.numbers(group, "map_height")[0], shards.numbers(group, "map_width")[0])
-        self._kept: dict[str, np.ndarray] | None = None
-        self.channels = shards.get(group, "channels")
+        self.name = hdf5.text_attribute(group, "name")
+        self.kind = hdf5.text_attribute(group, "kind")
+        self.total_channels = hdf5.integer_attribute(group, "channels")[0]
+        self.map_size = (hdf5.integer_attribute(group, "map_height")[0], hdf5.integer_attribute(group, "map_width")[0])
+        self._cache: dict[str, np.ndarray] | None = None
+        self.channels = hdf5.read_array(group, "channels")
         self._row = {int(c): i for i, c in enumerate(self.channels)}
 
-    def keep(self) -> "LayerView":
-        """Remember every array that is read from now on, read-only, for whoever asks the same layer much; itself."""
-        self._kept = {}
+    def with_cache(self) -> "LayerView":
+        """Cache every array that is read from now on, as a read-only array, and return this view."""
+        self._cache = {}
         return self
 
     def _get(self, parent: h5py.Group, name: str) -> np.ndarray:
-        if self._kept is None:
-            return shards.get(parent, name)
+        if self._cache is None:
+            return hdf5.read_array(parent, name)
         key = f"{parent.name}/{name}"
-        if key not in self._kept:
-            self._kept[key] = shards.get(parent, name)
-            self._kept[key].flags.writeable = False
-        return self._kept[key]
+        if key not in self._cache:
+            self._cache[key] = hdf5.read_array(parent, name)
+            self._cache[key].flags.writeable = False
+        return self._cache[key]
 
     def fingerprint(self, part: str = "") -> str:
-        """sha256 of all that the file holds of this layer, or of one `part` of it, as it is stored; "" without it.
+        """Return the sha256 of this layer's stored bytes, or of one `part` of it; "" if there is no such part.
 
-        What is changed, is told; so may be what was only packed otherwise. Pictures count by their own digests.
+        Any changed value changes it. Recompression alone may change it too, except for images, which enter by the
+        digests of their pixels.
         """
         if part and part not in self._group:
             return ""
         digest = hashlib.sha256()
-        shards.add_stored(digest, self._group[part] if part else self._group, ("images_sha256", "images"))
+        stored = self._group[part] if part else self._group
+        hdf5.hash_stored(digest, stored, replaced="images", replacement="images_sha256")
         return digest.hexdigest()
 
     @property
     def receptive_field(self) -> tuple[int, int] | None:
-        """(height, width) in input pixels that one unit sees, or None for the whole image."""
+        """(height, width) of a unit's receptive field in input pixels, or None for the whole image."""
         height, width = self._geometry[0]
         return (height, width) if height else None
 
     @functools.cached_property
     def _geometry(self) -> tuple[tuple[int, ...], ...]:
         names = ("receptive_field", "receptive_field_stride", "receptive_field_offset", "input_size")
-        return tuple(shards.numbers(self._group, name) for name in names)
+        return tuple(hdf5.integer_attribute(self._group, name) for name in names)
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """(height, width) of the network's input, in pixels."""
+        """(height, width) of the network's input in pixels."""
         height, width = self._geometry[3]
         return height, width
 
     @property
     def presets(self) -> tuple[str, ...]:
-        """Presets that this layer has pictures by, the run's main one first."""
+        """Presets with feature visualizations of this layer, the run's main preset first."""
         return tuple(self._renders)
 
     @functools.cached_property
     def _renders(self) -> dict[str, h5py.Group]:
-        """Groups of pictures by preset, in their order."""
+        """Groups of feature visualizations by preset, in the order of the run."""
         if "render" not in self._group:
             return {}
-        parent = shards.group(self._group, "render")
-        found = [shards.group(parent, name) for name in shards.names(parent)]
-        if any("order" not in group.attrs for group in found):  # version 2: one preset, groups by objective
-            return {name: shards.group(parent, name) for name in shards.names(parent)}
-        found.sort(key=lambda group: shards.numbers(group, "order"))
-        return {shards.text(group, "preset"): group for group in found}
+        parent = hdf5.group(self._group, "render")
+        groups = {name: hdf5.group(parent, name) for name in hdf5.member_names(parent)}
+        if any("order" not in group.attrs for group in groups.values()):
+            return groups  # schema version 2: one preset, groups by objective
+        ordered = sorted(groups.values(), key=lambda group: hdf5.integer_attribute(group, "order"))
+        return {hdf5.text_attribute(group, "preset"): group for group in ordered}
 
     def row(self, channel: int) -> int:
-        """Row of `channel` in all arrays of this layer."""
+        """Return the row of `channel` in all arrays of this layer.
+
+        Raises:
+            AtlasError: If the atlas does not have the channel.
+        """
         if int(channel) not in self._row:
             raise AtlasError(
-                f"{self.name}:{channel} is not in this atlas. {nearest(str(channel), map(str, self._row))}"
+                f"{self.name}:{channel} is not in this atlas. {nearest_names(str(channel), map(str, self._row))}"
             )
         return self._row[int(channel)]
 
-    def pictures(self, preset: str | None = None) -> h5py.Dataset:
-        """All pictures, (C', V, H, W, 3) uint8, as an h5py dataset: slices are read when asked for.
+    def images(self, preset: str | None = None) -> h5py.Dataset:
+        """Return all feature visualizations, (C', V, H, W, 3) uint8, as an h5py dataset that is read by slices.
 
-        `preset` is the run's main one, if none is named.
+        Args:
+            preset: Name of a preset; the run's main preset by default.
+
+        Raises:
+            AtlasError: If the layer has no visualizations, or none by `preset`.
         """
-        return shards.dataset(self._render(preset), "images")
+        return hdf5.dataset(self._render(preset), "images")
 
-    def picture(self, channel: int, preset: str | None = None, variant: int = 0) -> np.ndarray:
-        """One picture, (H, W, 3) uint8."""
-        return self.pictures(preset)[self.row(channel), variant]
+    def image(self, channel: int, preset: str | None = None, variant: int = 0) -> np.ndarray:
+        """Return one feature visualization, (H, W, 3) uint8."""
+        return self.images(preset)[self.row(channel), variant]
 
     def stack(self, preset: str | None = None) -> "Stack":
-        """All pictures, to read one after another: `stack[row, variant]` is (H, W, C) uint8."""
-        return Stack(self.pictures(preset))
+        """Return fast access to single feature visualizations: `stack[row, variant]` is (H, W, C) uint8."""
+        return Stack(self.images(preset))
 
-    def picture_digests(self, preset: str | None = None) -> np.ndarray | None:
-        """sha256 of each picture's pixels, (C', V, 32) uint8; None in an atlas that does not say."""
+    def image_digests(self, preset: str | None = None) -> np.ndarray | None:
+        """Return the sha256 of each image's pixels, (C', V, 32) uint8, or None in atlases without digests."""
         group = self._render(preset)
         return self._get(group, "images_sha256") if "images_sha256" in group else None
 
-    def numbers(self, preset: str | None = None, only: Collection[str] = ()) -> dict[str, np.ndarray]:
-        """What was measured of the pictures: activation, robust, start, seed, status, …; (C', V) each.
+    def measurements(self, preset: str | None = None, names: Collection[str] = ()) -> dict[str, np.ndarray]:
+        """Return the measurements of the feature visualizations by name, (C', V) each.
 
-        Beside what is stored: `gain` and `robust_gain`, activation and robust ÷ `natural` (`measures.gain`). The
-        measures of `measures` are there as far as the atlas has them: older ones don't. `only` names those to read,
-        of what is stored.
+        These are activation, robust, start, seed, status and so on as stored, without those that an older atlas
+        lacks, and `gain` and `robust_gain`, which are activation and robust ÷ `natural`
+        (`pipeline.core.metric_specs.gain`).
+
+        Args:
+            preset: Name of a preset; the run's main preset by default.
+            names: Stored measurements to read; with any, no gains are computed. All by default.
         """
         group = self._render(preset)
-        left = ("images", "images_sha256", "response")
-        wanted = [name for name in shards.names(group) if name not in left and (not only or name in only)]
-        found = {name: self._get(group, name) for name in wanted}
-        if only:
-            return found
-        natural, negative = self.natural(preset), self.render_attributes(preset).get("natural") in ("least", "min")
-        for name, reached in (("gain", "activation"), ("robust_gain", "robust")):
-            if reached in found:
-                found[name] = metric_specs.gain(found[reached], natural, negative)
-        return found
+        stored = [name for name in hdf5.member_names(group) if name not in NOT_MEASUREMENTS]
+        if names:
+            return {name: self._get(group, name) for name in stored if name in names}
+        values = {name: self._get(group, name) for name in stored}
+        natural, negative = self.dataset_max(preset), self.render_attributes(preset).get("natural") in ("least", "min")
+        for name, source in (("gain", "activation"), ("robust_gain", "robust")):
+            if source in values:
+                values[name] = metric_specs.activation_ratio(values[source], natural, negative)
+        return values
 
-    def picture_responses(self, preset: str | None = None) -> np.ndarray | None:
-        """(C', V, channels of the network's layer) float16: the largest answer of each channel to each picture.
+    def image_activations(self, preset: str | None = None) -> np.ndarray | None:
+        """Return the largest activation of each channel of the layer on each visualization, (C', V, C) float16.
 
-        NaN where a picture is missing; None in an atlas that does not say.
+        NaN where a visualization is missing; None in atlases without these activations.
         """
         group = self._render(preset)
         return self._get(group, "response") if "response" in group else None
 
     @property
     def unrendered(self) -> str:
-        """Why this layer has no visualizations by design, such as a missing gradient; empty where it may have some."""
+        """Why this layer cannot have visualizations, such as a missing gradient; empty where it can."""
         return str(self._group.attrs.get("unrendered", ""))
 
     def render_attributes(self, preset: str | None = None) -> dict[str, Any]:
-        """Preset, objective, digest, and which statistic of photographs the activation compares with."""
-        return shards.plain(self._render(preset))
+        """Return the attributes of a preset's group: preset, objective, digest, the statistic `natural` and so on."""
+        return hdf5.all_attributes(self._render(preset))
 
     def examples(self, which: str = "max") -> Examples | None:
-        """Photographs by `which`, or None if the atlas has no such list.
+        """Return a list of dataset examples, or None if the atlas does not have it.
 
-        `max` and `mean`: the largest spatial maxima and means, best first. `min`: the lowest spatial minima, lowest
-        first. `spectrum`: drawn from quantile bins of the maxima; see `spectrum_edges`.
+        Args:
+            which: "max" or "mean" for the largest spatial maxima or means, largest first; "min" for the smallest
+                spatial minima, smallest first; "spectrum" for examples drawn from quantile bins of the maxima
+                (`spectrum_edges`).
         """
         path = f"examples/{which}"
         if path not in self._group:
             return None
-        held = shards.group(self._group, path)
-        arrays = {key: self._get(held, key) for key in ("value", "index", "y", "x")}
-        absent = np.full(arrays["index"].shape, -1, np.int32)
-        return Examples(**arrays, map=self._get(held, "map") if "map" in held else absent)
+        group = hdf5.group(self._group, path)
+        arrays = {key: self._get(group, key) for key in ("value", "index", "y", "x")}
+        no_maps = np.full(arrays["index"].shape, -1, np.int32)
+        return Examples(**arrays, map=self._get(group, "map") if "map" in group else no_maps)
 
     @property
     def spectrum_edges(self) -> tuple[float, ...]:
-        """Edges, in per cent, of the quantile bins of `examples("spectrum")`, whose k places are evenly theirs."""
+        """Edges of the quantile bins of `examples("spectrum")`, in percent; each bin has the same number of columns."""
         if "examples/spectrum" not in self._group:
             return ()
         return tuple(np.asarray(self._group["examples/spectrum"].attrs["edges"]).tolist())
 
     def heat_map(self, number: int) -> np.ndarray | None:
-        """One heat-map, (h, w) float32 responses, averaged to few rows and columns; None for number −1."""
+        """Return one heat map, (h, w) float32 activations, average-pooled to a small size; None for number −1."""
         if number < 0 or "examples/maps" not in self._group:
             return None
-        held = shards.group(self._group, "examples/maps")
-        low, high = shards.dataset(held, "range")[int(number)]
-        return (low + (high - low) * (shards.dataset(held, "value")[int(number)] / np.float32(255))).astype(np.float32)
+        group = hdf5.group(self._group, "examples/maps")
+        low, high = hdf5.dataset(group, "range")[int(number)]
+        return (low + (high - low) * (hdf5.dataset(group, "value")[int(number)] / np.float32(255))).astype(np.float32)
 
     def heat_maps(self) -> h5py.Dataset | None:
-        """All heat-maps as kept, (pairs, h, w) uint8 from the least response (0) to the largest (255) of each."""
-        return shards.dataset(self._group, "examples/maps/value") if "examples/maps" in self._group else None
+        """Return all heat maps as stored, (pairs, h, w) uint8: 0 is the minimum of each map, 255 its maximum."""
+        return hdf5.dataset(self._group, "examples/maps/value") if "examples/maps" in self._group else None
 
     def heat_ranges(self) -> np.ndarray | None:
-        """(pairs, 2) float32: the responses that 0 and 255 of each heat-map stand for."""
+        """Return the activations that 0 and 255 of each heat map represent, (pairs, 2) float32."""
         return self._get(self._group, "examples/maps/range") if "examples/maps" in self._group else None
 
     def crop(self, number: int) -> Image.Image | None:
-        """What the unit of heat-map `number` saw, where the atlas keeps crops instead of pictures."""
+        """Return the receptive field of heat map `number` as an image, where the atlas stores crops of the dataset."""
         if number < 0 or "examples/maps/jpeg" not in self._group:
             return None
-        return jpeg_image(shards.group(self._group, "examples/maps"), int(number))
+        return jpeg_image(hdf5.group(self._group, "examples/maps"), int(number))
 
     def stats(self) -> dict[str, np.ndarray]:
-        """Statistics over the photographs by name (mean, sd, max, nonzero, inactive, …), (C',) each."""
+        """Return statistics over the dataset by name (mean, sd, max, nonzero, inactive, …), (C',) each."""
         if "stats" not in self._group:
             return {}
-        group = shards.group(self._group, "stats")
-        return {name: self._get(group, name) for name in shards.names(group)}
+        group = hdf5.group(self._group, "stats")
+        return {name: self._get(group, name) for name in hdf5.member_names(group)}
 
     @property
     def population_sparsity(self) -> float:
-        """Mean sparsity of the layer's answer to one photograph, 0 … 1; NaN if nothing fired or nobody measured."""
-        held = self._group.get("stats")
-        return float(held.attrs.get("population_sparsity", np.nan)) if isinstance(held, h5py.Group) else float("nan")
+        """Mean sparsity of the layer's activations on an image, 0 … 1; NaN if no unit was active, or in old atlases."""
+        stats = self._group.get("stats")
+        return float(stats.attrs.get("population_sparsity", np.nan)) if isinstance(stats, h5py.Group) else float("nan")
 
     def histogram(self) -> Histogram | None:
-        """Histograms of per-image maxima, or None without examples."""
+        """Return histograms of the per-image maxima, or None without a dataset pass."""
         if "histogram" not in self._group:
             return None
         counts, ends = self._get(self._group, "histogram/counts"), self._get(self._group, "histogram/ends")
@@ -325,92 +381,114 @@ class LayerView:
         return Histogram(counts[:, 1:-1], edges, counts[:, 0], counts[:, -1], ends)
 
     def quantiles(self, shares: Sequence[float]) -> np.ndarray:
-        """(C', q) quantiles of per-image maxima at `shares` (0 … 1), to the width of a bin; NaN without examples."""
-        found = self.histogram()
+        """Return quantiles of the per-image maxima, (C', q), interpolated within the bins of the histogram.
+
+        Args:
+            shares: The q quantiles, 0 … 1.
+
+        Returns:
+            NaN without a dataset pass.
+        """
+        histogram = self.histogram()
         result = np.full((len(self.channels), len(shares)), np.nan)
-        if found is None:
+        if histogram is None:
             return result
-        heaps = np.concatenate([found.under[:, None], found.counts, found.over[:, None]], 1).cumsum(1)
-        for row, heap in enumerate(heaps):
-            low, high = found.ends[row]
-            borders = [min(low, found.edges[row, 0]), *found.edges[row], max(high, found.edges[row, -1])]
-            if heap[-1]:
-                result[row] = np.interp(np.asarray(shares) * heap[-1], [0, *heap], np.clip(borders, low, high))
+        bins = [histogram.under[:, None], histogram.counts, histogram.over[:, None]]
+        for row, cumulative in enumerate(np.concatenate(bins, 1).cumsum(1)):
+            if not cumulative[-1]:
+                continue
+            edges, (low, high) = histogram.edges[row], histogram.ends[row]
+            borders = np.clip([min(low, edges[0]), *edges, max(high, edges[-1])], low, high)
+            result[row] = np.interp(np.asarray(shares) * cumulative[-1], [0, *cumulative], borders)
         return result
 
     def labels(self) -> Labels | None:
-        """Which labels of the dataset each unit goes with, or None where the dataset has none."""
+        """Return the association of each unit with labels of the dataset, or None if the dataset has no labels."""
         if "labels" not in self._group:
             return None
-        group = shards.group(self._group, "labels")
-        return Labels(shards.text(group, "method"), **{name: self._get(group, name) for name in shards.names(group)})
+        group = hdf5.group(self._group, "labels")
+        return Labels(
+            hdf5.text_attribute(group, "method"), **{name: self._get(group, name) for name in hdf5.member_names(group)}
+        )
 
-    def wiring(self, side: str) -> Wiring | None:
-        """`inputs` or `outputs`: what each unit is wired to in the layer before or after; None where nobody knows."""
+    def connectivity(self, side: str) -> Wiring | None:
+        """Return the strongest connections of each unit to an adjacent layer, or None if they were not computed.
+
+        Args:
+            side: "inputs" for the layer before, "outputs" for the layer after.
+        """
         if f"wiring/{side}" not in self._group:
             return None
-        held = shards.group(self._group, f"wiring/{side}")
-        return Wiring(shards.text(held, "layer"), **{key: self._get(held, key) for key in ("channel", "norm", "sum")})
+        group = hdf5.group(self._group, f"wiring/{side}")
+        return Wiring(
+            hdf5.text_attribute(group, "layer"), **{key: self._get(group, key) for key in ("channel", "norm", "sum")}
+        )
 
-    def responses(self) -> np.ndarray | None:
-        """(C', n) float16 maxima of every unit on the photographs `Atlas.responses_index`; None without examples."""
+    def dataset_activations(self) -> np.ndarray | None:
+        """Return the maxima of every unit on the images `Atlas.responses_index`, (C', n) float16, or None."""
         return self._get(self._group, "responses") if "responses" in self._group else None
 
     def similar(self, channel: int, count: int = 8) -> pd.DataFrame:
-        """The units of this layer whose responses go most with those of `channel`: channel, correlation; best first.
+        """Return the units of this layer whose activations correlate most with those of `channel`, best first.
 
-        Pearson's correlation over the photographs drawn for the purpose.
+        Returns:
+            The columns channel and correlation, Pearson's over the images `Atlas.responses_index`.
         """
-        kept = self.responses()
-        if kept is None or kept.shape[1] < 2:
+        responses = self.dataset_activations()
+        if responses is None or responses.shape[1] < 2:
             return pd.DataFrame({"channel": np.zeros(0, np.int32), "correlation": np.zeros(0, np.float32)})
-        centred = kept.astype(np.float32)
-        centred -= centred.mean(1, keepdims=True)
-        norm = np.linalg.norm(centred, axis=1)
-        own = self.row(channel)
+        centered = responses.astype(np.float32)
+        centered -= centered.mean(1, keepdims=True)
+        norm = np.linalg.norm(centered, axis=1)
+        row = self.row(channel)
         with np.errstate(divide="ignore", invalid="ignore"):
-            found = centred @ centred[own] / (norm * norm[own])
-        found = np.where(np.isfinite(found), found, -2)
-        found[own] = -2
-        order = np.argsort(-found, kind="stable")[:count]
-        order = order[found[order] > -2]
-        return pd.DataFrame({"channel": self.channels[order], "correlation": found[order].astype(np.float32)})
+            correlation = centered @ centered[row] / (norm * norm[row])
+        # −2 marks the unit itself and units that never change.
+        correlation = np.where(np.isfinite(correlation), correlation, -2)
+        correlation[row] = -2
+        order = np.argsort(-correlation, kind="stable")[:count]
+        order = order[correlation[order] > -2]
+        return pd.DataFrame({"channel": self.channels[order], "correlation": correlation[order].astype(np.float32)})
 
-    def natural(self, preset: str | None = None) -> np.ndarray:
-        """Best response of any photograph by the objective's own measure, (C',); NaN without examples."""
-        measure = str(self.render_attributes(preset).get("natural", ""))
-        key = {"mean": "best_mean", "max": "max", "least": "least_mean", "min": "min"}.get(measure, "")
-        held = f"stats/{key}"
-        return (
-            self._get(self._group, held)
-            if key and held in self._group
-            else np.full(len(self.channels), np.nan, np.float32)
-        )
+    def dataset_max(self, preset: str | None = None) -> np.ndarray:
+        """Return the best activation over the dataset by the objective's own statistic, (C',); NaN if not measured."""
+        statistic = NATURAL_STATISTICS.get(str(self.render_attributes(preset).get("natural", "")))
+        if statistic is None or f"stats/{statistic}" not in self._group:
+            return np.full(len(self.channels), np.nan, np.float32)
+        return self._get(self._group, f"stats/{statistic}")
 
-    def crop_box(self, y: int, x: int, least: int = 48) -> tuple[int, int, int, int] | None:
-        """(left, top, right, bottom) of what unit (y, x) sees, in pixels of the network's input.
+    def crop_box(self, y: int, x: int, min_size: int = 48) -> tuple[int, int, int, int] | None:
+        """Return (left, top, right, bottom) of the receptive field of unit (y, x), in pixels of the network's input.
 
-        Grown to at least `least` pixels, so that a person can see it, and moved inside the input; None where
-        a unit sees the whole image.
+        Args:
+            y: Row in the activation map.
+            x: Column in the activation map.
+            min_size: Minimum side of the box in pixels. A smaller box is enlarged, so that people can recognize its
+                content, and moved inside the input.
+
+        Returns:
+            None if the receptive field is the whole image.
         """
         size, stride, offset, limits = self._geometry
         if not size[0]:
             return None
-        return crops.seen(int(y), int(x), size, stride, offset, limits, least)
+        return crops.receptive_field_box(int(y), int(x), size, stride, offset, limits, min_size)
 
-    def source_box(self, photo: ShownPhoto, y: int, x: int, least: int = 48) -> tuple[int, int, int, int] | None:
-        """(left, top, right, bottom) of what unit (y, x) sees, in pixels of the source picture and clipped to it.
+    def source_box(self, photo: ShownImage, y: int, x: int, min_size: int = 48) -> tuple[int, int, int, int] | None:
+        """Return the `crop_box` of unit (y, x) in pixels of the source image, clipped to it.
 
-        `least` is in pixels of the network's input; None where a unit sees the whole image.
+        `min_size` is in pixels of the network's input. None if the receptive field is the whole image.
         """
-        box = self.crop_box(y, x, least)
-        return None if box is None else crops.in_picture(box, self.input_size, photo.box, photo.size)
+        box = self.crop_box(y, x, min_size)
+        return None if box is None else crops.to_source_box(box, self.input_size, photo.box, photo.size)
 
     def _render(self, preset: str | None) -> h5py.Group:
         if not self._renders:
-            raise AtlasError(f"{self.name} has no pictures; `atlas render` makes them.")
+            raise AtlasError(f"{self.name} has no feature visualizations; `atlas render` makes them.")
         if preset is None:
             return next(iter(self._renders.values()))
         if preset not in self._renders:
-            raise AtlasError(f"{self.name} has no pictures by {preset!r}. {nearest(preset, self.presets)}")
+            raise AtlasError(
+                f"{self.name} has no feature visualizations by {preset!r}. {nearest_names(preset, self.presets)}"
+            )
         return self._renders[preset]

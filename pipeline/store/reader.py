@@ -1,14 +1,14 @@
-"""Read an atlas: layers, units, pictures, examples and statistics as NumPy and pandas, lazily.
+"""The read API of an atlas: layers, units, visualizations, examples and statistics as NumPy and pandas, read lazily.
 
     import pipeline
     with pipeline.open_atlas("runs/efficientnet_lite0-distill") as atlas:
         layer = atlas["blocks.4.2"]
-        picture = layer.picture(layer.channels[0])     # (H, W, 3) uint8
+        image = layer.image(layer.channels[0])       # feature visualization, (H, W, 3) uint8
         best = layer.examples("max")                   # value, index, y, x, map: (C', k) each
         heat = layer.heat_map(best.map[0, 0])          # (h, w) float32
-        table = atlas.units()                          # one row a picture
+        table = atlas.units()                          # one row per visualization
 
-The site and every comparison read through this module and nothing else.
+The site and the comparison of runs read atlases through this module only.
 """
 
 import functools
@@ -23,9 +23,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from pipeline.core.errors import AtlasError, nearest
-from pipeline.store import shards
-from pipeline.store.layer_view import LayerView, ShownPhoto
+from pipeline.core.errors import AtlasError, nearest_names
+from pipeline.store import hdf5
+from pipeline.store.layer_view import LayerView, ShownImage
 
 SCHEMA = "neuron-atlas"
 SCHEMA_VERSION = 3
@@ -34,7 +34,16 @@ _BOX = ("left", "top", "right", "bottom")
 
 
 class Atlas:
-    """An open atlas; a context manager. Index it by layer name."""
+    """An open atlas: a context manager, and a mapping from layer names to `LayerView`.
+
+    Iteration yields the views in the order of computation.
+
+    Args:
+        path: The file `atlas.h5`.
+
+    Raises:
+        AtlasError: If the file cannot be opened, is not an atlas, or has a newer schema version.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,24 +51,23 @@ class Atlas:
             self._file = h5py.File(path, "r", locking=False)
         except OSError as error:
             raise AtlasError(f"{path} can't be opened as HDF5: {error}") from error
-        root = shards.plain(self._file)
+        root = hdf5.all_attributes(self._file)
         if root.get("schema") != SCHEMA:
             self.close()
-            raise AtlasError(f"{path} is no neuron atlas.")
+            raise AtlasError(f"{path} is not a neuron atlas.")
         version = int(root["schema_version"])
         if version > SCHEMA_VERSION:
             self.close()
             raise AtlasError(
                 f"{path} has schema version {version}; this program reads up to {SCHEMA_VERSION}. Update it."
             )
-        parent = shards.group(self._file, "layers")
-        groups = sorted(
-            (shards.group(parent, name) for name in shards.names(parent)), key=lambda g: shards.numbers(g, "order")
-        )
-        self._shown = (
-            shards.get(self._file, "dataset/shown/index") if "dataset/shown" in self._file else np.zeros(0, np.int32)
-        )
-        self._layers = {shards.text(group, "name"): group for group in groups}
+        parent = hdf5.group(self._file, "layers")
+        groups = [hdf5.group(parent, name) for name in hdf5.member_names(parent)]
+        groups.sort(key=lambda group: hdf5.integer_attribute(group, "order"))
+        self._layers = {hdf5.text_attribute(group, "name"): group for group in groups}
+        self._shown = np.zeros(0, np.int32)  # sorted rows of the dataset images that are examples of some unit
+        if "dataset/shown" in self._file:
+            self._shown = hdf5.read_array(self._file, "dataset/shown/index")
 
     def close(self) -> None:
         """Close the file."""
@@ -76,7 +84,7 @@ class Atlas:
 
     def __getitem__(self, name: str) -> LayerView:
         if name not in self._layers:
-            raise AtlasError(f"This atlas has no layer {name!r}. {nearest(name, self._layers)}")
+            raise AtlasError(f"This atlas has no layer {name!r}. {nearest_names(name, self._layers)}")
         return LayerView(self._layers[name])
 
     @property
@@ -87,84 +95,93 @@ class Atlas:
     @property
     def attributes(self) -> dict[str, Any]:
         """Attributes of the root: schema, model, weights_sha256, dataset_fingerprint, created, versions, …"""
-        found = shards.plain(self._file)
-        found["versions"] = json.loads(found.get("versions", "{}"))
-        return found
+        attributes = hdf5.all_attributes(self._file)
+        attributes["versions"] = json.loads(attributes.get("versions", "{}"))
+        return attributes
 
     @property
     def config(self) -> str:
-        """The configuration that made this atlas, as YAML."""
-        return str(shards.dataset(self._file, "provenance/config").asstr()[()])
+        """The configuration of the run, as YAML."""
+        return str(hdf5.dataset(self._file, "provenance/config").asstr()[()])
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Class names of the network's outputs, if it has any."""
-        return tuple(shards.get(self._file, "model/labels").tolist()) if "model/labels" in self._file else ()
+        """Class names of the network's outputs; empty if it has none."""
+        return tuple(hdf5.read_array(self._file, "model/labels").tolist()) if "model/labels" in self._file else ()
 
     def dataset(self) -> pd.DataFrame:
-        """The photographs, one a row: path, label, source (equal for crops of one picture)."""
+        """Return the dataset, one row per image: path, label, source (equal for crops of one source image)."""
         if "dataset/path" not in self._file:
             return pd.DataFrame({"path": [], "label": [], "source": []})
-        return pd.DataFrame({key: shards.get(self._file, f"dataset/{key}") for key in ("path", "label", "source")})
+        return pd.DataFrame({key: hdf5.read_array(self._file, f"dataset/{key}") for key in ("path", "label", "source")})
 
     @property
     def dataset_labels(self) -> tuple[str, ...]:
-        """Labels of the dataset, by the numbers that `LayerView.labels` gives them."""
-        return tuple(shards.get(self._file, "dataset/labels").tolist()) if "dataset/labels" in self._file else ()
+        """Labels of the dataset; `LayerView.labels` returns indices into them."""
+        return tuple(hdf5.read_array(self._file, "dataset/labels").tolist()) if "dataset/labels" in self._file else ()
 
     @property
     def responses_index(self) -> np.ndarray:
-        """(n,) rows in the dataset of the photographs whose responses are kept for every unit."""
-        held = "dataset/responses" in self._file
-        return shards.get(self._file, "dataset/responses") if held else np.zeros(0, np.int32)
+        """Rows in the dataset of the images in `LayerView.dataset_activations`, (n,)."""
+        if "dataset/responses" not in self._file:
+            return np.zeros(0, np.int32)
+        return hdf5.read_array(self._file, "dataset/responses")
 
     @property
     def examples_store(self) -> str:
-        """What of the dataset this file holds: `images`, `crops` or `ids`."""
-        held = self._file.get("dataset/shown")
-        return str(held.attrs.get("store", "images")) if isinstance(held, h5py.Group) else "ids"
+        """What the file contains of the dataset: `images`, `crops` or only `ids`."""
+        group = self._file.get("dataset/shown")
+        return str(group.attrs.get("store", "images")) if isinstance(group, h5py.Group) else "ids"
 
-    def shown(self, index: int) -> ShownPhoto | None:
-        """Size and place of a photograph that is an example of any unit; None if it is of none."""
-        at = int(np.searchsorted(self._shown, index))
-        if at == len(self._shown) or self._shown[at] != index or self._boxes is None:
+    def image_geometry(self, index: int) -> ShownImage | None:
+        """Return the geometry of dataset image `index`, or None if it is not an example of any unit."""
+        row = self._shown_row(index)
+        if row is None or self._boxes is None:
             return None
-        width, height, left, top, right, bottom = self._boxes[at].tolist()
-        return ShownPhoto(int(index), (int(width), int(height)), (left, top, right, bottom))
+        width, height, left, top, right, bottom = self._boxes[row].tolist()
+        return ShownImage(int(index), (int(width), int(height)), (left, top, right, bottom))
+
+    def _shown_row(self, index: int) -> int | None:
+        """Return the row of dataset image `index` in the arrays of `dataset/shown`, or None if it is not among them."""
+        row = int(np.searchsorted(self._shown, index))
+        return row if row < len(self._shown) and self._shown[row] == index else None
 
     @functools.cached_property
     def _boxes(self) -> np.ndarray | None:
-        """(shown, 6) width, height, left, top, right, bottom of each photograph shown; None in old atlases."""
+        """(shown, 6) width, height, left, top, right, bottom of each image in `dataset/shown`; None in old atlases."""
         if "dataset/shown/box" not in self._file:
             return None
-        return np.concatenate([shards.get(self._file, f"dataset/shown/{name}") for name in ("size", "box")], 1)
+        return np.concatenate([hdf5.read_array(self._file, f"dataset/shown/{name}") for name in ("size", "box")], 1)
 
     @functools.cached_property
     def _jpegs(self) -> tuple[np.ndarray, h5py.Dataset] | None:
-        """Offsets of the whole pictures, and their bytes; None in an atlas that does not hold them."""
+        """Offsets and JPEG bytes of the whole source images; None in an atlas that does not contain them."""
         if "dataset/shown/jpeg" not in self._file:
             return None
-        return shards.get(self._file, "dataset/shown/offset"), shards.dataset(self._file, "dataset/shown/jpeg")
+        return hdf5.read_array(self._file, "dataset/shown/offset"), hdf5.dataset(self._file, "dataset/shown/jpeg")
 
-    def shown_photographs(self) -> pd.DataFrame:
-        """All that `shown` tells, one photograph a row: index, width, height, left, top, right, bottom; pixels."""
+    def image_geometries(self) -> pd.DataFrame:
+        """Return the geometry of all examples, one row per image, in pixels.
+
+        The columns are index, width, height, left, top, right, bottom.
+        """
         if self._boxes is None:
             return pd.DataFrame(columns=["index", "width", "height", *_BOX])
         table = pd.DataFrame(self._boxes, columns=["width", "height", *_BOX])
         table.insert(0, "index", self._shown)
         return table
 
-    def picture(self, index: int) -> Image.Image | None:
-        """The whole source picture of a photograph, made smaller, if this atlas holds it."""
-        at = int(np.searchsorted(self._shown, index))
-        if at == len(self._shown) or self._shown[at] != index or self._jpegs is None:
+    def source_image(self, index: int) -> Image.Image | None:
+        """Return the downscaled source image of dataset image `index`, or None if the atlas does not contain it."""
+        row = self._shown_row(index)
+        if row is None or self._jpegs is None:
             return None
         offsets, data = self._jpegs
-        return Image.open(io.BytesIO(data[int(offsets[at]) : int(offsets[at + 1])].tobytes()))
+        return Image.open(io.BytesIO(data[int(offsets[row]) : int(offsets[row + 1])].tobytes()))
 
-    def photo(self, index: int) -> Image.Image | None:
-        """A photograph as the network saw it, cut from `picture`, if this atlas holds it."""
-        picture, shown = self.picture(index), self.shown(index)
+    def input_image(self, index: int) -> Image.Image | None:
+        """Return the part of `picture(index)` that became the network's input, or None if it is not contained."""
+        picture, shown = self.source_image(index), self.image_geometry(index)
         if picture is None or shown is None:
             return picture
         scale = [a / b for a, b in zip(picture.size, shown.size, strict=True)] * 2
@@ -172,12 +189,16 @@ class Atlas:
         return picture.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
 
     def units(self) -> pd.DataFrame:
-        """One row a picture: layer, channel, preset, objective, variant, its numbers, and the best natural response."""
+        """Return a table with one row per feature visualization.
+
+        The columns are layer, channel, preset, objective, variant, those of `LayerView.measurements`, natural
+        (`LayerView.dataset_max`), and the statistics of `LayerView.stats`.
+        """
         frames = []
         for layer in self:
             stats = layer.stats()
             for preset in layer.presets:
-                numbers = layer.numbers(preset)
+                numbers = layer.measurements(preset)
                 variants = numbers["activation"].shape[1]
                 frame = pd.DataFrame(
                     {
@@ -187,7 +208,7 @@ class Atlas:
                         "objective": str(layer.render_attributes(preset).get("objective", preset)),
                         "variant": np.tile(np.arange(variants), len(layer.channels)),
                         **{k: v.reshape(-1) for k, v in numbers.items() if v.ndim == 2},
-                        "natural": np.repeat(layer.natural(preset), variants),
+                        "natural": np.repeat(layer.dataset_max(preset), variants),
                         **{k: np.repeat(v, variants) for k, v in stats.items() if v.ndim == 1},
                     }
                 )
@@ -196,10 +217,14 @@ class Atlas:
 
 
 def open_atlas(path: str | Path) -> Atlas:
-    """Open `atlas.h5`, given the file or its run folder."""
+    """Open the atlas at `path`, which is the file `atlas.h5` or the folder of its run.
+
+    Raises:
+        AtlasError: If there is no atlas, or it cannot be opened.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / "atlas.h5"
     if not path.is_file():
-        raise AtlasError(f"There is no atlas at {path}. `atlas run` makes one.")
+        raise AtlasError(f"There is no atlas at {path}; `atlas run` makes one.")
     return Atlas(path)

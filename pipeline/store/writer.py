@@ -1,7 +1,7 @@
-"""`atlas.h5`: all shards of a run in one file, and what is wrong with such a file.
+"""`atlas.h5`: combine all shards of a run in one file, and verify such a file.
 
-The schema (version 3) is described in docs/store.md. Pictures are copied chunk by chunk as they are
-compressed; the file is made under a temporary name and renamed, so that a reader never meets half of one.
+The schema (version 3) is described in docs/store.md. The compressed chunks of images are copied without
+recompression. The file is written under a temporary name and then renamed, so that no reader sees an incomplete one.
 """
 
 import dataclasses
@@ -9,35 +9,55 @@ import datetime
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 import torch
 
 from pipeline.core.errors import AtlasError
-from pipeline.core.metric_specs import MEASURES, RELATIONS
-from pipeline.data.datasets import Photo
-from pipeline.examples.channel_stats import statistics
+from pipeline.core.metric_specs import DERIVED_METRICS, IMAGE_METRICS
+from pipeline.data.readers.base import DatasetImage
+from pipeline.examples.channel_stats import channel_statistics
 from pipeline.examples.localize import TopExamples
 from pipeline.examples.results import DatasetPassResult
 from pipeline.layers.connectivity import Connectivity
 from pipeline.layers.finding import Layer
-from pipeline.store import shards
+from pipeline.store import hdf5, shards
+from pipeline.store.hdf5 import write_array
+from pipeline.store.layer_view import LayerView
 from pipeline.store.reader import SCHEMA, SCHEMA_VERSION, open_atlas
-from pipeline.store.shards import Damaged, Shard, put, safe
+from pipeline.store.shards import DamagedShardError, Shard, safe_name
 from pipeline.visualization import metrics
 
 LIBRARIES = ("neuron-atlas", "torch", "torchvision", "timm", "h5py", "numpy", "pillow")
+# Separates several values in one attribute; no reason for a fallback is longer than one line.
+SEPARATOR = "\n"
+# Bytes that `verify` reads at once.
+READ_BYTES = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What goes into an atlas, beside the rendered shards.
+    """The content of an atlas, except for the feature visualizations.
 
-    `unrendered` says by layer name why a layer has no visualizations, where that was known before any work.
+    Attributes:
+        run: Name of the run.
+        model: Name of the network.
+        weights: sha256 of the network's weights.
+        config_yaml: The configuration of the run, as YAML.
+        labels: Class names of the network's outputs.
+        input_size: (height, width) of the network's input.
+        layers: Layers with the channels of each that the atlas contains, in the order of computation.
+        photos: All dataset images.
+        dataset_fingerprint: Digest of the dataset.
+        examples: Result of the dataset pass, or None.
+        inputs: Connectivity to the preceding layer, by layer name.
+        outputs: Connectivity to the following layer, by layer name.
+        failures: Number of units that failed.
+        identity: Digest of everything that the atlas was made from.
+        unrendered: Why a layer cannot have visualizations, by layer name.
     """
 
     run: str
@@ -47,7 +67,7 @@ class Content:
     labels: tuple[str, ...]
     input_size: tuple[int, int]
     layers: Sequence[tuple[Layer, tuple[int, ...]]]
-    photos: Sequence[Photo] = ()
+    photos: Sequence[DatasetImage] = ()
     dataset_fingerprint: str = ""
     examples: DatasetPassResult | None = None
     inputs: Mapping[str, Connectivity] = dataclasses.field(default_factory=dict)
@@ -57,110 +77,115 @@ class Content:
     unrendered: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def identity(path: Path) -> str | None:
-    """The digest of all that an atlas was made from, or None if there is no readable atlas."""
+def read_identity(path: Path) -> str | None:
+    """Return the digest of everything that an atlas was made from, or None if there is no readable atlas."""
     try:
         with h5py.File(path, "r", locking=False) as file:
-            return shards.text(file, "identity")
+            return hdf5.text_attribute(file, "identity")
     except (OSError, KeyError):
         return None
 
 
 def precisions(shard: Shard) -> list[str]:
-    """What steps of its pictures were computed in; more than one only in an atlas, where a cluster's workers differed.
+    """Return the floating-point types that the visualizations of a shard were optimized in.
 
-    Shards of former versions do not say, and are float32.
+    A group of an atlas can have several, if the workers of a cluster differed. Shards of former versions lack the
+    attribute, and are float32.
     """
     return shard.attributes.get("precision", "float32").split()
 
 
-# What separates several values in an attribute; no cause of a fallback is more than one line.
-SEPARATOR = "\n"
+def render_groups(path: Path) -> dict[tuple[str, str], Shard]:
+    """Return the visualizations in an atlas as shards, by (layer, digest); empty if there is no readable atlas.
 
-
-def _distinct(shards_: Sequence[Shard], key: str) -> str:
-    """The different values of an attribute of shards, in order; shards of former versions may lack it."""
-    values = {line for shard in shards_ for line in str(shard.attributes.get(key, "")).split(SEPARATOR)}
-    return SEPARATOR.join(sorted(values - {""}))
-
-
-def parts(path: Path) -> dict[tuple[str, str], Shard]:
-    """What an atlas holds of each layer, by its name and digest, in the shape of shards; empty if there is none.
-
-    Nothing but attributes is read. An atlas whose pictures bear no digests holds nothing in this sense.
+    Only attributes are read. Groups without digests of their images are left out.
     """
-    found: dict[tuple[str, str], Shard] = {}
+    groups: dict[tuple[str, str], Shard] = {}
     try:
         with h5py.File(path, "r", locking=False) as file:
-            for layer in shards.group(file, "layers").values():
-                for target in layer["render"].values() if "render" in layer else ():
-                    if "images_sha256" in target:
-                        attributes = shards.plain(target)
-                        found[shards.text(layer, "name"), attributes["digest"]] = Shard(path, attributes, target.name)
+            for layer in hdf5.group(file, "layers").values():
+                for group in layer["render"].values() if "render" in layer else ():
+                    if "images_sha256" in group:
+                        attributes = hdf5.all_attributes(group)
+                        groups[hdf5.text_attribute(layer, "name"), attributes["digest"]] = Shard(
+                            path, attributes, group.name
+                        )
     except (OSError, KeyError, RuntimeError):
         return {}
-    return found
+    return groups
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and the libraries that shape the result."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the libraries that determine the result."""
+    installed = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            installed[name] = "unknown"
+    return installed
 
 
 def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str], Sequence[Shard]]) -> None:
-    """Write `atlas.h5` from the shards by (layer, preset) and `content`; an old one is replaced at the end.
+    """Write an atlas; an existing file at `path` is replaced at the end.
 
-    Presets keep the order of `rendered`. A channel without a finished picture has a black one, status `missing` and
-    NaN for numbers.
+    A channel without a finished visualization gets a black image, the status `missing` and NaN measurements.
+
+    Args:
+        path: The file `atlas.h5`.
+        content: Everything except the visualizations.
+        rendered: Shards of visualizations by (layer, preset); presets keep the order of this mapping.
+
+    Raises:
+        Damaged: If a shard cannot be read completely, or an image does not match its digest.
+        AtlasError: If the disk is full.
     """
-    with shards.creating(path) as file:
-        file.attrs["schema"] = SCHEMA
-        file.attrs["schema_version"] = SCHEMA_VERSION
-        file.attrs["run"] = content.run
-        file.attrs["model"] = content.model
-        file.attrs["weights_sha256"] = content.weights
-        file.attrs["dataset_fingerprint"] = content.dataset_fingerprint
-        file.attrs["versions"] = json.dumps(versions(), sort_keys=True)
-        file.attrs["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        file.attrs["failures"] = content.failures
-        file.attrs["identity"] = content.identity
-        file.create_dataset("provenance/config", data=content.config_yaml, dtype=h5py.string_dtype())
-        if content.labels:
-            put(file, "model/labels", np.array(content.labels, object))
+    with hdf5.create_file(path) as file:
+        _write_root(file, content)
         for order, (layer, channels) in enumerate(content.layers):
-            group = file.create_group(f"layers/{safe(layer.name)}")
-            _describe(group, layer, order, content.input_size)
-            put(group, "channels", np.array(channels, np.int32))
+            group = file.create_group(f"layers/{safe_name(layer.name)}")
+            _write_layer_attributes(group, layer, order, content.input_size)
+            write_array(group, "channels", np.array(channels, np.int32))
             if layer.name in content.unrendered:
                 group.attrs["unrendered"] = content.unrendered[layer.name]
-            for side, wires in (("inputs", content.inputs), ("outputs", content.outputs)):
-                if layer.name in wires:
-                    _wiring(group, side, channels, wires[layer.name])
-            for (name, preset), found in rendered.items():
-                if name == layer.name and found:
-                    _pictures(group, preset, channels, found)
+            for side, connectivity in (("inputs", content.inputs), ("outputs", content.outputs)):
+                if layer.name in connectivity:
+                    _write_wiring(group, side, channels, connectivity[layer.name])
+            for (name, preset), preset_shards in rendered.items():
+                if name == layer.name and preset_shards:
+                    _write_visualizations(group, preset, channels, preset_shards)
         if content.photos:
-            put(file, "dataset/path", np.array([p.path for p in content.photos], object))
-            put(file, "dataset/label", np.array([p.label for p in content.photos], object))
-            put(file, "dataset/source", np.array([p.source for p in content.photos], np.int32))
+            write_array(file, "dataset/path", np.array([p.path for p in content.photos], object))
+            write_array(file, "dataset/label", np.array([p.label for p in content.photos], object))
+            write_array(file, "dataset/source", np.array([p.source for p in content.photos], np.int32))
+        layers = [layer for layer, _ in content.layers]
+        groups = [hdf5.group(file, f"layers/{safe_name(layer.name)}") for layer in layers]
         if content.examples is not None:
-            _dataset(file, content.examples)
-            groups = [shards.group(file, f"layers/{safe(layer.name)}") for layer, _ in content.layers]
-            _surveyed(groups, [layer for layer, _ in content.layers], content.examples)
+            _write_dataset(file, content.examples)
+            _write_pass_results(groups, layers, content.examples)
         start = 0
-        for i, (layer, _) in enumerate(content.layers):
-            group, end = shards.group(file, f"layers/{safe(layer.name)}"), start + layer.channels
-            _related(group, content.examples, i, slice(start, end))
-            start = end
+        for i, (group, layer) in enumerate(zip(groups, layers, strict=True)):
+            _write_relations(group, content.examples, i, slice(start, start + layer.channels))
+            start += layer.channels
 
 
-def _describe(group: h5py.Group, layer: Layer, order: int, input_size: tuple[int, int]) -> None:
+def _write_root(file: h5py.File, content: Content) -> None:
+    file.attrs["schema"] = SCHEMA
+    file.attrs["schema_version"] = SCHEMA_VERSION
+    file.attrs["run"] = content.run
+    file.attrs["model"] = content.model
+    file.attrs["weights_sha256"] = content.weights
+    file.attrs["dataset_fingerprint"] = content.dataset_fingerprint
+    file.attrs["versions"] = json.dumps(versions(), sort_keys=True)
+    file.attrs["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    file.attrs["failures"] = content.failures
+    file.attrs["identity"] = content.identity
+    file.create_dataset("provenance/config", data=content.config_yaml, dtype=h5py.string_dtype())
+    if content.labels:
+        write_array(file, "model/labels", np.array(content.labels, object))
+
+
+def _write_layer_attributes(group: h5py.Group, layer: Layer, order: int, input_size: tuple[int, int]) -> None:
     field = layer.field
     group.attrs["name"] = layer.name
     group.attrs["order"] = order
@@ -174,224 +199,263 @@ def _describe(group: h5py.Group, layer: Layer, order: int, input_size: tuple[int
     group.attrs["input_size"] = np.array(input_size, np.int32)
 
 
-def _wiring(group: h5py.Group, side: str, channels: Sequence[int], wires: Connectivity) -> None:
+def _write_wiring(group: h5py.Group, side: str, channels: Sequence[int], connectivity: Connectivity) -> None:
     rows = np.array(channels, int)
     for key in ("channel", "norm", "sum"):
-        put(group, f"wiring/{side}/{key}", getattr(wires, key)[rows])
-    group[f"wiring/{side}"].attrs["layer"] = wires.layer
+        write_array(group, f"wiring/{side}/{key}", getattr(connectivity, key)[rows])
+    group[f"wiring/{side}"].attrs["layer"] = connectivity.layer
 
 
-def _pictures(group: h5py.Group, preset: str, channels: Sequence[int], found: Sequence[Shard]) -> None:
-    row = {channel: i for i, channel in enumerate(channels)}
-    first = found[0]
-    with first.opened() as source:
-        shape = shards.dataset(source, "images").shape[1:]
-        marks = shards.dataset(source, "trace").shape[-1]
-    target = group.create_group(f"render/{safe(preset)}")
-    for key, value in first.attributes.items():
-        if key not in shards.OF_FILES:
+def _write_visualizations(
+    group: h5py.Group, preset: str, channels: Sequence[int], preset_shards: Sequence[Shard]
+) -> None:
+    """Merge the shards of one layer and preset into `render/<preset>`; the first shard with a channel provides it."""
+    with preset_shards[0].opened() as source:
+        image_shape = hdf5.dataset(source, "images").shape[1:]
+        trace_length = hdf5.dataset(source, "trace").shape[-1]
+    target = _create_render_group(group, preset, preset_shards)
+    images = hdf5.create_images(target, "images", (len(channels), *image_shape))
+    size = (len(channels), image_shape[0])
+    arrays = _missing_measurements(size, trace_length, hdf5.integer_attribute(group, "channels")[0])
+    digests = np.zeros((*size, 32), np.uint8)
+    target_row = {channel: i for i, channel in enumerate(channels)}
+    stored: set[str] = set()
+    filled: set[int] = set()
+    for shard in preset_shards:
+        with shard.opened() as source:
+            rows = [(i, j) for i, j in _finished_rows(shard, target_row) if j not in filled]
+            filled |= {j for _, j in rows}
+            for name, array in arrays.items():
+                if name in (*IMAGE_METRICS, "response") and name not in source:
+                    continue
+                stored.add(name)
+                values = hdf5.read_array(source, name)
+                for i, j in rows:
+                    array[j] = values[i]
+            source_digests = hdf5.read_array(source, "images_sha256")
+            source_images = hdf5.dataset(source, "images")
+            for i, j in rows:
+                digests[j] = source_digests[i]
+                # Reading decodes the chunks and checks their checksums; they are then copied as they are.
+                if not np.array_equal(hdf5.image_digests(source_images[i : i + 1])[0], source_digests[i]):
+                    raise DamagedShardError(shard, f"the image of channel {channels[j]} does not match its digest")
+                _copy_chunks(source_images, i, images, j)
+    for name, array in arrays.items():
+        if name in stored:
+            write_array(target, name, array)
+    write_array(target, "images_sha256", digests)
+
+
+def _create_render_group(group: h5py.Group, preset: str, preset_shards: Sequence[Shard]) -> h5py.Group:
+    target = group.create_group(f"render/{safe_name(preset)}")
+    for key, value in preset_shards[0].attributes.items():
+        if key not in shards.FILE_ATTRIBUTES:
             target.attrs[key] = value
-    target.attrs["order"] = len(shards.group(group, "render")) - 1
-    target.attrs["preset"] = preset  # equal settings under another name have made the same pictures
-    target.attrs["precision"] = " ".join(sorted({name for shard in found for name in precisions(shard)}))
+    target.attrs["order"] = len(hdf5.group(group, "render")) - 1
+    target.attrs["preset"] = preset  # a shard can come from another preset with equal settings
+    target.attrs["precision"] = " ".join(sorted({name for shard in preset_shards for name in precisions(shard)}))
     for key in ("level", "level_reason"):
-        target.attrs[key] = _distinct(found, key)
-    images = shards.create_images(target, "images", (len(channels), *shape))
-    size = (len(channels), shape[0])
-    arrays: dict[str, np.ndarray] = {
+        target.attrs[key] = _distinct(preset_shards, key)
+    return target
+
+
+def _distinct(preset_shards: Sequence[Shard], key: str) -> str:
+    """Return the distinct values of an attribute, sorted and joined; shards of former versions may lack it."""
+    values = {line for shard in preset_shards for line in str(shard.attributes.get(key, "")).split(SEPARATOR)}
+    return SEPARATOR.join(sorted(values - {""}))
+
+
+def _missing_measurements(size: tuple[int, int], trace_length: int, layer_channels: int) -> dict[str, np.ndarray]:
+    """Return the measurements of `size` = (C', V) missing visualizations.
+
+    Shards of former versions lack `MEASURES` and `response`: these are NaN for their channels, and not written at
+    all if no shard has them.
+    """
+    return {
         "status": np.full(size, "missing", object),
         "reason": np.full(size, "", object),
         "seed": np.full(size, -1, np.int64),
         "steps": np.zeros(size, np.int32),
         **{k: np.full(size, np.nan, np.float32) for k in ("activation", "robust", "start", "seconds")},
-        "trace": np.full((*size, marks), np.nan, np.float32),
-        # Shards of former versions have none of these: NaN then, and nothing at all where no shard has them.
-        **{k: np.full(size, np.nan, np.float32) for k in MEASURES},
-        "response": np.full((*size, shards.numbers(group, "channels")[0]), np.nan, np.float16),
+        "trace": np.full((*size, trace_length), np.nan, np.float32),
+        **{k: np.full(size, np.nan, np.float32) for k in IMAGE_METRICS},
+        "response": np.full((*size, layer_channels), np.nan, np.float16),
     }
-    held: set[str] = set()
-    digests = np.zeros((*size, 32), np.uint8)
-    filled: set[int] = set()
-    for shard in found:
-        with shard.opened() as source:
-            small = shard.get("channels", "status")
-            present = (small["status"] != "missing").all(-1)
-            kept = [
-                (i, row[c])
-                for i, c in enumerate(small["channels"].tolist())
-                if c in row and present[i] and row[c] not in filled
-            ]
-            filled |= {j for _, j in kept}
-            for name, array in arrays.items():
-                if name in (*MEASURES, "response") and name not in source:
-                    continue
-                held.add(name)
-                values = shards.get(source, name)
-                for i, j in kept:
-                    array[j] = values[i]
-            wanted = shards.get(source, "images_sha256")
-            pictures = shards.dataset(source, "images")
-            for i, j in kept:
-                digests[j] = wanted[i]
-                # Reading decodes and checks; the compressed chunk then goes over as it is, checksum included.
-                if not np.array_equal(shards.picture_digests(pictures[i : i + 1])[0], wanted[i]):
-                    raise Damaged(shard, f"channel {channels[j]} does not have its digest")
-                for v in range(shape[0]):
-                    mask, chunk = pictures.id.read_direct_chunk((i, v, 0, 0, 0))
-                    images.id.write_direct_chunk((j, v, 0, 0, 0), chunk, mask)
-    for name, array in arrays.items():
-        if name in held:
-            put(target, name, array)
-    put(target, "images_sha256", digests)
 
 
-def _related(group: h5py.Group, found: DatasetPassResult | None, i: int, at: slice) -> None:
-    """What a layer's answers to its pictures say beside each other and beside those to photographs.
+def _finished_rows(shard: Shard, target_row: Mapping[int, int]) -> list[tuple[int, int]]:
+    """Return (row in the shard, row in the atlas) of each channel of which no variant is missing."""
+    arrays = shard.get("channels", "status")
+    finished = (arrays["status"] != "missing").all(-1)
+    return [
+        (i, target_row[channel])
+        for i, channel in enumerate(arrays["channels"].tolist())
+        if channel in target_row and finished[i]
+    ]
 
-    The layer is number `i`; its channels are `at` among those of the dataset pass.
+
+def _copy_chunks(source: h5py.Dataset, i: int, target: h5py.Dataset, j: int) -> None:
+    """Copy all variants of row `i` to row `j` as compressed chunks, with their checksums."""
+    for v in range(source.shape[1]):
+        filter_mask, chunk = source.id.read_direct_chunk((i, v, 0, 0, 0))
+        target.id.write_direct_chunk((j, v, 0, 0, 0), chunk, filter_mask)
+
+
+def _write_relations(group: h5py.Group, pass_result: DatasetPassResult | None, i: int, columns: slice) -> None:
+    """Write `agreement` and `transfer`, which compare the activations on visualizations and on dataset images.
+
+    Layer number `i` has the `columns` of the dataset pass.
     """
-    for target in shards.group(group, "render").values() if "render" in group else ():
+    for target in hdf5.group(group, "render").values() if "render" in group else ():
         if "response" not in target:
             continue
-        answers = torch.from_numpy(shards.get(target, "response").astype(np.float32))
-        put(target, "agreement", metrics.agreement(answers).numpy())
-        if found is None or not len(found.sweep.responses):
+        activations = torch.from_numpy(hdf5.read_array(target, "response").astype(np.float32))
+        write_array(target, "agreement", metrics.agreement(activations).numpy())
+        if pass_result is None or not len(pass_result.first_pass.responses):
             continue
-        top = found.chosen[i].top(shards.text(target, "natural") in ("least", "min"))
-        natural = metrics.mean_answers(top, found.looks[f"{i}/top"], found.looks[f"{i}/answer"])
-        usual = torch.from_numpy(found.sweep.responses[:, at].mean(0))
-        put(target, "transfer", metrics.transfer(answers, torch.from_numpy(natural), usual).numpy())
+        top = pass_result.examples[i].top(hdf5.text_attribute(target, "natural") in ("least", "min"))
+        natural = metrics.mean_activations(
+            top, pass_result.localizations[f"{i}/top"], pass_result.localizations[f"{i}/answer"]
+        )
+        mean = torch.from_numpy(pass_result.first_pass.responses[:, columns].mean(0))
+        write_array(target, "transfer", metrics.transfer(activations, torch.from_numpy(natural), mean).numpy())
 
 
-def _dataset(file: h5py.File, found: DatasetPassResult) -> None:
-    """What the photographs have in common: labels, the pictures shown, and whose responses are kept."""
-    if found.labels:
-        put(file, "dataset/labels", np.array(found.labels, object))
-    put(file, "dataset/responses", found.sweep.responses_index)
+def _write_dataset(file: h5py.File, pass_result: DatasetPassResult) -> None:
+    """Write what all layers share: the labels, the images shown as examples, the images of `responses`."""
+    if pass_result.labels:
+        write_array(file, "dataset/labels", np.array(pass_result.labels, object))
+    write_array(file, "dataset/responses", pass_result.first_pass.responses_index)
     group = file.create_group("dataset/shown")
-    group.attrs["store"] = found.store
+    group.attrs["store"] = pass_result.store
     for name in ("index", "size", "box", "offset", "jpeg"):
-        if (array := found.looks.get(f"shown/{name}")) is not None:
-            _bytes(group, name, array)
+        if f"shown/{name}" in pass_result.localizations:
+            _put_jpeg(group, name, pass_result.localizations[f"shown/{name}"])
 
 
-def _bytes(group: h5py.Group, name: str, array: np.ndarray) -> None:
-    """One dataset; JPEG bytes are compressed already, and the checksum still guards them."""
+def _put_jpeg(group: h5py.Group, name: str, array: np.ndarray) -> None:
+    """Write one dataset of a group of JPEG images; the JPEG bytes get a checksum, but no second compression."""
     if name == "jpeg" and array.size:
         group.create_dataset(name, data=array, chunks=True, fletcher32=True)
     else:
-        put(group, name, array)
+        write_array(group, name, array)
 
 
-def _surveyed(groups: Sequence[h5py.Group], layers: Sequence[Layer], found: DatasetPassResult) -> None:
-    """What the dataset pass says of each layer's channels."""
-    numbers = statistics(found.sweep.tally, found.ranges)
-    tally, crowd = found.sweep.tally, found.sweep.tally.crowd / 2.0**32
+def _write_pass_results(groups: Sequence[h5py.Group], layers: Sequence[Layer], pass_result: DatasetPassResult) -> None:
+    """Write the results of the dataset pass for each layer's channels."""
+    tally, ranges = pass_result.first_pass.tally, pass_result.ranges
+    stats = channel_statistics(tally, ranges)
+    sparsity_sums = tally.crowd / 2.0**32  # accumulated as integers, in units of 2⁻³²
     start = 0
-    for i, (group, layer, chosen) in enumerate(zip(groups, layers, found.chosen, strict=True)):
-        at = start + chosen.channels
+    for i, (group, layer, examples) in enumerate(zip(groups, layers, pass_result.examples, strict=True)):
+        columns = start + examples.channels
         start += layer.channels
-        for key, array in numbers.items():
-            put(group, f"stats/{key}", array[at])
-        crowded = int(tally.crowded[i])
-        group["stats"].attrs["population_sparsity"] = crowd[i] / crowded if crowded else np.nan
+        for key, array in stats.items():
+            write_array(group, f"stats/{key}", array[columns])
+        active_images = int(tally.crowded[i])
+        group["stats"].attrs["population_sparsity"] = sparsity_sums[i] / active_images if active_images else np.nan
         group["stats"].attrs["images"] = tally.images
-        put(group, "histogram/counts", tally.histogram[at])
-        put(group, "histogram/range", np.stack([found.ranges.low[at], found.ranges.high[at]], 1))
-        put(group, "histogram/ends", np.stack([tally.peak_least[at], tally.max[at]], 1))
-        put(group, "responses", found.sweep.responses[:, at].T.astype(np.float16))
-        _examples(group, i, chosen, found)
-        association = found.associations[i]
+        write_array(group, "histogram/counts", tally.histogram[columns])
+        write_array(group, "histogram/range", np.stack([ranges.low[columns], ranges.high[columns]], 1))
+        write_array(group, "histogram/ends", np.stack([tally.peak_least[columns], tally.max[columns]], 1))
+        write_array(group, "responses", pass_result.first_pass.responses[:, columns].T.astype(np.float16))
+        _write_examples(group, i, examples, pass_result)
+        association = pass_result.associations[i]
         if association is not None:
             for key, array in association.arrays().items():
-                put(group, f"labels/{key}", array)
+                write_array(group, f"labels/{key}", array)
             group["labels"].attrs["method"] = association.method
 
 
-def _examples(group: h5py.Group, i: int, chosen: TopExamples, found: DatasetPassResult) -> None:
-    """Lists, each entry with its place on the map and its row among the heat-maps, which are kept once a pair."""
-    pairs, places = found.looks[f"{i}/pairs"], found.looks[f"{i}/place"]
-    width = len(chosen.channels)
-    keys = pairs[:, 0].astype(np.int64) * width + pairs[:, 1]
-    for name, (value, index) in chosen.lists.items():
+def _write_examples(group: h5py.Group, i: int, examples: TopExamples, pass_result: DatasetPassResult) -> None:
+    """Write the example lists of layer number `i`, and its heat maps.
+
+    A pair of image and channel has one heat map, whatever the number of its lists.
+    """
+    pairs, places = pass_result.localizations[f"{i}/pairs"], pass_result.localizations[f"{i}/place"]
+    width = len(examples.channels)
+    pair_keys = pairs[:, 0].astype(np.int64) * width + pairs[:, 1]
+    for name, (value, index) in examples.lists.items():
         row = np.broadcast_to(np.arange(width)[:, None], index.shape)
-        wanted = index.astype(np.int64) * width + row
-        at = np.searchsorted(keys, wanted)
-        there = (index >= 0) & (at < len(keys))
-        there[there] = keys[at[there]] == wanted[there]
-        pair = np.where(there, at, -1).astype(np.int32)
-        place = np.zeros((*index.shape, 4), np.int16)
-        place[there] = places[at[there]]
+        keys = index.astype(np.int64) * width + row
+        position = np.searchsorted(pair_keys, keys)
+        localized = (index >= 0) & (position < len(pair_keys))
+        localized[localized] = pair_keys[position[localized]] == keys[localized]
+        pair = np.where(localized, position, -1).astype(np.int32)
+        place = np.zeros((*index.shape, 4), np.int16)  # y and x of the maximum, y and x of the minimum
+        place[localized] = places[position[localized]]
         first = 2 if name == "min" else 0
         arrays = {"value": value, "index": index, "y": place[..., first], "x": place[..., first + 1], "map": pair}
         for key, array in arrays.items():
-            put(group, f"examples/{name}/{key}", array)
-    if "spectrum" in chosen.lists:
-        group["examples/spectrum"].attrs["edges"] = np.array(found.edges, np.float64)
-    put(group, "examples/maps/value", found.looks[f"{i}/map"])
-    put(group, "examples/maps/range", found.looks[f"{i}/range"])
-    if f"{i}/jpeg" in found.looks:
+            write_array(group, f"examples/{name}/{key}", array)
+    if "spectrum" in examples.lists:
+        group["examples/spectrum"].attrs["edges"] = np.array(pass_result.edges, np.float64)
+    write_array(group, "examples/maps/value", pass_result.localizations[f"{i}/map"])
+    write_array(group, "examples/maps/range", pass_result.localizations[f"{i}/range"])
+    if f"{i}/jpeg" in pass_result.localizations:
         for name in ("offset", "jpeg"):
-            _bytes(shards.group(group, "examples/maps"), name, found.looks[f"{i}/{name}"])
+            _put_jpeg(hdf5.group(group, "examples/maps"), name, pass_result.localizations[f"{i}/{name}"])
 
 
 def verify(path: Path, planned: Mapping[str, Sequence[int]]) -> list[tuple[str, str]]:
-    """What is wrong with an atlas, as (where, what); empty if it is whole.
+    """Return the faults of an atlas as (place, description); empty if it is intact.
 
-    Checks the schema, reads every dataset (a torn chunk fails its checksum), compares with `planned`
-    (layer → channels), and holds numbers against what they must be.
+    Checks the schema, reads every dataset (a damaged chunk fails its checksum), compares the units with `planned`,
+    and checks that measurements are within their ranges.
+
+    Args:
+        path: The file `atlas.h5`.
+        planned: Channels that the atlas should have, by layer; may be empty.
     """
-    wrong: list[tuple[str, str]] = []
     try:
         atlas = open_atlas(path)
     except AtlasError as error:
         return [(path.name, str(error))]
     with atlas, h5py.File(path, "r", locking=False) as file:
-
-        def visit(name: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset):
-                try:
-                    _read_through(item)
-                except OSError:
-                    wrong.append(
-                        (name, "can't be read; remove atlas.h5 and `atlas run` writes it again from the shards")
-                    )
-
-        file.visititems(visit)
-        if wrong:
-            return wrong
-        photographs = len(atlas.dataset())
-        for name in planned:
-            if name not in atlas.layers:
-                wrong.append((name, "planned, but not in the atlas"))
+        unreadable = [name for name in hdf5.dataset_names(file) if not _is_readable(hdf5.dataset(file, name))]
+        if unreadable:
+            fault = "can't be read; remove atlas.h5 and `atlas run` writes it again from the shards"
+            return [(name, fault) for name in unreadable]
+        faults = [(name, "planned, but not in the atlas") for name in planned if name not in atlas.layers]
+        dataset_images = len(atlas.dataset())
         for layer in atlas:
-            lost = sorted(set(planned.get(layer.name, ())) - set(map(int, layer.channels)))
-            if lost:
-                wrong.append((layer.name, f"{len(lost)} planned channels are not in the atlas, e.g. {lost[:3]}"))
+            absent = sorted(set(planned.get(layer.name, ())) - set(map(int, layer.channels)))
+            if absent:
+                faults.append((layer.name, f"{len(absent)} planned channels are not in the atlas, e.g. {absent[:3]}"))
             for preset in layer.presets:
-                numbers = layer.numbers(preset)
-                missing = int((numbers["status"] == "missing").any(-1).sum())
-                if missing:
-                    wrong.append((f"{layer.name}/{preset}", f"{missing} pictures are missing; `atlas run` makes them"))
-                finished = numbers["status"] != "missing"
-                if not np.isfinite(numbers["activation"][finished & (numbers["status"] != "failed")]).all():
-                    wrong.append((f"{layer.name}/{preset}", "an activation is not finite"))
-                for name, (low, high) in (MEASURES | RELATIONS).items():
-                    values = numbers.get(name, np.zeros(0))
-                    if (values < low - 1e-3).any() or (values > high + 1e-3).any():
-                        wrong.append((f"{layer.name}/{preset}", f"{name} is not between {low:g} and {high:g}"))
+                faults += [(f"{layer.name}/{preset}", fault) for fault in _measurement_faults(layer, preset)]
             if planned and not layer.presets:
-                wrong.append((layer.name, "has no pictures; `atlas run` or `atlas render` makes them"))
+                faults.append((layer.name, "has no feature visualizations; `atlas run` or `atlas render` makes them"))
             best = layer.examples("max")
-            if best is not None and photographs and int(best.index.max()) >= photographs:
-                wrong.append((layer.name, "an example points beyond the dataset"))
-    return wrong
+            if best is not None and dataset_images and int(best.index.max()) >= dataset_images:
+                faults.append((layer.name, "the index of an example is beyond the end of the dataset"))
+    return faults
 
 
-def _read_through(dataset: h5py.Dataset) -> None:
-    if dataset.ndim == 0 or not dataset.size:
-        dataset[()]
-        return
-    rows = max(1, (1 << 24) // max(1, int(dataset.dtype.itemsize * dataset.size / dataset.shape[0])))
-    for start in range(0, dataset.shape[0], rows):
-        dataset[start : start + rows]
+def _measurement_faults(layer: LayerView, preset: str) -> Iterator[str]:
+    numbers = layer.measurements(preset)
+    missing = int((numbers["status"] == "missing").any(-1).sum())
+    if missing:
+        yield f"{missing} feature visualizations are missing; `atlas run` makes them"
+    succeeded = (numbers["status"] != "missing") & (numbers["status"] != "failed")
+    if not np.isfinite(numbers["activation"][succeeded]).all():
+        yield "an activation is not finite"
+    for name, (low, high) in (IMAGE_METRICS | DERIVED_METRICS).items():
+        values = numbers.get(name, np.zeros(0))
+        if (values < low - 1e-3).any() or (values > high + 1e-3).any():
+            yield f"{name} is not between {low:g} and {high:g}"
+
+
+def _is_readable(dataset: h5py.Dataset) -> bool:
+    """Return whether the whole dataset can be read; it is read in blocks of rows of at most `READ_BYTES`."""
+    try:
+        if dataset.ndim == 0 or not dataset.size:
+            dataset[()]
+            return True
+        row_bytes = int(dataset.dtype.itemsize * dataset.size / dataset.shape[0])
+        rows = max(1, READ_BYTES // max(1, row_bytes))
+        for start in range(0, dataset.shape[0], rows):
+            dataset[start : start + rows]
+    except OSError:
+        return False
+    return True

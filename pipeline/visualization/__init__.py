@@ -1,1 +1,1 @@
-"""Feature visualization: objectives, parameterizations, transforms, regularizers and the optimisation loop."""
+"""Feature visualization: objectives, parameterizations, transforms, regularizers and the optimization loop."""

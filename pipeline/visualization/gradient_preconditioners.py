@@ -1,4 +1,4 @@
-"""What is done to the gradient in pixel space, before the canvas takes it over: a change of metric.
+"""Preconditioners of the gradient in pixel space, applied before it is propagated to the parameters.
 
 Olah, Mordvintsev & Schubert 2017, "Preconditioning and Parameterization": gradients have strong high
 frequencies, and the direction of steepest ascent depends on how distance is measured.
@@ -10,41 +10,49 @@ import torch
 from torch import Tensor
 
 from pipeline.core.registry import Registry
-from pipeline.visualization.filters import blur, frequencies, rms
+from pipeline.data.image_filters import blur, frequencies, rms
 
 PRECONDITIONERS = Registry("preconditioner")
 
 
 @dataclasses.dataclass(frozen=True)
 class Preconditioner:
-    """What `render` needs of a preconditioner."""
+    """Base class of gradient preconditioners."""
 
     def apply(self, gradient: Tensor, sigma: float | None) -> Tensor:
-        """(B, C, H, W) gradient of the image → (B, C, H, W); `sigma` is the schedule's blur of gradients, if any."""
+        """Return the preconditioned gradient.
+
+        Args:
+            gradient: (B, C, H, W) gradient of the loss in the image.
+            sigma: `gradient_blur` of the schedule at this step in pixels; None if the schedule has none.
+
+        Returns:
+            (B, C, H, W).
+        """
         raise NotImplementedError
 
 
 @PRECONDITIONERS.add("blur")
 @dataclasses.dataclass(frozen=True)
 class BlurGradient(Preconditioner):
-    """The gradient blurred by a Gaussian of `sigma` pixels; a schedule's `gradient_blur` takes its place."""
+    """Blur the gradient by a Gaussian of `sigma` pixels; `gradient_blur` of a schedule replaces `sigma`."""
 
     sigma: float = 2.0
 
     def apply(self, gradient: Tensor, sigma: float | None) -> Tensor:
-        """Blurred, (B, C, H, W)."""
+        """Return the blurred gradient, (B, C, H, W)."""
         return blur(gradient, self.sigma if sigma is None else sigma)
 
 
 @PRECONDITIONERS.add("spectrum")
 @dataclasses.dataclass(frozen=True)
 class ScaleSpectrum(Preconditioner):
-    """Each frequency of the gradient divided by f^power, f in cycles per picture and at least 1."""
+    """Divide each frequency of the gradient by f^power, with f in cycles per image and at least 1."""
 
     power: float = 1.0
 
     def apply(self, gradient: Tensor, sigma: float | None) -> Tensor:
-        """Scaled, (B, C, H, W)."""
+        """Return the scaled gradient, (B, C, H, W)."""
         size = (gradient.shape[-2], gradient.shape[-1])
         scale = (frequencies(*size, device=gradient.device) * max(size)).clamp(min=1.0) ** -self.power
         return torch.fft.irfft2(torch.fft.rfft2(gradient) * scale, s=size)
@@ -53,8 +61,8 @@ class ScaleSpectrum(Preconditioner):
 @PRECONDITIONERS.add("normalise")
 @dataclasses.dataclass(frozen=True)
 class Normalise(Preconditioner):
-    """Each image's gradient divided by its own root mean square; a zero gradient stays zero."""
+    """Divide the gradient of each image by its root mean square; a zero gradient stays zero."""
 
     def apply(self, gradient: Tensor, sigma: float | None) -> Tensor:
-        """Of root mean square 1, (B, C, H, W)."""
+        """Return the gradient with a root mean square of 1, (B, C, H, W)."""
         return gradient / rms(gradient).clamp(min=torch.finfo(gradient.dtype).tiny)

@@ -1,4 +1,4 @@
-"""Photographs that an `image` canvas begins with: a file's, or each unit's own best dataset example."""
+"""Initial images of the `image` canvas: a file, or the best dataset example of each unit."""
 
 import dataclasses
 import io
@@ -11,45 +11,70 @@ from torch import Tensor
 from pipeline.core.config_files import ConfigFile
 from pipeline.core.errors import AtlasError, first_line
 from pipeline.visualization.parameterizations import FromImage, frame
-from pipeline.visualization.preset import Preset, Size
-
-Unit = tuple[int, int]
+from pipeline.visualization.preset import Preset, Size, Unit
 
 
 @dataclasses.dataclass(frozen=True)
 class InitialImage:
-    """A photograph as PNG, and the place in it, as shares of height and width, that the unit answers to most."""
+    """A dataset example that a visualization starts from.
+
+    Attributes:
+        png: The image, as the bytes of a PNG file.
+        centre: (y, x) of the position with the highest activation, as fractions of height and width.
+    """
 
     png: bytes
     centre: tuple[float, float]
 
 
-def pictures(
-    config: Preset, size: Size, channels: int, units: Sequence[Unit], begins: Mapping[int, InitialImage]
+def load_initial_images(
+    preset: Preset, size: Size, channels: int, units: Sequence[Unit], begins: Mapping[int, InitialImage]
 ) -> dict[Unit, Tensor]:
-    """(C, H, W) in [0, 1] for each unit, margins included; nothing for canvases that start from noise.
+    """Return the initial image of each unit.
 
-    `begins` holds each channel's own photograph, where the canvas asks for that.
+    Args:
+        preset: The preset.
+        size: (height, width) of the finished images in pixels.
+        channels: Number of input channels of the network.
+        units: The units.
+        begins: Best dataset example of each channel; used if the canvas starts from it.
+
+    Returns:
+        (C, H, W) in [0, 1] for each unit, margins included; empty for canvases that start from noise.
     """
-    if not isinstance(config.canvas, FromImage):
+    if not isinstance(preset.canvas, FromImage):
         return {}
-    whole = (size[0] + 2 * config.margin, size[1] + 2 * config.margin)
-    if not config.canvas.best:
-        return dict.fromkeys(units, frame(opened(config.canvas.source, channels), whole))
-    found = {}
+    canvas_size = (size[0] + 2 * preset.margin, size[1] + 2 * preset.margin)
+    if not preset.canvas.best:
+        return dict.fromkeys(units, frame(decode_image(preset.canvas.source, channels), canvas_size))
+    images = {}
     for unit in units:
-        begin = begins[unit[0]]
-        found[unit] = frame(opened(ConfigFile("its best example", begin.png), channels), whole, begin.centre)
-    return found
+        channel, _ = unit
+        example = begins[channel]
+        images[unit] = frame(
+            decode_image(ConfigFile("its best example", example.png), channels), canvas_size, example.centre
+        )
+    return images
 
 
-def opened(file: ConfigFile, channels: int) -> np.ndarray:
-    """(H, W, C) uint8 of a picture's file, upright."""
+def decode_image(file: ConfigFile, channels: int) -> np.ndarray:
+    """Decode an image file and rotate it upright.
+
+    Args:
+        file: The file, with its content.
+        channels: 1 for grey; otherwise the image is converted to RGB.
+
+    Returns:
+        (H, W, C) uint8.
+
+    Raises:
+        AtlasError: If the file is not a valid image.
+    """
     assert file.content is not None, f"{file.path} was not read"
     try:
         with Image.open(io.BytesIO(file.content)) as image:
-            turned = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+            upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise AtlasError(f"render.canvas.source={file.path!r} is not a picture: {first_line(error)}") from None
-    found = np.asarray(turned)
-    return found[:, :, None] if channels == 1 else found
+        raise AtlasError(f"render.canvas.source={file.path!r} is not an image: {first_line(error)}") from None
+    pixels = np.asarray(upright)
+    return pixels[:, :, None] if channels == 1 else pixels

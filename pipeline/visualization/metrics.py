@@ -1,8 +1,8 @@
-"""Measures of finished pictures: how rough, how regular, how natural they are, and whose pictures they are.
+"""Metrics of finished images: roughness, regularity, naturalness, and specificity to the unit.
 
-All take what is saved, (B, C, H, W) in [0, 1], or a layer's answers to it, and give one number a picture. None
-enters the optimisation: a measure that is optimised measures nothing any more. Those of the picture alone are worked
-out in double precision, so that the same picture has the same numbers on every machine and in every batch.
+Each is computed from saved images, (B, C, H, W) in [0, 1], or from the activations of a layer for them, and gives one
+number for each image. No metric is part of the optimization: a metric that is optimized is no longer a measurement.
+Metrics of the images alone are computed in double precision, so that they are equal on all machines and in all batches.
 """
 
 import itertools
@@ -12,101 +12,130 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.natural_spectrum import EDGE, Spectrum
+from pipeline.data.natural_spectrum import LOGIT_MARGIN, Spectrum
 
-# Frequencies above so many cycles a pixel count as high: what a picture half as large could not have.
-HIGH = 0.25
-# Values so near to black or white count as saturated.
-NEAR = 2 / 255
-# Rings of the amplitude spectrum, a third of an octave each, from 1/32 to 1/2 cycles a pixel.
+# High frequencies are those above this number of cycles per pixel, which an image of half the size could not contain.
+HIGH_FREQUENCY = 0.25
+# Values at most this far from 0 or 1 are saturated.
+SATURATION_MARGIN = 2 / 255
+# Number of rings of the amplitude spectrum, each a third of an octave wide, from 1/32 to 1/2 cycles per pixel.
 RINGS = 12
-# Energy of what is plain to double precision.
-NOTHING = 1e-12
+# Energy below which an image is constant in double precision.
+MIN_ENERGY = 1e-12
 
 
-def of_pictures(images: Tensor, strides: Sequence[int], photographs: Spectrum) -> dict[str, Tensor]:
-    """Every one of `MEASURES` that needs only the pictures, (B, C, H, W) → (B,) each, float64."""
+def image_metrics(images: Tensor, strides: Sequence[int], natural: Spectrum) -> dict[str, Tensor]:
+    """Compute all metrics of `MEASURES` that depend on the images alone.
+
+    Args:
+        images: (B, C, H, W) in [0, 1].
+        strides: Strides of the network, for `checkerboard`.
+        natural: Mean spectrum of natural images, for `spectral_distance`.
+
+    Returns:
+        (B,) float64 values by name.
+    """
     images = images.double()
     energy = power(images)
     return {
         "high_frequency": high_frequency(energy),
         "checkerboard": checkerboard(energy, strides),
         "total_variation": total_variation(images),
-        "spectral_distance": spectral_distance(images, photographs),
+        "spectral_distance": spectral_distance(images, natural),
         "saturated": saturated(images),
     }
 
 
-def strides(own: int) -> tuple[int, ...]:
-    """Strides of a network up to a layer whose units are `own` pixels apart: powers of two up to 32, and its own."""
-    return tuple(sorted({s for s in (2, 4, 8, 16, 32) if s <= own} | ({own} if own >= 2 else set())))
+def strides(stride: int) -> tuple[int, ...]:
+    """Return the strides of a network up to a layer of total stride `stride`: powers of 2 up to 32, and `stride`."""
+    strides = {power for power in (2, 4, 8, 16, 32) if power <= stride}
+    if stride >= 2:
+        strides.add(stride)
+    return tuple(sorted(strides))
 
 
 def power(images: Tensor) -> Tensor:
-    """(B, C, H, W) → (B, H, W): energy by frequency, |FFT|² summed over channels, without the mean, in FFT's order.
+    """Return the energy at each frequency, |FFT|² summed over channels: (B, C, H, W) → (B, H, W) in FFT order.
 
-    Under a Hann window, which keeps edges that do not meet from spilling over all frequencies.
+    The mean is subtracted. A Hann window reduces the leakage caused by opposite edges that differ.
     """
     return torch.fft.fft2(_windowed(images)).abs().square().sum(1)
 
 
 def _windowed(images: Tensor) -> Tensor:
+    """Return images times a Hann window, after subtraction of their windowed mean."""
     height, width = images.shape[-2:]
-    # Half a step in from both ends, so that no row or column counts for nothing, however small the picture.
+    # The window is sampled at half-integer positions, so that no row or column has a weight of 0.
     down, across = (torch.sin(torch.pi * (torch.arange(n).double() + 0.5) / n).square() for n in (height, width))
     window = (down[:, None] * across).to(images)
     return (images - (images * window).sum(dim=(2, 3), keepdim=True) / window.sum()) * window
 
 
 def _frequencies(height: int, width: int) -> Tensor:
-    """(H, W) cycles a pixel, in FFT's order."""
+    """Return the frequencies in cycles per pixel, (H, W) in FFT order."""
     return torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width))
 
 
 def high_frequency(energy: Tensor) -> Tensor:
-    """Share of the energy at more than ¼ cycle a pixel, (B, H, W) as `power` gives it → (B,), 0 … 1.
+    """Return the fraction of the energy at more than ¼ cycle per pixel.
 
-    Σ_{|f| > ¼} P(f) ÷ Σ P(f). White noise has 1 − π/16 = 0.80, photographs 0.01 to 0.15, a plain picture 0.
+    Σ_{|f| > ¼} P(f) ÷ Σ P(f). White noise has 1 − π/16 = 0.80, natural images 0.01 to 0.15, a constant image 0.
     Source: Olah, Mordvintsev & Schubert 2017, "The Enemy of Feature Visualization", which calls such patterns noise
-    and shows their share in the spectrum.
+    and shows their spectrum.
+
+    Args:
+        energy: (B, H, W) from `power`.
+
+    Returns:
+        (B,) in 0 … 1.
     """
-    above = (_frequencies(*energy.shape[-2:]) > HIGH).to(energy)
-    return (energy * above).sum(dim=(1, 2)) / energy.sum(dim=(1, 2)).clamp(min=NOTHING)
+    above = (_frequencies(*energy.shape[-2:]) > HIGH_FREQUENCY).to(energy)
+    return (energy * above).sum(dim=(1, 2)) / energy.sum(dim=(1, 2)).clamp(min=MIN_ENERGY)
 
 
 def checkerboard(energy: Tensor, strides: Sequence[int]) -> Tensor:
-    """Energy at the frequencies of the network's strides against their neighbours, (B, H, W) → (B,), from 0.
+    """Return the energy at the frequencies of the network's strides relative to that of neighboring frequencies.
 
-    For each stride s the frequencies (1/s, 0), (0, 1/s) and (1/s, 1/s) cycles a pixel. Of each the mean of P there and
-    at the 8 frequencies around it, for the window spreads a line that far, ÷ the mean over the ring 2 to 4 frequencies
-    away; the largest of these ratios is the index. White noise has 1.7 and photographs 1.3 to 5, for it is the largest
-    of many; at 10 a lattice has ten times the energy of what surrounds it. Strides over a quarter of the picture can't
-    be told from its content and are left out; without any stride left it is 0. Source: Odena, Dumoulin & Olah 2016,
-    "Deconvolution and Checkerboard Artifacts", which explains how strided convolutions write such lattices into
-    gradients; the index is our own.
+    For each stride s, the frequencies are (1/s, 0), (0, 1/s) and (1/s, 1/s) cycles per pixel. For each of them, the
+    mean of P over it and its 8 neighbors, as the window spreads a line that far, is divided by the mean over the ring
+    of frequencies 2 to 4 away. The result is the maximum of these ratios. White noise has 1.7 and natural images 1.3 to
+    5, as it is a maximum; at 10, a lattice has ten times the energy of neighboring frequencies. Strides above a quarter
+    of the image cannot be distinguished from its content and are ignored. Source: Odena, Dumoulin & Olah 2016,
+    "Deconvolution and Checkerboard Artifacts", explain how strided convolutions cause such lattices in gradients; the
+    index itself is not from the literature.
+
+    Args:
+        energy: (B, H, W) from `power`.
+        strides: Strides of the network in pixels.
+
+    Returns:
+        (B,), at least 0; 0 if all strides are ignored.
     """
     height, width = energy.shape[-2:]
-    found = [energy.new_zeros(len(energy))]
+    ratios = [energy.new_zeros(len(energy))]
     for stride in strides:
         if stride < 2 or 4 * stride > min(height, width):
             continue
-        for up, across in ((1, 0), (0, 1), (1, 1)):
-            row, column = round(up * height / stride), round(across * width / stride)
-            near, ring = _around(energy, row, column, 0, 1), _around(energy, row, column, 2, 4)
-            found.append(torch.where(ring > NOTHING, near / ring.clamp(min=NOTHING), 0.0))
-    return torch.stack(found).amax(0)
+        for vertical, horizontal in ((1, 0), (0, 1), (1, 1)):
+            row, column = round(vertical * height / stride), round(horizontal * width / stride)
+            peak, ring = _ring_mean(energy, row, column, 0, 1), _ring_mean(energy, row, column, 2, 4)
+            ratios.append(torch.where(ring > MIN_ENERGY, peak / ring.clamp(min=MIN_ENERGY), 0.0))
+    return torch.stack(ratios).amax(0)
 
 
-def _around(energy: Tensor, row: int, column: int, inner: int, outer: int) -> Tensor:
-    """Mean of (B, H, W) over the frequencies `inner` to `outer` rows or columns away from one; the plane is a torus."""
-    steps = itertools.product(range(-outer, outer + 1), repeat=2)
-    rows, columns = zip(*((row + i, column + j) for i, j in steps if max(abs(i), abs(j)) >= inner), strict=True)
+def _ring_mean(energy: Tensor, row: int, column: int, inner: int, outer: int) -> Tensor:
+    """Return the mean of periodic (B, H, W) over the positions at Chebyshev distances `inner` to `outer` from one."""
     height, width = energy.shape[-2:]
-    return energy[:, [r % height for r in rows], [c % width for c in columns]].mean(1)
+    rows, columns = [], []
+    for i, j in itertools.product(range(-outer, outer + 1), repeat=2):
+        if max(abs(i), abs(j)) >= inner:
+            rows.append((row + i) % height)
+            columns.append((column + j) % width)
+    return energy[:, rows, columns].mean(1)
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """Mean |difference| between a value and its neighbours below and to the right, (B, C, H, W) → (B,), 0 … 1.
+    """Return the mean absolute difference of neighbors below and to the right, (B, C, H, W) → (B,) in 0 … 1.
 
     ½ mean |x[i+1, j] − x[i, j]| + ½ mean |x[i, j+1] − x[i, j]|, in units of full contrast. Source: Rudin, Osher &
     Fatemi 1992; Mahendran & Vedaldi 2015, with β = 1.
@@ -118,109 +147,147 @@ def total_variation(images: Tensor) -> Tensor:
 
 
 def saturated(images: Tensor) -> Tensor:
-    """Share of values within 2/255 of black or white, (B, C, H, W) → (B,), 0 … 1.
+    """Return the fraction of values within 2/255 of 0 or 1, (B, C, H, W) → (B,) in 0 … 1.
 
-    A value there can't go on rising: what the unit asks for lies beyond what a picture can show.
+    These values cannot increase or decrease further, although the objective might rise.
     """
-    return ((images <= NEAR + 1e-6) | (images >= 1 - NEAR - 1e-6)).to(images.dtype).mean(dim=(1, 2, 3))
+    return (
+        ((images <= SATURATION_MARGIN + 1e-6) | (images >= 1 - SATURATION_MARGIN - 1e-6))
+        .to(images.dtype)
+        .mean(dim=(1, 2, 3))
+    )
 
 
-def spectral_distance(images: Tensor, photographs: Spectrum) -> Tensor:
-    """How far the amplitude spectrum is from that of `photographs`, (B, C, H, W) → (B,), in decades, from 0.
+def spectral_distance(images: Tensor, natural: Spectrum) -> Tensor:
+    """Return the distance of the amplitude spectrum from that of natural images, in decades.
 
-    With a(r) the log₁₀ of the mean |FFT| in ring r of frequencies (thirds of octaves from 1/32 to 1/2 cycles a pixel)
-    and d = a_picture − a_photographs: √ mean (d − mean d)², so that contrast does not count, only how it is shared
-    out. Of the most varying colour (lightness) in decorrelated logit space, as `Spectrum` has it; of pictures with
-    other channels than the photographs, of their mean. 0 is the average photograph, single ones have 0.04 to 0.2,
-    white noise 0.53. NaN where a picture is too small for two rings. Source: Field 1987, photographs' amplitudes fall
-    as 1/f; Fel et al. 2023 (MACO) hold pictures to that spectrum.
+    With a(r) the log₁₀ of the mean |FFT| in ring r of frequencies (thirds of octaves from 1/32 to 1/2 cycles per pixel)
+    and d = a_image − a_natural: √ mean (d − mean d)², which does not depend on contrast. It is computed from the color
+    axis of the largest variance (lightness) in decorrelated logit space, as in `Spectrum`; for images with another
+    number of channels, from the mean of the channels. The mean natural image has 0, single ones have 0.04 to 0.2, white
+    noise 0.53. Source: Field 1987, amplitudes of natural images fall as 1/f; Fel et al. 2023 (MACO) constrain
+    visualizations to that spectrum.
+
+    Args:
+        images: (B, C, H, W) in [0, 1].
+        natural: Mean spectrum of natural images.
+
+    Returns:
+        (B,), at least 0; NaN if the images are too small for two rings.
     """
     height, width = images.shape[-2:]
-    alike = images.shape[1] == len(photographs.colour)
-    plain = torch.logit((images if alike else images.mean(1, keepdim=True)).clamp(EDGE, 1 - EDGE))
-    if alike:
-        lightness = torch.linalg.inv(torch.from_numpy(photographs.colour).double())[0].to(images)
-        plain = torch.einsum("c,bchw->bhw", lightness, plain)[:, None]
+    same_channels = images.shape[1] == len(natural.colour)
+    axis = torch.logit(
+        (images if same_channels else images.mean(1, keepdim=True)).clamp(LOGIT_MARGIN, 1 - LOGIT_MARGIN)
+    )
+    if same_channels:
+        lightness = torch.linalg.inv(torch.from_numpy(natural.colour).double())[0].to(images)
+        axis = torch.einsum("c,bchw->bhw", lightness, axis)[:, None]
     rings = _rings(height, width).to(images)
     if len(rings) < 2:
         return images.new_full((len(images),), torch.nan)
-    ours = torch.fft.rfft2(_windowed(plain), norm="ortho").abs()[:, 0]
-    apart = _levels(ours, rings) - _levels(photographs.at(height, width)[:1].to(images), rings)
-    return (apart - apart.mean(1, keepdim=True)).square().mean(1).sqrt()
+    amplitude = torch.fft.rfft2(_windowed(axis), norm="ortho").abs()[:, 0]
+    difference = _ring_levels(amplitude, rings) - _ring_levels(natural.at(height, width)[:1].to(images), rings)
+    return (difference - difference.mean(1, keepdim=True)).square().mean(1).sqrt()
 
 
 def _rings(height: int, width: int) -> Tensor:
-    """(rings, H · (W // 2 + 1)): the mean over each ring of a real spectrum, without rings that no frequency is in."""
-    at = _frequencies(height, width)[:, : width // 2 + 1].reshape(-1).double()
+    """Return weights that average a real spectrum over rings, (rings, H · (W // 2 + 1)); empty rings are omitted."""
+    radii = _frequencies(height, width)[:, : width // 2 + 1].reshape(-1).double()
     edges = torch.logspace(-5, -1, RINGS + 1, 2.0, dtype=torch.float64)
-    inside = torch.stack([(at >= low) & (at < high) for low, high in itertools.pairwise(edges.tolist())]).double()
+    inside = torch.stack([(radii >= low) & (radii < high) for low, high in itertools.pairwise(edges.tolist())]).double()
     inside = inside[inside.any(1)]
     return inside / inside.sum(1, keepdim=True)
 
 
-def _levels(amplitude: Tensor, rings: Tensor) -> Tensor:
+def _ring_levels(amplitude: Tensor, rings: Tensor) -> Tensor:
+    """Return the log₁₀ of the mean amplitude in each ring, (B, rings)."""
     return (amplitude.flatten(1) @ rings.T).clamp(min=1e-8).log10()
 
 
 def rank(responses: Tensor, channels: Tensor) -> Tensor:
-    """Place of each picture's own channel among its layer's C channels by their answers to it, (B,), 1 … C.
+    """Return the rank of the visualized channel among all channels of its layer, by their activation for the image.
 
-    1 + how many channels answer the picture more strongly. `responses` are (B, C), in the units of the layer,
-    `channels` (B,). 1: no other channel likes the picture better; those that answer alike share the better place.
+    1 + number of channels with a higher activation. Channels with equal activations share the better rank.
+
+    Args:
+        responses: (B, C) activations.
+        channels: (B,) visualized channels.
+
+    Returns:
+        (B,) float64 in 1 … C.
     """
-    own = responses.gather(1, channels[:, None])
-    return (responses > own).sum(1).double() + 1
+    visualized = responses.gather(1, channels[:, None])
+    return (responses > visualized).sum(1).double() + 1
 
 
 def agreement(responses: Tensor) -> Tensor:
-    """Whether pictures of one unit from different starts are of one thing, (G, V, C) → (G, V), −1 … 1.
+    """Return how similar the variants of a unit are in the activation space of the layer.
 
-    Mean cosine between the layer's answer to a picture and those to the unit's other pictures, all without m, the mean
-    answer to all G · V pictures, which they share whatever they show: mean_w cos(r_v − m, r_w − m). 1: the same
-    answer; 0: no more alike than the pictures of any two units. NaN for V = 1, for a missing picture (NaN) and where
-    there is one unit only, of which nothing could be told apart. Source: Olah, Mordvintsev & Schubert 2017,
-    "Diversity", compare a unit's pictures by cosines in the layer; centred as in Kornblith et al. 2019 (CKA).
+    Mean cosine between the activations r_v of a variant and those of the other variants of the unit, after subtraction
+    of the mean m over all G · V images: mean_w cos(r_v − m, r_w − m). It is 1 for equal activations, and 0 for variants
+    that are as similar as images of two different units. Source: Olah, Mordvintsev & Schubert 2017, "Diversity",
+    compare the variants of a unit by cosines in the layer; centered as in Kornblith et al. 2019 (CKA).
+
+    Args:
+        responses: (G, V, C) activations for V variants of G units; NaN for a missing image.
+
+    Returns:
+        (G, V) in −1 … 1; NaN for a unit with a missing image, for V = 1, and if there are images of a single unit only.
     """
-    there = ~responses.isnan().any(2)
-    nothing = responses.new_full(responses.shape[:2], torch.nan)
-    if responses.shape[1] < 2 or int(there.any(1).sum()) < 2:
-        return nothing
-    unit = torch.nn.functional.normalize(responses - responses[there].mean(0), dim=2)
-    cosine = unit @ unit.transpose(1, 2)
-    count = responses.shape[1] - 1
-    return (cosine.sum(2) - cosine.diagonal(dim1=1, dim2=2)) / count
+    available = ~responses.isnan().any(2)
+    if responses.shape[1] < 2 or int(available.any(1).sum()) < 2:
+        return responses.new_full(responses.shape[:2], torch.nan)
+    directions = torch.nn.functional.normalize(responses - responses[available].mean(0), dim=2)
+    cosine = directions @ directions.transpose(1, 2)
+    num_others = responses.shape[1] - 1
+    return (cosine.sum(2) - cosine.diagonal(dim1=1, dim2=2)) / num_others
 
 
-def transfer(responses: Tensor, natural: Tensor, usual: Tensor) -> Tensor:
-    """Whether a picture excites the layer as the unit's best photographs do, (G, V, C) → (G, V), −1 … 1.
+def transfer(responses: Tensor, natural: Tensor, baseline: Tensor) -> Tensor:
+    """Return how similar the activations for a visualization are to those for the best dataset examples of the unit.
 
-    cos(r − u, n − u) with r the layer's answer to the picture, n (G, C) its mean answer to the unit's best photographs
-    and u (C,) its mean answer to photographs of any kind. 1: the same; 0: no likeness; a picture that excites the
-    unit by other means than photographs do is low here, whatever its activation. NaN where either is. Source:
-    Geirhos et al. 2023, "Don't trust your eyes", who ask so whether pictures are processed as photographs are.
+    cos(r − u, n − u) with the activations r for the image, n for the best dataset examples, and u for arbitrary dataset
+    images. An image that activates the unit in another way than dataset images do has a low value, whatever its
+    activation. Source: Geirhos et al. 2023, "Don't trust your eyes", who test in this way whether visualizations are
+    processed like natural images.
+
+    Args:
+        responses: (G, V, C) activations for V variants of G units.
+        natural: (G, C) mean activations for the best dataset examples of each unit.
+        baseline: (C,) mean activations over the dataset.
+
+    Returns:
+        (G, V) in −1 … 1; NaN where an argument is NaN.
     """
-    ours, theirs = responses - usual, (natural - usual)[:, None].expand_as(responses)
-    found = torch.nn.functional.cosine_similarity(ours, theirs, dim=2)
-    return torch.where((ours.isnan() | theirs.isnan()).any(2), torch.nan, found)
+    visualization = responses - baseline
+    examples = (natural - baseline)[:, None].expand_as(responses)
+    cosine = torch.nn.functional.cosine_similarity(visualization, examples, dim=2)
+    return torch.where((visualization.isnan() | examples.isnan()).any(2), torch.nan, cosine)
 
 
-def kept(answers: Tensor) -> np.ndarray:
-    """A layer's answers as they are kept, float16: three digits, and what is beyond ±65504 at that end."""
-    most = torch.finfo(torch.float16).max
-    return answers.clamp(-most, most).half().cpu().numpy()
+def to_float16(activations: Tensor) -> np.ndarray:
+    """Convert activations to float16 for storage, clamped to its range of ±65504."""
+    largest = torch.finfo(torch.float16).max
+    return activations.clamp(-largest, largest).half().cpu().numpy()
 
 
-def mean_answers(wanted: np.ndarray, index: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """Mean answer of a layer to each unit's photographs, (G, C) float32; NaN for a unit without any.
+def mean_activations(examples: np.ndarray, index: np.ndarray, activations: np.ndarray) -> np.ndarray:
+    """Return the mean activations of a layer over the dataset examples of each unit.
 
-    `wanted` (G, k) are photographs, −1 for none; `answers` (m, C) belong to the photographs `index` (m,).
-    Photographs that are not in `index` are passed over.
+    Args:
+        examples: (G, k) numbers of the dataset images; −1 for none. Images that `index` does not contain are ignored.
+        index: (m,) numbers of the dataset images that `activations` belong to.
+        activations: (m, C).
+
+    Returns:
+        (G, C) float32; NaN for a unit without examples.
     """
     order = np.argsort(index, kind="stable")
-    at = np.searchsorted(index, wanted, sorter=order).clip(max=max(len(index) - 1, 0))
-    rows = order[at] if len(index) else np.zeros(wanted.shape, int)
-    there = (wanted >= 0) & ((index[rows] == wanted) if len(index) else False)
-    found = np.full((len(wanted), answers.shape[1]), np.nan, np.float32)
-    for i in np.flatnonzero(there.any(1)):
-        found[i] = answers[rows[i][there[i]]].astype(np.float32).mean(0)
-    return found
+    positions = np.searchsorted(index, examples, sorter=order).clip(max=max(len(index) - 1, 0))
+    rows = order[positions] if len(index) else np.zeros(examples.shape, int)
+    available = (examples >= 0) & ((index[rows] == examples) if len(index) else False)
+    means = np.full((len(examples), activations.shape[1]), np.nan, np.float32)
+    for i in np.flatnonzero(available.any(1)):
+        means[i] = activations[rows[i][available[i]]].astype(np.float32).mean(0)
+    return means

@@ -1,13 +1,13 @@
-"""Noise on the network instead of the image: its weights, its activations, or which of several checkpoints it is.
+"""Perturbations of the network during optimization: of its weights, its activations, or the checkpoint.
 
-Does it regularise as noise on the image does? That is the question these exist for. What is drawn depends on the
-run's seed, the step and the network, never on the batch: every picture of a run meets the same networks. All
-changes undo themselves.
+They regularize a visualization by varying the network instead of the image. Random numbers depend on the seed of the
+run, the network and the step, and not on the batch: all images of a run see the same perturbed networks. The network is
+restored afterwards.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Generator, Tensor, nn
@@ -20,159 +20,161 @@ from pipeline.core.seeds import seed_of
 AUGMENTATIONS = Registry("augmentation")
 
 
+class ActivePerturbation:
+    """A perturbation that is applied to a network; this base class does nothing."""
+
+    def set_step(self, step: int) -> None:
+        """Perturb the network as an optimization step requires."""
+
+
 @dataclasses.dataclass(frozen=True)
 class NetworkPerturbation:
-    """What `render` needs of an augmentation; it is redrawn every `every` steps."""
+    """Base class of network perturbations.
+
+    Attributes:
+        every: Number of steps after which the perturbation is drawn again.
+    """
 
     every: int = 1
 
     def check(self) -> None:
-        """Raise `AtlasError` for settings that make no sense."""
+        """Raise `AtlasError` for invalid settings."""
         if self.every < 1:
             raise AtlasError(f"render.augmentations: every={self.every} is too small: at least 1.")
 
     @contextlib.contextmanager
-    def applied(self, module: nn.Module, seed: int) -> Iterator["ActivePerturbation"]:
-        """The network under this augmentation: `drawn.to(step)` redraws; all is undone on exit."""
+    def applied(self, module: nn.Module, seed: int) -> Iterator[ActivePerturbation]:
+        """Apply the perturbation to `module`, and restore it on exit; `set_step` draws the perturbation of a step."""
         raise NotImplementedError
         yield
-
-
-class ActivePerturbation:
-    """A running augmentation; the plain one does nothing."""
-
-    def to(self, step: int) -> None:
-        """Be what this step asks for."""
-
-    def off(self) -> None:
-        """Be the plain network again, until the next `to`."""
 
 
 @AUGMENTATIONS.add("weight_noise")
 @dataclasses.dataclass(frozen=True)
 class WeightNoise(NetworkPerturbation):
-    """Gaussian noise on every weight of two or more dimensions, `sd` × the standard deviation of its tensor.
+    """Gaussian noise on every weight tensor of two or more dimensions.
 
-    After NoiseGrad (Bykov et al. 2022), whose noise multiplies. Biases and normalisations keep their values.
+    `sd` is the standard deviation of the noise as a fraction of that of the tensor. After NoiseGrad (Bykov et al.
+    2022), whose noise is multiplicative. Biases and normalization parameters are not changed.
     """
 
     sd: float = 0.1
 
     @contextlib.contextmanager
     def applied(self, module: nn.Module, seed: int) -> Iterator[ActivePerturbation]:
-        """Noise is added to the tensors in place and taken out by copying the originals back."""
+        """Add noise to the weights in place; on exit, copy the original weights back."""
         weights = {name: p for name, p in module.named_parameters() if p.ndim > 1 and p.numel() > 1}
-        kept = {name: p.detach().clone() for name, p in weights.items()}
-        sd, every = self.sd, self.every
-
-        class Noisy(ActivePerturbation):
-            at: int | None = None
-
-            @torch.no_grad()
-            def to(self, step: int) -> None:
-                now = step // every
-                if now == self.at:
-                    return
-                self.at = now
-                for name, weight in weights.items():
-                    # One generator a tensor: its noise does not depend on which others there are.
-                    generator = Generator().manual_seed(seed_of(seed, name, now))
-                    noise = torch.randn(weight.shape, generator=generator).to(weight)
-                    weight.copy_(kept[name] + noise * (sd * kept[name].std()))
-
-            @torch.no_grad()
-            def off(self) -> None:
-                self.at = None
-                for name, weight in weights.items():
-                    weight.copy_(kept[name])
-
-        noisy = Noisy()
+        active = _ActiveWeightNoise(weights, self, seed)
         try:
-            yield noisy
+            yield active
         finally:
-            noisy.off()
+            active.restore()
+
+
+class _ActiveWeightNoise(ActivePerturbation):
+    def __init__(self, weights: Mapping[str, nn.Parameter], settings: WeightNoise, seed: int) -> None:
+        self._weights, self._settings, self._seed = weights, settings, seed
+        self._originals = {name: weight.detach().clone() for name, weight in weights.items()}
+        self._draw: int | None = None
+
+    @torch.no_grad()
+    def set_step(self, step: int) -> None:
+        draw = step // self._settings.every
+        if draw == self._draw:
+            return
+        self._draw = draw
+        for name, weight in self._weights.items():
+            # One generator for each tensor: its noise does not depend on the other tensors.
+            generator = Generator().manual_seed(seed_of(self._seed, name, draw))
+            noise = torch.randn(weight.shape, generator=generator).to(weight)
+            original = self._originals[name]
+            weight.copy_(original + noise * (self._settings.sd * original.std()))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for name, weight in self._weights.items():
+            weight.copy_(self._originals[name])
 
 
 @AUGMENTATIONS.add("dropout")
 @dataclasses.dataclass(frozen=True)
 class Dropout(NetworkPerturbation):
-    """Whole channels of activations set to zero with probability `p`, the others divided by 1 - p.
+    """Channel dropout: activations of a channel are set to 0 with probability `p`, the others divided by 1 - p.
 
-    It works on the inputs of every convolution and linear layer but those that take the picture itself, and
-    the same channels are dropped for all images of a step.
+    It applies to the inputs of all convolutions and linear layers except the first, whose input is the image. The same
+    channels are dropped for all images.
     """
 
     p: float = 0.1
 
     def check(self) -> None:
-        """Also: p is a probability below 1."""
+        """Also check that `p` is a probability below 1."""
         super().check()
         if not 0 <= self.p < 1:
             raise AtlasError(f"render.augmentations.dropout.p={self.p} must lie in [0, 1).")
 
     @contextlib.contextmanager
     def applied(self, module: nn.Module, seed: int) -> Iterator[ActivePerturbation]:
-        """Hooks before the layers, removed on exit."""
-        p, every = self.p, self.every
-        state: dict[str, int | None] = {"at": None}
-
-        class Dropping(ActivePerturbation):
-            def to(self, step: int) -> None:
-                state["at"] = step // every
-
-            def off(self) -> None:
-                state["at"] = None
-
+        """Register hooks before the layers; remove them on exit."""
+        layers = {name: m for name, m in module.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+        active = _ActiveDropout(self, seed)
         handles = []
-        first = True
-        for name, child in module.named_modules():
-            if not isinstance(child, (nn.Conv2d, nn.Linear)):
-                continue
-            if first:  # the first one of them takes the picture
-                first = False
-                continue
+        for name, layer in list(layers.items())[1:]:  # the input of the first one is the image
 
-            def drop(child: nn.Module, args: tuple[Tensor, ...], name: str = name) -> tuple[Tensor, ...] | None:
-                if state["at"] is None or not args:
-                    return None
-                axis = 1 if isinstance(child, nn.Conv2d) else -1
-                count = args[0].shape[axis]
-                generator = Generator().manual_seed(seed_of(seed, name, state["at"]))
-                mask = (torch.rand(count, generator=generator) >= p).to(args[0]) / (1 - p)
-                shape = [1] * args[0].ndim
-                shape[axis] = count
-                return (args[0] * mask.view(shape), *args[1:])
+            def drop(layer: nn.Module, args: tuple[Tensor, ...], name: str = name) -> tuple[Tensor, ...] | None:
+                return active.drop(name, layer, args)
 
-            handles.append(child.register_forward_pre_hook(drop))
+            handles.append(layer.register_forward_pre_hook(drop))
         try:
-            yield Dropping()
+            yield active
         finally:
             for handle in handles:
                 handle.remove()
 
 
+class _ActiveDropout(ActivePerturbation):
+    def __init__(self, settings: Dropout, seed: int) -> None:
+        self._settings, self._seed = settings, seed
+        self._draw: int | None = None
+
+    def set_step(self, step: int) -> None:
+        self._draw = step // self._settings.every
+
+    def drop(self, name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Return the arguments of a layer with channels dropped; None, which changes nothing, before the first step."""
+        if self._draw is None or not args:
+            return None
+        p = self._settings.p
+        axis = 1 if isinstance(layer, nn.Conv2d) else -1
+        num_channels = args[0].shape[axis]
+        generator = Generator().manual_seed(seed_of(self._seed, name, self._draw))
+        mask = (torch.rand(num_channels, generator=generator) >= p).to(args[0]) / (1 - p)
+        shape = [1] * args[0].ndim
+        shape[axis] = num_channels
+        return (args[0] * mask.view(shape), *args[1:])
+
+
 @AUGMENTATIONS.add("ensemble")
 @dataclasses.dataclass(frozen=True)
 class Ensemble(NetworkPerturbation):
-    """Other checkpoints of the same network, in turn with its own: what all of them like.
+    """Alternate between the network and other checkpoints of it, to find what activates the unit in all of them.
 
-    `checkpoints` are state dicts as `model.checkpoint` takes them. The finished picture is measured on the
-    network itself.
+    `checkpoints` are state dicts, as for `model.checkpoint`. The finished image is evaluated with the network itself.
     """
 
     checkpoints: tuple[ConfigFile, ...] = ()
 
     def check(self) -> None:
-        """Also: there must be a checkpoint."""
+        """Also check that there is a checkpoint."""
         super().check()
         if not self.checkpoints:
             raise AtlasError("render.augmentations.ensemble.checkpoints is empty: name at least one file.")
 
     def member(self, step: int) -> int:
-        """Which network step `step` uses: 0 is the model itself, i + 1 the i-th checkpoint."""
+        """Return which network a step is computed with: 0 for the network itself, i + 1 for checkpoint i."""
         return (step // self.every) % (len(self.checkpoints) + 1)
 
     @contextlib.contextmanager
     def applied(self, module: nn.Module, seed: int) -> Iterator[ActivePerturbation]:
-        """Nothing is changed: `render` is given the other networks whole."""
+        """Change nothing: `render` gets the other networks in `RenderJob.ensemble` and chooses with `member`."""
         yield ActivePerturbation()

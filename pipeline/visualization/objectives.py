@@ -1,8 +1,6 @@
-"""What to excite: a scalar per image, from the network's responses.
+"""Objectives: one value per image, computed from the activations of a network, that is maximized.
 
-An objective sees (B, C, H, W) maps and couples no two images. `natural` names the dataset statistic that measures
-photographs by the same yardstick, so that a picture can be held against them; None where there is none. What is
-raised may be the negative of any objective (`render.negative`): what a unit likes least.
+An objective treats the images of a batch independently. With `render.negative` its value is minimized instead.
 """
 
 import dataclasses
@@ -20,108 +18,128 @@ from pipeline.core.registry import Registry, registered_name
 
 OBJECTIVES = Registry("objective")
 
-# Dot products below this share of alignment count as this: two negatives must not make a praise (lucid#116).
-LEAST_COSINE = 0.1
+# Lower bound of the cosine factor: a negative dot product times a negative cosine must not become positive (lucid#116).
+MIN_COSINE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """What the network said to a batch.
+    """Activations of a network for a batch of images.
 
-    `own` is (B, C, H, W) at the layer of the unit; `channels` and `variants` (B,) say whose picture each image is,
-    `count` how many variants there are; `others` holds the layers that the objective asked for besides.
+    Attributes:
+        maps: (B, C, H, W) activations of the layer that is visualized.
+        channels: (B,) int64 channel that each image visualizes.
+        variants: (B,) int64 variant of each image.
+        num_variants: Number of variants of a unit.
+        other_maps: Activations of the layers that `Objective.units` names, by layer.
     """
 
-    own: Tensor
+    maps: Tensor
     channels: Tensor
     variants: Tensor
-    count: int
-    others: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    num_variants: int
+    other_maps: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerInfo:
-    """What can be known of a unit's layer before any work: enough to refuse what makes no sense."""
+    """Properties of a layer that objectives are checked against.
 
-    layer: str
+    Attributes:
+        name: Name of the layer.
+        channels: Its number of channels.
+        is_classifier: Whether it holds the logits of a classifier.
+        all_channels: Number of channels of every layer of the network, by layer.
+        num_variants: Number of variants of a unit.
+    """
+
+    name: str
     channels: int
-    classifier: bool
-    others: Mapping[str, int]
-    variants: int
+    is_classifier: bool
+    all_channels: Mapping[str, int]
+    num_variants: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What `render` needs of an objective."""
+    """Base class of objectives.
+
+    Attributes:
+        natural: Dataset statistic that measures dataset images as the objective measures visualizations; None if there
+            is none.
+        aligned: Whether all variants of a unit start from the same image and get the same transformations.
+        whole: Whether the objective is computed from all channels. There is one image, for the first channel.
+    """
 
     natural: ClassVar[Literal["mean", "max"] | None] = None
-    # True where all variants of a unit start from the same picture and are shaken alike.
     aligned: ClassVar[bool] = False
-    # True where the picture belongs to the layer: it is made once, and kept at the layer's first channel.
-    whole: ClassVar[bool] = False
+    per_layer: ClassVar[bool] = False
 
     @property
     def units(self) -> tuple[str, ...]:
-        """Other units that it needs, as layer:channel."""
+        """Further units that the objective is computed from, as layer:channel."""
         return ()
 
-    def check(self, facts: LayerInfo) -> None:
-        """Raise `AtlasError` where the objective makes no sense for a layer."""
+    def check(self, info: LayerInfo) -> None:
+        """Raise `AtlasError` if the objective does not apply to a layer."""
         for unit in self.units:
-            layer, channel = parse(unit)
-            if layer not in facts.others:
+            layer, channel = parse_unit(unit)
+            if layer not in info.all_channels:
                 raise AtlasError(
                     f"render.objective: there is no layer {layer!r} ({unit!r}); `atlas plan layers=all` lists them."
                 )
-            if channel >= facts.others[layer]:
-                raise AtlasError(f"render.objective: {layer} has {facts.others[layer]} channels, {unit!r} is beyond.")
+            if channel >= info.all_channels[layer]:
+                raise AtlasError(
+                    f"render.objective: {layer} has {info.all_channels[layer]} channels; {unit!r} does not exist."
+                )
 
-    def value(self, responses: Activations) -> Tensor:
-        """(B,) values to be raised."""
+    def value(self, activations: Activations) -> Tensor:
+        """Return the value of each image, (B,)."""
         raise NotImplementedError
 
 
-def parse(unit: str) -> tuple[str, int]:
-    """`blocks.3:17` → ("blocks.3", 17)."""
+def parse_unit(unit: str) -> tuple[str, int]:
+    """Split a unit into layer and channel: "blocks.3:17" → ("blocks.3", 17)."""
     layer, _, channel = unit.rpartition(":")
     if not layer or not channel.isdecimal():
         raise AtlasError(f"{unit!r} is not a unit: write layer:channel, e.g. blocks.3.0:17.")
     return layer, int(channel)
 
 
-def pick(maps: Tensor, channels: Tensor) -> Tensor:
-    """(B, H, W): of each image the map of its own channel."""
+def select_channels(maps: Tensor, channels: Tensor) -> Tensor:
+    """Return one channel of each image: (B, C, H, W) maps and (B,) channels → (B, H, W)."""
     return maps[torch.arange(maps.shape[0], device=maps.device), channels]
 
 
 @OBJECTIVES.add("channel")
 @dataclasses.dataclass(frozen=True)
 class Channel(Objective):
-    """Mean of the channel over all positions (Distill's *channel* objective); a logit for the classifier."""
+    """Mean of the channel over all positions (the *channel* objective of Distill); for a classifier, the logit."""
 
     natural: ClassVar[Literal["mean", "max"] | None] = "mean"
 
-    def value(self, responses: Activations) -> Tensor:
-        """Spatial mean, (B,)."""
-        return pick(responses.own, responses.channels).mean(dim=(1, 2))
+    def value(self, activations: Activations) -> Tensor:
+        """Return the spatial mean, (B,)."""
+        return select_channels(activations.maps, activations.channels).mean(dim=(1, 2))
 
 
 @OBJECTIVES.add("neuron")
 @dataclasses.dataclass(frozen=True)
 class Neuron(Objective):
-    """The channel at one position of its map (Distill's *neuron* objective): y and x, or the centre."""
+    """The channel at one position (the *neuron* objective of Distill): row `y` and column `x`; null is the center."""
 
     y: int | None = None
     x: int | None = None
 
     natural: ClassVar[Literal["mean", "max"] | None] = "max"
 
-    def value(self, responses: Activations) -> Tensor:
-        """Response at row y (H // 2), column x (W // 2), (B,)."""
-        own = pick(responses.own, responses.channels)
-        y = own.shape[1] // 2 if self.y is None else min(self.y, own.shape[1] - 1)
-        x = own.shape[2] // 2 if self.x is None else min(self.x, own.shape[2] - 1)
-        return own[:, y, x]
+    def value(self, activations: Activations) -> Tensor:
+        """Return the activation at row y (default H // 2) and column x (default W // 2), (B,)."""
+        maps = select_channels(activations.maps, activations.channels)
+        height, width = maps.shape[1:]
+        y = height // 2 if self.y is None else min(self.y, height - 1)
+        x = width // 2 if self.x is None else min(self.x, width - 1)
+        return maps[:, y, x]
 
 
 @OBJECTIVES.add("layer")
@@ -131,66 +149,66 @@ class WholeLayer(Objective):
 
     whole: ClassVar[bool] = True
 
-    def value(self, responses: Activations) -> Tensor:
-        """Mean square, (B,)."""
-        return responses.own.pow(2).mean(dim=(1, 2, 3))
+    def value(self, activations: Activations) -> Tensor:
+        """Return the mean square, (B,)."""
+        return activations.maps.pow(2).mean(dim=(1, 2, 3))
 
 
 @dataclasses.dataclass(frozen=True)
-class _OfClassifier(Objective):
-    def check(self, facts: LayerInfo) -> None:
-        """Only the network's last layer has logits."""
-        super().check(facts)
-        if not facts.classifier:
+class _ClassifierObjective(Objective):
+    def check(self, info: LayerInfo) -> None:
+        """Raise `AtlasError` for layers other than the classifier."""
+        super().check(info)
+        if not info.is_classifier:
             name = registered_name(self)
             raise AtlasError(
-                f"render.objective: {name} needs the classifier's logits, {facts.layer} is another layer. "
+                f"render.objective: {name} needs the classifier's logits, which {info.name} does not hold. "
                 "Set layers=logits, or render/objective=channel."
             )
 
 
 @OBJECTIVES.add("logit")
 @dataclasses.dataclass(frozen=True)
-class Logit(_OfClassifier):
-    """The class's score before the softmax."""
+class Logit(_ClassifierObjective):
+    """Logit of the class: its score before the softmax."""
 
     natural: ClassVar[Literal["mean", "max"] | None] = "mean"
 
-    def value(self, responses: Activations) -> Tensor:
-        """Logits, (B,)."""
-        return pick(responses.own, responses.channels).mean(dim=(1, 2))
+    def value(self, activations: Activations) -> Tensor:
+        """Return the logits, (B,)."""
+        return select_channels(activations.maps, activations.channels).mean(dim=(1, 2))
 
 
 @OBJECTIVES.add("probability")
 @dataclasses.dataclass(frozen=True)
-class Probability(_OfClassifier):
-    """The class's share after the softmax: easily raised by lowering the other classes, as Distill warns.
+class Probability(_ClassifierObjective):
+    """Probability of the class, after the softmax.
 
-    Kept because showing that it is worse is part of the science.
+    It rises when the logits of other classes fall, which Distill warns of. It is here for comparison with `logit`.
     """
 
-    def value(self, responses: Activations) -> Tensor:
-        """Probabilities, (B,)."""
-        return pick(F.softmax(responses.own, dim=1), responses.channels).mean(dim=(1, 2))
+    def value(self, activations: Activations) -> Tensor:
+        """Return the probabilities, (B,)."""
+        return select_channels(F.softmax(activations.maps, dim=1), activations.channels).mean(dim=(1, 2))
 
 
 @OBJECTIVES.add("log_probability")
 @dataclasses.dataclass(frozen=True)
-class LogProbability(_OfClassifier):
-    """Logarithm of the class's share after the softmax: the loss that the network was trained on."""
+class LogProbability(_ClassifierObjective):
+    """Logarithm of the probability of the class: the negative cross-entropy loss of classifiers."""
 
-    def value(self, responses: Activations) -> Tensor:
-        """Log probabilities, (B,)."""
-        return pick(F.log_softmax(responses.own, dim=1), responses.channels).mean(dim=(1, 2))
+    def value(self, activations: Activations) -> Tensor:
+        """Return the log-probabilities, (B,)."""
+        return select_channels(F.log_softmax(activations.maps, dim=1), activations.channels).mean(dim=(1, 2))
 
 
 @OBJECTIVES.add("direction")
 @dataclasses.dataclass(frozen=True)
 class Direction(Objective):
-    """A direction in the layer's space: dot × max(0.1, cosine)^power at each position, then the mean.
+    """A direction in the activation space of the layer: mean over positions of dot product × max(0.1, cosine)^power.
 
-    lucid `direction` (`cossim_pow`), Carter et al. 2019. `vectors` is an .npy of (N, C) numbers; row i makes the
-    picture of unit i of the layer, so N is at most C. `position` is `all` or `centre`.
+    lucid `direction` (`cossim_pow`), Carter et al. 2019. `vectors` is an .npy file of shape (N, C); row i is visualized
+    as unit i of the layer, so that N is at most C. `position` is `all`, or `centre` for the central position only.
     """
 
     vectors: ConfigFile
@@ -199,41 +217,41 @@ class Direction(Objective):
 
     @property
     def rows(self) -> np.ndarray:
-        """(N, C) float32."""
+        """The vectors, (N, C) float32."""
         array = self.vectors.arrays().get("array")
         if array is None or array.dtype.kind not in "fiu" or array.ndim not in (1, 2) or not np.isfinite(array).all():
-            raise AtlasError(f"{self.vectors.path} must be an .npy of finite numbers, (N, C) or (C,).")
+            raise AtlasError(f"{self.vectors.path} must be an .npy file of finite numbers of shape (N, C) or (C,).")
         return np.atleast_2d(array).astype(np.float32)
 
-    def check(self, facts: LayerInfo) -> None:
-        """The vectors must have the layer's width."""
-        super().check(facts)
+    def check(self, info: LayerInfo) -> None:
+        """Raise `AtlasError` if the vectors do not have as many components as the layer has channels."""
+        super().check(info)
         if self.position not in ("all", "centre"):
             raise AtlasError(f"render.objective.position={self.position!r} is not one of all, centre.")
         rows = self.rows
-        if rows.shape[1] != facts.channels or len(rows) > facts.channels:
+        if rows.shape[1] != info.channels or len(rows) > info.channels:
             raise AtlasError(
-                f"{self.vectors.path} holds {len(rows)} vectors of {rows.shape[1]} numbers; {facts.layer} needs "
-                f"{facts.channels} numbers a vector, and at most as many vectors. Choose the layer with layers.include."
+                f"{self.vectors.path} holds {len(rows)} vectors of {rows.shape[1]} numbers; {info.name} needs vectors "
+                f"of {info.channels} numbers, and at most as many vectors. Choose the layer with layers.include."
             )
 
-    def value(self, responses: Activations) -> Tensor:
-        """Mean over positions of dot × cosine^power, (B,)."""
-        maps = responses.own
+    def value(self, activations: Activations) -> Tensor:
+        """Return the mean over positions of dot product × cosine^power, (B,)."""
+        maps = activations.maps
         if self.position == "centre":
             maps = maps[:, :, maps.shape[2] // 2, maps.shape[3] // 2, None, None]
-        vectors = torch.from_numpy(self.rows).to(maps)[responses.channels]
+        vectors = torch.from_numpy(self.rows).to(maps)[activations.channels]
         dot = torch.einsum("bchw,bc->bhw", maps, vectors)
         if self.power:
-            length = maps.norm(dim=1) * vectors.norm(dim=1)[:, None, None]
-            dot = dot * (dot / length.clamp(min=1e-12)).clamp(min=LEAST_COSINE) ** self.power
+            norms = maps.norm(dim=1) * vectors.norm(dim=1)[:, None, None]
+            dot = dot * (dot / norms.clamp(min=1e-12)).clamp(min=MIN_COSINE) ** self.power
         return dot.mean(dim=(1, 2))
 
 
 @OBJECTIVES.add("joint")
 @dataclasses.dataclass(frozen=True)
 class Joint(Objective):
-    """The unit's own channel mean times `own`, plus a weighted sum of other units', of any layers."""
+    """Channel mean of the unit times `own`, plus a weighted sum of the channel means of `with_units`, of any layers."""
 
     with_units: tuple[str, ...]
     weights: tuple[float, ...] = ()
@@ -241,33 +259,33 @@ class Joint(Objective):
 
     @property
     def units(self) -> tuple[str, ...]:
-        """The partners."""
+        """The units of `with_units`."""
         return self.with_units
 
-    def check(self, facts: LayerInfo) -> None:
-        """There must be a partner, and a weight for each or none at all."""
+    def check(self, info: LayerInfo) -> None:
+        """Raise `AtlasError` if there is no further unit, or if the number of weights does not match."""
         if not self.with_units:
             raise AtlasError("render.objective.with_units is empty: joint needs at least one layer:channel.")
         if self.weights and len(self.weights) != len(self.with_units):
-            raise AtlasError("render.objective.weights must be as many as with_units, or none.")
-        super().check(facts)
+            raise AtlasError("render.objective.weights must be empty, or have as many entries as with_units.")
+        super().check(info)
 
-    def value(self, responses: Activations) -> Tensor:
-        """Weighted sum of channel means, (B,)."""
-        total = self.own * pick(responses.own, responses.channels).mean(dim=(1, 2))
+    def value(self, activations: Activations) -> Tensor:
+        """Return the weighted sum of channel means, (B,)."""
+        total = self.own * select_channels(activations.maps, activations.channels).mean(dim=(1, 2))
         for unit, weight in zip(self.with_units, self.weights or (1.0,) * len(self.with_units), strict=True):
-            layer, channel = parse(unit)
-            total = total + weight * responses.others[layer][:, channel].mean(dim=(1, 2))
+            layer, channel = parse_unit(unit)
+            total = total + weight * activations.other_maps[layer][:, channel].mean(dim=(1, 2))
         return total
 
 
 @OBJECTIVES.add("interpolate")
 @dataclasses.dataclass(frozen=True)
 class Interpolate(Objective):
-    """From the unit's own channel mean (first variant) to that of unit `to` (last), in `render.variants` even steps.
+    """Interpolation from the channel mean of the unit (first variant) to that of unit `to` (last variant).
 
-    All steps start from one picture and are shaken alike; the `alignment` coupling keeps neighbours together
-    (Distill, "Interaction between neurons").
+    The `render.variants` images are evenly spaced. All start from the same image and get the same transformations; the
+    `alignment` coupling keeps neighbors similar (Distill, "Interaction between neurons").
     """
 
     to: str | None = None
@@ -276,21 +294,24 @@ class Interpolate(Objective):
 
     @property
     def units(self) -> tuple[str, ...]:
-        """The other end."""
+        """The unit `to`."""
         return () if self.to is None else (self.to,)
 
-    def check(self, facts: LayerInfo) -> None:
-        """There must be another end and at least two steps."""
+    def check(self, info: LayerInfo) -> None:
+        """Raise `AtlasError` without a unit `to`, or with a single variant."""
         if self.to is None:
-            raise AtlasError("render.objective.to is missing: interpolate needs the other unit, as layer:channel.")
-        if facts.variants < 2:
-            raise AtlasError("interpolate needs render.variants of at least 2: the number of pictures from end to end.")
-        super().check(facts)
+            raise AtlasError("render.objective.to is missing: interpolate needs a second unit, as layer:channel.")
+        if info.num_variants < 2:
+            raise AtlasError(
+                "interpolate needs render.variants of at least 2: the number of images from one unit to the other."
+            )
+        super().check(info)
 
-    def value(self, responses: Activations) -> Tensor:
-        """(1 - t) × own + t × other, t = variant / (variants - 1), (B,)."""
+    def value(self, activations: Activations) -> Tensor:
+        """Return (1 - t) × first + t × second with t = variant / (variants - 1), (B,)."""
         assert self.to is not None
-        layer, channel = parse(self.to)
-        share = responses.variants.to(responses.own.dtype) / max(1, responses.count - 1)
-        own = pick(responses.own, responses.channels).mean(dim=(1, 2))
-        return (1 - share) * own + share * responses.others[layer][:, channel].mean(dim=(1, 2))
+        layer, channel = parse_unit(self.to)
+        t = activations.variants.to(activations.maps.dtype) / max(1, activations.num_variants - 1)
+        first = select_channels(activations.maps, activations.channels).mean(dim=(1, 2))
+        second = activations.other_maps[layer][:, channel].mean(dim=(1, 2))
+        return (1 - t) * first + t * second

@@ -1,4 +1,4 @@
-"""How parameters follow the gradient. State and step sizes are per picture: nothing couples a batch."""
+"""Optimizers. State and step sizes are separate for each image: the images of a batch stay independent."""
 
 import ctypes
 import dataclasses
@@ -16,7 +16,7 @@ from pipeline.kernels import build
 
 OPTIMIZERS = Registry("optimizer")
 
-# Ways from 1 to 0, over a progress from 0 to 1.
+# Decay from 1 to 0 as the progress goes from 0 to 1.
 FALLS: Mapping[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1 - progress,
@@ -25,9 +25,13 @@ FALLS: Mapping[str, Callable[[float], float]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """What every optimiser shares: a learning rate that is warmed up over `warmup` steps and then falls.
+    """Base class of optimizers, with a learning rate that is warmed up linearly and then decays.
 
-    `fall` is the way, cosine or linear; `floor` the last learning rate as a share of the first: 1 keeps it constant.
+    Attributes:
+        lr: Learning rate after the warm-up.
+        warmup: Number of warm-up steps.
+        floor: Final learning rate as a fraction of `lr`; 1 keeps it constant.
+        fall: Shape of the decay, "cosine" or "linear".
     """
 
     lr: float = 0.05
@@ -36,35 +40,48 @@ class Optimizer:
     fall: str = "cosine"
 
     def check(self) -> None:
-        """Raise `AtlasError` for settings that make no sense."""
+        """Raise `AtlasError` for invalid settings."""
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise AtlasError(f"render.optimizer.lr={self.lr} must be above 0.")
         if self.fall not in FALLS:
             raise AtlasError(f"render.optimizer.fall={self.fall!r} is not one of {', '.join(FALLS)}.")
 
-    def rate(self, at: int, of: int) -> float:
-        """Learning rate of step `at` (0-based) of `of`."""
-        if at < self.warmup:
-            return self.lr * (at + 1) / (self.warmup + 1)
-        progress = (at - self.warmup) / max(1, of - self.warmup)
+    def rate(self, step: int, num_steps: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / (self.warmup + 1)
+        progress = (step - self.warmup) / max(1, num_steps - self.warmup)
         return self.lr * (self.floor + (1 - self.floor) * FALLS[self.fall](progress))
 
-    def start(self, parameters: Tensor, paired: bool = False) -> tuple[Tensor, ...]:
-        """State before the first step, picture by picture.
+    def init_state(self, parameters: Tensor, paired: bool = False) -> tuple[Tensor, ...]:
+        """Return the state before the first step.
 
-        `paired` says that the last axis of `parameters` (B, …) holds the real and imaginary part of a number.
+        Args:
+            parameters: (B, …).
+            paired: Whether the last axis of the parameters holds real and imaginary parts.
+
+        Returns:
+            Tensors whose first axis is that of the batch.
         """
         raise NotImplementedError
 
-    def step(self, parameters: Tensor, gradient: Tensor, state: Any, at: int, rate: float) -> None:
-        """Move `parameters` (B, …) in place, *up* the gradient, by `rate`; `at` (0-based) counts from `start`."""
+    def step(self, parameters: Tensor, gradient: Tensor, state: Any, step: int, rate: float) -> None:
+        """Move the parameters *up* the gradient, in place.
+
+        Args:
+            parameters: (B, …).
+            gradient: (B, …).
+            state: The state from `init_state`; updated in place.
+            step: Number of steps since `init_state`.
+            rate: Learning rate.
+        """
         raise NotImplementedError
 
 
 @functools.cache
 def _adam() -> Callable[..., None] | None:
-    """optimizers.c: four tensors, three sizes and seven numbers; None where it can't be compiled."""
-    library = build.library("adam")
+    """Return the compiled step of adam.c (four pointers, three sizes, seven floats); None if it cannot be compiled."""
+    library = build.load_library("adam")
     if library is None:
         return None
     library.adam.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_ssize_t] * 3 + [ctypes.c_float] * 7
@@ -75,16 +92,16 @@ def _adam() -> Callable[..., None] | None:
 @OPTIMIZERS.add("adam")
 @dataclasses.dataclass(frozen=True)
 class Adam(Optimizer):
-    """Adam (Kingma & Ba 2015) with an epsilon relative to each picture's gradient.
+    """Adam (Kingma & Ba 2015) with an epsilon relative to the gradient of each image.
 
-    `damping` is that epsilon, as a share of the root mean square of the picture's own second moment. Plain
-    Adam steps every Fourier coefficient by the full learning rate at first, however small its gradient; where
-    gradients are coherent (a unit that wants one plain colour) these steps add up to spikes at the canvas's
-    corner that saturate the sigmoid for good. 0.03 removes them; 0 is plain Adam.
+    `damping` is that epsilon, as a fraction of the square root of the image's mean second moment. The first steps of
+    plain Adam change every Fourier coefficient by the full learning rate, however small its gradient. Where gradients
+    are coherent (a unit that prefers a plain color), these steps add up to spikes at the corner of the image that
+    saturate the sigmoid permanently. 0.03 removes them; 0 is plain Adam.
 
-    With `joint` the real and imaginary part of a Fourier coefficient share one second moment. Moving a picture turns
-    one into the other, so that plain Adam's steps depend on where the picture's corner is; these do not. It also
-    halves what shaking makes the second moment waver by.
+    With `joint` the real and the imaginary part of a Fourier coefficient share one second moment. Translating an image
+    rotates one into the other, so that the steps of plain Adam depend on the position of the origin; these do not. It
+    also halves the fluctuation of the second moment that transformations cause.
     """
 
     beta1: float = 0.9
@@ -94,31 +111,32 @@ class Adam(Optimizer):
 
     nesterov: ClassVar[bool] = False
 
-    def start(self, parameters: Tensor, paired: bool = False) -> tuple[Tensor, ...]:
-        """First and second moment, zero; the last axis of the second is 1 where both parts have it jointly."""
+    def init_state(self, parameters: Tensor, paired: bool = False) -> tuple[Tensor, ...]:
+        """Return the first and the second moment, 0; with `joint` the last axis of the second has size 1."""
         second = parameters[..., :1] if paired and self.joint else parameters
         return torch.zeros_like(parameters), torch.zeros_like(second, memory_format=torch.contiguous_format)
 
     @torch.no_grad()
-    def step(self, parameters: Tensor, gradient: Tensor, state: Any, at: int, rate: float) -> None:
-        """One Adam step up the gradient, in place."""
+    def step(self, parameters: Tensor, gradient: Tensor, state: Any, step: int, rate: float) -> None:
+        """Make one Adam step up the gradient, in place."""
         first, second = state
-        # The second moment's own bias is a factor of everything below the line: it goes into the rate.
-        shrunk = math.sqrt(1 - self.beta2 ** (at + 1))
-        least = 1e-8 * shrunk
-        bias = 1 - self.beta1 ** (at + 1)
-        ahead, now = 1.0, 0.0
+        # The bias correction of the second moment is a factor of the whole denominator: it goes into the step size.
+        bias2 = math.sqrt(1 - self.beta2 ** (step + 1))
+        epsilon = 1e-8 * bias2
+        bias1 = 1 - self.beta1 ** (step + 1)
+        moment_factor, gradient_factor = 1.0, 0.0
         if self.nesterov:
-            # Dozat 2016, equation 8 with a constant momentum: the gradient's own part is not delayed.
-            ahead, now = self.beta1 * bias / (1 - self.beta1 ** (at + 2)), 1 - self.beta1
-        rate_now = rate / bias * shrunk
-        self.shrink(parameters, rate)
-        loop = _adam() if parameters.device.type == "cpu" else None
+            # Dozat 2016, equation 8 with a constant momentum: the present gradient contributes without delay.
+            moment_factor = self.beta1 * bias1 / (1 - self.beta1 ** (step + 2))
+            gradient_factor = 1 - self.beta1
+        step_size = rate / bias1 * bias2
+        self.decay(parameters, rate)
+        compiled = _adam() if parameters.device.type == "cpu" else None
         tensors = (parameters, gradient, first, second)
-        if loop is not None and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors):
-            numbers = (self.beta1, self.beta2, ahead, now, self.damping, least, rate_now)
-            together = first.numel() // second.numel()
-            loop(*(t.data_ptr() for t in tensors), len(parameters), second[0].numel(), together, *numbers)
+        if compiled is not None and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors):
+            numbers = (self.beta1, self.beta2, moment_factor, gradient_factor, self.damping, epsilon, step_size)
+            joint_size = first.numel() // second.numel()
+            compiled(*(t.data_ptr() for t in tensors), len(parameters), second[0].numel(), joint_size, *numbers)
             return
         first.lerp_(gradient, 1 - self.beta1)
         square = gradient * gradient
@@ -126,30 +144,30 @@ class Adam(Optimizer):
             square = square.mean(-1, keepdim=True)
         second.lerp_(square, 1 - self.beta2)
         mean_square = second.mean(dim=tuple(range(1, second.ndim)), keepdim=True)
-        denominator = second.sqrt().add_(self.damping * mean_square.sqrt() + least)
-        direction = first * ahead + gradient * now if self.nesterov else first
-        parameters.addcdiv_(direction, denominator, value=rate_now)
+        denominator = second.sqrt().add_(self.damping * mean_square.sqrt() + epsilon)
+        direction = first * moment_factor + gradient * gradient_factor if self.nesterov else first
+        parameters.addcdiv_(direction, denominator, value=step_size)
 
-    def shrink(self, parameters: Tensor, rate: float) -> None:
-        """Weight decay, where there is any."""
+    def decay(self, parameters: Tensor, rate: float) -> None:
+        """Apply weight decay, in place; there is none by default."""
 
 
 @OPTIMIZERS.add("adamw")
 @dataclasses.dataclass(frozen=True)
 class AdamW(Adam):
-    """Adam that shrinks the parameters by rate × `weight_decay` at each step (Loshchilov & Hutter 2019)."""
+    """Adam with decoupled weight decay: parameters × (1 - rate × `weight_decay`) (Loshchilov & Hutter 2019)."""
 
     weight_decay: float = 0.01
 
-    def shrink(self, parameters: Tensor, rate: float) -> None:
-        """Decoupled from the gradient."""
+    def decay(self, parameters: Tensor, rate: float) -> None:
+        """Apply weight decay, in place."""
         parameters.mul_(1 - rate * self.weight_decay)
 
 
 @OPTIMIZERS.add("nadam")
 @dataclasses.dataclass(frozen=True)
 class NAdam(Adam):
-    """Adam with Nesterov's momentum (Dozat 2016), which Horama and Xplique use."""
+    """Adam with Nesterov momentum (Dozat 2016), as Horama and Xplique use."""
 
     nesterov: ClassVar[bool] = True
 
@@ -157,18 +175,18 @@ class NAdam(Adam):
 @OPTIMIZERS.add("sgd")
 @dataclasses.dataclass(frozen=True)
 class Sgd(Optimizer):
-    """Steps of rate × gradient ÷ its own mean magnitude, image by image, as DeepDream and deepdraw do."""
+    """Steps of rate × gradient ÷ mean absolute gradient of the image, as DeepDream and deepdraw do."""
 
     momentum: float = 0.0
 
-    def start(self, parameters: Tensor, paired: bool = False) -> tuple[Tensor, ...]:
-        """The momentum, zero."""
+    def init_state(self, parameters: Tensor, paired: bool = False) -> tuple[Tensor, ...]:
+        """Return the velocity, 0."""
         return (torch.zeros_like(parameters),)
 
     @torch.no_grad()
-    def step(self, parameters: Tensor, gradient: Tensor, state: Any, at: int, rate: float) -> None:
-        """One step up the normalised gradient, in place."""
+    def step(self, parameters: Tensor, gradient: Tensor, state: Any, step: int, rate: float) -> None:
+        """Make one step up the normalized gradient, in place."""
         (velocity,) = state
-        size = gradient.abs().mean(dim=tuple(range(1, gradient.ndim)), keepdim=True)
-        velocity.mul_(self.momentum).add_(gradient / size.clamp(min=torch.finfo(size.dtype).tiny))
+        magnitude = gradient.abs().mean(dim=tuple(range(1, gradient.ndim)), keepdim=True)
+        velocity.mul_(self.momentum).add_(gradient / magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny))
         parameters.add_(velocity, alpha=rate)

@@ -1,4 +1,4 @@
-"""A preset of `conf/render/`: what is excited, on what canvas, how it is shaken, what is discouraged, and how long."""
+"""Presets of `conf/render/`: the settings of a feature visualization, and their validation."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from pipeline.visualization.batch_terms import BatchTerm
 from pipeline.visualization.gradient_preconditioners import BlurGradient, Preconditioner
 from pipeline.visualization.image_regularizers import ImageRegularizer
 from pipeline.visualization.network_perturbations import NetworkPerturbation
-from pipeline.visualization.objectives import LayerInfo, Objective, parse
+from pipeline.visualization.objectives import LayerInfo, Objective, parse_unit
 from pipeline.visualization.optimizers import Optimizer
 from pipeline.visualization.parameterizations import FromImage, Parameterization
 from pipeline.visualization.schedules import Fixed, Stage, Stop
@@ -19,14 +19,32 @@ from pipeline.visualization.transforms import Transform
 
 Size = tuple[int, int]
 
+# Channel and variant.
+Unit = tuple[int, int]
+
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """One preset.
+    """Settings of a feature visualization.
 
-    `size` is the finished picture's side in pixels, (height, width), `auto` or `field` (see `canvas_size`);
-    `margin` the pixels of canvas beyond each edge. `variants` pictures are made of each unit. With `negative` the
-    objective is lowered.
+    Attributes:
+        name: Name of the preset.
+        objective: What is maximized.
+        canvas: Parameterization of the image.
+        transforms: Random transformations of every step, in this order.
+        optimizer: Optimizer of the parameters.
+        steps: Number of optimization steps.
+        size: Size of the finished image in pixels: its side, (height, width), "auto" or "field"; see `canvas_size`.
+        margin: Width in pixels of the part of the canvas beyond each edge of the finished image.
+        variants: Number of images for each unit.
+        attempts: Maximum number of attempts for an image whose objective does not rise.
+        negative: Minimize the objective instead.
+        penalties: Image regularizers.
+        preconditioners: Preconditioners of the gradient in pixel space, in this order.
+        augmentations: Perturbations of the network.
+        couplings: Terms over all variants of a unit.
+        schedule: Stages of the optimization; empty for a single stage with default settings.
+        stop: Stopping rule.
     """
 
     name: str
@@ -49,27 +67,28 @@ class Preset:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The schedule, or the one plain stage that stands for none."""
+        """The stages of the schedule; one stage with default settings if there is no schedule."""
         return self.schedule or (Stage(),)
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Names of the layers that it looks at besides the unit's own."""
-        named = [parse(unit)[0] for unit in self.objective.units]
-        named += [layer for c in self.couplings if (layer := getattr(c, "layer", None))]
-        named += [stage.layer for stage in self.stages if stage.layer]
-        return tuple(dict.fromkeys(named))
+        """Names of the layers that are captured in addition to that of the unit."""
+        names = [parse_unit(unit)[0] for unit in self.objective.units]
+        names += [layer for term in self.couplings if (layer := getattr(term, "layer", None))]
+        names += [stage.layer for stage in self.stages if stage.layer]
+        return tuple(dict.fromkeys(names))
 
     @property
     def requires_original_weights(self) -> bool:
-        """True where steps need the network's own weights: noise on them is none on a lowered network's."""
+        """Whether steps need the original float32 network: perturbed weights may be absent from a folded variant."""
         return bool(self.augmentations)
 
     @property
     def natural(self) -> str:
-        """The dataset statistic that measures photographs as the objective does; empty where there is none.
+        """Name of the dataset statistic that corresponds to the objective; empty if there is none.
 
-        Over photographs, the largest spatial `mean` or `max`; of a negative, the `least` mean or the `min`.
+        The maximum over the dataset images of the spatial "mean" or "max"; for a negative preset the minimum, "least"
+        of the means or "min".
         """
         if self.objective.natural is None:
             return ""
@@ -77,50 +96,73 @@ class Preset:
 
     @property
     def needs_examples(self) -> bool:
-        """True where a unit's picture starts from its own best dataset example."""
+        """Whether visualizations start from the best dataset example of their unit."""
         return isinstance(self.canvas, FromImage) and self.canvas.best
 
 
-def check(config: Preset, channels: int) -> None:
-    """Raise `AtlasError` for a preset that makes no sense for any layer of a network of `channels` input channels."""
-    config.canvas.check(channels)
-    config.optimizer.check()
-    check_schedule(config.schedule)
-    for augmentation in config.augmentations:
-        augmentation.check()
-    canvas = registered_name(config.canvas)
-    if any(max(stage.blur) > 0 for stage in config.stages) and not config.canvas.can_blur:
+def check(preset: Preset, channels: int) -> None:
+    """Check that the settings of a preset are consistent with each other.
+
+    Args:
+        preset: The preset.
+        channels: Number of input channels of the network.
+
+    Raises:
+        AtlasError: If the preset cannot be rendered for any layer of such a network.
+    """
+    preset.canvas.check(channels)
+    preset.optimizer.check()
+    check_schedule(preset.schedule)
+    for perturbation in preset.augmentations:
+        perturbation.check()
+    canvas = registered_name(preset.canvas)
+    if any(max(stage.blur) > 0 for stage in preset.stages) and not preset.canvas.can_blur:
         raise AtlasError(
-            f"render.schedule blurs the picture, which the {canvas} canvas can't: its amplitudes are fixed."
+            f"render.schedule blurs the image, which the {canvas} canvas does not support: its amplitudes are fixed. "
+            "Remove blur from the schedule, or choose another render/canvas."
         )
-    if len({stage.canvas for stage in config.stages}) > 1 and not config.canvas.can_grow:
-        raise AtlasError(f"render.schedule changes the canvas's size, which the {canvas} canvas can't.")
-    if config.couplings and config.variants < 2:
-        raise AtlasError("render.couplings need render.variants of at least 2: they compare the pictures of one unit.")
-    if any(stage.gradient_blur for stage in config.stages) and not any(
-        isinstance(p, BlurGradient) for p in config.preconditioners
-    ):
-        raise AtlasError("render.schedule has gradient_blur, but render.preconditioners has no blur to follow it.")
-    if isinstance(config.canvas, FromImage) and channels not in (1, 3):
-        raise AtlasError(f"render/canvas=image begins with a picture of 1 or 3 channels; the network takes {channels}.")
-    if any(p.anchored for p in config.penalties) and not isinstance(config.canvas, FromImage):
-        raise AtlasError("The prior penalty pulls back to a photograph: it needs render/canvas=image.")
+    if len({stage.canvas for stage in preset.stages}) > 1 and not preset.canvas.can_grow:
+        raise AtlasError(
+            f"render.schedule changes the size of the canvas, which the {canvas} canvas does not support. "
+            "Choose another render/canvas."
+        )
+    if preset.couplings and preset.variants < 2:
+        raise AtlasError("render.couplings need render.variants of at least 2: they compare the variants of a unit.")
+    blurs_gradient = any(isinstance(preconditioner, BlurGradient) for preconditioner in preset.preconditioners)
+    if any(stage.gradient_blur for stage in preset.stages) and not blurs_gradient:
+        raise AtlasError(
+            "render.schedule sets gradient_blur, but render.preconditioners has no blur that it applies to."
+        )
+    if isinstance(preset.canvas, FromImage) and channels not in (1, 3):
+        raise AtlasError(f"render/canvas=image needs an image of 1 or 3 channels; the network takes {channels}.")
+    if any(regularizer.anchored for regularizer in preset.penalties) and not isinstance(preset.canvas, FromImage):
+        raise AtlasError("render.penalties.prior compares with an initial image: it needs render/canvas=image.")
 
 
-def check_layer(config: Preset, layer: Layer, others: Mapping[str, Layer], classifier: bool) -> None:
-    """Raise `AtlasError` for a preset that makes no sense for `layer`; `others` are all layers of the network."""
+def check_layer(preset: Preset, layer: Layer, others: Mapping[str, Layer], classifier: bool) -> None:
+    """Check that a preset can be rendered for a layer.
+
+    Args:
+        preset: The preset.
+        layer: The layer whose units are visualized.
+        others: All layers of the network by name.
+        classifier: Whether `layer` holds the logits of a classifier.
+
+    Raises:
+        AtlasError: If the objective, a batch term or the schedule does not apply to the layer.
+    """
     widths = {name: other.channels for name, other in others.items()}
-    config.objective.check(LayerInfo(layer.name, layer.channels, classifier, widths, config.variants))
-    for coupling in config.couplings:
-        named = getattr(coupling, "layer", None)
-        if named and named not in widths:
-            raise AtlasError(f"render.couplings: there is no layer {named!r}; `atlas plan layers=all` lists them.")
-    for stage in config.stages:
+    preset.objective.check(LayerInfo(layer.name, layer.channels, classifier, widths, preset.variants))
+    for term in preset.couplings:
+        term_layer = getattr(term, "layer", None)
+        if term_layer and term_layer not in widths:
+            raise AtlasError(f"render.couplings: there is no layer {term_layer!r}; `atlas plan layers=all` lists them.")
+    for stage in preset.stages:
         if stage.layer is None:
             continue
         if stage.layer not in widths:
             raise AtlasError(
-                f"render.schedule asks for a head {stage.layer!r} that this network does not have. Use a network that "
+                f"render.schedule needs a head {stage.layer!r}, which this network does not have. Use a network that "
                 "has it (model=googlenet_aux for oygard), or the same schedule without heads (render/schedule=blur)."
             )
         if widths[stage.layer] != layer.channels:
@@ -130,28 +172,36 @@ def check_layer(config: Preset, layer: Layer, others: Mapping[str, Layer], class
             )
 
 
-def canvas_size(layer: Layer, model_size: Size, asked: int | tuple[int, int] | str) -> Size:
-    """(height, width) of the finished picture in pixels.
+def canvas_size(layer: Layer, model_size: Size, size: int | tuple[int, int] | str) -> Size:
+    """Return the size of the finished images of a layer in pixels.
 
-    `auto` gives a layer what one of its units sees: features have a size in pixels, and the time of a step grows with
-    the area. In steps of 32 pixels, never under 128 (where a unit sees less, its channel's mean becomes a texture) and
-    never over six sevenths of the network's own size: 192 of 224. Where units see everything, 8 × the stride stands
-    for their field. Small networks, and maps of one place, keep the network's own size. `field` is the receptive field
-    of one unit itself, at least 32 and at most the network's own size.
+    "auto" follows the receptive field of a unit: features have a size in pixels, and the time of a step grows with the
+    area. The side is the receptive field rounded up to a multiple of 32, at least 128 (for smaller receptive fields,
+    the mean of a channel becomes a texture) and at most six sevenths of the network's input (192 of 224). A receptive
+    field that covers the whole input counts as 8 × the stride. Small networks, and layers with a single position, get
+    the size of the network's input. "field" is the receptive field itself, at least 32 and at most the network's input.
+
+    Args:
+        layer: The layer, with its receptive field.
+        model_size: (height, width) of the network's input.
+        size: `Preset.size`.
+
+    Returns:
+        (height, width), without margins.
     """
-    if isinstance(asked, int):
-        return asked, asked
-    if not isinstance(asked, str):
-        return asked
-    if asked == "field":
+    if isinstance(size, int):
+        return size, size
+    if not isinstance(size, str):
+        return size
+    if size == "field":
         if layer.field is None:
             return model_size
         return min(model_size[0], max(32, layer.field.size[0])), min(model_size[1], max(32, layer.field.size[1]))
     stride = max(1, round(min(model_size) / max(1, min(layer.height, layer.width))))
     if min(layer.height, layer.width) == 1:
         return model_size
-    seen = 8 * stride if layer.field is None else max(layer.field.size)
-    most = min(model_size) * 6 // 7 // 32 * 32
-    side = min(min(model_size), max(128, min(most, -(-seen // 32) * 32)))
-    # A network of other than square input keeps its proportions.
+    field = 8 * stride if layer.field is None else max(layer.field.size)
+    largest = min(model_size) * 6 // 7 // 32 * 32
+    side = min(min(model_size), max(128, min(largest, -(-field // 32) * 32)))
+    # A network with a rectangular input keeps its aspect ratio.
     return round(model_size[0] * side / min(model_size)), round(model_size[1] * side / min(model_size))

@@ -1,4 +1,4 @@
-"""How everything changes over the steps: a list of stages, and when to stop."""
+"""Schedules of the optimization: stages with varying settings, and stopping rules."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,12 +16,17 @@ Ramp = tuple[float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A part of the steps. Pairs are values at its begin and end, with a straight line between.
+    """A stage of the optimization. Pairs are the values at its start and its end; values in between are linear.
 
-    `share` is its part of all steps. `layer` is another layer to excite, at the unit's own channel number (another
-    head of the network). `lr` and `penalties` multiply the preset's own. `blur` is the sigma in pixels by which the
-    picture is blurred after every step, `gradient_blur` that of the gradient's blur. `canvas` is the side of the
-    canvas as a share of the finished picture's, `view` that of what the network sees (null: all of the canvas).
+    Attributes:
+        share: Fraction of all steps; shares are normalized to a sum of 1.
+        layer: Layer that the objective is computed from instead, at the same channel (another head of the network).
+        lr: Factor of the learning rate.
+        blur: Standard deviation in pixels of a Gaussian blur of the image after every step.
+        gradient_blur: Standard deviation in pixels of the preconditioner "blur"; None for the preconditioner's setting.
+        penalties: Factor of the weights of all image regularizers.
+        canvas: Side of the canvas as a fraction of that of the finished image.
+        view: Side of the network's input as a fraction of that of the finished image; None for all of the canvas.
     """
 
     share: float = 1.0
@@ -36,7 +41,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """What holds at one step; `stage` is the number of its stage."""
+    """Settings of one step: the index of its stage, and the values of the fields of `Stage`."""
 
     stage: int
     lr: float
@@ -46,75 +51,88 @@ class StepSettings:
 
 
 def check(stages: Sequence[Stage]) -> None:
-    """Raise `AtlasError` for stages that make no sense."""
+    """Raise `AtlasError` for invalid stages."""
     for i, stage in enumerate(stages):
         where = f"render.schedule[{i}]"
         if not stage.share > 0:
             raise AtlasError(f"{where}.share={stage.share} must be above 0.")
         if min(stage.blur) < 0 or min(stage.gradient_blur or (0.0, 0.0)) < 0:
-            raise AtlasError(f"{where}: a blur can't be negative.")
+            raise AtlasError(f"{where}: a blur cannot be negative.")
         if not 0 < stage.canvas <= 1 or not 0 < (stage.view or stage.canvas) <= stage.canvas:
-            raise AtlasError(f"{where}: canvas={stage.canvas} and view={stage.view} must fulfil 0 < view ≤ canvas ≤ 1.")
+            raise AtlasError(
+                f"{where}: canvas={stage.canvas} and view={stage.view} must satisfy 0 < view ≤ canvas ≤ 1."
+            )
     if stages and stages[-1].canvas != 1:
-        raise AtlasError("render.schedule: the last stage must have canvas=1, the size of the finished picture.")
+        raise AtlasError("render.schedule: the last stage must have canvas=1, the size of the finished image.")
 
 
 def expand_schedule(stages: Sequence[Stage], steps: int) -> list[StepSettings]:
-    """One moment a step: the stages' shares of `steps`, each stage at least one step while they last."""
+    """Return the settings of each of `steps` steps.
+
+    Steps are divided in proportion to the shares of the stages. Each stage gets at least one step; if there are fewer
+    steps than stages, the last stages get none.
+    """
     stages = list(stages) or [Stage()]
     total = sum(stage.share for stage in stages)
-    found: list[StepSettings] = []
-    passed = 0.0
+    expanded: list[StepSettings] = []
+    cumulative_share = 0.0
     for number, stage in enumerate(stages):
-        passed += stage.share
-        behind = len(stages) - 1 - number
-        end = max(len(found) + 1, min(round(steps * passed / total), steps - behind)) if behind else steps
-        count = min(end, steps) - len(found)
-        for i in range(count):
-            at = i / count
+        cumulative_share += stage.share
+        later_stages = len(stages) - 1 - number
+        end = steps
+        if later_stages:
+            proportional = round(steps * cumulative_share / total)
+            end = min(max(len(expanded) + 1, min(proportional, steps - later_stages)), steps)
+        count = end - len(expanded)
+        expanded += [_settings(number, stage, i / count) for i in range(count)]
+    return expanded
 
-            def on(ramp: Ramp, at: float = at) -> float:
-                return ramp[0] + (ramp[1] - ramp[0]) * at
 
-            blur = None if stage.gradient_blur is None else on(stage.gradient_blur)
-            found.append(StepSettings(number, on(stage.lr), on(stage.blur), blur, on(stage.penalties)))
-    return found
+def _settings(number: int, stage: Stage, progress: float) -> StepSettings:
+    """Return the settings of a stage at a progress in [0, 1)."""
+
+    def at(ramp: Ramp) -> float:
+        return ramp[0] + (ramp[1] - ramp[0]) * progress
+
+    gradient_blur = None if stage.gradient_blur is None else at(stage.gradient_blur)
+    return StepSettings(number, at(stage.lr), at(stage.blur), gradient_blur, at(stage.penalties))
 
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
-    """What `render` needs to know when a picture is finished."""
+    """Base class of stopping rules."""
 
     def every(self, steps: int) -> int:
-        """After how many steps to look; `steps` or more for never."""
+        """Return the number of steps between checks, of `steps` in total; `steps` or more for no check."""
         raise NotImplementedError
 
     def finished(self, trace: Tensor) -> Tensor:
-        """(steps so far, B) objective values → (B,) bool."""
+        """Return which images are finished, (B,) bool, from the objective at all steps so far, (steps, B)."""
         raise NotImplementedError
 
 
 @STOPS.add("fixed")
 @dataclasses.dataclass(frozen=True)
 class Fixed(Stop):
-    """All steps, always: what every picture costs is known beforehand."""
+    """Always do all steps: the cost of every image is fixed."""
 
     def every(self, steps: int) -> int:
-        """Never."""
+        """Return `steps`: there is no check."""
         return steps
 
     def finished(self, trace: Tensor) -> Tensor:
-        """None."""
+        """Return False for all images, (B,)."""
         return torch.zeros(trace.shape[1], dtype=torch.bool, device=trace.device)
 
 
 @STOPS.add("plateau")
 @dataclasses.dataclass(frozen=True)
 class Plateau(Stop):
-    """Stop a picture when its mean objective over `patience` steps gained less than `tolerance` of all it gained.
+    """Stop an image when its objective has stopped rising.
 
-    Held against the `patience` steps before those; never within the first `least` steps, and only in the last
-    stage of a schedule. Its place in the batch is given up at once.
+    The mean of the objective over the last `patience` steps is compared with that over the `patience` steps before. An
+    image is finished if the difference is less than `tolerance` times its total rise. No image stops within the first
+    `least` steps, or before the last stage of a schedule.
     """
 
     patience: int = 16
@@ -122,21 +140,27 @@ class Plateau(Stop):
     least: int = 48
 
     def every(self, steps: int) -> int:
-        """Every `patience` steps."""
+        """Return `patience`."""
         return self.patience
 
     def finished(self, trace: Tensor) -> Tensor:
-        """(B,) bool."""
+        """Return which traces have become flat, (B,) bool."""
         if len(trace) < max(self.least, 2 * self.patience):
             return torch.zeros(trace.shape[1], dtype=torch.bool, device=trace.device)
-        return flat(trace, self.patience, self.tolerance)
+        return is_flat(trace, self.patience, self.tolerance)
 
 
-def flat(trace: Tensor, width: int, tolerance: float) -> Tensor:
-    """(steps, B) → (B,) bool: the last `width` steps gained less than `tolerance` of the whole rise.
+def is_flat(trace: Tensor, width: int, tolerance: float) -> Tensor:
+    """Return whether traces rise by less than a tolerance at their end.
 
-    A trace that never rose is not flat but failed.
+    Args:
+        trace: (steps, B) values of the objective.
+        width: Number of steps that are averaged; the last ones are compared with those before.
+        tolerance: Largest rise between the two means, as a fraction of the rise since the first step.
+
+    Returns:
+        (B,) bool; False for a trace that has not risen since the first step.
     """
-    late, before = trace[-width:].mean(0), trace[-2 * width : -width].mean(0)
-    rise = late - trace[0]
-    return (rise > 0) & (late - before < tolerance * rise)
+    last, previous = trace[-width:].mean(0), trace[-2 * width : -width].mean(0)
+    rise = last - trace[0]
+    return (rise > 0) & (last - previous < tolerance * rise)

@@ -1,10 +1,10 @@
-"""Do the pictures of a unit differ more with the diversity term than by their random starts alone, and at what cost?
+"""Measure whether a diversity term makes a unit's visualizations differ more than random starts alone, and its cost.
 
 scripts/bench diversity [folder=runs/diversity] [key=value …]
 
-Default: 10 channels of blocks.5.1 of the default network, four pictures each, `render=diverse` against the same
-preset without its coupling. On the saved 8-bit pictures: mean pairwise cosine of the Gram matrices of the unit's
-layer, and activation. Writes diversity.csv, and diversity.jpg: a unit a row, plain left, diverse right.
+Default: 10 channels of blocks.5.1 of the default network, four visualizations each, `render=diverse` against the same
+preset without its batch term. Measured on the saved 8-bit images: mean pairwise cosine of the Gram matrices at the
+unit's layer, and activation. Writes diversity.csv, and diversity.jpg: one unit per row, plain left, diverse right.
 """
 
 import sys
@@ -18,15 +18,15 @@ from PIL import Image
 import pipeline
 from pipeline.cli.main import main
 from pipeline.layers.finding import Layer, capture
-from pipeline.layers.selection import LayersConfig, found_layers
-from pipeline.models.loading import Model, ModelConfig, load
+from pipeline.layers.selection import LayersConfig, list_layers
+from pipeline.models.loading import Model, ModelConfig, load_model
 from pipeline.visualization.batch_terms import gram_cosine
 
 LAYER = "blocks.5.1"
 
 
 def cosines(model: Model, layer: Layer, images: np.ndarray) -> float:
-    """(V, H, W, C) uint8 pictures of one unit → mean cosine of all pairs."""
+    """Return the mean cosine of all pairs of Gram matrices, for the uint8 images (V, H, W, C) of one unit."""
     with capture(model, [layer]) as forward, torch.no_grad():
         maps = forward(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)[layer.name]
     cosine = gram_cosine(maps[None])[0]
@@ -35,8 +35,8 @@ def cosines(model: Model, layer: Layer, images: np.ndarray) -> float:
 
 
 def measure(folder: Path, more: list[str]) -> tuple[pd.DataFrame, Image.Image]:
-    model = load(ModelConfig("package", "efficientnet_lite0")).to("cpu")
-    layer = next(la for la in found_layers(model, LayersConfig("blocks"), {}) if la.name == LAYER)
+    model = load_model(ModelConfig("package", "efficientnet_lite0")).to("cpu")
+    layer = next(la for la in list_layers(model, LayersConfig("blocks"), {}) if la.name == LAYER)
     rows: dict[int, dict[str, float]] = {}
     strips: dict[int, list[np.ndarray]] = {}
     for name, extra in (("plain", ["render/couplings=[]"]), ("diverse", [])):
@@ -48,9 +48,9 @@ def measure(folder: Path, more: list[str]) -> tuple[pd.DataFrame, Image.Image]:
             raise SystemExit(f"{name}: atlas render failed")
         with pipeline.open_atlas(folder / name) as atlas:
             view = atlas[LAYER]
-            activation = view.numbers()["activation"]
+            activation = view.measurements()["activation"]
             for row, channel in enumerate(map(int, view.channels)):
-                images = view.pictures()[row]
+                images = view.images()[row]
                 rows.setdefault(channel, {"channel": channel}).update(
                     {f"cosine, {name}": cosines(model, layer, images), f"activation, {name}": activation[row].mean()}
                 )

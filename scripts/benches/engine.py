@@ -1,7 +1,7 @@
-"""What the engine costs and how far it reaches.
+"""Measure the overhead of the engine and how it scales.
 
 scripts/bench engine overhead [units=50000] [workers=8]    a renderer that does nothing: units/s, driver memory
-scripts/bench engine scaling [plan.csv]                     simulated crews up to 512, unit times of a real plan
+scripts/bench engine scaling [plan.csv]                     simulated pools of up to 512 workers, times of a real plan
 scripts/bench engine threads                                2 workers × 1 thread against 1 worker × 2 threads
 """
 
@@ -21,11 +21,12 @@ import psutil
 
 from pipeline.cli.main import main
 from pipeline.config.schema import EngineConfig
-from pipeline.engine.inline import opened, ordered
+from pipeline.engine.base import ordered
+from pipeline.engine.factory import open_engine
 from pipeline.engine.progress import ProgressReporter, Stage
-from pipeline.engine.worker import Done, Task
-from pipeline.runs.folder import RunFolder
-from pipeline.runs.planner import SHARE, portions
+from pipeline.engine.tasks import Done, RenderTask
+from pipeline.planning.folder import RunFolder
+from pipeline.planning.plan import SHARE, portions
 
 
 def say(line: str) -> None:
@@ -35,14 +36,14 @@ def say(line: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """As much of a worker's setup as the engine itself looks at."""
+    """The attributes of a worker's setup that the engine itself uses."""
 
     threads: int = 1
     device: str = "cpu"
 
 
 class Nothing:
-    """A worker that renders nothing, at once."""
+    """A worker that finishes every task at once without rendering."""
 
     def __init__(self, setup: Any, stop: Any = None, weights: Any = None) -> None:
         self.name = f"nothing:{id(self)}"
@@ -50,26 +51,26 @@ class Nothing:
     def hello(self) -> str:
         return self.name
 
-    def do(self, task: Task, fits: Any = None, files: Any = None) -> Done:
+    def do(self, task: RenderTask, fits: Any = None, files: Any = None) -> Done:
         return Done(task.path, 0.0)
 
 
 def overhead(units: int, workers: int) -> dict[str, float]:
-    """Every unit a task of its own, through the real driver loop, the progress board and status.json.
+    """Run one task per unit through the real driver loop, the progress reporter and status.json.
 
-    Memory is the driver's (RSS), at a tenth of the units and at the end.
+    Memory is that of the driver (RSS), at a tenth of the units and at the end.
     """
 
     config = EngineConfig(workers=workers, cpus_per_worker=0.25)
-    tasks = [Task("render", f"{i}.h5", "d", 1.0, "layer", (i,)) for i in range(units)]
+    tasks = [RenderTask(f"{i}.h5", "d", 1.0, "layer", (i,), (8, 8), "distill") for i in range(units)]
     memory: list[int] = []
     process = psutil.Process()
-    with tempfile.TemporaryDirectory() as root, opened(config, Nothing) as engine:
+    with tempfile.TemporaryDirectory() as root, open_engine(config, Nothing) as engine:
         folder, stage = RunFolder(Path(root)), Stage("render", "units", units, 0, float(units))
         began = time.monotonic()
-        with ProgressReporter([stage], workers, folder.write_status, 60.0, engine.posts) as board:
+        with ProgressReporter([stage], workers, folder.write_status, 60.0, engine.stats) as board:
 
-            def finished(task: Task, result: Any) -> None:
+            def finished(task: RenderTask, result: Any) -> None:
                 board.add("render", 1, 1.0, 1e-3)
                 if stage.done % max(1, units // 10) == 0:
                     memory.append(process.memory_info().rss)
@@ -88,9 +89,9 @@ def overhead(units: int, workers: int) -> dict[str, float]:
 
 
 def simulated(costs: list[float], workers: int, spread: float, seed: int = 0) -> float:
-    """Efficiency of a crew that takes tasks of these estimated seconds longest first: work done / time paid for.
+    """Return the efficiency (work done ÷ time paid for) of a worker pool that starts the longest tasks first.
 
-    What a task really takes is its estimate times a factor of the log-normal distribution with that spread.
+    The actual time of a task is its estimate times a log-normal factor with standard deviation `spread`.
     """
     draw = random.Random(seed)
     free = [0.0] * workers
@@ -103,7 +104,7 @@ def simulated(costs: list[float], workers: int, spread: float, seed: int = 0) ->
 
 
 def scaling(plan: Path, spread: float) -> list[dict[str, float]]:
-    """Predicted efficiency for the rows of a plan.csv, its seconds taken as those of one worker."""
+    """Print the predicted efficiency for the rows of a plan.csv, whose seconds must be those of one worker."""
     table = pd.read_csv(plan, keep_default_na=False)
     rows = [
         (float(seconds) / int(units), int(units))
@@ -122,7 +123,9 @@ def scaling(plan: Path, spread: float) -> list[dict[str, float]]:
             for size in portions(count, each, left, workers, EngineConfig().task_seconds, EngineConfig().batch, 1):
                 costs.append(each * size)
                 left -= each * size
-        tasks = ordered([Task("render", str(i), "", cost) for i, cost in enumerate(costs)])
+        tasks = ordered(
+            [RenderTask(str(i), "", cost, "layer", (i,), (8, 8), "distill") for i, cost in enumerate(costs)]
+        )
         efficiency = simulated([task.cost for task in tasks], workers, spread)
         found.append({"workers": workers, "tasks": len(tasks), "efficiency": round(efficiency, 4)})
         hours = whole / 3600 / workers / efficiency
@@ -132,7 +135,7 @@ def scaling(plan: Path, spread: float) -> list[dict[str, float]]:
 
 
 def threads(steps: int) -> dict[str, float]:
-    """The default network with 2 workers × 1 thread and 1 worker × 2 threads, in turn, twice: units a second."""
+    """Print units per second with 2 workers × 1 thread and 1 worker × 2 threads, alternating, twice."""
     found: dict[str, list[float]] = {"2x1": [], "1x2": []}
     with tempfile.TemporaryDirectory() as root:
         for turn in range(2):
@@ -171,7 +174,7 @@ if __name__ == "__main__":
         plan = getattr(given, "plan", None)
         if plan is None:
             root = tempfile.mkdtemp()
-            # One worker, so that plan.csv holds a worker's seconds.
+            # One worker, so that the seconds of plan.csv are those of a worker.
             main(["plan", "experiment=overnight", f"run.root={root}", "run.name=plan", "engine.workers=1"])
             plan = Path(root, "plan", "plan.csv")
         scaling(plan, getattr(given, "spread", 0.3))

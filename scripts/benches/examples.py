@@ -1,8 +1,8 @@
-"""The dataset pass against the bare forward pass, over the same decoded photographs on the same cores.
+"""Compare the dataset pass with the bare forward pass, on the same decoded images and cores.
 
 scripts/bench examples [--root ../shared/photos] [--count 1000] [--threads 2] [--compile yes|no]
 
-Both take turns, block by block, in an order that changes, so that whatever else the machine does falls on both.
+The two alternate block by block, in an order that changes, so that other load on the machine affects both.
 """
 
 import argparse
@@ -16,28 +16,29 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.acceleration.batchnorm_folding import fold, foldable
+from pipeline.acceleration.batchnorm_folding import fold, foldable_pairs
 from pipeline.data import datasets, image_loading
+from pipeline.data.config import DataConfig
 from pipeline.data.image_loading import Loaded
 from pipeline.examples import sweep
-from pipeline.examples.sweep import ExamplesConfig, ImageSubsets, PassAccumulator
-from pipeline.kernels.allocator import keep_memory
+from pipeline.examples.sweep import ExamplesConfig, ImageSubsets, PassAccumulator, PassContext
+from pipeline.kernels.allocator import retain_freed_memory
 from pipeline.kernels.spatial_stats import Reducer
-from pipeline.layers.selection import LayersConfig, choose, found_layers
+from pipeline.layers.selection import LayersConfig, list_layers, select_layers
 from pipeline.models.config import ModelConfig
-from pipeline.models.loading import Model, load
+from pipeline.models.loading import Model, load_model
 from pipeline.store import shards
 
 BLOCK = 192
 
 
 def bare(model: Model, block: Sequence[Loaded], batch: int) -> None:
-    """Nothing but the network: uint8 → [0, 1] → normalised → all layers."""
+    """Run only the network: uint8 → [0, 1] → normalized → all layers."""
     with torch.no_grad():
         for part in pieces(block, batch):
             images = torch.from_numpy(np.stack([item.array for item in part if item.array is not None]))
             images = (images.float() / 255).contiguous(memory_format=torch.channels_last)
-            model.module(model.normalise(images))
+            model.module(model.normalize(images))
 
 
 def pieces(block: Sequence[Loaded], size: int) -> list[Sequence[Loaded]]:
@@ -51,28 +52,31 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))))
     parser.add_argument("--compile", choices=("yes", "no"), default="yes")
     options = parser.parse_args()
-    keep_memory()
+    retain_freed_memory()
     torch.set_num_threads(options.threads)
-    model = load(ModelConfig("package", "efficientnet_lite0")).to("cpu")
-    layers = [la for la in choose(model, found_layers(model, LayersConfig("convs"), {}), LayersConfig("convs"))]
+    model = load_model(ModelConfig("package", "efficientnet_lite0")).to("cpu")
+    layers = [la for la in select_layers(model, list_layers(model, LayersConfig("convs"), {}), LayersConfig("convs"))]
     layers = [la for la in layers if la.kind == "conv"]
-    folded = fold(model, foldable(model))
+    folded = fold(model, foldable_pairs(model))
     config = ExamplesConfig(compile=options.compile == "yes")
-    dataset = datasets.listing(datasets.DataConfig("folder", options.root, options.count))
+    dataset = datasets.list_dataset(DataConfig("folder", options.root, options.count))
     drawn = ImageSubsets.of(dataset, config)
     channels = [layer.channels for layer in layers]
-    print(f"{len(layers)} convolutions, {sum(channels):,} channels, {len(dataset.photos)} photographs, "
+    print(f"{len(layers)} convolutions, {sum(channels):,} channels, {len(dataset.images)} photographs, "
           f"{options.threads} threads, batch {config.batch}, compiled: {options.compile}")  # fmt: skip
 
     began = time.perf_counter()
     loaded = [
-        item for item in image_loading.load(dataset, range(len(dataset.photos)), model.recipe) if item.array is not None
+        item
+        for item in image_loading.load_images(dataset, range(len(dataset.images)), model.preprocessing)
+        if item.array is not None
     ]
     decoding = (time.perf_counter() - began) / len(loaded)
-    # The pass fills up its last batch, once a task; here every block would have such a last one.
+    # The pass pads the last batch of a task; here every block would have such a batch.
     loaded = loaded[: len(loaded) // config.batch * config.batch]
     began = time.perf_counter()
-    ranges = sweep.ranges_of(folded, layers, dataset, config, drawn.sample.tolist())
+    context = PassContext(folded, layers, dataset, config)
+    ranges = sweep.measure_ranges(context, drawn.sample.tolist())
     sampling = time.perf_counter() - began
     reducer = Reducer(config.compile is True)
 
@@ -80,7 +84,7 @@ def main() -> None:
         return PassAccumulator(channels, config, ranges, drawn, dataset.sources, config.compile is True)
 
     def passing(into: PassAccumulator, block: Sequence[Loaded]) -> None:
-        sweep.collect(into, sweep.reduced(folded, layers, block, config.batch, ranges.centre, reducer, []))
+        sweep.collect(into, sweep.reduce_batches(context, block, ranges.centre, reducer, []))
 
     began = time.perf_counter()
     passing(gathering(), loaded[: 2 * BLOCK])
@@ -102,7 +106,7 @@ def main() -> None:
             runs[name](block)
             times[name].append((time.perf_counter() - began) / len(block) * 1e3)
     began = time.perf_counter()
-    shard = shards.image({}, into.swept().arrays(), "lzf")
+    shard = shards.to_bytes({}, into.result().arrays(), "lzf")
     writing = (time.perf_counter() - began) / len(loaded) * 1e3
 
     print(f"\n{'':14} ms/image   images/s   (median of {len(times['bare forward'])} blocks of {BLOCK})")

@@ -1,10 +1,10 @@
-"""Memory of a dataset pass over very many small images, and a pass that is killed on its way.
+"""Measure the memory of a dataset pass over very many small images, and test a pass that is killed.
 
 scripts/bench flat [--count 100000] [--folder /tmp/neuron-atlas-flat]
 
-Makes synthetic images (32 × 32 JPEG, in tar shards), sweeps a tenth of them and then all of them in processes of
-their own, and prints the peak memory of each; kills the second one when a third of its shards are there, and
-says how many photographs the next had left to do. The folder is removed at the end.
+Makes synthetic images (32 × 32 JPEG, in tar shards), runs the pass over a tenth of them and then over all, in separate
+processes, and prints the peak memory of each. Kills the second process when a third of its shards exist, and prints how
+many images the next one had left to read. The folder is removed at the end.
 """
 
 import argparse
@@ -27,7 +27,7 @@ PER_TAR = 5000
 
 
 def make(folder: Path, count: int) -> None:
-    """Tar shards of noise of ten colours, a label each."""
+    """Write tar shards of noise images in ten colors, with one label per color."""
     for start in range(0, count, PER_TAR):
         path = folder / f"{start // PER_TAR:04d}.tar"
         if path.exists():
@@ -47,7 +47,7 @@ def make(folder: Path, count: int) -> None:
 
 
 def sweep(folder: Path, count: int, name: str) -> None:
-    """One run of `atlas examples` in this process; prints what it took."""
+    """Run `atlas examples` once in this process and print time and memory."""
     from pipeline.cli.main import main
 
     began = time.monotonic()

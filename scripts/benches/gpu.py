@@ -1,11 +1,12 @@
-"""The whole bench of a GPU in one call of under 9 minutes: two networks, both precisions, a table and JSON.
+"""Run the complete GPU benchmark in one call of under 9 minutes: two networks, both precisions, a table and JSON.
 
 PYTHONPATH=. python scripts/benches/gpu.py [--device cuda] [--minutes 8] [--every 4] [--batch 64]
                                            [--models efficientnet_lite0,resnet50] [--out gpu.json]
 
-Of every fourth convolution, in turn: the bare loop and our whole step, as `scripts/bench render` measures them. The
-layers between count as the measured one before them. Weights are random: they make no difference to the time. What the
-minutes leave no room for is said. Nothing is installed: PyTorch, timm, h5py, hydra-core and pandas must be there.
+Measures, for every fourth convolution in turn, the bare loop and the complete optimization step, as
+`scripts/bench render` does. The layers between are counted with the values of the measured one before them. Weights are
+random, which does not affect the time. Prints which measurements did not fit into the time limit. Nothing is installed:
+PyTorch, timm, h5py, hydra-core and pandas must be available.
 """
 
 import argparse
@@ -21,16 +22,16 @@ from pipeline.acceleration.batchnorm_folding import fold
 from pipeline.config.schema import Config
 from pipeline.layers.finding import Layer
 from pipeline.layers.receptive_fields import receptive_fields
-from pipeline.layers.selection import LayersConfig, choose, found_layers
-from pipeline.models.loading import Model, load
+from pipeline.layers.selection import LayersConfig, list_layers, select_layers
+from pipeline.models.loading import Model, load_model
 
 
 def network(name: str) -> tuple[Config, Model, list[Layer]]:
-    """The configuration, the network with random weights, and its convolutions with their fields."""
+    """Return the configuration, the network with random weights, and its convolutions with receptive fields."""
     config = config_of("distill", name)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=None))
-    model, policy = load(config.model), LayersConfig("convs")
-    candidates = choose(model, found_layers(model, policy, config.model.aliases), policy)
+    model, policy = load_model(config.model), LayersConfig("convs")
+    candidates = select_layers(model, list_layers(model, policy, config.model.aliases), policy)
     chosen = [layer for layer in candidates if layer.kind == "conv"]
     fields = receptive_fields(fold(model), chosen)
     return config, model, [dataclasses.replace(layer, field=fields[layer.name]) for layer in chosen]

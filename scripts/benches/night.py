@@ -1,10 +1,10 @@
-"""Is the night long enough? Units drawn at random over all convolutions, rendered as a run does, against the plan.
+"""Compare the plan of a complete atlas with the time of units drawn at random over all convolutions.
 
 scripts/bench night [--units 400] [--model efficientnet_lite0] [--render distill] [--seed 0] [key=value …]
 
-The plan of all channels of `layers=convs` says how long they take; the drawn ones are planned and rendered. Printed are
-both plans, what the drawn ones took, all of it times the whole over the drawn, and the most memory that any worker had.
-The drawn make shorter batches than all channels of a layer do, so the whole takes less than they say.
+Plans all channels of `layers=convs`, then plans and renders the sample. Prints both plans, the time of the sample, that
+time extrapolated to all channels, and the maximum memory of any worker. The sample has shorter batches than all
+channels of a layer have, so the complete run takes less time than extrapolated.
 """
 
 import argparse
@@ -17,12 +17,12 @@ import numpy as np
 import psutil
 from render import request, say
 
-from pipeline.runs.planner import make_plan
+from pipeline.planning.planner import make_plan
 from pipeline.runs.runner import run
 
 
 class Memory(threading.Thread):
-    """The most resident memory that any process below this one has had, in bytes."""
+    """The maximum resident memory of any process below this one, in bytes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -32,7 +32,7 @@ class Memory(threading.Thread):
         while not self.over.wait(0.5):
             for process in psutil.Process().children(recursive=True):
                 try:
-                    # Ray's own processes bear their names; a worker bears that of what it does.
+                    # Ray's own processes have fixed names; a worker is named after its current task.
                     if "Worker" in process.name() or "Worker" in " ".join(process.cmdline()):
                         self.most = max(self.most, process.memory_info().rss)
                 except psutil.Error:

@@ -1,10 +1,10 @@
-"""Whether the optimisation loop became slower: this working tree against another commit, in turn.
+"""Test whether the optimization loop became slower: this working tree against another commit, alternating.
 
 scripts/bench paired COMMIT [--layers blocks.3.1.conv_pw,blocks.5.3.conv_pwl] [--steps 40] [--rounds 12]
 
-Both render the same 16 channels of each layer with the default preset, one thread, each in a process of its own; they
-take turns, so that whatever else the machine does slows both. Processor time is compared, by the median of the ratios
-of each round. The other commit is checked out beside this one and removed afterwards.
+Both render the same 16 channels of each layer with the default preset, one thread, each in its own process. They
+alternate, so that other load on the machine slows both. Processor times are compared by the median of the ratios of all
+rounds. The other commit is checked out beside this one and removed afterwards.
 """
 
 import argparse
@@ -23,7 +23,7 @@ TREE = Path(__file__).resolve().parents[2]
 
 
 def rendering(layer_name: str, steps: int) -> Callable[[], object]:
-    """Return the work that is timed, with the code of the working directory."""
+    """Return a function that does the timed work, with the code of the working directory."""
     sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "scripts" / "benches")]
     import render as bench
     import torch
@@ -31,31 +31,36 @@ def rendering(layer_name: str, steps: int) -> Callable[[], object]:
     from pipeline.acceleration import batchnorm_folding, cpu_lowering
     from pipeline.kernels import allocator
     from pipeline.models import loading
-    from pipeline.visualization.loop import render
+    from pipeline.visualization import loop
 
-    allocator.keep_memory()
+    allocator.retain_freed_memory()
     torch.set_num_threads(1)
     config = bench.config_of("distill", "efficientnet_lite0")
-    model = loading.load(config.model)
-    layer = next(la for la in bench.found_layers(model, config.layers) if la.name == layer_name)
+    model = loading.load_model(config.model)
+    layer = next(la for la in bench.list_layers(model, config.layers) if la.name == layer_name)
     size = bench.choose_canvas_sizes(model, [layer], config.render)[layer.name]
     precision = cpu_lowering.precision_of(config.engine.precision, "cpu")
     found: Any
-    pairs = batchnorm_folding.foldable(model)
+    pairs = batchnorm_folding.foldable_pairs(model)
     if hasattr(bench, "verified_variants"):
         found = bench.verified_variants(model, pairs, [layer], precision, size)
         folded, lowered = found.folded, found.steps
-    else:  # commits in which no variant was verified
+    else:  # for commits before variants were verified
         folded = bench.fold(model, pairs, [layer])
         found = bench.twins(folded, pairs, precision)
         lowered = found.lowered
     units = [(channel % layer.channels, channel // layer.channels) for channel in range(16)]
     preset = dataclasses.replace(config.render, steps=steps, attempts=1)
+    render: Any = loop.render
+    if hasattr(loop, "RenderJob"):
+        job = loop.RenderJob(folded, layer, preset, 0, size, step_model=lowered, exact_model=found.exact)
+        return lambda: render(job, units)
+    # Commits in which `render` had these parameters itself.
     return lambda: render(folded, layer, units, preset, 0, size, lowered=lowered, exact=found.exact)
 
 
 def serve(layer: str, steps: int) -> None:
-    """Do the work once for each line that is read, and answer each with the processor seconds that it took."""
+    """Do the work once for each line read from standard input, and print the processor seconds that it took."""
     work = rendering(layer, steps)
     work()
     print("ready", flush=True)
@@ -66,7 +71,7 @@ def serve(layer: str, steps: int) -> None:
 
 
 def started(tree: Path, layer: str, steps: int) -> "subprocess.Popen[str]":
-    """The process that renders with the code of `tree`, when it is ready."""
+    """Start the process that renders with the code of `tree`, and return it when it is ready."""
     own = tree / "scripts" / "benches" / "paired.py"
     script = own if own.exists() else Path(__file__)
     command = [sys.executable, str(script), "--serve", layer, "--steps", str(steps)]
@@ -78,7 +83,7 @@ def started(tree: Path, layer: str, steps: int) -> "subprocess.Popen[str]":
 
 
 def asked(process: "subprocess.Popen[str]") -> float:
-    """Processor seconds of one rendering."""
+    """Request one rendering and return its processor seconds."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write("\n")
@@ -87,7 +92,7 @@ def asked(process: "subprocess.Popen[str]") -> float:
 
 
 def compared(trees: tuple[Path, Path], layer: str, steps: int, rounds: int) -> None:
-    """Print one row: the medians of both, and of their ratio."""
+    """Print one row: the medians of both trees and of their ratio."""
     processes = [started(tree, layer, steps) for tree in trees]
     times: list[tuple[float, float]] = []
     try:
@@ -109,7 +114,7 @@ def compared(trees: tuple[Path, Path], layer: str, steps: int, rounds: int) -> N
 
 
 def main() -> None:
-    """Compare, or serve one side of the comparison."""
+    """Run the comparison, or serve one side of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit", nargs="?", default="HEAD")
     parser.add_argument("--layers", default="blocks.3.1.conv_pw,blocks.5.3.conv_pwl")
@@ -119,7 +124,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.serve:
         return serve(args.serve, args.steps)
-    # Of two processes that take turns, the one that waits must not spin.
+    # The process that waits for its turn must not spin.
     os.environ["OMP_WAIT_POLICY"] = "passive"
     git = ["git", "-C", str(TREE), "worktree"]
     with tempfile.TemporaryDirectory() as folder:

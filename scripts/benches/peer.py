@@ -1,17 +1,17 @@
-"""Lucent 0.1.8 against this project, unit by unit: time, activation of the saved picture, robustness.
+"""Compare Lucent 0.1.8 with this project, unit by unit: time, activation of the saved image, robust activation.
 
 scripts/bench peer [--units 2] [--render distill,fast] [--steps 512] [--out runs/peer]
 
-The same units of five layers of the default network, on the same cores, in turn: for each layer first ours, then
-Lucent's channels one by one, then ours again. Lucent renders one channel at a time at the network's input size with
-its own transforms and optimiser, in one process with all cores. Ours renders as a run does: a batch of 8 channels in
-each of as many processes as `engine.workers=auto` takes, of which the first channels are Lucent's; a channel's time
-is the wall clock of the slowest process over all channels rendered. Loading and folding the network, once a layer in
-a run, is counted on neither side.
+The same units of five layers of the default network on the same cores, alternating: for each layer first this project,
+then Lucent's channels one by one, then this project again. Lucent renders one channel at a time at the network's input
+size with its own transforms and optimizer, in one process with all cores. This project renders as in a run: a batch of
+8 channels in each of the processes of `engine.workers=auto`, the first channels being Lucent's. The time of a channel
+is the wall time of the slowest process divided by the number of channels rendered. Loading and folding the network,
+which a run does once per layer, is not counted for either.
 
-Both pictures are saved in 8 bits and measured alike, on the network as it was loaded: the channel's mean over the
-map, clean and as the mean over 16 copies that are shaken. Lucent is installed beside the project, into --home; it
-needs two functions that kornia has moved, which are put back.
+Both images are saved in 8 bits and measured in the same way, on the network as loaded: the channel's mean over the map,
+on the image and as the mean over 16 randomly transformed copies. Lucent is installed separately, into --home; it needs
+two functions that kornia has moved, which are restored.
 """
 
 import argparse
@@ -35,23 +35,25 @@ import torch
 from PIL import Image, ImageDraw
 from render import config_of, say
 
-from pipeline.acceleration.batchnorm_folding import fold, foldable
+from pipeline.acceleration.batchnorm_folding import fold, foldable_pairs
 from pipeline.acceleration.cpu_lowering import precision_of
 from pipeline.acceleration.variants import ModelVariants, verified_variants
 from pipeline.config.schema import Config
 from pipeline.core.seeds import seed_of
-from pipeline.engine.inline import local_resources, size_pool
-from pipeline.kernels.allocator import keep_memory
+from pipeline.engine.resources import local_resources, size_pool
+from pipeline.kernels.allocator import retain_freed_memory
 from pipeline.layers.finding import Layer, capture
 from pipeline.layers.receptive_fields import receptive_fields
-from pipeline.layers.selection import LayersConfig, found_layers
-from pipeline.models.loading import Model, load
-from pipeline.runs.validation import choose_canvas_sizes
-from pipeline.visualization.loop import Picture, render
-from pipeline.visualization.transforms import STANDARD, draw, shake
+from pipeline.layers.selection import LayersConfig, list_layers
+from pipeline.models.loading import Model, load_model
+from pipeline.planning.validation import choose_canvas_sizes
+from pipeline.visualization.batch import RenderJob
+from pipeline.visualization.evaluation import Visualization
+from pipeline.visualization.loop import render
+from pipeline.visualization.transforms import ROBUSTNESS_TRANSFORMS, apply_transforms, draw_random
 
 LAYERS = ("blocks.1.1", "blocks.3.1", "blocks.4.2", "blocks.5.3", "conv_head")
-# conv_head alone is a convolution without its activation, which comes in bn2: Lucent and we look at the same tensor.
+# conv_head is a convolution whose activation function is in bn2: both render the same tensor.
 COPIES = 16
 MODEL = "efficientnet_lite0"
 PACKAGES = (
@@ -64,7 +66,7 @@ PACKAGES = (
 
 
 def install(home: Path) -> None:
-    """Put Lucent and what it needs beside PyTorch into a folder of its own, once."""
+    """Install Lucent and its dependencies other than PyTorch into a separate folder, once."""
     if (home / "lucent").is_dir():
         return
     for packages in PACKAGES:
@@ -73,7 +75,7 @@ def install(home: Path) -> None:
 
 
 class Lucent:
-    """Lucent's `render_vis` as its README calls it, on our network."""
+    """Lucent's `render_vis`, called as in its README, on the same network."""
 
     def __init__(self, home: Path, model: Model, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -87,15 +89,15 @@ class Lucent:
         self.param: Any = importlib.import_module("lucent.optvis.param")
         self.transform: Any = importlib.import_module("lucent.optvis.transform")
         self.model = model
-        recipe = model.recipe
+        recipe = model.preprocessing
         mean, sd = (torch.tensor(v).view(1, -1, 1, 1) for v in (recipe.mean, recipe.std))
         self.transforms = [*self.transform.standard_transforms, lambda image: (image - mean) / sd]
         self.side = recipe.size[0]
 
     def picture(self, layer: str, channel: int, steps: int) -> tuple[np.ndarray, float]:
-        """(H, W, 3) uint8, and seconds."""
+        """Return the image (H, W, 3) uint8, and the seconds that it took."""
         torch.manual_seed(0)
-        np.random.seed(0)  # its transforms draw from here
+        np.random.seed(0)  # its transforms use this generator
         hooks = [(m, dict(m._forward_hooks)) for m in self.model.module.modules()]
         began = time.perf_counter()
         images = self.optvis.render_vis(
@@ -103,7 +105,7 @@ class Lucent:
             transforms=self.transforms, preprocess=False, thresholds=(steps,), progress=False, show_image=False,
         )  # fmt: skip
         took = time.perf_counter() - began
-        for module, before in hooks:  # it leaves its hooks behind
+        for module, before in hooks:  # Lucent does not remove its hooks
             module._forward_hooks.clear()
             module._forward_hooks.update(before)
         return (images[-1][0] * 255).round().clip(0, 255).astype(np.uint8), took
@@ -114,33 +116,33 @@ class Lucent:
 
 @functools.cache
 def prepared(preset: str, name: str, threads: int) -> tuple[ModelVariants, Layer, Config, tuple[int, int]]:
-    """The network folded and lowered, the layer and its canvas, as a worker has them when a task begins."""
-    keep_memory()
+    """Return the folded and the lowered network, the layer and its canvas size, as in a worker when a task begins."""
+    retain_freed_memory()
     torch.set_num_threads(threads)
     config = config_of(preset, MODEL)
-    model = load(config.model)
-    (layer,) = [found for found in found_layers(model, LayersConfig(), config.model.aliases) if found.name == name]
+    model = load_model(config.model)
+    (layer,) = [found for found in list_layers(model, LayersConfig(), config.model.aliases) if found.name == name]
     (field,) = receptive_fields(fold(model), [layer]).values()
     layer = dataclasses.replace(layer, field=field)
     size = choose_canvas_sizes(model, [layer], config.render)[name]
-    found = verified_variants(model, foldable(model), [layer], precision_of(config.engine.precision, "cpu"), size)
+    found = verified_variants(model, foldable_pairs(model), [layer], precision_of(config.engine.precision, "cpu"), size)
     return found, layer, config, size
 
 
 def prepare(preset: str, name: str, threads: int) -> None:
     found, layer, config, size = prepared(preset, name, threads)
     short = dataclasses.replace(config.render, steps=2)
-    render(found.folded, layer, [(0, 0)], short, 1, size, lowered=found.steps, exact=found.exact)
+    render(RenderJob(found.folded, layer, short, 1, size, step_model=found.steps, exact_model=found.exact), [(0, 0)])
 
 
-def ours(preset: str, name: str, threads: int, channels: Sequence[int]) -> tuple[list[Picture], float, float]:
-    """Pictures of `channels` in one batch; when it began and ended."""
+def ours(preset: str, name: str, threads: int, channels: Sequence[int]) -> tuple[list[Visualization], float, float]:
+    """Render `channels` in one batch; return the visualizations and the start and end times."""
     found, layer, config, size = prepared(preset, name, threads)
     began = time.monotonic()
-    pictures = render(
-        found.folded, layer, [(c, 0) for c in channels], config.render, config.run.seed, size,
-        lowered=found.steps, exact=found.exact,
-    )  # fmt: skip
+    job = RenderJob(
+        found.folded, layer, config.render, config.run.seed, size, step_model=found.steps, exact_model=found.exact
+    )
+    pictures = render(job, [(c, 0) for c in channels])
     return pictures, began, time.monotonic()
 
 
@@ -148,18 +150,21 @@ def ours(preset: str, name: str, threads: int, channels: Sequence[int]) -> tuple
 
 
 def measured(model: Model, layer: Layer, channel: int, image: np.ndarray) -> tuple[float, float]:
-    """Mean over the map of the channel, on the saved picture as it is and over 16 shaken copies."""
+    """Return the channel's mean over the map, on the saved image and over 16 randomly transformed copies."""
     picture = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
     size = (image.shape[0], image.shape[1])
-    draws = draw(STANDARD, torch.Generator().manual_seed(seed_of("peer", layer.name, channel)), COPIES)
+    random = draw_random(
+        ROBUSTNESS_TRANSFORMS, torch.Generator().manual_seed(seed_of("peer", layer.name, channel)), COPIES
+    )
     with torch.no_grad(), capture(model, [layer]) as run:
         clean = run(picture)[layer.name][0, channel].mean().item()
-        robust = run(shake(picture.expand(COPIES, -1, -1, -1), STANDARD, draws, size))[layer.name][:, channel].mean()
+        copies = apply_transforms(picture.expand(COPIES, -1, -1, -1), ROBUSTNESS_TRANSFORMS, random, size)
+        robust = run(copies)[layer.name][:, channel].mean()
     return clean, robust.item()
 
 
 def sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], titles: Sequence[str], side: int = 224) -> Image.Image:
-    """Pictures side by side at the size of the larger, a unit a row."""
+    """Return the images side by side at the size of the largest, one unit per row."""
     page = Image.new("RGB", (len(titles) * (side + 8) + 130, len(rows) * (side + 8) + 24), "white")
     pen = ImageDraw.Draw(page)
     for j, title in enumerate(titles):
@@ -167,7 +172,7 @@ def sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], titles: Sequence[str
     for i, (name, images) in enumerate(rows):
         pen.text((4, 28 + i * (side + 8)), name, fill="black")
         for j, image in enumerate(images):
-            # At the scale of pixels: a smaller canvas is a smaller picture, not a coarser one.
+            # At pixel scale: an image from a smaller canvas is shown smaller, not enlarged.
             found = Image.fromarray(image)
             page.paste(found, (130 + j * (side + 8), 24 + i * (side + 8)))
     return page
@@ -186,9 +191,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     install(options.home)
     config = config_of(presets[0], MODEL)
-    model = load(config.model)
+    model = load_model(config.model)
     cores = local_resources()[0]
-    found = {layer.name: layer for layer in found_layers(model, LayersConfig(), config.model.aliases)}
+    found = {layer.name: layer for layer in list_layers(model, LayersConfig(), config.model.aliases)}
     team = size_pool(config.engine, [(cores, 0)], 10_000)
     lucent = Lucent(options.home, model, cores)
     batch = config.engine.batch
@@ -198,8 +203,8 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         pools = [stack.enter_context(context.Pool(1)) for _ in range(team.workers)]
 
-        def round_of(preset: str, name: str, channels: list[int]) -> tuple[list[Picture], float]:
-            """All pictures of the layer's channels, and seconds a channel."""
+        def round_of(preset: str, name: str, channels: list[int]) -> tuple[list[Visualization], float]:
+            """Return the visualizations of the layer's channels, and seconds per channel."""
             parts = [channels[i * batch : (i + 1) * batch] for i in range(len(pools))]
             for result in [p.apply_async(prepare, (preset, name, team.threads)) for p in pools]:
                 result.get()

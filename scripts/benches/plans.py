@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""How long `atlas plan` takes, and how true it is.
+"""Measure the time and the accuracy of `atlas plan`.
 
 scripts/bench plans [name …]                   seconds of `atlas plan` on each architecture, one after the other
-scripts/bench plans small [options]            12 small pictures planned and run: seconds planned, seconds taken, ratio
+scripts/bench plans small [options]            12 small visualizations: seconds planned, seconds taken, ratio
 scripts/bench plans parts                      the parts of such a run, as multiples of a process's start
 
-`small` runs each of its networks inline and on Ray, with no other process and with two that keep a core each busy, and
-measures from the line that tells the plan to the one that says the run is complete; printed are medians over --repeat
-runs. `parts` is where the constants of pipeline/runs/overheads.py come from. Both start a process for each run.
+`small` runs each of its networks inline and on Ray, without other processes and with two that each keep a core busy. It
+measures from the last line of the plan to the line that reports the complete run, and prints medians over --repeat
+runs. `parts` measures the constants of pipeline/planning/overheads.py. Both start a process for each run.
 """
 
 import argparse
@@ -45,7 +45,7 @@ ATLAS = [str(HERE / "scripts" / "atlas")]
 
 @contextlib.contextmanager
 def busy(count: int) -> Iterator[None]:
-    """So many processes that each keep a core busy."""
+    """Run `count` processes that each keep a core busy."""
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -56,7 +56,7 @@ def busy(count: int) -> Iterator[None]:
 
 
 def planned_and_taken(overrides: Sequence[str]) -> tuple[float, float, str]:
-    """Seconds that a run was planned to take and that it took, and the plan's last line."""
+    """Return the planned and the measured seconds of a run, and the plan's last line."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     told, began, ended = "", 0.0, 0.0
     lines: list[str] = []
@@ -93,7 +93,7 @@ def small(arguments: Sequence[str]) -> None:
         for count in options.busy.split(",")
     ]
     found: dict[tuple[str, str, int], list[tuple[float, float]]] = {case[:3]: [] for case in cases}
-    # Round by round, so that a disturbance does not hit all repetitions of one case.
+    # Round by round, so that a disturbance does not affect all repetitions of one case.
     for _ in range(options.repeat):
         for network, engine, count, _ in cases:
             with busy(count):
@@ -118,7 +118,7 @@ def small(arguments: Sequence[str]) -> None:
 
 
 def parts() -> None:
-    """Run in a process of its own for each engine, with its stages timed."""
+    """Measure the stages of a run, in a separate process for each engine."""
     for engine in ("inline", "ray"):
         with tempfile.TemporaryDirectory() as root:
             own = [*SMALL["efficientnet_lite0"], *TWELVE, f"engine={engine}", f"run.root={root}", "run.name=parts"]
@@ -127,10 +127,11 @@ def parts() -> None:
 
 
 def timed(overrides: Sequence[str]) -> None:
-    """One run in this process, with what takes how long on stderr."""
+    """Do one run in this process and print the time of each stage to stderr."""
     from pipeline.cli.main import main
     from pipeline.engine import inline, ray_engine
-    from pipeline.runs import overheads, runner
+    from pipeline.planning import overheads
+    from pipeline.runs import runner
 
     laps: dict[str, list[float]] = {}
     start = 1.0
@@ -139,7 +140,7 @@ def timed(overrides: Sequence[str]) -> None:
         function = getattr(module, name)
 
         def call(*arguments: object, **named: object) -> object:
-            lap = overheads.Lap()
+            lap = overheads.Stopwatch()
             with lap:
                 result = function(*arguments, **named)
             laps.setdefault(what, []).append(lap.seconds)
@@ -153,10 +154,10 @@ def timed(overrides: Sequence[str]) -> None:
         start = span.expected
         return span
 
-    own = overheads.own_start
-    from pipeline.runs import planner
+    own = overheads.process_start
+    from pipeline.planning import planner
 
-    planner.own_start = started
+    planner.process_start = started
     connected = ray_engine.connected
 
     @contextlib.contextmanager
@@ -169,10 +170,10 @@ def timed(overrides: Sequence[str]) -> None:
         laps["CLOSE"] = [time.perf_counter() - began]
 
     ray_engine.connected = connecting  # type: ignore[assignment]
-    execute = ray_engine.OnRay.execute
+    execute = ray_engine.RayEngine.execute
 
-    def executing(self: ray_engine.OnRay, tasks: object, setup: object, finished: object, idle: object) -> None:
-        began, busy_before, told = time.perf_counter(), len(self.posts), []
+    def executing(self: ray_engine.RayEngine, tasks: object, setup: object, finished: object, idle: object) -> None:
+        began, busy_before, told = time.perf_counter(), len(self.stats), []
 
         def first(task: object, result: object) -> None:
             if not told:
@@ -180,12 +181,12 @@ def timed(overrides: Sequence[str]) -> None:
             finished(task, result)  # type: ignore[operator]
 
         execute(self, tasks, setup, first, idle)  # type: ignore[arg-type]
-        assert len(self.posts) > busy_before
+        assert len(self.stats) > busy_before
         laps.setdefault("WORKER", []).extend(told)
 
-    ray_engine.OnRay.execute = executing  # type: ignore[assignment]
-    noting(runner, "_consolidate", "FINISH (atlas.h5)")
-    noting(runner, "_refresh_site", "FINISH (site)")
+    ray_engine.RayEngine.execute = executing  # type: ignore[assignment]
+    noting(runner, "consolidate", "FINISH (atlas.h5)")
+    noting(runner, "refresh_site", "FINISH (site)")
     noting(inline.Worker, "_ranges", "ranges (inline)")
     main(["run", *overrides])
     sys.stderr.write(f"start of a process: {start:.1f} s\n")

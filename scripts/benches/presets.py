@@ -1,11 +1,11 @@
-"""Every preset of conf/render on the same units: what it reaches, how rough it is, how long it takes.
+"""Compare all presets of conf/render on the same units: activation ratio, high frequencies, time.
 
 scripts/bench presets [folder=runs/presets] [key=value …]     the table, as Markdown and CSV, and a contact sheet
 
-Default: 4 channels of each of 5 layers of the default network, its own photographs, all presets in one run. `oygard`
-runs without its heads (render/schedule=blur), which only GoogLeNet has. Ratios are to the best photograph by the same
-measure: the mean over the map, for `neuron` the maximum, for `negative` the least mean. Pictures are measured after
-saving in 8 bits; seconds are those of one core, in batches of 8.
+Default: 4 channels in each of 5 layers of the default network, the sample images, all presets in one run. `oygard` runs
+without auxiliary classifiers (render/schedule=blur), which only GoogLeNet has. Ratios are to the best dataset image by
+the same statistic: the mean over the map, the maximum for `neuron`, the lowest mean for `negative`. Images are measured
+after saving in 8 bits; seconds are those of one core, in batches of 8.
 """
 
 import sys
@@ -22,7 +22,7 @@ from pipeline.visualization.image_regularizers import HighFrequency
 
 LAYERS = "[blocks.1.0,blocks.2.0,blocks.3.0,blocks.4.0,blocks.5.3]"
 SHOWN = ("blocks.3.0", "blocks.5.3")
-# In the order of the story: the problem, one remedy at a time, both, and what else there is.
+# Baseline, single remedies, their combination, then all others.
 ORDER = (
     "naive", "tv", "blur_image", "blur_gradient", "decorrelated_only", "robust_only", "distill", "fast", "best",
     "lucid", "maco", "image_prior", "weight_noise", "oygard", "neuron", "diverse", "negative",
@@ -35,7 +35,7 @@ def say(line: str) -> None:
 
 
 def roughness(images: np.ndarray) -> np.ndarray:
-    """(N, H, W, C) uint8 → (N,) share of the energy about the mean that lies above 0.25 cycles a pixel."""
+    """Return the share of energy about the mean above 0.25 cycles per pixel, (N,), for uint8 images (N, H, W, C)."""
     plain = torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255
     plain = plain - plain.mean(dim=(2, 3), keepdim=True)
     energy = HighFrequency(cutoff=0.25).value(plain, plain) / plain.pow(2).sum(dim=(1, 2, 3)).clamp(min=1e-12)
@@ -43,13 +43,13 @@ def roughness(images: np.ndarray) -> np.ndarray:
 
 
 def measured(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """One row a preset; and the median of achieved ÷ natural by layer (rows) and preset."""
+    """Return a table with one row per preset, and the median activation ratio by layer (rows) and preset."""
     with pipeline.open_atlas(folder) as atlas:
         units = atlas.units()
         rough = []
         for layer in atlas:
             for preset in layer.presets:
-                images = layer.pictures(preset)[()]
+                images = layer.images(preset)[()]
                 rough.append(roughness(images.reshape(-1, *images.shape[2:])))
         units["rough"] = np.concatenate(rough)
     units["held"] = units["robust"] / units["activation"]
@@ -74,9 +74,9 @@ def measured(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def sheet(folder: Path, side: int = 160, columns: int = 5) -> Image.Image:
-    """The first channel of two layers by every preset, the names below."""
+    """Return the first channel of two layers under every preset, with captions."""
     with pipeline.open_atlas(folder) as atlas:
-        pairs = [[atlas[layer].pictures(name)[0, 0] for layer in SHOWN] for name in ORDER]
+        pairs = [[atlas[layer].images(name)[0, 0] for layer in SHOWN] for name in ORDER]
         titles = [f"{layer}:{atlas[layer].channels[0]}" for layer in SHOWN]
     lines = -(-len(pairs) // columns)
     page = Image.new("RGB", (columns * (2 * side + 16) + 8, lines * (side + 26) + 24), "white")

@@ -1,12 +1,12 @@
-"""What the optimisation loop costs beside the network itself, layer by layer.
+"""Measure the cost of the optimization loop relative to the network alone, layer by layer.
 
 scripts/bench render [--layers convs] [--include 'blocks.*'] [--render distill] [--threads N] [--seconds 2]
                      [--model resnet50] [--device cuda] [--batch 16] [--json FILE]
 
-For each layer, on the same batch, size and threads, in turn: the bare loop (folded network, cut behind the layer,
-forward and backward to its input, nothing else), the same of the lowered network, and our whole step (canvas,
-transforms, network, optimiser). Rates are image-steps a second, theirs are ratios within one run. Channels an hour and
-the estimate of the full atlas count what a picture costs beside its steps too: starting, measuring, 16 shaken copies.
+For each layer, with the same batch, size and threads, alternating: the bare loop (the folded network up to the layer,
+forward and backward to its input, nothing else), the same for the lowered network, and the complete step (image,
+transforms, network, optimizer). Rates are image-steps per second, compared as ratios within one run. Channels per hour
+and the estimate for the full atlas include the work outside the steps: start, measurement, 16 transformed copies.
 """
 
 import argparse
@@ -22,23 +22,24 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from pipeline.acceleration.batchnorm_folding import fold, foldable
+from pipeline.acceleration.batchnorm_folding import fold, foldable_pairs
 from pipeline.acceleration.cpu_lowering import precision_of
 from pipeline.acceleration.redirected_relu import REDIRECTED_STEPS
 from pipeline.acceleration.variants import verified_variants
 from pipeline.cli.main import request_of
 from pipeline.cli.overrides import conf_folder
 from pipeline.config.schema import Config
-from pipeline.kernels.allocator import keep_memory
+from pipeline.kernels.allocator import retain_freed_memory
 from pipeline.layers.finding import Layer, capture
 from pipeline.layers.receptive_fields import receptive_fields
-from pipeline.layers.selection import LayersConfig, choose, found_layers
-from pipeline.models.loading import Model, load
+from pipeline.layers.selection import LayersConfig, list_layers, select_layers
+from pipeline.models.loading import Model, load_model
+from pipeline.planning.validation import choose_canvas_sizes
 from pipeline.runs.runner import Request
-from pipeline.runs.validation import choose_canvas_sizes
+from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.loop import render
 
-# The step is that of what lies between: after the first ones, in which silent units pass twice.
+# The time of a step is measured between these two: after the first steps, in which units without gradient run twice.
 SHORT, LONG = REDIRECTED_STEPS, REDIRECTED_STEPS + 8
 
 
@@ -48,18 +49,18 @@ def say(line: str) -> None:
 
 
 def request(overrides: list[str]) -> Request:
-    """What the command line would make of `overrides`."""
+    """Return the request that the command line would make from `overrides`."""
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         return request_of(compose("config", overrides))
 
 
 def config_of(preset: str, model: str) -> Config:
-    """The default configuration with another preset and network."""
+    """Return the default configuration with another preset and network."""
     return request([f"render={preset}", f"model={model}", "run.name=bench"]).config
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
-    """Wall time of `work`, with all that it left to a GPU."""
+    """Return the wall time of `work`, including its pending GPU work."""
     began = time.perf_counter()
     work()
     if device.startswith("cuda"):
@@ -68,9 +69,9 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 
 def bare(model: Model, layer: Layer, batch: int, size: tuple[int, int], steps: int) -> Callable[[], None]:
-    """`steps` forward and backward passes of the network cut behind `layer`."""
+    """Run `steps` forward and backward passes of the network up to `layer`."""
     device = next(model.module.parameters()).device
-    pixels = torch.rand(batch, model.recipe.channels, *size, device=device).requires_grad_(True)
+    pixels = torch.rand(batch, model.preprocessing.channels, *size, device=device).requires_grad_(True)
     rows = torch.arange(batch, device=device)
 
     def work() -> None:
@@ -83,17 +84,18 @@ def bare(model: Model, layer: Layer, batch: int, size: tuple[int, int], steps: i
 
 
 def measured(model: Model, layer: Layer, config: Config, batch: int, least: float, device: str) -> dict[str, Any]:
-    """One row of the table; medians over rounds in turn, for at least `least` seconds of each."""
+    """Return one row of the table: medians over alternating rounds, for at least `least` seconds of each."""
     preset = config.render
     size = choose_canvas_sizes(model, [layer], preset)[layer.name]
     precision = precision_of(config.engine.precision, torch.device(device).type)
-    found = verified_variants(model, foldable(model), [layer], precision, size)
+    found = verified_variants(model, foldable_pairs(model), [layer], precision, size)
     folded = found.folded
     units = [(c % layer.channels, c // layer.channels) for c in range(batch)]
 
     def ours(steps: int) -> Callable[[], object]:
         short = dataclasses.replace(preset, steps=steps, attempts=1)
-        return lambda: render(folded, layer, units, short, 0, size, lowered=found.steps, exact=found.exact)
+        job = RenderJob(folded, layer, short, 0, size, step_model=found.steps, exact_model=found.exact)
+        return lambda: render(job, units)
 
     loops = [bare(twin, layer, batch, size, LONG - SHORT) for twin in (folded, found.steps)]
     for work in (*loops, ours(SHORT)):
@@ -130,13 +132,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="at least so long a layer")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    keep_memory()
+    retain_freed_memory()
     torch.set_num_threads(options.threads)
     config = config_of(options.render, options.model)
-    model = load(config.model).to(options.device)
+    model = load_model(config.model).to(options.device)
     policy = LayersConfig(options.layers, tuple(p for p in options.include.split(",") if p))
-    cpu = fold(load(config.model))
-    chosen = choose(cpu, found_layers(cpu, policy, config.model.aliases), policy)
+    cpu = fold(load_model(config.model))
+    chosen = select_layers(cpu, list_layers(cpu, policy, config.model.aliases), policy)
     fields = receptive_fields(cpu, chosen)
     rows = []
     for layer in chosen:

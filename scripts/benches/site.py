@@ -1,12 +1,11 @@
-"""What a site weighs and how fast it is made, looked at and made again.
+"""Measure the size of a site and the time to build, rebuild and view it.
 
 scripts/bench site [--folder F] [--layers N] [--keep]    a synthetic atlas: 26,560 units in ResNet-50's 53 layers
-scripts/bench site --run runs/NAME                       an atlas that is there: weights and browser only
+scripts/bench site --run runs/NAME                       an existing atlas: sizes and browser only
 
-Pictures of the synthetic atlas are noise with the spectrum of a natural image, of the sizes that `render.size=auto`
-gives; 240 different ones a size are used over and over, as are 240 photographs for the 3,000 that are shown.
-The browser is Debian's Chromium. Weights are those of the files asked for as hosts send them, text packed by gzip;
-beside them what lies on the disk.
+Images of the synthetic atlas are noise with the spectrum of a natural image, in the sizes of `render.size=auto`; 240
+different ones per size are repeated, as are 240 dataset images for the 3,000 that are shown. The browser is Debian's
+Chromium. Sizes are those of the requested files as hosts send them, with text compressed by gzip, and sizes on disk.
 """
 
 import argparse
@@ -27,10 +26,11 @@ import numpy as np
 from PIL import Image
 
 import pipeline
-import pipeline.cli.main  # what `atlas site` has loaded by then, torch among it, is no part of a build
-from pipeline.site import SiteConfig, SiteReport, build_site
+import pipeline.cli.main  # `atlas site` has loaded these modules, torch among them, before a build starts
+from pipeline.site.build import SiteReport, build_site
+from pipeline.site.config import SiteConfig
 from pipeline.site.hosting.serve import _Handler
-from pipeline.store.shards import create_images, creating, put
+from pipeline.store.hdf5 import create_file, create_images, write_array
 
 SHOWN = 3000
 DATASET = 50_000
@@ -45,7 +45,7 @@ def say(line: str) -> None:
 
 
 def resnet50() -> list[tuple[str, int, int, int]]:
-    """(name, channels, map side, receptive field) of its 53 convolutions, 0 for a field that exceeds the input."""
+    """Return (name, channels, map side, receptive field) of its 53 convolutions; field 0 if it exceeds the input."""
     found = [("conv1", 64, 112, 7)]
     field = 11
     for stage, (blocks, width) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512)), 1):
@@ -62,7 +62,7 @@ def resnet50() -> list[tuple[str, int, int, int]]:
 
 
 def noise(side: tuple[int, int], seed: int, power: float = 1.1) -> np.ndarray:
-    """(H, W, 3) uint8 with a 1/f spectrum: as hard to compress as pictures are."""
+    """Return an image (H, W, 3) uint8 with a 1/f spectrum, which compresses about as well as visualizations."""
     rng = np.random.default_rng(seed)
     height, width = side
     fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
@@ -75,7 +75,7 @@ def noise(side: tuple[int, int], seed: int, power: float = 1.1) -> np.ndarray:
 
 
 def chunk_of(pixels: np.ndarray) -> bytes:
-    """A picture as HDF5 keeps it: gzip, then the checksum; made by HDF5 itself."""
+    """Return the bytes of an HDF5 chunk of an image: gzip, then the checksum, written by HDF5 itself."""
     with h5py.File("one", "w", driver="core", backing_store=False) as file:
         data = create_images(file, "images", (1, 1, *pixels.shape))
         data[0, 0] = pixels
@@ -83,12 +83,12 @@ def chunk_of(pixels: np.ndarray) -> bytes:
 
 
 def synthetic(path: Path, layers: list[tuple[str, int, int, int]], changed: str = "") -> None:
-    """Write an atlas in the store's own schema; the layer `changed` has other pictures than it would have."""
+    """Write an atlas in the schema of the store; the layer `changed` gets other images."""
     rng = np.random.default_rng(1)
     made: dict[int, list[tuple[bytes, np.ndarray]]] = {}
     words = [f"label {i}" for i in range(1000)]
     blobs = [np.asarray(Image.fromarray(noise((16, 16), i)[..., 0]).resize((14, 14))) for i in range(64)]
-    with creating(path) as file:
+    with create_file(path) as file:
         file.attrs.update(
             schema="neuron-atlas", schema_version=2, run="synthetic", model="resnet50", weights_sha256="ab" * 32,
             dataset_fingerprint="cd" * 32, versions="{}", created="2026-01-02T03:04:05+00:00", failures=0,
@@ -103,29 +103,30 @@ def synthetic(path: Path, layers: list[tuple[str, int, int, int]], changed: str 
                 receptive_field=[field] * 2, receptive_field_stride=[stride] * 2,
                 receptive_field_offset=[-(field // 2)] * 2, input_size=[224] * 2,
             )  # fmt: skip
-            put(group, "channels", np.arange(channels, dtype=np.int32))
+            write_array(group, "channels", np.arange(channels, dtype=np.int32))
             px = min(192, max(128, field or 192))
             if px not in made:
                 made[px] = [(chunk_of(p), p) for p in (noise((px, px), i) for i in range(DIFFERENT))]
             _pictures(group, rng, channels, px, made[px], order + (7 if name == changed else 0))
             _examples(group, rng, channels, side, blobs, len(words))
-        put(file, "dataset/path", np.array([f"val/ILSVRC2012_val_{i:08d}.JPEG" for i in range(DATASET)], object))
-        put(file, "dataset/label", np.array([words[i % 1000] for i in range(DATASET)], object))
-        put(file, "dataset/source", np.arange(DATASET, dtype=np.int32))
-        put(file, "dataset/labels", np.array(words, object))
-        put(file, "dataset/responses", np.arange(SUBSET, dtype=np.int32))
+        paths = [f"val/ILSVRC2012_val_{i:08d}.JPEG" for i in range(DATASET)]
+        write_array(file, "dataset/path", np.array(paths, object))
+        write_array(file, "dataset/label", np.array([words[i % 1000] for i in range(DATASET)], object))
+        write_array(file, "dataset/source", np.arange(DATASET, dtype=np.int32))
+        write_array(file, "dataset/labels", np.array(words, object))
+        write_array(file, "dataset/responses", np.arange(SUBSET, dtype=np.int32))
         shown = file.create_group("dataset/shown")
         shown.attrs["store"] = "images"
-        put(shown, "index", np.arange(SHOWN, dtype=np.int32) * (DATASET // SHOWN))
-        put(shown, "size", np.tile(np.array([[500, 375]], np.int32), (SHOWN, 1)))
-        put(shown, "box", np.tile(np.array([[86, 23, 414, 351]], np.float32), (SHOWN, 1)))
+        write_array(shown, "index", np.arange(SHOWN, dtype=np.int32) * (DATASET // SHOWN))
+        write_array(shown, "size", np.tile(np.array([[500, 375]], np.int32), (SHOWN, 1)))
+        write_array(shown, "box", np.tile(np.array([[86, 23, 414, 351]], np.float32), (SHOWN, 1)))
         photos = []
         for i in range(DIFFERENT):
             with io.BytesIO() as buffer:
                 Image.fromarray(noise((240, 320), 1000 + i, 1.5)).save(buffer, "JPEG", quality=85)
                 photos.append(buffer.getvalue())
         every = [photos[i % DIFFERENT] for i in range(SHOWN)]
-        put(shown, "offset", np.cumsum([0, *map(len, every)]))
+        write_array(shown, "offset", np.cumsum([0, *map(len, every)]))
         shown.create_dataset("jpeg", data=np.frombuffer(b"".join(every), np.uint8), chunks=True, fletcher32=True)
 
 
@@ -140,14 +141,14 @@ def _pictures(
         chunk, pixels = made[(row + 31 * by) % DIFFERENT]
         images.id.write_direct_chunk((row, 0, 0, 0, 0), chunk, 0)
         digests[row, 0] = np.frombuffer(hashlib.sha256(pixels.tobytes()).digest(), np.uint8)
-    put(target, "images_sha256", digests)
+    write_array(target, "images_sha256", digests)
     for key in ("activation", "robust", "start", "seconds"):
-        put(target, key, rng.normal(3, 1, (channels, 1)).astype(np.float32))
-    put(target, "trace", np.sort(rng.normal(3, 1, (channels, 1, 16))).astype(np.float32))
-    put(target, "seed", rng.integers(0, 2**62, (channels, 1)))
-    put(target, "steps", np.full((channels, 1), 128, np.int32))
-    put(target, "status", np.full((channels, 1), "converged", object))
-    put(target, "reason", np.full((channels, 1), "", object))
+        write_array(target, key, rng.normal(3, 1, (channels, 1)).astype(np.float32))
+    write_array(target, "trace", np.sort(rng.normal(3, 1, (channels, 1, 16))).astype(np.float32))
+    write_array(target, "seed", rng.integers(0, 2**62, (channels, 1)))
+    write_array(target, "steps", np.full((channels, 1), 128, np.int32))
+    write_array(target, "status", np.full((channels, 1), "converged", object))
+    write_array(target, "reason", np.full((channels, 1), "", object))
 
 
 def _examples(
@@ -157,37 +158,38 @@ def _examples(
     each = sum(lists.values())
     first = 0
     for name, k in lists.items():
-        put(group, f"examples/{name}/value", -np.sort(-rng.gamma(2, 2, (channels, k)).astype(np.float32)))
-        put(group, f"examples/{name}/index", rng.integers(0, SHOWN, (channels, k), np.int32) * (DATASET // SHOWN))
+        write_array(group, f"examples/{name}/value", -np.sort(-rng.gamma(2, 2, (channels, k)).astype(np.float32)))
+        index = rng.integers(0, SHOWN, (channels, k), np.int32) * (DATASET // SHOWN)
+        write_array(group, f"examples/{name}/index", index)
         for key in ("y", "x"):
-            put(group, f"examples/{name}/{key}", rng.integers(0, side, (channels, k)).astype(np.int16))
+            write_array(group, f"examples/{name}/{key}", rng.integers(0, side, (channels, k)).astype(np.int16))
         pairs = np.arange(channels, dtype=np.int32)[:, None] * each + first + np.arange(k, dtype=np.int32)
-        put(group, f"examples/{name}/map", pairs.astype(np.int32))
+        write_array(group, f"examples/{name}/map", pairs.astype(np.int32))
         first += k
     group["examples/spectrum"].attrs["edges"] = np.array([0, 1, 25, 50, 75, 99, 100.0])
     maps = min(14, side)
     small = np.stack([blob[:maps, :maps] for blob in blobs])
-    put(group, "examples/maps/value", small[np.arange(channels * each) % len(small)])
-    put(group, "examples/maps/range", np.sort(rng.normal(0, 2, (channels * each, 2))).astype(np.float32))
+    write_array(group, "examples/maps/value", small[np.arange(channels * each) % len(small)])
+    write_array(group, "examples/maps/range", np.sort(rng.normal(0, 2, (channels * each, 2))).astype(np.float32))
     for key in ("mean", "sd", "max", "min", "nonzero", "fired", "best_mean", "least_mean", "sparsity", "kurtosis"):
-        put(group, f"stats/{key}", rng.uniform(0, 9, channels).astype(np.float32))
-    put(group, "stats/inactive", np.zeros(channels, bool))
-    put(group, "histogram/counts", rng.integers(0, 400, (channels, 256)).astype(np.int32))
-    put(group, "histogram/range", np.tile(np.array([[-1, 9]], np.float32), (channels, 1)))
-    put(group, "histogram/ends", np.tile(np.array([[-0.9, 8.9]], np.float32), (channels, 1)))
+        write_array(group, f"stats/{key}", rng.uniform(0, 9, channels).astype(np.float32))
+    write_array(group, "stats/inactive", np.zeros(channels, bool))
+    write_array(group, "histogram/counts", rng.integers(0, 400, (channels, 256)).astype(np.int32))
+    write_array(group, "histogram/range", np.tile(np.array([[-1, 9]], np.float32), (channels, 1)))
+    write_array(group, "histogram/ends", np.tile(np.array([[-0.9, 8.9]], np.float32), (channels, 1)))
     topics = rng.normal(0, 1, (12, SUBSET))
-    put(group, "responses", (rng.normal(0, 1, (channels, 12)) @ topics).astype(np.float16))
-    put(group, "labels/over", rng.integers(0, words, (channels, 3)).astype(np.int32))
-    put(group, "labels/count", rng.integers(1, 9, (channels, 3)).astype(np.int32))
-    put(group, "labels/lift", rng.uniform(1, 90, (channels, 3)).astype(np.float32))
-    put(group, "labels/best", rng.integers(0, words, channels).astype(np.int32))
+    write_array(group, "responses", (rng.normal(0, 1, (channels, 12)) @ topics).astype(np.float16))
+    write_array(group, "labels/over", rng.integers(0, words, (channels, 3)).astype(np.int32))
+    write_array(group, "labels/count", rng.integers(1, 9, (channels, 3)).astype(np.int32))
+    write_array(group, "labels/lift", rng.uniform(1, 90, (channels, 3)).astype(np.float32))
+    write_array(group, "labels/best", rng.integers(0, words, channels).astype(np.int32))
     for key in ("selectivity", "auroc"):
-        put(group, f"labels/{key}", rng.uniform(0, 1, channels).astype(np.float32))
+        write_array(group, f"labels/{key}", rng.uniform(0, 1, channels).astype(np.float32))
     group["labels"].attrs["method"] = "responses"
 
 
 def built(atlas: Path, site: Path, config: SiteConfig) -> tuple[SiteReport, float]:
-    """Build, and the seconds that it took."""
+    """Build the site and return the report and the seconds that it took."""
     began = time.monotonic()
     with pipeline.open_atlas(atlas) as opened:
         report = build_site(opened, site, config)
@@ -195,7 +197,7 @@ def built(atlas: Path, site: Path, config: SiteConfig) -> tuple[SiteReport, floa
 
 
 def looked(site: Path, rows: list[tuple[str, str, str]]) -> None:
-    """Weights and times in a real Chromium, over http in a sub-folder."""
+    """Measure sizes and times in a real Chromium, over http in a sub-folder."""
     import http.server
 
     from playwright.sync_api import sync_playwright
@@ -258,7 +260,7 @@ def looked(site: Path, rows: list[tuple[str, str, str]]) -> None:
         gaps, frames, slowest = 0, 0, 0.0
         height = page.evaluate("document.documentElement.scrollHeight - innerHeight")
         steps = max(1, int(height // 450))
-        for _ in range(steps):  # half a screen every tenth of a second: a fast reader
+        for _ in range(steps):  # half a screen per 0.1 s: fast scrolling
             page.mouse.wheel(0, 450)
             page.wait_for_timeout(100)
             found = page.evaluate(BLANK)
@@ -284,7 +286,7 @@ def looked(site: Path, rows: list[tuple[str, str, str]]) -> None:
 
 
 def weighed(path: Path) -> tuple[int, int]:
-    """Bytes of a file as a host sends it, and as it lies there."""
+    """Return the bytes of a file as a host sends it, and on disk."""
     if not path.is_file():
         return 0, 0
     held = path.read_bytes()
@@ -293,12 +295,12 @@ def weighed(path: Path) -> tuple[int, int]:
 
 
 def index_first(index: dict[str, Any], name: str) -> int:
-    """A channel in the middle of a layer."""
+    """Return a channel in the middle of a layer."""
     runs = next(layer[3] for layer in index["layers"] if layer[0] == name)
     return runs[len(runs) // 2][0] + (runs[len(runs) // 2][1] - runs[len(runs) // 2][0]) // 2
 
 
-# Tiles in sight whose sheet is not there yet: asked for, or not even that.
+# Visible tiles whose sheet is not loaded yet, whether requested or not.
 BLANK = """() => {
   const entries = new Set(performance.getEntriesByType("resource").filter(e => e.responseEnd).map(e => e.name));
   let blank = 0, seen = 0;
@@ -311,7 +313,7 @@ BLANK = """() => {
   }
   return { blank, seen };
 }"""
-# Every layer's list is repeated until there are 60,000 units in all; the slowest of five.
+# The lists of all layers are repeated up to 60,000 units in total; the slowest of five.
 SEARCH = """async (word) => {
   const words = await ATLAS.need("search");
   const total = words.units.reduce((sum, layer) => sum + layer.length, 0) || 1;
@@ -375,7 +377,7 @@ def main() -> None:
             rows.append(("files", f"{report.files:,}", "10,000"))
             rows.append(("bytes", f"{report.bytes / 1e6:.0f} MB (level {report.level})", "900 MB"))
             again, less = built(second, site, config)
-            rows.append((f"again, {again.made} units changed", f"{less:.1f} s, {less / seconds:.1%}", "10 %"))
+            rows.append((f"again, {again.rebuilt_units} units changed", f"{less:.1f} s, {less / seconds:.1%}", "10 %"))
             for line in report.host.lines():
                 say(line)
     say("\n".join(f"| {a} | {b} | {c} |" for a, b, c in rows))

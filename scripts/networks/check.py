@@ -1,4 +1,4 @@
-"""Check one network on a worker's path against plain PyTorch: layers, visualizations, values, input gradients."""
+"""Check one network on a worker's code path against plain PyTorch: layers, visualizations, values, input gradients."""
 
 import dataclasses
 import glob
@@ -17,34 +17,34 @@ from pipeline.config.schema import Config
 from pipeline.engine.worker import Worker
 from pipeline.layers.finding import Layer, capture
 from pipeline.layers.layouts import Axes, as_maps
-from pipeline.layers.selection import found_layers
+from pipeline.layers.selection import list_layers
 from pipeline.layers.tracing import tensor_of
-from pipeline.models.loading import Model, load
-from pipeline.runs.planner import PlanRow, make_plan
+from pipeline.models.loading import Model, load_model
+from pipeline.planning.planner import PlanRow, make_plan
 
 STEPS = 4
 UNITS = 2
 LAYERS = 5
 
-# Largest relative difference from plain PyTorch in float32, and the starts at which a unit beyond it is compared.
+# Largest allowed relative difference from plain PyTorch in float32, and number of starts for a unit that exceeds it.
 TOLERANCE = 1e-3
 STARTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """How a worker's path differs from plain PyTorch, in one layer or at most in several.
+    """Differences between a worker's code path and plain PyTorch, in one layer or the maximum over several.
 
     Attributes:
-        value: Largest relative difference of an objective at the start from plain PyTorch's.
-        gradient: Largest relative difference of a unit's input gradient from plain PyTorch's, at its first start.
-        least: The same, where each unit whose difference exceeds `TOLERANCE` was compared at `STARTS` starts and its
+        value: Largest relative difference of an objective at the start.
+        gradient: Largest relative difference of a unit's input gradient, at its first start.
+        least: The same, except that a unit whose difference exceeds `TOLERANCE` is compared at `STARTS` starts and its
             smallest difference counts: rounding can switch single rectifiers on or off, and with them a part of the
-            gradient, which concerns some images and not others. A wrong operator changes the gradient of all.
+            gradient, for some images and not for others. A wrong operator changes the gradient for all.
         repeated: Number of units that were compared at more than one start.
-        rounding: Where there are any, the largest difference of plain PyTorch's own gradients of these units, at the
-            further starts, from those in double precision.
-        cosine: Least cosine of the input gradient with plain PyTorch's.
+        rounding: For these units, the largest difference of plain PyTorch's own gradients from those in double
+            precision, at the further starts.
+        cosine: Lowest cosine of the input gradient with that of plain PyTorch.
     """
 
     value: float
@@ -57,15 +57,15 @@ class Compared:
 
 @dataclasses.dataclass(frozen=True)
 class Checked(Compared):
-    """What was found for one network.
+    """The result for one network.
 
     Attributes:
         size: Side of the input in pixels.
         layers: Number of layers found.
         rendered: Number of visualizations made.
-        failed: Number of those whose objective did not rise, which random weights may cause.
-        levels: Levels of lowering taken, one a layer that was rendered.
-        reasons: Why a plainer level than asked was taken.
+        failed: Number of those whose objective did not increase, which random weights may cause.
+        levels: Levels of the network variants used, one per rendered layer.
+        reasons: Reasons for using a simpler level than requested.
         precision: Precision of the steps.
         convolutional: Whether there is a convolution besides the one that makes patches.
         seconds: Wall time.
@@ -83,7 +83,7 @@ class Checked(Compared):
 
     @property
     def wrong(self) -> str:
-        """What deviates beyond the stated tolerance; empty if nothing does."""
+        """Description of the deviations beyond the stated tolerance; empty if there are none."""
         if self.precision != "float32":
             return "" if self.cosine >= 0.9 else f"cosine of the input gradient {self.cosine:.3f}"
         if self.value > TOLERANCE:
@@ -94,7 +94,7 @@ class Checked(Compared):
 
 
 def configuration(overrides: Sequence[str]) -> Config:
-    """The configuration that the command line would make of `overrides`, for a short inline run of all layers."""
+    """Return the configuration of `overrides`, as the command line makes it, for a short inline run of all layers."""
     settings = ["layers=all", f"layers.channels=spread:{UNITS}", f"render.steps={STEPS}", "render.attempts=1"]
     settings.append("data.limit=4")
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
@@ -104,9 +104,9 @@ def configuration(overrides: Sequence[str]) -> Config:
 def check(config: Config, layers: int = LAYERS) -> Checked:
     """Render a few units of layers spread over the network with a worker's code, and compare with plain PyTorch."""
     began = time.monotonic()
-    # A network of its own, on which nothing was changed but what loading does: modes, types and memory.
-    plain = load(config.model)
-    names = [layer.name for layer in found_layers(plain.to("cpu"), config.layers)]
+    # A separate copy of the network, changed only by loading: modes, types and memory format.
+    plain = load_model(config.model)
+    names = [layer.name for layer in list_layers(plain.to("cpu"), config.layers)]
     include = tuple(map(glob.escape, spread(names, layers)))
     chosen = dataclasses.replace(config.layers, include=include)
     plan = make_plan(dataclasses.replace(config, layers=chosen), timed=False)
@@ -123,7 +123,7 @@ def check(config: Config, layers: int = LAYERS) -> Checked:
         reasons += [variants.reason] if variants.reason else []
         numbers.append(compared(plain, variants.steps, row, config, variants.precision == "float32"))
     return Checked(
-        size=plain.recipe.size[0],
+        size=plain.preprocessing.size[0],
         layers=len(names),
         rendered=rendered,
         failed=failed,
@@ -142,17 +142,17 @@ def check(config: Config, layers: int = LAYERS) -> Checked:
 
 
 def spread(names: Sequence[str], count: int) -> list[str]:
-    """`count` names from the first to the last, evenly."""
+    """Return `count` names, evenly spaced from the first to the last."""
     if len(names) <= count:
         return list(names)
     return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
 
 
 def starts(plan_row: PlanRow, model: Model, config: Config, first: int = 0) -> Tensor:
-    """(units, C, H, W) in [0, 1]: what visualizations start from, drawn with seeds from `first`."""
+    """Return the images (units, C, H, W) in [0, 1] that visualizations start from, drawn with seeds from `first`."""
     canvas = config.render.canvas
     drawn = [
-        canvas.start(torch.Generator().manual_seed(first + i), model.recipe.channels, plan_row.canvas)
+        canvas.initial(torch.Generator().manual_seed(first + i), model.preprocessing.channels, plan_row.canvas)
         for i in range(len(plan_row.channels))
     ]
     with torch.no_grad():
@@ -160,7 +160,7 @@ def starts(plan_row: PlanRow, model: Model, config: Config, first: int = 0) -> T
 
 
 def compared(plain: Model, steps: Model, row: PlanRow, config: Config, single: bool) -> Compared:
-    """Objectives and input gradients of a row's units; units are compared at further starts if steps are in float32."""
+    """Compare objectives and input gradients of a row's units, at further starts too if steps are in float32."""
     values, differences, cosine = at_start(plain, steps, row, starts(row, plain, config))
     least, rounding = list(differences), 0.0
     beyond = [i for i, difference in enumerate(differences) if single and difference > TOLERANCE]
@@ -175,7 +175,7 @@ def compared(plain: Model, steps: Model, row: PlanRow, config: Config, single: b
 
 
 def at_start(plain: Model, steps: Model, row: PlanRow, images: Tensor) -> tuple[float, list[float], float]:
-    """Difference of the objectives, of each unit's input gradient, and cosine of these, for one image a unit."""
+    """Return the differences of objectives and of input gradients, and the cosine of these, one image per unit."""
     with capture(steps, [row.layer]) as forward:
         theirs = objective(images, lambda x: forward(x)[row.layer.name].float(), row)
     ours = objective(images, lambda x: hooked(plain, row.layer, x), row)
@@ -184,7 +184,7 @@ def at_start(plain: Model, steps: Model, row: PlanRow, images: Tensor) -> tuple[
 
 
 def objective(images: Tensor, maps_of: Any, row: PlanRow) -> tuple[Tensor, Tensor, Tensor]:
-    """(units,) means of each unit's map, the gradient of their sum by the images, and the scale of the layer."""
+    """Return the means of the units' maps (units,), the gradient of their sum, and the scale of the layer."""
     images = images.clone().requires_grad_(True)
     maps = maps_of(images)
     values = torch.stack([maps[i, channel].mean() for i, channel in enumerate(row.channels)])
@@ -193,7 +193,7 @@ def objective(images: Tensor, maps_of: Any, row: PlanRow) -> tuple[Tensor, Tenso
 
 
 def hooked(model: Model, layer: Layer, images: Tensor) -> Tensor:
-    """(B, C, H, W) of a layer in a plain forward pass with one PyTorch hook."""
+    """Return the maps (B, C, H, W) of a layer from a plain forward pass with one PyTorch hook."""
     seen: list[Tensor] = []
 
     def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -204,18 +204,18 @@ def hooked(model: Model, layer: Layer, images: Tensor) -> Tensor:
     module = model.module.get_submodule(layer.module)
     handle = module.register_forward_hook(after, with_kwargs=True)
     try:
-        mean, std = (images.new_tensor(v)[:, None, None] for v in (model.recipe.mean, model.recipe.std))
-        low, high = model.recipe.value_range
+        mean, std = (images.new_tensor(v)[:, None, None] for v in (model.preprocessing.mean, model.preprocessing.std))
+        low, high = model.preprocessing.value_range
         model.module((images * (high - low) + low - mean) / std)
     finally:
         handle.remove()
     axes = Axes(layer.layout, layer.prefix, layer.grid)
-    size = (images.shape[-2] / model.recipe.size[0], images.shape[-1] / model.recipe.size[1])
+    size = (images.shape[-2] / model.preprocessing.size[0], images.shape[-1] / model.preprocessing.size[1])
     return as_maps(seen[layer.call - 1], axes, len(images), layer.part, size)
 
 
 def in_double(plain: Model, row: PlanRow, images: Tensor) -> list[float]:
-    """Relative differences of plain PyTorch's input gradients from those in double precision; 0 where that fails."""
+    """Return the relative differences of plain PyTorch's input gradients from double precision; 0 if that fails."""
     single = objective(images, lambda x: hooked(plain, row.layer, x), row)[1]
     try:
         plain.module.double()

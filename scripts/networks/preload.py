@@ -1,4 +1,4 @@
-"""What every process of the zoo has when it begins: everything imported, and the loops in C compiled."""
+"""Prepare every process of the zoo: import all modules, and compile the C loops."""
 
 import check
 import timm
@@ -8,5 +8,10 @@ from pipeline.kernels import build
 
 __all__ = ["check", "timm", "torchvision"]
 
-for name, fused in (("optimizers", False), ("reduction", False), ("sampling", False), ("striding", True)):
-    build.library(name, fused=True) if fused else build.library(name)
+for name, fused in (
+    ("adam", False),
+    ("spatial_stats", False),
+    ("affine_sample", False),
+    ("strided_conv_backward", True),
+):
+    build.load_library(name, fused=True) if fused else build.load_library(name)

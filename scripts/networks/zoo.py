@@ -1,8 +1,8 @@
-"""Check many architectures with random weights on a worker's path against plain PyTorch: the table of docs/networks.md.
+"""Check many architectures with random weights on a worker's code path against plain PyTorch, for docs/networks.md.
 
-Every network is checked in a process of its own: layers are found, visualizations of five layers by two units are made
-for a few steps by a worker's code in the precision that `auto` takes, and objective and input gradient at the start are
-compared with a plain forward pass with one hook. `--cases DIR` adds small networks of a folder of builders.
+Every network is checked in a separate process: layers are found, visualizations of two units in five layers are
+rendered for a few steps by a worker's code in the precision of `auto`, and objective and input gradient at the start
+are compared with a plain forward pass with one hook. `--cases DIR` adds small networks from a folder of builders.
 """
 
 import argparse
@@ -24,30 +24,16 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "networks.md"
 BEGIN, END = "<!-- zoo: begin -->", "<!-- zoo: end -->"
 LIMIT = 600.0  # seconds for one network
-SMALL = (64, 96)  # sides of the input in pixels that are tried before a network's own
+SMALL = (64, 96)  # input sides in pixels that are tried before the network's own
 
-# One of each of torchvision's families. Inputs are as small as the network takes where that is said.
-TORCHVISION = """
-alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5
-mobilenet_v2 mobilenet_v3_large mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnet50 resnext50_32x4d
-shufflenet_v2_x0_5 squeezenet1_1 swin_t swin_v2_t vgg11_bn vgg16 vit_b_16 wide_resnet50_2
-""".split()
+# One network of each of torchvision's families, with the smallest input that it accepts unless it is given.
+TORCHVISION = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "resnet18", "resnet50", "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11_bn", "vgg16", "vit_b_16", "wide_resnet50_2"]
 
-DENSE = """
-fcn_resnet50 deeplabv3_mobilenet_v3_large lraspp_mobilenet_v3_large fasterrcnn_mobilenet_v3_large_320_fpn
-maskrcnn_resnet50_fpn retinanet_resnet50_fpn fcos_resnet50_fpn ssdlite320_mobilenet_v3_large
-""".split()
+DENSE = ["fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn", "maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn", "ssdlite320_mobilenet_v3_large"]
 
-TIMM = """
-tf_efficientnet_lite0 mobilenetv4_conv_small mobilevit_xxs mobileone_s0 fastvit_t8 repvgg_a0 ghostnet_100
-efficientformer_l1 efficientvit_b0 edgenext_xx_small levit_128s poolformer_s12 pit_ti_224 twins_svt_small visformer_tiny
-xcit_nano_12_p16_224 davit_tiny tiny_vit_5m_224 eca_nfnet_l0 hrnet_w18_small dla34 res2net50_26w_4s resnest14d skresnet18
-selecsls42 ese_vovnet19b_dw rexnet_100 lcnet_050 mixnet_s inception_next_tiny hgnet_tiny starnet_s1 repvit_m0_9
-deit_tiny_distilled_patch16_224 vit_tiny_r_s16_p8_224 halonet26t coatnet_nano_rw_224 convnextv2_atto hiera_tiny_224
-mambaout_femto mixer_s32_224 resmlp_12_224 eva02_tiny_patch14_224
-""".split()
+TIMM = ["tf_efficientnet_lite0", "mobilenetv4_conv_small", "mobilevit_xxs", "mobileone_s0", "fastvit_t8", "repvgg_a0", "ghostnet_100", "efficientformer_l1", "efficientvit_b0", "edgenext_xx_small", "levit_128s", "poolformer_s12", "pit_ti_224", "twins_svt_small", "visformer_tiny", "xcit_nano_12_p16_224", "davit_tiny", "tiny_vit_5m_224", "eca_nfnet_l0", "hrnet_w18_small", "dla34", "res2net50_26w_4s", "resnest14d", "skresnet18", "selecsls42", "ese_vovnet19b_dw", "rexnet_100", "lcnet_050", "mixnet_s", "inception_next_tiny", "hgnet_tiny", "starnet_s1", "repvit_m0_9", "deit_tiny_distilled_patch16_224", "vit_tiny_r_s16_p8_224", "halonet26t", "coatnet_nano_rw_224", "convnextv2_atto", "hiera_tiny_224", "mambaout_femto", "mixer_s32_224", "resmlp_12_224", "eva02_tiny_patch14_224"]
 
-# Networks without a classifier, of timm.
+# Networks of timm without a classifier.
 HEADLESS = {
     "resnet18 features_only": ["model.name=resnet18", "model.arguments={features_only: true}"],
     "mobilenetv3_small_050 features_only": [
@@ -61,22 +47,13 @@ HEADLESS = {
     ],
 }
 
-# Builders of the cases that run; the others must be refused, and tests look at what they say.
-CASES = """
-pointwise:add pointwise:addbn pointwise:relu pointwise:relubn pointwise:depthwise inplace:build dense:unet
-dense:autoenc keyword_and_outputs:dict_ keyword_and_outputs:list_ keyword_and_outputs:dataclass
-keyword_and_outputs:dict2 keyword_and_outputs:list2 keyword_and_outputs:dataclass2 keyword_norm:build weight_norm:build
-constants_and_gradients:ownhooks constants_and_gradients:const constants_and_gradients:cached
-constants_and_gradients:double constants_and_gradients:gray constants_and_gradients:nograd
-constants_and_gradients:detach constants_and_gradients:inference constants_and_gradients:rounded fft:build
-conv3d:build_wrapped not_finite:root half:cast half:build half:auto modes:train_forced shared_modules:build
-transformer_fastpath:build silent_units:build
-""".split()
+# Builders of the cases that must work; the others must be refused, and tests check the messages.
+CASES = ["pointwise:add", "pointwise:addbn", "pointwise:relu", "pointwise:relubn", "pointwise:depthwise", "inplace:build", "dense:unet", "dense:autoenc", "keyword_and_outputs:dict_", "keyword_and_outputs:list_", "keyword_and_outputs:dataclass", "keyword_and_outputs:dict2", "keyword_and_outputs:list2", "keyword_and_outputs:dataclass2", "keyword_norm:build", "weight_norm:build", "constants_and_gradients:ownhooks", "constants_and_gradients:const", "constants_and_gradients:cached", "constants_and_gradients:double", "constants_and_gradients:gray", "constants_and_gradients:nograd", "constants_and_gradients:detach", "constants_and_gradients:inference", "constants_and_gradients:rounded", "fft:build", "conv3d:build_wrapped", "not_finite:root", "half:cast", "half:build", "half:auto", "modes:train_forced", "shared_modules:build", "transformer_fastpath:build", "silent_units:build"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A network by its label, the group it is listed in, and the overrides that choose it."""
+    """A network: its label, the group it is listed in, and the overrides that select it."""
 
     label: str
     group: str
@@ -84,7 +61,7 @@ class Entry:
 
 
 def entries(cases: Path | None) -> Iterator[Entry]:
-    """Every network of the table."""
+    """Return every network of the table."""
     for name in TORCHVISION:
         yield Entry(name, "torchvision", ["model=torchvision", f"model.name={name}", "model.weights=null"])
     for name in DENSE:
@@ -101,7 +78,7 @@ def entries(cases: Path | None) -> Iterator[Entry]:
 
 
 def one(overrides: Sequence[str], answer: Connection) -> None:
-    """Check one network in this process, and send the result or what was raised."""
+    """Check one network in this process, and send the result or the error."""
     import torch
     from check import check, configuration
 
@@ -120,7 +97,7 @@ def one(overrides: Sequence[str], answer: Connection) -> None:
             except AtlasError:
                 if not size:
                     raise
-                continue  # it takes its own size only
+                continue  # the network accepts its own size only
             answer.send(dataclasses.asdict(result) | {"wrong": result.wrong})
             return
     except Exception as error:
@@ -129,7 +106,7 @@ def one(overrides: Sequence[str], answer: Connection) -> None:
 
 
 def run(entry: Entry) -> dict[str, Any]:
-    """Check one network in a process of its own."""
+    """Check one network in a separate process."""
     context = multiprocessing.get_context("forkserver")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=one, args=(list(entry.overrides), there))
@@ -154,7 +131,7 @@ HEADER = (
 
 
 def line(entry: Entry, found: dict[str, Any]) -> str:
-    """One row of the table."""
+    """Return one row of the table."""
     if "error" in found:
         return f"| {entry.label} | {entry.group} | | **{found['error']}** | | | | | | | | {found['seconds']:.0f} |"
     counted = {level: found["levels"].count(level) for level in dict.fromkeys(found["levels"])}
@@ -171,7 +148,7 @@ def line(entry: Entry, found: dict[str, Any]) -> str:
 
 
 def summary(results: Sequence[tuple[Entry, dict[str, Any]]]) -> str:
-    """Counts over all networks."""
+    """Return the counts over all networks."""
     errors = [entry.label for entry, found in results if "error" in found]
     right = [found for _, found in results if "error" not in found]
     wrong = sum(bool(found["wrong"]) for found in right)
@@ -196,8 +173,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     sys.path.insert(0, str(HERE))
-    # Networks are checked in copies of a process that has imported everything; Python before 3.12 finds what it is to
-    # import by the environment alone.
+    # Networks are checked in copies of a process that has imported all modules; Python before 3.12 passes the import
+    # path to it only through the environment.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
     multiprocessing.get_context("forkserver").set_forkserver_preload(["preload"])
     cases = options.cases.absolute() if options.cases else None

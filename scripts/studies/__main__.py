@@ -1,4 +1,4 @@
-"""Runs a study: `scripts/study NAME [key=value …]`; the settings are in conf/experiment/study, the page in docs."""
+"""Run a study: `scripts/study NAME [key=value …]`, with settings in conf/experiment/study and a page in docs."""
 
 import importlib
 import re
@@ -29,7 +29,7 @@ if __name__ == "__main__":
     if hasattr(study, "prepare"):
         study.prepare()
     given = dict(setting.split("=", 1) for setting in settings if "=" in setting)
-    # Other settings are another run: study-mosaic-layers.include, say.
+    # Other settings get another run folder, for example study-mosaic-layers.include.
     own = re.sub(r"[^\w.]+", "-", "-".join(["study", name, *settings])).strip("-")
     run = Path(given.get("run.root", "runs"), given.get("run.name", own))
     code = main(["run", f"experiment=study/{name}", *settings, f"run.name={run.name}"])
@@ -38,7 +38,7 @@ if __name__ == "__main__":
     report = study.report(run)
     page = HERE.parents[1] / "docs" / "studies" / f"{name}.md"
     if settings:
-        # The page in docs says what the study found as it stands; another one gets a page of its own.
+        # The page in docs reports the study with its own settings; other settings get a separate page.
         page = Path(shutil.copy(page, run))
     publish(report, page)
     for title, table in report.tables.items():

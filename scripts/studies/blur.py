@@ -1,4 +1,4 @@
-"""Study 3: blur the gradient or blur the image, with and without schedule."""
+"""Study 3: blur the gradient or blur the image, with and without a schedule."""
 
 from pathlib import Path
 
@@ -12,5 +12,5 @@ JUDGED = {"robust_gain": 2, "high_frequency": 3, "spectral_distance": 3, "transf
 
 
 def report(run: Path) -> Report:
-    """Medians of the five, and each against the scheduled blur of the gradient."""
+    """Return the medians of the five presets, and each against the scheduled blur of the gradient."""
     return contest(run, "gradient_schedule", MEASURES, JUDGED)

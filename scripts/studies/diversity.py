@@ -1,4 +1,4 @@
-"""Study 4: a diversity term against plain random starts: how many facets, at what cost?"""
+"""Study 4: a diversity term against random starts only: how many facets, at what cost?"""
 
 from pathlib import Path
 
@@ -6,18 +6,21 @@ import numpy as np
 import pandas as pd
 from page import Report, compared, medians, pairs, sheet, told
 
-from pipeline.compare.statistics import duel, median
+from pipeline.compare.statistics import median, paired_test
 from pipeline.store.reader import open_atlas
 
 MEASURES = {"gain": 2, "robust_gain": 2, "agreement": 2, "high_frequency": 3, "seconds": 1}
 
 
 def facets(responses: np.ndarray) -> np.ndarray:
-    """(G, V, C) answers of a layer to V pictures of each unit → (G,) effective number of different ones, 1 … V.
+    """Return the effective number of different visualizations of each unit, (G,), from 1 to V.
 
-    exp(−Σ λ log λ) over the eigenvalues λ of K / V, K the cosines between a unit's answers without the mean answer to
-    all pictures: 1 where all are the same, V where none has anything to do with another. Source: Friedman & Dieng 2023,
-    "The Vendi Score". Negative cosines count as they are.
+    exp(−Σ λ log λ) over the eigenvalues λ of K / V, where K are the cosines between the layer's activations for the V
+    visualizations of a unit after subtracting the mean over all visualizations: 1 if all are equal, V if all are
+    orthogonal. Negative cosines are not clipped. Source: Friedman & Dieng 2023, "The Vendi Score".
+
+    Args:
+        responses: Activations of a layer for V visualizations of each unit, (G, V, C).
     """
     centred = responses - responses.reshape(-1, responses.shape[-1]).mean(0)
     unit = centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-12)
@@ -27,7 +30,7 @@ def facets(responses: np.ndarray) -> np.ndarray:
 
 
 def report(run: Path) -> Report:
-    """Facets by preset and layer, what they cost, and four pictures of a unit by each preset."""
+    """Return facets by preset and layer, their cost, and four visualizations of a unit under each preset."""
     found = compared(run)
     presets = [contender.preset for contender in found.contenders]
     counted: dict[str, list[np.ndarray]] = {preset: [] for preset in presets}
@@ -35,10 +38,10 @@ def report(run: Path) -> Report:
     with open_atlas(run) as atlas:
         for layer in atlas:
             for preset in presets:
-                answers = layer.picture_responses(preset)
+                answers = layer.image_activations(preset)
                 assert answers is not None, "this atlas was made before answers to pictures were kept"
                 counted[preset].append(facets(answers.astype(np.float64)))
-            pictures = [layer.pictures(preset)[0] for preset in presets]
+            pictures = [layer.images(preset)[0] for preset in presets]
             rows += [(f"{layer.name}:{layer.channels[0]}", list(pictures[0])), ("", list(pictures[-1]))]
         names = list(atlas.layers)
     lines = []
@@ -47,7 +50,7 @@ def report(run: Path) -> Report:
         own = np.concatenate(counted[preset])
         line = {"preset": f"`{preset}`", "facets": told(median(own))}
         if preset != presets[0]:
-            against = duel(own, first)
+            against = paired_test(own, first)
             line["more facets than starts"] = f"{against.wins} of {len(own)} units, p = {against.p:.2g}"
         else:
             line["more facets than starts"] = ""

@@ -1,4 +1,4 @@
-"""Study 7: dataset examples against optimisation: for which layers do the best photographs and the picture agree?"""
+"""Study 7: dataset examples against optimization: in which layers do they agree?"""
 
 from pathlib import Path
 
@@ -10,45 +10,45 @@ from page import Report, config_of, sheet, told
 from pipeline.compare.statistics import median
 from pipeline.data import datasets
 from pipeline.data.image_loading import batches
-from pipeline.data.image_loading import load as photographs
+from pipeline.data.image_loading import load_images as photographs
 from pipeline.layers.finding import capture
-from pipeline.layers.selection import LayersConfig, found_layers
-from pipeline.models.loading import load
+from pipeline.layers.selection import LayersConfig, list_layers
+from pipeline.models.loading import load_model
 from pipeline.store.reader import Atlas, open_atlas
 
 SHOWN = 3
-BEST = 4  # photographs of a unit that count, as in the atlas's own `transfer`
+BEST = 4  # number of images per unit, as in the `transfer` of an atlas
 
 
 def answers(atlas: Atlas) -> dict[str, np.ndarray]:
-    """Of each layer the largest answer of all its channels to every photograph of the run's dataset, (n, C)."""
+    """Return, for each layer, the largest activation of its channels for every dataset image of the run, (n, C)."""
     config, names = config_of(atlas), atlas.layers
-    model, dataset = load(config.model), datasets.listing(config.data)
-    layers = [layer for layer in found_layers(model, LayersConfig(), config.model.aliases) if layer.name in names]
-    found = {name: np.zeros((len(dataset.photos), 0)) for name in names}
+    model, dataset = load_model(config.model), datasets.list_dataset(config.data)
+    layers = [layer for layer in list_layers(model, LayersConfig(), config.model.aliases) if layer.name in names]
+    found = {name: np.zeros((len(dataset.images), 0)) for name in names}
     with capture(model, layers) as run, torch.no_grad():
-        for items, images in batches(photographs(dataset, range(len(dataset.photos)), model.recipe), 16, []):
+        for items, images in batches(photographs(dataset, range(len(dataset.images)), model.preprocessing), 16, []):
             rows = [item.index for item in items]
             for name, maps in run(torch.from_numpy(images[: len(rows)]).float() / 255).items():
                 if not found[name].size:
-                    found[name] = np.zeros((len(dataset.photos), maps.shape[1]))
+                    found[name] = np.zeros((len(dataset.images), maps.shape[1]))
                 found[name][rows] = maps.flatten(2).amax(2).numpy()
     return found
 
 
 def cosines(pictures: np.ndarray, best: np.ndarray, usual: np.ndarray) -> np.ndarray:
-    """(G, C) answers to pictures and to units' best photographs, (C,) usual answer → (G, G) cosines about the usual."""
+    """Return cosines (G, G) of activations for visualizations and best images (G, C), both minus the mean (C,)."""
     ours, theirs = pictures - usual, best - usual
     lengths = np.linalg.norm(ours, axis=1)[:, None] * np.linalg.norm(theirs, axis=1)
     return ours @ theirs.T / np.maximum(lengths, 1e-12)
 
 
 def rows_of(atlas: Atlas) -> tuple[list[dict[str, object]], list[float]]:
-    """One line a layer, and the median agreement of each."""
+    """Return one row per layer, and the median agreement of each."""
     every = answers(atlas)
     rows, course = [], []
     for layer in atlas:
-        held, tops, numbers = layer.picture_responses(), layer.examples("max"), layer.numbers()
+        held, tops, numbers = layer.image_activations(), layer.examples("max"), layer.measurements()
         assert held is not None and tops is not None, "this atlas has no photographs, or is older than answers"
         active = np.flatnonzero((tops.index[:, :BEST] >= 0).all(1))
         seen = every[layer.name]
@@ -69,16 +69,16 @@ def rows_of(atlas: Atlas) -> tuple[list[dict[str, object]], list[float]]:
 
 
 def report(run: Path) -> Report:
-    """Agreement by layer, beside that with the photographs of the layer's other units."""
+    """Return the agreement by layer, beside that with the best images of the layer's other units."""
     with open_atlas(run) as atlas:
         rows, course = rows_of(atlas)
         lines = []
         for layer in list(atlas)[1::2]:
             tops = layer.examples("max")
             assert tops is not None
-            shown = [layer.pictures()[0, 0]]
+            shown = [layer.images()[0, 0]]
             for index, y, x in zip(tops.index[0, :SHOWN], tops.y[0, :SHOWN], tops.x[0, :SHOWN], strict=True):
-                photo, box = atlas.photo(int(index)), layer.crop_box(int(y), int(x))
+                photo, box = atlas.input_image(int(index)), layer.crop_box(int(y), int(x))
                 assert photo is not None
                 resized = photo.convert("RGB").resize((layer.input_size[1], layer.input_size[0]))
                 shown.append(np.asarray(resized if box is None else resized.crop(box)))

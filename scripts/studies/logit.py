@@ -1,4 +1,4 @@
-"""Study 1: logit or probability as class objective: what each reaches, and what the competing logits do."""
+"""Study 1: logit or probability as class objective: activations reached, and the effect on competing logits."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import torch
 from page import Report, compared, config_of, dueled, medians, sheet, told
 from torch import Tensor
 
-from pipeline.compare.statistics import duel, median
-from pipeline.models.loading import Model, load
+from pipeline.compare.statistics import median, paired_test
+from pipeline.models.loading import Model, load_model
 from pipeline.store.reader import open_atlas
 
 MEASURES = {"robust": 2, "high_frequency": 3, "checkerboard": 1, "spectral_distance": 3, "transfer": 2}
@@ -17,15 +17,15 @@ OBJECTIVES = ("logit", "log_probability", "probability")
 
 
 def scores(model: Model, images: np.ndarray) -> Tensor:
-    """(N, H, W, 3) uint8 → (N, classes) logits."""
+    """Return the logits (N, classes) for images (N, H, W, 3) uint8."""
     with torch.no_grad():
-        return model.module(model.normalise(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255))
+        return model.module(model.normalize(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255))
 
 
 def slopes(model: Model, images: np.ndarray, classes: np.ndarray) -> dict[str, np.ndarray]:
-    """Length of each objective's gradient to the picture, (N,) each."""
+    """Return the norm of each objective's gradient with respect to the image, (N,) each."""
     pixels = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255).requires_grad_(True)
-    logits = model.module(model.normalise(pixels))
+    logits = model.module(model.normalize(pixels))
     rows = torch.arange(len(classes)), torch.from_numpy(classes).long()
     values = {"logit": logits, "log_probability": logits.log_softmax(1), "probability": logits.softmax(1)}
     found = {}
@@ -36,12 +36,12 @@ def slopes(model: Model, images: np.ndarray, classes: np.ndarray) -> dict[str, n
 
 
 def report(run: Path) -> Report:
-    """What the pictures of each objective do to all logits, and how steep each objective is where one begins."""
+    """Return the effect of each objective on all logits, and the gradient norm of each objective at the start."""
     with open_atlas(run) as atlas:
-        model = load(config_of(atlas).model)
+        model = load_model(config_of(atlas).model)
         (layer,) = atlas
         classes = np.asarray(layer.channels, np.int64)
-        pictures = {name: layer.pictures(name)[:, 0] for name in OBJECTIVES}
+        pictures = {name: layer.images(name)[:, 0] for name in OBJECTIVES}
     at = torch.arange(len(classes)), torch.from_numpy(classes)
     noise = np.random.default_rng(0).normal(127, 3, pictures["logit"].shape).round().clip(0, 255).astype(np.uint8)
     before = scores(model, noise)
@@ -54,7 +54,7 @@ def report(run: Path) -> Report:
         lines.append(
             {
                 "objective": f"`{name}`", "logit": told(median(own[name]), 1),
-                "to logit's": "" if name == "logit" else dueled(duel(own[name], own["logit"]), 1),
+                "to logit's": "" if name == "logit" else dueled(paired_test(own[name], own["logit"]), 1),
                 "its rise over noise": told(median((z[at] - before[at]).numpy()), 1),
                 "rise of its rivals": told(median(rivals.numpy()), 1),
                 "mean of all other logits": told(median(((z.sum(1) - z[at]) / (z.shape[1] - 1)).numpy()), 2),

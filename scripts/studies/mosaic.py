@@ -1,4 +1,4 @@
-"""Study 2: pixels or the Fourier canvas, with and without transforms: what removes the mosaic?"""
+"""Study 2: pixels or the Fourier canvas, with and without transforms: which removes high-frequency patterns?"""
 
 from pathlib import Path
 
@@ -9,5 +9,5 @@ JUDGED = {"high_frequency": 3, "checkerboard": 1, "robust_gain": 2, "transfer": 
 
 
 def report(run: Path) -> Report:
-    """All four corners, and each against pixels without transforms."""
+    """Return all four combinations, and each against pixels without transforms."""
     return contest(run, "naive", MEASURES, JUDGED)

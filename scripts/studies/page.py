@@ -1,7 +1,7 @@
-"""What all studies share: medians with intervals, pairs against a reference, sheets of pictures, and the page.
+"""Functions shared by all studies: medians with intervals, paired comparisons, contact sheets, and the page.
 
-A page in docs/studies is written by hand but for what stands between `<!-- numbers -->` and `<!-- end -->`, which the
-study's command writes; and it shows the figure NAME.jpg beside it, which the command makes as well.
+A page in docs/studies is written by hand, except for the part between `<!-- numbers -->` and `<!-- end -->`, which the
+command of the study writes. The command also writes the figure NAME.jpg beside the page.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ import pandas as pd
 import yaml
 from PIL import Image, ImageDraw
 
-from pipeline.compare import align, opened
+from pipeline.compare import align, open_runs
 from pipeline.compare.alignment import Comparison
-from pipeline.compare.metric_names import known
+from pipeline.compare.metric_names import measure_named
 from pipeline.compare.statistics import Median, PairedTest, median
 from pipeline.config.schema import Config, from_tree
 from pipeline.store.reader import Atlas, open_atlas
@@ -27,14 +27,14 @@ SIDE = 120
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a study found: tables by the line that stands above each, and a figure."""
+    """The results of a study: tables by caption, and a figure."""
 
     tables: Mapping[str, pd.DataFrame]
     figure: Image.Image
 
 
 def publish(report: Report, page: Path) -> None:
-    """Put the tables between the marks of `page` and the figure beside it."""
+    """Write the tables between the markers of `page`, and the figure beside it."""
     text = "\n".join(f"{title}\n\n{markdown(table)}\n" for title, table in report.tables.items())
     written = page.read_text(encoding="utf-8")
     if not NUMBERS.search(written):
@@ -44,61 +44,61 @@ def publish(report: Report, page: Path) -> None:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown, its index left out."""
+    """Return a table as Markdown, without its index."""
     lines = [" | ".join(table.columns), " | ".join("---" for _ in table.columns)]
     lines += [" | ".join(map(str, row)) for row in table.itertuples(index=False)]
     return "\n".join(f"| {line} |" for line in lines)
 
 
 def told(found: Median, digits: int = 2) -> str:
-    """A median with the ends of its interval: 0.53 [0.48, 0.60]."""
+    """Format a median with the ends of its interval: 0.53 [0.48, 0.60]."""
     return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
 
 
 def dueled(found: PairedTest, digits: int = 2) -> str:
-    """A median difference with its interval, wins and losses: +0.10 [0.02, 0.20], 20 : 4."""
+    """Format a median difference with its interval, wins and losses: +0.10 [0.02, 0.20], 20 : 4."""
     at = found.difference
     return f"{at.value:+.{digits}f} [{at.low:+.{digits}f}, {at.high:+.{digits}f}], {found.wins} : {found.losses}"
 
 
 def config_of(atlas: Atlas) -> Config:
-    """The configuration that an atlas was made with."""
+    """Return the configuration of an atlas."""
     return from_tree(yaml.safe_load(atlas.config))
 
 
 def compared(run: Path) -> Comparison:
-    """All presets of a run, unit by unit."""
-    with opened([str(run)], root=run.parent) as contest:
+    """Return the comparison of all presets of a run, unit by unit."""
+    with open_runs([str(run)], root=run.parent) as contest:
         return align(contest)
 
 
 def medians(found: Comparison, measures: Mapping[str, int]) -> pd.DataFrame:
-    """A row a preset, a column a measure: medians over all units; `measures` are names with their digits."""
-    whole = found.whole
+    """Return medians over all units, one row per preset and one column per measure; `measures` maps names to digits."""
+    whole = found.all_units
     rows = []
     for at, contender in enumerate(found.contenders):
-        values = {known(m).title: told(median(whole.of(m)[at]), digits) for m, digits in measures.items()}
+        values = {measure_named(m).title: told(median(whole.of(m)[at]), digits) for m, digits in measures.items()}
         rows.append({"preset": f"`{contender.label}`", **values})
     return pd.DataFrame(rows)
 
 
 def pairs(found: Comparison, against: str, measures: Mapping[str, int]) -> pd.DataFrame:
-    """A row a preset: median difference to `against` over the same units, with wins : losses."""
-    whole, labels = found.whole, [contender.label for contender in found.contenders]
+    """Return the median difference to `against` over the same units with wins : losses, one row per preset."""
+    whole, labels = found.all_units, [contender.label for contender in found.contenders]
     rows = []
     for at, label in enumerate(labels):
         if label == against:
             continue
         row = {"preset": f"`{label}`"}
         for name, digits in measures.items():
-            one = found.duel(whole, known(name), at, labels.index(against))
-            row[known(name).title] = "" if one is None else dueled(one, digits)
+            one = found.paired_test(whole, measure_named(name), at, labels.index(against))
+            row[measure_named(name).title] = "" if one is None else dueled(one, digits)
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def by_layer(found: Comparison, measure: str, digits: int = 2) -> pd.DataFrame:
-    """A row a preset, a column a layer: the median of one measure."""
+    """Return the median of one measure, one row per preset and one column per layer."""
     rows = [
         {"preset": f"`{contender.label}`"}
         | {part.name: told(median(part.of(measure)[at]), digits) for part in found.layers}
@@ -108,7 +108,7 @@ def by_layer(found: Comparison, measure: str, digits: int = 2) -> pd.DataFrame:
 
 
 def sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[np.ndarray]]], side: int = SIDE) -> Image.Image:
-    """Pictures (H, W, 3) uint8 as a table with titles; each is brought to `side` pixels."""
+    """Return images (H, W, 3) uint8 as a table with titles, each resized to `side` pixels."""
     page = Image.new("RGB", (92 + len(columns) * (side + 4), 20 + len(rows) * (side + 4)), "white")
     pen = ImageDraw.Draw(page)
     for j, title in enumerate(columns):
@@ -122,20 +122,20 @@ def sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[np.ndarray]
 
 
 def first_units(atlas: Atlas, presets: Sequence[str], unit: int = 0, variant: int = 0) -> Image.Image:
-    """A sheet: of each layer one unit, by every preset."""
+    """Return a sheet with one unit per layer under every preset."""
     rows = [
-        (f"{layer.name}:{layer.channels[unit]}", [layer.pictures(preset)[unit, variant] for preset in presets])
+        (f"{layer.name}:{layer.channels[unit]}", [layer.images(preset)[unit, variant] for preset in presets])
         for layer in atlas
     ]
     return sheet(presets, rows)
 
 
 def contest(run: Path, against: str, measures: Mapping[str, int], judged: Mapping[str, int]) -> Report:
-    """Medians of `measures` for all presets, pairs of `judged` against one of them, and one unit a layer by each."""
+    """Return medians of `measures`, paired comparisons of `judged` with `against`, and one unit per layer."""
     found = compared(run)
     with open_atlas(run) as atlas:
         figure = first_units(atlas, [contender.preset for contender in found.contenders])
-    units = len(found.whole.channels)
+    units = len(found.all_units.channels)
     return Report(
         {
             f"Medians over {units} units of {len(found.layers)} layers, with their 95 % intervals:": medians(

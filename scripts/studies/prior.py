@@ -1,4 +1,4 @@
-"""Study 6: how much of a picture comes from the photograph it starts from, how much from the unit?"""
+"""Study 6: how much of a visualization comes from the image it starts from, how much from the unit?"""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from page import Report, compared, medians, sheet
 from PIL import Image
 
 from pipeline.data import datasets
-from pipeline.data.datasets import DataConfig
-from pipeline.data.image_loading import load as photographs
+from pipeline.data.config import DataConfig
+from pipeline.data.image_loading import load_images as photographs
 from pipeline.models.config import ModelConfig
-from pipeline.models.loading import load
+from pipeline.models.loading import load_model
 from pipeline.store.reader import open_atlas
 
 STARTS = Path("runs/study-prior-starts")
@@ -21,10 +21,10 @@ COARSE = 16
 
 
 def prepare() -> None:
-    """Six photographs that are whole, far apart in the list, in the folder that the presets name."""
-    dataset = datasets.listing(DataConfig())
-    recipe = load(ModelConfig("package", "efficientnet_lite0")).recipe
-    sources = np.asarray(dataset.sources if dataset.sources is not None else np.arange(len(dataset.photos)))
+    """Write six whole images, far apart in the dataset list, into the folder that the presets name."""
+    dataset = datasets.list_dataset(DataConfig())
+    recipe = load_model(ModelConfig("package", "efficientnet_lite0")).preprocessing
+    sources = np.asarray(dataset.sources if dataset.sources is not None else np.arange(len(dataset.images)))
     firsts = [int(np.flatnonzero(sources == source)[0]) for source in np.unique(sources)]
     chosen = [firsts[i] for i in np.linspace(0, len(firsts) - 1, COUNT).astype(int)]
     STARTS.mkdir(parents=True, exist_ok=True)
@@ -34,11 +34,14 @@ def prepare() -> None:
 
 
 def components(values: np.ndarray) -> tuple[float, float, float]:
-    """(U units, S starts, F) numbers → shares of the variance due to unit, start, and both together; they sum to 1.
+    """Return the shares of variance due to unit, start, and their interaction, (3,); they sum to 1.
 
-    Two-way analysis of variance without replication, random effects, summed over the F numbers: with mean squares M,
-    σ²_unit = (M_unit − M_rest) / S, σ²_start = (M_start − M_rest) / U, σ²_rest = M_rest; those below zero count as 0.
+    Two-way analysis of variance without replication, random effects, summed over the F values: with mean squares M,
+    σ²_unit = (M_unit − M_rest) / S, σ²_start = (M_start − M_rest) / U, σ²_rest = M_rest; negative values count as 0.
     Source: Searle, Casella & McCulloch, "Variance Components", 1992, chapter 4.
+
+    Args:
+        values: Values for U units and S starts, (U, S, F).
     """
     units, starts, _ = values.shape
     mean = values.mean((0, 1))
@@ -53,10 +56,10 @@ def components(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def errors(values: np.ndarray) -> np.ndarray:
-    """Standard errors of `components`, (3,), by the jackknife over units: √((n − 1) / n Σ (θ₋ᵢ − mean θ₋ᵢ)²).
+    """Return standard errors of `components`, (3,), by the jackknife over units: √((n − 1) / n Σ (θ₋ᵢ − mean θ₋ᵢ)²).
 
-    The bootstrap would draw a unit twice, and two rows that are alike pass for variance of the start. Source: Efron &
-    Stein 1981, "The jackknife estimate of variance".
+    The bootstrap would draw a unit twice, and two equal rows count as variance of the start. Source: Efron & Stein
+    1981, "The jackknife estimate of variance".
     """
     count = len(values)
     without = np.array([components(np.delete(values, i, 0)) for i in range(count)])
@@ -64,22 +67,22 @@ def errors(values: np.ndarray) -> np.ndarray:
 
 
 def coarse(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 → its plan: 16 × 16 colours in [0, 1], flat."""
+    """Return the coarse layout of an image (H, W, 3) uint8: 16 × 16 colors in [0, 1], flattened."""
     small = Image.fromarray(image).resize((COARSE, COARSE), Image.Resampling.BOX)
     return np.asarray(small, np.float64).ravel() / 255
 
 
 def report(run: Path) -> Report:
-    """Shares of variance of what pictures look like and of what the layer answers, by layer."""
+    """Return the shares of variance of the images and of the layer's activations, by layer."""
     tables = []
     rows = []
     with open_atlas(run) as atlas:
         for layer in atlas:
             for kind in KINDS:
                 names = [f"{kind}{i}" for i in range(COUNT)]
-                pictures = [layer.pictures(name)[:, 0] for name in names]
+                pictures = [layer.images(name)[:, 0] for name in names]
                 looks = np.stack([[coarse(image) for image in images] for images in pictures], 1)
-                answers = np.stack([layer.picture_responses(name)[:, 0].astype(np.float64) for name in names], 1)
+                answers = np.stack([layer.image_activations(name)[:, 0].astype(np.float64) for name in names], 1)
                 spread = answers.std((0, 1))
                 answers = answers[..., spread > 0] / spread[spread > 0]
                 row = {"layer": layer.name, "start": kind}

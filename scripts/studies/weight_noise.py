@@ -11,8 +11,8 @@ from page import Report, config_of, contest, told
 
 from pipeline.compare.statistics import median
 from pipeline.layers.finding import capture
-from pipeline.layers.selection import LayersConfig, found_layers
-from pipeline.models.loading import Model, load
+from pipeline.layers.selection import LayersConfig, list_layers
+from pipeline.models.loading import Model, load_model
 from pipeline.store.reader import LayerView, open_atlas
 from pipeline.visualization.network_perturbations import WeightNoise
 
@@ -21,16 +21,16 @@ MEASURES = {
     "spectral_distance": 3, "seconds": 1,
 }  # fmt: skip
 JUDGED = {"robust_gain": 2, "agreement": 2, "transfer": 2, "high_frequency": 3, "checkerboard": 1}
-# Networks that no picture has seen: other seeds than the runs', and levels between theirs.
+# Networks that were not used for optimization: other seeds than those of the runs, and levels between theirs.
 LEVELS = (0.1, 0.2)
 DRAWS = 8
 SEED = 1_000_000
 
 
 def left(view: LayerView, model: Model, presets: Sequence[str], sd: float) -> np.ndarray:
-    """(presets, pictures) share of each picture's activation that noisy networks leave, mean over `DRAWS` of them."""
-    (layer,) = [found for found in found_layers(model, LayersConfig(), {}) if found.name == view.name]
-    pictures = np.stack([view.pictures(preset)[:] for preset in presets])  # (presets, units, variants, H, W, 3)
+    """Return the share of activation left on noisy networks, (presets, visualizations), mean over `DRAWS` networks."""
+    (layer,) = [found for found in list_layers(model, LayersConfig(), {}) if found.name == view.name]
+    pictures = np.stack([view.images(preset)[:] for preset in presets])  # (presets, units, variants, H, W, 3)
     channels = np.broadcast_to(view.channels[None, :, None], pictures.shape[:3]).flatten()
     images = torch.from_numpy(pictures.reshape(-1, *pictures.shape[3:])).permute(0, 3, 1, 2).float() / 255
     at = torch.arange(len(channels)), torch.from_numpy(channels).long()
@@ -42,17 +42,17 @@ def left(view: LayerView, model: Model, presets: Sequence[str], sd: float) -> np
 
         clean, noisy = answered(), []
         for draw in range(DRAWS):
-            with noise.applied(model.module, SEED + draw) as drawn:
-                drawn.to(0)
+            with noise.applied(model.module, SEED + draw) as active:
+                active.set_step(0)
                 noisy.append(answered())
     return (torch.stack(noisy).mean(0) / clean).view(len(presets), -1).numpy()
 
 
 def report(run: Path) -> Report:
-    """Medians of all ten, each against neither noise nor transforms, and what is left of them on other networks."""
+    """Return medians of all ten presets, each against the plain one, and the activation left on other networks."""
     found = contest(run, "plain", MEASURES, JUDGED)
     with open_atlas(run) as atlas:
-        model = load(config_of(atlas).model)
+        model = load_model(config_of(atlas).model)
         presets = list(next(iter(atlas)).presets)
         shares = {sd: np.concatenate([left(view, model, presets, sd) for view in atlas], 1) for sd in LEVELS}
     rows = [

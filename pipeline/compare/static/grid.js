@@ -1,4 +1,4 @@
-// The grid of units, each with its pictures side by side, in any order. A part of it at a time: there may be thousands.
+// The grid of units, with the images of all contenders side by side, in any order. Loaded in parts, because there may be thousands.
 (function () {
   "use strict";
 
@@ -27,7 +27,7 @@
     find("#filter").addEventListener("input", show);
     find(".controls").addEventListener("submit", (event) => event.preventDefault());
     const size = find("#size");
-    if (window.innerWidth < 700) size.value = "72"; // two units beside each other on a telephone
+    if (window.innerWidth < 700) size.value = "72"; // two units side by side on a phone
     if (remembered("compared")) size.value = remembered("compared");
     size.addEventListener("input", () => { sized(); remember("compared", size.value); });
     window.addEventListener("hashchange", () => {
@@ -47,10 +47,10 @@
       now[key] = Number(value);
     } else now[key] = value;
     const said = order.text(here === undefined ? now : { ...now, in: "" });
-    // From disk a browser may refuse; the order is then only not in the address.
-    try { window.history.replaceState(null, "", "#" + (said || "units")); } catch { /* as said */ }
+    // Browsers may forbid this for pages opened from disk; the address then does not contain the order.
+    try { window.history.replaceState(null, "", "#" + (said || "units")); } catch { /* see above */ }
   }
-  // Contenders whose pictures stand in a tile: all, as long as they are few.
+  // Contenders whose images a tile shows: all if they are few, else the two that are being compared.
   const shown = () => (ATLAS.index.contenders.length <= BESIDE ? ATLAS.index.contenders.map((_, i) => i) : [now.a, now.b]);
   function sized() {
     find(".grid").style.setProperty("--tile", shown().length * Number(find("#size").value) + "px");
@@ -96,7 +96,7 @@
   }
 
   function more() {
-    if (given >= listed.length) { find("#more").textContent = listed.length ? "" : "No such unit."; return; }
+    if (given >= listed.length) { find("#more").textContent = listed.length ? "" : "No unit matches."; return; }
     const part = listed.slice(given, given + PART);
     given += part.length;
     const tiles = part.map(tile);

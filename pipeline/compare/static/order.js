@@ -1,13 +1,13 @@
-// The order in which units are looked at: what an address says of it, and all units in it.
+// The order of units: parsed from and written to addresses, and the list of all units in it.
 ATLAS.order = (function () {
   "use strict";
 
   const { need } = ATLAS;
   const KEYS = ["by", "of", "a", "b", "in"];
-  // Of each order: how it is called, and what it is by. The larger comes first; units without the number last.
+  // Titles of the orders. Higher values come first unless the title says otherwise; units without a number come last.
   const ORDERS = {
     spread: () => "disagreement",
-    unlike: () => "pictures most unlike",
+    unlike: () => "image distance",
     up: (a, b) => b + " − " + a + ", highest first",
     down: (a, b) => b + " − " + a + ", lowest first",
     layer: () => "by layer",
@@ -17,7 +17,7 @@ ATLAS.order = (function () {
   const usual = () => ({ by: "spread", of: ATLAS.index.main, a: 0, b: 1, in: "" });
   function decoded(text) { try { return decodeURIComponent(text); } catch { return text; } }
 
-  // "#layer:channel&by=up&of=gain" → {unit: "layer:channel", by: "up", of: "gain", …}; what is left out or wrong is as usual.
+  // "#layer:channel&by=up&of=gain" → {unit: "layer:channel", by: "up", of: "gain", …}; missing or invalid keys have their defaults.
   function parse(hash) {
     const [first, ...rest] = hash.replace(/^#/, "").split("&");
     const named = KEYS.some((key) => first.startsWith(key + "="));
@@ -31,7 +31,7 @@ ATLAS.order = (function () {
     if (a !== b && [a, b].every((v) => Number.isInteger(v) && v >= 0 && v < count)) Object.assign(found, { a, b });
     return found;
   }
-  // What of an order is not as usual, for an address.
+  // The keys of an order that differ from their defaults, as part of an address.
   function text(order) {
     const plain = usual();
     return KEYS.filter((key) => order[key] !== plain[key]).map((key) => key + "=" + encodeURIComponent(order[key])).join("&");
@@ -45,7 +45,7 @@ ATLAS.order = (function () {
   const values = (name) => need("measures/" + ATLAS.fileOf(name), ATLAS.index.identity);
   const known = (v) => v !== null && v !== undefined;
 
-  // All units in order: [{layer, row, key}]. A key is of those whose numbers mean the same as that of the first side.
+  // All units in order: [{layer, row, key}]. Only contenders that are comparable to contender a count for the key.
   async function list(order) {
     const [held, unlike] = await Promise.all([values(order.of), order.by === "unlike" ? need("difference", ATLAS.index.identity) : null]);
     const alike = measure(order.of).alike[order.a];
@@ -73,7 +73,7 @@ ATLAS.order = (function () {
     return found;
   }
 
-  // The name of a file, as the site's builder makes it from any name.
+  // Escape a name to a file name in the same way as the builder of the site.
   ATLAS.fileOf = (name) => name.replace(/[^A-Za-z0-9_.-]/g, (c) => Array.from(new TextEncoder().encode(c), (b) => "~" + b.toString(16).padStart(2, "0")).join("")).replace(/^\./, "~2e");
   const signed = (value) => (known(value) ? (value > 0 ? "+" : "") + ATLAS.number(value) : "—");
   const measure = (name) => ATLAS.index.measures.find((m) => m.name === name);

@@ -1,8 +1,8 @@
-// A unit's page: unit.html#layer:channel, its pictures by all contenders beside each other, and two of them to swipe.
+// The page of a unit, unit.html#layer:channel: the images of all contenders side by side, and two of them with a divider.
 (function () {
   "use strict";
 
-  const { make, find, number, data, need, keys, sprite, order, lens } = ATLAS;
+  const { make, find, number, data, need, keys, sprite, order, magnifier } = ATLAS;
   const place = find("#unit");
   let now = null;
   let asked = null;
@@ -39,7 +39,7 @@
     asked = order.parse(window.location.hash);
     const unit = parse(asked.unit);
     if (!asked.unit) { window.location.replace(ATLAS.root + "index.html#units"); return; }
-    if (!unit || unit.row < 0) { nothing(asked.unit, unit ? unit.layer.name + " has no channel " + unit.channel + " here." : "There is no such unit here."); return; }
+    if (!unit || unit.row < 0) { nothing(asked.unit, unit ? unit.layer.name + " has no channel " + unit.channel + " in this comparison." : "This comparison has no such unit."); return; }
     try {
       const [loaded, units] = await Promise.all([load(unit), order.list(asked)]);
       if (turn !== latest) return;
@@ -66,26 +66,26 @@
     sprite(box, ATLAS.media(now.layer, "p" + at + "-" + start), columns, Math.ceil(cells / columns), (now.row - start) * variants + variant);
     return box;
   }
-  const absent = () => make("span", { class: "frame absent", text: "no such picture" });
+  const absent = () => make("span", { class: "frame absent", text: "no feature visualization" });
 
   function figure(at) {
     const box = picture(at);
     const told = (now.record.pictures[at] || [])[variant];
     const value = now.record.values[ATLAS.index.main][at];
-    const lensed = box && lens.add(make("div", { class: "lens", role: "img", "aria-label": "Picture of " + nameOf(now) + " by " + contender(at).label }, box));
+    const lensed = box && magnifier.add(make("div", { class: "lens", role: "img", "aria-label": "Feature visualization of " + nameOf(now) + " by " + contender(at).label }, box));
     return make("figure", { class: told && told.status === "failed" ? "failed" : "" }, lensed || absent(),
       make("figcaption", {}, swatch(at), make("b", { text: contender(at).label }), " ", data(value),
         make("span", { class: "measure", text: " " + order.measure(ATLAS.index.main).title }),
         told && told.status === "failed" ? make("strong", { text: " failed" }) : ""));
   }
 
-  // Two pictures in one place: the right one lies above the left one, uncovered as far as the divider says.
+  // Two images in one place: the second one covers the first one to the right of the divider.
   function swipe() {
     const [left, right] = [picture(asked.a), picture(asked.b)];
     if (!left || !right) return null;
     const over = make("div", { class: "over" }, right);
     const divider = make("span", { class: "divider", "aria-hidden": "true" });
-    const stage = lens.add(make("div", { class: "lens stage", role: "img", "aria-label": contender(asked.a).label + " on the left, " + contender(asked.b).label + " on the right" }, left, over, divider));
+    const stage = magnifier.add(make("div", { class: "lens stage", role: "img", "aria-label": contender(asked.a).label + " on the left, " + contender(asked.b).label + " on the right" }, left, over, divider));
     const slider = make("input", { type: "range", min: "0", max: "100", step: "1", class: "slider", "aria-label": "Swipe between " + contender(asked.a).label + " and " + contender(asked.b).label });
     const set = (to) => {
       part = Math.min(100, Math.max(0, to));
@@ -120,7 +120,7 @@
 
   // --------------------------------------------------------------------- numbers
 
-  // Contenders whose value is the best of those that can be compared; none where nobody knows what is better.
+  // Contenders with the best value; none if they are not comparable or no direction is better.
   function best(measure, values) {
     const alike = values.map((v, i) => i).filter((i) => order.known(values[i]) && measure.signs[i] !== 0);
     const first = alike[0];
@@ -140,7 +140,7 @@
     });
     const told = (title, of) => make("tr", {}, make("th", { scope: "row", text: title }), ATLAS.index.contenders.map((_, i) => make("td", {}, of(i))));
     const pictures = (i) => now.record.pictures[i] || [];
-    rows.push(told("best photograph", (i) => data(now.record.natural[i])),
+    rows.push(told("dataset maximum", (i) => data(now.record.natural[i])),
       told("status", (i) => pictures(i).map((p) => p.status).join(", ") || "—"),
       told("seed", (i) => make("span", { class: "seed", title: pictures(i).map((p) => p.seed).join(", "), text: pictures(i).map((p) => p.seed).join(", ") || "—" })));
     return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Numbers of this unit" },
@@ -153,12 +153,12 @@
     const most = Math.max(...now.record.pictures.map((p) => (p || []).length));
     if (variant >= most) variant = 0;
     if (most < 2) return null;
-    return make("div", { class: "toggle", role: "radiogroup", "aria-label": "Which picture" }, Array.from({ length: most }, (_, i) => i).flatMap((i) => [
+    return make("div", { class: "toggle", role: "radiogroup", "aria-label": "Which visualization" }, Array.from({ length: most }, (_, i) => i).flatMap((i) => [
       make("input", { type: "radio", name: "variant", id: "variant-" + i, checked: i === variant, onchange: () => { variant = i; draw(); find("#variant-" + i).focus(); } }),
-      make("label", { for: "variant-" + i, text: "picture " + (i + 1) })]));
+      make("label", { for: "variant-" + i, text: "visualization " + (i + 1) })]));
   }
   function draw() {
-    lens.clear();
+    magnifier.clear();
     delete keys[","];
     delete keys["."];
     const at = listed.findIndex((unit) => unit.layer === now.layer && unit.row === now.row);
@@ -170,20 +170,20 @@
     const said = order.text(asked);
     const many = ATLAS.index.contenders.length;
     const by = order.ORDERS[asked.by](a, b) + (["spread", "up", "down"].includes(asked.by) ? ", " + order.measure(asked.of).title : "") + (asked.in ? ", in " + asked.in : "");
-    const buttons = [["Zoom in", "+", () => lens.zoom(1.5)], ["Zoom out", "−", () => lens.zoom(1 / 1.5)], ["Whole picture", "0", lens.whole]];
+    const buttons = [["Zoom in", "+", () => magnifier.zoom(1.5)], ["Zoom out", "−", () => magnifier.zoom(1 / 1.5)], ["Whole image", "0", magnifier.whole]];
     place.replaceChildren(make("article", { class: "compared", "data-unit-shown": nameOf(now) },
       make("section", { class: "opening" },
-        make("nav", { class: "neighbours", "aria-label": "Units" }, link(to(-1), to(-1) ? "← " + named(to(-1)) : "the first unit"),
-          make("a", { href: ATLAS.root + "index.html#" + (said || "units"), text: "all units" }), link(to(1), to(1) ? named(to(1)) + " →" : "the last unit")),
+        make("nav", { class: "neighbours", "aria-label": "Units" }, link(to(-1), to(-1) ? "← " + named(to(-1)) : "first unit"),
+          make("a", { href: ATLAS.root + "index.html#" + (said || "units"), text: "all units" }), link(to(1), to(1) ? named(to(1)) + " →" : "last unit")),
         make("h1", { class: "layer" }, make("span", { text: now.layer.name + ":" }), String(now.channel)),
         make("p", { class: "subtitle" }, now.record.label ? make("span", { class: "class", text: now.record.label }) : "",
           make("a", { class: "tag", href: ATLAS.root + "layers/" + encodeURIComponent(now.layer.slug) + ".html", text: "layer " + now.layer.name }),
           make("span", { class: "note", text: at < 0 ? "" : (at + 1) + " of " + listed.length + ": " + by })),
         make("div", { class: "actions" }, buttons.map(([title, key, act]) => make("button", { type: "button", title: title + " (" + key + ")", text: title, onclick: () => act() })), chosen)),
-      make("section", { class: "sides" + (many > 3 ? " several" : ""), "aria-label": "Pictures" }, ATLAS.index.contenders.map((_, i) => figure(i)), swipe()),
-      make("p", { class: "note", text: "Wheel or pinch zooms all pictures at once, dragging moves them. " + (order.known(now.record.difference) ? "Pictures unlike by " + number(now.record.difference) + " of 1." : "") }),
+      make("section", { class: "sides" + (many > 3 ? " several" : ""), "aria-label": "Feature visualizations" }, ATLAS.index.contenders.map((_, i) => figure(i)), swipe()),
+      make("p", { class: "note", text: "Scroll or pinch to zoom all images at once; drag to move them. " + (order.known(now.record.difference) ? "Image distance: " + number(now.record.difference) + " (0 to 1)." : "") }),
       make("section", { "aria-labelledby": "its" }, make("h2", { id: "its", text: "Numbers" }), numbers())));
-    lens.apply();
+    magnifier.apply();
   }
 
   function go(layer, channel, focus) {
@@ -205,9 +205,9 @@
   keys.ArrowDown = across(1);
   keys["["] = across(-1);
   keys["]"] = across(1);
-  keys["+"] = keys["="] = () => lens.zoom(1.5);
-  keys["-"] = keys["−"] = () => lens.zoom(1 / 1.5);
-  keys["0"] = lens.whole;
+  keys["+"] = keys["="] = () => magnifier.zoom(1.5);
+  keys["-"] = keys["−"] = () => magnifier.zoom(1 / 1.5);
+  keys["0"] = magnifier.whole;
   keys.c = () => false;
 
   ATLAS.indexed.then(() => show()).then(() => {

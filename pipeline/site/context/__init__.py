@@ -1,1 +1,1 @@
-"""What the templates of each kind of page receive."""
+"""The data that the templates of the pages receive."""

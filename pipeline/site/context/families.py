@@ -1,4 +1,4 @@
-"""Families: named groups of units with comments, written by people in YAML, as in the circuits papers.
+"""Families: named and commented groups of units in a YAML file that the user writes, as in the circuits papers.
 
 families:
   - name: Curves
@@ -17,21 +17,21 @@ from typing import Any
 
 import yaml
 
-from pipeline.core.config_files import decoded
+from pipeline.core.config_files import decode_text
 from pipeline.core.errors import AtlasError, first_line
-from pipeline.store.shards import safe
+from pipeline.store.shards import safe_name
 
-BESIDE = "families.yaml"
+DEFAULT_FILE = "families.yaml"
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A unit of a family; `there` says whether this atlas has it."""
+    """A unit of a family; `in_atlas` is False if the atlas does not contain it."""
 
     layer: str
     channel: int
     comment: str
-    there: bool
+    in_atlas: bool
 
     @property
     def name(self) -> str:
@@ -41,7 +41,15 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A named group. `source` is a link, or nothing."""
+    """A named group of units.
+
+    Attributes:
+        name: Name of the family.
+        slug: Its name in file names.
+        comment: Comment on the family; may be empty.
+        source: Link to a source, or "".
+        members: Units, also those that are not in the atlas.
+    """
 
     name: str
     slug: str
@@ -51,61 +59,78 @@ class Family:
 
     @property
     def href(self) -> str:
-        """Page of the family, from the site's root."""
+        """Path of the family's page, relative to the root of the site."""
         return f"families/{self.slug}.html"
 
     @property
     def present(self) -> tuple[Member, ...]:
-        """Members that this atlas has."""
-        return tuple(member for member in self.members if member.there)
+        """Members that are in the atlas."""
+        return tuple(member for member in self.members if member.in_atlas)
 
 
-def read(path: Path | None, units: Mapping[str, frozenset[int]]) -> tuple[Family, ...]:
-    """Families of the file at `path`, none without one; `units` are the channels of each layer of the atlas.
+def read_families(path: Path | None, units: Mapping[str, frozenset[int]]) -> tuple[Family, ...]:
+    """Read the families of a YAML file.
 
-    A unit that the atlas does not have stays, marked as absent. Raises `AtlasError` for a file of another shape.
+    Args:
+        path: The file; None gives no families.
+        units: Channels of the atlas by layer. Other units of a family are kept, marked as not in the atlas.
+
+    Raises:
+        AtlasError: If the file cannot be read, or does not have the documented form.
     """
     if path is None:
         return ()
     try:
-        tree = yaml.safe_load(decoded(path.read_bytes(), f"site.families={str(path)!r}"))
+        tree = yaml.safe_load(decode_text(path.read_bytes(), f"site.families={str(path)!r}"))
     except OSError as error:
         raise AtlasError(f"site.families={str(path)!r} can't be read: {error.strerror or error}.") from None
     except yaml.YAMLError as error:
-        raise AtlasError(f"{path} is no YAML: {first_line(error)}") from None
+        raise AtlasError(f"{path} is not valid YAML: {first_line(error)}") from None
     entries = tree.get("families") if isinstance(tree, Mapping) else None
     if not isinstance(entries, list):
-        raise AtlasError(f"{path} must hold `families:` and below it a list of groups; docs/site.md shows one.")
-    found: list[Family] = []
+        raise AtlasError(f"{path} must contain `families:` followed by a list of groups; see docs/site.md.")
+    families: list[Family] = []
     for number, entry in enumerate(entries, 1):
         where = f"{path}, family {number}"
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or not entry["name"].strip():
-            raise AtlasError(f"{where} needs a `name`.")
-        unknown = sorted(set(entry) - {"name", "comment", "source", "units"}, key=str)
-        if unknown:
-            raise AtlasError(f"{where} has {unknown[0]!r}; it may have name, comment, source and units.")
-        listed = entry.get("units", [])
-        if not isinstance(listed, list):
-            raise AtlasError(f"{where}: `units` must be a list of layer:channel.")
-        source = str(entry.get("source") or "")
-        if source and not re.match(r"https?://", source):
-            raise AtlasError(f"{where}: source={source!r} must begin with https:// or http://.")
-        slug = safe(str(entry["name"]).strip().lower().replace(" ", "-"))
-        if any(family.slug == slug for family in found):
+        family = _family(entry, where, units)
+        if any(other.slug == family.slug for other in families):
             raise AtlasError(f"{where}: there are two families called {entry['name']!r}.")
-        members = tuple(_member(unit, where, units) for unit in listed)
-        found.append(Family(entry["name"].strip(), slug, str(entry.get("comment") or ""), source, members))
-    return tuple(found)
+        families.append(family)
+    return tuple(families)
+
+
+def _family(entry: Any, where: str, units: Mapping[str, frozenset[int]]) -> Family:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or not entry["name"].strip():
+        raise AtlasError(f"{where} needs a `name`.")
+    _refuse_unknown_keys(entry, ("name", "comment", "source", "units"), where)
+    members = entry.get("units", [])
+    if not isinstance(members, list):
+        raise AtlasError(f"{where}: `units` must be a list of layer:channel.")
+    source = str(entry.get("source") or "")
+    if source and not re.match(r"https?://", source):
+        raise AtlasError(f"{where}: source={source!r} must begin with https:// or http://.")
+    name = entry["name"].strip()
+    return Family(
+        name=name,
+        slug=safe_name(name.lower().replace(" ", "-")),
+        comment=str(entry.get("comment") or ""),
+        source=source,
+        members=tuple(_member(unit, where, units) for unit in members),
+    )
 
 
 def _member(entry: Any, where: str, units: Mapping[str, frozenset[int]]) -> Member:
     comment = ""
     if isinstance(entry, Mapping):
-        unknown = sorted(set(entry) - {"unit", "comment"}, key=str)
-        if unknown:
-            raise AtlasError(f"{where}: a unit has {unknown[0]!r}; it may have unit and comment.")
+        _refuse_unknown_keys(entry, ("unit", "comment"), f"{where}: a unit")
         entry, comment = entry.get("unit"), str(entry.get("comment") or "")
     layer, colon, channel = str(entry).rpartition(":")
     if not colon or not layer or not re.fullmatch(r"[0-9]+", channel):
-        raise AtlasError(f"{where}: {entry!r} is no unit; write layer:channel, in quotes.")
+        raise AtlasError(f"{where}: {entry!r} is not a unit; write layer:channel, in quotes.")
     return Member(layer, int(channel), comment, int(channel) in units.get(layer, frozenset()))
+
+
+def _refuse_unknown_keys(entry: Mapping[Any, Any], allowed: tuple[str, ...], where: str) -> None:
+    unknown = sorted(set(entry) - set(allowed), key=str)
+    if unknown:
+        raise AtlasError(f"{where} has {unknown[0]!r}; it may have {', '.join(allowed[:-1])} and {allowed[-1]}.")

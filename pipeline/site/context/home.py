@@ -1,4 +1,4 @@
-"""What the first page tells: the network, what the atlas covers and what failed, and where it came from."""
+"""The data of the first page: the network, the coverage of the atlas, failures and provenance."""
 
 import dataclasses
 from collections import Counter
@@ -8,15 +8,31 @@ from typing import Any
 
 from pipeline.site.config import SiteConfig
 from pipeline.site.context import method
-from pipeline.site.context.layer_summary import Catalogue, Facts
+from pipeline.site.context.layer_summary import Catalogue, LayerSummary, PresetSummary
 from pipeline.site.layout.diagram import Diagram, draw
-from pipeline.site.number_format import Value, share, whole
-from pipeline.store.reader import Atlas
+from pipeline.site.number_format import Value, count, share
+from pipeline.store import Atlas
 
 
 @dataclasses.dataclass(frozen=True)
 class Making:
-    """How the pictures under one key and preset were made, counted over all layers."""
+    """How the feature visualizations by one preset were made, summed over all layers.
+
+    Attributes:
+        title: Heading of the preset.
+        objective: Name of the objective.
+        preset: Name of the preset.
+        natural: Dataset statistic that activations are compared with.
+        pictures: Number of visualizations.
+        counts: Number of visualizations by status, the most frequent status first.
+        digests: Number of different digests of settings.
+        seconds: Total computing time.
+        steps: Least and largest number of optimization steps.
+        sides: Least and largest width in pixels.
+        precisions: Floating-point types of the optimization.
+        levels: Variants of the network that were optimized on, with the number of layers, the most frequent first.
+        fallbacks: Why a faster variant of the network was not used, with the names of the layers.
+    """
 
     title: str
     objective: str
@@ -34,7 +50,7 @@ class Making:
 
     @property
     def time(self) -> str:
-        """Time of computation, in the unit that a person would choose."""
+        """Total computing time, in seconds, minutes or hours."""
         for size, unit in ((3600.0, "hours"), (60.0, "minutes")):
             if self.seconds >= 2 * size:
                 return f"{self.seconds / size:.1f} {unit}"
@@ -42,25 +58,39 @@ class Making:
 
     @property
     def step_range(self) -> str:
-        """Steps of one picture: a number, or the least and the most."""
+        """Steps per visualization: one number, or the range."""
         return _range(self.steps)
 
     @property
     def side_range(self) -> str:
-        """Width of a picture in pixels: a number, or the least and the most."""
+        """Width of a visualization in pixels: one number, or the range."""
         return _range(self.sides)
 
 
 @dataclasses.dataclass(frozen=True)
 class Home:
-    """The first page. `download` links to the atlas file, if the site is beside it."""
+    """The data of the first page.
+
+    Attributes:
+        attributes: Attributes of the atlas.
+        config: Configuration of the run, as YAML.
+        file: File name of the atlas.
+        download: Link to the file of the atlas, or None if the site is in another folder.
+        photographs: Number of dataset images.
+        layers: Facts of all layers.
+        makings: How the visualizations were made, by preset.
+        presets: Descriptions of the presets.
+        diagram: Diagram of the network.
+        examples: Whether the atlas has dataset examples.
+        licence: What the site may show of the dataset, from its settings.
+    """
 
     attributes: dict[str, Any]
     config: str
     file: str
     download: str | None
     photographs: int
-    layers: list[Facts]
+    layers: list[LayerSummary]
     makings: list[Making]
     presets: tuple[method.Preset, ...]
     diagram: Diagram
@@ -68,8 +98,8 @@ class Home:
     licence: str
 
     @staticmethod
-    def of(atlas: Atlas, folder: Path, config: SiteConfig, layers: list[Facts], catalogue: Catalogue) -> "Home":
-        """The first page of a site in `folder`."""
+    def of(atlas: Atlas, folder: Path, config: SiteConfig, layers: list[LayerSummary], catalogue: Catalogue) -> "Home":
+        """Return the data of the first page of a site in `folder`."""
         beside = atlas.path.resolve().parent == folder.resolve().parent
         return Home(
             attributes=atlas.attributes,
@@ -79,7 +109,7 @@ class Home:
             photographs=len(catalogue.paths),
             layers=layers,
             makings=_makings(layers),
-            presets=method.tell(atlas.config),
+            presets=method.describe(atlas.config),
             diagram=draw(layers),
             examples=any(layer.examples("max") is not None for layer in atlas),
             licence=config.licence,
@@ -87,76 +117,84 @@ class Home:
 
     @property
     def pictures(self) -> int:
-        """Pictures in the atlas."""
+        """Number of feature visualizations in the atlas."""
         return sum(facts.pictures for facts in self.layers)
 
     @property
     def units(self) -> int:
-        """Units in the atlas."""
+        """Number of units in the atlas."""
         return sum(len(facts.channels) for facts in self.layers)
 
     @property
     def total(self) -> int:
-        """Units that its layers have in the network."""
+        """Number of units of these layers in the network."""
         return sum(facts.total for facts in self.layers)
 
     @property
     def coverage(self) -> Value:
-        """Share of the layers' units that are in the atlas."""
+        """Fraction of these layers' units that are in the atlas."""
         return share(self.units / self.total if self.total else float("nan"))
 
     @property
     def failed(self) -> list[tuple[str, str]]:
-        """(unit, address of its page) of each unit with a failed picture."""
+        """(unit as layer:channel, layer) of each unit with a failed visualization."""
         return [(f"{facts.name}:{channel}", facts.name) for facts in self.layers for channel in facts.failed]
 
     @property
     def failures(self) -> Value:
-        """Units that failed: as the run counted them, or as the pictures tell."""
-        return whole(int(self.attributes.get("failures", len(self.failed))))
+        """Number of failed units, from the run's own count if it is stored."""
+        return count(int(self.attributes.get("failures", len(self.failed))))
 
     @property
     def versions(self) -> list[tuple[str, str]]:
-        """(program, version), by name."""
+        """(program, version), sorted by name."""
         return sorted((str(k), str(v)) for k, v in self.attributes["versions"].items())
 
 
-def _makings(layers: list[Facts]) -> list[Making]:
-    found: dict[tuple[str, str], list[Any]] = {}
+def _makings(layers: list[LayerSummary]) -> list[Making]:
+    by_preset: dict[tuple[str, str], list[PresetSummary]] = {}
     for facts in layers:
-        for r in facts.rendered:
-            found.setdefault((r.key, r.preset), []).append(r)
-    makings = []
-    for rendered in found.values():
-        first = rendered[0]
-        counts: dict[str, int] = {}
-        for r in rendered:
-            for status, count in r.counts:
-                counts[status] = counts.get(status, 0) + count
-        steps = [n for r in rendered for n in r.steps if n]
-        makings.append(
-            Making(
-                first.title, first.objective, first.preset, first.natural, sum(r.pictures for r in rendered),
-                tuple(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
-                len({r.digest for r in rendered}), sum(r.seconds for r in rendered),
-                (min(steps, default=0), max(steps, default=0)),
-                (min(r.width for r in rendered), max(r.width for r in rendered)),
-                sorted({name for r in rendered for name in r.precisions}),
-                sorted(Counter(level for r in rendered for level in r.levels).items(), key=lambda item: -item[1]),
-                _fallbacks(layers, first.key),
-            )
-        )  # fmt: skip
-    return makings
+        for rendered in facts.rendered:
+            by_preset.setdefault((rendered.key, rendered.preset), []).append(rendered)
+    return [_making(renders, layers) for renders in by_preset.values()]
 
 
-def _fallbacks(layers: Sequence[Facts], key: str) -> list[tuple[str, list[str]]]:
-    """Why steps ran on a plainer network than was asked for, and the layers that this is true of."""
-    causes: dict[str, list[str]] = {}
+def _making(renders: list[PresetSummary], layers: Sequence[LayerSummary]) -> Making:
+    """Sum up the visualizations of one preset, one item of `renders` per layer."""
+    first = renders[0]
+    counts: dict[str, int] = {}
+    for rendered in renders:
+        for status, number in rendered.counts:
+            counts[status] = counts.get(status, 0) + number
+    steps = [n for rendered in renders for n in rendered.steps if n]
+    widths = [rendered.width for rendered in renders]
+    levels = Counter(level for rendered in renders for level in rendered.levels)
+    return Making(
+        title=first.title,
+        objective=first.objective,
+        preset=first.preset,
+        natural=first.natural,
+        pictures=sum(rendered.pictures for rendered in renders),
+        counts=tuple(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+        digests=len({rendered.digest for rendered in renders}),
+        seconds=sum(rendered.seconds for rendered in renders),
+        steps=(min(steps, default=0), max(steps, default=0)),
+        sides=(min(widths), max(widths)),
+        precisions=sorted({name for rendered in renders for name in rendered.precisions}),
+        levels=sorted(levels.items(), key=lambda item: -item[1]),
+        fallbacks=_fallbacks(layers, first.key),
+    )
+
+
+def _fallbacks(layers: Sequence[LayerSummary], key: str) -> list[tuple[str, list[str]]]:
+    """Return why steps did not run on the requested variant of the network, with the layers of each reason."""
+    layers_by_reason: dict[str, list[str]] = {}
     for layer in layers:
         for rendered in layer.rendered:
-            for cause in rendered.fallbacks if rendered.key == key else ():
-                causes.setdefault(cause, []).append(layer.name)
-    return list(causes.items())
+            if rendered.key == key:
+                for reason in rendered.fallbacks:
+                    layers_by_reason.setdefault(reason, []).append(layer.name)
+    return list(layers_by_reason.items())
 
 
 def _range(ends: tuple[int, int]) -> str:

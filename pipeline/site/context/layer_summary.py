@@ -1,4 +1,4 @@
-"""What the pages say of a layer as a whole, and the photographs and labels that all layers share."""
+"""Summaries of layers for the pages, and the dataset images and labels that all layers share."""
 
 import dataclasses
 from collections import Counter
@@ -7,18 +7,31 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.site.config import SiteConfig
-from pipeline.store.layer_view import Examples
-from pipeline.store.reader import Atlas, LayerView
-from pipeline.store.shards import safe
+from pipeline.store import Atlas, LayerView
+from pipeline.store.shards import safe_name
 
 
 @dataclasses.dataclass(frozen=True)
-class Rendered:
-    """Pictures under one key of a layer: `variants` of each unit, (height, width) in pixels.
+class PresetSummary:
+    """The feature visualizations of a layer by one preset.
 
-    `counts` are pictures by status, `seconds` the time that all of them took, `precisions` what their steps
-    were computed in, `levels` on which variants of the network, and `fallbacks` why not on a faster one, where the
-    atlas says so.
+    Attributes:
+        key: Key of the preset in the atlas, see `LayerView.presets`.
+        title: Heading of the preset.
+        objective: Name of the objective.
+        preset: Name of the preset.
+        digest: Digest of everything that determines the visualizations.
+        natural: Dataset statistic that activations are compared with.
+        variants: Visualizations per unit.
+        height: Height of a visualization in pixels.
+        width: Width of a visualization in pixels.
+        counts: Number of visualizations by status, sorted by status.
+        failed: Channels with a failed visualization.
+        seconds: Total computing time.
+        steps: Least and largest number of optimization steps.
+        precisions: Floating-point types of the optimization; empty in old atlases.
+        levels: Variants of the network that were optimized on; empty in old atlases.
+        fallbacks: Why a faster variant of the network was not used.
     """
 
     key: str
@@ -40,16 +53,27 @@ class Rendered:
 
     @property
     def pictures(self) -> int:
-        """Pictures that are there."""
+        """Number of visualizations that are not missing."""
         return sum(count for status, count in self.counts if status != "missing")
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
-    """One layer. `seen` is the (height, width) in input pixels that a unit sees, None for the whole image.
+class LayerSummary:
+    """Summary of a layer.
 
-    `whole` says that what a unit sees is no less than the network's input, so that crops show nothing of their own.
-    `classifier` says that channels are the network's classes, `unrendered` why there are no visualizations by design.
+    Attributes:
+        name: Name of the layer.
+        slug: Its name in file names.
+        order: Its number in the atlas.
+        kind: Kind of the layer.
+        channels: Channels that are in the atlas.
+        total: Number of channels in the network.
+        map_size: (height, width) of the activation map.
+        receptive_field: (height, width) of a unit's receptive field in input pixels, None for the whole image.
+        input_size: (height, width) of the network's input in pixels.
+        unrendered: Why the layer cannot have visualizations, or "".
+        rendered: Its visualizations, by preset.
+        classifier: Whether its channels are the classes of the network.
     """
 
     name: str
@@ -59,15 +83,15 @@ class Facts:
     channels: tuple[int, ...]
     total: int
     map_size: tuple[int, int]
-    seen: tuple[int, int] | None
+    receptive_field: tuple[int, int] | None
     input_size: tuple[int, int]
     unrendered: str
-    rendered: tuple[Rendered, ...]
+    rendered: tuple[PresetSummary, ...]
     classifier: bool
 
     @property
     def href(self) -> str:
-        """Page of the layer, from the site's root."""
+        """Path of the layer's page, relative to the root of the site."""
         return f"layers/{self.slug}.html"
 
     @property
@@ -76,82 +100,95 @@ class Facts:
         return len(self.channels) == self.total
 
     @property
-    def whole(self) -> bool:
-        """Whether a unit sees the whole input."""
-        return self.seen is None or all(a >= b for a, b in zip(self.seen, self.input_size, strict=True))
+    def sees_whole_input(self) -> bool:
+        """Whether the receptive field is at least as large as the network's input, so that crops show nothing more."""
+        if self.receptive_field is None:
+            return True
+        return all(field >= size for field, size in zip(self.receptive_field, self.input_size, strict=True))
 
     @property
     def failed(self) -> tuple[int, ...]:
-        """Channels with a failed picture, in order."""
+        """Channels with a failed visualization, in order."""
         return tuple(sorted({channel for r in self.rendered for channel in r.failed}))
 
     @property
     def pictures(self) -> int:
-        """Pictures that are there, of all keys."""
+        """Number of visualizations that are not missing, over all presets."""
         return sum(r.pictures for r in self.rendered)
 
     @property
     def aperture(self) -> tuple[float, float]:
-        """(height, width) of what a unit sees as shares of the input: at most 1, and enough to be drawn."""
-        if self.seen is None:
+        """(height, width) of the receptive field as fractions of the input, limited to 0.09 … 1 for drawing."""
+        if self.receptive_field is None:
             return 1.0, 1.0
-        down, across = (min(1.0, max(0.09, self.seen[i] / self.input_size[i])) for i in (0, 1))
-        return down, across
+        height, width = (min(1.0, max(0.09, self.receptive_field[i] / self.input_size[i])) for i in (0, 1))
+        return height, width
 
 
-def facts_of(layer: LayerView, order: int, classes: Sequence[str]) -> Facts:
-    """The facts of `layer`, which is number `order` of its atlas; no picture is read."""
-    channels = tuple(int(c) for c in layer.channels)
-    rendered = []
-    for key in layer.presets:
-        numbers = layer.numbers(key, ("status", "steps", "seconds"))
-        attributes = layer.render_attributes(key)
-        _, variants, height, width, _ = layer.pictures(key).shape
-        status = numbers["status"]
-        failed = [c for c, row in zip(channels, status, strict=True) if (row == "failed").any()]
-        steps = numbers["steps"][numbers["steps"] > 0] if "steps" in numbers else np.zeros(0, np.int32)
-        seconds = float(np.nansum(numbers["seconds"])) if "seconds" in numbers else 0.0
-        preset, objective = (str(attributes.get(name, "")) for name in ("preset", "objective"))
-        rendered.append(
-            Rendered(
-                key=key,
-                # In old atlases the key is an objective; where it is the only one, the preset says more.
-                title=preset if preset and len(layer.presets) == 1 else key,
-                objective=objective or key,
-                preset=preset,
-                digest=str(attributes.get("digest", "")),
-                natural=str(attributes.get("natural", "")),
-                variants=variants,
-                height=height,
-                width=width,
-                counts=tuple(sorted(Counter(status.ravel().tolist()).items())),
-                failed=tuple(failed),
-                seconds=seconds,
-                steps=(int(steps.min()), int(steps.max())) if steps.size else (0, 0),
-                precisions=tuple(str(attributes.get("precision", "")).split()),
-                levels=tuple(str(attributes.get("level", "")).splitlines()),
-                fallbacks=tuple(str(attributes.get("level_reason", "")).splitlines()),
-            )
-        )
-    return Facts(
+def summarize(layer: LayerView, order: int, classes: Sequence[str]) -> LayerSummary:
+    """Return the summary of a layer; no image is read.
+
+    Args:
+        layer: The layer.
+        order: Its number in the atlas.
+        classes: Class names of the network.
+    """
+    return LayerSummary(
         name=layer.name,
-        slug=safe(layer.name),
+        slug=safe_name(layer.name),
         order=order,
         kind=layer.kind,
-        channels=channels,
+        channels=tuple(int(c) for c in layer.channels),
         total=layer.total_channels,
         map_size=layer.map_size,
-        seen=layer.receptive_field,
+        receptive_field=layer.receptive_field,
         input_size=layer.input_size,
         unrendered=layer.unrendered,
-        rendered=tuple(rendered),
+        rendered=tuple(_rendered(layer, key) for key in layer.presets),
         classifier=layer.kind == "linear" and len(classes) == layer.total_channels,
     )
 
 
+def _rendered(layer: LayerView, key: str) -> PresetSummary:
+    numbers = layer.measurements(key, ("status", "steps", "seconds"))
+    attributes = layer.render_attributes(key)
+    _, variants, height, width, _ = layer.images(key).shape
+    status = numbers["status"]
+    steps = numbers["steps"][numbers["steps"] > 0] if "steps" in numbers else np.zeros(0, np.int32)
+    preset, objective = str(attributes.get("preset", "")), str(attributes.get("objective", ""))
+    return PresetSummary(
+        key=key,
+        # In old atlases the key is an objective; the preset is a better title if the key does not distinguish presets.
+        title=preset if preset and len(layer.presets) == 1 else key,
+        objective=objective or key,
+        preset=preset,
+        digest=str(attributes.get("digest", "")),
+        natural=str(attributes.get("natural", "")),
+        variants=variants,
+        height=height,
+        width=width,
+        counts=tuple(sorted(Counter(status.ravel().tolist()).items())),
+        failed=tuple(int(c) for c, row in zip(layer.channels, status, strict=True) if (row == "failed").any()),
+        seconds=float(np.nansum(numbers["seconds"])) if "seconds" in numbers else 0.0,
+        steps=(int(steps.min()), int(steps.max())) if steps.size else (0, 0),
+        precisions=tuple(str(attributes.get("precision", "")).split()),
+        levels=tuple(str(attributes.get("level", "")).splitlines()),
+        fallbacks=tuple(str(attributes.get("level_reason", "")).splitlines()),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
-class Shown:
-    """One list of examples as it is shown: (C', k) arrays of the atlas's list, cut to the places that are shown."""
+class ShownExamples:
+    """A list of dataset examples, cut to the examples that the site shows.
+
+    Attributes:
+        name: Name of the list: "max", "min" or "spectrum".
+        value: Activations, (C', k).
+        index: Rows of the images in the dataset, (C', k).
+        y: Row of the activation in the layer's map, (C', k).
+        x: Column of the activation in the layer's map, (C', k).
+        pair: Numbers of the heat maps, (C', k).
+    """
 
     name: str
     value: np.ndarray
@@ -162,34 +199,37 @@ class Shown:
 
     @property
     def count(self) -> int:
-        """Places of each unit."""
+        """Number of examples per unit, k."""
         return self.index.shape[1]
 
 
-def lists_of(layer: LayerView, config: SiteConfig) -> list[Shown]:
-    """The lists that are shown of each unit: `max`, `min` and `spectrum`, as far as the atlas has them."""
-    found = []
-    for name, most in (("max", config.examples), ("min", config.least), ("spectrum", config.per_bin)):
-        held = layer.examples(name) if most else None
-        if held is None:
+def shown_lists(layer: LayerView, config: SiteConfig) -> list[ShownExamples]:
+    """Return the example lists that the site shows of each unit: `max`, `min` and `spectrum`, if the atlas has them."""
+    lists = []
+    for name, limit in (("max", config.examples), ("min", config.least), ("spectrum", config.per_bin)):
+        examples = layer.examples(name) if limit else None
+        if examples is None:
             continue
-        places = np.arange(min(most, held.index.shape[1]))
+        columns = np.arange(min(limit, examples.index.shape[1]))
         if name == "spectrum":
             bins = max(1, len(layer.spectrum_edges) - 1)
-            each = held.index.shape[1] // bins
-            places = np.concatenate([np.arange(min(most, each)) + each * i for i in range(bins)])
-        found.append(_cut(name, held, places))
-    return found
-
-
-def _cut(name: str, held: Examples, places: np.ndarray) -> Shown:
-    arrays = (held.value, held.index, held.y, held.x, held.map)
-    return Shown(name, *(array[:, places] for array in arrays))
+            per_bin = examples.index.shape[1] // bins
+            columns = np.concatenate([np.arange(min(limit, per_bin)) + per_bin * i for i in range(bins)])
+        arrays = (examples.value, examples.index, examples.y, examples.x, examples.map)
+        lists.append(ShownExamples(name, *(array[:, columns] for array in arrays)))
+    return lists
 
 
 @dataclasses.dataclass(frozen=True)
 class Catalogue:
-    """Paths and labels of all photographs, names of the labels, and of the classes that the network tells apart."""
+    """The dataset images, the labels, and the classes of the network.
+
+    Attributes:
+        paths: Path of each dataset image.
+        labels: Label of each dataset image.
+        names: All labels of the dataset; records refer to them by index.
+        classes: Class names of the network.
+    """
 
     paths: tuple[str, ...]
     labels: tuple[str, ...]
@@ -198,6 +238,6 @@ class Catalogue:
 
     @staticmethod
     def of(atlas: Atlas) -> "Catalogue":
-        """Read from an atlas once, for all layers."""
+        """Read the catalogue of an atlas."""
         table = atlas.dataset()
         return Catalogue(tuple(table["path"]), tuple(table["label"]), atlas.dataset_labels, atlas.labels)

@@ -1,7 +1,7 @@
-"""How the pictures were made, told from the configuration in words, symbols and values.
+"""Descriptions of the presets for the method page: text, formula and settings, from the configuration of the run.
 
-Every part of a preset is a small class whose docstring says what it does and where it comes from; the page takes it
-from there, so that a regularizer of a user's own is on it like all others.
+The text of every component of a preset is the docstring of its class, so that a user's own regularizer appears on the
+page like all others.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ import yaml
 
 from pipeline.core.errors import AtlasError
 
-# What is maximised, in symbols: a is the layer's output, c the unit's channel, x the picture.
+# Formulas of the objectives: a is the layer's output, c the unit's channel, x the image.
 SYMBOLS = {
     "channel": "maxₓ  1/(HW) · Σᵢⱼ a₍c,i,j₎(x)",
-    "neuron": "maxₓ  a₍c,i,j₎(x) at one place (i, j), the centre if none is named",
+    "neuron": "maxₓ  a₍c,i,j₎(x) at one position (i, j), the center by default",
     "layer": "maxₓ  1/(CHW) · Σ a(x)²",
     "logit": "maxₓ  z₍c₎(x), the class's score before the softmax",
     "probability": "maxₓ  softmax(z(x))₍c₎",
@@ -27,22 +27,25 @@ SYMBOLS = {
     "interpolate": "maxₓ  (1 − t) · a₁(x) + t · a₂(x)",
 }
 
+# (key in the configuration, heading, explanation)
 GROUPS = (
-    ("canvas", "Canvas", "How the picture is written down while it is made: what the optimiser moves."),
-    ("transforms", "Transforms", "How it is shaken at every step, so that only what survives shaking is learned."),
-    ("penalties", "Penalties", "What is subtracted from the objective."),
-    ("preconditioners", "Gradient", "What is done to the gradient before a step."),
-    ("augmentations", "Noise on the network", "What is done to the network itself while it looks."),
-    ("couplings", "Couplings", "What joins the pictures of one unit."),
-    ("schedule", "Schedule", "What changes over the steps."),
-    ("optimizer", "Optimiser", "How a gradient becomes a step."),
-    ("stop", "Stop", "When it is enough."),
+    ("canvas", "Canvas", "The parameterization of the image: the variables that the optimizer changes."),
+    ("transforms", "Transforms", "Random transformations at every step, for transformation robustness."),
+    ("penalties", "Penalties", "Image regularizers, which are subtracted from the objective."),
+    ("preconditioners", "Gradient", "Operations on the gradient before each step."),
+    ("augmentations", "Noise on the network", "Random perturbations of the network at every step."),
+    ("couplings", "Couplings", "Terms over the several images of one unit."),
+    ("schedule", "Schedule", "Settings that change over the steps."),
+    ("optimizer", "Optimiser", "The update rule from gradients to steps."),
+    ("stop", "Stop", "The condition that ends the optimization early."),
 )
+# Groups whose configuration is one component; the others are mappings from names to components.
+SINGLE_COMPONENT_GROUPS = ("canvas", "optimizer", "stop")
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One member of a group: what its documentation says, by paragraph, and its settings as (name, value)."""
+    """A component of a preset: the paragraphs of its documentation, and its settings as (name, value)."""
 
     name: str
     text: tuple[str, ...]
@@ -51,7 +54,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A group of a preset with its members."""
+    """A group of a preset with its components."""
 
     title: str
     purpose: str
@@ -60,7 +63,15 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A preset in words: the objective, its formula, everything else by group, and its plain settings."""
+    """Description of a preset.
+
+    Attributes:
+        name: Name of the preset.
+        objective: The objective.
+        formula: Formula of the objective, or "" if there is none in `SYMBOLS`.
+        sections: The other components, by group.
+        values: Settings of the preset itself, as (name, value).
+    """
 
     name: str
     objective: Part
@@ -69,36 +80,40 @@ class Preset:
     values: tuple[tuple[str, str], ...]
 
 
-def tell(config: str) -> tuple[Preset, ...]:
-    """The presets of a configuration, given as YAML; none if it holds none that can be told."""
+def describe(config: str) -> tuple[Preset, ...]:
+    """Return descriptions of the presets in a configuration, given as YAML; empty if it has none or is not valid."""
     try:
         tree = yaml.safe_load(config)
     except yaml.YAMLError:
         return ()
-    return tuple(_preset(name, found) for name, found in _presets(tree if isinstance(tree, Mapping) else {}))
+    presets = _presets(tree) if isinstance(tree, Mapping) else ()
+    return tuple(_preset(name, settings) for name, settings in presets)
 
 
 def _presets(tree: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The run's main preset, and those that it has beside it."""
-    main, also = tree.get("render"), tree.get("also")
-    for key, found in [("render", main), *(also.items() if isinstance(also, Mapping) else ())]:
-        if isinstance(found, Mapping) and "objective" in found:
-            yield str(found.get("name", key)), found
+    """Yield (name, settings) of the run's main preset and of its additional presets."""
+    additional = tree.get("also")
+    candidates = [("render", tree.get("render"))]
+    if isinstance(additional, Mapping):
+        candidates += additional.items()
+    for key, settings in candidates:
+        if isinstance(settings, Mapping) and "objective" in settings:
+            yield str(settings.get("name", key)), settings
 
 
 def _preset(name: str, tree: Mapping[str, Any]) -> Preset:
     registries = _registries()
     sections = []
     for key, title, purpose in GROUPS:
-        held = tree.get(key)
-        members = _members(held, key)
-        parts = tuple(_part(registries.get(key), member, settings) for member, settings in members)
+        components = _components(tree.get(key), key)
+        parts = tuple(_part(registries.get(key), component, settings) for component, settings in components)
         if parts:
             sections.append(Section(title, purpose, parts))
-    told = {"objective", *(key for key, _, _ in GROUPS)}
-    values = tuple((str(k), _plain(v)) for k, v in tree.items() if k not in told and not isinstance(v, Mapping))
-    held = tree.get("objective")
-    objective = held if isinstance(held, Mapping) else {"name": str(held)}
+    described = {"objective", *(key for key, _, _ in GROUPS)}
+    values = tuple((str(k), _plain(v)) for k, v in tree.items() if k not in described and not isinstance(v, Mapping))
+    objective = tree.get("objective")
+    if not isinstance(objective, Mapping):
+        objective = {"name": str(objective)}
     kind = str(objective.get("name", ""))
     formula = SYMBOLS.get(kind, "")
     if tree.get("negative"):
@@ -106,16 +121,17 @@ def _preset(name: str, tree: Mapping[str, Any]) -> Preset:
     return Preset(name, _part(registries.get("objective"), kind, objective), formula, tuple(sections), values)
 
 
-def _members(held: Any, key: str) -> list[tuple[str, Mapping[str, Any]]]:
-    if not isinstance(held, Mapping):
+def _components(group: Any, key: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return (name, settings) of each component in the configuration of a group."""
+    if not isinstance(group, Mapping):
         return []
-    if key in ("canvas", "optimizer", "stop"):
-        return [(str(held["name"]), held)] if "name" in held else []
-    found = []
-    for name, settings in held.items():
+    if key in SINGLE_COMPONENT_GROUPS:
+        return [(str(group["name"]), group)] if "name" in group else []
+    components = []
+    for name, settings in group.items():
         settings = settings if isinstance(settings, Mapping) else {}
-        found.append((str(settings.get("name", name)) if key != "schedule" else str(name), settings))
-    return found
+        components.append((str(settings.get("name", name)) if key != "schedule" else str(name), settings))
+    return components
 
 
 def _part(registry: Any, name: str, settings: Mapping[str, Any]) -> Part:
@@ -123,7 +139,7 @@ def _part(registry: Any, name: str, settings: Mapping[str, Any]) -> Part:
     if registry is not None:
         try:
             text = _paragraphs(inspect.getdoc(registry[name]) or "")
-        except AtlasError:  # from another version, or somebody's own
+        except AtlasError:  # a component of another version, or one that a user registered
             text = ()
     values = tuple((str(k), _plain(v)) for k, v in settings.items() if k != "name" and v not in (None, [], {}))
     return Part(name, text, values)
@@ -144,7 +160,7 @@ def _plain(value: Any) -> str:
 
 
 def _registries() -> dict[str, Any]:
-    # These bring PyTorch along, which nothing else of the site needs.
+    # Imported here because these modules import PyTorch, which nothing else of the site needs.
     from pipeline.visualization.batch_terms import COUPLINGS
     from pipeline.visualization.gradient_preconditioners import PRECONDITIONERS
     from pipeline.visualization.image_regularizers import PENALTIES
@@ -156,7 +172,13 @@ def _registries() -> dict[str, Any]:
     from pipeline.visualization.transforms import TRANSFORMS
 
     return {
-        "objective": OBJECTIVES, "canvas": CANVASES, "transforms": TRANSFORMS, "penalties": PENALTIES,
-        "preconditioners": PRECONDITIONERS, "augmentations": AUGMENTATIONS, "couplings": COUPLINGS,
-        "optimizer": OPTIMIZERS, "stop": STOPS,
-    }  # fmt: skip
+        "objective": OBJECTIVES,
+        "canvas": CANVASES,
+        "transforms": TRANSFORMS,
+        "penalties": PENALTIES,
+        "preconditioners": PRECONDITIONERS,
+        "augmentations": AUGMENTATIONS,
+        "couplings": COUPLINGS,
+        "optimizer": OPTIMIZERS,
+        "stop": STOPS,
+    }

@@ -1,1 +1,1 @@
-"""Data that pages load: records of units, the search index, the JSON interface."""
+"""Data that the pages load: records of units, the search index, the JSON API."""

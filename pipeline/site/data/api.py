@@ -1,4 +1,4 @@
-"""The machine-readable twin of the pages: `api/v1/`, a table of all units, CITATION.cff."""
+"""The machine-readable form of a site: the JSON API in `api/v1/`, a table of all units, CITATION.cff."""
 
 import importlib.util
 import json
@@ -8,28 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
-from pipeline.core.metric_specs import MEASURES, RELATIONS
-from pipeline.site.context.layer_summary import Catalogue, Facts
-from pipeline.site.data.js_shards import text
+from pipeline.core.metric_specs import DERIVED_METRICS, IMAGE_METRICS
+from pipeline.site.context.layer_summary import Catalogue, LayerSummary
+from pipeline.site.data.js_shards import to_json
 from pipeline.site.hosting.hosts import yaml_text
 from pipeline.site.output import write
-from pipeline.store.reader import Atlas
+from pipeline.store import Atlas
 
 API = "api/v1"
-NUMBER = {"type": ["number", "null"]}
-NUMBERS = {"type": "array", "items": NUMBER}
+SCHEMA_FILE = Path(__file__).with_name("api_schema.json")
 
 
-def write_units(root: Path, facts: Facts, records: Sequence[str], build: str) -> None:
-    """All units of a layer as one JSON file, from their records."""
-    head = text({"layer": facts.name, "kind": facts.kind, "of": facts.total, "digest": build})[:-1]
+def write_units(root: Path, facts: LayerSummary, records: Sequence[str], build: str) -> None:
+    """Write all units of a layer to `api/v1/units/<layer>.json`.
+
+    Args:
+        root: Folder of the site.
+        facts: The layer.
+        records: Records of its units, as JSON.
+        build: Digest of the layer's files.
+    """
+    head = to_json({"layer": facts.name, "kind": facts.kind, "of": facts.total, "digest": build})[:-1]
     write(root, f"{API}/units/{facts.slug}.json", f'{head},"units":[{",".join(records)}]}}\n')
 
 
-def write_index(root: Path, atlas: Atlas, layers: Sequence[Facts], catalogue: Catalogue, title: str) -> None:
-    """What there is, the photographs, the schema, the table of units and the citation."""
+def write_index(root: Path, atlas: Atlas, layers: Sequence[LayerSummary], catalogue: Catalogue, title: str) -> None:
+    """Write the index of the API, the list of dataset images, the JSON Schema, the table of units and the citation."""
     attributes = atlas.attributes
-    found = {
+    index = {
         "title": title,
         "generator": f"neuron-atlas {__version__}",
         **{k: attributes.get(k) for k in ("model", "run", "created", "weights_sha256", "dataset_fingerprint")},
@@ -37,28 +43,11 @@ def write_index(root: Path, atlas: Atlas, layers: Sequence[Facts], catalogue: Ca
         "schema": f"{API}/schema.json",
         "photographs": f"{API}/photographs.json",
         "table": table_name(),
-        "layers": [
-            {
-                "name": f.name,
-                "kind": f.kind,
-                "channels": len(f.channels),
-                "of": f.total,
-                "map": f.map_size,
-                "receptive_field": f.seen,
-                "input": f.input_size,
-                "presets": [
-                    {"key": r.key, "preset": r.preset, "digest": r.digest, "precision": r.precisions}
-                    for r in f.rendered
-                ],
-                "units": f"{API}/units/{f.slug}.json",
-                "page": f.href,
-            }
-            for f in layers
-        ],
+        "layers": [_layer_entry(facts) for facts in layers],
     }
-    write(root, f"{API}/index.json", text(found) + "\n")
+    write(root, f"{API}/index.json", to_json(index) + "\n")
     photographs = [{"path": p, "label": label} for p, label in zip(catalogue.paths, catalogue.labels, strict=True)]
-    write(root, f"{API}/photographs.json", text(photographs) + "\n")
+    write(root, f"{API}/photographs.json", to_json(photographs) + "\n")
     write(root, f"{API}/schema.json", json.dumps(schema(), indent=1) + "\n")
     write(root, "CITATION.cff", citation(atlas, title))
     table = atlas.units()
@@ -70,13 +59,30 @@ def write_index(root: Path, atlas: Atlas, layers: Sequence[Facts], catalogue: Ca
         table.to_csv(root / table_name(), index=False)
 
 
+def _layer_entry(facts: LayerSummary) -> dict[str, Any]:
+    return {
+        "name": facts.name,
+        "kind": facts.kind,
+        "channels": len(facts.channels),
+        "of": facts.total,
+        "map": facts.map_size,
+        "receptive_field": facts.receptive_field,
+        "input": facts.input_size,
+        "presets": [
+            {"key": r.key, "preset": r.preset, "digest": r.digest, "precision": r.precisions} for r in facts.rendered
+        ],
+        "units": f"{API}/units/{facts.slug}.json",
+        "page": facts.href,
+    }
+
+
 def table_name() -> str:
-    """Parquet where it can be written, else CSV."""
+    """Return the file name of the table of units: Parquet if pyarrow is installed, else CSV."""
     return "units.parquet" if importlib.util.find_spec("pyarrow") is not None else "units.csv"
 
 
 def citation(atlas: Atlas, title: str) -> str:
-    """How to cite the atlas, for GitHub and reference managers."""
+    """Return the content of CITATION.cff, which GitHub and reference managers read."""
     attributes = atlas.attributes
     model = str(attributes.get("model", "a vision network"))
     lines = [
@@ -106,93 +112,21 @@ def citation(atlas: Atlas, title: str) -> str:
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema of `api/v1/units/<layer>.json`."""
-    entry = {
-        "description": "value, row of photographs.json, y and x on the map, heat-map, crop, and what the unit saw: "
-        "left, top, right, bottom in pixels of the network's input, left out where that is all of it; null where a "
-        "bin of the spectrum has no further example",
-        "type": ["array", "null"],
-        "prefixItems": [NUMBER, *([{"type": "integer"}] * 9)],
-        "minItems": 6,
-        "maxItems": 10,
-    }
-    picture = {
-        "type": "object",
-        "description": "one picture: what the saved 8-bit image reaches without transforms (activation), the mean over "
-        "16 shaken copies (robust), before the first step (start), and the best photograph's (natural); gain and "
-        "robust_gain are activation and robust ÷ natural; method.html says what the other measures are, and an atlas "
-        "of before them has none",
-        "properties": {
-            **{k: NUMBER for k in ("activation", "robust", "start", "natural", "seconds", "gain", "robust_gain")},
-            **{
-                k: NUMBER | {f"{side}imum": end for side, end in (("min", low), ("max", high)) if end < math.inf}
-                for k, (low, high) in (MEASURES | RELATIONS).items()
-            },
-            "seed": {"type": "string"},
-            "steps": {"type": "integer"},
-            "status": {"type": "string"},
-            "reason": {"type": "string"},
-            "trace": NUMBERS,
-        },
-        "required": ["activation", "natural", "gain", "status"],
-    }
-    labels = {
-        "type": "object",
-        "properties": {
-            "over": {
-                "description": "label, how often among the top 1 % of photographs, share there ÷ share of all",
-                "type": "array",
-                "items": {"type": "array", "prefixItems": [{"type": "string"}, {"type": "integer"}, NUMBER]},
-            },
-            "best": {"type": "string"},
-            "selectivity": NUMBER,
-            "auroc": NUMBER,
-        },
-    }
-    histogram = {
-        "type": "object",
-        "description": "per-image maxima: even bins of `step` from `from`, how many lie under and over, the ends, and "
-        "the quantiles at the edges of the spectrum",
-        "properties": {
-            "counts": {"type": "array", "items": {"type": "integer"}},
-            "from": NUMBER,
-            "step": NUMBER,
-            "under": {"type": "integer"},
-            "over": {"type": "integer"},
-            "ends": NUMBERS,
-            "quantiles": NUMBERS,
-        },
-    }
-    unit = {
-        "type": "object",
-        "properties": {
-            "channel": {"type": "integer"},
-            "tiny": {"type": "integer", "description": "place in the site's sheets of small pictures"},
-            "class": {"type": "string"},
-            "pictures": {"type": "object", "additionalProperties": {"type": "array", "items": picture}},
-            "stats": {"type": "object", "additionalProperties": {"type": ["number", "boolean", "null"]}},
-            "histogram": histogram,
-            "examples": {"type": "object", "additionalProperties": {"type": "array", "items": entry}},
-            "labels": labels,
-            "similar": {
-                "description": "channel of the same layer, correlation of responses, place in small sheets",
-                "type": "array",
-                "items": {"type": "array", "minItems": 3, "maxItems": 3},
-            },
-            "wiring": {"type": "object"},
-        },
-        "required": ["channel"],
-    }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Units of a layer of a neuron atlas",
-        "type": "object",
-        "properties": {
-            "layer": {"type": "string"},
-            "kind": {"type": "string"},
-            "of": {"type": "integer", "description": "channels that the layer has in the network"},
-            "digest": {"type": "string"},
-            "units": {"type": "array", "items": unit},
-        },
-        "required": ["layer", "units"],
-    }
+    """Return the JSON Schema of `api/v1/units/<layer>.json`: the packaged file, completed with the metric tables."""
+    tree = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    unit = tree["properties"]["units"]["items"]
+    visualization = unit["properties"]["pictures"]["additionalProperties"]["items"]
+    properties: dict[str, Any] = {}
+    for name, subschema in visualization["properties"].items():
+        if name == "METRICS":
+            metrics = IMAGE_METRICS | DERIVED_METRICS
+            properties |= {metric: _number_between(low, high) for metric, (low, high) in metrics.items()}
+        else:
+            properties[name] = subschema
+    visualization["properties"] = properties
+    return tree
+
+
+def _number_between(low: float, high: float) -> dict[str, Any]:
+    bounds = {keyword: bound for keyword, bound in (("minimum", low), ("maximum", high)) if bound < math.inf}
+    return {"type": ["number", "null"], **bounds}

@@ -1,6 +1,7 @@
-"""Data of the pages as scripts that register themselves: the one way that works from disk as well as from a host.
+"""Page data as JavaScript files that register themselves: `ATLAS.put("name", {…});`.
 
-A shard is `ATLAS.put("name", {…});`. Pages opened from disk may not fetch, but they may add a script.
+A page that is opened from disk may not use `fetch`, but it may add a script element, so this works from disk and from
+a host alike.
 """
 
 import json
@@ -10,88 +11,90 @@ from typing import Any
 
 import numpy as np
 
-# From so many numbers on they are turned into decimals together.
-MANY = 48
+# Arrays of at least this size are converted to decimals by NumPy operations instead of one by one.
+VECTORIZED_SIZE = 48
 
 
-def text(value: Any) -> str:
-    """Compact JSON in ASCII with no `<`: nothing in it can end a script element, whoever pastes it where."""
+def to_json(value: Any) -> str:
+    """Return `value` as compact ASCII JSON without `<`, so that it cannot end a script element."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def put(name: str, body: str) -> str:
-    """A shard under `name`, from JSON that `text` made."""
-    return f"ATLAS.put({text(name)},{body});\n"
+def shard_script(name: str, body: str) -> str:
+    """Return the script that registers the JSON `body` under `name`."""
+    return f"ATLAS.put({to_json(name)},{body});\n"
 
 
-def exact(values: np.ndarray) -> list[Any]:
-    """Floats as the shortest decimals that read back as the same float32; None where there is no finite number.
-
-    Arrays of any shape, as nested lists.
-    """
-    given = np.asarray(values, np.float32)
-    if given.size < MANY:
-        return _nested([float(str(v)) if math.isfinite(v) else None for v in given.ravel()], given.shape)
-    wide = given.astype(np.float64)
+def shortest_decimals(values: np.ndarray) -> list[Any]:
+    """Return the shortest decimals that read back as the same float32, as nested lists; None for non-finite values."""
+    array = np.asarray(values, np.float32)
+    if array.size < VECTORIZED_SIZE:
+        return _nested([float(str(v)) if math.isfinite(v) else None for v in array.ravel()], array.shape)
+    wide = array.astype(np.float64)
     finite = np.isfinite(wide)
-    found = np.where(finite, wide, 0.0)
-    # A float32 needs 6 to 9 digits. Powers of ten up to 10^22 are whole doubles, and a whole number below 2^53 over
-    # one of them is the double nearest to that decimal: the one that is read from it.
-    size = np.abs(found)
-    usual = (size > 1e-12) & (size < 1e15)
-    exponent = np.floor(np.log10(np.where(usual, size, 1.0)))
-    left = usual.copy()
+    result = np.where(finite, wide, 0.0)
+    # A float32 needs 6 to 9 digits. Powers of ten up to 10^22 are exact doubles, and an integer below 2^53 divided by
+    # one of them is the double nearest to that decimal: the one that a parser reads from it.
+    in_range, exponent = _decimal_exponent(result)
+    unresolved = in_range.copy()
     for digits in (6, 7, 8, 9):
-        short = _to_digits(wide, exponent, digits)
-        fits = left & (short.astype(np.float32) == given)
-        found[fits] = short[fits]
-        left &= ~fits
-        if not left.any():
+        decimals = _to_digits(wide, exponent, digits)
+        reads_back = unresolved & (decimals.astype(np.float32) == array)
+        result[reads_back] = decimals[reads_back]
+        unresolved &= ~reads_back
+        if not unresolved.any():
             break
-    return _filled(found, finite, left | (finite & ~usual & (size > 0)), lambda v: float(str(np.float32(v))))
+    one_by_one = unresolved | (finite & ~in_range & (result != 0))
+    return _filled(result, finite, one_by_one, lambda v: float(str(np.float32(v))))
 
 
-def rounded(values: np.ndarray, digits: int = 4) -> list[Any]:
-    """Floats of so many significant digits, for what is only drawn; None where there is no finite number.
+def rounded_decimals(values: np.ndarray, digits: int = 4) -> list[Any]:
+    """Return values rounded to significant digits, for display only, as nested lists; None for non-finite values."""
+    array = np.asarray(values, np.float64)
 
-    Arrays of any shape, as nested lists.
-    """
-    given = np.asarray(values, np.float64)
-
-    def one(value: float) -> float:
+    def round_one(value: float) -> float:
         return float(f"{value:.{digits}g}")
 
-    if given.size < MANY:
-        return _nested([one(v) if math.isfinite(v) else None for v in given.ravel().tolist()], given.shape)
-    finite = np.isfinite(given)
-    found = np.where(finite, given, 0.0)
-    size = np.abs(found)
-    usual = (size > 1e-12) & (size < 1e15)
-    short = _to_digits(found, np.floor(np.log10(np.where(usual, size, 1.0))), digits)
-    found[usual] = short[usual]
-    return _filled(found, finite, finite & ~usual & (size > 0), one)
+    if array.size < VECTORIZED_SIZE:
+        return _nested([round_one(v) if math.isfinite(v) else None for v in array.ravel().tolist()], array.shape)
+    finite = np.isfinite(array)
+    result = np.where(finite, array, 0.0)
+    in_range, exponent = _decimal_exponent(result)
+    one_by_one = finite & ~in_range & (result != 0)
+    decimals = _to_digits(result, exponent, digits)
+    result[in_range] = decimals[in_range]
+    return _filled(result, finite, one_by_one, round_one)
+
+
+def _decimal_exponent(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a mask of the values that `_to_digits` can round, and their decimal exponents (0 elsewhere)."""
+    size = np.abs(values)
+    in_range = (size > 1e-12) & (size < 1e15)
+    return in_range, np.floor(np.log10(np.where(in_range, size, 1.0)))
 
 
 def _to_digits(values: np.ndarray, exponent: np.ndarray, digits: int) -> np.ndarray:
-    """float64 `values` of the order 10^`exponent` to so many significant digits, as the doubles nearest to these."""
+    """Round float64 `values` with the decimal `exponent` to `digits` significant digits, to the nearest doubles."""
     place = digits - 1 - exponent
     with np.errstate(invalid="ignore", over="ignore"):
         power = 10.0 ** np.clip(np.abs(place), 0, 22)
         return np.where(place >= 0, np.rint(values * power) / power, np.rint(values / power) * power)
 
 
-def _filled(found: np.ndarray, finite: np.ndarray, rare: np.ndarray, one: Callable[[float], float]) -> list[Any]:
-    """`found` as nested lists, with `one` of what is `rare` and None of what is not `finite`."""
-    flat = found.ravel().tolist()
-    for i in np.flatnonzero(rare).tolist():
-        flat[i] = one(flat[i])
+def _filled(
+    values: np.ndarray, finite: np.ndarray, one_by_one: np.ndarray, convert: Callable[[float], float]
+) -> list[Any]:
+    """Return `values` as nested lists: `convert` is applied where `one_by_one`, and None replaces non-finite values."""
+    flat = values.ravel().tolist()
+    for i in np.flatnonzero(one_by_one).tolist():
+        flat[i] = convert(flat[i])
     for i in np.flatnonzero(~finite).tolist():
         flat[i] = None
-    return _nested(flat, found.shape)
+    return _nested(flat, values.shape)
 
 
 def _nested(flat: list[Any], shape: tuple[int, ...]) -> list[Any]:
-    """A flat list cut to a shape of one or more axes."""
+    """Return a flat list as nested lists of `shape`, which has at least one axis."""
     for length in reversed(shape[1:]):
         flat = [flat[i : i + length] for i in range(0, len(flat), length)] if length else []
     return flat if len(shape) < 2 or math.prod(shape[1:]) else [[] for _ in range(shape[0])]

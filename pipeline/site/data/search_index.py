@@ -1,4 +1,4 @@
-"""What the pages' script knows of the whole atlas: layers, words to search, the map, families, each a shard."""
+"""Data about the whole atlas for the scripts of the pages: layers, words to search, the map, families; a shard each."""
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
@@ -9,21 +9,25 @@ import numpy as np
 
 from pipeline.site.config import SiteConfig
 from pipeline.site.context.families import Family
-from pipeline.site.context.layer_summary import Catalogue, Facts
-from pipeline.site.data.js_shards import put, text
+from pipeline.site.context.layer_summary import Catalogue, LayerSummary, PresetSummary
+from pipeline.site.data.js_shards import shard_script, to_json
 from pipeline.site.data.unit_records import columns, labels_of
-from pipeline.site.media.chunks import SUFFIX, showing_of, table_of
+from pipeline.site.media.chunks import SUFFIX, choose_showing, image_table
 from pipeline.site.media.size_budget import Sizes
 from pipeline.site.media.sprites import side
 from pipeline.site.output import write
-from pipeline.store.reader import Atlas, LayerView
+from pipeline.store import Atlas, LayerView
 
 
 @dataclasses.dataclass(frozen=True)
-class Map:
-    """Where each unit of the atlas lies, (units, 2) whole numbers up to 4095, by `method`, for the responses `key`.
+class UnitMap:
+    """The map of units.
 
-    `ranks` (units,) are the places in the sheets of its layer's small pictures, from the same responses.
+    Attributes:
+        key: Digest of the activations that the map was computed from.
+        method: Name of the projection.
+        places: Coordinates of each unit, (units, 2) int, 0 … 4095.
+        ranks: Place of each unit in the sheets of its layer's tiny images, from the same activations, (units,).
     """
 
     key: str
@@ -32,129 +36,167 @@ class Map:
     ranks: np.ndarray
 
     def state(self) -> dict[str, Any]:
-        """As plain data, for the next build."""
+        """Return the map as plain data, for the next build."""
         return {"key": self.key, "method": self.method, "places": self.places.tolist(), "ranks": self.ranks.tolist()}
 
     @staticmethod
-    def again(state: Mapping[str, Any]) -> "Map":
-        """Back from `state`."""
-        return Map(state["key"], state["method"], *(np.asarray(state[name], int) for name in ("places", "ranks")))
+    def from_state(state: Mapping[str, Any]) -> "UnitMap":
+        """Return the map with the given `state`."""
+        places, ranks = np.asarray(state["places"], int), np.asarray(state["ranks"], int)
+        return UnitMap(state["key"], state["method"], places, ranks)
 
 
-def write_all(
-    root: Path,
-    atlas: Atlas,
-    layers: Sequence[Facts],
-    catalogue: Catalogue,
-    groups: Sequence[Family],
-    sizes: Sizes,
-    config: SiteConfig,
-    ranks: Sequence[np.ndarray],
-    plan: Map | None,
-    digests: Mapping[str, str],
-    kept: Collection[str],
-) -> None:
-    """Write the shards `index`, `search`, `families`, `map`, and two for each layer that was not `kept`."""
-    attributes = atlas.attributes
-    photographs = len(table_of(atlas))
-    listed = [[f.name, f.slug, f.kind, runs(f.channels), digests[f.name][:8], f.total] for f in layers]
-    index = {
+@dataclasses.dataclass(frozen=True)
+class IndexInputs:
+    """The inputs of `write_all`.
+
+    Attributes:
+        atlas: The atlas.
+        layers: Facts of all layers, in order.
+        catalogue: Dataset images and labels.
+        families: Families of units.
+        sizes: Sizes of images, and numbers of units per file.
+        config: Settings of the site.
+        ranks: For each layer, the place of each unit in the sheets of tiny images, (C',).
+        unit_map: The map of units, or None if there is none.
+        digests: Digest of each layer's files, by layer name.
+        reused: Names of the layers whose files were taken over from the previous build.
+    """
+
+    atlas: Atlas
+    layers: Sequence[LayerSummary]
+    catalogue: Catalogue
+    families: Sequence[Family]
+    sizes: Sizes
+    config: SiteConfig
+    ranks: Sequence[np.ndarray]
+    unit_map: UnitMap | None
+    digests: Mapping[str, str]
+    reused: Collection[str]
+
+
+def write_all(root: Path, inputs: IndexInputs) -> None:
+    """Write the shards `index`, `search`, `families` and `map`, and two shards for each layer that is not reused."""
+    _shard(root, "index", _index(inputs))
+    _shard(root, "search", _write_layers(root, inputs))
+    family_numbers: dict[str, list[int]] = {}
+    for number, family in enumerate(inputs.families):
+        for member in family.present:
+            family_numbers.setdefault(member.name, []).append(number)
+    _shard(root, "families", family_numbers)
+    if inputs.unit_map is not None:
+        x, y = inputs.unit_map.places[:, 0].tolist(), inputs.unit_map.places[:, 1].tolist()
+        tiny = [rank.tolist() for rank in inputs.ranks]
+        _shard(root, "map", {"method": inputs.unit_map.method, "x": x, "y": y, "tiny": tiny})
+
+
+def _index(inputs: IndexInputs) -> dict[str, Any]:
+    """Return what every page needs: the layers, the families, and how images are arranged in files."""
+    attributes, config, sizes, digests = inputs.atlas.attributes, inputs.config, inputs.sizes, inputs.digests
+    images = len(image_table(inputs.atlas))
+    return {
         "title": config.title,
         "model": str(attributes.get("model", "")),
         "identity": str(attributes.get("identity", ""))[:12],
         "suffix": SUFFIX[config.format],
         "photo_suffix": SUFFIX[config.photo_format],
         "licence": config.licence,
-        "layers": listed,
-        "families": [[family.name, family.href, len(family.present)] for family in groups],
+        "layers": [[f.name, f.slug, f.kind, runs(f.channels), digests[f.name][:8], f.total] for f in inputs.layers],
+        "families": [[family.name, family.href, len(family.present)] for family in inputs.families],
         "aliases": dict(config.aliases),
         "sizes": {
-            "shard": sizes.per_shard, "heat": sizes.per_heat,
-            "photo": [sizes.per_photo, side(sizes.per_photo), photographs],
+            "shard": sizes.per_shard,
+            "heat": sizes.per_heat,
+            "photo": [sizes.per_photo, side(sizes.per_photo), images],
             "thumb": [sizes.per_thumb, side(sizes.per_thumb), sizes.thumb_px],
             "tiny": [sizes.per_tiny, side(sizes.per_tiny), sizes.tiny_px],
         },
-    }  # fmt: skip
-    _shard(root, "index", index)
+    }
+
+
+def _write_layers(root: Path, inputs: IndexInputs) -> dict[str, Any]:
+    """Write two shards for each layer that is not reused; return the words of all units for the search.
+
+    A unit has the index of its word, −1 for none; a layer without any word has an empty list.
+    """
     vocabulary: dict[str, int] = {}
-    search = []
-    store, boxes = atlas.examples_store, bool(table_of(atlas))
-    for facts, rank in zip(layers, ranks, strict=True):
-        layer = atlas[facts.name].keep()
-        places, names = labels_of(layer, facts, catalogue)
-        numbers = [vocabulary.setdefault(name, len(vocabulary)) for name in names]
-        search.append([numbers[i] if i >= 0 else -1 for i in places] if names else [])
-        if facts.name not in kept:
-            celled = showing_of(store, boxes, max(facts.aperture), config, sizes).celled
-            _shard(root, f"{facts.slug}/layer", _layer(layer, facts, celled, sizes, config, rank))
-            _shard(root, f"{facts.slug}/grid", columns(layer, facts, catalogue))
-    _shard(root, "search", {"words": list(vocabulary), "units": search})
-    members: dict[str, list[int]] = {}
-    for number, family in enumerate(groups):
-        for member in family.present:
-            members.setdefault(member.name, []).append(number)
-    _shard(root, "families", members)
-    if plan is not None:
-        tiny = [rank.tolist() for rank in ranks]
-        found = {"method": plan.method, "x": plan.places[:, 0].tolist(), "y": plan.places[:, 1].tolist(), "tiny": tiny}
-        _shard(root, "map", found)
+    word_numbers = []
+    store, boxes = inputs.atlas.examples_store, bool(image_table(inputs.atlas))
+    for facts, rank in zip(inputs.layers, inputs.ranks, strict=True):
+        layer = inputs.atlas[facts.name].with_cache()
+        places, words = labels_of(layer, facts, inputs.catalogue)
+        numbers = [vocabulary.setdefault(word, len(vocabulary)) for word in words]
+        word_numbers.append([numbers[i] if i >= 0 else -1 for i in places] if words else [])
+        if facts.name not in inputs.reused:
+            showing = choose_showing(store, boxes, max(facts.aperture), inputs.config, inputs.sizes)
+            _shard(root, f"{facts.slug}/layer", _layer(layer, facts, showing.celled, inputs, rank))
+            _shard(root, f"{facts.slug}/grid", columns(layer, facts, inputs.catalogue))
+    return {"words": list(vocabulary), "units": word_numbers}
 
 
 def _layer(
-    layer: LayerView,
-    facts: Facts,
-    celled: Sequence[str],
-    sizes: Sizes,
-    config: SiteConfig,
-    rank: np.ndarray,
+    layer: LayerView, facts: LayerSummary, celled: Sequence[str], inputs: IndexInputs, rank: np.ndarray
 ) -> dict[str, Any]:
-    """What its units' pages need to know of the layer; what its grid sorts by is a shard of its own."""
-    lists = {"max": config.examples, "min": config.least, "spectrum": config.per_bin}
-    counts = {}
-    for name, most in lists.items():
-        held = layer.examples(name) if most else None
-        if held is not None:
-            bins = max(1, len(layer.spectrum_edges) - 1)
-            counts[name] = bins * min(most, held.index.shape[1] // bins) if name == "spectrum" else min(
-                most, held.index.shape[1]
-            )  # fmt: skip
-    each = sum(counts.get(name, 0) for name in celled)
-    found: dict[str, Any] = {
+    """Return what the pages of a layer's units need; the columns that its grid is sorted by are a separate shard.
+
+    `celled` are the example lists with crops of their own.
+    """
+    sizes, config = inputs.sizes, inputs.config
+    counts = _example_counts(layer, config)
+    cells = sum(counts.get(name, 0) for name in celled)
+    crops = [sizes.per_crops(cells), cells, side(sizes.per_crops(cells) * cells), sizes.example_px] if cells else None
+    return {
         "name": facts.name,
         "kind": facts.kind,
         "map": facts.map_size,
-        "field": facts.seen,
+        "field": facts.receptive_field,
         "input": facts.input_size,
-        "whole": facts.whole,
+        "whole": facts.sees_whole_input,
         "edges": layer.spectrum_edges,
-        "crops": [sizes.per_crops(each), each, side(sizes.per_crops(each) * each), sizes.example_px] if each else None,
+        "crops": crops,
         "heat": layer.heat_maps() is not None and config.licence != "ids",
         "tiny": rank.tolist(),
-        "rendered": [],
+        "rendered": [_rendered(rendered, sizes) for rendered in facts.rendered],
     }
-    for r in facts.rendered:
-        height, width = sizes.picture(r.height, r.width)
-        per = sizes.per_picture(height, width, r.variants)
-        found["rendered"].append(
-            {
-                "key": r.key, "title": r.title, "objective": r.objective, "preset": r.preset, "digest": r.digest,
-                "natural": r.natural, "sheet": [per, r.variants, side(per * r.variants), width, height],
-                "stored": [r.height, r.width],
-            }
-        )  # fmt: skip
-    return found
+
+
+def _example_counts(layer: LayerView, config: SiteConfig) -> dict[str, int]:
+    """Return the number of examples per unit that the site shows, by list."""
+    counts = {}
+    for name, limit in (("max", config.examples), ("min", config.least), ("spectrum", config.per_bin)):
+        examples = layer.examples(name) if limit else None
+        if examples is None:
+            continue
+        bins = max(1, len(layer.spectrum_edges) - 1) if name == "spectrum" else 1
+        counts[name] = bins * min(limit, examples.index.shape[1] // bins)
+    return counts
+
+
+def _rendered(rendered: PresetSummary, sizes: Sizes) -> dict[str, Any]:
+    height, width = sizes.picture(rendered.height, rendered.width)
+    per_sheet = sizes.per_picture(height, width, rendered.variants)
+    return {
+        "key": rendered.key,
+        "title": rendered.title,
+        "objective": rendered.objective,
+        "preset": rendered.preset,
+        "digest": rendered.digest,
+        "natural": rendered.natural,
+        "sheet": [per_sheet, rendered.variants, side(per_sheet * rendered.variants), width, height],
+        "stored": [rendered.height, rendered.width],
+    }
 
 
 def _shard(root: Path, name: str, value: Any) -> None:
-    write(root, f"data/{name}.js", put(name, text(value)))
+    write(root, f"data/{name}.js", shard_script(name, to_json(value)))
 
 
 def runs(channels: Sequence[int]) -> list[list[int]]:
-    """Channels as [first, last] runs: [0, 1, 2, 5] → [[0, 2], [5, 5]]."""
-    found: list[list[int]] = []
+    """Return channels as [first, last] ranges: [0, 1, 2, 5] → [[0, 2], [5, 5]]."""
+    ranges: list[list[int]] = []
     for channel in channels:
-        if found and channel == found[-1][1] + 1:
-            found[-1][1] = channel
+        if ranges and channel == ranges[-1][1] + 1:
+            ranges[-1][1] = channel
         else:
-            found.append([channel, channel])
-    return found
+            ranges.append([channel, channel])
+    return ranges

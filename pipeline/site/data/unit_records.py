@@ -1,6 +1,6 @@
-"""Units as the pages and programs read them: plain data, every number as `atlas.h5` holds it.
+"""Records of units for the pages and the API: plain data, every number exactly as in `atlas.h5`.
 
-`docs/site.md` and `api/v1/schema.json` say what each key means.
+`docs/site.md` and `api/v1/schema.json` document the keys.
 """
 
 import functools
@@ -9,82 +9,99 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.site.context.layer_summary import Catalogue, Facts, Shown
-from pipeline.site.data.js_shards import exact, rounded
+from pipeline.site.context.layer_summary import Catalogue, LayerSummary, ShownExamples
+from pipeline.site.data.js_shards import rounded_decimals, shortest_decimals
 from pipeline.site.layout import embedding
-from pipeline.store.reader import LayerView
+from pipeline.store.layer_view import Histogram, Labels, LayerView
 
 BARS = 64
-# What was measured of the main picture that a layer's grid sorts and filters by; `ratio` beside it is its gain.
+# Measurements of the main visualization that the grid of a layer can be sorted and filtered by, in addition to its
+# gain, which is the column `ratio`.
 SORTED = (
-    "robust_gain", "transfer", "agreement", "rank", "spectral_distance", "high_frequency", "checkerboard", "saturated",
-)  # fmt: skip
+    "robust_gain",
+    "transfer",
+    "agreement",
+    "rank",
+    "spectral_distance",
+    "high_frequency",
+    "checkerboard",
+    "saturated",
+)
 
 
 def bars(counts: np.ndarray) -> np.ndarray:
-    """(C', n) counts of even bins as (C', 64): neighbours are added up, and a rest joins the last."""
-    each = -(-counts.shape[1] // BARS)
-    padded = np.pad(counts, ((0, 0), (0, each * BARS - counts.shape[1])))
-    return padded.reshape(len(counts), BARS, each).sum(2)
+    """Sum adjacent bins of histograms, (C', n) → (C', 64); empty bins are appended to fill the last bars."""
+    bins_per_bar = -(-counts.shape[1] // BARS)
+    padded = np.pad(counts, ((0, 0), (0, bins_per_bar * BARS - counts.shape[1])))
+    return padded.reshape(len(counts), BARS, bins_per_bar).sum(2)
 
 
-def columns(layer: LayerView, facts: Facts, catalogue: Catalogue) -> dict[str, Any]:
-    """What a layer's grid sorts and filters by, one list a column in the order of its channels."""
+def columns(layer: LayerView, facts: LayerSummary, catalogue: Catalogue) -> dict[str, Any]:
+    """Return the columns that the grid of a layer is sorted and filtered by: lists in the order of its channels."""
     stats = layer.stats()
-    found: dict[str, Any] = {}
-    for key in ("max", "mean", "sparsity", "nonzero"):
-        if key in stats:
-            found[key] = rounded(stats[key])
+    result: dict[str, Any] = {
+        key: rounded_decimals(stats[key]) for key in ("max", "mean", "sparsity", "nonzero") if key in stats
+    }
     if facts.rendered:
-        main = facts.rendered[0].key
-        numbers = layer.numbers(main)
-        found["ratio"] = rounded(numbers["gain"][:, 0])
-        # What no unit has (agreement, with one picture each) is nothing to sort by.
-        found |= {k: rounded(numbers[k][:, 0]) for k in SORTED if k in numbers and np.isfinite(numbers[k][:, 0]).any()}
-        found["status"] = [str(s) for s in worst(numbers["status"])]
-    names, used = labels_of(layer, facts, catalogue)
-    if used:
-        found["label"], found["labels"] = names, used
-    return found
+        numbers = layer.measurements(facts.rendered[0].key)
+        result["ratio"] = rounded_decimals(numbers["gain"][:, 0])
+        for key in SORTED:
+            # A measurement can be NaN for all units, as is the agreement of a single variant.
+            if key in numbers and np.isfinite(numbers[key][:, 0]).any():
+                result[key] = rounded_decimals(numbers[key][:, 0])
+        result["status"] = [str(status) for status in worst(numbers["status"])]
+    labels, words = labels_of(layer, facts, catalogue)
+    if words:
+        result["label"], result["labels"] = labels, words
+    return result
 
 
 def worst(status: np.ndarray) -> list[str]:
-    """(C', V) statuses → the one that a reader must know of, per unit."""
-    rank = {"missing": 3, "failed": 2, "retried": 1}
-    return [max(map(str, row), key=lambda s: rank.get(s, 0)) for row in status]
+    """Return the most severe status among the variants of each unit, (C', V) → C' strings."""
+    severity = {"missing": 3, "failed": 2, "retried": 1}
+    return [max(map(str, row), key=lambda s: severity.get(s, 0)) for row in status]
 
 
-def labels_of(layer: LayerView, facts: Facts, catalogue: Catalogue) -> tuple[list[int], list[str]]:
-    """A word for each unit: its class in a classifier, else the label most over-represented among its photographs.
+def labels_of(layer: LayerView, facts: LayerSummary, catalogue: Catalogue) -> tuple[list[int], list[str]]:
+    """Return a word for each unit: its class in a classifier, else its most over-represented label of the dataset.
 
-    Returns places in a list of words, −1 for none, and that list.
+    Returns:
+        For each unit the index of its word, −1 for none; and the sorted list of words.
     """
     if facts.classifier:
         words = [catalogue.classes[c] for c in facts.channels]
     else:
-        held = layer.labels()
-        over = held.over[:, 0] if held is not None else np.full(len(facts.channels), -1)
+        labels = layer.labels()
+        over = labels.over[:, 0] if labels is not None else np.full(len(facts.channels), -1)
         words = [catalogue.names[i] if 0 <= i < len(catalogue.names) else "" for i in over.tolist()]
     used = sorted({word for word in words if word})
     place = {word: i for i, word in enumerate(used)}
     return [place.get(word, -1) for word in words], used
 
 
+# Marks a stored text that is absent: the record has no such key then.
 _ABSENT = object()
 
 
 class Recorder:
-    """Makes the records of one layer's units; everything but pictures is read once, when it is made.
+    """Makes the records of one layer's units; reads everything except images once, in the constructor.
 
-    `similar` units are named beside each, from the `vectors` of `plane.spectra`, where there are any.
+    Args:
+        layer: The layer.
+        facts: Facts of the layer.
+        catalogue: Dataset images and labels.
+        lists: The example lists that the site shows.
+        ranks: Place of each unit in the layer's sheets of tiny images, (C',).
+        similar: Number of similar units in each record; 0 for none.
+        others: The same places for the layers that it is wired to, by layer name and channel.
     """
 
     def __init__(
         self,
         layer: LayerView,
-        facts: Facts,
+        facts: LayerSummary,
         catalogue: Catalogue,
-        lists: Sequence[Shown],
+        lists: Sequence[ShownExamples],
         ranks: np.ndarray,
         similar: int,
         others: Mapping[str, Mapping[int, int]],
@@ -95,35 +112,43 @@ class Recorder:
         self._lists = lists
         self._ranks = ranks
         self._similar = similar
-        self._pictures = {r.key: _told(layer.numbers(r.key), layer.natural(r.key)) for r in facts.rendered}
-        self._stats = {k: v.tolist() if v.dtype == bool else exact(v) for k, v in layer.stats().items()}
+        self._pictures = {
+            r.key: _measurements(layer.measurements(r.key), layer.dataset_max(r.key)) for r in facts.rendered
+        }
+        self._stats = {k: v.tolist() if v.dtype == bool else shortest_decimals(v) for k, v in layer.stats().items()}
         self._labels = layer.labels()
-        self._vectors = embedding.spectra([layer.responses()]) if similar else None
+        self._vectors = embedding.unit_vectors([layer.dataset_activations()]) if similar else None
         self._wiring = wiring_of(layer, others)
-        held = layer.histogram()
-        self._histogram = held
-        if held is not None:
-            # Bars beyond the bins that there are would stretch the picture: each is so many whole bins wide.
-            each = -(-held.counts.shape[1] // BARS)
-            self._bars = bars(held.counts)
-            self._lows, self._ends = exact(held.edges[:, 0]), exact(held.ends)
-            self._step = rounded((held.edges[:, -1] - held.edges[:, 0]) / held.counts.shape[1] * each, 7)
-            shares = layer.spectrum_edges
-            marks = layer.quantiles([s / 100 for s in shares]) if shares else np.zeros((len(facts.channels), 0))
-            self._marks = rounded(marks, 5)
+        self._histogram = layer.histogram()
+        if self._histogram is not None:
+            self._prepare_histogram(self._histogram)
         if self._labels is not None:
-            self._lift = exact(self._labels.lift)
-            self._choice = exact(np.stack([self._labels.selectivity, self._labels.auroc], -1))
-        # Units see the same places again and again.
+            self._lift = shortest_decimals(self._labels.lift)
+            self._best = shortest_decimals(np.stack([self._labels.selectivity, self._labels.auroc], -1))
+        # Cached, because units of a layer share positions.
         self._box = functools.lru_cache(maxsize=1 << 16)(layer.crop_box)
 
+    def _prepare_histogram(self, histogram: Histogram) -> None:
+        # A bar is a whole number of bins wide, so the bars can extend beyond the last edge.
+        bins = histogram.counts.shape[1]
+        bins_per_bar = -(-bins // BARS)
+        self._bars = bars(histogram.counts)
+        self._lows, self._ends = shortest_decimals(histogram.edges[:, 0]), shortest_decimals(histogram.ends)
+        self._step = rounded_decimals((histogram.edges[:, -1] - histogram.edges[:, 0]) / bins * bins_per_bar, 7)
+        shares = [edge / 100 for edge in self._layer.spectrum_edges]
+        quantiles = self._layer.quantiles(shares) if shares else np.zeros((len(self._facts.channels), 0))
+        self._quantiles = rounded_decimals(quantiles, 5)
+
     def units(self, rows: slice, cells: Mapping[tuple[int, int], int]) -> list[dict[str, Any]]:
-        """Records of the units in `rows`. `cells` says in which crop a (row, pair) is shown."""
+        """Return the records of the units in `rows`.
+
+        Args:
+            rows: Rows of the layer.
+            cells: Number of the crop that shows an example, by (row, `named` example).
+        """
         facts, classes = self._facts, self._catalogue.classes
-        found: list[dict[str, Any]] = []
-        near = embedding.alike(self._vectors, rows, self._similar) if self._vectors is not None else None
-        # As close as it is written, and as plain numbers: n units, then n correlations, a row a unit.
-        alike = (near[0].tolist(), np.round(near[1].astype(np.float64), 4).tolist()) if near is not None else ([], [])
+        records: list[dict[str, Any]] = []
+        similar = self._similar_units(rows)
         entries = {shown.name: self._entries(shown, rows, cells) for shown in self._lists}
         for i, row in enumerate(range(rows.start, rows.stop)):
             channel = facts.channels[row]
@@ -131,81 +156,94 @@ class Recorder:
             if facts.classifier:
                 unit["class"] = classes[channel]
             if facts.rendered:
-                unit["pictures"] = {key: told[row] for key, told in self._pictures.items()}
+                unit["pictures"] = {key: measurements[row] for key, measurements in self._pictures.items()}
             if self._stats:
                 unit["stats"] = {key: values[row] for key, values in self._stats.items()}
             if self._histogram is not None:
-                unit["histogram"] = self._bins(row)
+                unit["histogram"] = self._histogram_record(self._histogram, row)
             if self._lists:
-                unit["examples"] = {name: told[i] for name, told in entries.items()}
+                unit["examples"] = {name: unit_entries[i] for name, unit_entries in entries.items()}
             if self._labels is not None:
-                unit["labels"] = self._words(row)
-            if near is not None:
-                pairs = zip(alike[0][i], alike[1][i], strict=True)
-                unit["similar"] = [[facts.channels[n], v, int(self._ranks[n])] for n, v in pairs if n >= 0]
+                unit["labels"] = self._labels_record(self._labels, row)
+            if similar is not None:
+                unit["similar"] = similar[i]
             if self._wiring is not None:
                 unit["wiring"] = self._wiring(row)
-            found.append(unit)
-        return found
+            records.append(unit)
+        return records
 
-    def _bins(self, row: int) -> dict[str, Any]:
-        held = self._histogram
-        assert held is not None
+    def _similar_units(self, rows: slice) -> list[list[list[Any]]] | None:
+        """Return [channel, correlation, place among tiny images] of the similar units of each unit in `rows`."""
+        if self._vectors is None:
+            return None
+        numbers, correlations = embedding.most_correlated(self._vectors, rows, self._similar)
+        correlations = np.round(correlations.astype(np.float64), 4)
+        return [
+            [
+                [self._facts.channels[n], correlation, int(self._ranks[n])]
+                for n, correlation in zip(unit_numbers, unit_correlations, strict=True)
+                if n >= 0
+            ]
+            for unit_numbers, unit_correlations in zip(numbers.tolist(), correlations.tolist(), strict=True)
+        ]
+
+    def _histogram_record(self, histogram: Histogram, row: int) -> dict[str, Any]:
         return {
             "counts": self._bars[row].tolist(),
             "from": self._lows[row],
             "step": self._step[row],
-            "under": int(held.under[row]),
-            "over": int(held.over[row]),
+            "under": int(histogram.under[row]),
+            "over": int(histogram.over[row]),
             "ends": self._ends[row],
-            "quantiles": self._marks[row],
+            "quantiles": self._quantiles[row],
         }
 
-    def _entries(self, shown: Shown, rows: slice, cells: Mapping[tuple[int, int], int]) -> list[list[list[Any] | None]]:
-        """[value, photograph, y, x, heat-map, crop, left, top, right, bottom] of each example of each unit in `rows`.
+    def _entries(
+        self, shown: ShownExamples, rows: slice, cells: Mapping[tuple[int, int], int]
+    ) -> list[list[list[Any] | None]]:
+        """Return the examples of each unit in `rows` as [value, image, y, x, heat map, crop, left, top, right, bottom].
 
-        The box is what the unit saw, in pixels of the network's input, and left out where that is all of it. In the
-        spectrum an example's place says its bin, so one that is missing is null.
+        The box is the receptive field in pixels of the network's input, and omitted if it is the whole input. In the
+        spectrum the position of an example encodes its bin, so a missing example is None there.
         """
-        whole, gaps = self._facts.whole, shown.name == "spectrum"
-        columns = (exact(shown.value[rows]), *(a[rows].tolist() for a in (shown.index, shown.y, shown.x, shown.pair)))
-        found: list[list[list[Any] | None]] = []
-        for row, told in zip(range(rows.start, rows.stop), zip(*columns, strict=True), strict=True):
+        is_spectrum = shown.name == "spectrum"
+        values = shortest_decimals(shown.value[rows])
+        indices, ys, xs, pairs = (array[rows].tolist() for array in (shown.index, shown.y, shown.x, shown.pair))
+        result: list[list[list[Any] | None]] = []
+        for i, row in enumerate(range(rows.start, rows.stop)):
             entries: list[list[Any] | None] = []
-            for value, index, y, x, pair in zip(*told, strict=True):
-                if index < 0:
-                    if gaps:
-                        entries.append(None)
-                    continue
-                entry = [value, index, y, x, pair, cells.get((row, named(pair, index)), -1)]
-                if not whole:
-                    entry += self._box(y, x) or ()
-                entries.append(entry)
-            found.append(entries)
-        return found
+            for value, index, y, x, pair in zip(values[i], indices[i], ys[i], xs[i], pairs[i], strict=True):
+                if index >= 0:
+                    entry = [value, index, y, x, pair, cells.get((row, example_key(pair, index)), -1)]
+                    if not self._facts.sees_whole_input:
+                        entry += self._box(y, x) or ()
+                    entries.append(entry)
+                elif is_spectrum:
+                    entries.append(None)
+            result.append(entries)
+        return result
 
-    def _words(self, row: int) -> dict[str, Any]:
-        held, names = self._labels, self._catalogue.names
-        assert held is not None
-        over = zip(held.over[row].tolist(), held.count[row].tolist(), self._lift[row], strict=True)
-        found: dict[str, Any] = {"over": [[names[o], count, value] for o, count, value in over if o >= 0]}
-        best = int(held.best[row])
+    def _labels_record(self, labels: Labels, row: int) -> dict[str, Any]:
+        names = self._catalogue.names
+        over = zip(labels.over[row].tolist(), labels.count[row].tolist(), self._lift[row], strict=True)
+        record: dict[str, Any] = {"over": [[names[label], count, lift] for label, count, lift in over if label >= 0]}
+        best = int(labels.best[row])
         if best >= 0:
-            selectivity, auroc = self._choice[row]
-            found |= {"best": names[best], "selectivity": selectivity, "auroc": auroc}
-        return found
+            selectivity, auroc = self._best[row]
+            record |= {"best": names[best], "selectivity": selectivity, "auroc": auroc}
+        return record
 
 
-def _told(numbers: Mapping[str, np.ndarray], natural: np.ndarray) -> list[list[dict[str, Any]]]:
-    """What was measured of each unit's variants; seeds are text, for they exceed a double."""
+def _measurements(numbers: Mapping[str, np.ndarray], natural: np.ndarray) -> list[list[dict[str, Any]]]:
+    """Return the measurements of each variant of each unit; seeds are text, because a double cannot hold 63 bits."""
     columns: dict[str, list[list[Any]]] = {}
     for name, array in numbers.items():
         if name == "trace":
-            columns[name] = rounded(array)
+            columns[name] = rounded_decimals(array)
         elif array.ndim > 2:
             continue
         elif np.issubdtype(array.dtype, np.floating):
-            columns[name] = exact(array)
+            columns[name] = shortest_decimals(array)
         elif name == "seed" or not np.issubdtype(array.dtype, np.integer):
             columns[name] = [[_ABSENT if value is None else str(value) for value in row] for row in array.tolist()]
         else:
@@ -213,35 +251,44 @@ def _told(numbers: Mapping[str, np.ndarray], natural: np.ndarray) -> list[list[d
     variants = numbers["activation"].shape[1]
     return [
         [
-            {"natural": best} | {name: told[row][v] for name, told in columns.items() if told[row][v] is not _ABSENT}
+            {"natural": best}
+            | {name: column[row][v] for name, column in columns.items() if column[row][v] is not _ABSENT}
             for v in range(variants)
         ]
-        for row, best in enumerate(exact(natural))
+        for row, best in enumerate(shortest_decimals(natural))
     ]
 
 
-def named(pair: int, index: int) -> int:
-    """What an example is called within its unit: its heat-map's number, or one made from its photograph's."""
+def example_key(pair: int, index: int) -> int:
+    """Return the key of an example within its unit: the number of its heat map, or −2 − the row of its image."""
     return pair if pair >= 0 else -2 - index
 
 
 def wiring_of(layer: LayerView, ranks: Mapping[str, Mapping[int, int]]) -> Callable[[int], dict[str, Any]] | None:
-    """What each row's unit is most strongly wired to, or None where the atlas does not say.
+    """Return a function from a row to the strongest connections of its unit, or None if the atlas has none.
 
-    `ranks` are the places of small pictures by layer and channel; −1 stands for a unit that the atlas does not have.
+    Args:
+        layer: The layer.
+        ranks: Places in the sheets of tiny images, by layer name and channel. The record of a unit that is not in
+            the atlas has −1.
     """
-    sides = {side: found for side in ("inputs", "outputs") if (found := layer.wiring(side)) is not None}
-    if not sides:
+    wirings = {side: wiring for side in ("inputs", "outputs") if (wiring := layer.connectivity(side)) is not None}
+    if not wirings:
         return None
-    strengths = {side: (exact(wires.norm), exact(wires.sum)) for side, wires in sides.items()}
+    weights = {
+        side: (shortest_decimals(wiring.norm), shortest_decimals(wiring.sum)) for side, wiring in wirings.items()
+    }
 
-    def of(row: int) -> dict[str, Any]:
-        told = {}
-        for side, wires in sides.items():
-            known = ranks.get(wires.layer, {})
-            triples = zip(wires.channel[row].tolist(), *(told[row] for told in strengths[side]), strict=True)
-            units = [[c, norm, total, known.get(c, -1)] for c, norm, total in triples if c >= 0]
-            told[side] = {"layer": wires.layer, "units": units}
-        return told
+    def record_of(row: int) -> dict[str, Any]:
+        record = {}
+        for side, wiring in wirings.items():
+            places = ranks.get(wiring.layer, {})
+            norms, sums = (values[row] for values in weights[side])
+            connections = zip(wiring.channel[row].tolist(), norms, sums, strict=True)
+            units = [
+                [channel, norm, total, places.get(channel, -1)] for channel, norm, total in connections if channel >= 0
+            ]
+            record[side] = {"layer": wiring.layer, "units": units}
+        return record
 
-    return of
+    return record_of

@@ -1,1 +1,1 @@
-"""Serve a site from this machine, or publish it on a host of static files."""
+"""Serve a site locally, or publish it on a web host for static files."""

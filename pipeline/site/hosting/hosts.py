@@ -1,4 +1,4 @@
-"""Where a site can be put: what each host takes, and what it needs beside the pages."""
+"""Web hosts that a site can be published on: their limits and the files that they need."""
 
 import dataclasses
 import os
@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.core.errors import AtlasError, nearest
+from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.site.output import ours, write
 
 MB = 1_000_000
@@ -14,9 +14,16 @@ MB = 1_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """Limits as the host documents them (2026), 0 for none; `largest` is for one file, `folder` entries of one folder.
+    """A web host with its documented limits (2026); 0 means no limit.
 
-    `command` is what is left to type, with {site} for the folder.
+    Attributes:
+        key: Name on the command line.
+        name: Name in reports.
+        bytes: Largest size of a site in bytes.
+        files: Largest number of files.
+        largest: Largest size of one file in bytes.
+        folder: Largest number of entries in one folder.
+        command: Command that publishes the folder {site}.
     """
 
     key: str
@@ -53,7 +60,17 @@ HOSTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a site weighs: files, bytes, the largest folder with its (files, bytes), the largest file, most entries."""
+    """Size of a site.
+
+    Attributes:
+        files: Number of files.
+        bytes: Total size in bytes.
+        largest_folder: Top-level folder with the largest size.
+        folder_files: Number of files in that folder.
+        folder_bytes: Size of that folder in bytes.
+        largest_file: Size of the largest file in bytes.
+        most_entries: Largest number of files directly in one folder.
+    """
 
     files: int
     bytes: int
@@ -64,52 +81,55 @@ class Report:
     most_entries: int
 
     def why_not(self, host: Host) -> str:
-        """Why `host` would not take it, or nothing."""
-        for have, most, what in (
+        """Return the limit of `host` that the site exceeds, or an empty string."""
+        for value, limit, what in (
             (self.bytes, host.bytes, "bytes"),
             (self.files, host.files, "files"),
             (self.largest_file, host.largest, "bytes in one file"),
             (self.most_entries, host.folder, "entries in one folder"),
         ):
-            if most and have > most:
-                return f"{have:,} {what}, {most:,} at most"
+            if limit and value > limit:
+                return f"{value:,} {what}, {limit:,} at most"
         return ""
 
     def lines(self) -> list[str]:
-        """The report for people."""
-        found = [
-            f"{self.files:,} files, {self.bytes / MB:,.1f} MB; most in {self.largest_folder}: "
+        """Return the report as lines of text."""
+        lines = [
+            f"{self.files:,} files, {self.bytes / MB:,.1f} MB; largest folder {self.largest_folder}: "
             f"{self.folder_files:,} files, {self.folder_bytes / MB:,.1f} MB"
         ]
         for host in HOSTS:
             reason = self.why_not(host)
-            found.append(f"  {host.name:<17} {f'no: {reason}' if reason else 'yes'}")
-        return found
+            lines.append(f"  {host.name:<17} {f'no: {reason}' if reason else 'yes'}")
+        return lines
 
 
 def weighed(folder: Path) -> Report:
-    """Weigh a finished site."""
-    files, size, largest, most = 0, 0, 0, 0
-    tops: dict[str, tuple[int, int]] = {}
-    waiting = [(os.fspath(folder), "./")]
-    while waiting:
-        where, top = waiting.pop()
+    """Measure the size of a finished site."""
+    files, total_bytes, largest_file, most_entries = 0, 0, 0, 0
+    # (files, bytes) by top-level folder.
+    top_folders: dict[str, tuple[int, int]] = {}
+    pending = [(os.fspath(folder), "./")]
+    while pending:
+        path, top = pending.pop()
         sizes: list[int] = []
-        with os.scandir(where) as entries:
+        with os.scandir(path) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    waiting.append((entry.path, f"{entry.name}/" if top == "./" else top))
+                    pending.append((entry.path, f"{entry.name}/" if top == "./" else top))
                 else:
                     sizes.append(entry.stat().st_size)
-        files, size = files + len(sizes), size + sum(sizes)
-        largest, most = max([largest, *sizes]), max(most, len(sizes))
-        count, total = tops.get(top, (0, 0))
-        tops[top] = (count + len(sizes), total + sum(sizes))
-    name, (count, total) = max(tops.items(), key=lambda item: item[1][1], default=("./", (0, 0)))
-    return Report(files, size, name, count, total, largest, most)
+        files += len(sizes)
+        total_bytes += sum(sizes)
+        largest_file = max([largest_file, *sizes])
+        most_entries = max(most_entries, len(sizes))
+        top_files, top_bytes = top_folders.get(top, (0, 0))
+        top_folders[top] = (top_files + len(sizes), top_bytes + sum(sizes))
+    name, (top_files, top_bytes) = max(top_folders.items(), key=lambda item: item[1][1], default=("./", (0, 0)))
+    return Report(files, total_bytes, name, top_files, top_bytes, largest_file, most_entries)
 
 
-# Pages forbid all but their own in a <meta>, too; as a header it also holds for what is no page.
+# Pages repeat this policy in a <meta> element; the header also covers files that are not pages.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'"
 )
@@ -124,16 +144,25 @@ HEADERS = f"""/*
 """
 
 
-def prepare(folder: Path, target: str, title: str) -> tuple[Report, str]:
-    """Make a finished site ready for `target`; returns what it weighs and the one command left to run.
+def prepare_for_host(folder: Path, target: str, title: str) -> tuple[Report, str]:
+    """Prepare a finished site for a web host.
 
-    Raises `AtlasError` for an unknown target, a folder without a site, or a site that the host would refuse.
+    Args:
+        folder: Folder of the site.
+        target: Key of the host.
+        title: Title of the site.
+
+    Returns:
+        The size of the site, and the command that publishes it.
+
+    Raises:
+        AtlasError: If the host is unknown, the folder is not a site, or the site exceeds a limit of the host.
     """
     host = next((h for h in HOSTS if h.key == target), None)
     if host is None:
-        raise AtlasError(f"There is no host {target!r} to publish on. {nearest(target, [h.key for h in HOSTS])}")
+        raise AtlasError(f"Unknown host {target!r}. {nearest_names(target, [h.key for h in HOSTS])}")
     if not ours(folder):
-        raise AtlasError(f"{folder} holds no site: `atlas site` writes one.")
+        raise AtlasError(f"{folder} contains no site. Build it with `atlas site`.")
     extras: dict[str, Callable[[], str]] = {
         "gitlab": lambda: (
             "pages:\n  script: ['true']\n  publish: .\n  rules: [{if: $CI_COMMIT_BRANCH == 'pages'}]\n"
@@ -149,13 +178,13 @@ def prepare(folder: Path, target: str, title: str) -> tuple[Report, str]:
     reason = report.why_not(host)
     if reason:
         raise AtlasError(
-            f"{host.name} would not take this site: {reason}. Build it smaller: `atlas site site.max_bytes=… "
+            f"{host.name} does not accept this site: {reason}. Build a smaller one with `atlas site site.max_bytes=… "
             "site.max_files=…`."
         )
     return report, host.command.format(site=shlex.quote(str(folder)))
 
 
 def yaml_text(text: str) -> str:
-    """A YAML string in double quotes, whatever is in it."""
+    """Return `text` as a YAML string in double quotes; unprintable characters become spaces."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return '"' + "".join(c if c.isprintable() else " " for c in escaped) + '"'

@@ -1,4 +1,4 @@
-"""Show a site on this machine: a small server on the loopback address, for nobody else."""
+"""Local web server for a site, on the loopback address only."""
 
 import functools
 import http.server
@@ -8,19 +8,19 @@ from typing import Any
 from pipeline.core.errors import AtlasError
 from pipeline.site.output import ours
 
-HERE = "127.0.0.1"
+HOST = "127.0.0.1"
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    """Files as they are now: a page that is being worked on must not come from a cache."""
+    """Handler that disables caching, so that a rebuilt page is shown at once."""
 
     def end_headers(self) -> None:
-        """Add that nothing is to be kept."""
+        """Add the header that disables caching."""
         self.send_header("Cache-Control", "no-cache")
         super().end_headers()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """For a page that is not there, the site's own that looks for where it went."""
+        """Send the site's own 404 page, which searches for the new address of a unit."""
         page = Path(self.directory) / "404.html"
         if code != 404 or not page.is_file():
             super().send_error(code, message, explain)
@@ -34,17 +34,18 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: every picture would be a line."""
+        """Log nothing: every image would be a line."""
 
 
 def server(folder: Path, port: int) -> http.server.ThreadingHTTPServer:
-    """A server of `folder` on the loopback address; port 0 takes any that is free.
+    """Return a server of `folder` on the loopback address; port 0 selects a free port.
 
-    Raises `AtlasError` for a folder without a site and for a port that is taken.
+    Raises:
+        AtlasError: If the folder is not a site or the port cannot be used.
     """
     if not ours(folder):
-        raise AtlasError(f"{folder} holds no site: `atlas site` writes one.")
+        raise AtlasError(f"{folder} contains no site. Build it with `atlas site`.")
     try:
-        return http.server.ThreadingHTTPServer((HERE, port), functools.partial(_Handler, directory=str(folder)))
+        return http.server.ThreadingHTTPServer((HOST, port), functools.partial(_Handler, directory=str(folder)))
     except (OSError, OverflowError) as error:
-        raise AtlasError(f"Port {port} can't be used: {error}. Choose another one: port=8001.") from None
+        raise AtlasError(f"Port {port} cannot be used: {error}. Choose another one, for example port=8001.") from None

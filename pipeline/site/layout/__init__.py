@@ -1,1 +1,1 @@
-"""Coordinates: the map of units, and the diagram of a network."""
+"""Layout: the map of units and the diagram of the network."""

@@ -1,8 +1,9 @@
-"""All units of an atlas on a plane, near each other where they answer to the same photographs.
+"""The map of units: units with correlated activations are close to each other.
 
-Each unit is the vector of its responses to the photographs whose responses the atlas keeps, centred and scaled to
-length 1, so that the distance of two units follows from the correlation of their responses. UMAP (McInnes, Healy &
-Melville 2018) where `umap-learn` is installed, else the first two principal components.
+A unit is represented by the vector of its activations on the dataset images `Atlas.responses_index`, centered and
+scaled to length 1, so that the distance between two units is a function of the correlation of their activations. The
+vectors are projected by UMAP (McInnes, Healy & Melville 2018) if `umap-learn` is installed, else to their first two
+principal components.
 """
 
 import importlib.util
@@ -10,16 +11,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Principal axes are found on so many units, evenly drawn, and hold for all.
+# Principal components are computed from about this many units, evenly spaced, and applied to all.
 FITTED = 4096
 AXES = 8
 GRID = 4095
 
 
-def spectra(responses: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    """Responses of all layers, (C', n) each, as unit vectors (units, n) float32; None if a layer has none.
+def unit_vectors(responses: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """Return the activations of all layers, (C', n) each, as unit vectors, (units, n) float32.
 
-    A unit that never changes is the zero vector.
+    A unit whose activation never changes is the zero vector. None if a layer has no activations.
     """
     if not responses or any(r is None or r.shape[1] < 2 for r in responses):
         return None
@@ -29,53 +30,62 @@ def spectra(responses: Sequence[np.ndarray | None]) -> np.ndarray | None:
     return np.divide(stacked, norm, out=np.zeros_like(stacked), where=norm > 0)
 
 
-def axes(vectors: np.ndarray, count: int = AXES) -> np.ndarray:
-    """(units, n) → (units, count) principal components, the largest variance first; signs are made definite."""
-    fitted = vectors[:: max(1, len(vectors) // FITTED)]
-    middle = fitted.mean(0)
-    scatter = (fitted - middle).T @ (fitted - middle)
-    _, found = np.linalg.eigh(scatter.astype(np.float64))
-    chosen = found[:, ::-1][:, :count]
-    # An eigenvector's sign is arbitrary: make its largest element positive.
-    chosen = chosen * np.sign(chosen[np.abs(chosen).argmax(0), np.arange(chosen.shape[1])])
-    components = (vectors - middle) @ chosen.astype(np.float32)
+def principal_components(vectors: np.ndarray, count: int = AXES) -> np.ndarray:
+    """Return principal components, (units, n) → (units, count), by decreasing variance and with fixed signs."""
+    sample = vectors[:: max(1, len(vectors) // FITTED)]
+    mean = sample.mean(0)
+    scatter = (sample - mean).T @ (sample - mean)
+    _, eigenvectors = np.linalg.eigh(scatter.astype(np.float64))
+    directions = eigenvectors[:, ::-1][:, :count]
+    # The sign of an eigenvector is arbitrary: make its largest element positive.
+    largest = directions[np.abs(directions).argmax(0), np.arange(directions.shape[1])]
+    directions = directions * np.sign(largest)
+    components = (vectors - mean) @ directions.astype(np.float32)
     return np.pad(components, ((0, 0), (0, max(0, count - components.shape[1]))))
 
 
-def own_axes(vectors: np.ndarray, count: int = AXES) -> np.ndarray:
-    """(units, n) → (units, count): the widest axes of one layer alone, by a few rounds of subspace iteration.
+def layer_components(vectors: np.ndarray, count: int = AXES) -> np.ndarray:
+    """Return the leading components of one layer, (units, n) → (units, count), by four steps of subspace iteration.
 
-    Not those of the whole atlas, so that a layer's order does not change with another layer.
+    They are computed for the layer alone, so that the order of its units does not depend on other layers.
     """
-    found = np.random.default_rng(0).normal(size=(vectors.shape[1], min(count, *vectors.shape))).astype(np.float32)
+    basis = np.random.default_rng(0).normal(size=(vectors.shape[1], min(count, *vectors.shape))).astype(np.float32)
     for _ in range(4):
-        found, _ = np.linalg.qr(vectors.T @ (vectors @ found))
-    return vectors @ found
+        basis, _ = np.linalg.qr(vectors.T @ (vectors @ basis))
+    return vectors @ basis
 
 
-def layout(vectors: np.ndarray, components: np.ndarray) -> tuple[str, np.ndarray]:
-    """(method, (units, 2) int in 0 … 4095): where each unit lies; the same vectors give the same places."""
+def project(vectors: np.ndarray, components: np.ndarray) -> tuple[str, np.ndarray]:
+    """Return the coordinates of all units on the map; the same vectors give the same coordinates.
+
+    Args:
+        vectors: Unit vectors from `spectra`, (units, n).
+        components: Their principal components from `axes`, (units, count).
+
+    Returns:
+        The name of the method, and the coordinates, (units, 2) int, 0 … 4095.
+    """
     method, places = "PCA", components[:, :2]
     if importlib.util.find_spec("umap") is not None and len(vectors) >= 16:
         import umap  # pyright: ignore[reportMissingImports]
 
         method = "UMAP"
-        # On a few axes, for distances among a thousand photographs cost more and say little more.
+        # On a few components: distances in a thousand dimensions cost more and hardly change the map.
         places = umap.UMAP(n_neighbors=15, min_dist=0.3, random_state=0, n_jobs=1).fit_transform(components)
     low, high = (np.percentile(places, q, axis=0) for q in (0.2, 99.8))
     scaled = (np.asarray(places) - low) / np.maximum(high - low, 1e-9)
     return method, np.clip(np.round(scaled * GRID), 0, GRID).astype(int)
 
 
-def blocks(components: np.ndarray, size: int) -> np.ndarray:
-    """(n, d) → (n,) place of each unit in an order in which like units stand together, `size` to a sheet.
+def sheet_order(components: np.ndarray, size: int) -> np.ndarray:
+    """Return the place of each unit in an order that puts similar units on the same sheet, (n, d) → (n,).
 
-    The set is halved along its widest axis, at a multiple of `size`, until it fits into one sheet.
+    The set is halved along its widest axis, at a multiple of `size`, until each part fits on a sheet of `size` units.
     """
     order: list[int] = []
-    waiting = [np.arange(len(components))]
-    while waiting:
-        part = waiting.pop()
+    pending = [np.arange(len(components))]
+    while pending:
+        part = pending.pop()
         if len(part) <= size:
             order += part.tolist()
             continue
@@ -83,25 +93,34 @@ def blocks(components: np.ndarray, size: int) -> np.ndarray:
         axis = int(np.ptp(points, axis=0).argmax())
         part = part[np.argsort(points[:, axis], kind="stable")]
         half = max(1, round(len(part) / 2 / size)) * size
-        waiting += [part[half:], part[:half]]
+        pending += [part[half:], part[:half]]
     places = np.empty(len(components), int)
     places[order] = np.arange(len(components))
     return places
 
 
-def alike(vectors: np.ndarray, rows: slice, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The units of a layer most like those in `rows`: (rows, count) numbers and correlations, best first.
+def most_correlated(vectors: np.ndarray, rows: slice, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the units of a layer with the highest correlation to those in `rows`, best first.
 
-    −1 where there is none: among fewer units, or for one that never changes.
+    Args:
+        vectors: Unit vectors of the layer from `spectra`, (C', n).
+        rows: The units to compare.
+        count: Number of similar units to return.
+
+    Returns:
+        Rows of the units and their correlations, (rows, count) each. The row is −1 where there are fewer units, and
+        for units that never change.
     """
-    found = vectors[rows] @ vectors.T
-    own = np.arange(len(vectors))[rows]
-    found[np.arange(len(own)), own] = -2
-    found[:, ~vectors.any(1)] = -2
-    found[~vectors[rows].any(1)] = -2
-    # The best few first, then these in order, ties by number.
-    few = np.sort(np.argpartition(-found, min(count, found.shape[1] - 1), axis=1)[:, :count], axis=1)
-    ranked = np.argsort(-np.take_along_axis(found, few, 1), axis=1, kind="stable")
-    order = np.take_along_axis(few, ranked, 1)
-    value = np.take_along_axis(found, order, 1)
+    correlation = vectors[rows] @ vectors.T
+    # −2 excludes a unit itself and all units that never change.
+    selected = np.arange(len(vectors))[rows]
+    correlation[np.arange(len(selected)), selected] = -2
+    correlation[:, ~vectors.any(1)] = -2
+    correlation[~vectors[rows].any(1)] = -2
+    # Select the best by partition, then sort only these; ties are in the order of their rows.
+    best = np.argpartition(-correlation, min(count, correlation.shape[1] - 1), axis=1)[:, :count]
+    best = np.sort(best, axis=1)
+    ranked = np.argsort(-np.take_along_axis(correlation, best, 1), axis=1, kind="stable")
+    order = np.take_along_axis(best, ranked, 1)
+    value = np.take_along_axis(correlation, order, 1)
     return np.where(value > -2, order, -1), value

@@ -1,1 +1,1 @@
-"""Images of a site: which, how large, and in which files."""
+"""Images of a site: their sizes, their files and their encoding."""

@@ -1,10 +1,10 @@
-"""WebP by the library that Pillow brings, called with RGB as it is.
+"""WebP encoding by direct calls to the libwebp that Pillow includes.
 
-Pillow hands libwebp one 32-bit word a pixel, which libwebp then turns into the YUV 4:2:0 that it encodes; given
-24-bit RGB it does so with SIMD. The bytes are alike, and come a fifth to a third sooner. Where Pillow's library
-cannot be called from here, Pillow encodes.
+Pillow passes 32-bit pixels to libwebp, which converts them to YUV 4:2:0 before encoding; from 24-bit RGB the conversion
+uses SIMD. The result is almost identical and takes a fifth to a third less time. If Pillow's library cannot be called
+directly, Pillow encodes.
 
-Source: webp/encode.h of libwebp 1.x, whose layout of these structures is fixed by the major number of its ABI.
+Source: webp/encode.h of libwebp 1.x; the layout of these structures is fixed by the major version of its ABI.
 """
 
 import ctypes
@@ -16,27 +16,27 @@ from ctypes import POINTER, Structure, byref, c_float, c_int, c_size_t, c_uint32
 import numpy as np
 from PIL import Image
 
-# Version of the ABI: the major number, which must be the library's, in the higher byte.
+# ABI version; the high byte is the major version, which must equal that of the library.
 ABI = 0x020F
-# The fastest, for a site may have a hundred thousand pictures.
+# 0 is the fastest method; a site can have 100,000 images.
 METHOD = 0
-# The longest side that the format holds.
+# Longest side that the format supports, in pixels.
 LONGEST = 16383
 
 
 class _Config(Structure):
-    """`WebPConfig`; what is not set here keeps the value that the library gives it."""
+    """`WebPConfig`; all fields but `method` keep the values that the library initializes them with."""
 
     _fields_ = (
         ("lossless", c_int),
         ("quality", c_float),
         ("method", c_int),
-        ("rest", c_uint32 * 61),  # 26 fields at present, and room for more
+        ("remaining", c_uint32 * 61),  # 26 fields in libwebp 1.x; the size leaves room for more
     )
 
 
 class _Picture(Structure):
-    """`WebPPicture`: its input as YUV or ARGB, and where its bytes go."""
+    """`WebPPicture`: the input as YUV or ARGB, and the output callback."""
 
     _fields_ = (
         ("use_argb", c_int), ("colorspace", c_int), ("width", c_int), ("height", c_int),
@@ -51,19 +51,19 @@ class _Picture(Structure):
 
 
 class _Writer(Structure):
-    """`WebPMemoryWriter`: bytes that grow."""
+    """`WebPMemoryWriter`: a growing output buffer."""
 
     _fields_ = (("mem", c_void_p), ("size", c_size_t), ("max_size", c_size_t), ("pad", c_uint32))
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Pillow's libwebp, or None where it has none that can be called, or one of another ABI."""
-    found = importlib.util.find_spec("PIL._webp")
-    if found is None or found.origin is None:
+    """Return Pillow's libwebp, or None if it cannot be called directly or has another ABI version."""
+    spec = importlib.util.find_spec("PIL._webp")
+    if spec is None or spec.origin is None:
         return None
     try:
-        lib = ctypes.CDLL(found.origin)  # symbols of the libraries that it needs are found through it
+        lib = ctypes.CDLL(spec.origin)  # symbols of its dependencies resolve through this handle
         version = lib.WebPGetEncoderVersion
         calls = {
             "WebPConfigInitInternal": (POINTER(_Config), c_int, c_float, c_int),
@@ -80,18 +80,20 @@ def library() -> ctypes.CDLL | None:
             getattr(lib, name).restype = None
     except (OSError, AttributeError):
         return None
-    return lib if version() >> 16 == 1 and lib.WebPConfigInitInternal(byref(_Config()), 0, 75.0, ABI) else None
+    if version() >> 16 != 1 or not lib.WebPConfigInitInternal(byref(_Config()), 0, 75.0, ABI):
+        return None
+    return lib
 
 
 def encode(image: Image.Image, quality: int) -> bytes:
-    """A picture as lossy WebP of `quality` 1 to 100."""
+    """Encode an image as lossy WebP of `quality` 1 to 100."""
     lib = library()
     if lib is None or image.mode != "RGB" or max(image.size) > LONGEST:
-        return _by_pillow(image, quality)
+        return _encode_with_pillow(image, quality)
     config, picture, writer = _Config(), _Picture(), _Writer()
     pixels = np.asarray(image)
     if not lib.WebPConfigInitInternal(byref(config), 0, quality, ABI):
-        return _by_pillow(image, quality)
+        return _encode_with_pillow(image, quality)
     config.method = METHOD
     lib.WebPPictureInitInternal(byref(picture), ABI)
     picture.width, picture.height = image.size
@@ -101,13 +103,13 @@ def encode(image: Image.Image, quality: int) -> bytes:
     try:
         done = lib.WebPPictureImportRGB(byref(picture), pixels.ctypes.data, pixels.strides[0])
         done = done and lib.WebPEncode(byref(config), byref(picture))
-        return ctypes.string_at(writer.mem, writer.size) if done else _by_pillow(image, quality)
+        return ctypes.string_at(writer.mem, writer.size) if done else _encode_with_pillow(image, quality)
     finally:
         lib.WebPMemoryWriterClear(byref(writer))
         lib.WebPPictureFree(byref(picture))
 
 
-def _by_pillow(image: Image.Image, quality: int) -> bytes:
+def _encode_with_pillow(image: Image.Image, quality: int) -> bytes:
     with io.BytesIO() as buffer:
         image.save(buffer, "WEBP", quality=quality, method=METHOD)
         return buffer.getvalue()

@@ -1,5 +1,5 @@
-// What every page needs: data shards, search, keys, small pictures. Pages read well without any of it.
-// Data come as scripts that call ATLAS.put, for pages opened from disk may not fetch.
+// Functions of all pages: data shards, search, keyboard shortcuts, small images. The pages are readable without scripts.
+// Data are scripts that call ATLAS.put, because pages opened from disk cannot load other files.
 window.ATLAS = (function () {
   "use strict";
 
@@ -8,7 +8,7 @@ window.ATLAS = (function () {
   const find = (selector, inside) => (inside || document).querySelector(selector);
   const all = (selector, inside) => Array.from((inside || document).querySelectorAll(selector));
 
-  // Storage may be refused, from disk above all; the site does without it then.
+  // Browsers may forbid local storage, mostly for pages opened from disk; the site then works without it.
   function remembered(key) {
     try { return window.localStorage.getItem("neuron-atlas." + key); } catch { return null; }
   }
@@ -28,7 +28,7 @@ window.ATLAS = (function () {
     waiting.delete(name);
   }
 
-  // A shard by name, loaded once; `version` keeps caches from giving an old one.
+  // Load a shard by name, once; `version` in the address invalidates browser caches.
   function need(name, version) {
     if (held.has(name)) return Promise.resolve(held.get(name));
     if (asked.has(name)) return asked.get(name);
@@ -82,7 +82,7 @@ window.ATLAS = (function () {
     if (value > 0 && value < 0.0005) return "< 0.1%";
     return (value < 1 ? Math.min(100 * value, 99.9) : 100 * value).toFixed(1).replace(/\.0$/, "") + "%";
   }
-  // A number as people read it, with the one that the store holds beside it.
+  // A <data> element with a short text and the exact stored number as its value.
   function data(value, form) {
     if (value === null || value === undefined) return document.createTextNode("—");
     return make("data", { value: String(value), text: (form || number)(value), title: String(value) });
@@ -106,7 +106,7 @@ window.ATLAS = (function () {
 
   const layerAt = (order) => { const l = index.layers[order]; return l && byName.get(l[0]); };
   const count = (layer) => layer.runs.reduce((sum, [a, b]) => sum + b - a + 1, 0);
-  // Row of a channel in its layer's arrays, −1 if the atlas does not have it; and the other way round.
+  // Row of a channel in its layer's arrays, −1 if the atlas does not have it; channelAt is the inverse.
   function rowOf(layer, channel) {
     let before = 0;
     for (const [first, last] of layer.runs) {
@@ -125,7 +125,7 @@ window.ATLAS = (function () {
   const encode = (name) => encodeURIComponent(name).replace(/%2F/g, "/").replace(/%3A/g, ":");
   const linkTo = (layer, channel) => root + "unit.html#" + encode(layer) + ":" + channel;
 
-  // Layers that a name stands for: the whole name, a former one, the end after a dot, the end, any part.
+  // Layers that match a name: equal, equal ignoring case, by a former name, by the end after a dot, by the end, by any part.
   function layersNamed(name) {
     const wanted = name.toLowerCase();
     const alias = Object.hasOwn(index.aliases, name) ? index.aliases[name].toLowerCase() : null;
@@ -143,7 +143,7 @@ window.ATLAS = (function () {
 
   // ------------------------------------------------------------------- sprites
 
-  // Show one cell of a sheet as the background of `element`. Style is set from here: the pages forbid it in themselves.
+  // Show one cell of a sheet as the background of `element`. Set by script, because the policy of the pages forbids inline styles.
   function sprite(element, url, columns, rows, at, box) {
     const [left, top, width, height] = box || [0, 0, 1, 1];
     const x = (at % columns) + left;
@@ -157,7 +157,7 @@ window.ATLAS = (function () {
   function media(layer, name, suffix) {
     return root + "media/" + layer.slug + "/" + name + "." + (suffix || index.suffix) + "?v=" + layer.version;
   }
-  // Cell `at` of a sheet that holds `per` of `total` cells.
+  // Show cell `at` of `total` cells, stored in sheets of `per` cells each.
   function cell(element, layer, prefix, per, columns, at, total) {
     const start = at - (at % per);
     const rows = Math.ceil(Math.min(per, total - start) / columns);
@@ -169,7 +169,7 @@ window.ATLAS = (function () {
     return element;
   }
 
-  // What comes near the reader's eye is loaded; `then` runs once for each element.
+  // Call `then` once for each element, when it comes near the visible area.
   function lazily(elements, then, margin) {
     if (!("IntersectionObserver" in window)) { elements.forEach(then); return null; }
     const watcher = new IntersectionObserver((entries) => {
@@ -183,7 +183,7 @@ window.ATLAS = (function () {
     return watcher;
   }
 
-  // Elements that name a unit show its picture: <a data-unit="layer:channel">.
+  // Show the small image of the unit that an element names: <a data-unit="layer:channel">.
   function fill(inside) {
     lazily(all("[data-unit]", inside), (element) => {
       const name = element.dataset.unit;
@@ -197,10 +197,10 @@ window.ATLAS = (function () {
   // -------------------------------------------------------------------- search
 
   const here = () => html.dataset.layer;
-  // Not every site of these has a map.
+  // A comparison site has no map.
   const mapped = all(".places a").some((a) => a.href.endsWith("map.html"));
 
-  // Units whose label holds `word`, in `only` these layers if given: [layer, row, label]; at most `most`, and how many.
+  // Units whose label contains `word`, in the layers `only` if given: at most `most` as [layer, row, label], and the total.
   function labelled(word, words, only, most) {
     const wanted = word.toLowerCase();
     const match = new Map();
@@ -223,7 +223,7 @@ window.ATLAS = (function () {
     return { units: exact.concat(others).slice(0, most), total };
   }
 
-  // What a query stands for: {results: [{text, detail, href, layer, row}], total, says}.
+  // Results of a query: {results: [{text, detail, href, layer, row}], total, says}; `says` explains an empty result.
   function search(query, words, most) {
     const text = query.trim();
     const results = [];
@@ -293,7 +293,7 @@ window.ATLAS = (function () {
         if (r.layer) option.dataset.unit = r.text;
         list.append(option);
       });
-      // The picture is inside the option, whose own background stays plain.
+      // The image belongs to the element inside the option; the option keeps its plain background.
       lazily(options().filter((o) => o.dataset.unit), (option) => {
         const r = answer.results[Number(option.id.slice(7))];
         need(r.layer.slug + "/layer", r.layer.version).then((l) => tiny(find(".pic", option), r.layer, l.tiny[r.row]));
@@ -302,7 +302,7 @@ window.ATLAS = (function () {
         list.append(make("p", { class: "detail", text: answer.says || answer.results.length + " of " + answer.total + " shown" }));
       }
       if (mapped && answer.results.some((r) => r.layer)) {
-        list.append(make("a", { class: "detail", href: root + "map.html#q=" + encodeURIComponent(box.value.trim()), text: "Light them up on the map", tabindex: "-1" }));
+        list.append(make("a", { class: "detail", href: root + "map.html#q=" + encodeURIComponent(box.value.trim()), text: "Highlight them on the map", tabindex: "-1" }));
       }
       list.hidden = !box.value.trim();
       box.setAttribute("aria-expanded", String(!list.hidden));
@@ -339,7 +339,7 @@ window.ATLAS = (function () {
     spoken = window.setTimeout(() => { place.textContent = ""; }, 4000);
   }
 
-  // Pages add their own: keys[key] = function.
+  // Pages add their own shortcuts: keys[key] = function.
   const keys = {};
   function goLayer(by) {
     const link = find("link[rel=" + (by < 0 ? "prev" : "next") + "]");
@@ -357,7 +357,7 @@ window.ATLAS = (function () {
   }
   function compare() {
     const now = here() !== undefined && document.activeElement && document.activeElement.dataset.name;
-    if (now) { remember("held", now); say(now + " is held. Press c at another unit to compare."); } else say("Go to a unit first; there c holds it for comparison.");
+    if (now) { remember("held", now); say(now + " is selected. Press c at another unit to compare them."); } else say("Go to a unit first, then press c to select it for comparison.");
   }
 
   function start() {

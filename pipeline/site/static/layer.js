@@ -1,11 +1,11 @@
-// A layer's page: the grid of all its units, with order, filter and size.
+// The page of a layer: the grid of all its units, with order, filter and size.
 (function () {
   "use strict";
 
   const { make, find, all, cell, keys, say, remember, remembered } = ATLAS;
   const html = ATLAS.html;
 
-  // Addresses of the former site, layers/x.html#447, lead to the unit.
+  // Redirect addresses of earlier versions, layers/x.html#447, to the unit.
   function former() {
     const channel = /^#(\d+)$/.exec(window.location.hash);
     if (channel) window.location.replace(ATLAS.linkTo(html.dataset.layer, channel[1]));
@@ -14,8 +14,8 @@
   window.addEventListener("hashchange", former);
 
   const MEASURES = {
-    max: "largest response", mean: "mean response", sparsity: "sparsity", nonzero: "share above zero", ratio: "achieved ÷ natural",
-    robust_gain: "robust ÷ natural", transfer: "transfer", agreement: "agreement of starts", rank: "rank in the layer", spectral_distance: "distance from photographs’ spectrum",
+    max: "maximum activation", mean: "mean activation", sparsity: "sparsity", nonzero: "share above zero", ratio: "activation ratio",
+    robust_gain: "robust activation ratio", transfer: "transfer", agreement: "agreement of starts", rank: "rank in the layer", spectral_distance: "spectral distance",
     high_frequency: "high frequencies", checkerboard: "checkerboard", saturated: "saturated",
   };
   const bad = { failed: 1, missing: 1 };
@@ -38,7 +38,7 @@
       const word = label(row);
       const status = columns.status ? columns.status[row] : "";
       const ratio = columns.ratio && columns.ratio[row];
-      const words = [layer.name + ":" + channel, word, ratio ? "achieved ÷ natural " + ATLAS.number(ratio) : "", bad[status] ? status : ""];
+      const words = [layer.name + ":" + channel, word, ratio ? "activation ratio " + ATLAS.number(ratio) : "", bad[status] ? status : ""];
       const tile = make("a", {
         class: bad[status] ? "tile failed" : "tile", href: ATLAS.linkTo(layer.name, channel), title: words.filter(Boolean).join(", "),
         "data-name": layer.name + ":" + channel, "data-channel": channel, "data-row": row,
@@ -51,8 +51,8 @@
       const tile = item.firstChild;
       cell(tile.firstChild, layer, "a", per, across, Number(tile.dataset.row), total);
     };
-    // At first little more than what is in sight; at the first sign of a reader far enough ahead to meet no grey, and
-    // then the other sheets one by one, for those who jump.
+    // At first, load little more than the visible part. At the first input of the reader, load far enough ahead that
+    // scrolling shows no gray tiles, then all other sheets one by one, for jumps.
     const seen = ATLAS.lazily(tiles, fill, "100px 0px 200px");
     const signs = ["scroll", "wheel", "pointermove", "pointerdown", "touchstart", "keydown"];
     if (seen) for (const sign of signs) window.addEventListener(sign, ahead, { passive: true });
@@ -96,7 +96,7 @@
       if (text) rows.sort((a, b) => (text(a) < text(b) ? -1 : text(a) > text(b) ? 1 : a - b));
       else if (key !== "channel") {
         const sign = direction === "down" ? -1 : 1;
-        // Units without the number come last whatever the direction; equal ones by channel.
+        // Units without a number come last in both directions; ties are ordered by channel.
         const rank = (row) => (columns[key][row] === null ? Infinity : sign * columns[key][row]);
         rows.sort((a, b) => (rank(a) === rank(b) ? a - b : rank(a) < rank(b) ? -1 : 1));
       }
@@ -130,7 +130,7 @@
     };
     controls.addEventListener("submit", (event) => event.preventDefault());
     for (const control of [filter, status, measure, from, to]) control.addEventListener("input", apply);
-    // Browsers bring typed text back on reload, without telling.
+    // Browsers restore typed text on reload without an event.
     if (filter.value || status.value || measure.value) apply();
     if (sort.value !== "channel") order();
 

@@ -1,4 +1,4 @@
-// The map: all units on a plane, on a 2-D canvas, which also works from disk.
+// The map of all units, on a 2-D canvas, which also works for pages opened from disk.
 (function () {
   "use strict";
 
@@ -17,7 +17,7 @@
 
   Promise.all([ATLAS.indexed, need("map")]).then(([, found]) => {
     let at = 0;
-    find("#map-method").textContent = found.method === "UMAP" ? "Made by UMAP." : "Made of the first two principal components.";
+    find("#map-method").textContent = found.method === "UMAP" ? "Computed with UMAP." : "Computed from the first two principal components.";
     const layers = ATLAS.index.layers.length;
     for (let order = 0; order < layers; order++) {
       const layer = ATLAS.layerAt(order);
@@ -71,7 +71,7 @@
     window.requestAnimationFrame(() => { drawing = false; paint(); });
   }
 
-  // One sheet of small pictures, when it has come; a thousand units near each other share few of them.
+  // The image of a unit from its sheet, or null until the sheet is loaded; units close to each other share few sheets.
   function picture(p) {
     const [per, columns, px] = ATLAS.index.sizes.tiny;
     const start = p.rank - (p.rank % per);
@@ -106,7 +106,7 @@
       context.arc(p.px, p.py, radius, 0, 7);
       context.fill();
     }
-    // Pictures, where there is room: one for each square of the screen.
+    // Images where there is room: one for each square of the screen.
     const side = near.length > 400 ? 30 : near.length > 120 ? 40 : 52;
     const taken = new Set();
     let shown = 0;
@@ -210,7 +210,7 @@
     } else return;
     const [w, h] = size();
     const middle = under(w / 2, h / 2);
-    find("#map-near").textContent = middle ? "In the middle: " + nameOf(middle) + " (Enter opens it)." : "";
+    find("#map-near").textContent = middle ? "In the center: " + nameOf(middle) + " (press Enter to open it)." : "";
     event.preventDefault();
   });
   keys.ArrowLeft = keys.ArrowRight = () => false;
@@ -237,5 +237,5 @@
   box.addEventListener("input", light);
   find("#map-layer").addEventListener("change", (event) => { only = event.target.value === "" ? null : Number(event.target.value); draw(); });
   find("#map-whole").addEventListener("click", whole);
-  if (!context) say("This browser has no canvas.");
+  if (!context) say("This browser does not support the canvas element.");
 })();

@@ -1,4 +1,4 @@
-// The page for what is not there: finds the site's root from its own address, and looks for where a unit has gone.
+// The 404 page: finds the root of the site from the address of this script, and searches for the new address of a unit.
 (function () {
   "use strict";
   if (window.NEURON_ATLAS_MISSING || !document.currentScript) return;
@@ -27,7 +27,7 @@
     const slug = layer && index.layers.find((l) => l[0] === layer)[1];
     const encode = (text) => encodeURIComponent(text).replace(/%2F/g, "/").replace(/%3A/g, ":");
     const to = !layer ? "index.html" : channel ? "unit.html#" + encode(layer) + ":" + channel : "layers/" + slug + ".html";
-    const link = Object.assign(document.createElement("a"), { href: root + to, textContent: layer ? layer + (channel ? ":" + channel : "") : "The first page" });
+    const link = Object.assign(document.createElement("a"), { href: root + to, textContent: layer ? layer + (channel ? ":" + channel : "") : "Home page" });
     document.getElementById("found").append(link);
     if (layer) window.location.replace(root + to);
   }

@@ -1,4 +1,4 @@
-// A unit's page: unit.html#layer:channel, with &with=layer:channel two of them side by side.
+// The page of a unit, unit.html#layer:channel; &with=layer:channel shows a second unit beside it.
 (function () {
   "use strict";
 
@@ -53,7 +53,7 @@
       place.replaceChildren(...units.map((unit, i) => page(unit, families, i)));
       ATLAS.html.dataset.layer = now.layer.name;
       document.body.dataset.ready = nameOf(now);
-      // Neighbours are looked at next.
+      // Load the next unit in advance, because readers often go there.
       const next = now.row + 1 < ATLAS.count(now.layer) && { ...now, row: now.row + 1 };
       if (next) window.setTimeout(() => load(next), 400);
     } catch (error) {
@@ -81,10 +81,10 @@
         const box = picture(unit, rendered, i, variant);
         const times = p.gain;
         const title = rendered.title + (unit.record.pictures[rendered.key].length > 1 ? ", " + (variant + 1) : "");
-        box.setAttribute("aria-label", "Feature visualisation of " + nameOf(unit) + ", " + title + ": activation " + number(p.activation) +
-          (times === null ? "" : ", " + number(times) + " times the best photograph") + (p.status === "failed" ? "; failed" : ""));
+        box.setAttribute("aria-label", "Feature visualization of " + nameOf(unit) + ", " + title + ": activation " + number(p.activation) +
+          (times === null ? "" : ", " + number(times) + " times the maximum activation over the dataset") + (p.status === "failed" ? "; failed" : ""));
         found.push(make("figure", { class: p.status === "failed" ? "failed" : "" }, box,
-          make("figcaption", {}, make("b", { text: title }), " · ", data(p.activation), times === null ? "" : [" · ", number(times), " × natural"],
+          make("figcaption", {}, make("b", { text: title }), " · ", data(p.activation), times === null ? "" : [" · ", number(times), " × dataset maximum"],
             p.failed ? make("strong", { text: " failed" }) : "")));
       });
     });
@@ -93,18 +93,18 @@
 
   // -------------------------------------------------------------------- examples
 
-  const MODES = [["crop", "What it saw"], ["heat", "Heat-map"], ["whole", "Whole picture"]];
+  const MODES = [["crop", "Receptive field"], ["heat", "Heat map"], ["whole", "Whole image"]];
   let mode = remembered("mode") || "crop";
   const clamp = (v) => Math.min(1, Math.max(0, v));
 
-  // What a mode can show of an example: crops may not be kept, whole pictures may not be shown.
+  // What the site stores of an example; crops, whole images or both may be missing.
   function shape(unit, entry) {
     const [, index, , , pair, cell] = entry;
     const photo = unit.shard.photos[index] || ["", ""];
     const whole = photo.length > 2;
     const box = entry.length > 6 ? entry.slice(6, 10) : null;
     const [inputHeight, inputWidth] = unit.facts.input;
-    let seen = null; // shares of the source picture, left top right bottom
+    let seen = null; // receptive field as fractions of the source image: left, top, right, bottom
     if (whole) {
       const [l, t, r, b] = photo.slice(5);
       seen = box ? [l + ((r - l) * box[0]) / inputWidth, t + ((b - t) * box[1]) / inputHeight, l + ((r - l) * box[2]) / inputWidth, t + ((b - t) * box[3]) / inputHeight] : [l, t, r, b];
@@ -148,7 +148,7 @@
       const [left, top, width, height] = area;
       Object.assign(canvas.style, { left: 100 * left + "%", top: 100 * top + "%", width: 100 * width + "%", height: 100 * height + "%" });
       element.append(canvas);
-      element.parentNode.title += "; heat-map from " + number(low) + " to " + number(high);
+      element.parentNode.title += "; heat map from " + number(low) + " to " + number(high);
     }).catch(() => {});
   }
 
@@ -156,8 +156,8 @@
     const s = shape(unit, entry);
     const [path, label] = s.photo;
     const inner = make("span", { class: "pic" });
-    const words = (label || path) + ", response " + number(entry[0]);
-    const outer = make("span", { class: "frame", role: "img", "aria-label": (mode === "heat" ? "Heat-map on photograph: " : "Photograph: ") + words,
+    const words = (label || path) + ", activation " + number(entry[0]);
+    const outer = make("span", { class: "frame", role: "img", "aria-label": (mode === "heat" ? "Heat map on dataset image: " : "Dataset image: ") + words,
       title: path + (Math.max(...unit.facts.map) > 1 ? " (row " + entry[2] + ", column " + entry[3] + ")" : "") }, inner);
     const crops = unit.facts.crops;
     if (mode !== "crop" && s.whole) {
@@ -193,25 +193,25 @@
   function examples(unit, part, redraw) {
     const lists = unit.record.examples || {};
     const section = make("section", { class: "examples" });
-    if (!lists.max && !lists.min) { section.append(make("p", { class: "note", text: "No photographs are kept for this unit." })); return section; }
+    if (!lists.max && !lists.min) { section.append(make("p", { class: "note", text: "No dataset examples are stored for this unit." })); return section; }
     const able = Object.values(lists).flat().filter(Boolean).map((entry) => shape(unit, entry));
     const shown = able.some((s) => s.whole || s.cell >= 0);
     const choices = MODES.filter(([key]) => shown && (key === "crop" || (key === "whole" ? able.some((s) => s.whole) : unit.facts.heat)));
-    const toggle = make("div", { class: "toggle", role: "radiogroup", "aria-label": "What is shown of the photographs" });
+    const toggle = make("div", { class: "toggle", role: "radiogroup", "aria-label": "Part of the dataset images to show" });
     for (const [key, text] of choices.length > 1 ? choices : []) {
       const id = "mode-" + part + "-" + key;
       toggle.append(make("input", { type: "radio", name: "mode-" + part, id, value: key, checked: key === mode,
         onchange: () => { mode = key; remember("mode", key); redraw(); } }), make("label", { for: id, text }));
     }
-    section.append(make("div", { class: "tools" }, make("h2", { text: "Photographs" }), toggle));
+    section.append(make("div", { class: "tools" }, make("h2", { text: "Dataset examples" }), toggle));
     const body = make("div", {});
     section.append(body);
     section.redraw = () => {
       body.replaceChildren();
-      for (const [key, title] of [["max", "Strongest"], ["min", "Weakest"]]) {
+      for (const [key, title] of [["max", "Highest activations (top-k)"], ["min", "Lowest activations"]]) {
         const list = (lists[key] || []).filter(Boolean);
         if (list.length) body.append(make("h3", { text: title }), make("div", { class: "row" }, list.map((entry) => frame(unit, entry))));
-        else if (key === "max") body.append(make("p", { class: "note", text: "No photograph drove this unit above zero." }));
+        else if (key === "max") body.append(make("p", { class: "note", text: "No dataset image activated this unit above zero." }));
       }
     };
     section.redraw();
@@ -235,7 +235,7 @@
     const x = (value) => Math.min(width, Math.max(0, (width * (value - low)) / span));
     const most = Math.max(1, ...h.counts);
     const svg = make("svg", { viewBox: "0 0 " + width + " " + (height + 16), class: "histogram", role: "img",
-      "aria-label": "Histogram of the largest response to each photograph, from " + number(h.ends[0]) + " to " + number(h.ends[1]) });
+      "aria-label": "Histogram of the maximum activation for each dataset image, from " + number(h.ends[0]) + " to " + number(h.ends[1]) });
     const zones = [];
     for (let i = 0; i < bins; i++) {
       const [a, b] = [h.quantiles[i], h.quantiles[i + 1]];
@@ -245,15 +245,15 @@
     }
     h.counts.forEach((count, i) => {
       const value = h.from + h.step * i;
-      // The square root, for a few photographs in a tail are what one looks for.
+      // Square root of the count, so that the few images in a tail are visible.
       const tall = Math.sqrt(count / most) * (height - 4);
-      if (count) svg.append(make("rect", { class: "bar-of", x: x(value), y: height - tall, width: Math.max(1, x(value + h.step) - x(value) - 1), height: tall }, make("title", { text: count + " photographs from " + number(value) })));
+      if (count) svg.append(make("rect", { class: "bar-of", x: x(value), y: height - tall, width: Math.max(1, x(value + h.step) - x(value) - 1), height: tall }, make("title", { text: count + " dataset images from " + number(value) })));
     });
     if (low < 0 && high > 0) svg.append(make("line", { class: "zero", x1: x(0), x2: x(0), y1: 0, y2: height }), make("text", { x: x(0), y: height + 13, "text-anchor": "middle", text: "0" }));
     svg.append(make("text", { x: 0, y: height + 13, text: number(low) }), make("text", { x: width, y: height + 13, "text-anchor": "end", text: number(high) }));
     const row = make("div", { class: "row" });
     const buttons = [];
-    const names = make("div", { class: "bins", role: "group", "aria-label": "Bins of the spectrum" });
+    const names = make("div", { class: "bins", role: "group", "aria-label": "Quantile bins" });
     let chosen = -1;
     function choose(i) {
       if (chosen === i || !each) return;
@@ -261,17 +261,17 @@
       buttons.forEach((b, j) => b && b.setAttribute("aria-pressed", String(j === i)));
       zones.forEach((z, j) => z && z.classList.toggle("on", j === i));
       const entries = list.slice(i * each, (i + 1) * each).filter(Boolean);
-      row.replaceChildren(...(entries.length ? entries.map((entry) => frame(unit, entry)) : [make("p", { class: "note", text: "No photograph was drawn from here." })]));
+      row.replaceChildren(...(entries.length ? entries.map((entry) => frame(unit, entry)) : [make("p", { class: "note", text: "There are no examples from this bin." })]));
     }
     for (let i = 0; i < (each ? bins : 0); i++) {
       buttons[i] = make("button", { type: "button", "aria-pressed": "false", "data-bin": i, onclick: () => choose(i), onpointerenter: () => choose(i),
         title: number(h.quantiles[i]) + " to " + number(h.quantiles[i + 1]) }, edges[i] + "–" + edges[i + 1] + " %");
       names.append(buttons[i]);
     }
-    const section = make("section", { class: "spectrum" }, make("h2", { text: "Spectrum" }),
-      make("p", { class: "note", text: "How strongly all photographs drive this unit at their best place (heights: square root of the count). Point at a part to see photographs drawn from it by chance." }), svg, names, row);
+    const section = make("section", { class: "spectrum" }, make("h2", { text: "Quantile examples" }),
+      make("p", { class: "note", text: "Distribution of the maximum activation per dataset image (heights: square root of the count). Select a quantile bin to see random examples from it." }), svg, names, row);
     section.redraw = () => { const i = chosen; chosen = -1; choose(i < 0 ? bins - 1 : i); };
-    // Its photographs are loaded when it comes into sight.
+    // Load its images when it becomes visible.
     ATLAS.lazily([section], () => section.redraw(), "0px");
     return section;
   }
@@ -279,16 +279,16 @@
   // --------------------------------------------------------------------- numbers
 
   const STATS = [
-    ["max", "largest response", number, "Over all places of all photographs."],
-    ["mean", "mean response", number, "Over all places of all photographs."],
-    ["sd", "standard deviation", number, "Over all places of all photographs."],
-    ["min", "lowest response", number, "Over all places of all photographs."],
-    ["nonzero", "above zero", share, "Share of places in photographs where the unit is above zero."],
-    ["fired", "fired", share, "Share of photographs with any place above zero."],
-    ["sparsity", "sparsity", number, "0: answers all photographs alike. 1: answers to one alone."],
-    ["kurtosis", "kurtosis", number, "Excess kurtosis of the largest responses: how heavy the tails are."],
-    ["best_mean", "best mean", number, "Largest mean over the map that any photograph reached."],
-    ["least_mean", "least mean", number, "Least mean over the map."],
+    ["max", "maximum activation", number, "Over all positions of all dataset images."],
+    ["mean", "mean activation", number, "Over all positions of all dataset images."],
+    ["sd", "standard deviation", number, "Over all positions of all dataset images."],
+    ["min", "minimum activation", number, "Over all positions of all dataset images."],
+    ["nonzero", "above zero", share, "Share of positions with a positive activation, over all dataset images."],
+    ["fired", "active images", share, "Share of dataset images with a positive activation at any position."],
+    ["sparsity", "sparsity", number, "0: equal activation for all dataset images. 1: a single image activates the unit."],
+    ["kurtosis", "kurtosis", number, "Excess kurtosis of the maximum activation per image: the weight of the tails."],
+    ["best_mean", "highest mean", number, "Highest mean of an activation map over all dataset images."],
+    ["least_mean", "lowest mean", number, "Lowest mean of an activation map over all dataset images."],
   ];
 
   function numbers(unit) {
@@ -297,21 +297,21 @@
     const items = [];
     const item = (name, node, hint, strong) => items.push(make("div", { class: strong ? "main" : "", title: hint }, make("dt", { text: name }), make("dd", {}, node)));
     if (p && p.status !== "missing") {
-      item("activation", data(p.activation), "What the saved picture drives the unit to, without shaking.", true);
-      item("best photograph", data(p.natural), "The most that any photograph reached, by the same measure.", true);
-      item("achieved ÷ natural", data(p.gain), "Above 1 the picture is purer than any photograph.", true);
-      if ("robust" in p) item("robust", data(p.robust), "Mean activation of 16 shaken copies.", true);
+      item("activation", data(p.activation), "Objective of the saved image, without transformations.", true);
+      item("dataset maximum", data(p.natural), "Maximum activation over the dataset, by the same objective.", true);
+      item("activation ratio", data(p.gain), "Activation ÷ dataset maximum. Above 1, the image activates the unit more than any dataset image.", true);
+      if ("robust" in p) item("robust activation", data(p.robust), "Mean activation of 16 transformed copies.", true);
     }
     const stats = unit.record.stats || {};
     for (const [key, name, form, hint] of STATS) if (key in stats) item(name, data(stats[key], form), hint);
     for (const key of Object.keys(stats)) if (!STATS.some(([k]) => k === key) && typeof stats[key] === "number") item(key.replace(/_/g, " "), data(stats[key]), "");
     let says = null;
     const times = p ? p.gain : null;
-    if (p && p.status === "failed") says = make("p", { class: "says bad", text: "The optimisation failed: it did not lift the unit above its start or its numbers ran out of range, so this picture says nothing about what the unit looks for." });
-    else if (times !== null && times >= 1) says = make("p", { class: "says" }, "The picture reaches ", number(p.activation), ", ", make("b", { text: number(times) + " times" }), " the best photograph by that measure.");
-    else if (times !== null) says = make("p", { class: "says" }, "The picture reaches only ", make("b", { text: number(times) }), " of what the best photograph reached: trust the photographs more.");
-    else if (p && p.natural !== null && p.activation !== null) says = make("p", { class: "says", text: "No photograph reached above zero by the picture’s measure, so there is no ratio." });
-    if (stats.inactive === true) says = make("p", { class: "says bad", text: "No photograph drove this unit above zero." });
+    if (p && p.status === "failed") says = make("p", { class: "says bad", text: "The optimization failed: it did not raise the activation above that of the initial image, or values overflowed. This image carries no information about the unit." });
+    else if (times !== null && times >= 1) says = make("p", { class: "says" }, "The feature visualization reaches ", number(p.activation), ", ", make("b", { text: number(times) + " times" }), " the maximum activation over the dataset.");
+    else if (times !== null) says = make("p", { class: "says" }, "The feature visualization reaches only ", make("b", { text: number(times) }), " of the maximum activation over the dataset, so the dataset examples are the better evidence.");
+    else if (p && p.natural !== null && p.activation !== null) says = make("p", { class: "says", text: "The maximum activation over the dataset is not positive, so there is no activation ratio." });
+    if (stats.inactive === true) says = make("p", { class: "says bad", text: "No dataset image activated this unit above zero." });
     return make("section", { class: "figures" }, make("h2", { text: "Numbers" }), says, make("dl", { class: "numbers" }, items),
       make("p", { class: "note" }, make("a", { href: root + "method.html#numbers", text: "What the numbers mean" })));
   }
@@ -321,8 +321,8 @@
     if (!l || (!l.over.length && !l.best)) return null;
     const rows = l.over.map(([name, count, lift]) => make("tr", {}, make("th", { scope: "row", text: name }), make("td", { text: String(count) }), make("td", {}, lift === null ? "—" : data(lift), lift === null ? "" : " ×")));
     return make("section", { class: "labels" }, make("h2", { text: "Labels" }),
-      rows.length ? make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Labels" }, make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col", text: "among its top photographs" }), make("th", { scope: "col", text: "how many" }), make("th", { scope: "col", text: "lift" }))), make("tbody", {}, rows))) : null,
-      l.best ? make("p", { class: "note" }, "Answers most to ", make("b", { text: l.best }), ": selectivity ", data(l.selectivity), ", AUROC ", data(l.auroc), ".") : null);
+      rows.length ? make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Labels" }, make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col", text: "among the top dataset images" }), make("th", { scope: "col", text: "count" }), make("th", { scope: "col", text: "lift" }))), make("tbody", {}, rows))) : null,
+      l.best ? make("p", { class: "note" }, "Highest mean activation for ", make("b", { text: l.best }), ": selectivity ", data(l.selectivity), ", AUROC ", data(l.auroc), ".") : null);
   }
 
   function neighbour(layer, channel, rank, text) {
@@ -338,7 +338,7 @@
     const found = [];
     const similar = unit.record.similar;
     if (similar && similar.length) {
-      found.push(make("section", { class: "similar" }, make("h2", { text: "Most similar units of the layer" }), make("p", { class: "note", text: "By the correlation of their responses over the dataset." }),
+      found.push(make("section", { class: "similar" }, make("h2", { text: "Most similar units of the layer" }), make("p", { class: "note", text: "By the correlation of their activations over the dataset." }),
         make("div", { class: "nears" }, similar.map(([channel, r, rank]) => neighbour(unit.layer, channel, rank, r.toFixed(2).replace("-", "−"))))));
     }
     const wiring = unit.record.wiring || {};
@@ -347,23 +347,23 @@
       const other = wires && ATLAS.layer(wires.layer);
       if (!other || !wires.units.length) continue;
       found.push(make("section", { class: "wiring" }, make("h2", { text: title }),
-        make("p", { class: "note" }, "By the size (L2 norm) of the weights " + text + " ", make("a", { href: root + "layers/" + other.slug + ".html", text: other.name }), ", with the sign of their sum: + excites, − inhibits."),
+        make("p", { class: "note" }, "By the L2 norm of the weights " + text + " ", make("a", { href: root + "layers/" + other.slug + ".html", text: other.name }), ", with the sign of their sum: + excitatory, − inhibitory."),
         make("div", { class: "nears" }, wires.units.map(([channel, norm, sum, rank]) => neighbour(other, channel, rank, (sum < 0 ? "−" : "+") + number(norm))))));
     }
     return found;
   }
 
   const QUALITY = [
-    ["gain", "achieved ÷ natural", number, "What the saved picture reaches ÷ the best that any photograph reached. Above 1 it is purer than any photograph."],
-    ["robust_gain", "robust ÷ natural", number, "The same for the mean of 16 shaken copies. Far below the line above, the answer hangs on single pixels."],
-    ["rank", "rank in the layer", (v) => String(v), "1: no other channel of the layer answers this picture more strongly."],
-    ["transfer", "transfer", number, "Whether the whole layer answers the picture as it answers the unit’s best photographs. 1: the same; 0: no likeness."],
-    ["agreement", "agreement of starts", number, "Whether the unit’s other pictures by this preset, from other starts, get the same answer of the layer. 1: the same; 0: no more than those of any two units."],
-    ["spectral_distance", "distance from photographs’ spectrum", number, "How far contrast is shared out over scales otherwise than in photographs, in powers of ten. Photographs: 0.04 to 0.2; white noise: 0.53."],
-    ["high_frequency", "high frequencies", share, "Share of the energy in details finer than 4 pixels. Photographs: 1 to 15%; white noise: 80%."],
-    ["checkerboard", "checkerboard", number, "Energy at the grid of the network’s strides ÷ that around it. Photographs: 1.3 to 5; from 10 on there is a lattice."],
-    ["total_variation", "total variation", number, "Mean difference between neighbouring values, of 1. Photographs: 0.01 to 0.08; white noise: 0.33."],
-    ["saturated", "saturated", share, "Share of values that are black or white and could go no further."],
+    ["gain", "activation ratio", number, "Activation of the saved image ÷ maximum activation over the dataset. Above 1, the image activates the unit more than any dataset image."],
+    ["robust_gain", "robust activation ratio", number, "The same for the mean over 16 transformed copies. Far below the activation ratio, the activation depends on single pixels."],
+    ["rank", "rank in the layer", (v) => String(v), "1: no other channel of the layer has a higher activation for this image."],
+    ["transfer", "transfer", number, "Similarity of the layer’s activations for the image and for the unit’s top dataset examples. 1: identical; 0: unrelated."],
+    ["agreement", "agreement of starts", number, "Similarity of the layer’s activations for the unit’s visualizations from different initial images. 1: identical; 0: as for visualizations of any two units."],
+    ["spectral_distance", "spectral distance", number, "Difference of the amplitude spectrum from that of natural images, in powers of ten. Photographs: 0.04 to 0.2; white noise: 0.53."],
+    ["high_frequency", "high frequencies", share, "Share of the Fourier energy in details finer than 4 pixels. Photographs: 1 to 15%; white noise: 80%."],
+    ["checkerboard", "checkerboard", number, "Energy at the frequencies of the network’s strides ÷ energy around them. Photographs: 1.3 to 5; from 10, a grid is visible."],
+    ["total_variation", "total variation", number, "Mean absolute difference between neighboring values in 0 to 1. Photographs: 0.01 to 0.08; white noise: 0.33."],
+    ["saturated", "saturated", share, "Share of values at black or white, the ends of the value range."],
   ];
 
   function quality(unit) {
@@ -372,15 +372,15 @@
       const all = unit.record.pictures[rendered.key] || [];
       all.forEach((p, i) => { if (p.status !== "missing") shown.push([rendered.title + (all.length > 1 ? ", " + (i + 1) : ""), p]); });
     }
-    // Gains stand among the numbers already: a table is for what an atlas has beyond them.
+    // Activation ratios are shown among the numbers already; the table is shown only if there are other measures.
     const there = QUALITY.filter(([key]) => shown.some(([, p]) => typeof p[key] === "number"));
     if (!there.some(([key]) => key !== "gain" && key !== "robust_gain")) return null;
     const rows = there.map(([key, name, form, says]) => make("tr", { "data-measure": key }, make("th", { scope: "row", text: name }),
       shown.map(([, p]) => make("td", {}, typeof p[key] === "number" ? data(p[key], form) : "—")), make("td", { text: says })));
-    return make("section", { class: "quality" }, make("h2", { text: shown.length > 1 ? "How good the pictures are" : "How good the picture is" }),
-      make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Measures of the pictures" }, make("table", {},
-        make("thead", {}, make("tr", {}, make("th", { scope: "col", text: "measure" }), shown.map(([title]) => make("th", { scope: "col", text: title })), make("th", { scope: "col", text: "what it says" }))), make("tbody", {}, rows))),
-      make("p", { class: "note" }, "Measured on the saved pictures; none was optimised. ", make("a", { href: root + "method.html#numbers", text: "Their formulas" }), "."));
+    return make("section", { class: "quality" }, make("h2", { text: shown.length > 1 ? "Quality of the feature visualizations" : "Quality of the feature visualization" }),
+      make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Quality measures" }, make("table", {},
+        make("thead", {}, make("tr", {}, make("th", { scope: "col", text: "measure" }), shown.map(([title]) => make("th", { scope: "col", text: title })), make("th", { scope: "col", text: "meaning" }))), make("tbody", {}, rows))),
+      make("p", { class: "note" }, "Measured on the saved images; none of the measures was optimized. ", make("a", { href: root + "method.html#numbers", text: "Definitions" }), "."));
   }
 
   function provenance(unit) {
@@ -396,10 +396,10 @@
       });
     }
     if (!rows.length) return null;
-    const heads = ["picture", "status", "activation", "robust", "start", "best photograph", "steps", "seconds", "seed", "rise", "digest"];
-    return make("section", { class: "provenance" }, make("h2", { text: "How each picture came about" }),
-      make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "How each picture came about" }, make("table", {}, make("thead", {}, make("tr", {}, heads.map((text) => make("th", { scope: "col", text })))), make("tbody", {}, rows))),
-      make("p", { class: "note" }, "Activations are those of the saved 8-bit pictures", unit.facts.rendered[0] ? ", stored at " + unit.facts.rendered[0].stored.join(" × ") + " px" : "", ". The digest names everything that made a picture: ", make("a", { href: root + "method.html", text: "the method, in words" }), "."));
+    const heads = ["visualization", "status", "activation", "robust activation", "start", "dataset maximum", "steps", "seconds", "seed", "optimization", "digest"];
+    return make("section", { class: "provenance" }, make("h2", { text: "Optimization" }),
+      make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Optimization of each visualization" }, make("table", {}, make("thead", {}, make("tr", {}, heads.map((text) => make("th", { scope: "col", text })))), make("tbody", {}, rows))),
+      make("p", { class: "note" }, "Activations are those of the saved 8-bit images", unit.facts.rendered[0] ? ", stored at " + unit.facts.rendered[0].stored.join(" × ") + " px" : "", ". The digest identifies all settings and inputs of a visualization; see the ", make("a", { href: root + "method.html", text: "method" }), "."));
   }
 
   // ----------------------------------------------------------------------- page
@@ -471,7 +471,7 @@
       window.location.hash = ATLAS.linkTo(parse(held).layer.name, parse(held).channel).split("#")[1] + "&with=" + ATLAS.linkTo(unit.layer.name, unit.channel).split("#")[1];
     } else {
       remember("held", nameOf(unit));
-      say(nameOf(unit) + " is held. Press c at another unit to compare.");
+      say(nameOf(unit) + " is selected. Press c at another unit to compare them.");
     }
   }
 

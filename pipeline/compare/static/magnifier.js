@@ -1,5 +1,5 @@
-// Pictures that are zoomed and moved together: each is the one child of its .lens, and all show the same part.
-ATLAS.lens = (function () {
+// Synchronized zooming and panning: all images inside elements of class .lens show the same region.
+ATLAS.magnifier = (function () {
   "use strict";
 
   const MOST = 16;
@@ -17,7 +17,7 @@ ATLAS.lens = (function () {
     }
     document.body.dataset.zoom = view.scale.toFixed(2);
   }
-  // By `factor`, with what is at the point `from`, shares of the lens, coming to `to`: staying there, if not told.
+  // Zoom by `factor` and move the point at `from` to `to`, both as fractions of the element; by default it stays in place.
   function zoom(factor, from = [0.5, 0.5], to = from) {
     const scale = Math.min(Math.max(view.scale * factor, 1), MOST);
     view.left += from[0] / view.scale - to[0] / scale;
@@ -35,7 +35,7 @@ ATLAS.lens = (function () {
     apply();
   }
 
-  // Make `lens` one of them: wheel and pinch zoom, dragging moves, a double click goes in or back.
+  // Add an element: wheel and pinch zoom, dragging pans, a double click zooms in or resets.
   function add(lens) {
     lenses.add(lens);
     const fingers = new Map();
@@ -67,7 +67,7 @@ ATLAS.lens = (function () {
     for (const end of ["pointerup", "pointercancel"]) lens.addEventListener(end, (event) => fingers.delete(event.pointerId));
     return lens;
   }
-  // For the next unit: other pictures, the same part of them.
+  // Remove all elements, but keep the region for the images of the next unit.
   function clear() { lenses.clear(); }
 
   return { add, clear, zoom, move, whole, apply, view };

@@ -1,0 +1,247 @@
+"""The verbs of the command line."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from pipeline import compare
+from pipeline.cli.overrides import Options
+from pipeline.cli.tables import console, print_pairs, print_plan
+from pipeline.compare.build import build as build_comparison
+from pipeline.compare.console import print_comparison
+from pipeline.config.schema import Config, from_tree
+from pipeline.core.atomic_io import atomic_path
+from pipeline.core.errors import AtlasError
+from pipeline.core.formatting import clock
+from pipeline.data import datasets, image_loading, natural_spectrum
+from pipeline.engine.progress import report_lines
+from pipeline.models.loading import load_model
+from pipeline.planning.folder import RunFolder
+from pipeline.planning.plan import Plan
+from pipeline.planning.planner import make_plan
+from pipeline.planning.request import Request
+from pipeline.runs import maintenance, pages, runner
+from pipeline.runs.runner import COMPLETE, SET_ASIDE
+from pipeline.site.hosting.hosts import prepare_for_host
+from pipeline.site.hosting.serve import server
+from pipeline.store.reader import open_atlas
+from pipeline.store.shards import safe_name
+
+# Side of the squares that `atlas spectrum` measures, in pixels.
+SPECTRUM_SIDE = 128
+
+
+def run(request: Request, _: Options) -> int:
+    """Plan, dataset pass, visualizations, atlas.h5 and site: whatever of them is missing."""
+    plan = runner.plan_run(request)
+    print_plan(plan)
+    return runner.run(request, plan)
+
+
+def plan(request: Request, _: Options) -> int:
+    """Print the table of layers and the estimated time."""
+    print_plan(runner.plan_run(request))
+    runner.log.info("written to %s", request.folder.plan)
+    return COMPLETE
+
+
+def examples(request: Request, _: Options) -> int:
+    """The dataset pass alone."""
+    return runner.run(request, runner.plan_run(request), ("examples",))
+
+
+def render(request: Request, _: Options) -> int:
+    """The visualizations alone."""
+    return runner.run(request, runner.plan_run(request), ("render",))
+
+
+def site(request: Request, _: Options) -> int:
+    """Build the site again from atlas.h5: only what changed."""
+    folder = request.folder.existing()
+    with folder.locked():
+        pages.build_site(request, folder)
+    return COMPLETE
+
+
+def serve(request: Request, options: Options) -> int:
+    """Show the site on this machine until Ctrl-C."""
+    port = options.values.get("port", "8000")
+    if not port.isdigit():
+        raise AtlasError(f"port={port!r} must be a number.")
+    with server(request.folder.existing().site, int(port)) as running:
+        print(f"http://127.0.0.1:{running.server_port}/index.html (Ctrl-C stops it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            running.serve_forever()
+    return COMPLETE
+
+
+def publish(request: Request, options: Options) -> int:
+    """Prepare the site for a host and print the command that publishes it."""
+    folder = request.folder.existing()
+    report, command = prepare_for_host(folder.site, options.host, request.config.site.title)
+    print("\n".join([*report.lines(), "", "Ready. The command that publishes it:", "", f"  {command}"]))
+    return COMPLETE
+
+
+def status(request: Request, _: Options) -> int:
+    """Print the progress of a run."""
+    folder = request.folder.existing()
+    state, planned = folder.read_status(), folder.planned_channels()
+    print(f"{folder.path}: {len(planned)} layers, {sum(map(len, planned.values())):,} units planned")
+    for name, stage in state.get("stages", {}).items():
+        rate = f", {stage['per_second']} a second" if "per_second" in stage else ""
+        print(f"  {name}: {stage['done']:,} of {stage['total']:,}, {stage['failed']} failed{rate}")
+    if state.get("finished"):
+        print(f"  complete since {state['updated']}, {state['failures']} failures")
+    elif state:
+        running, left = folder.is_running(), state.get("eta_seconds")
+        workers = f", {state['workers']} workers" if running and "workers" in state else ""
+        remaining = "" if left is None else f", about {clock(left)} left"
+        print(f"  as of {state['updated']}{workers}{remaining}")
+        if not running:
+            print("  no command is running on this machine; `atlas run` continues")
+    else:
+        print("  not started; `atlas run` starts it")
+    for line in report_lines(state["report"]) if "report" in state else ():
+        print(f"  {line}")
+    return COMPLETE
+
+
+def verify(request: Request, _: Options) -> int:
+    """Check the files of a run, and some visualizations by making them again."""
+    folder = request.folder.existing()
+    sample = request.config.run.check
+    # The plan cannot be made again with another network, which may not have its layers.
+    faults = maintenance.check_network(folder, _stored_config(folder).model) if sample else []
+    faults += maintenance.verify(folder, _stored_plan(request) if sample and not faults else None, sample)
+    if not faults:
+        print(f"{folder.path}: intact")
+        return COMPLETE
+    print_pairs(faults, "what is wrong")
+    return SET_ASIDE
+
+
+def repair(request: Request, _: Options) -> int:
+    """Set aside damaged files and keep their intact parts; `run` makes the rest again."""
+    folder = request.folder.existing()
+    with folder.locked():
+        changes = maintenance.repair(folder)
+    if not changes:
+        print(f"{folder.path}: nothing is damaged")
+        return COMPLETE
+    print_pairs(changes, "what was done")
+    print("`atlas run` makes what is missing now")
+    return COMPLETE
+
+
+def compact(request: Request, _: Options) -> int:
+    """Delete the shards whose content atlas.h5 has."""
+    folder = request.folder.existing()
+    stored = _stored_plan(request)
+    with folder.locked():
+        result = maintenance.compact(folder, stored)
+    print(
+        f"{folder.path}: {result.removed_shards} shards deleted, {result.bytes / 1e6:.1f} MB; "
+        f"{result.remaining_shards} kept"
+    )
+    return COMPLETE
+
+
+def export(request: Request, options: Options) -> int:
+    """Write the table of units to a file."""
+    folder = request.folder.existing()
+    with open_atlas(folder.path) as atlas:
+        units = atlas.units()
+    kind = "csv" if "csv" in options.flags else "parquet"
+    path = folder.path / f"units.{kind}"
+    with atomic_path(path) as temporary:
+        if kind == "parquet":
+            units.to_parquet(temporary, index=False)
+        else:
+            units.to_csv(temporary, index=False)
+    print(f"{path}: {len(units):,} rows, {len(units.columns)} columns")
+    return COMPLETE
+
+
+def compare_runs(request: Request, options: Options) -> int:
+    """Write tables and a site that compare runs, to a folder of their own."""
+    config, asked = request.config, options.compare
+    names = [safe_name(Path(run).name.removesuffix(".h5")) for run in asked.runs]
+    out = Path(asked.out or Path(config.run.root) / "-".join(["compare", *names]))
+    with compare.open_runs(asked.runs, asked.presets, Path(config.run.root)) as opened:
+        result = build_comparison(opened, out, config.site)
+    print_comparison(result.comparison, console(160))
+    size = f"{result.host.files:,} files, {result.host.bytes / 1e6:.1f} MB"
+    print(f"{out / 'index.html'}: {size}; compare.csv, summary.csv")
+    return COMPLETE
+
+
+def spectrum(request: Request, options: Options) -> int:
+    """Measure the amplitude spectrum of the centers of the preprocessed dataset images, and write it to a file."""
+    out = options.values.get("out")
+    if out is None:
+        raise AtlasError("`atlas spectrum` needs a file to write: out=mine.npz.")
+    recipe = load_model(request.config.model).preprocessing
+    dataset = datasets.list_dataset(request.config.data, recipe.channels)
+    side = min(*recipe.size, SPECTRUM_SIDE)
+    top, left = ((length - side) // 2 for length in recipe.size)
+    loaded = image_loading.load_images(dataset, range(len(dataset.images)), recipe)
+    images = [image.array[:, top : top + side, left : left + side] for image in loaded if image.array is not None]
+    measured = natural_spectrum.measure_spectrum(images)
+    with atomic_path(Path(out)) as temporary:
+        temporary.write_bytes(measured.content())
+    print(f"{out}: {len(images):,} of {len(dataset.images):,} images, {side} x {side} pixels")
+    return COMPLETE
+
+
+def _stored_config(folder: RunFolder) -> Config:
+    """Return the configuration of an existing run."""
+    return from_tree(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+
+
+def _stored_plan(request: Request) -> Plan:
+    """Return the plan of an existing run from its stored configuration; nothing is timed and no base run is read."""
+    folder = request.folder.existing()
+    config = _stored_config(folder)
+    units = {name: tuple(channels) for name, channels in folder.planned_channels().items()}
+    return make_plan(dataclasses.replace(config, base=None, only=None), timed=False, units=units or None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """A verb of the command line.
+
+    Attributes:
+        work: Executes the verb; returns the exit code.
+        help: Description in the list of verbs.
+        on_folder: Whether the verb reads an existing run and takes its folder as an argument.
+        keys: Options of the verb that are written as key=value.
+        flags: Options of the verb that are written as --flag.
+    """
+
+    work: Callable[[Request, Options], int]
+    help: str
+    on_folder: bool = False
+    keys: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+
+
+VERBS = {
+    "run": Verb(run, "plan, dataset pass, visualizations, atlas.h5 and site: whatever of them is missing"),
+    "plan": Verb(plan, "the table of layers and the time that a run will take"),
+    "examples": Verb(examples, "the dataset pass alone"),
+    "render": Verb(render, "the visualizations alone"),
+    "site": Verb(site, "build the site again from atlas.h5: only what changed", True),
+    "serve": Verb(serve, "show the site on this machine: atlas serve runs/NAME port=8000", True, ("port",)),
+    "publish": Verb(publish, "prepare the site for github, gitlab, cloudflare, huggingface or bucket", True),
+    "status": Verb(status, "the progress of a run", True),
+    "verify": Verb(verify, "check a run for damaged or wrong files", True),
+    "repair": Verb(repair, "set aside damaged files and keep their intact parts; `run` makes the rest again", True),
+    "compact": Verb(compact, "delete the shards whose content atlas.h5 has", True),
+    "export": Verb(export, "write the table of units: --parquet (default) or --csv", True, flags=("parquet", "csv")),
+    "compare": Verb(compare_runs, "compare runs, as tables and a site: runs=[distill,tv] presets=[…] out=FOLDER"),
+    "spectrum": Verb(spectrum, "measure the amplitude spectrum of the images in data=…: out=mine.npz", keys=("out",)),
+}

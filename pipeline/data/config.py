@@ -1,0 +1,29 @@
+"""Configuration of the dataset (group `data` of `conf/`)."""
+
+import dataclasses
+
+# Default of `data.max_pixels`. Larger images are refused before decoding: a small file can decompress to gigabytes.
+MAX_PIXELS = 64_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which images form the dataset, and where their labels come from.
+
+    Attributes:
+        source: Kind of source, a key of `pipeline.data.datasets.READERS`.
+        root: Folder (or single file) to list. Not used by `samples`.
+        limit: Keep only the first `limit` images; None keeps all.
+        labels: Table of paths and labels (CSV, TSV or a JSON object) that replaces the labels of the source.
+        image: Column of a table that holds the images. None: the first column of a binary type.
+        label: Column of a table that holds the labels. None: `label` or `labels`, if there is one.
+        max_pixels: Images with more pixels are refused before they are decoded; None sets no limit.
+    """
+
+    source: str = "samples"
+    root: str | None = None
+    limit: int | None = None
+    labels: str | None = None
+    image: str | None = None
+    label: str | None = None
+    max_pixels: int | None = MAX_PIXELS

@@ -1,0 +1,109 @@
+"""CPUs, GPUs and memory of workers, and the number of workers that fit on machines."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from pipeline.config.schema import EngineConfig
+
+# A worker may use its share of this part of the machine's memory.
+USABLE_MEMORY = 0.9
+
+# (CPUs, GPUs) of one machine.
+Node = tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerPool:
+    """Number of workers and the resources of each.
+
+    Attributes:
+        workers: Number of workers.
+        cpus: CPUs of one worker.
+        gpus: GPUs of one worker; a fraction if several workers share one.
+        device: Device of the workers, for example "cpu" or "cuda".
+    """
+
+    workers: int
+    cpus: float
+    gpus: float
+    device: str
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of one worker."""
+        return max(1, int(self.cpus))
+
+    def room(self, nodes: Sequence[Node]) -> int:
+        """Return how many of these workers fit on `nodes`; none spans two nodes."""
+        fits = (min(c // self.cpus, g // self.gpus if self.gpus else float("inf")) for c, g in nodes)
+        return int(sum(fits))
+
+
+def size_pool(config: EngineConfig, nodes: Sequence[Node], tasks: int | None = None) -> WorkerPool:
+    """Resolve the `auto` settings of `config` for some machines.
+
+    With GPUs there is one worker for each GPU, and the workers of a node share its cores; nodes without a GPU get no
+    worker, because the last tasks of slow workers would delay the end of the run. Without GPUs there is one worker for
+    each core: two cores finish more images with two workers than with one worker of two threads (measured).
+
+    Args:
+        config: Settings of the engine.
+        nodes: (CPUs, GPUs) of each machine.
+        tasks: Upper bound of the number of workers.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if sum(g for _, g in nodes) > 0 and config.gpus_per_worker != 0 else "cpu"
+    gpus = config.gpus_per_worker
+    if isinstance(gpus, str):
+        gpus = 1.0 if device.startswith("cuda") else 0.0
+    if config.name == "inline":
+        cpus = config.cpus_per_worker
+        return WorkerPool(1, sum(c for c, _ in nodes) if isinstance(cpus, str) else cpus, gpus, device)
+    one = WorkerPool(1, _cpus_per_worker(config, nodes, gpus), gpus, device)
+    workers = config.workers if isinstance(config.workers, int) else max(1, one.room(nodes))
+    return dataclasses.replace(one, workers=max(1, workers if tasks is None else min(workers, tasks)))
+
+
+def _cpus_per_worker(config: EngineConfig, nodes: Sequence[Node], gpus: float) -> float:
+    """Return the CPUs of one worker that takes `gpus` GPUs."""
+    if not isinstance(config.cpus_per_worker, str):
+        return config.cpus_per_worker
+    if gpus:
+        # The node with the fewest cores per GPU decides, so that no GPU is left without a worker.
+        shares = [c // (g // gpus) for c, g in nodes if g >= gpus]
+        return max(1.0, min(shares, default=1.0))
+    if not isinstance(config.workers, int):
+        return 1.0
+    share = max(1.0, sum(c for c, _ in nodes) // config.workers)
+    if len(nodes) > 1:
+        share = min(share, max(c for c, _ in nodes) or 1.0)
+    return share
+
+
+def local_resources() -> tuple[int, int]:
+    """Return (CPU cores that this process may use, GPUs) of this machine."""
+    return available_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use: of the affinity mask where there is one."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_share(threads: int) -> float:
+    """Return the bytes of memory that one worker of `threads` threads may use.
+
+    It is the share of its cores among those that this process may use, of `USABLE_MEMORY` of the memory of the machine
+    or of the container.
+    """
+    total = psutil.virtual_memory().total
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return USABLE_MEMORY * total * min(1.0, threads / available_cores())

@@ -1,0 +1,1 @@
+"""What a run will do: its folder, inputs, units, tasks and estimated time."""

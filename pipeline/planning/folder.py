@@ -1,0 +1,176 @@
+"""The folder of a run: the paths in it, its lock, and its configuration, status and failure files."""
+
+import contextlib
+import csv
+import datetime
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from filelock import FileLock, SoftFileLock, Timeout
+
+from pipeline.config.schema import FREE, differences
+from pipeline.core.atomic_io import atomic_path
+from pipeline.core.errors import AtlasError
+
+
+class RunFolder:
+    """Paths and small files of `runs/<name>/`.
+
+    Attributes:
+        path: The folder itself.
+        config: config.yaml, the configuration of the run.
+        plan: plan.csv, the table of layers and channels.
+        shards: shards/, finished work in parts.
+        atlas: atlas.h5, all results in one file.
+        failures: failures.csv.
+        status: status.json, read by `atlas status`.
+        site: site/, the generated pages.
+        lock: .lock, the file that `locked` locks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.plan = path / "plan.csv"
+        self.shards = path / "shards"
+        self.atlas = path / "atlas.h5"
+        self.failures = path / "failures.csv"
+        self.status = path / "status.json"
+        self.site = path / "site"
+        self.lock = path / ".lock"
+
+    def existing(self) -> "RunFolder":
+        """Return this folder if it holds a run.
+
+        Raises:
+            AtlasError: If it holds none; the message lists the runs beside it.
+        """
+        if not self.config.is_file():
+            runs = sorted(p.parent.name for p in self.path.parent.glob("*/config.yaml"))
+            hint = f"Runs in {self.path.parent}: {', '.join(runs)}." if runs else "`atlas run` makes one."
+            raise AtlasError(f"There is no run at {self.path}. {hint}")
+        return self
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of the run: two commands that write to one folder would undo each other's work.
+
+        Raises:
+            AtlasError: If another command holds the lock, or if the file system does not allow locking.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.lock)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise AtlasError(f"Another atlas command is at work in {self.path}. Wait for it, or stop it.") from error
+        except OSError as error:
+            raise self._lock_error(error.strerror or str(error)) from error
+        try:
+            if isinstance(lock, SoftFileLock):
+                # filelock's replacement where flock is not implemented. Its lock outlives a killed process, and
+                # `at_work` cannot see it.
+                raise self._lock_error("flock is not implemented here")
+            yield
+        finally:
+            lock.release()
+
+    def _lock_error(self, reason: str) -> AtlasError:
+        return AtlasError(
+            f"The run can't be locked: {reason}. Tried to open {self.lock} for writing and to lock it with flock, so "
+            "that no second command writes to this run. Choose a folder that is writable and on a file system with "
+            "file locks: run.root=…"
+        )
+
+    def is_running(self) -> bool:
+        """Return whether a command on this machine holds the lock of this run."""
+        # A shared lock needs read permission only, which `FileLock` does not offer: `atlas status` also works on runs
+        # of other users and on read-only file systems.
+        with contextlib.suppress(OSError), self.lock.open() as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def check_config(self, tree: Mapping[str, Any], update: bool) -> None:
+        """Check that a configuration agrees with the one that the results in this folder were computed with.
+
+        Engine, site and run settings may always differ, because they change no result. A folder without finished work
+        accepts every configuration.
+
+        Args:
+            tree: The new configuration as plain data.
+            update: Accept any configuration: results that it changes are computed again.
+
+        Raises:
+            AtlasError: If a setting that changes results differs; the message lists the differences.
+        """
+        unused = next(self.shards.rglob("*.h5"), None) is None and not self.atlas.is_file()
+        if update or unused or not self.config.is_file():
+            return
+        changed = differences(result_settings(yaml.safe_load(self.config.read_text())), result_settings(tree))
+        if changed:
+            listed = "\n  ".join(changed)
+            raise AtlasError(
+                f"{self.path} was made with another configuration:\n  {listed}\n"
+                "Either give the new run another name (run.name=…), or continue this one and compute only what "
+                "changed (run.update=true)."
+            )
+
+    def planned_channels(self) -> dict[str, list[int]]:
+        """Return the planned channels by layer name, read from plan.csv."""
+        if not self.plan.is_file():
+            return {}
+        rows = pd.read_csv(self.plan, dtype=str, keep_default_na=False).to_dict("records")
+        return {str(row["layer"]): [int(c) for c in str(row["channel_list"]).split()] for row in rows if row["layer"]}
+
+    def write_failures(self, rows: Sequence[tuple[str, str, str, str]]) -> None:
+        """Write failures.csv.
+
+        Args:
+            rows: (stage, what, reason, detail) of each failure; the detail may be a traceback.
+        """
+        with (
+            atomic_path(self.failures) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle,
+        ):
+            writer = csv.writer(handle)
+            writer.writerow(("stage", "what", "reason", "detail"))
+            writer.writerows(rows)
+
+    def write_status(self, **fields: Any) -> None:
+        """Write status.json from `fields` and the time of writing."""
+        fields["updated"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        temporary = self.status.with_name(f"{self.status.name}.tmp-{os.getpid()}")
+        # Written many times per run, hence without fsync; a failure to write it does not stop the run.
+        try:
+            temporary.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(self.status)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+
+    def read_status(self) -> dict[str, Any]:
+        """Return the content of status.json; empty if it can't be read."""
+        try:
+            return json.loads(self.status.read_text())
+        except (OSError, ValueError):
+            return {}
+
+
+def result_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that change results, including the seed, as plain data."""
+    sections = {name: section for name, section in tree.items() if name not in FREE}
+    return sections | {"run": {"seed": (tree.get("run") or {}).get("seed", 0)}}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically (UTF-8)."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

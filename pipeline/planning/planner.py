@@ -1,0 +1,299 @@
+"""Making the plan of a run: seconds of work that find every error of the input before the work starts."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from pipeline.acceleration.batchnorm_folding import ConvNormPair, fold, foldable_pairs
+from pipeline.acceleration.cpu_lowering import precision_of
+from pipeline.acceleration.variants import ModelVariants, layers_without_gradient, verified_variants
+from pipeline.config.schema import Config
+from pipeline.core import hashing
+from pipeline.core.config_files import load_config_files
+from pipeline.core.errors import AtlasError
+from pipeline.data import datasets
+from pipeline.data.datasets import Dataset
+from pipeline.engine.resources import WorkerPool, local_resources, size_pool
+from pipeline.engine.tasks import Setup, examples_digest
+from pipeline.kernels.allocator import retain_freed_memory
+from pipeline.layers import selection
+from pipeline.layers.finding import Layer, ReceptiveField
+from pipeline.layers.receptive_fields import receptive_fields
+from pipeline.models.loading import Model, load_model
+from pipeline.planning import execution, manifest
+from pipeline.planning.base_run import check_same_sources, find_base_run
+from pipeline.planning.cost_model import ZERO_SPAN, PlanRow, Span, estimate, time_image_loading
+from pipeline.planning.folder import RunFolder
+from pipeline.planning.manifest import network_digest
+from pipeline.planning.overheads import Overheads, Stopwatch, process_start
+from pipeline.planning.plan import Plan, RemainingWork, Unrendered
+from pipeline.planning.unit_selection import Units, select_units
+from pipeline.planning.validation import channels_to_render, choose_canvas_sizes, validate_request, with_labels
+
+log = logging.getLogger(__name__)
+
+# A first check of the network's variants that takes less than this many seconds is mostly a warm-up of about a second.
+MOSTLY_WARM_UP = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """Network and dataset of a run.
+
+    Attributes:
+        config: The configuration, with files read and `auto` settings of the engine resolved.
+        model: The network, on the CPU.
+        dataset: Listing of the dataset.
+        fingerprint: Digest of the dataset and the preprocessing.
+        base: The base run, if there is one.
+        start: Seconds from the start of this process until now.
+        loading: Seconds that loading the network took.
+    """
+
+    config: Config
+    model: Model
+    dataset: Dataset
+    fingerprint: str
+    base: RunFolder | None
+    start: Span
+    loading: Stopwatch
+
+    @functools.cached_property
+    def pairs(self) -> tuple[ConvNormPair, ...]:
+        """Convolutions and batch normalizations that can be folded; a part of loading the network."""
+        with self.loading:
+            return foldable_pairs(self.model)
+
+    @functools.cached_property
+    def folded(self) -> Model:
+        """The network with folded batch normalizations."""
+        return fold(self.model, self.pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Units:
+    """The units of a run.
+
+    Attributes:
+        layers: Layers with at least one channel, in the order of the network.
+        channels: Channels of each layer.
+        reasons: Why layers cannot be visualized, by name.
+        others: Layers that presets read besides the layer of the unit.
+    """
+
+    layers: tuple[Layer, ...]
+    channels: dict[str, tuple[int, ...]]
+    reasons: dict[str, str]
+    others: tuple[Layer, ...]
+
+    @property
+    def rendered(self) -> list[Layer]:
+        """Layers that get visualizations."""
+        return [layer for layer in self.layers if layer.name not in self.reasons]
+
+
+def make_plan(
+    config: Config,
+    timed: bool = True,
+    remaining_work: Callable[[Plan], RemainingWork] | None = None,
+    units: Units | None = None,
+) -> Plan:
+    """Load the network, find and choose layers, list the dataset and estimate the time.
+
+    Args:
+        config: The configuration.
+        timed: Whether to estimate times by timing a few steps. Without it each visualization costs one second.
+        remaining_work: Returns the work that existing results leave; only this is timed. Without it, all work is left.
+        units: Channels of each layer, instead of those that the configuration chooses.
+
+    Raises:
+        AtlasError: If anything in the input is wrong.
+    """
+    retain_freed_memory()
+    cpus, gpus = local_resources()
+    with _threads(cpus):
+        inputs, chosen = _find_units(_load_inputs(config), units)
+        config = inputs.config
+        visualizations = sum(len(chosen.channels[layer.name]) for layer in chosen.rendered) * len(config.presets)
+        pool = size_pool(config.engine, [(cpus, gpus)], visualizations)
+        network = network_digest(inputs.model, config.model)
+        chosen = _with_receptive_fields(chosen, inputs, network)
+    with _threads(min(pool.threads, cpus)):
+        plan = _assemble(inputs, chosen, pool, network)
+        if remaining_work is not None:
+            plan = dataclasses.replace(plan, left=remaining_work(plan))
+        return _with_estimates(plan, inputs, chosen) if timed and not plan.left.nothing else plan
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch use `count` threads within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _load_inputs(config: Config) -> _Inputs:
+    """Load the network and list the dataset; check that the base run is about the same."""
+    if config.model.folder is None:
+        # Workers may have another working directory.
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, folder=str(Path.cwd())))
+    start, loading = process_start(), Stopwatch()
+    with loading:
+        model = load_model(config.model).to("cpu")
+    dataset = datasets.list_dataset(config.data, model.preprocessing.channels)
+    fingerprint = hashing.digest_of(datasets.fingerprint(dataset, model.preprocessing))
+    base = find_base_run(config)
+    if base is not None:
+        check_same_sources(base, config, model, fingerprint)
+    engine = execution.resolved(config.engine, RunFolder(config.folder), base)
+    config = dataclasses.replace(
+        config,
+        engine=engine,
+        render=load_config_files(config.render, "render"),
+        also=tuple(load_config_files(preset, f"also.{preset.name}") for preset in config.also),
+    )
+    return _Inputs(config, model, dataset, fingerprint, base, start, loading)
+
+
+def _find_units(inputs: _Inputs, units: Units | None) -> tuple[_Inputs, _Units]:
+    """Find the layers of the network and choose units; the network comes back with the labels of its classes."""
+    config, model = inputs.config, inputs.model
+    candidates = selection.list_layers(model, config.layers, config.model.aliases)
+    requested = _requested(inputs, candidates) if units is None else units
+    layers = [layer for layer in candidates if layer.name in requested]
+    heads = selection.logit_layers(model, candidates)
+    model = with_labels(model, heads, user_labels=config.model.labels is not None)
+    others = validate_request(config, model, candidates, layers, heads)
+    channels = {layer.name: channels_to_render(layer, requested[layer.name], config) for layer in layers}
+    empty = [name for name, numbers in channels.items() if not numbers]
+    if len(empty) == len(layers):
+        raise AtlasError(f"layers.channels={config.layers.channels} leaves no channel in any layer.")
+    for name in empty:
+        log.warning("%s has none of the channels %s and is left out", name, config.layers.channels)
+    layers = [layer for layer in layers if channels[layer.name]]
+    reasons = layers_without_gradient(model, layers)
+    for name, reason in reasons.items():
+        log.warning("%s gets dataset examples but no visualizations: %s", name, reason)
+    return dataclasses.replace(inputs, model=model), _Units(tuple(layers), channels, reasons, others)
+
+
+def _requested(inputs: _Inputs, candidates: Sequence[Layer]) -> Units:
+    """Return the channels of each layer that the configuration chooses: by table and condition, or by policy."""
+    config = inputs.config
+    base = inputs.base.path if inputs.base else None
+    listed = select_units(config.units, config.only, base, config.render.name, candidates)
+    if listed is None:
+        return {
+            layer.name: selection.channels_of(layer, config.layers.channels)
+            for layer in selection.select_layers(inputs.model, candidates, config.layers)
+        }
+    within = selection.filter_layers([layer for layer in candidates if layer.name in listed], candidates, config.layers)
+    if not within:
+        raise AtlasError("layers.include and layers.exclude leave none of the layers that units and only choose.")
+    return {layer.name: listed[layer.name] for layer in within}
+
+
+def _with_receptive_fields(chosen: _Units, inputs: _Inputs, network: str) -> _Units:
+    """Return the units with the receptive fields of their layers, from an earlier plan of this network if possible."""
+    fields: dict[str, ReceptiveField | None] = {}
+    for folder in (inputs.base.path if inputs.base else None, inputs.config.folder):
+        record = manifest.read(folder) if folder else None
+        fields |= record.receptive_fields(network, chosen.layers) if record else {}
+    unknown = [layer for layer in chosen.layers if layer.name not in fields]
+    fields |= receptive_fields(inputs.folded, unknown) if unknown else {}
+    layers = tuple(dataclasses.replace(layer, field=fields[layer.name]) for layer in chosen.layers)
+    return dataclasses.replace(chosen, layers=layers)
+
+
+def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -> Plan:
+    """Return the plan without estimates."""
+    config, model, channels = inputs.config, inputs.model, chosen.channels
+    rows = []
+    for preset in config.presets:
+        sizes = choose_canvas_sizes(model, chosen.rendered, preset)
+        for layer in chosen.rendered:
+            numbers = channels[layer.name]
+            rows.append(PlanRow(layer, numbers, sizes[layer.name], len(numbers), preset.name))
+    setup = Setup(config, model.digest, chosen.layers, inputs.dataset, pool.threads, pool.device, chosen.others)
+    setup = execution.on_device(setup, pool.device)
+    if any(preset.needs_examples for preset in config.presets):
+        setup = dataclasses.replace(setup, begins=examples_digest(setup, inputs.fingerprint))
+    images = len(inputs.dataset.images)
+    return Plan(
+        config=config,
+        rows=tuple(rows),
+        setup=setup,
+        pool=pool,
+        examples_seconds=images,
+        labels=model.labels,
+        recipe=model.preprocessing,
+        dataset_fingerprint=inputs.fingerprint,
+        network=network,
+        left=RemainingWork({(row.layer.name, row.preset): len(row.channels) for row in rows}, images),
+        unrendered=tuple(
+            Unrendered(layer, channels[layer.name], chosen.reasons[layer.name])
+            for layer in chosen.layers
+            if layer.name in chosen.reasons
+        ),
+    )
+
+
+def _with_estimates(plan: Plan, inputs: _Inputs, chosen: _Units) -> Plan:
+    """Return the plan with the estimated seconds of its rows, its dataset pass and everything else."""
+    open_rows = [row for row in plan.rows if plan.left.channels[row.layer.name, row.preset]]
+    deepest = max(open_rows, key=lambda row: row.layer.cost, default=None)
+    variants, seconds = _timed_variants(plan, inputs, deepest)
+    if variants.reason:
+        log.info("steps run on the %s network: %s", variants.level, variants.reason)
+    # A worker verifies variants for each layer, as far as that layer.
+    seconds /= max(1.0, deepest.layer.cost if deepest else 1.0)
+    estimated, timings = estimate(variants.folded, chosen.layers, open_rows, plan.config, chosen.others, variants.steps)
+    # A worker decodes images with as many threads as it has.
+    reads = plan.left.images or plan.left.localizations
+    read = (
+        time_image_loading(inputs.dataset, inputs.model.preprocessing) * (1 / plan.pool.threads) if reads else ZERO_SPAN
+    )
+    costs = Overheads(
+        inputs.start, Span.exact(inputs.loading.seconds), Span.exact(timings.warm_up), timings.forward, read
+    )
+    rows = {
+        (row.layer.name, row.preset): dataclasses.replace(row, seconds=row.seconds + seconds * row.layer.cost)
+        for row in estimated
+    }
+    return dataclasses.replace(
+        plan,
+        rows=tuple(rows.get((row.layer.name, row.preset), row) for row in plan.rows),
+        examples_seconds=costs.image_seconds * len(inputs.dataset.images),
+        overheads=costs,
+    )
+
+
+def _timed_variants(plan: Plan, inputs: _Inputs, deepest: PlanRow | None) -> tuple[ModelVariants, float]:
+    """Return the variants of the network for the deepest layer, and the seconds that a worker takes to verify them."""
+    device = plan.pool.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        device = "cpu"
+    layers = [*([deepest.layer] if deepest else plan.setup.layers[-1:]), *plan.setup.others]
+    precision = precision_of(plan.config.engine.precision, torch.device(device).type)
+    size = deepest.canvas if deepest else None
+    verify = functools.partial(verified_variants, inputs.model.to(device), inputs.pairs, layers, precision, size)
+    cpus, _ = local_resources()
+    with _threads(cpus):
+        began = perf_counter()
+        variants = verify()
+        if perf_counter() - began < MOSTLY_WARM_UP:
+            # The warm-up would be counted once for each layer.
+            began = perf_counter()
+            verify()
+        seconds = perf_counter() - began
+    return variants, seconds * cpus / min(plan.pool.threads, cpus)

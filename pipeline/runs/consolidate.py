@@ -1,0 +1,129 @@
+"""Consolidation: atlas.h5 and failures.csv from the finished results of a run."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+from pipeline.core import hashing
+from pipeline.core.errors import AtlasError
+from pipeline.engine.base import Failure
+from pipeline.layers import connectivity
+from pipeline.models.loading import load_model
+from pipeline.planning.folder import result_settings
+from pipeline.planning.plan import Plan
+from pipeline.planning.request import Request
+from pipeline.runs.artifacts import Artifacts
+from pipeline.store import writer
+
+log = logging.getLogger(__name__)
+
+# Unreadable images that are named in the log; failures.csv lists all.
+MAX_NAMED = 20
+
+# Stage, what failed, reason, and detail: a row of failures.csv.
+FailureRow = tuple[str, str, str, str]
+
+
+def consolidate(request: Request, plan: Plan, artifacts: Artifacts, set_aside: Sequence[Failure]) -> int:
+    """Write failures.csv, and atlas.h5 unless it already holds these results; return the number of failures.
+
+    Raises:
+        AtlasError: If no dataset image could be read.
+        Damaged: With the first shard that cannot be read completely.
+    """
+    folder, dataset_pass = artifacts.folder, artifacts.dataset_pass
+    if dataset_pass.swept_ranges and not dataset_pass.complete:
+        log.warning("The dataset pass is not complete: atlas.h5 has no dataset examples until it is")
+    unreadable = dataset_pass.sweep.failed if dataset_pass.complete else ()
+    _report_unreadable(unreadable, plan)
+    failures = _failure_rows(plan, artifacts, set_aside, unreadable)
+    folder.write_failures(failures)
+    identity = _identity(request, plan, artifacts, failures)
+    if writer.read_identity(folder.atlas) != identity:
+        content = _content(request, plan, artifacts, identity, len(failures))
+        parts = {(row.layer.name, row.preset): found for row, found in artifacts.visualizations.items()}
+        writer.consolidate(folder.atlas, content, parts)
+    return len(failures)
+
+
+def _failure_rows(
+    plan: Plan, artifacts: Artifacts, set_aside: Sequence[Failure], unreadable: Sequence[tuple[int, str]]
+) -> list[FailureRow]:
+    rows = [failure_row(failure) for failure in set_aside]
+    images = plan.setup.dataset.images
+    rows += [("examples", images[i].path, reason, "") for i, reason in unreadable]
+    for row in plan.rows:
+        for channel, variant in artifacts.failed(row):
+            what = f"{row.layer.name}:{channel} {row.preset} variant {variant}"
+            rows.append(("render", what, "the objective did not rise in any attempt", ""))
+    return rows
+
+
+def failure_row(failure: Failure) -> FailureRow:
+    """Return the row of failures.csv of a task that was set aside."""
+    return failure.task.stage, failure.task.name, failure.reason, failure.detail
+
+
+def _identity(request: Request, plan: Plan, artifacts: Artifacts, failures: Sequence[FailureRow]) -> str:
+    """Return the digest of everything that atlas.h5 would contain, whichever shards it comes from."""
+    digests = [
+        [row.layer.name, row.preset, found[0].attributes["digest"]]
+        for row, found in artifacts.visualizations.items()
+        if found
+    ]
+    channels = [[row.layer.name, row.channels, sorted(artifacts.channels(row))] for row in plan.rows]
+    complete = artifacts.dataset_pass.complete
+    return hashing.digest_of(
+        {
+            "settings": result_settings(request.tree),
+            "channels": channels,
+            "visualizations": digests,
+            "dataset pass": artifacts.dataset_pass.identity if complete else "",
+            "failures": [failure[:3] for failure in failures],
+            "versions": writer.versions(),
+        }
+    )
+
+
+def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, failures: int) -> writer.Content:
+    """Return everything but the visualizations that atlas.h5 contains."""
+    config = request.config
+    result = artifacts.dataset_pass.result if artifacts.dataset_pass.complete else None
+    network = load_model(config.model).to("cpu")
+    inputs, outputs = connectivity.find_connectivity(network, [layer for layer, _ in plan.layers])
+    return writer.Content(
+        identity=identity,
+        run=config.run.name,
+        model=config.model.name,
+        weights=plan.setup.weights,
+        config_yaml=request.text,
+        labels=plan.labels,
+        input_size=plan.recipe.size,
+        layers=plan.layers,
+        photos=plan.setup.dataset.images if result else (),
+        dataset_fingerprint=plan.dataset_fingerprint,
+        examples=result,
+        inputs=inputs,
+        outputs=outputs,
+        failures=failures,
+        unrendered={one.layer.name: one.reason for one in plan.unrendered},
+    )
+
+
+def _report_unreadable(unreadable: Sequence[tuple[int, str]], plan: Plan) -> None:
+    """Log which dataset images could not be read, with the number of each kind of error.
+
+    Raises:
+        AtlasError: If none could be read.
+    """
+    images = plan.setup.dataset.images
+    for index, reason in unreadable[:MAX_NAMED]:
+        log.warning("skipped %r: %s", images[index].path, reason)
+    if unreadable:
+        kinds = Counter(reason.partition(":")[0] for _, reason in unreadable)
+        counts = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+        log.warning(
+            "%d of %d images could not be read (%s); failures.csv lists them", len(unreadable), len(images), counts
+        )
+    if len(unreadable) == len(images):
+        raise AtlasError("None of the dataset images could be read: check data.root.")

@@ -1,0 +1,66 @@
+"""Building the static site of a run."""
+
+import dataclasses
+import logging
+import time
+from pathlib import Path
+
+from pipeline.core import hashing
+from pipeline.core.formatting import clock
+from pipeline.core.source import package_digest
+from pipeline.planning.folder import RunFolder, write_text
+from pipeline.planning.request import Request
+from pipeline.site.build import build_site as write_site
+from pipeline.store import writer
+from pipeline.store.reader import open_atlas
+
+log = logging.getLogger(__name__)
+
+# File in the run folder with the digest of what its site was built from.
+MARK = ".site"
+
+
+def refresh_site(request: Request, folder: RunFolder) -> None:
+    """Build the site, unless it was built from this atlas, these settings and files, and this version of the code."""
+    families = Path(request.config.site.families or folder.path / "families.yaml").expanduser()
+    state = hashing.digest_of(
+        {
+            "atlas": writer.read_identity(folder.atlas),
+            "settings": dataclasses.asdict(request.config.site),
+            "families": families.read_bytes().hex() if families.is_file() else "",
+            "code": package_digest(),
+        }
+    )
+    mark = folder.path / MARK
+    if mark.is_file() and mark.read_text() == state and (folder.site / "index.html").is_file():
+        return
+    build_site(request, folder)
+    write_text(mark, state)
+
+
+def build_site(request: Request, folder: RunFolder) -> None:
+    """Build the site from atlas.h5, and log its progress and where it can be hosted."""
+    config = request.config
+    began = logged_at = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal logged_at
+        now = time.monotonic()
+        if now - logged_at >= config.engine.progress_seconds and done < total:
+            logged_at = now
+            log.info("site: %d of %d units, %.0f/s", done, total, done / max(now - began, 1e-6))
+
+    with open_atlas(folder.path) as atlas:
+        report = write_site(atlas, folder.site, config.site, progress)
+    (folder.path / MARK).unlink(missing_ok=True)
+    reused = report.units - report.rebuilt_units
+    note = f", {reused} of them unchanged" if reused else ""
+    seconds = clock(time.monotonic() - began)
+    log.info("site: %d units of %d layers in %s%s", report.units, report.layers, seconds, note)
+    if report.level:
+        log.info("site: image sizes were reduced %d of 4 steps to fit into site.max_bytes", report.level)
+    for line in report.host.lines():
+        log.info("%s", line)
+    if report.bytes > config.site.max_bytes or report.files > config.site.max_files:
+        log.warning("The site is larger than site.max_bytes or site.max_files, even at its smallest sizes")
+    log.info("open %s", folder.site / "index.html")

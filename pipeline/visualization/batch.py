@@ -1,0 +1,212 @@
+"""The job that images are rendered for, and the batch of images that is optimized together."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.core.registry import registered_name
+from pipeline.core.seeds import seed_of
+from pipeline.layers.finding import Layer
+from pipeline.models.loading import Model
+from pipeline.visualization.parameterizations import FromImage
+from pipeline.visualization.preset import Preset, Size, Unit, canvas_size
+from pipeline.visualization.schedules import Stage, StepSettings, expand_schedule
+from pipeline.visualization.transforms import ROBUSTNESS_TRANSFORMS, draw_random
+
+# Number of transformed copies of a finished image that its robust activation is averaged over.
+ROBUST_COPIES = 16
+
+
+def _do_nothing() -> None:
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderJob:
+    """Everything that the visualizations of one layer depend on, except the units.
+
+    Attributes:
+        model: The network.
+        layer: The layer whose units are visualized.
+        preset: Objective, parameterization, transformations, regularizers, optimizer and schedule.
+        seed: Seed of the run.
+        size: (height, width) of the finished images in pixels; None for the one that `canvas_size` chooses.
+        on_step: Called before every optimization step; may raise to abort.
+        step_model: A faster variant of `model` that optimization steps are computed with; None for `model`.
+        exact_model: A faster variant of `model`, equal up to rounding in float32, that finished images are evaluated
+            with; None for `model`.
+        layers: The layers named by `preset.others`, by name.
+        ensemble: The networks of an ensemble other than `model`.
+        initial_images: For parameterizations that start from an image: (C, H, W) in [0, 1] by unit, with margins.
+    """
+
+    model: Model
+    layer: Layer
+    preset: Preset
+    seed: int
+    size: Size | None = None
+    on_step: Callable[[], None] = _do_nothing
+    step_model: Model | None = None
+    exact_model: Model | None = None
+    layers: Mapping[str, Layer] = dataclasses.field(default_factory=dict)
+    ensemble: Sequence[Model] = ()
+    initial_images: Mapping[Unit, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def image_size(self) -> Size:
+        """(height, width) of the finished images in pixels."""
+        return self.size or canvas_size(self.layer, self.model.preprocessing.size, self.preset.size)
+
+    @property
+    def step_models(self) -> tuple[Model, ...]:
+        """The networks that optimization steps are computed with: the network itself, then the rest of the ensemble."""
+        return (self._variant(self.step_model), *self.ensemble)
+
+    @property
+    def evaluation_model(self) -> Model:
+        """The network that finished images are evaluated with."""
+        return self._variant(self.exact_model)
+
+    @property
+    def schedule(self) -> list[StepSettings]:
+        """The settings of every step."""
+        return expand_schedule(self.preset.schedule, self.preset.steps)
+
+    def stage(self, settings: StepSettings) -> Stage:
+        """Return the stage that a step belongs to."""
+        return self.preset.stages[settings.stage]
+
+    def canvas(self, stage: Stage) -> Size:
+        """Return the size of the canvas in a stage, margins included."""
+        height, width = self.canvas_without_margin(stage)
+        return height + 2 * self.preset.margin, width + 2 * self.preset.margin
+
+    def canvas_without_margin(self, stage: Stage) -> Size:
+        """Return the size of the canvas in a stage, margins excluded."""
+        return self._scaled(stage.canvas)
+
+    def view(self, stage: Stage) -> Size:
+        """Return the size of the network's input in a stage."""
+        return self._scaled(stage.canvas if stage.view is None else stage.view)
+
+    def _scaled(self, factor: float) -> Size:
+        height, width = self.image_size
+        return round(height * factor), round(width * factor)
+
+    def _variant(self, variant: Model | None) -> Model:
+        return self.model if variant is None or self.preset.requires_original_weights else variant
+
+
+class Batch:
+    """The images of one attempt and the state of their optimization.
+
+    The images share only the forward and the backward pass of the network: each has its own initial parameters,
+    random transformations and optimizer state. Finished images leave the batch (`retire`); B is the number of all
+    images of the attempt and A that of those that are still optimized.
+
+    Attributes:
+        units: The B pairs of (channel, variant).
+        seeds: Seed of each of the B images.
+        initial: (B, …) parameters before the first step.
+        reference: (B, C, H, W) images before the first step; None if no regularizer compares with them.
+        robustness_random: (copies, B, R) random numbers of the transformations that measure robustness.
+        all_channels: (B,) int64 channel of each image.
+        all_variants: (B,) int64 variant of each image.
+        trace: (steps, B) value of the objective at every step; 0 after an image is finished.
+        steps: (B,) number of steps of each image, on the CPU.
+        active: (A,) int64 indices of the images that are still optimized. The following attributes are of these only.
+        parameters: (A, …) parameters; a leaf that requires a gradient.
+        transform_random: (steps, A, R) random numbers of the transformations.
+        channels: (A,) int64.
+        variants: (A,) int64.
+    """
+
+    def __init__(self, job: RenderJob, units: Sequence[Unit], attempt: int) -> None:
+        preset = job.preset
+        self.units = list(units)
+        self.seeds: list[int] = []
+        self._optimizer, self._canvas = preset.optimizer, preset.canvas
+        initial, transform_random, robustness_random = [], [], []
+        for unit in units:
+            seed = _seed(job, unit, attempt)
+            # The generator is on the CPU for every device, so that all machines draw the same numbers.
+            generator = torch.Generator().manual_seed(seed)
+            initial.append(_initial_parameters(job, unit, generator))
+            transform_random.append(draw_random(preset.transforms, generator, preset.steps))
+            robustness_random.append(draw_random(ROBUSTNESS_TRANSFORMS, generator, ROBUST_COPIES))
+            self.seeds.append(seed)
+        device = next(job.model.module.parameters()).device
+        self.initial = torch.stack(initial).to(device)
+        self.reference = None
+        if any(regularizer.anchored for regularizer in preset.penalties):
+            self.reference = self._canvas.image(self.initial, job.canvas(preset.stages[0]))
+        self.robustness_random = torch.stack(robustness_random, dim=1).to(device)
+        self.all_channels = torch.tensor([channel for channel, _ in units], device=device)
+        self.all_variants = torch.tensor([variant for _, variant in units], device=device)
+        self.trace = torch.zeros(preset.steps, len(units), device=device)
+        self.steps = torch.full((len(units),), preset.steps)
+        self._final: Tensor | None = None
+        self.active = torch.arange(len(units), device=device)
+        self.parameters = self.initial.clone().requires_grad_(True)
+        self.transform_random = torch.stack(transform_random, dim=1).to(device)
+        self.channels, self.variants = self.all_channels, self.all_variants
+        self._start_optimizer()
+
+    @property
+    def final(self) -> Tensor:
+        """(B, …) parameters of the finished images; defined once one is finished."""
+        assert self._final is not None, "no image of the batch is finished"
+        return self._final
+
+    def step(self, gradient: Tensor, learning_rate: float) -> None:
+        """Move the parameters of the active images up the gradient, (A, …)."""
+        self._optimizer.step(self.parameters, gradient, self._state, self._steps_of_state, learning_rate)
+        self._steps_of_state += 1
+
+    def resize(self, old: Size, new: Size) -> None:
+        """Continue on a canvas of another size, with a new optimizer state."""
+        resized = self._canvas.resized(self.parameters.detach(), old, new)
+        self.parameters = resized.requires_grad_(True)
+        self._start_optimizer()
+
+    def retire(self, finished: Tensor, steps: int) -> None:
+        """Store the final parameters of finished images and continue with the others.
+
+        Args:
+            finished: (A,) bool.
+            steps: Number of steps that the finished images were optimized for.
+        """
+        parameters, indices, others = self.parameters.detach(), self.active[finished], ~finished
+        if self._final is None:
+            self._final = parameters.new_zeros(len(self.units), *parameters.shape[1:])
+        self._final[indices] = parameters[finished]
+        self.steps[indices.cpu()] = steps
+        self.active, self.channels, self.variants = self.active[others], self.channels[others], self.variants[others]
+        self.parameters = parameters[others].requires_grad_(True)
+        self.transform_random = self.transform_random[:, others]
+        self._state = tuple(part[others] for part in self._state)
+
+    def _start_optimizer(self) -> None:
+        self._state = self._optimizer.init_state(self.parameters, self._canvas.paired)
+        self._steps_of_state = 0
+
+
+def _seed(job: RenderJob, unit: Unit, attempt: int) -> int:
+    """Return the seed of an image, which depends on what it shows and not on its batch."""
+    channel, variant = unit
+    objective = job.preset.objective
+    seed_variant = 0 if objective.aligned else variant
+    return seed_of(job.seed, job.model.name, job.layer.name, channel, registered_name(objective), seed_variant, attempt)
+
+
+def _initial_parameters(job: RenderJob, unit: Unit, generator: torch.Generator) -> Tensor:
+    """Return the initial parameters of one image: noise, plus those of its initial image if it has one."""
+    canvas, size = job.preset.canvas, job.canvas(job.preset.stages[0])
+    parameters = canvas.initial(generator, job.model.preprocessing.channels, size)
+    if isinstance(canvas, FromImage):
+        image = job.initial_images[unit]
+        resized = torch.nn.functional.interpolate(image[None], size, mode="bilinear", antialias=True)
+        parameters = canvas.inverse(resized)[0] + parameters
+    return parameters

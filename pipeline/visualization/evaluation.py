@@ -1,0 +1,196 @@
+"""Evaluation of finished images: clean activation, robust activation, image metrics and status."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.core.metric_specs import IMAGE_METRICS
+from pipeline.data.natural_spectrum import packaged_spectrum
+from pipeline.visualization import metrics
+from pipeline.visualization.batch import Batch, RenderJob
+from pipeline.visualization.forward import objective_forward
+from pipeline.visualization.preset import Unit
+from pipeline.visualization.schedules import Stage, is_flat
+from pipeline.visualization.transforms import ROBUSTNESS_TRANSFORMS, apply_transforms, center_crop
+
+# Number of values of the objective that are stored with an image.
+TRACE_POINTS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Visualization:
+    """A finished feature visualization and its evaluation.
+
+    Attributes:
+        channel: Channel of the unit.
+        variant: Number of the variant.
+        image: (H, W, C) uint8.
+        activation: Value of the objective for exactly this image, without transformations.
+        robust: Mean value of the objective over 16 copies under `ROBUSTNESS_TRANSFORMS`, the same for every preset.
+        start: Value of the objective before the first step.
+        seed: Seed of the image.
+        status: "converged"; "limit" (all steps done and still rising); "retried" (rose with another seed); or "failed".
+        reason: Why the image failed; empty otherwise.
+        steps: Number of optimization steps.
+        seconds: Processing time of the batch divided by its number of images.
+        trace: (16,) values of the objective at evenly spaced steps; fewer if there are fewer steps.
+        response: (C,) float16 maximum of each channel of the layer over the positions.
+        measures: The metrics `MEASURES` by name.
+    """
+
+    channel: int
+    variant: int
+    image: np.ndarray
+    activation: float
+    robust: float
+    start: float
+    seed: int
+    status: str
+    reason: str
+    steps: int
+    seconds: float
+    trace: np.ndarray
+    response: np.ndarray
+    measures: Mapping[str, float]
+
+    @property
+    def unit(self) -> Unit:
+        """(channel, variant)."""
+        return self.channel, self.variant
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Evaluation of the B finished images of a batch.
+
+    Attributes:
+        images: (B, H, W, C) uint8.
+        activation: Value of the objective for each image.
+        robust: Mean value of the objective over the transformed copies of each image.
+        start: Value of the objective for each image before the first step.
+        responses: (B, C) float16 maximum of each channel of the layer.
+        measures: Values of each of `MEASURES`, by name.
+    """
+
+    images: np.ndarray
+    activation: list[float]
+    robust: list[float]
+    start: list[float]
+    responses: np.ndarray
+    measures: Mapping[str, list[float]]
+
+
+@torch.no_grad()
+def evaluate(job: RenderJob, batch: Batch) -> Evaluation:
+    """Measure the finished images of `batch` as they will be saved, with 8 bits, by `job.evaluation_model`."""
+    preset = job.preset
+    first, last = preset.stages[0], job.stage(job.schedule[-1])
+    size = job.image_size
+    with objective_forward(job, job.evaluation_model, Stage()) as forward:
+        start_images = preset.canvas.image(batch.initial, job.canvas(first))
+        start_images = center_crop(start_images, job.canvas_without_margin(first))
+        if start_images.shape[-2:] != size:
+            start_images = F.interpolate(start_images, size, mode="bilinear", antialias=True)
+        start = forward(quantized(start_images), batch.all_channels, batch.all_variants).values
+        images = quantized(center_crop(preset.canvas.image(batch.final, job.canvas(last)), size))
+        clean = forward(images, batch.all_channels, batch.all_variants)
+        robust_values = []
+        for random in batch.robustness_random:
+            transformed = apply_transforms(images, ROBUSTNESS_TRANSFORMS, random, size)
+            robust_values.append(forward(transformed, batch.all_channels, batch.all_variants).values)
+        robust = torch.stack(robust_values).mean(0)
+    sign = -1 if preset.negative else 1
+    return Evaluation(
+        images=(images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy(),
+        activation=(sign * clean.values).tolist(),
+        robust=(sign * robust).tolist(),
+        start=(sign * start).tolist(),
+        responses=metrics.to_float16(clean.activations.flatten(2).amax(2)),
+        measures=_measures(job, images, clean.activations, batch.all_channels),
+    )
+
+
+def to_pictures(
+    job: RenderJob, batch: Batch, evaluation: Evaluation, attempt: int, seconds: float
+) -> list[Visualization]:
+    """Return the finished visualizations of a batch, each with its status."""
+    preset = job.preset
+    sign = -1 if preset.negative else 1
+    traces = batch.trace.cpu()
+    pictures = []
+    for i, (channel, variant) in enumerate(batch.units):
+        steps = int(batch.steps[i])
+        trace = traces[:steps, i]
+        start, activation = evaluation.start[i], evaluation.activation[i]
+        status, reason = _status(trace, sign * start, sign * activation, steps < preset.steps, attempt)
+        points = np.linspace(0, steps - 1, min(preset.steps, TRACE_POINTS)).round().astype(int)
+        pictures.append(
+            Visualization(
+                channel=channel,
+                variant=variant,
+                image=evaluation.images[i],
+                activation=activation,
+                robust=evaluation.robust[i],
+                start=start,
+                seed=batch.seeds[i],
+                status=status,
+                reason=reason,
+                steps=steps,
+                seconds=seconds,
+                trace=sign * trace[torch.from_numpy(points)].numpy(),
+                response=evaluation.responses[i],
+                measures={name: values[i] for name, values in evaluation.measures.items()},
+            )
+        )
+    return pictures
+
+
+def quantized(images: Tensor) -> Tensor:
+    """Round images in [0, 1] to 8 bits, as saving does; NaN becomes 0."""
+    return (images.nan_to_num(0.0).clamp(0, 1) * 255).round() / 255
+
+
+def _measures(job: RenderJob, images: Tensor, activations: Tensor, channels: Tensor) -> dict[str, list[float]]:
+    """Return each of `MEASURES` for (B, C, H, W) images and the layer's maps of them."""
+    preset, layer, maps = job.preset, job.layer, activations.flatten(2)
+    # Channels are ranked by the quantity that the objective maximizes: the mean of a map, or its maximum.
+    maximized = -maps if preset.negative else maps
+    strengths = maximized.amax(2) if preset.objective.natural == "max" else maximized.mean(2)
+    ranks = metrics.rank(strengths, channels)
+    if preset.objective.per_layer:  # the image belongs to the layer, not to a channel
+        ranks = torch.full_like(ranks, torch.nan)
+    if layer.field:
+        stride = max(layer.field.stride)
+    else:
+        height, width = job.model.preprocessing.size
+        stride = round(min(height / layer.height, width / layer.width))
+    measures = metrics.image_metrics(images, metrics.strides(stride), packaged_spectrum()) | {"rank": ranks}
+    return {name: measures[name].tolist() for name in IMAGE_METRICS}
+
+
+def _status(trace: Tensor, before: float, after: float, stopped_early: bool, attempt: int) -> tuple[str, str]:
+    """Return (status, reason) of an image.
+
+    Args:
+        trace: (steps,) maximized value at every step.
+        before: Maximized value before the first step.
+        after: Maximized value of the finished image.
+        stopped_early: Whether the image was finished before its last step.
+        attempt: Number of the attempt, from 0.
+    """
+    invalid = (~torch.isfinite(trace)).nonzero()
+    if len(invalid):
+        return "failed", f"the objective was not a finite number at step {int(invalid[0])}"
+    if not after > before:
+        if bool((trace == trace[0]).all()):
+            return "failed", "no gradient: the unit stayed silent at every step"
+        return "failed", "the objective did not rise over the start"
+    if attempt > 0:
+        return "retried", ""
+    width = max(1, len(trace) // 10)
+    converged = stopped_early or bool(is_flat(trace[:, None], width, 0.02))
+    return ("converged" if converged else "limit"), ""
