@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pipeline.cli.main import request_of
-from pipeline.cli.overrides import conf_folder
+from pipeline.cli.compose import request_of
+from pipeline.cli.overrides import conf_folder, settable
 from pipeline.layers.finding import Layer, enumerate_layers
 from pipeline.models.config import Preprocessing
 from pipeline.models.loading import Model, prepare_module, weights_digest
@@ -107,7 +107,7 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compose(overrides: list[str]) -> Request:
     """What the command line would make of `overrides`."""
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-        return request_of(hydra.compose("config", overrides=overrides))
+        return request_of(hydra.compose("config", overrides=[settable(override) for override in overrides]))
 
 
 @pytest.fixture

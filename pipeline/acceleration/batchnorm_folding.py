@@ -178,7 +178,7 @@ def fold(model: Model, pairs: Sequence[ConvNormPair] | None = None, targets: Seq
 
     Args:
         model: The network; it is not changed.
-        pairs: The pairs that `foldable` returned; None to compute them.
+        pairs: The pairs that `foldable_pairs` returned; None to compute them.
         targets: Layers that will be read. A pair with one of these layers at or inside one of its modules is not
             folded.
 

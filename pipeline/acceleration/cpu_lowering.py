@@ -17,6 +17,7 @@ eight times (AMX, tiles) as fast. Metrics of finished visualizations are always 
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,11 @@ from torch import Tensor, nn
 
 from pipeline.acceleration.batchnorm_folding import ConvNormPair, FoldedNorm, copy_network, only_argument, plain_forward
 from pipeline.acceleration.redirected_relu import FusedRectifier, PassRange, limits_of, rectifier_gradient, redirect
+from pipeline.core.errors import first_line
 from pipeline.kernels import strided_conv_backward
 from pipeline.models.loading import Model
+
+log = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -61,7 +65,7 @@ def lower(
 
     Args:
         folded: The network; it is not changed.
-        pairs: The pairs that `foldable` returned. Pairs that were not folded, because a layer is read inside, stay
+        pairs: The result of `foldable_pairs`. Pairs that were not folded, because a layer is read inside, stay
             unchanged.
         dtype: Data type of weights and activations. Tensors that have it already are shared.
         mixed: Whether to run under autocast, for networks that create float32 tensors in their forward pass or use
@@ -186,15 +190,62 @@ class LoweredConv2d(FusedRectifier):
         return self.convolve(x, self.limits)
 
 
-@functools.cache
 def _can_fuse_rectifier(dtype: torch.dtype) -> bool:
     """Return whether PyTorch has oneDNN convolutions with a fused rectifier for `dtype`; its compiler uses the same."""
-    ops = torch.ops.mkldnn
+    return dtype in _fusing_types()
+
+
+@functools.cache
+def _fusing_types() -> frozenset[torch.dtype]:
+    """Return the data types for which the operators of oneDNN with a fused rectifier work.
+
+    They are private to PyTorch and may change in any release. Therefore they are tried once; if they are missing or
+    fail, rectifiers are applied after the convolutions.
+    """
     if not torch.backends.mkldnn.is_available():
-        return False
-    if not (hasattr(ops, "_linear_pointwise") and hasattr(ops, "_convolution_pointwise")):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(ops._is_mkldnn_bf16_supported()))
+        return frozenset()
+    types = [torch.float32]
+    try:
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            types.append(torch.bfloat16)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            for dtype in types:
+                _check_fused_operators(dtype)
+    except Exception as error:
+        log.warning(
+            "the operators of oneDNN with a fused rectifier do not work in PyTorch %s (%s): steps on a CPU are slower. "
+            "Install another version of PyTorch if this matters.",
+            torch.__version__,
+            first_line(error),
+        )
+        return frozenset()
+    return frozenset(types)
+
+
+def _check_fused_operators(dtype: torch.dtype) -> None:
+    """Raise an error unless the fused operators compute what plain PyTorch does for a small example."""
+    maps = torch.linspace(-9, 9, 8 * 3 * 3, device="cpu").view(1, 8, 3, 3).to(dtype)
+    maps = maps.contiguous(memory_format=torch.channels_last)
+    rows, matrix = maps.permute(0, 2, 3, 1), torch.eye(8, device="cpu").to(dtype)
+    kernel, bias = torch.ones(8, 1, 3, 3, device="cpu").to(dtype) / 4, torch.ones(8, device="cpu").to(dtype)
+    geometry = ((1, 1), (1, 1), (1, 1))
+    for limits in ((0.0, None), (0.0, 6.0)):
+        fused, plain = _linear_rectified(rows, matrix, bias, limits), F.linear(rows, matrix, bias)
+        torch.testing.assert_close(fused, _rectify_(plain, limits), rtol=0.02, atol=0.02)
+        fused, plain = _conv_rectified(maps, kernel, bias, limits, geometry), F.conv2d(maps, kernel, bias, 1, 1, 1, 8)
+        torch.testing.assert_close(fused, _rectify_(plain, limits), rtol=0.02, atol=0.02)
+
+
+def _linear_rectified(rows: Tensor, weight: Tensor, bias: Tensor | None, limits: PassRange) -> Tensor:
+    """Apply a matrix product and a rectifier with oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, *_onednn_rectifier(limits))
+
+
+def _conv_rectified(
+    x: Tensor, weight: Tensor, bias: Tensor | None, limits: PassRange, geometry: tuple[Pair2d, Pair2d, Pair2d]
+) -> Tensor:
+    """Apply a depthwise convolution of (padding, stride, dilation) and a rectifier with oneDNN."""
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, len(weight), *_onednn_rectifier(limits))
 
 
 def _rectify_(y: Tensor, limits: PassRange | None) -> Tensor:
@@ -222,7 +273,7 @@ class _Pointwise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, limits: PassRange | None) -> Tensor:
         rows = x.permute(0, 2, 3, 1)
         if limits is not None and _can_fuse_rectifier(x.dtype):
-            y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, *_onednn_rectifier(limits))
+            y = _linear_rectified(rows, weight, bias, limits)
         else:
             y = _rectify_(F.linear(rows, weight, bias), limits)
         y = _as_maps(y)
@@ -272,9 +323,7 @@ class _DepthwiseKernel:
         """Apply the convolution, and a rectifier with `limits` if they are not None."""
         groups = len(self.weight)
         if limits is not None and _can_fuse_rectifier(x.dtype):
-            return torch.ops.mkldnn._convolution_pointwise(
-                x, self.weight, bias, self.padding, self.stride, self.dilation, groups, *_onednn_rectifier(limits)
-            )
+            return _conv_rectified(x, self.weight, bias, limits, (self.padding, self.stride, self.dilation))
         y = F.conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation, groups)
         return _rectify_(y, limits)
 

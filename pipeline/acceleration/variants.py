@@ -209,7 +209,7 @@ def verified_variants(
 
     Args:
         model: The original network, on the device of the optimization steps.
-        pairs: The pairs that `foldable` returned for it.
+        pairs: The pairs that `foldable_pairs` returned for it.
         layers: The layers that will be read; batch normalizations inside them are not folded.
         dtype: Data type of the steps, float32 or bfloat16.
         size: (height, width) in pixels of the images for the comparison; None for the network's own input size.

@@ -10,25 +10,21 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 import hydra
-import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from pipeline import __version__
-from pipeline.cli.overrides import as_text, conf_folder, explain, reference, split_options, to_overrides
+from pipeline.cli.compose import composed, request_of
+from pipeline.cli.overrides import as_text, conf_folder, explain, reference, settable, split_options, to_overrides
 from pipeline.cli.verbs import VERBS
-from pipeline.config.schema import from_tree
 from pipeline.core import interrupts
 from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.planning.request import Request
 from pipeline.runs.runner import BAD_INPUT, COMPLETE, INTERRUPTED
-from pipeline.store.shards import safe_name
 
 log = logging.getLogger("pipeline")
 
@@ -88,10 +84,10 @@ def _execute(name: str, arguments: Sequence[str]) -> int:
     codes: list[int] = []
     composing = True
 
-    def task(composed: DictConfig) -> None:
+    def task(config: DictConfig) -> None:
         nonlocal composing
         composing = False
-        codes.append(_guarded(lambda: verb.work(_request(composed, overrides), options)))
+        codes.append(_guarded(lambda: verb.work(_request(config, overrides), options)))
         if codes[-1] == INTERRUPTED:
             raise KeyboardInterrupt
 
@@ -113,14 +109,12 @@ def _execute(name: str, arguments: Sequence[str]) -> int:
 
 def _compose(overrides: Sequence[str], task: Callable[[DictConfig], None]) -> None:
     """Call `task` with the composed configuration."""
+    overrides = [settable(override) for override in overrides]
     if any(override.startswith("-") for override in overrides):
         with _hydra_arguments(overrides):
             hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)()
         return
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-        composed = hydra.compose("config", overrides=list(overrides))
-    task(composed)
+    task(composed(overrides))
 
 
 @contextlib.contextmanager
@@ -153,33 +147,10 @@ def _complete_verb(arguments: Sequence[str]) -> bool:
     return False
 
 
-def request_of(composed: DictConfig) -> Request:
-    """Return the request of a composed configuration; a run without a name is named after network and preset.
-
-    Raises:
-        AtlasError: If a setting is wrong.
-    """
-    tree: Any = OmegaConf.to_container(composed, resolve=True)
-    tree.pop("hydra", None)
-    tree.pop("experiment", None)
-    if not tree.get("also"):
-        tree.pop("also", None)
-    network = tree.get("model")
-    if isinstance(network, dict) and network.get("name") is None and "target" in network:
-        place = str(network["target"] or "custom").partition(":")[0]
-        network["name"] = safe_name(Path(place).name.removesuffix(".py").removesuffix(".pt2"))
-    section = tree.get("run")
-    if isinstance(section, dict) and section.get("name") is None:
-        section["name"] = safe_name(f"{tree['model'].get('name')}-{tree['render'].get('name')}")
-    config = from_tree(tree)
-    # Not with OmegaConf, for which `${` in a path is a reference.
-    return Request(config, tree, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-
-
-def _request(composed: DictConfig, overrides: Sequence[str]) -> Request:
-    """Return `request_of(composed)`; errors say how to type the argument that caused them."""
+def _request(config: DictConfig, overrides: Sequence[str]) -> Request:
+    """Return `request_of(config)`; errors say how to type the argument that caused them."""
     try:
-        return request_of(composed)
+        return request_of(config)
     except AtlasError as error:
         hint = as_text(str(error), overrides)
         if not hint:

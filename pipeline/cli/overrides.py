@@ -14,7 +14,10 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf, grammar_parser
 from omegaconf.errors import GrammarParseError
 
+from pipeline.cli import member_defaults
 from pipeline.core.errors import nearest_names
+
+member_defaults.register()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,42 @@ class Options:
     flags: frozenset[str] = frozenset()
     host: str = ""
     compare: CompareArguments = CompareArguments()
+
+
+# A list of members in place of the members of a group: render.penalties=[my_file.py:Class].
+_MEMBERS = re.compile(r"(render|also\.[\w-]+)\.(penalties|transforms|preconditioners|augmentations|couplings)=\[")
+
+
+def _added_members(argument: str) -> list[str]:
+    """Return overrides that add the listed members to those of the preset, each under a key of its own.
+
+    Hydra cannot merge a list into the mapping of a preset. The key is the name of the class or of the member.
+    """
+    group, _, value = argument.partition("=")
+    try:
+        items = OverridesParser.create().parse_override(f"members={value}").value()
+    except Exception:  # the parser raises errors of several libraries; Hydra reports them again
+        return [argument]
+    overrides = []
+    for item in items if isinstance(items, list) else ():
+        settings = dict(item) if isinstance(item, Mapping) else {"name": item}
+        name = str(settings.get("name", ""))
+        key = re.sub(r"\W", "_", name.rpartition(":")[2])
+        if not key:
+            return [argument]
+        overrides.append(f"++{group}.{key}={_as_override(settings)}")
+    return overrides
+
+
+def _as_override(value: Any) -> str:
+    """Return a parsed value in the grammar of Hydra."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}: {_as_override(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_as_override, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) if isinstance(value, int | float) else literal(str(value))
 
 
 def conf_folder() -> Path:
@@ -96,9 +135,19 @@ def to_overrides(arguments: Sequence[str], on_folder: bool = False) -> list[str]
             path = path if path.name not in ("", "..") else path.resolve()
             root = "runs" if path.parent == Path() and "/" not in argument else str(path.parent)
             overrides += [f"run.root={literal(root)}", f"run.name={literal(path.name)}"]
+        elif _MEMBERS.match(argument):
+            overrides += _added_members(argument)
         else:
             overrides.append(argument)
     return overrides
+
+
+def settable(override: str) -> str:
+    """Return an override with `++` for `+` if it is a setting of a preset.
+
+    Settings that a preset's YAML files leave out are present with their defaults, and `+` alone would refuse them.
+    """
+    return f"+{override}" if re.match(r"\+(render|also)\.[\w.]+=", override) else override
 
 
 def _is_override(argument: str) -> bool:

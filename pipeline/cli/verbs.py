@@ -18,6 +18,7 @@ from pipeline.core.errors import AtlasError
 from pipeline.core.formatting import clock
 from pipeline.data import datasets, image_loading, natural_spectrum
 from pipeline.engine.progress import report_lines
+from pipeline.kernels.allocator import retain_freed_memory
 from pipeline.models.loading import load_model
 from pipeline.planning.folder import RunFolder
 from pipeline.planning.plan import Plan
@@ -34,28 +35,34 @@ from pipeline.store.shards import safe_name
 SPECTRUM_SIDE = 128
 
 
+def _make_plan(request: Request) -> Plan:
+    """Plan a run in this process, whose allocator is set as that of the workers, so that the timed steps are theirs."""
+    retain_freed_memory()
+    return runner.plan_run(request)
+
+
 def run(request: Request, _: Options) -> int:
     """Plan, dataset pass, visualizations, atlas.h5 and site: whatever of them is missing."""
-    plan = runner.plan_run(request)
+    plan = _make_plan(request)
     print_plan(plan)
     return runner.run(request, plan)
 
 
 def plan(request: Request, _: Options) -> int:
     """Print the table of layers and the estimated time."""
-    print_plan(runner.plan_run(request))
+    print_plan(_make_plan(request))
     runner.log.info("written to %s", request.folder.plan)
     return COMPLETE
 
 
 def examples(request: Request, _: Options) -> int:
     """The dataset pass alone."""
-    return runner.run(request, runner.plan_run(request), ("examples",))
+    return runner.run(request, _make_plan(request), ("examples",))
 
 
 def render(request: Request, _: Options) -> int:
     """The visualizations alone."""
-    return runner.run(request, runner.plan_run(request), ("render",))
+    return runner.run(request, _make_plan(request), ("render",))
 
 
 def site(request: Request, _: Options) -> int:

@@ -7,18 +7,21 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from pipeline.compare.metric_names import HIGHER, LOWER, MAIN, NEITHER, Measure, ordered_measures
 from pipeline.compare.runs import Contender, RunComparison
 from pipeline.compare.statistics import Median, PairedTest, median, paired_test
-from pipeline.core.metric_specs import activation_ratio
+from pipeline.core.metric_specs import (
+    MAIN_METRIC,
+    OBJECTIVE,
+    RATIO_METRICS,
+    Metric,
+    activation_ratio,
+    find_metric,
+    in_comparison_order,
+)
 from pipeline.store.layer_view import LayerView
 
 # Name of all layers together in the summary.
 ALL = "*"
-# Numbers that describe how an image was made and are not measures of its quality.
-_LABELS = ("seed",)
-# Ratios to the maximum activation over the dataset, and the activations that they are computed from.
-_RATIOS = {MAIN: "activation", "robust_gain": "robust"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +68,14 @@ class Comparison:
     """
 
     contenders: tuple[Contender, ...]
-    measures: tuple[Measure, ...]
+    measures: tuple[Metric, ...]
     layers: tuple[Part, ...]
 
     @property
-    def main(self) -> Measure:
+    def main(self) -> Metric:
         """The measure that pages show first: the activation ratio, or the activation without a dataset pass."""
         by_name = {measure.name: measure for measure in self.measures}
-        return by_name.get(MAIN, by_name.get("activation", self.measures[0]))
+        return by_name.get(MAIN_METRIC, by_name.get("activation", self.measures[0]))
 
     @property
     def all_units(self) -> Part:
@@ -92,21 +95,21 @@ class Comparison:
             difference=np.concatenate([p.difference for p in layers] or [np.zeros(0)]),
         )
 
-    def median(self, part: Part, measure: Measure, at: int) -> Median:
+    def median(self, part: Part, measure: Metric, at: int) -> Median:
         """Return the median of contender `at` over the units that it has."""
         return median(part.of(measure.name)[at])
 
-    def comparable(self, measure: Measure, first: int, second: int) -> bool:
+    def comparable(self, measure: Metric, first: int, second: int) -> bool:
         """Return whether a measure is comparable; activations are only between contenders with the same objective."""
         a, b = self.contenders[first], self.contenders[second]
-        return not measure.objective_units or (a.reference, a.objective) == (b.reference, b.objective)
+        return measure.unit != OBJECTIVE or (a.reference, a.objective) == (b.reference, b.objective)
 
-    def better(self, measure: Measure, at: int) -> int:
+    def better(self, measure: Metric, at: int) -> int:
         """Return 1 if higher values are better for contender `at`, −1 if lower ones are, and 0 if neither is."""
-        sign = {HIGHER: 1, LOWER: -1}.get(measure.better, 0)
-        return -sign if measure.objective_units and self.contenders[at].negative else sign
+        sign = {"higher": 1, "lower": -1}.get(measure.better, 0)
+        return -sign if measure.unit == OBJECTIVE and self.contenders[at].negative else sign
 
-    def paired_test(self, part: Part, measure: Measure, first: int, second: int) -> PairedTest | None:
+    def paired_test(self, part: Part, measure: Metric, first: int, second: int) -> PairedTest | None:
         """Compare contender `first` with `second` over the units that both have; None if not comparable.
 
         If neither direction is better, higher values count as wins.
@@ -116,7 +119,7 @@ class Comparison:
         values = part.of(measure.name)
         return paired_test(values[first], values[second], self.better(measure, first) or 1)
 
-    def disagreement(self, part: Part, measure: Measure) -> np.ndarray:
+    def disagreement(self, part: Part, measure: Metric) -> np.ndarray:
         """Return (C,) highest minus lowest value of each unit; NaN with fewer than two values.
 
         Only contenders whose values are comparable to those of the first one count.
@@ -180,8 +183,8 @@ class Comparison:
                         self._row_start(part, measure, first) | pair | _median_columns(test.difference, units) | counts
                     )
 
-    def _row_start(self, part: Part, measure: Measure, at: int) -> dict[str, object]:
-        better = {1: HIGHER, -1: LOWER, 0: NEITHER}[self.better(measure, at)]
+    def _row_start(self, part: Part, measure: Metric, at: int) -> dict[str, object]:
+        better = {1: "higher", -1: "lower", 0: "neither"}[self.better(measure, at)]
         return {"layer": part.name, "measure": measure.name, "better": better}
 
 
@@ -202,7 +205,7 @@ def align(inputs: RunComparison) -> Comparison:
     """
     names = list(dict.fromkeys(name for atlas in inputs.atlases for name in atlas.layers))
     parts = [part for name in names if (part := _part(inputs, name)) is not None]
-    measures = ordered_measures(name for part in parts for name in part.values)
+    measures = in_comparison_order(name for part in parts for name in part.values)
     finite = [m for m in measures if any(np.isfinite(part.of(m.name)).any() for part in parts)]
     return Comparison(inputs.contenders, tuple(finite), tuple(parts))
 
@@ -238,17 +241,23 @@ def _part(inputs: RunComparison, name: str) -> Part | None:
         rendered[at, rows] = (status != "missing").any(1)
         failed[at, rows] = (status == "failed").sum(1)
         for key, array in numbers.items():
-            if key not in _LABELS and key not in _RATIOS and array.ndim == 2 and array.dtype.kind in "fiu":
+            if _is_compared(key) and array.ndim == 2 and array.dtype.kind in "fiu":
                 values.setdefault(key, np.full(shape, np.nan))[at, rows] = _median_over_variants(array, status)
     _fill_dataset_max(dataset_max, contenders)
-    for ratio, activation in _RATIOS.items():
-        if activation in values:
+    for ratio in RATIO_METRICS:
+        if ratio.numerator in values:
             ratios = []
             for at, contender in enumerate(contenders):
-                activations = values[activation][at][:, None]
+                activations = values[ratio.numerator][at][:, None]
                 ratios.append(activation_ratio(activations, dataset_max[at], contender.negative)[:, 0])
-            values[ratio] = np.stack(ratios)
+            values[ratio.name] = np.stack(ratios)
     return Part(name, channels, values, dataset_max, rendered, failed, np.full(len(channels), np.nan))
+
+
+def _is_compared(name: str) -> bool:
+    """Return whether a stored array is a measure of quality; ratios are computed again, from all runs' datasets."""
+    metric = find_metric(name)
+    return metric is None or (metric.comparison_order is not None and metric.source != "ratio")
 
 
 def _median_over_variants(array: np.ndarray, status: np.ndarray) -> np.ndarray:

@@ -10,10 +10,10 @@ import numpy as np
 
 from pipeline.compare.alignment import Comparison, Part, align
 from pipeline.compare.contact_sheets import choose, per_thumb, shapes, write_sheets
-from pipeline.compare.metric_names import Measure
 from pipeline.compare.pages import Pages, code
 from pipeline.compare.runs import RunComparison
 from pipeline.core.hashing import digest_of
+from pipeline.core.metric_specs import Metric
 from pipeline.site.config import SiteConfig
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, summarize
 from pipeline.site.data.js_shards import rounded_decimals, shard_script, shortest_decimals, to_json
@@ -136,7 +136,7 @@ def _labels(inputs: RunComparison, part: Part) -> list[str]:
     return [labels.get(channel, "") for channel in part.channels.tolist()]
 
 
-def _write_layer(context: BuildContext, measures: Sequence[Measure], part: Part, order: int) -> LayerResult:
+def _write_layer(context: BuildContext, measures: Sequence[Metric], part: Part, order: int) -> LayerResult:
     """Write the sheets and shards of one layer and of its units."""
     facts = _facts(context.inputs, part, order)
     sheets = write_sheets(context.root, context.inputs, part, facts.slug, context.sizes, context.config)
@@ -161,7 +161,7 @@ def _write_layer(context: BuildContext, measures: Sequence[Measure], part: Part,
 
 
 def _unit_records(
-    inputs: RunComparison, measures: Sequence[Measure], part: Part, labels: Sequence[str]
+    inputs: RunComparison, measures: Sequence[Metric], part: Part, labels: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Return the JSON record of each unit of a layer."""
     images = _image_records(inputs, part)
@@ -247,7 +247,7 @@ def _index(
     }
 
 
-def _measure_entry(comparison: Comparison, measure: Measure) -> dict[str, Any]:
+def _measure_entry(comparison: Comparison, measure: Metric) -> dict[str, Any]:
     contenders = range(len(comparison.contenders))
     return {
         "name": measure.name,

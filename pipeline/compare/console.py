@@ -5,9 +5,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.compare.alignment import Comparison
-from pipeline.compare.metric_names import Measure
 from pipeline.compare.pages import MAX_PAIRED, p_text
 from pipeline.compare.statistics import Median
+from pipeline.core.metric_specs import Metric
 from pipeline.site.number_format import number
 
 
@@ -87,7 +87,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _name(measure: Measure) -> str:
+def _name(measure: Metric) -> str:
     return escape(measure.title) + {"higher": " ↑", "lower": " ↓"}.get(measure.better, "")
 
 

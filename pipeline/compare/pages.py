@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.compare.alignment import Comparison, Part
-from pipeline.compare.metric_names import Measure
 from pipeline.compare.plots import Scatter, profile, scatter, strips
 from pipeline.compare.runs import SHARED, RunComparison, differing_settings
 from pipeline.compare.statistics import LEVEL, Median, PairedTest
+from pipeline.core.metric_specs import Metric
 from pipeline.site import pages as site_pages
 from pipeline.site.config import SiteConfig
 from pipeline.site.context.layer_summary import LayerSummary
@@ -28,7 +28,7 @@ COMPARE_STATIC = ("compare.css", "order.js", "grid.js", "magnifier.js", "unit.js
 MAX_PAIRED = 4
 
 # (first contender, second contender, [(measure, test of second against first, which direction is better)])
-Pairing = tuple[str, str, list[tuple[Measure, PairedTest, int]]]
+Pairing = tuple[str, str, list[tuple[Metric, PairedTest, int]]]
 
 
 @functools.cache
@@ -113,7 +113,7 @@ class Pages:
                 missing=self._missing(part),
             )
 
-    def _table(self, part: Part) -> list[tuple[Measure, list[Median]]]:
+    def _table(self, part: Part) -> list[tuple[Metric, list[Median]]]:
         """Return the medians of all contenders by measure, for measures that at least one contender has here."""
         comparison = self._comparison
         contenders = range(len(comparison.contenders))

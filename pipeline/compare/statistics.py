@@ -1,4 +1,4 @@
-"""Medians with bootstrap intervals and paired sign tests over units, in NumPy."""
+"""Medians with bootstrap intervals and paired sign tests over units."""
 
 import dataclasses
 import functools
@@ -101,12 +101,10 @@ def paired_test(
 def sign_test(wins: int, losses: int) -> float:
     """Return the two-sided p value of the sign test: the probability of a split at least this uneven by chance.
 
-    min(1, 2 P(X ≤ min(wins, losses))) with X ~ Binomial(wins + losses, ½); ties are left out (Dixon & Mood, "The
-    statistical sign test", JASA 41, 1946). NaN if all pairs are ties. The test assumes independent units.
+    Ties are left out (Dixon & Mood, "The statistical sign test", JASA 41, 1946). NaN if all pairs are ties. The test
+    assumes independent units.
     """
-    n, fewer = wins + losses, min(wins, losses)
-    if not n:
-        return math.nan
-    logs = np.array([math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(fewer + 1)])
-    tail = math.exp(logs.max() - n * math.log(2)) * float(np.exp(logs - logs.max()).sum())
-    return min(1.0, 2 * tail)
+    # Imported here because it takes a second, and only comparisons need it.
+    from scipy.stats import binomtest
+
+    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else math.nan

@@ -52,7 +52,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` atomically; see `making`."""
+    """Write `data` to `path` atomically; see `atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from pydantic_core import CoreSchema, core_schema
 
 from pipeline.core.errors import AtlasError, first_line
 
@@ -53,6 +54,11 @@ class ConfigFile:
 
     path: str
     content: bytes | None = None
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
+        """Return the schema for pydantic: configurations name the file by its path."""
+        return core_schema.no_info_after_validator_function(cls, core_schema.str_schema())
 
     def canonical(self) -> str:
         """Return the sha256 of the content, or of the path if the file is not read yet."""
@@ -99,8 +105,8 @@ class ConfigFile:
 def load_config_files(config: T, where: str, packaged: str | None = None) -> T:
     """Return a configuration with every `ConfigFile` in it read, at any depth.
 
-    A dataclass may have a method `wants(field name)` that returns False for a file that it does not use. Such a file is
-    not read, and no result depends on it. An attribute `packaged` of a dataclass replaces the argument of that name.
+    A dataclass may have a method `uses_file(field name)` that is False for a file that it does not use. Such a file
+    is not read, and no result depends on it. An attribute `packaged` of a dataclass replaces the argument of that name.
 
     Args:
         config: A frozen dataclass, a tuple, a `ConfigFile` or any other value.

@@ -11,7 +11,7 @@ _interrupted = False
 
 
 def raise_if_interrupted() -> None:
-    """Raise KeyboardInterrupt if a signal arrived since `listening` was entered."""
+    """Raise KeyboardInterrupt if a signal arrived since `InterruptHandlers` was entered."""
     if _interrupted:
         raise KeyboardInterrupt
 

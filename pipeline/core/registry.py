@@ -5,105 +5,17 @@ mapping such as `{"name": "fourier", "decay": 1.0}` is enough to build it on any
 """
 
 import dataclasses
-import types
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from pipeline.core import plugins
 from pipeline.core.config_files import ConfigFile
 from pipeline.core.errors import AtlasError, nearest_names
+from pipeline.core.validation import SENTENCE, keyed_schema, validated
 
 T = TypeVar("T")
-
-
-def coerce(value: Any, kind: Any, where: str) -> Any:
-    """Convert a value of a configuration to an annotated type.
-
-    Only lossless conversions are made: int to float, list to tuple, str to `ConfigFile`, mapping to dataclass.
-
-    Args:
-        value: A plain value.
-        kind: The type annotation.
-        where: Dotted key of the setting, for the error message.
-
-    Raises:
-        AtlasError: If the value has another type.
-    """
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        # Try the exact type first, so that 3 stays an int for `int | float`.
-        options = sorted(
-            (a for a in args if a is not type(None)), key=lambda a: not (isinstance(a, type) and type(value) is a)
-        )
-        for option in options:
-            try:
-                return coerce(value, option, where)
-            except AtlasError:
-                continue
-    elif origin is tuple:
-        if isinstance(value, (list, tuple)):
-            if len(args) == 2 and args[1] is Ellipsis:
-                return tuple(coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
-            if len(value) == len(args):
-                return tuple(coerce(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
-    elif origin is Mapping:
-        if isinstance(value, Mapping):
-            return {str(k): coerce(v, args[1], f"{where}.{k}") for k, v in value.items()}
-    elif kind is ConfigFile and isinstance(value, str):
-        return ConfigFile(value)
-    elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if isinstance(value, kind):
-            return value
-        if isinstance(value, Mapping):
-            return build(kind, value, where)
-    elif kind is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    elif isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise AtlasError(f"{where}={value!r} has the wrong type: {describe(kind)} is needed.")
-
-
-def describe(kind: Any) -> str:
-    """Return a type annotation in words, for error messages."""
-    args = typing.get_args(kind)
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join(describe(a) for a in args)
-    if kind is type(None):
-        return "null"
-    if typing.get_origin(kind) is Mapping:
-        return f"a mapping to {describe(args[1])}"
-    if typing.get_origin(kind) is tuple:
-        return f"a list of {describe(args[0])}"
-    return "a file's path" if kind is ConfigFile else getattr(kind, "__name__", str(kind))
-
-
-def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
-    """Build a frozen dataclass from a plain mapping.
-
-    Args:
-        kind: The dataclass.
-        mapping: Values of its fields by name; fields with a default may be absent.
-        where: Dotted key of the mapping, for error messages.
-
-    Raises:
-        AtlasError: If a key is unknown, a required one is missing, or a value has the wrong type.
-    """
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
-    dot = f"{where}." if where else ""
-    for key in mapping:
-        if key not in fields:
-            raise AtlasError(f"{dot}{key} is not a setting. {nearest_names(str(key), fields)}")
-    values = {k: coerce(v, hints[k], f"{dot}{k}") for k, v in mapping.items()}
-    for name, field in fields.items():
-        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise AtlasError(f"{dot}{name} is missing: {describe(hints[name])} is needed.")
-    return kind(**values)
 
 
 # The name under which each class is registered. Digests and seeds depend on these names, never on class names.
@@ -112,7 +24,7 @@ _REGISTERED: dict[type, str] = {}
 
 def registered_name(member: Any) -> str:
     """Return the name under which the class of a registry's member is registered, as it is written in `conf/`."""
-    return _REGISTERED[type(member)]
+    return _REGISTERED.get(type(member)) or plugins.identity(type(member))["name"]
 
 
 def canonical(value: Any) -> Any:
@@ -126,7 +38,7 @@ def canonical(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
         name = _REGISTERED.get(type(value))
-        return fields if name is None else {"name": name, **fields}
+        return {**plugins.identity(type(value)), **fields} if name is None else {"name": name, **fields}
     if isinstance(value, (list, tuple)):
         return [canonical(v) for v in value]
     if isinstance(value, Mapping):
@@ -150,8 +62,26 @@ class Registry:
 
     def __getitem__(self, name: str) -> type:
         if name not in self._members:
-            raise AtlasError(f"There is no {self.noun} {name!r}. {nearest_names(name, self._members)}")
+            plugins.load_entry_points()
+        if name not in self._members:
+            raise AtlasError(
+                f"There is no {self.noun} {name!r}. {nearest_names(name, self._members)} A class of your own is named "
+                "my_file.py:Class."
+            )
         return self._members[name]
+
+    def member(self, name: str) -> type:
+        """Return the class called `name`, which may be a reference to the user's own code.
+
+        Raises:
+            AtlasError: If there is no such member, or the class cannot be loaded.
+        """
+        return plugins.load_member(name, self.noun, self._bases()) if plugins.is_reference(name) else self[name]
+
+    def _bases(self) -> list[type]:
+        """Return the classes that all members are derived from."""
+        shared = set.intersection(*(set(cls.__mro__) for cls in self._members.values()))
+        return [cls for cls in shared if cls is not object and cls.__module__ not in ("abc", "typing")]
 
     def add(self, name: str) -> Callable[[type[T]], type[T]]:
         """Return a class decorator that registers a frozen dataclass under `name`."""
@@ -165,17 +95,51 @@ class Registry:
 
         return register
 
-    def build(self, mapping: Mapping[str, Any], where: str) -> Any:
+    def build(self, mapping: Any) -> Any:
         """Build the member that `mapping["name"]` names, with the other keys as its parameters.
 
         Args:
             mapping: The member's name and parameters.
-            where: Dotted key of the mapping, for error messages.
 
         Raises:
-            AtlasError: If there is no such member, or a parameter is invalid.
+            AtlasError: If there is no such member.
+            ValidationError: If there is no name, or a parameter is invalid.
         """
         if not isinstance(mapping, Mapping) or not isinstance(mapping.get("name"), str):
-            raise AtlasError(f"{where} needs a `name`: one of {', '.join(self)}.")
-        parameters = {k: v for k, v in mapping.items() if k != "name"}
-        return build(self[mapping["name"]], parameters, where)
+            raise PydanticCustomError(SENTENCE, " needs a `name`: one of {names}", {"names": ", ".join(self)})
+        return validated(self.member(mapping["name"]), {k: v for k, v in mapping.items() if k != "name"})
+
+    def name_by_key(self, mapping: Any) -> Any:
+        """Return a mapping of members with their names: a member is called by its key unless it has a `name`."""
+        if not isinstance(mapping or {}, Mapping):
+            return mapping
+        # Only an absent or empty entry stands for the defaults; anything else that is no mapping is refused below.
+        return {
+            key: {"name": key, **(settings or {})} if isinstance(settings or {}, Mapping) else settings
+            for key, settings in (mapping or {}).items()
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """Annotation of a field that holds a member of a registry, given as a mapping with its `name`."""
+
+    registry: Registry
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        """Return the schema for pydantic."""
+        return core_schema.no_info_plain_validator_function(self.registry.build)
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """Annotation of a field that holds a tuple of members of a registry, given as a mapping of their settings by key.
+
+    The order of the mapping is kept. One member can occur under several keys: `jitter_after: {name: jitter}`.
+    """
+
+    registry: Registry
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        """Return the schema for pydantic."""
+        return keyed_schema(self.registry.build, self.registry.name_by_key)

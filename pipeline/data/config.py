@@ -1,6 +1,11 @@
 """Configuration of the dataset (group `data` of `conf/`)."""
 
 import dataclasses
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline.core.validation import NullMeans
 
 # Default of `data.max_pixels`. Larger images are refused before decoding: a small file can decompress to gigabytes.
 MAX_PIXELS = 64_000_000
@@ -22,8 +27,8 @@ class DataConfig:
 
     source: str = "samples"
     root: str | None = None
-    limit: int | None = None
+    limit: Annotated[Annotated[int, Field(ge=1)] | None, NullMeans("all")] = None
     labels: str | None = None
     image: str | None = None
     label: str | None = None
-    max_pixels: int | None = MAX_PIXELS
+    max_pixels: Annotated[Annotated[int, Field(ge=1)] | None, NullMeans("no limit")] = MAX_PIXELS

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pipeline.core import plugins
 from pipeline.core.config_files import decode_text
 from pipeline.core.errors import AtlasError, first_line, nearest_names
 from pipeline.data import multiband
@@ -39,10 +40,10 @@ class Dataset:
     """A listed dataset.
 
     Attributes:
-        photos: All images, in order.
+        images: All images, in order.
         roots: Folders on this machine by the first part of a path; "" for all other paths.
         column: Image column of a table; "" for other sources.
-        sent: Whether the images were copied to this machine: each is then a file of its own below `roots[""]`, named
+        copied: Whether the images were copied to this machine: each is then a file of its own below `roots[""]`, named
             by `DatasetImage.source_path`.
         max_pixels: Images with more pixels are not decoded; None sets no limit.
     """
@@ -133,6 +134,8 @@ def list_dataset(config: DataConfig, channels: int = 3) -> Dataset:
     Raises:
         AtlasError: If the source is unknown or has no image.
     """
+    if plugins.is_reference(config.source):
+        return _limited(plugins.load_object(config.source, "data.source")(config), config)
     if config.source not in READERS:
         raise AtlasError(f"data.source={config.source!r} is unknown. {nearest_names(config.source, READERS)}")
     if channels in (1, 3):
@@ -144,6 +147,13 @@ def list_dataset(config: DataConfig, channels: int = 3) -> Dataset:
             f"The network takes {channels} channels, but the images of data={config.source} have 1 or 3. Use "
             f"data=folder data.root=DIR with files of {channels} bands ({', '.join(sorted(multiband.SUFFIXES))})."
         )
+    return _limited(listed, config)
+
+
+def _limited(listed: Listing, config: DataConfig) -> Dataset:
+    """Return the dataset of a listing, with the limit and the labels of the configuration."""
+    if not isinstance(listed, Listing):
+        raise AtlasError(f"data.source={config.source} must return a pipeline.data.readers.base.Listing.")
     dataset = Dataset(listed.photos[: config.limit], listed.roots, listed.column, max_pixels=config.max_pixels)
     if not dataset.images:
         raise AtlasError(f"data={config.source}: no image at all.")
@@ -197,4 +207,4 @@ def _with_labels(dataset: Dataset, path: Path) -> Dataset:
             f"such as {dataset.images[0].source_path!r}."
         )
     photos = tuple(dataclasses.replace(p, label=labels.get(p.source_path, "")) for p in dataset.images)
-    return dataclasses.replace(dataset, photos=photos)
+    return dataclasses.replace(dataset, images=photos)

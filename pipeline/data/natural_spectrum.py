@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.core.config_files import ConfigFile
 from pipeline.core.errors import AtlasError
 
-# Pixel values are clipped to [EDGE, 1 − EDGE] before the logit, which is infinite at 0 and 1.
+# Pixel values are clipped to [LOGIT_MARGIN, 1 − LOGIT_MARGIN] before the logit, which is infinite at 0 and 1.
 LOGIT_MARGIN = 1 / 64
 
 
@@ -28,7 +28,7 @@ class Spectrum:
     Attributes:
         amplitude: Mean of |FFT|, (C, S, S // 2 + 1), of the color-decorrelated logits of pixels, with the orthonormal
             transform.
-        colour: Square root of the color covariance, normalized, (C, C); see `measure`.
+        colour: Square root of the color covariance, (C, C), divided by its largest column norm; see `measure_spectrum`.
         mean: Signed mean of the color-decorrelated logits, (C,). It determines the amplitude at frequency 0.
     """
 
@@ -46,7 +46,16 @@ class Spectrum:
         arrays = file.arrays()
         if set(arrays) != {"amplitude", "colour", "mean"}:
             raise AtlasError(f"{file.path} is not a spectrum. Create one with `atlas spectrum data.root=… out=…`.")
-        return cls(**{name: array.astype(np.float32) for name, array in arrays.items()})
+        return cls(**{name: array.astype(np.float32) for name, array in arrays.items()})._normalized()
+
+    def _normalized(self) -> "Spectrum":
+        """Return the same statistics with the color matrix divided by its largest column norm, as in lucid.
+
+        Files of earlier versions were divided by the largest row norm. What is decorrelated by the inverse matrix, the
+        amplitudes and the mean, scales by the same factor, so that the colors of images do not change.
+        """
+        scale = np.linalg.norm(self.colour, axis=0).max()
+        return Spectrum(self.amplitude * scale, self.colour / scale, self.mean * scale)
 
     def content(self) -> bytes:
         """Return the bytes of an .npz. Amplitudes span only four orders of magnitude, so that float16 suffices."""
@@ -83,10 +92,10 @@ def packaged_spectrum() -> Spectrum:
 def measure_spectrum(images: Iterable[np.ndarray]) -> Spectrum:
     """Measure the spectrum of images (C, S, S), uint8, all of one size.
 
-    Colors: the square root of the covariance of all pixels, divided by its largest row norm. (lucid's
-    `color_correlation_normalized`, lucid/optvis/param/color.py, is divided by its largest column norm.)
+    Colors: the square root of the covariance of all pixels, divided by its largest column norm, as lucid's
+    `color_correlation_normalized` (lucid/optvis/param/color.py).
     Amplitudes: the mean of |FFT| of the images after the inverse sigmoid (logit, with values clipped to
-    [`EDGE`, 1 − `EDGE`]) and the inverse color matrix, so that the `maco` parameterization inverts both.
+    [`LOGIT_MARGIN`, 1 − `LOGIT_MARGIN`]) and the inverse color matrix: the `maco` parameterization inverts both.
 
     Raises:
         AtlasError: If there are fewer than 2 images.
@@ -99,7 +108,7 @@ def measure_spectrum(images: Iterable[np.ndarray]) -> Spectrum:
     # Columns in order of decreasing variance: lightness first.
     root = (vectors * values.clamp(min=1e-8).sqrt()).flip(1)
     root = root * torch.where(root.sum(0) < 0, -1.0, 1.0)
-    colour = (root / root.norm(dim=1).max()).float()
+    colour = (root / root.norm(dim=0).max()).float()
     inverse = torch.linalg.inv(colour)
     total, mean = torch.zeros(()), torch.zeros(colour.shape[0])
     for image in tensors:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import EngineConfig
+from pipeline.core import plugins
 from pipeline.core.atomic_io import write_atomic
 from pipeline.core.errors import AtlasError, first_line
 from pipeline.engine.base import (
@@ -237,6 +238,9 @@ class RayEngine:
         self._setup = dataclasses.replace(setup, threads=pool.threads, device=pool.device)
         log.info("%d workers, %g CPUs and %g GPUs each, on %s", pool.workers, pool.cpus, pool.gpus, pool.device)
         # max_restarts=0: replacing a dead actor here is faster than the restarts of Ray, and observable.
+        for module in plugins.modules():
+            # Workers on other machines may not have the user's files.
+            self.ray.cloudpickle.register_pickle_by_value(module)
         options = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "max_restarts": 0}
         self._actor_class = self.ray.remote(**options)(self.worker_class)
         remote = self.config.address is not None or not self.config.shared_fs

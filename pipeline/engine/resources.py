@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import psutil
 import torch
 
 from pipeline.config.schema import EngineConfig
+from pipeline.core.machine import available_cores
 
 # A worker may use its share of this part of the machine's memory.
 USABLE_MEMORY = 0.9
@@ -90,11 +90,6 @@ def _cpus_per_worker(config: EngineConfig, nodes: Sequence[Node], gpus: float) -
 def local_resources() -> tuple[int, int]:
     """Return (CPU cores that this process may use, GPUs) of this machine."""
     return available_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def available_cores() -> int:
-    """Return the number of CPU cores that this process may use: of the affinity mask where there is one."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_share(threads: int) -> float:

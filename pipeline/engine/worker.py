@@ -21,7 +21,7 @@ from pipeline.acceleration.batchnorm_folding import ConvNormPair, foldable_pairs
 from pipeline.acceleration.variants import ModelVariants, verified_fold, verified_variants
 from pipeline.core import atomic_io, hashing
 from pipeline.core.errors import AtlasError
-from pipeline.core.metric_specs import IMAGE_METRICS
+from pipeline.core.metric_specs import IMAGE_METRICS, RENDER_METRICS
 from pipeline.core.registry import registered_name
 from pipeline.engine.resources import memory_share
 from pipeline.engine.tasks import Done, LocalizeTask, RangesTask, RenderTask, Setup, SweepTask, Task
@@ -203,7 +203,7 @@ class Worker:
                     raise AtlasError(f"{name!r} leads out of its folder.")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
-            self.dataset = dataclasses.replace(self.setup.dataset, roots={"": folder}, sent=True)
+            self.dataset = dataclasses.replace(self.setup.dataset, roots={"": folder}, copied=True)
             yield
 
     def _restart_reason(self) -> str:
@@ -297,20 +297,18 @@ class Worker:
         variants = self.variants(self.layers[task.layer], preset, task.canvas)
         shape = (len(task.channels), preset.variants)
 
-        def column(name: str, kind: type) -> np.ndarray:
-            return np.array([getattr(p, name) for p in pictures], kind).reshape(shape)
+        def column(values: Sequence[object], kind: type) -> np.ndarray:
+            return np.array(values, kind).reshape(shape)
 
         images = np.stack([p.image for p in pictures])
         arrays = {
             "channels": np.array(task.channels, np.int32),
             "images": images.reshape(*shape, *images.shape[1:]),
             "trace": np.stack([p.trace for p in pictures]).astype(np.float32).reshape(*shape, -1),
-            "status": column("status", object),
-            "reason": column("reason", object),
-            "seed": column("seed", np.int64),
-            "steps": column("steps", np.int32),
-            **{k: column(k, np.float32) for k in ("activation", "robust", "start", "seconds")},
-            **{k: np.array([p.measures[k] for p in pictures], np.float32).reshape(shape) for k in IMAGE_METRICS},
+            "status": column([p.status for p in pictures], object),
+            "reason": column([p.reason for p in pictures], object),
+            **{m.name: column([getattr(p, m.name) for p in pictures], m.dtype) for m in RENDER_METRICS},
+            **{m.name: column([p.measures[m.name] for p in pictures], m.dtype) for m in IMAGE_METRICS},
             "response": np.stack([p.response for p in pictures]).reshape(*shape, -1),
         }
         attributes = {
@@ -320,6 +318,7 @@ class Worker:
             "natural": preset.natural,
             "preset": preset.name,
             "precision": "float32" if preset.requires_original_weights else variants.precision,
+            "requested_precision": self.setup.precision,
             "device": self.setup.device.partition(":")[0],
             "level": variants.plain_level if preset.requires_original_weights else variants.level,
             "level_reason": "" if preset.requires_original_weights else variants.reason,

@@ -21,7 +21,7 @@ class Association:
     """Labels associated with C channels, by label number; −1 and NaN where there is none.
 
     Attributes:
-        method: "responses" if computed by `by_responses`, "counts" if by `by_counts`, which sets only `over` and
+        method: "responses" by `associate_by_activations`, "counts" by `associate_by_counts`, which sets `over` and
             `count`.
         over: Most over-represented labels among the top 1 % of images, (C, TOP) int32. With "counts": the most
             frequent labels among the dataset examples.
@@ -62,7 +62,7 @@ def has_enough_labels(labels: np.ndarray) -> bool:
 
 
 def associate_by_counts(best: np.ndarray, labels: np.ndarray) -> Association:
-    """Count the labels among the dataset examples, for datasets with too few labeled images for `by_responses`.
+    """Count the labels among the dataset examples, for datasets with few labeled images.
 
     Args:
         best: Image indices of the dataset examples, (C, k); −1 for none.

@@ -190,7 +190,7 @@ def localize(context: PassContext, index: SecondPassIndex, images: Sequence[int]
           ends of its range;
         - `i/top` (m,) int32 and `i/answer` (m, C) float16: the images of `index.top` that were read, and the maximum
           activations of all channels of the layer on them;
-        - `i/jpeg`, `i/offset`: with `store="crops"`, a crop for each pair, in the form of `blob`.
+        - `i/jpeg`, `i/offset`: with `store="crops"`, a crop for each pair, in the form of `concatenate_bytes`.
 
         For the images: `shown/index`, `shown/size` (width, height), `shown/box` (the region that became the input),
         `shown/lost` (images that could not be read), and with `store="images"` `shown/jpeg` and `shown/offset`.

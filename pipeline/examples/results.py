@@ -16,10 +16,10 @@ class DatasetPassResult:
     """Everything that an atlas stores about a dataset, for the layers of a plan in their order.
 
     Attributes:
-        sweep: Result of the first pass.
+        first_pass: Result of the first pass.
         ranges: Histogram ranges and scales with which the first pass measured.
-        chosen: Dataset examples of each layer.
-        looks: Arrays of the second pass, as `localize` returns them, with all parts concatenated.
+        examples: Dataset examples of each layer.
+        localizations: Arrays of the second pass, as `localize` returns them, with all parts concatenated.
         associations: Label association of each layer; None if the dataset has no labels.
         store: What is stored of the images: "images", "crops" or "ids" (`examples.store`).
         edges: Bounds of the quantile bins, in percent.

@@ -8,11 +8,14 @@ others: any split of the dataset, merged in any order, gives the same bytes.
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from pipeline.core.validation import Use
 from pipeline.data import image_loading
 from pipeline.data.datasets import Dataset
 from pipeline.data.image_loading import Loaded
@@ -35,20 +38,20 @@ BUFFER_IMAGES = 192
 class ExamplesConfig:
     """What is stored of a dataset, and in what portions it is read. `conf/examples/default.yaml` explains each key."""
 
-    k: int = 8
+    k: Annotated[int, Field(ge=1)] = 8
     spectrum: tuple[float, ...] = (0, 1, 25, 50, 75, 99, 100)
-    per_bin: int = 3
-    sample: int = 64
-    subset: int = 1024
-    labelled: int = 32_768
-    batch: int = 32
-    per_task: int | str = "auto"
-    compile: bool | str = "auto"
-    store: str = "images"
-    side: int = 320
-    crop_side: int = 96
-    jpeg_quality: int = 85
-    maps: int = 14
+    per_bin: Annotated[int, Field(ge=0)] = 3
+    sample: Annotated[int, Field(ge=1)] = 64
+    subset: Annotated[int, Field(ge=0)] = 1024
+    labelled: Annotated[int, Field(ge=0)] = 32_768
+    batch: Annotated[int, Field(ge=1)] = 32
+    per_task: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], Use("auto or a number from 1")] = "auto"
+    compile: Annotated[bool | Literal["auto"], Use("auto or true, false")] = "auto"
+    store: Literal["images", "crops", "ids"] = "images"
+    side: Annotated[int, Field(ge=32)] = 320
+    crop_side: Annotated[int, Field(ge=8)] = 96
+    jpeg_quality: Annotated[int, Field(ge=1)] = 85
+    maps: Annotated[int, Field(ge=1)] = 14
 
     def images_per_task(self, images: int) -> int:
         """Return the number of images per task: by default about 64 tasks of 256 to 4,096 images each."""

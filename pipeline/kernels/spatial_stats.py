@@ -92,6 +92,8 @@ def compile_or_fallback(function: Callable[..., Any]) -> Callable[..., Any]:
                 with torch.no_grad(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # warnings of the compiler itself, with the first shape
                     return fast(*tensors)
+            except torch.OutOfMemoryError:
+                raise  # the caller continues with a smaller batch; uncompiled, these maps need even more memory
             except Exception as error:
                 # The dataset pass works without a compiler, whatever is wrong with the one of this machine.
                 log.info("%s runs uncompiled: %s", function.__name__, first_line(error))

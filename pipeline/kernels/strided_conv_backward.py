@@ -55,7 +55,7 @@ def depthwise(
 
     Args:
         gradient: Gradient of the output, (B, C, h, w) with C ≥ `LANES`.
-        weights: (kh, kw, C) float32 with kh × kw ≤ `TAPS`.
+        weights: (kh, kw, C) float32 with kh × kw ≤ `MAX_TAPS`.
         geometry: Input size, stride, padding and dilation of the convolution.
         rectified: Output of the rectifier behind the convolution, (B, C, h, w).
         limits: Range that the rectifier passes unchanged. The gradient is zero outside.

@@ -4,8 +4,9 @@ import dataclasses
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import Annotated, get_args
 
+from pydantic import Field
 from torch import nn
 
 from pipeline.core.errors import AtlasError, nearest_names
@@ -34,7 +35,7 @@ class LayersConfig:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     channels: str | int | tuple[int, ...] = "all"
-    count: int = 9
+    count: Annotated[int, Field(ge=1)] = 9
     layouts: Mapping[str, str] | None = None
     tokens: str = "patches"
     prefix: int | None = None

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.core import user_code
 from pipeline.core.errors import AtlasError, first_line, nearest_names
-from pipeline.models import exported, user_code
+from pipeline.models import exported
 from pipeline.models.config import ModelConfig, Preprocessing
 from pipeline.models.wrappers import unwrapped
 

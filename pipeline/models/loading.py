@@ -35,9 +35,9 @@ class Model:
     """A network that is ready for feature visualization and for a pass over a dataset.
 
     Attributes:
-        module: The network, prepared by `prepare`.
+        module: The network, prepared by `prepare_module`.
         name: Its name.
-        recipe: Its preprocessing.
+        preprocessing: Its preprocessing.
         digest: sha256 of its weights, and of its code for `source=custom`.
         labels: Class names in the order of its outputs; empty if unknown.
         channels_last: Whether the network supports inputs in the channels-last memory format.

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from pipeline.config.schema import Config, differences, from_tree
+from pipeline.core import plugins
 from pipeline.core.errors import AtlasError
 from pipeline.core.registry import canonical
 from pipeline.models.loading import Model
@@ -100,6 +101,7 @@ def _network_differences(base_config: Config | None, config: Config, model: Mode
 def read_config(base: RunFolder) -> Config | None:
     """Return the configuration of a run; None if this version can't parse it."""
     try:
-        return from_tree(yaml.safe_load(base.config.read_text(encoding="utf-8")))
+        with plugins.forbidden():
+            return from_tree(yaml.safe_load(base.config.read_text(encoding="utf-8")))
     except (AtlasError, OSError, yaml.YAMLError, TypeError, KeyError):
         return None

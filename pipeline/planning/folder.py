@@ -14,6 +14,7 @@ import pandas as pd
 import yaml
 from filelock import FileLock, SoftFileLock, Timeout
 
+from pipeline.config.defaults import complete_preset
 from pipeline.config.schema import FREE, differences
 from pipeline.core.atomic_io import atomic_path
 from pipeline.core.errors import AtlasError
@@ -115,7 +116,8 @@ class RunFolder:
         unused = next(self.shards.rglob("*.h5"), None) is None and not self.atlas.is_file()
         if update or unused or not self.config.is_file():
             return
-        changed = differences(result_settings(yaml.safe_load(self.config.read_text())), result_settings(tree))
+        before, now = (_completed(settings) for settings in (yaml.safe_load(self.config.read_text()), tree))
+        changed = differences(result_settings(before), result_settings(now))
         if changed:
             listed = "\n  ".join(changed)
             raise AtlasError(
@@ -168,6 +170,14 @@ def result_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that change results, including the seed, as plain data."""
     sections = {name: section for name, section in tree.items() if name not in FREE}
     return sections | {"run": {"seed": (tree.get("run") or {}).get("seed", 0)}}
+
+
+def _completed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the defaults of all members, which an older version may not have stored."""
+    completed = {**tree, "render": complete_preset(tree.get("render"))}
+    if tree.get("also"):
+        completed["also"] = {key: complete_preset(preset) for key, preset in tree["also"].items()}
+    return completed
 
 
 def write_text(path: Path, text: str) -> None:

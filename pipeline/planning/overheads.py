@@ -88,14 +88,14 @@ class Amount:
     Attributes:
         workers: Number of workers.
         ray: Whether workers are Ray actors; otherwise this process is the only worker.
-        joins: Whether an existing Ray cluster is used, so that Ray is not started.
+        joins_cluster: Whether an existing Ray cluster is used, so that Ray is not started.
         sample: Images that set the histogram ranges.
-        photographs: Images of the first pass.
-        looks: Images of the second pass.
-        rendered: Units to render.
+        images: Images of the first pass.
+        second_pass_images: Images of the second pass.
+        rendered_units: Units to render.
         units: Units in atlas.h5 and on the site.
         batch: Images per forward pass.
-        apart: Whether rendering starts only after the complete dataset pass.
+        render_after_pass: Whether rendering starts only after the complete dataset pass.
     """
 
     workers: int
@@ -190,7 +190,7 @@ def expected_second_pass_images(photographs: int, units: int, config: ExamplesCo
     1 - exp(-units * examples / n).
 
     Args:
-        photographs: Number of dataset images, n.
+        images: Number of dataset images, n.
         units: Number of units.
         config: The settings of the dataset pass.
     """

@@ -21,7 +21,6 @@ from pipeline.data import datasets
 from pipeline.data.datasets import Dataset
 from pipeline.engine.resources import WorkerPool, local_resources, size_pool
 from pipeline.engine.tasks import Setup, examples_digest
-from pipeline.kernels.allocator import retain_freed_memory
 from pipeline.layers import selection
 from pipeline.layers.finding import Layer, ReceptiveField
 from pipeline.layers.receptive_fields import receptive_fields
@@ -115,7 +114,6 @@ def make_plan(
     Raises:
         AtlasError: If anything in the input is wrong.
     """
-    retain_freed_memory()
     cpus, gpus = local_resources()
     with _threads(cpus):
         inputs, chosen = _find_units(_load_inputs(config), units)

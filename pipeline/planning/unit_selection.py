@@ -13,6 +13,7 @@ from pipeline.config.unit_filter import UnitFilter
 from pipeline.core import metric_specs
 from pipeline.core.config_files import decode_text
 from pipeline.core.errors import AtlasError, first_line, nearest_names
+from pipeline.core.units import Unit
 from pipeline.layers.finding import Layer
 from pipeline.store.layer_view import LayerView
 from pipeline.store.reader import Atlas, open_atlas
@@ -57,8 +58,8 @@ def select_units(
     return {name: channels for name, channels in both.items() if channels}
 
 
-def read(path: Path) -> list[tuple[str, int]]:
-    """Read (layer, channel) of each row of a CSV or Parquet file.
+def read(path: Path) -> list[Unit]:
+    """Read the unit of each row of a CSV or Parquet file.
 
     The columns `layer` and `channel` are used, as in the tables that `atlas export` writes. A CSV file without this
     header has two columns, or one of `layer:channel`.
@@ -75,11 +76,10 @@ def read(path: Path) -> list[tuple[str, int]]:
         pairs = [(row[columns[0]], row[columns[1]]) if len(row) > max(columns) else ("", "") for row in rows[1:]]
     elif len(header) == 1:
         # A header of one word has no colon, unlike `layer:channel`.
-        names = [row[0] for row in rows if row is not header or ":" in row[0]]
-        pairs = [(layer, channel) for layer, _, channel in (name.rpartition(":") for name in names)]
+        pairs = [Unit.split(row[0]) for row in rows if row is not header or ":" in row[0]]
     else:
         pairs = [(row[0], row[1]) for row in rows if len(row) > 1]
-    return [(layer, _channel(channel, path, number)) for number, (layer, channel) in enumerate(pairs, 1)]
+    return [Unit(layer, _channel(channel, path, number)) for number, (layer, channel) in enumerate(pairs, 1)]
 
 
 def _table_rows(path: Path) -> list[tuple[str, ...]]:
@@ -110,11 +110,11 @@ def _channel(text: str, path: Path, row: int) -> int:
     )
 
 
-def group_by_layer(units: Iterable[tuple[str, int]], layers: Sequence[Layer], where: str) -> Units:
+def group_by_layer(units: Iterable[Unit], layers: Sequence[Layer], where: str) -> Units:
     """Group units by layer, in the order of the network.
 
     Args:
-        units: (layer name or alias, channel) of each unit.
+        units: The units; a layer is given by its name or its alias.
         layers: All layers of the network.
         where: Beginning of error messages, which names the source of the units.
 
@@ -137,7 +137,7 @@ def group_by_layer(units: Iterable[tuple[str, int]], layers: Sequence[Layer], wh
     return {layer.name: tuple(sorted(channels[layer.name])) for layer in layers if layer.name in channels}
 
 
-def filter_units(atlas: Atlas, only: UnitFilter, preset: str) -> list[tuple[str, int]]:
+def filter_units(atlas: Atlas, only: UnitFilter, preset: str) -> list[Unit]:
     """Return the units of an atlas whose visualizations satisfy a condition.
 
     Args:
@@ -148,7 +148,7 @@ def filter_units(atlas: Atlas, only: UnitFilter, preset: str) -> list[tuple[str,
     Raises:
         AtlasError: If no unit satisfies it; the message reports the values that exist.
     """
-    selected: list[tuple[str, int]] = []
+    selected: list[Unit] = []
     statuses: Counter[str] = Counter()
     ratios: list[np.ndarray] = [np.zeros(0)]
     for layer in atlas:
@@ -163,7 +163,7 @@ def filter_units(atlas: Atlas, only: UnitFilter, preset: str) -> list[tuple[str,
             ratio = best_activation_ratio(layer, used_preset)
             ratios.append(ratio[~np.isnan(ratio)])
             rows = ratio < only.below
-        selected += [(layer.name, int(channel)) for channel in layer.channels[rows]]
+        selected += [Unit(layer.name, int(channel)) for channel in layer.channels[rows]]
     if selected:
         return selected
     if only.below is None:

@@ -201,7 +201,7 @@ def _compare_image(
         if largest[-1] <= TOLERANCE:
             return []
         root_mean_square = np.sqrt((difference**2).mean())
-        if worker.setup.config.engine.precision == "bfloat16" and root_mean_square <= BFLOAT16_TOLERANCE * stored.std():
+        if worker.setup.precision == "bfloat16" and root_mean_square <= BFLOAT16_TOLERANCE * stored.std():
             return []
     return [
         (
@@ -239,9 +239,8 @@ def _compare_activation(unit: str, recomputed: float, stored: np.ndarray, at: tu
 
 
 def _with_precision(setup: Setup, precision: str) -> Setup:
-    """Return a copy of `setup` with another `engine.precision`."""
-    engine = dataclasses.replace(setup.config.engine, precision=precision)
-    return dataclasses.replace(setup, config=dataclasses.replace(setup.config, engine=engine))
+    """Return the setup of a worker whose optimization steps use `precision`."""
+    return dataclasses.replace(setup, precision=precision)
 
 
 def rescue(shard: Shard, folder: RunFolder) -> int:
@@ -358,9 +357,9 @@ class Compacted:
     """Result of `compact`.
 
     Attributes:
-        removed: Number of deleted shards.
+        removed_shards: Number of deleted shards.
         bytes: Their size.
-        kept: Number of shards that remain.
+        remaining_shards: Number of shards that remain.
     """
 
     removed_shards: int

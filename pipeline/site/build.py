@@ -43,7 +43,7 @@ class SiteReport:
         layers: Number of layers shown.
         units: Number of units shown.
         pictures: Number of feature visualizations shown.
-        made: Number of units whose files were written; the files of all other units were reused.
+        rebuilt_units: Number of units whose files were written; the files of all other units were reused.
         level: Size level that was chosen; 0 is the best.
     """
 

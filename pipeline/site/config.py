@@ -2,25 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Annotated, Literal
 
-from pipeline.core.errors import AtlasError
+from pydantic import Field
 
-LICENCES = ("full", "crop", "blur", "ids")
-FORMATS = ("webp", "avif", "jpeg")
-# Valid ranges (lowest, highest) of the integer settings.
-RANGES = {
-    "quality": (1, 100),
-    "picture_px": (32, 1024),
-    "thumb_px": (16, 256),
-    "example_px": (16, 256),
-    "photo_px": (32, 1024),
-    "examples": (0, 64),
-    "least": (0, 64),
-    "per_bin": (0, 16),
-    "similar": (0, 64),
-    "strip": (1, 32),
-}
-LOWER_BOUNDS = {"max_bytes": 1_000_000, "max_files": 100}
+from pipeline.core.validation import Use
+
+ImageFormat = Literal["webp", "avif", "jpeg"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,40 +39,24 @@ class SiteConfig:
         max_bytes: Largest size of the site in bytes.
         max_files: Largest number of files.
         workers: Number of encoding processes; `auto` chooses by the amount of work and the number of CPUs.
-
-    Raises:
-        AtlasError: If a value is invalid.
     """
 
     title: str = "Neuron Atlas"
-    format: str = "webp"
-    photo_format: str = "jpeg"
-    quality: int = 78
-    picture_px: int = 256
-    thumb_px: int = 96
-    example_px: int = 96
-    photo_px: int = 256
-    examples: int = 8
-    least: int = 4
-    per_bin: int = 2
-    similar: int = 8
-    strip: int = 8
-    licence: str = "full"
+    format: ImageFormat = "webp"
+    photo_format: ImageFormat = "jpeg"
+    quality: Annotated[int, Field(ge=1, le=100)] = 78
+    picture_px: Annotated[int, Field(ge=32, le=1024)] = 256
+    thumb_px: Annotated[int, Field(ge=16, le=256)] = 96
+    example_px: Annotated[int, Field(ge=16, le=256)] = 96
+    photo_px: Annotated[int, Field(ge=32, le=1024)] = 256
+    examples: Annotated[int, Field(ge=0, le=64)] = 8
+    least: Annotated[int, Field(ge=0, le=64)] = 4
+    per_bin: Annotated[int, Field(ge=0, le=16)] = 2
+    similar: Annotated[int, Field(ge=0, le=64)] = 8
+    strip: Annotated[int, Field(ge=1, le=32)] = 8
+    licence: Literal["full", "crop", "blur", "ids"] = "full"
     families: str | None = None
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    max_bytes: int = 900_000_000
-    max_files: int = 10_000
-    workers: int | str = "auto"
-
-    def __post_init__(self) -> None:
-        for key, valid in (("licence", LICENCES), ("format", FORMATS), ("photo_format", FORMATS)):
-            if getattr(self, key) not in valid:
-                raise AtlasError(f"site.{key}={getattr(self, key)!r} is not one of {', '.join(valid)}.")
-        for key, (lowest, highest) in RANGES.items():
-            if not lowest <= getattr(self, key) <= highest:
-                raise AtlasError(f"site.{key}={getattr(self, key)} must be between {lowest} and {highest}.")
-        for key, lowest in LOWER_BOUNDS.items():
-            if getattr(self, key) < lowest:
-                raise AtlasError(f"site.{key}={getattr(self, key)} is too small; use at least {lowest:,}.")
-        if self.workers != "auto" and (isinstance(self.workers, str) or self.workers < 1):
-            raise AtlasError(f"site.workers={self.workers!r} must be auto or a positive integer.")
+    max_bytes: Annotated[int, Field(ge=1_000_000)] = 900_000_000
+    max_files: Annotated[int, Field(ge=100)] = 10_000
+    workers: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], Use("auto or a number from 1")] = "auto"

@@ -48,14 +48,6 @@ def share(value: float) -> Value:
     return Value(digits.removesuffix(".0") + "%", exact)
 
 
-def ratio(activation: float, natural: float) -> Value:
-    """Format the ratio of activation to best dataset activation; no number if the latter is not positive."""
-    activation, natural = float(activation), float(natural)
-    if not math.isfinite(activation) or not natural > 0:
-        return Value(NONE, "")
-    return Value(_digits(activation / natural), f"{activation / natural:.6g}")
-
-
 def _digits(value: float) -> str:
     size = abs(value)
     if size == 0:

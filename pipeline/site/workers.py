@@ -10,6 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 
+from pipeline.core.machine import available_cores
 from pipeline.site.config import SiteConfig
 from pipeline.site.media.chunks import Chunk, ChunkResult, ChunkWriter
 from pipeline.site.media.size_budget import Sizes
@@ -85,7 +86,7 @@ def open_pool(path: Path, root: Path, config: SiteConfig, sizes: Sizes, units: i
 
 
 def _auto_processes(units: int) -> int:
-    return min(len(os.sched_getaffinity(0)), units // UNITS_PER_PROCESS)
+    return min(available_cores(), units // UNITS_PER_PROCESS)
 
 
 @contextlib.contextmanager

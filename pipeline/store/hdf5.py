@@ -99,7 +99,7 @@ def create_file(path: Path) -> Iterator[h5py.File]:
     """Yield a new HDF5 file that appears at `path` once it is complete and synced.
 
     Raises:
-        AtlasError: If the disk is full; see `pipeline.core.atomic_io.making`.
+        AtlasError: If the disk is full; see `pipeline.core.atomic_io.atomic_path`.
     """
     with atomic_path(path) as temporary, _FullDiskSink(temporary) as sink:
         try:

@@ -279,7 +279,7 @@ class LayerView:
 
         These are activation, robust, start, seed, status and so on as stored, without those that an older atlas
         lacks, and `gain` and `robust_gain`, which are activation and robust ÷ `natural`
-        (`pipeline.core.metric_specs.gain`).
+        (`pipeline.core.metric_specs.activation_ratio`).
 
         Args:
             preset: Name of a preset; the run's main preset by default.
@@ -291,9 +291,9 @@ class LayerView:
             return {name: self._get(group, name) for name in stored if name in names}
         values = {name: self._get(group, name) for name in stored}
         natural, negative = self.dataset_max(preset), self.render_attributes(preset).get("natural") in ("least", "min")
-        for name, source in (("gain", "activation"), ("robust_gain", "robust")):
-            if source in values:
-                values[name] = metric_specs.activation_ratio(values[source], natural, negative)
+        for metric in metric_specs.RATIO_METRICS:
+            if metric.numerator in values:
+                values[metric.name] = metric_specs.activation_ratio(values[metric.numerator], natural, negative)
         return values
 
     def image_activations(self, preset: str | None = None) -> np.ndarray | None:

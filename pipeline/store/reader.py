@@ -28,7 +28,9 @@ from pipeline.store import hdf5
 from pipeline.store.layer_view import LayerView, ShownImage
 
 SCHEMA = "neuron-atlas"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+# Older files are refused; see "Versions" in docs/store.md.
+OLDEST_SCHEMA_VERSION = 2
 
 _BOX = ("left", "top", "right", "bottom")
 
@@ -42,7 +44,7 @@ class Atlas:
         path: The file `atlas.h5`.
 
     Raises:
-        AtlasError: If the file cannot be opened, is not an atlas, or has a newer schema version.
+        AtlasError: If the file cannot be opened, is not an atlas, or has an unknown schema version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,6 +62,12 @@ class Atlas:
             self.close()
             raise AtlasError(
                 f"{path} has schema version {version}; this program reads up to {SCHEMA_VERSION}. Update it."
+            )
+        if version < OLDEST_SCHEMA_VERSION:
+            self.close()
+            raise AtlasError(
+                f"{path} has schema version {version}; this program reads {OLDEST_SCHEMA_VERSION} to {SCHEMA_VERSION}. "
+                "Read it with the version that wrote it, or make it again with `atlas run`."
             )
         parent = hdf5.group(self._file, "layers")
         groups = [hdf5.group(parent, name) for name in hdf5.member_names(parent)]

@@ -49,7 +49,7 @@ class Shard:
     Attributes:
         path: The file.
         attributes: Attributes that the shard was written with.
-        inside: Path of the group if the file is an atlas, "" for a shard's own file.
+        group_path: Path of the group if the file is an atlas, "" for a shard's own file.
     """
 
     path: Path
@@ -72,7 +72,7 @@ class Shard:
             raise DamagedShardError(self, str(error)) from error
 
     def get(self, *names: str) -> dict[str, np.ndarray]:
-        """Return the named arrays. Raises `Damaged`."""
+        """Return the named arrays. Raises `DamagedShardError`."""
         with self.opened() as opened:
             arrays = {name: hdf5.read_array(opened, name) for name in names if name != "channels"}
             if "channels" in names:
@@ -82,12 +82,12 @@ class Shard:
         return arrays
 
     def arrays(self, but: Sequence[str] = ()) -> dict[str, np.ndarray]:
-        """Return all arrays except those in `but`, by path inside the file. Raises `Damaged`."""
+        """Return all arrays except those in `but`, by path inside the file. Raises `DamagedShardError`."""
         with self.opened() as opened:
             return {name: hdf5.read_array(opened, name) for name in hdf5.dataset_names(opened) if name not in but}
 
     def columns(self, name: str, start: int, end: int) -> np.ndarray:
-        """Return the columns start … end - 1 of one array. Raises `Damaged`."""
+        """Return the columns start … end - 1 of one array. Raises `DamagedShardError`."""
         with self.opened() as opened:
             return np.asarray(hdf5.dataset(opened, name)[:, start:end])
 

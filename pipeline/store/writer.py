@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pipeline.core.errors import AtlasError
-from pipeline.core.metric_specs import DERIVED_METRICS, IMAGE_METRICS
+from pipeline.core.metric_specs import IMAGE_METRICS, METRICS, RENDER_METRICS, Metric
 from pipeline.data.readers.base import DatasetImage
 from pipeline.examples.channel_stats import channel_statistics
 from pipeline.examples.localize import TopExamples
@@ -219,6 +219,7 @@ def _write_visualizations(
     arrays = _missing_measurements(size, trace_length, hdf5.integer_attribute(group, "channels")[0])
     digests = np.zeros((*size, 32), np.uint8)
     target_row = {channel: i for i, channel in enumerate(channels)}
+    optional = {*(metric.name for metric in IMAGE_METRICS), "response"}
     stored: set[str] = set()
     filled: set[int] = set()
     for shard in preset_shards:
@@ -226,7 +227,7 @@ def _write_visualizations(
             rows = [(i, j) for i, j in _finished_rows(shard, target_row) if j not in filled]
             filled |= {j for _, j in rows}
             for name, array in arrays.items():
-                if name in (*IMAGE_METRICS, "response") and name not in source:
+                if name in optional and name not in source:
                     continue
                 stored.add(name)
                 values = hdf5.read_array(source, name)
@@ -253,6 +254,10 @@ def _create_render_group(group: h5py.Group, preset: str, preset_shards: Sequence
             target.attrs[key] = value
     target.attrs["order"] = len(hdf5.group(group, "render")) - 1
     target.attrs["preset"] = preset  # a shard can come from another preset with equal settings
+    for name in ("device", "requested_precision"):
+        values = {str(shard.attributes[name]) for shard in preset_shards if name in shard.attributes}
+        if values:
+            target.attrs[name] = " ".join(sorted(values))
     target.attrs["precision"] = " ".join(sorted({name for shard in preset_shards for name in precisions(shard)}))
     for key in ("level", "level_reason"):
         target.attrs[key] = _distinct(preset_shards, key)
@@ -268,17 +273,19 @@ def _distinct(preset_shards: Sequence[Shard], key: str) -> str:
 def _missing_measurements(size: tuple[int, int], trace_length: int, layer_channels: int) -> dict[str, np.ndarray]:
     """Return the measurements of `size` = (C', V) missing visualizations.
 
-    Shards of former versions lack `MEASURES` and `response`: these are NaN for their channels, and not written at
+    Shards of former versions lack `IMAGE_METRICS` and `response`: these are NaN for their channels, and not written at
     all if no shard has them.
     """
+
+    def missing(metrics: Sequence[Metric]) -> dict[str, np.ndarray]:
+        return {metric.name: np.full(size, metric.missing, metric.dtype) for metric in metrics}
+
     return {
         "status": np.full(size, "missing", object),
         "reason": np.full(size, "", object),
-        "seed": np.full(size, -1, np.int64),
-        "steps": np.zeros(size, np.int32),
-        **{k: np.full(size, np.nan, np.float32) for k in ("activation", "robust", "start", "seconds")},
+        **missing(RENDER_METRICS),
         "trace": np.full((*size, trace_length), np.nan, np.float32),
-        **{k: np.full(size, np.nan, np.float32) for k in IMAGE_METRICS},
+        **missing(IMAGE_METRICS),
         "response": np.full((*size, layer_channels), np.nan, np.float16),
     }
 
@@ -440,10 +447,10 @@ def _measurement_faults(layer: LayerView, preset: str) -> Iterator[str]:
     succeeded = (numbers["status"] != "missing") & (numbers["status"] != "failed")
     if not np.isfinite(numbers["activation"][succeeded]).all():
         yield "an activation is not finite"
-    for name, (low, high) in (IMAGE_METRICS | DERIVED_METRICS).items():
-        values = numbers.get(name, np.zeros(0))
-        if (values < low - 1e-3).any() or (values > high + 1e-3).any():
-            yield f"{name} is not between {low:g} and {high:g}"
+    for metric in METRICS:
+        values = numbers.get(metric.name, np.zeros(0))
+        if (values < metric.low - 1e-3).any() or (values > metric.high + 1e-3).any():
+            yield f"{metric.name} is not between {metric.low:g} and {metric.high:g}"
 
 
 def _is_readable(dataset: h5py.Dataset) -> bool:

@@ -11,7 +11,7 @@ from pipeline.core.seeds import seed_of
 from pipeline.layers.finding import Layer
 from pipeline.models.loading import Model
 from pipeline.visualization.parameterizations import FromImage
-from pipeline.visualization.preset import Preset, Size, Unit, canvas_size
+from pipeline.visualization.preset import ChannelVariant, Preset, Size, canvas_size
 from pipeline.visualization.schedules import Stage, StepSettings, expand_schedule
 from pipeline.visualization.transforms import ROBUSTNESS_TRANSFORMS, draw_random
 
@@ -52,7 +52,7 @@ class RenderJob:
     exact_model: Model | None = None
     layers: Mapping[str, Layer] = dataclasses.field(default_factory=dict)
     ensemble: Sequence[Model] = ()
-    initial_images: Mapping[Unit, Tensor] = dataclasses.field(default_factory=dict)
+    initial_images: Mapping[ChannelVariant, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def image_size(self) -> Size:
@@ -123,7 +123,7 @@ class Batch:
         variants: (A,) int64.
     """
 
-    def __init__(self, job: RenderJob, units: Sequence[Unit], attempt: int) -> None:
+    def __init__(self, job: RenderJob, units: Sequence[ChannelVariant], attempt: int) -> None:
         preset = job.preset
         self.units = list(units)
         self.seeds: list[int] = []
@@ -193,7 +193,7 @@ class Batch:
         self._steps_of_state = 0
 
 
-def _seed(job: RenderJob, unit: Unit, attempt: int) -> int:
+def _seed(job: RenderJob, unit: ChannelVariant, attempt: int) -> int:
     """Return the seed of an image, which depends on what it shows and not on its batch."""
     channel, variant = unit
     objective = job.preset.objective
@@ -201,7 +201,7 @@ def _seed(job: RenderJob, unit: Unit, attempt: int) -> int:
     return seed_of(job.seed, job.model.name, job.layer.name, channel, registered_name(objective), seed_variant, attempt)
 
 
-def _initial_parameters(job: RenderJob, unit: Unit, generator: torch.Generator) -> Tensor:
+def _initial_parameters(job: RenderJob, unit: ChannelVariant, generator: torch.Generator) -> Tensor:
     """Return the initial parameters of one image: noise, plus those of its initial image if it has one."""
     canvas, size = job.preset.canvas, job.canvas(job.preset.stages[0])
     parameters = canvas.initial(generator, job.model.preprocessing.channels, size)

@@ -13,7 +13,7 @@ from pipeline.data.natural_spectrum import packaged_spectrum
 from pipeline.visualization import metrics
 from pipeline.visualization.batch import Batch, RenderJob
 from pipeline.visualization.forward import objective_forward
-from pipeline.visualization.preset import Unit
+from pipeline.visualization.preset import ChannelVariant
 from pipeline.visualization.schedules import Stage, is_flat
 from pipeline.visualization.transforms import ROBUSTNESS_TRANSFORMS, apply_transforms, center_crop
 
@@ -39,7 +39,7 @@ class Visualization:
         seconds: Processing time of the batch divided by its number of images.
         trace: (16,) values of the objective at evenly spaced steps; fewer if there are fewer steps.
         response: (C,) float16 maximum of each channel of the layer over the positions.
-        measures: The metrics `MEASURES` by name.
+        measures: The metrics `IMAGE_METRICS` by name.
     """
 
     channel: int
@@ -58,7 +58,7 @@ class Visualization:
     measures: Mapping[str, float]
 
     @property
-    def unit(self) -> Unit:
+    def unit(self) -> ChannelVariant:
         """(channel, variant)."""
         return self.channel, self.variant
 
@@ -73,7 +73,7 @@ class Evaluation:
         robust: Mean value of the objective over the transformed copies of each image.
         start: Value of the objective for each image before the first step.
         responses: (B, C) float16 maximum of each channel of the layer.
-        measures: Values of each of `MEASURES`, by name.
+        measures: Values of each of `IMAGE_METRICS`, by name.
     """
 
     images: np.ndarray
@@ -155,7 +155,7 @@ def quantized(images: Tensor) -> Tensor:
 
 
 def _measures(job: RenderJob, images: Tensor, activations: Tensor, channels: Tensor) -> dict[str, list[float]]:
-    """Return each of `MEASURES` for (B, C, H, W) images and the layer's maps of them."""
+    """Return each of `IMAGE_METRICS` for (B, C, H, W) images and the layer's maps of them."""
     preset, layer, maps = job.preset, job.layer, activations.flatten(2)
     # Channels are ranked by the quantity that the objective maximizes: the mean of a map, or its maximum.
     maximized = -maps if preset.negative else maps
@@ -169,7 +169,7 @@ def _measures(job: RenderJob, images: Tensor, activations: Tensor, channels: Ten
         height, width = job.model.preprocessing.size
         stride = round(min(height / layer.height, width / layer.width))
     measures = metrics.image_metrics(images, metrics.strides(stride), packaged_spectrum()) | {"rank": ranks}
-    return {name: measures[name].tolist() for name in IMAGE_METRICS}
+    return {metric.name: measures[metric.name].tolist() for metric in IMAGE_METRICS}
 
 
 def _status(trace: Tensor, before: float, after: float, stopped_early: bool, attempt: int) -> tuple[str, str]:

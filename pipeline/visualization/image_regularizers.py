@@ -56,7 +56,7 @@ class TotalVariation(ImageRegularizer):
     continuous at 0.
     """
 
-    weight: float = 0.25
+    weight: float = 1.0
     softness: float = 1e-3
 
     def value(self, images: Tensor, reference: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class L1(ImageRegularizer):
 class L2(ImageRegularizer):
     """Sum of (x - grey)²: the square of lucid's `L2`, so that the gradient grows with the distance."""
 
-    weight: float = 0.05
+    weight: float = 0.5
     grey: float = 0.5
 
     def value(self, images: Tensor, reference: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class Lp(ImageRegularizer):
     Mahendran & Vedaldi 2015 use power 6.
     """
 
-    weight: float = 0.05
+    weight: float = 0.1
     grey: float = 0.5
     power: float = 6.0
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.core.config_files import ConfigFile
 from pipeline.core.errors import AtlasError, first_line
 from pipeline.visualization.parameterizations import FromImage, frame
-from pipeline.visualization.preset import Preset, Size, Unit
+from pipeline.visualization.preset import ChannelVariant, Preset, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,8 @@ class InitialImage:
 
 
 def load_initial_images(
-    preset: Preset, size: Size, channels: int, units: Sequence[Unit], begins: Mapping[int, InitialImage]
-) -> dict[Unit, Tensor]:
+    preset: Preset, size: Size, channels: int, units: Sequence[ChannelVariant], begins: Mapping[int, InitialImage]
+) -> dict[ChannelVariant, Tensor]:
     """Return the initial image of each unit.
 
     Args:

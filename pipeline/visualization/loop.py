@@ -20,12 +20,12 @@ from pipeline.visualization.batch import Batch, RenderJob
 from pipeline.visualization.evaluation import Visualization, evaluate, to_pictures
 from pipeline.visualization.forward import ObjectiveForward, objective_forward
 from pipeline.visualization.network_perturbations import ActivePerturbation, Ensemble
-from pipeline.visualization.preset import Preset, Unit
+from pipeline.visualization.preset import ChannelVariant, Preset
 from pipeline.visualization.schedules import StepSettings
 from pipeline.visualization.transforms import apply_transforms
 
 
-def render(job: RenderJob, units: Sequence[Unit]) -> list[Visualization]:
+def render(job: RenderJob, units: Sequence[ChannelVariant]) -> list[Visualization]:
     """Render feature visualizations of some units of a layer, in one batch.
 
     An image whose objective did not rise, or was not finite, is rendered again with another seed and half the learning
@@ -39,7 +39,7 @@ def render(job: RenderJob, units: Sequence[Unit]) -> list[Visualization]:
     Returns:
         One visualization for each unit, in the order of `units`.
     """
-    finished: dict[Unit, Visualization] = {}
+    finished: dict[ChannelVariant, Visualization] = {}
     pending = list(units)
     for attempt in range(job.preset.attempts):
         pictures = _attempt(job, pending, attempt)
@@ -52,7 +52,7 @@ def render(job: RenderJob, units: Sequence[Unit]) -> list[Visualization]:
     return [finished[unit] for unit in units]
 
 
-def _units_to_retry(preset: Preset, pictures: Sequence[Visualization]) -> set[Unit]:
+def _units_to_retry(preset: Preset, pictures: Sequence[Visualization]) -> set[ChannelVariant]:
     """Return the units that failed; with batch terms, all units of the channels that failed."""
     failed = [picture for picture in pictures if picture.status == "failed"]
     if not preset.couplings:
@@ -61,7 +61,7 @@ def _units_to_retry(preset: Preset, pictures: Sequence[Visualization]) -> set[Un
     return {picture.unit for picture in pictures if picture.channel in channels}
 
 
-def _attempt(job: RenderJob, units: Sequence[Unit], attempt: int) -> list[Visualization]:
+def _attempt(job: RenderJob, units: Sequence[ChannelVariant], attempt: int) -> list[Visualization]:
     """Optimize and evaluate one image for each unit."""
     start_time = time.perf_counter()
     batch = Batch(job, units, attempt)

@@ -25,7 +25,7 @@ MIN_ENERGY = 1e-12
 
 
 def image_metrics(images: Tensor, strides: Sequence[int], natural: Spectrum) -> dict[str, Tensor]:
-    """Compute all metrics of `MEASURES` that depend on the images alone.
+    """Compute all metrics of `metric_specs.IMAGE_METRICS` that depend on the images alone.
 
     Args:
         images: (B, C, H, W) in [0, 1].
@@ -215,10 +215,11 @@ def rank(responses: Tensor, channels: Tensor) -> Tensor:
         channels: (B,) visualized channels.
 
     Returns:
-        (B,) float64 in 1 … C.
+        (B,) float64 in 1 … C; NaN where the visualized channel's activation is NaN.
     """
     visualized = responses.gather(1, channels[:, None])
-    return (responses > visualized).sum(1).double() + 1
+    ranks = (responses > visualized).sum(1).double() + 1
+    return ranks.masked_fill(visualized[:, 0].isnan(), torch.nan)  # nothing is greater than NaN: it would rank first
 
 
 def agreement(responses: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ restored afterwards.
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from pipeline.core.config_files import ConfigFile
@@ -35,12 +37,10 @@ class NetworkPerturbation:
         every: Number of steps after which the perturbation is drawn again.
     """
 
-    every: int = 1
+    every: Annotated[int, Field(ge=1)] = 1
 
     def check(self) -> None:
-        """Raise `AtlasError` for invalid settings."""
-        if self.every < 1:
-            raise AtlasError(f"render.augmentations: every={self.every} is too small: at least 1.")
+        """Raise `AtlasError` for settings that are invalid beyond the limits of their fields; there are none here."""
 
     @contextlib.contextmanager
     def applied(self, module: nn.Module, seed: int) -> Iterator[ActivePerturbation]:

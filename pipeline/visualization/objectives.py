@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.core.config_files import ConfigFile
 from pipeline.core.errors import AtlasError
 from pipeline.core.registry import Registry, registered_name
+from pipeline.core.units import Unit
 
 OBJECTIVES = Registry("objective")
 
@@ -68,7 +69,7 @@ class Objective:
         natural: Dataset statistic that measures dataset images as the objective measures visualizations; None if there
             is none.
         aligned: Whether all variants of a unit start from the same image and get the same transformations.
-        whole: Whether the objective is computed from all channels. There is one image, for the first channel.
+        per_layer: Whether the objective is computed from all channels. There is one image, for the first channel.
     """
 
     natural: ClassVar[Literal["mean", "max"] | None] = None
@@ -83,7 +84,7 @@ class Objective:
     def check(self, info: LayerInfo) -> None:
         """Raise `AtlasError` if the objective does not apply to a layer."""
         for unit in self.units:
-            layer, channel = parse_unit(unit)
+            layer, channel = Unit.parse(unit)
             if layer not in info.all_channels:
                 raise AtlasError(
                     f"render.objective: there is no layer {layer!r} ({unit!r}); `atlas plan layers=all` lists them."
@@ -96,14 +97,6 @@ class Objective:
     def value(self, activations: Activations) -> Tensor:
         """Return the value of each image, (B,)."""
         raise NotImplementedError
-
-
-def parse_unit(unit: str) -> tuple[str, int]:
-    """Split a unit into layer and channel: "blocks.3:17" → ("blocks.3", 17)."""
-    layer, _, channel = unit.rpartition(":")
-    if not layer or not channel.isdecimal():
-        raise AtlasError(f"{unit!r} is not a unit: write layer:channel, e.g. blocks.3.0:17.")
-    return layer, int(channel)
 
 
 def select_channels(maps: Tensor, channels: Tensor) -> Tensor:
@@ -147,7 +140,7 @@ class Neuron(Objective):
 class WholeLayer(Objective):
     """Mean of squares over all channels and positions: DeepDream (Mordvintsev, Olah & Tyka 2015)."""
 
-    whole: ClassVar[bool] = True
+    per_layer: ClassVar[bool] = True
 
     def value(self, activations: Activations) -> Tensor:
         """Return the mean square, (B,)."""
@@ -213,7 +206,7 @@ class Direction(Objective):
 
     vectors: ConfigFile
     power: float = 0.0
-    position: str = "all"
+    position: Literal["all", "centre"] = "all"
 
     @property
     def rows(self) -> np.ndarray:
@@ -226,8 +219,6 @@ class Direction(Objective):
     def check(self, info: LayerInfo) -> None:
         """Raise `AtlasError` if the vectors do not have as many components as the layer has channels."""
         super().check(info)
-        if self.position not in ("all", "centre"):
-            raise AtlasError(f"render.objective.position={self.position!r} is not one of all, centre.")
         rows = self.rows
         if rows.shape[1] != info.channels or len(rows) > info.channels:
             raise AtlasError(
@@ -253,7 +244,7 @@ class Direction(Objective):
 class Joint(Objective):
     """Channel mean of the unit times `own`, plus a weighted sum of the channel means of `with_units`, of any layers."""
 
-    with_units: tuple[str, ...]
+    with_units: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
     own: float = 1.0
 
@@ -274,7 +265,7 @@ class Joint(Objective):
         """Return the weighted sum of channel means, (B,)."""
         total = self.own * select_channels(activations.maps, activations.channels).mean(dim=(1, 2))
         for unit, weight in zip(self.with_units, self.weights or (1.0,) * len(self.with_units), strict=True):
-            layer, channel = parse_unit(unit)
+            layer, channel = Unit.parse(unit)
             total = total + weight * activations.other_maps[layer][:, channel].mean(dim=(1, 2))
         return total
 
@@ -310,7 +301,7 @@ class Interpolate(Objective):
     def value(self, activations: Activations) -> Tensor:
         """Return (1 - t) × first + t × second with t = variant / (variants - 1), (B,)."""
         assert self.to is not None
-        layer, channel = parse_unit(self.to)
+        layer, channel = Unit.parse(self.to)
         t = activations.variants.to(activations.maps.dtype) / max(1, activations.num_variants - 1)
         first = select_channels(activations.maps, activations.channels).mean(dim=(1, 2))
         second = activations.other_maps[layer][:, channel].mean(dim=(1, 2))

@@ -5,16 +5,19 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from pipeline.core.errors import AtlasError
 from pipeline.core.registry import Registry
 from pipeline.kernels import build
 
 OPTIMIZERS = Registry("optimizer")
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fall = Literal["cosine", "linear"]
 
 # Decay from 1 to 0 as the progress goes from 0 to 1.
 FALLS: Mapping[str, Callable[[float], float]] = {
@@ -34,17 +37,10 @@ class Optimizer:
         fall: Shape of the decay, "cosine" or "linear".
     """
 
-    lr: float = 0.05
+    lr: Rate = 0.05
     warmup: int = 0
     floor: float = 1.0
-    fall: str = "cosine"
-
-    def check(self) -> None:
-        """Raise `AtlasError` for invalid settings."""
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise AtlasError(f"render.optimizer.lr={self.lr} must be above 0.")
-        if self.fall not in FALLS:
-            raise AtlasError(f"render.optimizer.fall={self.fall!r} is not one of {', '.join(FALLS)}.")
+    fall: Fall = "cosine"
 
     def rate(self, step: int, num_steps: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -104,10 +100,19 @@ class Adam(Optimizer):
     also halves the fluctuation of the second moment that transformations cause.
     """
 
-    beta1: float = 0.9
-    beta2: float = 0.999
-    damping: float = 0.0
-    joint: bool = False
+    # A larger one is better in early layers, a smaller one in the last, by about a percent per 0.02.
+    lr: Rate = 0.11
+    warmup: int = 8
+    floor: float = 0.05
+    # "cosine": 1 % less activation.
+    fall: Fall = "linear"
+    # The best of 0.9, 0.7, 0.5 and 0.3 over five layers: with random transformations long memory helps little. The
+    # second moment has a shorter memory than 0.999, as there are few steps. Both: 8 to 15 % more activation.
+    beta1: float = 0.5
+    beta2: float = 0.9
+    damping: float = 0.03
+    # 1.3 % more activation, 2 % in the last layers.
+    joint: bool = True
 
     nesterov: ClassVar[bool] = False
 
@@ -157,6 +162,11 @@ class Adam(Optimizer):
 class AdamW(Adam):
     """Adam with decoupled weight decay: parameters × (1 - rate × `weight_decay`) (Loshchilov & Hutter 2019)."""
 
+    lr: Rate = 0.1
+    fall: Fall = "cosine"
+    beta1: float = 0.9
+    beta2: float = 0.99
+    joint: bool = False
     weight_decay: float = 0.01
 
     def decay(self, parameters: Tensor, rate: float) -> None:
@@ -169,6 +179,12 @@ class AdamW(Adam):
 class NAdam(Adam):
     """Adam with Nesterov momentum (Dozat 2016), as Horama and Xplique use."""
 
+    lr: Rate = 0.1
+    fall: Fall = "cosine"
+    beta1: float = 0.9
+    beta2: float = 0.99
+    joint: bool = False
+
     nesterov: ClassVar[bool] = True
 
 
@@ -177,6 +193,7 @@ class NAdam(Adam):
 class Sgd(Optimizer):
     """Steps of rate × gradient ÷ mean absolute gradient of the image, as DeepDream and deepdraw do."""
 
+    lr: Rate = 0.043  # 11 gray levels
     momentum: float = 0.0
 
     def init_state(self, parameters: Tensor, paired: bool = False) -> tuple[Tensor, ...]:

@@ -2,25 +2,33 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from pipeline.core.errors import AtlasError
-from pipeline.core.registry import registered_name
+from pipeline.core.registry import Member, Members, registered_name
+from pipeline.core.units import Unit
+from pipeline.core.validation import Keyed, Use
 from pipeline.layers.finding import Layer
-from pipeline.visualization.batch_terms import BatchTerm
-from pipeline.visualization.gradient_preconditioners import BlurGradient, Preconditioner
-from pipeline.visualization.image_regularizers import ImageRegularizer
-from pipeline.visualization.network_perturbations import NetworkPerturbation
-from pipeline.visualization.objectives import LayerInfo, Objective, parse_unit
-from pipeline.visualization.optimizers import Optimizer
-from pipeline.visualization.parameterizations import FromImage, Parameterization
-from pipeline.visualization.schedules import Fixed, Stage, Stop
+from pipeline.visualization.batch_terms import COUPLINGS, BatchTerm
+from pipeline.visualization.gradient_preconditioners import PRECONDITIONERS, BlurGradient, Preconditioner
+from pipeline.visualization.image_regularizers import PENALTIES, ImageRegularizer
+from pipeline.visualization.network_perturbations import AUGMENTATIONS, NetworkPerturbation
+from pipeline.visualization.objectives import OBJECTIVES, LayerInfo, Objective
+from pipeline.visualization.optimizers import OPTIMIZERS, Optimizer
+from pipeline.visualization.parameterizations import CANVASES, FromImage, Parameterization
+from pipeline.visualization.schedules import STOPS, Fixed, Stage, Stop
 from pipeline.visualization.schedules import check as check_schedule
-from pipeline.visualization.transforms import Transform
+from pipeline.visualization.transforms import TRANSFORMS, Transform
 
 Size = tuple[int, int]
 
-# Channel and variant.
-Unit = tuple[int, int]
+# Side of a finished image in pixels.
+Side = Annotated[int, Field(ge=16)]
+
+# Channel and variant of an image of a layer.
+ChannelVariant = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,22 +56,25 @@ class Preset:
     """
 
     name: str
-    objective: Objective
-    canvas: Parameterization
-    transforms: tuple[Transform, ...]
-    optimizer: Optimizer
-    steps: int
-    size: int | tuple[int, int] | str = "auto"
-    margin: int = 24
-    variants: int = 1
-    attempts: int = 3
+    objective: Annotated[Objective, Member(OBJECTIVES)]
+    canvas: Annotated[Parameterization, Member(CANVASES)]
+    transforms: Annotated[tuple[Transform, ...], Members(TRANSFORMS)]
+    optimizer: Annotated[Optimizer, Member(OPTIMIZERS)]
+    steps: Annotated[int, Field(ge=1)]
+    size: Annotated[
+        Side | tuple[Side, Side] | Literal["auto", "field"],
+        Use("auto, field, or pixels from 16: a number or [height, width]"),
+    ] = "auto"
+    margin: Annotated[int, Field(ge=0)] = 24
+    variants: Annotated[int, Field(ge=1)] = 1
+    attempts: Annotated[int, Field(ge=1)] = 3
     negative: bool = False
-    penalties: tuple[ImageRegularizer, ...] = ()
-    preconditioners: tuple[Preconditioner, ...] = ()
-    augmentations: tuple[NetworkPerturbation, ...] = ()
-    couplings: tuple[BatchTerm, ...] = ()
-    schedule: tuple[Stage, ...] = ()
-    stop: Stop = Fixed()
+    penalties: Annotated[tuple[ImageRegularizer, ...], Members(PENALTIES)] = ()
+    preconditioners: Annotated[tuple[Preconditioner, ...], Members(PRECONDITIONERS)] = ()
+    augmentations: Annotated[tuple[NetworkPerturbation, ...], Members(AUGMENTATIONS)] = ()
+    couplings: Annotated[tuple[BatchTerm, ...], Members(COUPLINGS)] = ()
+    schedule: Annotated[tuple[Stage, ...], Keyed] = ()
+    stop: Annotated[Stop, Member(STOPS)] = Fixed()
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -73,7 +84,7 @@ class Preset:
     @property
     def others(self) -> tuple[str, ...]:
         """Names of the layers that are captured in addition to that of the unit."""
-        names = [parse_unit(unit)[0] for unit in self.objective.units]
+        names = [Unit.parse(unit).layer for unit in self.objective.units]
         names += [layer for term in self.couplings if (layer := getattr(term, "layer", None))]
         names += [stage.layer for stage in self.stages if stage.layer]
         return tuple(dict.fromkeys(names))
@@ -111,7 +122,6 @@ def check(preset: Preset, channels: int) -> None:
         AtlasError: If the preset cannot be rendered for any layer of such a network.
     """
     preset.canvas.check(channels)
-    preset.optimizer.check()
     check_schedule(preset.schedule)
     for perturbation in preset.augmentations:
         perturbation.check()

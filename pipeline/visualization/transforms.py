@@ -176,7 +176,7 @@ class Zoom(Geometric):
     """
 
     low: float = 0.5
-    high: float = 0.8
+    high: float = 0.9
     spread: float = 0.15
     num_random: ClassVar[int] = 3
 

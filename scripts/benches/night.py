@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 from render import request, say
 
+from pipeline.kernels.allocator import retain_freed_memory
 from pipeline.planning.planner import make_plan
 from pipeline.runs.runner import run
 
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
+    retain_freed_memory()
     base = [f"model={options.model}", f"render={options.render}", f"run.root={options.out}", *options.overrides]
     whole = make_plan(request([*base, "layers=convs", "layers.exclude=[classifier]", "run.name=night-all"]).config)
     everything = [(row.layer.name, channel) for row in whole.rows for channel in row.channels]

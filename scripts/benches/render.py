@@ -26,7 +26,7 @@ from pipeline.acceleration.batchnorm_folding import fold, foldable_pairs
 from pipeline.acceleration.cpu_lowering import precision_of
 from pipeline.acceleration.redirected_relu import REDIRECTED_STEPS
 from pipeline.acceleration.variants import verified_variants
-from pipeline.cli.main import request_of
+from pipeline.cli.compose import request_of
 from pipeline.cli.overrides import conf_folder
 from pipeline.config.schema import Config
 from pipeline.kernels.allocator import retain_freed_memory

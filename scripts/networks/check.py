@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from pipeline.acceleration.variants import cosine_of, relative_difference
-from pipeline.cli.main import request_of
+from pipeline.cli.compose import request_of
 from pipeline.cli.overrides import conf_folder
 from pipeline.config.schema import Config
 from pipeline.engine.worker import Worker

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from page import Report, contest
 
-MEASURES = {
-    "gain": 2, "robust_gain": 2, "high_frequency": 3, "checkerboard": 1, "total_variation": 3, "spectral_distance": 3,
-    "transfer": 2,
-}  # fmt: skip
-JUDGED = {"robust_gain": 2, "high_frequency": 3, "spectral_distance": 3, "transfer": 2}
+MEASURES = (
+    "gain", "robust_gain", "high_frequency", "checkerboard", "total_variation", "spectral_distance",
+    "transfer",
+)  # fmt: skip
+JUDGED = ("robust_gain", "high_frequency", "spectral_distance", "transfer")
 
 
 def report(run: Path) -> Report:

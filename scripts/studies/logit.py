@@ -12,7 +12,7 @@ from pipeline.compare.statistics import median, paired_test
 from pipeline.models.loading import Model, load_model
 from pipeline.store.reader import open_atlas
 
-MEASURES = {"robust": 2, "high_frequency": 3, "checkerboard": 1, "spectral_distance": 3, "transfer": 2}
+MEASURES = ("robust", "high_frequency", "checkerboard", "spectral_distance", "transfer")
 OBJECTIVES = ("logit", "log_probability", "probability")
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from page import Report, contest
 
-MEASURES = {"gain": 2, "robust_gain": 2, "high_frequency": 3, "checkerboard": 1, "spectral_distance": 3, "transfer": 2}
-JUDGED = {"high_frequency": 3, "checkerboard": 1, "robust_gain": 2, "transfer": 2}
+MEASURES = ("gain", "robust_gain", "high_frequency", "checkerboard", "spectral_distance", "transfer")
+JUDGED = ("high_frequency", "checkerboard", "robust_gain", "transfer")
 
 
 def report(run: Path) -> Report:

@@ -16,9 +16,9 @@ from PIL import Image, ImageDraw
 
 from pipeline.compare import align, open_runs
 from pipeline.compare.alignment import Comparison
-from pipeline.compare.metric_names import measure_named
 from pipeline.compare.statistics import Median, PairedTest, median
 from pipeline.config.schema import Config, from_tree
+from pipeline.core.metric_specs import metric_named
 from pipeline.store.reader import Atlas, open_atlas
 
 NUMBERS = re.compile(r"(<!-- numbers -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -72,17 +72,17 @@ def compared(run: Path) -> Comparison:
         return align(contest)
 
 
-def medians(found: Comparison, measures: Mapping[str, int]) -> pd.DataFrame:
-    """Return medians over all units, one row per preset and one column per measure; `measures` maps names to digits."""
+def medians(found: Comparison, measures: Sequence[str]) -> pd.DataFrame:
+    """Return medians over all units, one row per preset and one column per measure."""
     whole = found.all_units
     rows = []
     for at, contender in enumerate(found.contenders):
-        values = {measure_named(m).title: told(median(whole.of(m)[at]), digits) for m, digits in measures.items()}
+        values = {m.title: told(median(whole.of(m.name)[at]), m.digits) for m in map(metric_named, measures)}
         rows.append({"preset": f"`{contender.label}`", **values})
     return pd.DataFrame(rows)
 
 
-def pairs(found: Comparison, against: str, measures: Mapping[str, int]) -> pd.DataFrame:
+def pairs(found: Comparison, against: str, measures: Sequence[str]) -> pd.DataFrame:
     """Return the median difference to `against` over the same units with wins : losses, one row per preset."""
     whole, labels = found.all_units, [contender.label for contender in found.contenders]
     rows = []
@@ -90,9 +90,9 @@ def pairs(found: Comparison, against: str, measures: Mapping[str, int]) -> pd.Da
         if label == against:
             continue
         row = {"preset": f"`{label}`"}
-        for name, digits in measures.items():
-            one = found.paired_test(whole, measure_named(name), at, labels.index(against))
-            row[measure_named(name).title] = "" if one is None else dueled(one, digits)
+        for metric in map(metric_named, measures):
+            one = found.paired_test(whole, metric, at, labels.index(against))
+            row[metric.title] = "" if one is None else dueled(one, metric.digits)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -130,7 +130,7 @@ def first_units(atlas: Atlas, presets: Sequence[str], unit: int = 0, variant: in
     return sheet(presets, rows)
 
 
-def contest(run: Path, against: str, measures: Mapping[str, int], judged: Mapping[str, int]) -> Report:
+def contest(run: Path, against: str, measures: Sequence[str], judged: Sequence[str]) -> Report:
     """Return medians of `measures`, paired comparisons of `judged` with `against`, and one unit per layer."""
     found = compared(run)
     with open_atlas(run) as atlas:

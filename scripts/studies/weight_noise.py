@@ -16,11 +16,11 @@ from pipeline.models.loading import Model, load_model
 from pipeline.store.reader import LayerView, open_atlas
 from pipeline.visualization.network_perturbations import WeightNoise
 
-MEASURES = {
-    "gain": 2, "robust_gain": 2, "agreement": 2, "transfer": 2, "high_frequency": 3, "checkerboard": 1,
-    "spectral_distance": 3, "seconds": 1,
-}  # fmt: skip
-JUDGED = {"robust_gain": 2, "agreement": 2, "transfer": 2, "high_frequency": 3, "checkerboard": 1}
+MEASURES = (
+    "gain", "robust_gain", "agreement", "transfer", "high_frequency", "checkerboard",
+    "spectral_distance", "seconds",
+)  # fmt: skip
+JUDGED = ("robust_gain", "agreement", "transfer", "high_frequency", "checkerboard")
 # Networks that were not used for optimization: other seeds than those of the runs, and levels between theirs.
 LEVELS = (0.1, 0.2)
 DRAWS = 8

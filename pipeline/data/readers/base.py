@@ -30,7 +30,7 @@ class DatasetImage:
             in one list of dataset examples.
         box: Region of the source image, (left, top, right, bottom) in its pixels; None for the whole image.
         file: File that contains the image, relative to the root; "" if `picture` is the file.
-        at: Position in `file`: (offset, bytes) in an archive, (row group, row) in a table, None for a plain file.
+        position: Position in `file`: (offset, bytes) in an archive, (row group, row) in a table, None for a plain file.
     """
 
     path: str

@@ -19,6 +19,7 @@ import yaml
 
 from pipeline.core.config_files import decode_text
 from pipeline.core.errors import AtlasError, first_line
+from pipeline.core.units import Unit
 from pipeline.store.shards import safe_name
 
 DEFAULT_FILE = "families.yaml"
@@ -36,7 +37,7 @@ class Member:
     @property
     def name(self) -> str:
         """`layer:channel`."""
-        return f"{self.layer}:{self.channel}"
+        return str(Unit(self.layer, self.channel))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +125,12 @@ def _member(entry: Any, where: str, units: Mapping[str, frozenset[int]]) -> Memb
     if isinstance(entry, Mapping):
         _refuse_unknown_keys(entry, ("unit", "comment"), f"{where}: a unit")
         entry, comment = entry.get("unit"), str(entry.get("comment") or "")
-    layer, colon, channel = str(entry).rpartition(":")
-    if not colon or not layer or not re.fullmatch(r"[0-9]+", channel):
-        raise AtlasError(f"{where}: {entry!r} is not a unit; write layer:channel, in quotes.")
-    return Member(layer, int(channel), comment, int(channel) in units.get(layer, frozenset()))
+    try:
+        unit = Unit.parse(str(entry))
+    except AtlasError:
+        # YAML reads some unquoted units as numbers: 1:30 is 90.
+        raise AtlasError(f"{where}: {entry!r} is not a unit; write layer:channel, in quotes.") from None
+    return Member(*unit, comment, unit.channel in units.get(unit.layer, frozenset()))
 
 
 def _refuse_unknown_keys(entry: Mapping[Any, Any], allowed: tuple[str, ...], where: str) -> None:

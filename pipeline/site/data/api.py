@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
-from pipeline.core.metric_specs import DERIVED_METRICS, IMAGE_METRICS
+from pipeline.core.metric_specs import METRICS, Metric
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary
 from pipeline.site.data.js_shards import to_json
 from pipeline.site.hosting.hosts import yaml_text
@@ -118,15 +118,18 @@ def schema() -> dict[str, Any]:
     visualization = unit["properties"]["pictures"]["additionalProperties"]["items"]
     properties: dict[str, Any] = {}
     for name, subschema in visualization["properties"].items():
-        if name == "METRICS":
-            metrics = IMAGE_METRICS | DERIVED_METRICS
-            properties |= {metric: _number_between(low, high) for metric, (low, high) in metrics.items()}
+        if name == "REAL NUMBERS":
+            properties |= {metric.name: _metric_schema(metric) for metric in METRICS if metric.is_real}
+        elif name == "INTEGERS":
+            properties |= {metric.name: _metric_schema(metric) for metric in METRICS if not metric.is_real}
         else:
             properties[name] = subschema
     visualization["properties"] = properties
     return tree
 
 
-def _number_between(low: float, high: float) -> dict[str, Any]:
-    bounds = {keyword: bound for keyword, bound in (("minimum", low), ("maximum", high)) if bound < math.inf}
-    return {"type": ["number", "null"], **bounds}
+def _metric_schema(metric: Metric) -> dict[str, Any]:
+    if not metric.is_real:
+        return {"type": "string" if metric.is_json_text else "integer"}
+    bounds = (("minimum", metric.low), ("maximum", metric.high))
+    return {"type": ["number", "null"], **{keyword: bound for keyword, bound in bounds if math.isfinite(bound)}}

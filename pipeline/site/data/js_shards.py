@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import orjson
 
-# Arrays of at least this size are converted to decimals by NumPy operations instead of one by one.
+# Arrays of at least this size are rounded to decimals by NumPy operations instead of one by one.
 VECTORIZED_SIZE = 48
 
 
@@ -27,25 +28,9 @@ def shard_script(name: str, body: str) -> str:
 
 def shortest_decimals(values: np.ndarray) -> list[Any]:
     """Return the shortest decimals that read back as the same float32, as nested lists; None for non-finite values."""
-    array = np.asarray(values, np.float32)
-    if array.size < VECTORIZED_SIZE:
-        return _nested([float(str(v)) if math.isfinite(v) else None for v in array.ravel()], array.shape)
-    wide = array.astype(np.float64)
-    finite = np.isfinite(wide)
-    result = np.where(finite, wide, 0.0)
-    # A float32 needs 6 to 9 digits. Powers of ten up to 10^22 are exact doubles, and an integer below 2^53 divided by
-    # one of them is the double nearest to that decimal: the one that a parser reads from it.
-    in_range, exponent = _decimal_exponent(result)
-    unresolved = in_range.copy()
-    for digits in (6, 7, 8, 9):
-        decimals = _to_digits(wide, exponent, digits)
-        reads_back = unresolved & (decimals.astype(np.float32) == array)
-        result[reads_back] = decimals[reads_back]
-        unresolved &= ~reads_back
-        if not unresolved.any():
-            break
-    one_by_one = unresolved | (finite & ~in_range & (result != 0))
-    return _filled(result, finite, one_by_one, lambda v: float(str(np.float32(v))))
+    # orjson writes the shortest decimals of float32 arrays and null for NaN and infinity.
+    array = np.ascontiguousarray(values, np.float32)
+    return orjson.loads(orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
 def rounded_decimals(values: np.ndarray, digits: int = 4) -> list[Any]:

@@ -9,24 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.core.metric_specs import GRID_METRICS, MAIN_METRIC, metric_named
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, ShownExamples
 from pipeline.site.data.js_shards import rounded_decimals, shortest_decimals
 from pipeline.site.layout import embedding
 from pipeline.store.layer_view import Histogram, Labels, LayerView
 
 BARS = 64
-# Measurements of the main visualization that the grid of a layer can be sorted and filtered by, in addition to its
-# gain, which is the column `ratio`.
-SORTED = (
-    "robust_gain",
-    "transfer",
-    "agreement",
-    "rank",
-    "spectral_distance",
-    "high_frequency",
-    "checkerboard",
-    "saturated",
-)
 
 
 def bars(counts: np.ndarray) -> np.ndarray:
@@ -44,11 +33,11 @@ def columns(layer: LayerView, facts: LayerSummary, catalogue: Catalogue) -> dict
     }
     if facts.rendered:
         numbers = layer.measurements(facts.rendered[0].key)
-        result["ratio"] = rounded_decimals(numbers["gain"][:, 0])
-        for key in SORTED:
+        result["ratio"] = rounded_decimals(numbers[MAIN_METRIC][:, 0])
+        for name in (metric.name for metric in GRID_METRICS):
             # A measurement can be NaN for all units, as is the agreement of a single variant.
-            if key in numbers and np.isfinite(numbers[key][:, 0]).any():
-                result[key] = rounded_decimals(numbers[key][:, 0])
+            if name in numbers and np.isfinite(numbers[name][:, 0]).any():
+                result[name] = rounded_decimals(numbers[name][:, 0])
         result["status"] = [str(status) for status in worst(numbers["status"])]
     labels, words = labels_of(layer, facts, catalogue)
     if words:
@@ -244,7 +233,7 @@ def _measurements(numbers: Mapping[str, np.ndarray], natural: np.ndarray) -> lis
             continue
         elif np.issubdtype(array.dtype, np.floating):
             columns[name] = shortest_decimals(array)
-        elif name == "seed" or not np.issubdtype(array.dtype, np.integer):
+        elif metric_named(name).is_json_text or not np.issubdtype(array.dtype, np.integer):
             columns[name] = [[_ABSENT if value is None else str(value) for value in row] for row in array.tolist()]
         else:
             columns[name] = array.tolist()

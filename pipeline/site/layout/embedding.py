@@ -59,7 +59,7 @@ def project(vectors: np.ndarray, components: np.ndarray) -> tuple[str, np.ndarra
     """Return the coordinates of all units on the map; the same vectors give the same coordinates.
 
     Args:
-        vectors: Unit vectors from `spectra`, (units, n).
+        vectors: Unit vectors from `unit_vectors`, (units, n).
         components: Their principal components from `axes`, (units, count).
 
     Returns:
@@ -103,7 +103,7 @@ def most_correlated(vectors: np.ndarray, rows: slice, count: int) -> tuple[np.nd
     """Return the units of a layer with the highest correlation to those in `rows`, best first.
 
     Args:
-        vectors: Unit vectors of the layer from `spectra`, (C', n).
+        vectors: Unit vectors of the layer from `unit_vectors`, (C', n).
         rows: The units to compare.
         count: Number of similar units to return.
 

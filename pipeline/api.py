@@ -1,0 +1,313 @@
+"""Functions for notebooks and scripts: visualize units of a network, and find their dataset examples.
+
+They run in this process, without a run folder. `atlas run` makes the same visualizations: the same seeds give the same
+images for a network by name.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import importlib
+import io
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from pipeline.acceleration.batchnorm_folding import fold, foldable_pairs
+from pipeline.cli.compose import compose
+from pipeline.config.schema import Config
+from pipeline.core.errors import AtlasError, nearest_names
+from pipeline.data import image_loading
+from pipeline.data.config import DataConfig
+from pipeline.data.datasets import Dataset, list_dataset
+from pipeline.engine.resources import local_resources
+from pipeline.engine.tasks import Setup
+from pipeline.engine.worker import Worker
+from pipeline.examples import localize, sweep
+from pipeline.layers import selection
+from pipeline.layers.finding import Layer
+from pipeline.layers.receptive_fields import receptive_fields
+from pipeline.models.config import ModelConfig, Preprocessing
+from pipeline.models.loading import Model, load_model, prepare_module, weights_digest
+from pipeline.planning import execution
+from pipeline.planning.validation import choose_canvas_sizes, validate_request
+from pipeline.visualization.evaluation import Visualization
+
+# Mean and standard deviation of ImageNet, the preprocessing of most published networks.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network that is ready for feature visualization.
+
+    Making one takes seconds, because its layers are found and measured: keep it for several calls.
+
+    Attributes:
+        model: The prepared copy of the network, with its preprocessing.
+        config: Configuration that it was loaded by.
+    """
+
+    model: Model
+    config: ModelConfig
+
+    @staticmethod
+    def of(
+        model: "nn.Module | str | Network",
+        input_size: int | tuple[int, int] = 224,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> "Network":
+        """Return a network for a module, or for a name of the command line (`model=NAME`).
+
+        Args:
+            model: A module, which is copied; or a name, with its own preprocessing; or a network.
+            input_size: Side of the input in pixels, or (height, width); only for modules.
+            mean: Mean of each input channel, for values from 0 to 1; only for modules.
+            std: Standard deviation of each input channel; only for modules.
+        """
+        if isinstance(model, Network):
+            return model
+        if isinstance(model, str):
+            config = compose([f"model={model}"]).config.model
+            return Network(load_model(config), config)
+        size = (input_size, input_size) if isinstance(input_size, int) else input_size
+        module = prepare_module(copy.deepcopy(model).cpu())
+        name = type(model).__name__
+        preprocessing = Preprocessing(size, min(size), tuple(mean), tuple(std))
+        config = ModelConfig("custom", name, target="notebook:module", folder=str(Path.cwd()))
+        return Network(Model(module, name, preprocessing, weights_digest(module), ()).to("cpu"), config)
+
+    @functools.cached_property
+    def layers(self) -> dict[str, Layer]:
+        """All layers of the network by name, in the order of computation."""
+        config = compose(["layers=all"]).config.layers
+        return {layer.name: layer for layer in selection.list_layers(self.model, config)}
+
+    def layer(self, name: str) -> Layer:
+        """Return a layer with its receptive field.
+
+        Raises:
+            AtlasError: If there is no such layer.
+        """
+        if name not in self.layers:
+            raise AtlasError(f"{self.model.name} has no layer {name!r}. {nearest_names(name, self.layers)}")
+        return self._with_field(name)
+
+    @functools.cached_property
+    def _folded(self) -> Model:
+        return fold(self.model, foldable_pairs(self.model))
+
+    @functools.cached_property
+    def _fields(self) -> dict[str, Layer]:
+        return {}
+
+    def _with_field(self, name: str) -> Layer:
+        if name not in self._fields:
+            layer = self.layers[name]
+            field = receptive_fields(self._folded, [layer])[name]
+            self._fields[name] = dataclasses.replace(layer, field=field)
+        return self._fields[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitImage:
+    """The feature visualization of one unit; notebooks display it as an image.
+
+    Attributes:
+        unit: "layer:channel".
+        image: (H, W, C) uint8.
+        activation: Value of the objective for exactly this image.
+        robust: Its mean over randomly transformed copies (transformation robustness).
+        details: Everything else that was measured; see `pipeline.visualization.evaluation.Visualization`.
+    """
+
+    unit: str
+    image: np.ndarray
+    activation: float
+    robust: float
+    details: Visualization
+
+    def _repr_png_(self) -> bytes:
+        return _png(self.image)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Dataset examples of the channels of one layer.
+
+    Attributes:
+        layer: Name of the layer.
+        channels: Number of channels C.
+        paths: Path of each dataset image.
+        index: (C, k) int32 numbers of the images with the largest maximum activations, the largest first; −1 for none.
+        activation: (C, k) float32 maximum activations.
+        dataset: The dataset.
+        preprocessing: Preprocessing of the network.
+    """
+
+    layer: str
+    channels: int
+    paths: tuple[str, ...]
+    index: np.ndarray
+    activation: np.ndarray
+    dataset: Dataset
+    preprocessing: Preprocessing
+
+    def image(self, channel: int, rank: int = 0) -> np.ndarray:
+        """Return the dataset example number `rank` of a channel as the network sees it, (H, W, C) uint8."""
+        index = int(self.index[channel, rank])
+        (loaded,) = image_loading.load_images(self.dataset, [index], self.preprocessing, threads=1)
+        assert loaded.array is not None  # an image that cannot be read is no example
+        return np.ascontiguousarray(loaded.array.transpose(1, 2, 0))
+
+
+def visualize(
+    model: nn.Module | str | Network,
+    unit: str | Sequence[str],
+    preset: str = "distill",
+    settings: Sequence[str] = (),
+    progress: bool = True,
+) -> Any:
+    """Make the feature visualization of a unit, or of several units of one layer.
+
+    Args:
+        model: A `torch.nn.Module`, the name of a network (`model=NAME` of the command line), or a `Network`.
+        unit: "layer:channel", or several of the same layer.
+        preset: Name of a preset, as in `render=NAME`.
+        settings: More settings as on the command line, e.g. "render.steps=64" or "render/penalties=[tv]".
+        progress: Whether to show a progress bar.
+
+    Returns:
+        A `UnitImage`, or a list of them for several units.
+
+    Raises:
+        AtlasError: If a setting is wrong, or the network has no such unit.
+    """
+    units = [unit] if isinstance(unit, str) else list(unit)
+    name, channels = _parse(units)
+    network = Network.of(model)
+    layer = network.layer(name)
+    wrong = [channel for channel in channels if not 0 <= channel < layer.channels]
+    if wrong:
+        raise AtlasError(f"{name} has the channels 0 to {layer.channels - 1}, not {wrong[0]}.")
+    config = compose([f"render={preset}", *settings]).config
+    if config.render.needs_examples:
+        raise AtlasError(
+            f"render={preset} starts from dataset examples, which need a run: `atlas run render={preset}`."
+        )
+    canvas, worker = _worker(network, config, layer)
+    with _progress_bar(progress, config.render.steps * len(_batches(config, channels)), name) as advance:
+        worker.stop = advance
+        results = worker.pictures(name, channels, canvas, config.render)
+    images = [UnitImage(f"{name}:{r.channel}", r.image, r.activation, r.robust, r) for r in results]
+    return images[0] if isinstance(unit, str) and len(images) == 1 else images
+
+
+def dataset_examples(
+    model: nn.Module | str | Network,
+    layer: str,
+    images: str | Path,
+    k: int = 8,
+    progress: bool = True,
+) -> Examples:
+    """Find the images with the largest maximum activations of each channel of a layer.
+
+    Args:
+        model: As for `visualize`.
+        layer: Name of the layer.
+        images: Folder of images; subfolders are read too.
+        k: Number of examples of each channel.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        AtlasError: If there is no such layer, or no image can be read.
+    """
+    network = Network.of(model)
+    found = network.layer(layer)
+    settings = dataclasses.replace(compose([]).config.examples, k=k)
+    dataset = list_dataset(DataConfig(source="folder", root=str(images)), network.model.preprocessing.channels)
+    subsets = sweep.ImageSubsets.of(dataset, settings)
+    count = len(dataset.images)
+    with _progress_bar(progress, -(-count // settings.batch), layer) as advance:
+        context = sweep.PassContext(network.model, [found], dataset, settings, advance)
+        ranges = sweep.measure_ranges(context, subsets.sample.tolist())
+        result = sweep.sweep(context, range(count), ranges, subsets)
+    if len(result.failed) == count:
+        raise AtlasError(f"None of the {count} images in {images} could be read: {result.failed[0][1]}.")
+    channels = tuple(range(found.channels))
+    (chosen,) = localize.select_examples(result, [(found, channels)], dataset, settings)
+    activation, index = chosen.lists["max"]
+    paths = tuple(image.path for image in dataset.images)
+    return Examples(layer, found.channels, paths, index, activation, dataset, network.model.preprocessing)
+
+
+def _parse(units: Sequence[str]) -> tuple[str, list[int]]:
+    """Return layer and channels of units of one layer."""
+    layers, channels = [], []
+    for unit in units:
+        layer, colon, channel = unit.rpartition(":")
+        if not colon or not channel.isdecimal():
+            raise AtlasError(f"{unit!r} is no unit: write layer:channel, for example layer4.1.conv2:17.")
+        layers.append(layer)
+        channels.append(int(channel))
+    if len(set(layers)) != 1:
+        raise AtlasError("All units of one call must be of one layer.")
+    return layers[0], channels
+
+
+def _worker(network: Network, config: Config, layer: Layer) -> tuple[tuple[int, int], Worker]:
+    """Return the canvas size of a layer, and a worker that visualizes its units."""
+    model = network.model
+    candidates = list(network.layers.values())
+    config = dataclasses.replace(config, model=network.config)
+    heads = selection.logit_layers(model, candidates)
+    others = validate_request(config, model, candidates, [layer], heads)
+    canvas = choose_canvas_sizes(model, [layer], config.render)[layer.name]
+    device = "cuda" if torch.cuda.is_available() and config.engine.device != "cpu" else "cpu"
+    threads, _ = local_resources()
+    setup = Setup(config, model.digest, (layer,), Dataset((), {}), threads, device, others)
+    worker = Worker(execution.on_device(setup, device))
+    worker.__dict__["model"] = model.to(device)  # in place of loading it
+    return canvas, worker
+
+
+def _batches(config: Config, channels: Sequence[int]) -> range:
+    """Return the starts of the batches that the worker renders one after the other."""
+    return range(0, len(channels), max(1, config.engine.batch // config.render.variants))
+
+
+@contextlib.contextmanager
+def _progress_bar(shown: bool, total: int, title: str) -> Iterator[Callable[[], None]]:
+    """Yield a function that advances a progress bar by one; it suits terminals and notebooks."""
+    if not shown:
+        yield lambda: None
+        return
+    with _bar_class()(total=total, desc=title, leave=False, file=sys.stderr) as bar:
+        yield lambda: bar.update(1) and None
+
+
+def _bar_class() -> Any:
+    """Return the widget of notebooks where ipywidgets is installed, and plain text otherwise."""
+    if "ipykernel" in sys.modules:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("ipywidgets")
+            from tqdm.notebook import tqdm as widget
+
+            return widget
+    from tqdm import tqdm
+
+    return tqdm
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image[..., :3]).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,107 @@
+"""What the documents tell people to type works: commands compose, Python runs, links lead somewhere."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import compose
+
+from pipeline.cli.main import main
+from pipeline.cli.overrides import split_options, to_overrides
+from pipeline.cli.verbs import VERBS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "jobs").rglob("*.md")])
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL):
+            found.append((page.name, block))
+    return found
+
+
+COMMANDS = sorted(
+    {
+        line.partition(" #")[0].strip()
+        for _, block in blocks("bash")
+        for line in block.splitlines()
+        if line.startswith(("scripts/atlas", "scripts/study"))
+    }
+)
+
+
+def _overrides(verb: str, arguments: list[str]) -> list[str]:
+    own = VERBS[verb]
+    _, rest = split_options(verb, arguments, own.keys, own.flags)
+    return to_overrides(rest, own.on_folder)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_compose(command: str) -> None:
+    verb, *arguments = shlex.split(command)[1:]
+    if command.startswith("scripts/study"):
+        verb, arguments = "run", [f"experiment=study/{verb}", *arguments]
+    assert verb in VERBS
+    overrides = [a for a in _overrides(verb, arguments) if not a.startswith("--")]
+    # A sweep over several values is composed with the first of them.
+    overrides = [re.sub(r"^([\w./]+=[\w.]+),[\w.,]+$", r"\1", o) for o in overrides]
+    compose([o.replace("$HOME", "/somewhere") for o in overrides])
+
+
+def test_there_are_commands_and_python() -> None:
+    assert len(COMMANDS) >= 6 and len(blocks("python")) >= 2
+
+
+def test_python_runs_as_printed(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "efficientnet_lite0-distill"
+    overrides = [o for o in tiny_run if not o.startswith("run.")]
+    overrides += ["also=[naive]", "also.naive.steps=2", "also.naive.size=32"]
+    assert main(["run", *overrides, f"run.root={tmp_path}/runs", f"run.name={name}"]) == 0
+    monkeypatch.chdir(tmp_path)
+    for page, block in blocks("python"):
+        if page == "your-own-network.md":
+            continue  # a test of its own types it as it stands
+        exec(compile(block, page, "exec"), {})
+    assert "layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_first_screen_says_how() -> None:
+    first = (ROOT / "README.md").read_text().splitlines()[:25]
+    text = "\n".join(first)
+    assert "scripts/atlas run" in text and "scripts/test" in text and "docs/images/home.jpg" in text
+
+
+def test_your_own_network_in_five_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The guide, typed as it stands in an empty folder; only the work is made smaller."""
+    text = (ROOT / "docs" / "your-own-network.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        name = re.match(r"# (\w+\.py)\n", block)
+        assert name is not None
+        (tmp_path / name[1]).write_text(block)
+    subprocess.run([sys.executable, "save.py"], cwd=tmp_path, check=True)
+    small = ["render.steps=2", "layers.channels='0:2'", "data.limit=12", "engine=inline"]
+    commands = [line for b in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in b.splitlines()]
+    assert [c.split()[1] for c in commands] == ["plan", "run", "plan"]
+    for i, command in enumerate(commands):
+        _, verb, *arguments = shlex.split(command)
+        own = ["run.root=looks", f"run.name=look{i}"] if verb == "plan" else []
+        assert main([verb, *arguments, *small, *own]) == 0, command
+    out = capsys.readouterr().out
+    assert "0.2.0" in out and "body" not in out
+    assert (tmp_path / "runs" / "my_net-distill" / "site" / "index.html").is_file()

@@ -1,0 +1,119 @@
+"""Whole runs: what is kept, made again or refused when settings, files or other commands change."""
+
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import compose
+
+import pipeline
+from pipeline.cli.main import main
+from pipeline.config.schema import EngineConfig
+from pipeline.core import machine
+from pipeline.core.errors import AtlasError
+from pipeline.engine.base import NODE_LOSSES_PER_FAILURE, Failure, FailureTracker
+from pipeline.engine.resources import memory_share
+from pipeline.engine.tasks import RangesTask
+from pipeline.engine.worker import Worker
+from pipeline.runs import pages, runner
+
+ONE_LAYER = ["layers.include=[conv_stem]"]
+
+
+def precisions(folder: Path) -> set[str]:
+    with pipeline.open_atlas(folder) as atlas:
+        return {str(view.render_attributes("distill")["requested_precision"]) for view in atlas}
+
+
+def test_another_precision_makes_visualizations_again_and_auto_keeps_them(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [o for o in (*tiny_run, *ONE_LAYER) if not o.startswith("engine.precision")]
+    assert main(["run", *overrides, "engine.precision=bfloat16"]) == 0
+    assert precisions(tmp_path / "tiny") == {"bfloat16"}
+    capsys.readouterr()
+    for has_instructions in (False, True):  # a processor without and with instructions for bfloat16
+        monkeypatch.setattr("pipeline.acceleration.cpu_lowering.multiplies_bfloat16", lambda has=has_instructions: has)
+        assert main(["run", *overrides]) == 0
+        assert "nothing is missing" in capsys.readouterr().out
+    assert main(["run", *overrides, "engine.precision=float32"]) == 0
+    assert "3 visualizations" in capsys.readouterr().out
+    assert precisions(tmp_path / "tiny") == {"float32"}
+
+
+def test_a_run_that_began_on_a_gpu_is_not_mixed_with_cpus(
+    tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *tiny_run, *ONE_LAYER]) == 0
+    monkeypatch.setattr("pipeline.planning.execution.recorded", lambda folder: {"device": "cuda"})
+    assert main(["plan", *tiny_run, *ONE_LAYER]) == 2
+    message = capsys.readouterr().err
+    assert "has visualizations made on a GPU" in message and "engine.device=cpu" in message
+    assert main(["plan", *tiny_run, *ONE_LAYER, "engine.device=cpu"]) == 0
+
+
+def test_one_worker_does_all_rounds(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    begin = Worker.__init__
+
+    def counted(self: Worker, *arguments: Any, **more: Any) -> None:
+        started.append(1)
+        begin(self, *arguments, **more)
+
+    monkeypatch.setattr(Worker, "__init__", counted)
+    assert main(["run", *tiny_run, *ONE_LAYER]) == 0
+    assert len(started) == 1  # for ranges, first pass, second pass and visualizations
+
+
+def test_a_run_that_was_planned_first_cannot_mix_with_another(tiny_run: list[str], tmp_path: Path) -> None:
+    """Two commands plan a new run in one folder before either has results: the first one to run keeps it."""
+    one, other = compose([*tiny_run, *ONE_LAYER]), compose([*tiny_run, *ONE_LAYER, "render.steps=7"])
+    plans = [(request, runner.plan_run(request)) for request in (one, other)]
+    assert "steps: 7" in (tmp_path / "tiny" / "config.yaml").read_text()
+    assert runner.run(*plans[0]) == 0
+    assert "steps: 4" in (tmp_path / "tiny" / "config.yaml").read_text()
+    with pytest.raises(AtlasError, match=r"made with another configuration:\n  render\.steps: 4 → 7"):
+        runner.run(*plans[1])
+
+
+def test_the_site_follows_its_files_and_the_code(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ["run", *tiny_run, *ONE_LAYER]
+    assert main(run) == 0
+    index = tmp_path / "tiny" / "site" / "index.html"
+    first = index.stat().st_mtime_ns
+    assert main(run) == 0 and index.stat().st_mtime_ns == first
+    (tmp_path / "tiny" / "families.yaml").write_text(
+        "families:\n- name: Edges\n  about: All edges.\n  members: ['conv_stem:0']\n"
+    )
+    assert main(run) == 0
+    second = index.stat().st_mtime_ns
+    assert second != first and "Edges" in index.read_text()
+    monkeypatch.setattr(pages, "package_digest", lambda: "another version")
+    assert main(run) == 0 and index.stat().st_mtime_ns != second
+
+
+def test_a_task_that_takes_down_every_node_is_set_aside() -> None:
+    from pipeline.engine.ray_engine import RayEngine
+
+    class ActorDiedError(Exception):
+        pass
+
+    ray = types.SimpleNamespace(exceptions=types.SimpleNamespace(RayTaskError=KeyError))
+    engine: Any = types.SimpleNamespace(ray=ray)
+    error = RayEngine._explained(engine, ActorDiedError("The actor died because its node has died."))
+    assert error.lost and error.weight == pytest.approx(1 / NODE_LOSSES_PER_FAILURE)
+    tracker, task = FailureTracker(EngineConfig(attempts=3)), RangesTask("x", "d", 1.0, (0,))
+    results = [
+        tracker.failed(task, error.reason, error.detail, error.weight) for _ in range(3 * NODE_LOSSES_PER_FAILURE)
+    ]
+    assert isinstance(results[-1], Failure) and not any(results[:-1])
+
+
+def test_a_container_of_two_cores_shares_its_memory_by_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's share is that of the cores that this process may use, not of all cores of the host."""
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 64)
+    assert memory_share(1) == pytest.approx(memory_share(2) / 2)

@@ -1,0 +1,271 @@
+"""Shards and the store: whole or not at all, chunk by chunk the same, and honest about what is wrong."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pipeline
+from pipeline.core import atomic_io, hashing
+from pipeline.core.errors import AtlasError
+from pipeline.core.metric_specs import IMAGE_METRICS, RATIO_METRICS, RELATION_METRICS
+from pipeline.layers.finding import Layer, ReceptiveField
+from pipeline.store import hdf5, shards, writer
+from pipeline.store.writer import Content
+
+LAYER = Layer("a/b..c", "conv", "a", 1, "out", "maps", 9, 7, 7, 1.0, ReceptiveField((11, 11), (4, 4), (-5, -5)))
+
+
+def pictures(seed: int, count: int, variants: int = 1) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shape = (count, variants)
+    return {
+        "images": rng.integers(0, 256, (*shape, 16, 16, 3), np.uint8),
+        "trace": rng.random((*shape, 4), np.float32),
+        "status": np.full(shape, "converged", object),
+        "reason": np.full(shape, "", object),
+        "seed": rng.integers(0, 2**62, shape),
+        "steps": np.full(shape, 4, np.int32),
+        **{k: rng.random(shape, np.float32) for k in ("activation", "robust", "start", "seconds")},
+    }
+
+
+def measured(seed: int, count: int, variants: int = 1) -> dict[str, np.ndarray]:
+    """What a shard holds besides since pictures are measured."""
+    rng = np.random.default_rng(seed)
+    found = {m.name: rng.random((count, variants), np.float32) for m in IMAGE_METRICS}
+    found["rank"] += 1
+    return found | {"response": rng.normal(size=(count, variants, LAYER.channels)).astype(np.float16)}
+
+
+def write_shard(
+    folder: Path, channels: list[int], seed: int, digest: str = "d", variants: int = 1, **more: np.ndarray
+) -> dict[str, np.ndarray]:
+    arrays = {"channels": np.array(channels, np.int32), **pictures(seed, len(channels), variants), **more}
+    attributes = {"digest": digest, "objective": "channel", "natural": "mean", "preset": "test", "layer": LAYER.name}
+    shards.write(folder / f"{channels[0]}-{digest}.h5", attributes, arrays)
+    return arrays
+
+
+def content(channels: tuple[int, ...]) -> Content:
+    return Content("run", "net", "w" * 64, "a: 1\n", (), (32, 32), [(LAYER, channels)])
+
+
+def test_pictures_come_back_bit_by_bit_from_several_shards(tmp_path: Path) -> None:
+    first = write_shard(tmp_path / "s", [0, 4], 1)
+    second = write_shard(tmp_path / "s", [2, 8], 2)
+    found = shards.find(tmp_path / "s", "d")
+    writer.consolidate(tmp_path / "atlas.h5", content((0, 2, 4, 8)), {(LAYER.name, "test"): found})
+    with pipeline.open_atlas(tmp_path) as atlas:
+        layer = atlas["a/b..c"]
+        assert layer.channels.tolist() == [0, 2, 4, 8] and layer.receptive_field == (11, 11)
+        for channel, arrays, i in ((0, first, 0), (4, first, 1), (2, second, 0), (8, second, 1)):
+            assert np.array_equal(layer.image(channel), arrays["images"][i, 0])
+            row = layer.row(channel)
+            for key in ("activation", "seed", "status"):
+                assert layer.measurements()[key][row, 0] == arrays[key][i, 0]
+        table = atlas.units()
+        assert list(table["channel"]) == [0, 2, 4, 8] and (table["status"] == "converged").all()
+        with pytest.raises(AtlasError, match="Valid: 0, 2, 4, 8"):
+            layer.image(3)
+        with pytest.raises(AtlasError, match=r"Nearest: a/b\.\.c"):
+            atlas["a/b"]
+    assert writer.verify(tmp_path / "atlas.h5", {LAYER.name: [0, 2, 4, 8]}) == []
+
+
+def test_measures_come_back_and_answers_are_compared(tmp_path: Path) -> None:
+    folder, path = tmp_path / "s", tmp_path / "atlas.h5"
+    whole = write_shard(folder, [0, 4], 1, variants=2, **measured(1, 2, 2))
+    # One of a former version, without measures, and a channel that nobody made.
+    write_shard(folder, [2], 2, variants=2)
+    writer.consolidate(path, content((0, 2, 4, 8)), {(LAYER.name, "test"): shards.find(folder, "d")})
+    with pipeline.open_atlas(path) as atlas:
+        layer = atlas[LAYER.name]
+        numbers, answers = layer.measurements(), layer.image_activations()
+        for name in (metric.name for metric in IMAGE_METRICS):
+            assert np.array_equal(numbers[name][[0, 2]], whole[name]) and np.isnan(numbers[name][[1, 3]]).all()
+        assert answers is not None and np.array_equal(answers[[0, 2]], whole["response"])
+        assert "response" not in numbers and "transfer" not in numbers  # there are no photographs
+        own = whole["response"].astype(np.float64)
+        own -= own.mean((0, 1))
+        cosine = [(a @ b) / np.linalg.norm(a) / np.linalg.norm(b) for a, b in own]
+        assert numbers["agreement"][[0, 2]] == pytest.approx(np.repeat(cosine, 2).reshape(2, 2), abs=1e-4)
+        assert np.isnan(numbers["agreement"][[1, 3]]).all()
+        table = atlas.units()
+        expected = {"agreement", *(metric.name for metric in (*IMAGE_METRICS, *RATIO_METRICS))}
+        assert expected <= set(table.columns) and len(table) == 8
+    assert [what for where, what in writer.verify(path, {}) if "missing" not in what] == []
+    with h5py.File(path, "r+") as file:
+        file[f"layers/{shards.safe_name(LAYER.name)}/render/test/saturated"][0, 0] = 1.5
+    assert (f"{LAYER.name}/test", "saturated is not between 0 and 1") in writer.verify(path, {})
+
+
+def test_an_atlas_of_before_the_measures_opens(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s", [0, 1], 1)
+    path = tmp_path / "atlas.h5"
+    writer.consolidate(path, content((0, 1)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
+    with pipeline.open_atlas(path) as atlas:
+        numbers = atlas[LAYER.name].measurements()
+        later = {metric.name for metric in (*IMAGE_METRICS, *RELATION_METRICS)}
+        assert not numbers.keys() & later and np.isnan(numbers["gain"]).all()
+        assert atlas[LAYER.name].image_activations() is None and len(atlas.units()) == 2
+    assert writer.verify(path, {LAYER.name: [0, 1]}) == []
+
+
+def test_a_lost_picture_is_marked_and_reported(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s", [0], 1)
+    writer.consolidate(tmp_path / "atlas.h5", content((0, 1)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
+    with pipeline.open_atlas(tmp_path) as atlas:
+        numbers = atlas[LAYER.name].measurements()
+        assert numbers["status"][:, 0].tolist() == ["converged", "missing"] and np.isnan(numbers["activation"][1, 0])
+    assert "1 feature visualizations are missing" in writer.verify(tmp_path / "atlas.h5", {LAYER.name: [0, 1]})[0][1]
+    assert any("2 planned channels" in w for _, w in writer.verify(tmp_path / "atlas.h5", {LAYER.name: [0, 5, 6]}))
+
+
+def test_one_flipped_byte_is_found(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s", [0, 1, 2], 1)
+    path = tmp_path / "atlas.h5"
+    writer.consolidate(path, content((0, 1, 2)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
+    with h5py.File(path) as file:
+        item = hdf5.dataset(file, f"layers/{shards.safe_name(LAYER.name)}/render/test/images")
+        at = item.id.get_chunk_info_by_coord((1, 0, 0, 0, 0)).byte_offset
+    data = bytearray(path.read_bytes())
+    data[at + 40] ^= 1
+    path.write_bytes(data)
+    wrong = writer.verify(path, {})
+    assert len(wrong) == 1 and wrong[0][0].endswith("images") and "can't be read" in wrong[0][1]
+
+
+def test_images_carry_what_viewers_look_for(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s", [0], 1)
+    writer.consolidate(tmp_path / "atlas.h5", content((0,)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
+    with h5py.File(tmp_path / "atlas.h5") as file:
+        images = hdf5.dataset(file, f"layers/{shards.safe_name(LAYER.name)}/render/test/images")
+        assert images.attrs["CLASS"] == b"IMAGE" and images.chunks == (1, 1, 16, 16, 3)
+        assert images.compression == "gzip" and images.fletcher32
+        assert file.attrs["schema"] == "neuron-atlas" and file.attrs["schema_version"] == 4
+
+
+def test_only_shards_of_the_right_digest_count(tmp_path: Path) -> None:
+    write_shard(tmp_path, [0], 1, "old")
+    write_shard(tmp_path, [1], 1, "new")
+    (tmp_path / "torn.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + b"0" * 100)
+    found = shards.find(tmp_path, "new")
+    assert [s.path.name for s in found] == ["1-new.h5"]
+
+
+def test_an_error_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    shards.write(path, {"digest": "1"}, {"a": np.arange(3)})
+    with pytest.raises(RuntimeError), hdf5.create_file(path) as file:
+        file["b"] = 1
+        raise RuntimeError
+    shard = shards.read(path)
+    assert shard is not None and shard.arrays()["a"].tolist() == [0, 1, 2]
+    assert [p.name for p in tmp_path.iterdir()] == ["x.h5"]
+
+
+def test_killed_writers_leave_whole_shards_only(tmp_path: Path) -> None:
+    code = textwrap.dedent("""
+        import sys, itertools, numpy as np
+        from pathlib import Path
+        from pipeline.store import shards
+        for i in itertools.count():
+            shards.write(Path(sys.argv[1], f"{i}.h5"), {"digest": "d"}, {"a": np.full(30000, i)})
+    """)
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        process = subprocess.Popen([sys.executable, "-c", code, str(folder)])
+        while len(list(folder.glob("*.h5"))) < 5:
+            time.sleep(0.02)
+        time.sleep(0.005 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        files = sorted(folder.glob("*.h5"))
+        for path in files:
+            shard = shards.read(path)
+            assert shard is not None and (shard.arrays()["a"] == int(path.stem)).all()
+        atomic_io.remove_temporary_files(folder)
+        assert not list(folder.glob("*.tmp-*"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_the_users_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(AtlasError, match="The disk is full"):
+        shards.write(tmp_path / "x.h5", {}, {"a": np.arange(3)})
+    assert not list(tmp_path.iterdir())
+
+
+@given(st.text(min_size=0, max_size=30))
+def test_safe_names_stay_in_their_folder(name: str) -> None:
+    safe = shards.safe_name(name)
+    assert safe and "/" not in safe and safe not in (".", "..") and not safe.startswith(".")
+    assert Path("root", safe).parent == Path("root")
+
+
+@given(st.text(max_size=12), st.text(max_size=12))
+def test_safe_names_are_as_different_as_the_names(a: str, b: str) -> None:
+    assert (shards.safe_name(a) == shards.safe_name(b)) == (a == b)
+
+
+def test_module_paths_stay_readable() -> None:
+    assert shards.safe_name("blocks.3.1.conv_dw") == "blocks.3.1.conv_dw"
+    assert shards.safe_name("../../x") == "~2e.~2f..~2fx"
+
+
+def test_digests_do_not_depend_on_the_order_of_keys() -> None:
+    assert hashing.digest_of({"a": 1, "b": [2]}) == hashing.digest_of({"b": [2], "a": 1})
+    assert hashing.digest_of({"a": 1}) != hashing.digest_of({"a": 2})
+
+
+def test_what_is_no_atlas_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AtlasError, match="There is no atlas"):
+        pipeline.open_atlas(tmp_path)
+    (tmp_path / "atlas.h5").write_text("no")
+    with pytest.raises(AtlasError, match="can't be opened"):
+        pipeline.open_atlas(tmp_path)
+    (tmp_path / "atlas.h5").unlink()
+    shards.write(tmp_path / "atlas.h5", {}, {"a": np.arange(2)})
+    with pytest.raises(AtlasError, match="not a neuron atlas"):
+        pipeline.open_atlas(tmp_path)
+    with h5py.File(tmp_path / "atlas.h5", "w") as file:
+        file.attrs.update({"schema": "neuron-atlas", "schema_version": 99})
+        file.create_group("layers")
+    with pytest.raises(AtlasError, match=r"schema version 99; this program reads up to 4\. Update it"):
+        pipeline.open_atlas(tmp_path)
+    with h5py.File(tmp_path / "atlas.h5", "a") as file:
+        file.attrs["schema_version"] = 1
+    with pytest.raises(AtlasError, match=r"schema version 1; this program reads 2 to 4\..*make it again"):
+        pipeline.open_atlas(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("h5dump") is None, reason="h5dump is not installed")
+def test_h5dump_reads_it(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s", [0], 1)
+    writer.consolidate(tmp_path / "atlas.h5", content((0,)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
+    subprocess.run(["h5dump", "-H", tmp_path / "atlas.h5"], check=True, capture_output=True)
+
+
+def test_crop_boxes_stay_inside_and_around_the_unit(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s", [0], 1)
+    writer.consolidate(tmp_path / "atlas.h5", content((0,)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
+    with pipeline.open_atlas(tmp_path) as atlas:
+        layer = atlas[LAYER.name]
+        # Unit 3 sees rows 3·4 - 5 … 3·4 - 5 + 10 = 7 … 17, whose middle is 12.5.
+        assert layer.crop_box(3, 3, min_size=11) == (7, 7, 18, 18)
+        assert layer.crop_box(0, 6, min_size=11) == (19, 0, 30, 11)
+        assert layer.crop_box(3, 3, min_size=48) == (0, 0, 32, 32)

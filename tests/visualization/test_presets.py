@@ -1,0 +1,119 @@
+"""Several presets in one run: the same pictures as in runs of their own, side by side in one atlas."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, compose
+from test_examples import seen_by
+from test_run import shard_times
+
+import pipeline
+from pipeline.cli.main import main
+from pipeline.core import metric_specs
+from pipeline.data import datasets
+from pipeline.layers.finding import enumerate_layers
+from pipeline.models.loading import load_model
+from pipeline.store.reader import SCHEMA_VERSION
+
+ALSO = "also=[negative,image_prior,diverse]"
+SMALL = [f"also.{name}.{key}" for name in ("negative", "image_prior", "diverse") for key in ("steps=3", "size=32")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> Path:
+    """A run with four presets, and one of `negative` alone."""
+    root = tmp_path_factory.mktemp("presets")
+    layers = [o for o in TINY if not o.startswith("layers.include")]
+    base = [*layers, "layers.include=[conv_stem,conv_head]", "data=folder", f"data.root={photo_folder}",
+            f"run.root={root}"]  # fmt: skip
+    assert main(["run", *base, ALSO, *SMALL, "also.diverse.variants=2", "run.name=many"]) == 0
+    single = [o for o in base if not o.startswith("render.margin")]
+    alone = [*single, "render=negative", "render.steps=3", "render.margin=24", "run.name=alone"]
+    assert main(["render", *alone]) == 0
+    return root
+
+
+def test_all_presets_are_in_one_atlas_in_their_order(folders: Path) -> None:
+    with pipeline.open_atlas(folders / "many") as atlas:
+        assert atlas.attributes["schema_version"] == SCHEMA_VERSION
+        layer = atlas["conv_stem"]
+        assert layer.presets == ("distill", "negative", "image_prior", "diverse")
+        assert layer.images().shape == (3, 1, 32, 32, 3) and layer.images("diverse").shape == (3, 2, 32, 32, 3)
+        assert [layer.render_attributes(p)["natural"] for p in layer.presets] == ["mean", "least", "mean", "mean"]
+        table = atlas.units()
+        counts = table.groupby("preset").size().to_dict()
+        assert counts == {"distill": 6, "negative": 6, "image_prior": 6, "diverse": 12}
+        assert table["status"].ne("missing").all()
+
+
+def test_pictures_are_measured_and_held_against_photographs(folders: Path) -> None:
+    with pipeline.open_atlas(folders / "many") as atlas:
+        table = atlas.units()
+        for metric in (*metric_specs.IMAGE_METRICS, *metric_specs.RELATION_METRICS):
+            values = table[metric.name]
+            values = values if metric.name != "agreement" else values[table["preset"] == "diverse"]
+            assert values.between(metric.low - 1e-3, metric.high + 1e-3).all(), metric.name
+        assert table["agreement"].notna().sum() == 12
+        natural = table["natural"].where(table["natural"] * np.where(table["preset"] == "negative", -1, 1) > 0)
+        assert np.allclose(table["gain"], table["activation"] / natural, equal_nan=True)
+        assert np.allclose(table["robust_gain"], table["robust"] / natural, equal_nan=True) and natural.notna().any()
+
+
+def test_transfer_is_that_of_a_pass_over_the_best_photographs(folders: Path, photo_folder: Path) -> None:
+    base = [o for o in TINY if not o.startswith("layers.include")]
+    config = compose([*base, "data=folder", f"data.root={photo_folder}"]).config
+    model, dataset = load_model(config.model).to("cpu"), datasets.list_dataset(config.data)
+    with pipeline.open_atlas(folders / "many") as atlas:
+        for view in atlas:
+            layer = next(la for la in enumerate_layers(model) if la.name == view.name)
+            answers = seen_by(model, [layer], dataset, 4)[layer.name].max((2, 3))
+            for preset, which in (("distill", "max"), ("negative", "min")):
+                best, own = view.examples(which), view.image_activations(preset)
+                assert best is not None and own is not None and own.shape == (3, 1, layer.channels)
+                for row, index in enumerate(best.index):
+                    a, b = own[row, 0] - answers.mean(0), answers[index].mean(0) - answers.mean(0)
+                    cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+                    assert view.measurements(preset)["transfer"][row, 0] == pytest.approx(cosine, abs=5e-3)
+
+
+def test_a_preset_among_others_gives_the_same_pictures_as_alone(folders: Path) -> None:
+    with pipeline.open_atlas(folders / "many") as many, pipeline.open_atlas(folders / "alone") as alone:
+        for layer in alone:
+            other = many[layer.name]
+            assert layer.presets == ("negative",)
+            assert np.array_equal(layer.images()[()], other.images("negative")[()])
+            assert layer.render_attributes()["digest"] == other.render_attributes("negative")["digest"]
+            assert np.array_equal(layer.measurements()["seed"], other.measurements("negative")["seed"])
+
+
+def test_it_is_whole_and_nothing_is_made_again(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    many = folders / "many"
+    times = shard_times(many)
+    assert main(["verify", str(many), "run.check=3"]) == 0
+    assert main(["compact", str(many)]) == 0
+    assert len(shard_times(many)) < len(times)
+    settings = (many / "config.yaml").read_text()
+    assert "also:" in settings and "also:" not in (folders / "alone" / "config.yaml").read_text()
+    capsys.readouterr()
+    assert main(["verify", str(many), "run.check=0"]) == 0
+
+
+def test_what_can_not_go_together_is_refused(tiny_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for more, told in (
+        (["also=[distill]"], "Two presets of this run are called 'distill'"),
+        (["also=[nothing]"], "There is no render=nothing"),
+        (["also=[negative]", "also.negative.size=8"], "also.negative.size=8"),
+        (["also=[negative]", "also.negative.steps=0"], "also.negative.steps=0 is too small"),
+        (["also=[oygard]"], "also=oygard: render.schedule needs a head"),
+        (["also=[negative]", "render/objective@also.negative.objective=layer"], "into a separate run"),
+    ):
+        assert main(["plan", *tiny_run, *more]) == 2, more
+        assert told in capsys.readouterr().err, more
+
+
+def test_the_plan_tells_each_preset(tiny_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *tiny_run, "also=[negative,diverse]"]) == 0
+    printed = capsys.readouterr().out
+    assert "negative: 15 visualizations" in printed and "diverse: 60 visualizations" in printed
+    assert "15 units" in printed

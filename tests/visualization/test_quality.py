@@ -1,0 +1,209 @@
+"""Measures of pictures on made pictures, where the answer is known."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.core import metric_specs
+from pipeline.data import natural_spectrum
+from pipeline.visualization import metrics
+from pipeline.visualization.evaluation import Visualization
+
+
+def waves(rows: float, columns: float, side: int = 128, contrast: float = 0.4) -> Tensor:
+    """(1, 3, S, S): a grating of so many cycles a pixel down and across."""
+    at = torch.arange(side, dtype=torch.float64)
+    phase = 2 * torch.pi * (rows * at[:, None] + columns * at[None, :])
+    return (0.5 + contrast * torch.cos(phase)).expand(1, 3, side, side)
+
+
+def noise(side: int = 128, count: int = 1) -> Tensor:
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+PLAIN = torch.full((1, 3, 64, 64), 0.3, dtype=torch.float64)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.floats(0.02, 0.48), st.floats(0.02, 0.48), st.sampled_from([64, 97, 128]))
+def test_a_grating_is_high_or_low_by_its_frequency(rows: float, columns: float, side: int) -> None:
+    frequency = (rows**2 + columns**2) ** 0.5
+    share = float(metrics.high_frequency(metrics.power(waves(rows, columns, side))))
+    assert 0 <= share <= 1 + 1e-9
+    if abs(frequency - 0.25) > 3 / side:
+        assert share == pytest.approx(float(frequency > 0.25), abs=0.02)
+
+
+def test_white_noise_has_the_share_of_its_area() -> None:
+    # Frequencies up to 0.25 are a disc of π/16 of the unit square.
+    assert float(metrics.high_frequency(metrics.power(noise()))) == pytest.approx(1 - torch.pi / 16, abs=0.02)
+    assert float(metrics.high_frequency(metrics.power(PLAIN))) < 1e-12
+
+
+def test_a_lattice_of_the_network_s_stride_stands_out() -> None:
+    def index(images: Tensor, strides: tuple[int, ...]) -> float:
+        return float(metrics.checkerboard(metrics.power(images), strides))
+
+    strides = metrics.strides(8)
+    assert strides == (2, 4, 8) and metrics.strides(14) == (2, 4, 8, 14) and metrics.strides(1) == ()
+    plain = index(noise(), strides)
+    assert 0.3 < plain < 3
+    for stride in strides:
+        lattice = waves(1 / stride, 0) * 0.1 + noise() * 0.5
+        assert index(lattice, strides) > 5 * plain
+        # A grating of another frequency is none of the network's making.
+        other = waves(0.9 / stride + 0.07, 0) * 0.1 + noise() * 0.5
+        assert index(other, (stride,)) < 3
+    board = (torch.arange(128)[:, None] + torch.arange(128)[None, :]) % 2 * 0.2
+    assert index(board.double().expand(1, 3, 128, 128) + noise() * 0.3, strides) > 20
+    assert index(PLAIN, strides) == 0 and index(noise(16), (8,)) == 0 and index(noise(), ()) == 0
+
+
+def test_total_variation_and_saturation_by_hand() -> None:
+    stripes = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    stripes[..., ::2] = 1.0
+    assert float(metrics.total_variation(stripes)) == 0.5 and float(metrics.total_variation(PLAIN)) == 0
+    assert float(metrics.saturated(stripes)) == 1 and float(metrics.saturated(PLAIN)) == 0
+    edges = torch.tensor([0, 2, 3, 252, 253, 255, 128, 127]).double().view(1, 1, 2, 4) / 255
+    assert float(metrics.saturated(edges)) == 0.5
+
+
+def photographs(count: int, power: float, seed: int = 0) -> list[np.ndarray]:
+    """Pictures whose amplitudes fall as 1/f^power."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        spectrum = np.fft.rfft2(rng.normal(size=(3, 64, 64)))
+        f = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.rfftfreq(64)[None])
+        f[0, 0] = 1 / 64
+        plain = np.fft.irfft2(spectrum / f**power, (64, 64))
+        found.append((255 / (1 + np.exp(-plain / plain.std()))).round().astype(np.uint8))
+    return found
+
+
+def test_what_falls_as_photographs_do_is_natural_at_any_contrast() -> None:
+    known = natural_spectrum.measure_spectrum(photographs(24, 1.0))
+
+    def apart(power: float, contrast: float = 1.0) -> float:
+        images = torch.from_numpy(np.stack(photographs(6, power, seed=1))).double() / 255
+        return float(metrics.spectral_distance(0.5 + contrast * (images - 0.5), known).mean())
+
+    assert apart(1.0) < 0.12 and apart(1.0, 0.3) < 0.14
+    assert apart(0.0) > 3 * apart(1.0) and apart(2.0) > 3 * apart(1.0)
+
+
+def test_rank_counts_those_above() -> None:
+    responses = torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 0.0]])
+    assert metrics.rank(responses, torch.tensor([0, 1])).tolist() == [3, 1]
+    assert metrics.rank(responses, torch.tensor([1, 2])).tolist() == [1, 3]
+
+
+def test_a_unit_without_a_number_has_no_rank() -> None:
+    responses = torch.tensor([[torch.nan, 1.0, 2.0], [torch.nan, 1.0, 2.0], [torch.nan] * 3])
+    found = metrics.rank(responses, torch.tensor([0, 1, 2]))
+    assert found.isnan().tolist() == [True, False, True] and found[1] == 2 and found.dtype == torch.float64
+
+
+def test_the_table_of_metrics_is_consistent() -> None:
+    names = [metric.name for metric in metric_specs.METRICS]
+    assert len(set(names)) == len(names) and metric_specs.MAIN_METRIC in names
+    for field in ("comparison_order", "grid_order"):
+        orders = [order for m in metric_specs.METRICS if (order := getattr(m, field)) is not None]
+        assert sorted(orders) == list(range(len(orders)))
+    recorded = {field.name for field in dataclasses.fields(Visualization)}
+    assert {metric.name for metric in metric_specs.RENDER_METRICS} <= recorded
+    for metric in metric_specs.METRICS:
+        assert metric.low < metric.high and (metric.source == "ratio") == bool(metric.numerator)
+        assert not metric.numerator or metric.numerator in names
+        # A missing visualization must be distinguishable, and its mark must fit the data type.
+        assert not metric.low <= metric.missing <= metric.high or math.isinf(metric.low)
+        assert np.array_equal(np.array(metric.missing, metric.dtype), metric.missing, equal_nan=True)
+    # JavaScript reads numbers as doubles.
+    assert [metric.name for metric in metric_specs.METRICS if metric.is_json_text] == ["seed"]
+
+
+def test_photographs_are_near_their_own_spectrum_and_noise_is_far() -> None:
+    pictures = np.stack([skimage.data.astronaut()[:256, :256], skimage.data.coffee()[:256, 100:356]])
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).double() / 255
+    known = natural_spectrum.packaged_spectrum()
+    grey = images.mean(1, keepdim=True)
+    assert metrics.spectral_distance(images, known).max() < 0.3 and metrics.spectral_distance(grey, known).max() < 0.3
+    for channels in (1, 3, 4):
+        far = metrics.spectral_distance(noise(count=2)[:, [0, 1, 2, 0][:channels]], known)
+        assert far.shape == (2,) and far.min() > 0.4
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from([1, 3, 5]), st.integers(1, 40), st.integers(1, 40))
+def test_every_size_and_any_channels_give_numbers_in_range(channels: int, height: int, width: int) -> None:
+    images = torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(height))
+    found = metrics.image_metrics(images, (2, 4, 7), natural_spectrum.packaged_spectrum())
+    assert found.keys() == {metric.name for metric in metric_specs.IMAGE_METRICS} - {"rank"}
+    for name, values in found.items():
+        metric = metric_specs.metric_named(name)
+        if name == "spectral_distance" and bool(values.isnan().any()):
+            assert min(height, width) < 4  # too small to have a spectrum
+        else:
+            assert values.shape == (2,) and metric.low <= values.min() and values.max() <= metric.high + 1e-9
+
+
+def test_a_picture_has_the_same_numbers_in_every_batch() -> None:
+    images = ((noise(56, 7) * 255).round() / 255).float()
+    together = metrics.image_metrics(images, (2, 4), natural_spectrum.packaged_spectrum())
+    alone = metrics.image_metrics(images[3:4], (2, 4), natural_spectrum.packaged_spectrum())
+    for name, values in together.items():
+        assert values[3].float() == alone[name][0].float()
+
+
+def test_gain_is_a_ratio_on_the_right_side_of_zero() -> None:
+    reached = np.array([[6.0, 3.0], [1.0, 1.0], [-4.0, 2.0]], np.float32)
+    natural = np.array([3.0, 0.0, -2.0], np.float32)
+    held = metric_specs.activation_ratio(reached, natural, negative=False)
+    assert held[0].tolist() == [2, 1] and np.isnan(held[1:]).all() and held.dtype == np.float32
+    assert metric_specs.activation_ratio(reached, natural, negative=True)[2].tolist() == [2, -1]
+    assert np.isnan(metric_specs.activation_ratio(reached, np.full(3, np.nan, np.float32), negative=True)).all()
+
+
+def test_agreement_is_one_for_the_same_and_zero_for_any_two() -> None:
+    a, b, c = torch.eye(3)
+    shared = torch.tensor([5.0, 5.0, 5.0])  # what all pictures have in common says nothing
+    found = metrics.agreement(torch.stack([torch.stack([x, x, x]) for x in (a, b, c)]) + shared)
+    assert torch.allclose(found, torch.ones(3, 3))
+    mixed = metrics.agreement(torch.stack([torch.stack([a, a, b]), torch.stack([c, c, c])]) + shared)
+    assert torch.allclose(mixed[1], torch.ones(3)) and mixed[0, 2] < mixed[0, 0] < 1
+    unlike = torch.randn(400, 2, 64, generator=torch.Generator().manual_seed(0))
+    assert abs(float(metrics.agreement(unlike).mean())) < 0.03
+    assert bool(metrics.agreement(unlike[:, :1]).isnan().all()) and bool(metrics.agreement(unlike[:1]).isnan().all())
+
+
+def test_agreement_goes_on_where_pictures_are_missing() -> None:
+    a, b = torch.eye(2)
+    lost = torch.full((2, 2), torch.nan)
+    found = metrics.agreement(torch.stack([torch.stack([a, a]), lost, torch.stack([b, b])]))
+    assert torch.allclose(found[[0, 2]], torch.ones(2, 2)) and bool(found[1].isnan().all())
+
+
+def test_transfer_is_a_cosine_about_the_usual_answer() -> None:
+    a, b, c = torch.eye(3)
+    usual = torch.tensor([1.0, 2.0, 3.0])
+    pictures = torch.stack([torch.stack([7 * a, b, -a, a + b])]) + usual
+    found = metrics.transfer(pictures, (2 * a + usual)[None], usual)
+    assert found[0].tolist() == pytest.approx([1, 0, -1, 0.5**0.5])
+    assert bool(metrics.transfer(pictures, torch.full((1, 3), torch.nan), usual).isnan().all())
+    assert float(metrics.transfer(c[None, None], a[None], torch.zeros(3))) == 0
+
+
+def test_answers_are_found_by_photograph_and_those_lost_are_passed_over() -> None:
+    answers = np.array([[1, 10], [2, 20], [4, 40]], np.float16)
+    wanted = np.array([[9, 3], [3, 77], [-1, -1], [5, -1], [77, -1]])
+    found = metrics.mean_activations(wanted, np.array([9, 3, 5]), answers)
+    assert found[[0, 1, 3]].tolist() == [[1.5, 15], [2, 20], [4, 40]] and np.isnan(found[[2, 4]]).all()
+    assert np.isnan(metrics.mean_activations(wanted, np.zeros(0, int), answers[:0])).all()
+    assert metrics.to_float16(torch.tensor([1e9, -1e9, 2.0])).tolist() == [65504, -65504, 2]

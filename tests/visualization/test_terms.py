@@ -1,0 +1,205 @@
+"""Objectives, penalties, couplings and preconditioners: gradients against finite differences, and what they mean."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinyNet
+from torch import Tensor, nn
+
+from pipeline.core.config_files import ConfigFile, load_config_files
+from pipeline.core.errors import AtlasError
+from pipeline.data.image_filters import rms
+from pipeline.visualization.batch_terms import COUPLINGS, Alignment, Diversity, gram_cosine
+from pipeline.visualization.gradient_preconditioners import BlurGradient, Normalise, ScaleSpectrum
+from pipeline.visualization.image_regularizers import PENALTIES, HighFrequency, ImageRegularizer, TotalVariation
+from pipeline.visualization.objectives import (
+    OBJECTIVES,
+    Activations,
+    Direction,
+    Interpolate,
+    Joint,
+    LayerInfo,
+    Objective,
+)
+from pipeline.visualization.schedules import STOPS  # noqa: F401  (registries fill on import)
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory: pytest.TempPathFactory) -> ConfigFile:
+    path = tmp_path_factory.mktemp("vectors") / "directions.npy"
+    np.save(path, np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32))
+    return ConfigFile(str(path)).read("vectors")
+
+
+def built(name: str, vectors: ConfigFile) -> Objective:
+    settings = {
+        "direction": {"vectors": vectors, "power": 2.0},
+        "joint": {"with_units": ("deep:1", "deep:2"), "weights": (0.5, -2.0)},
+        "interpolate": {"to": "deep:3"},
+    }
+    return OBJECTIVES[name](**settings.get(name, {}))
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_objectives_against_finite_differences_through_a_network(name: str, vectors: ConfigFile) -> None:
+    """In float64, from the image through two layers of a real (small) network."""
+    torch.manual_seed(0)
+    net = TinyNet().double().eval()
+    for module in net.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    objective = built(name, vectors)
+    images = torch.randn(2, 3, 9, 8, dtype=torch.float64, requires_grad=True)
+
+    def value(images: Tensor) -> Tensor:
+        own = net.norm(net.stem(images))
+        deep = net.late(torch.tanh(own))
+        numbers = torch.tensor([2, 0]), torch.tensor([0, 2])
+        return objective.value(Activations(own, *numbers, 3, {"deep": deep}))
+
+    assert value(images).shape == (2,)
+    assert torch.autograd.gradcheck(value, (images,), atol=1e-6)
+
+
+def penalty_of(name: str) -> ImageRegularizer:
+    return PENALTIES[name](softness=0.1) if name == "tv" else PENALTIES[name]()
+
+
+@pytest.mark.parametrize("name", list(PENALTIES))
+def test_penalties_against_finite_differences(name: str) -> None:
+    torch.manual_seed(1)
+    images = torch.rand(2, 3, 8, 9, dtype=torch.float64, requires_grad=True)
+    first = torch.rand(2, 3, 8, 9, dtype=torch.float64)
+    penalty = penalty_of(name)
+    assert (penalty.value(images, first) >= 0).all()
+    assert torch.autograd.gradcheck(lambda x: penalty.value(x, first), (images,), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(COUPLINGS))
+def test_couplings_against_finite_differences(name: str) -> None:
+    torch.manual_seed(2)
+    groups = torch.randn(2, 3, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(COUPLINGS[name]().value, (groups,), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(PENALTIES))
+def test_no_penalty_couples_images(name: str) -> None:
+    images, first = torch.rand(3, 3, 8, 8), torch.rand(3, 3, 8, 8)
+    penalty = penalty_of(name)
+    assert torch.allclose(penalty.value(images, first)[1:2], penalty.value(images[1:2], first[1:2]), rtol=1e-5)
+
+
+def test_a_grey_picture_costs_nothing_and_noise_costs_most() -> None:
+    grey = torch.full((1, 3, 16, 16), 0.5)
+    noise = torch.rand(1, 3, 16, 16)
+    ramp = torch.linspace(0.2, 0.8, 16).expand(1, 3, 16, 16)
+    for name in PENALTIES:
+        penalty = penalty_of(name)
+        assert penalty.value(grey, grey).item() == pytest.approx(0, abs=1e-5), name
+        if name not in ("l1", "l2", "lp", "prior"):
+            assert penalty.value(noise, grey) > penalty.value(ramp, grey) > -1e-6, name
+
+
+def test_total_variation_counts_steps() -> None:
+    edge = torch.zeros(1, 1, 4, 6)
+    edge[..., 3:] = 1
+    assert TotalVariation(softness=1e-6).value(edge, edge).item() == pytest.approx(4, abs=1e-3)
+
+
+@pytest.mark.parametrize("width", [16, 17])
+def test_high_frequency_energy_is_that_of_the_pixels(width: int) -> None:
+    """Parseval: with the cutoff below every frequency but 0, it is the sum of squares about the mean."""
+    images = torch.rand(2, 3, 12, width)
+    about = images - images.mean(dim=(2, 3), keepdim=True)
+    energy = HighFrequency(cutoff=1e-6).value(images, images)
+    assert torch.allclose(energy, about.pow(2).sum(dim=(1, 2, 3)), rtol=1e-4)
+
+
+def test_probability_falls_when_others_rise_and_the_logit_does_not() -> None:
+    calm, loud = torch.zeros(1, 5, 1, 1), torch.zeros(1, 5, 1, 1)
+    calm[0, 2], loud[0, 2], loud[0, 4] = 3, 3, 6
+    one = torch.tensor([2]), torch.tensor([0]), 1
+    value = {n: [OBJECTIVES[n]().value(Activations(m, *one)).item() for m in (calm, loud)] for n in OBJECTIVES
+             if n in ("logit", "probability", "log_probability")}  # fmt: skip
+    assert value["logit"][0] == value["logit"][1] == 3
+    assert value["probability"][1] < 0.1 < value["probability"][0]
+    assert value["log_probability"] == pytest.approx([np.log(v) for v in value["probability"]], rel=1e-5)
+
+
+def test_a_direction_is_a_channel_where_it_points_along_one(tmp_path: Path) -> None:
+    path = tmp_path / "axes.npy"
+    np.save(path, np.eye(6)[[4, 1]])
+    maps = torch.randn(2, 6, 3, 4)
+    direction = Direction(ConfigFile(str(path)).read("x"))
+    found = direction.value(Activations(maps, torch.tensor([0, 1]), torch.zeros(2), 1))
+    assert torch.allclose(found, torch.stack([maps[0, 4].mean(), maps[1, 1].mean()]), atol=1e-6)
+    aligned = Direction(ConfigFile(str(path)).read("x"), power=2.0)
+    assert aligned.value(Activations(torch.zeros(1, 6, 2, 2), torch.tensor([0]), torch.zeros(1), 1)).item() == 0
+
+
+def test_an_interpolation_goes_from_one_end_to_the_other() -> None:
+    own, deep = torch.zeros(3, 2, 1, 1), torch.zeros(3, 2, 1, 1)
+    own[:, 0], deep[:, 1] = 10, 20
+    value = Interpolate(to="deep:1").value(
+        Activations(own, torch.zeros(3, dtype=torch.long), torch.arange(3), 3, {"deep": deep})
+    )
+    assert value.tolist() == [10, 15, 20]
+
+
+def facts(classifier: bool = False, variants: int = 1) -> LayerInfo:
+    return LayerInfo("late", 8, classifier, {"late": 8, "stem": 6}, variants)
+
+
+@pytest.mark.parametrize(
+    ("objective", "why"),
+    [
+        (Interpolate(), "needs a second unit"),
+        (Interpolate(to="stem:2"), "render.variants of at least 2"),
+        (Joint(with_units=()), "needs at least one layer:channel"),
+        (Joint(with_units=("stem:2",), weights=(1.0, 2.0)), "as many entries as with_units"),
+        (Joint(with_units=("stam:2",)), "no layer 'stam'"),
+        (Joint(with_units=("stem:6",)), "stem has 6 channels"),
+        (Joint(with_units=("stem",)), "is not a unit: write layer:channel"),
+        (OBJECTIVES["logit"](), "needs the classifier's logits, which late does not hold"),
+        (OBJECTIVES["probability"](), "render/objective=channel"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_the_fix(objective: Objective, why: str) -> None:
+    with pytest.raises(AtlasError, match=why):
+        objective.check(facts())
+
+
+def test_vectors_must_fit_the_layer(vectors: ConfigFile, tmp_path: Path) -> None:
+    with pytest.raises(AtlasError, match="holds 4 vectors of 6 numbers; late needs vectors of 8 numbers"):
+        Direction(vectors).check(facts())
+    np.save(tmp_path / "objects.npy", np.array(["a"], dtype=object), allow_pickle=True)
+    with pytest.raises(AtlasError, match=r"is not an \.npy or \.npz of plain numbers"):
+        Direction(load_config_files(ConfigFile(str(tmp_path / "objects.npy")), "x")).check(facts())
+
+
+def test_equal_pictures_have_cosine_one_and_the_term_is_lowest() -> None:
+    same = torch.randn(1, 1, 5, 4, 4).expand(2, 3, 5, 4, 4)
+    assert torch.allclose(gram_cosine(same), torch.ones(2, 3, 3), atol=1e-5)
+    assert torch.allclose(Diversity().value(same), torch.full((2, 3), -1.0), atol=1e-5)
+    other = torch.randn(2, 3, 5, 4, 4)
+    assert (Diversity().value(other) > -1).all()
+
+
+def test_alignment_pulls_neighbours_only() -> None:
+    groups = torch.zeros(1, 3, 1, 1, 1)
+    groups[0, :, 0, 0, 0] = torch.tensor([0.0, 1.0, 3.0])
+    assert Alignment().value(groups).tolist() == [[-0.5, -2.5, -2.0]]
+
+
+def test_preconditioners() -> None:
+    torch.manual_seed(0)
+    gradient = torch.randn(2, 3, 32, 32) * torch.tensor([1.0, 1e-4]).view(2, 1, 1, 1)
+    assert torch.allclose(rms(Normalise().apply(gradient, None)), torch.ones(2, 1, 1, 1), atol=1e-4)
+    assert torch.equal(Normalise().apply(torch.zeros(1, 3, 4, 4), None), torch.zeros(1, 3, 4, 4))
+    smooth = BlurGradient(1.0).apply(gradient, None)
+    assert torch.equal(BlurGradient(9.0).apply(gradient, 1.0), smooth) and rms(smooth)[0] < 0.4
+    spectra = [torch.fft.rfft2(g)[0, 0] for g in (gradient, ScaleSpectrum(1.0).apply(gradient, None))]
+    ratio = (spectra[1].abs() / spectra[0].abs())[0]
+    assert ratio[:4].tolist() == pytest.approx([1, 1, 1 / 2, 1 / 3], rel=1e-3)
