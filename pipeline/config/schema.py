@@ -28,10 +28,14 @@ AUTO_OR_POSITIVE = Use("auto or a number above 0")
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives and the seed of everything random in it.
+    """The run folder, and the seed of everything random in a run.
 
-    `update=true` allows a run folder to be continued with another configuration: only what changed is made.
-    `check` is the number of pictures that `atlas verify` renders again.
+    Attributes:
+        name: Name of the run folder.
+        root: Folder of all runs.
+        seed: Seed of visualizations.
+        update: Whether an existing run folder may continue with another configuration: only what changed is made again.
+        check: Number of visualizations that `atlas verify` makes again.
     """
 
     name: str
@@ -43,13 +47,27 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Who does the work. `auto` and null are decided from the machine or cluster when the run starts.
+    """Workers and their resources. `auto` and null are resolved from the machine or the cluster when the run starts.
 
-    `batch` is the number of pictures optimised together, halved where a GPU has no memory for so many; a task is
-    as many batches as are estimated to take `task_seconds`, and less towards the end. `precision` is what steps are
-    computed in, `float32`, `bfloat16`, or `auto`: see `lowering`; what a finished picture is measured by is float32.
-    With `shared_fs=false` photographs travel to the workers, and finished shards back. A worker that has grown beyond
-    `memory_gb` is replaced; `auto` is its share of the machine.
+    Attributes:
+        name: "ray", or "inline" for one worker in this process.
+        address: Address of a Ray cluster; None for a private instance on this machine.
+        workers: Number of workers; "auto" for as many as there is room for.
+        cpus_per_worker: CPUs of one worker.
+        gpus_per_worker: GPUs of one worker; fractions share one, 0 uses none.
+        device: Device of the workers, for example "cpu" or "cuda". "auto" keeps the one that the results of the run
+            folder were made on.
+        precision: Precision of the optimization steps; finished images are evaluated in float32. "auto" keeps that of
+            the results of the run folder, and is bfloat16 for a new run on a CPU with instructions for it.
+        shared_fs: Whether workers see the files of the driver. Without, dataset images are sent to them and finished
+            shards back.
+        batch: Number of images that are optimized together; halved where a GPU runs out of memory.
+        task_seconds: Upper bound of the estimated seconds of one task.
+        memory_gb: A worker that uses more is replaced; "auto" is its share of the machine.
+        patience: Seconds to wait for the first worker.
+        attempts: Failures after which a task is set aside.
+        max_failures: Number of consecutive tasks that are set aside before the run stops.
+        progress_seconds: Seconds between two lines of progress.
     """
 
     name: Literal["ray", "inline"] = "ray"
@@ -72,10 +90,21 @@ class EngineConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything a run is made from: the preset `render`, and those in `also`, by which all units get pictures too.
+    """The configuration of a run.
 
-    `base` is the folder of a run that lends what it has of this one. `units`, a table, and `only`, a condition on the
-    base's pictures, choose units in the place of `layers.policy` and `layers.channels`.
+    Attributes:
+        run: Run folder and seed.
+        model: Network and weights.
+        layers: Selection of layers and channels.
+        data: Dataset.
+        render: The main preset.
+        examples: Settings of the dataset pass.
+        engine: Workers.
+        site: Settings of the site.
+        also: Further presets that visualize all units.
+        base: Folder of a run whose results are reused.
+        units: Table of units that replaces the selection of layers and channels.
+        only: Condition on the visualizations of the base run that selects units.
     """
 
     run: RunConfig
@@ -93,21 +122,21 @@ class Config:
 
     @property
     def presets(self) -> tuple[Preset, ...]:
-        """All presets of the run, the main one first; their names differ."""
+        """All presets of the run, the main one first. Their names are unique."""
         return (self.render, *self.also)
 
     def preset(self, name: str) -> Preset:
-        """The preset of that name."""
+        """Return the preset called `name`."""
         return next(preset for preset in self.presets if preset.name == name)
 
     @property
     def folder(self) -> Path:
-        """The run's folder."""
+        """The run folder."""
         return Path(self.run.root, self.run.name)
 
 
-# What changes no result: a run folder may be continued under another engine or page layout, and with or without a base.
-FREE = ("engine", "site", "run", "base")
+# Sections that a run folder may change between commands. Device and precision are in the digests of visualizations.
+FREE_SECTIONS = ("engine", "site", "run", "base")
 
 
 def from_tree(tree: Mapping[str, Any]) -> Config:
@@ -126,7 +155,7 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
     if config.only is not None:
         UnitFilter.of(config.only)
         if config.base is None:
-            raise AtlasError(f"only={config.only} needs base=runs/NAME: the run whose pictures it judges.")
+            raise AtlasError(f"only={config.only} needs base=runs/NAME: the run whose visualizations it refers to.")
     _check_checkpoint(config)
     edges = config.examples.spectrum
     if list(edges) != sorted(set(edges)) or len(edges) < 2 or edges[0] != 0 or edges[-1] != 100:
@@ -135,7 +164,7 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
 
 
 def _check_checkpoint(config: Config) -> None:
-    """Settings that choose within a checkpoint need one: the network's own, or one of an ensemble."""
+    """Raise `AtlasError` for settings that choose within a checkpoint if there is none."""
     ensembles = any(isinstance(a, Ensemble) for preset in config.presets for a in preset.augmentations)
     for key in ("checkpoint_key", "checkpoint_prefix"):
         value = getattr(config.model, key)
@@ -144,12 +173,12 @@ def _check_checkpoint(config: Config) -> None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """`key: old → new` of every setting in which two plain trees differ."""
-    found = []
+    """Return "key: old → new" for every setting in which two plain trees differ."""
+    changes = []
     for key in sorted(set(old) | set(new)):
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{prefix}{key}.")
+            changes += differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key}: {a!r} → {b!r}")
-    return found
+            changes.append(f"{prefix}{key}: {a!r} → {b!r}")
+    return changes

@@ -15,7 +15,7 @@ import yaml
 from filelock import FileLock, SoftFileLock, Timeout
 
 from pipeline.config.defaults import complete_preset
-from pipeline.config.schema import FREE, differences
+from pipeline.config.schema import FREE_SECTIONS, differences
 from pipeline.core.atomic_io import atomic_path
 from pipeline.core.errors import AtlasError
 
@@ -168,7 +168,7 @@ class RunFolder:
 
 def result_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that change results, including the seed, as plain data."""
-    sections = {name: section for name, section in tree.items() if name not in FREE}
+    sections = {name: section for name, section in tree.items() if name not in FREE_SECTIONS}
     return sections | {"run": {"seed": (tree.get("run") or {}).get("seed", 0)}}
 
 

@@ -644,6 +644,7 @@ def test_all_unreadable_is_no_crash(tmp_path: Path, tiny: Model) -> None:
     assert not len(chosen.pairs())
 
 
+@pytest.mark.long
 @pytest.mark.photos
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="the ImageNet photographs are not beside this checkout")
 def test_the_default_network_is_right_on_imagenet_photographs() -> None:

@@ -131,8 +131,11 @@ def calls(model: Model) -> int:
     return count
 
 
-# About a minute each.
-LONG = ("inception_v3", "swin_t")
+# A quarter of a minute to a minute each.
+LONG = (
+    "inception_v3", "swin_t", "vgg16", "vit_b_16", "convnext_tiny", "alexnet", "regnet_y_400mf", "densenet121",
+    "efficientnet_b0",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

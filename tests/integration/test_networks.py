@@ -32,12 +32,17 @@ MORE = {
 }
 
 
+# Networks of the short suite; the others take a quarter of a minute each.
+SHORT = ("efficientnet_lite0", "mobilenet_v2", "resnet18", "googlenet", "vit_b_16")
+SHORT_MORE = ("squeezenet1_1", "test_resnet", "test_vit", "ssdlite320_mobilenet_v3_large")
+
+
 def shipped() -> list[str]:
     """Every file of conf/model that names a network."""
     return sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "custom")
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SHORT else [pytest.mark.long]) for n in shipped()])
 def test_every_shipped_network_is_rendered_with_right_values(name: str, tmp_path: Path) -> None:
     overrides = [f"model={name}", "model.weights=null", f"model.input_size={SIZES.get(name, 64)}"]
     overrides += ARGUMENTS.get(name, [])
@@ -47,7 +52,7 @@ def test_every_shipped_network_is_rendered_with_right_values(name: str, tmp_path
     assert name == "vit_b_16" or any("lowered" in level for level in found.levels), found
 
 
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SHORT_MORE else [pytest.mark.long]) for n in MORE])
 def test_other_architectures_are_rendered_with_right_values(name: str, tmp_path: Path) -> None:
     overrides = [*MORE[name], f"model.name={name}", "model.weights=null"]
     found = check(configuration([*overrides, f"run.root={tmp_path}"]), layers=2)
@@ -215,7 +220,7 @@ def nets(tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch is giving up TorchScript and the former weight_norm
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 @pytest.mark.parametrize("builder", [*LOWERED, *PLAINER])
 def test_what_networks_do_beside_convolutions_keeps_its_values(
     nets: Path, builder: str, precision: str, tmp_path: Path

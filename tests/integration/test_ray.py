@@ -99,6 +99,7 @@ def test_bad_input_on_a_worker_ends_the_run_at_once(
     assert "loaded other weights of test_efficientnet than the driver" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_more_workers_than_room_are_cut_and_too_large_ones_refused(
     tiny_run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,7 +114,7 @@ def test_no_cluster_at_the_address(tiny_run: list[str], capsys: pytest.CaptureFi
     assert "No Ray cluster at engine.address=127.0.0.1:1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_a_signal_stops_the_run_and_its_workers(tiny_run: list[str], tmp_path: Path, kind: signal.Signals) -> None:
     """A terminal sends Ctrl-C to the whole process group: driver, Ray's own processes and workers.
 
@@ -256,6 +257,7 @@ def holding(address: str, cpus: int) -> Iterator[None]:
         yield  # its stdin is closed on exit, and with it the process ends
 
 
+@pytest.mark.long
 def test_workers_join_and_leave_with_their_nodes(tmp_path: Path) -> None:
     """`engine.workers=auto`: a run that begins on no node goes on with one, then three, and after one has died."""
     from ray.cluster_utils import Cluster
@@ -292,6 +294,7 @@ def test_workers_join_and_leave_with_their_nodes(tmp_path: Path) -> None:
         cluster.shutdown()
 
 
+@pytest.mark.long
 def test_workers_that_share_no_files_with_the_driver(tiny_run: list[str], tmp_path: Path) -> None:
     """Weights and photographs travel there, shards travel back, and everything is the same as inline."""
     from conftest import compose

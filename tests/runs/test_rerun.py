@@ -248,9 +248,9 @@ def test_other_layers_than_the_bases_are_looked_at_in_full(
     assert main(["plan", *other, f"base={base}"]) == 0
     printed = capsys.readouterr().out
     assert f"from {base}: first pass over 0 images, 3 of" in printed and "dataset pass over 20 images, " in printed
-    assert f"the dataset pass is made anew: {base} has no blocks.0.0." in printed
+    assert f"the dataset pass cannot be reused: {base} has no blocks.0.0." in printed
     assert main(["plan", *settings, f"run.root={tmp_path}", "run.name=k", f"base={base}", "examples.k=2"]) == 0
-    assert "the dataset pass is made anew: examples.k: 3 → 2" in capsys.readouterr().out
+    assert "the dataset pass cannot be reused: examples.k: 3 → 2" in capsys.readouterr().out
 
 
 def test_a_base_that_is_only_begun_lends_what_it_has(
@@ -559,6 +559,7 @@ def test_inputs_survive_their_file_and_count_for_the_same_network_only(
     assert manifest.read(tmp_path) is None
 
 
+@pytest.mark.long
 def test_commands_of_the_page_work_in_turn(
     finished: tuple[Path, list[str]],
     tmp_path: Path,

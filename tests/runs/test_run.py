@@ -229,7 +229,7 @@ def test_a_lock_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_an_interrupted_run_stops_soon_and_goes_on_later(
     tiny_run: list[str], tmp_path: Path, kind: signal.Signals
 ) -> None:

@@ -86,7 +86,7 @@ def test_the_site_follows_its_files_and_the_code(
     first = index.stat().st_mtime_ns
     assert main(run) == 0 and index.stat().st_mtime_ns == first
     (tmp_path / "tiny" / "families.yaml").write_text(
-        "families:\n- name: Edges\n  about: All edges.\n  members: ['conv_stem:0']\n"
+        "families:\n- name: Edges\n  comment: All edges.\n  units: ['conv_stem:0']\n"
     )
     assert main(run) == 0
     second = index.stat().st_mtime_ns

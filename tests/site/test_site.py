@@ -25,7 +25,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.cli.overrides import conf_folder
 from pipeline.core.errors import AtlasError
 from pipeline.core.metric_specs import IMAGE_METRICS, RATIO_METRICS, RELATION_METRICS
 from pipeline.site import number_format as v
@@ -95,12 +94,11 @@ def write_atlas(path: Path, pictures: bool = True, examples: bool = True, layers
             created="2026-01-02T03:04:05+00:00", run="test", failures=1, identity="ef" * 32,
         )  # fmt: skip
         file.create_group("layers")
-        config = (conf_folder() / "render" / "transforms" / "distill.yaml").read_text()
-        shaken = "\n".join("    " + line for line in config.splitlines())
+        transforms = "    jitter: {pixels: 8}\n    rotate: {degrees: 10.0}"
         file.create_dataset(
             "provenance/config",
             data="model: tiny\nname: '</pre><script>alert(3)</script>'\nrender:\n  name: distill\n  objective: {name: "
-            f"channel}}\n  canvas: {{name: fourier, decay: 1.25}}\n  transforms:\n{shaken}\n  steps: 128\n",
+            f"channel}}\n  canvas: {{name: fourier, decay: 1.25}}\n  transforms:\n{transforms}\n  steps: 128\n",
         )
         write_array(file, "model/labels", np.array(LABELS, object))
         for order, layer in enumerate(layers):

@@ -89,7 +89,7 @@ def test_a_picture_may_succeed_at_its_second_attempt(tiny: Model, tiny_layers: d
             calls.append(rate)
             super().step(parameters, gradient * (float("nan") if rate == 0.1 else 1), state, at, rate)
 
-    preset = dataclasses.replace(PRESET, optimizer=Unlucky(lr=0.1), steps=8)
+    preset = dataclasses.replace(PRESET, optimizer=Unlucky(lr=0.1, warmup=0, floor=1.0), steps=8)
     (picture,) = render(RenderJob(tiny, tiny_layers["late"], preset, seed=0), [(0, 0)])
     assert picture.status == "retried" and set(calls) == {0.1, 0.05}
     assert picture.image.std() > 0
