@@ -107,7 +107,7 @@ def select_channels(maps: Tensor, channels: Tensor) -> Tensor:
 @OBJECTIVES.add("channel")
 @dataclasses.dataclass(frozen=True)
 class Channel(Objective):
-    """Mean of the channel over all positions (the *channel* objective of Distill); for a classifier, the logit."""
+    """Mean of the channel over all positions (the channel objective of Distill); for a classifier, the logit."""
 
     natural: ClassVar[Literal["mean", "max"] | None] = "mean"
 
@@ -119,7 +119,7 @@ class Channel(Objective):
 @OBJECTIVES.add("neuron")
 @dataclasses.dataclass(frozen=True)
 class Neuron(Objective):
-    """The channel at one position (the *neuron* objective of Distill): row `y` and column `x`; null is the center."""
+    """The channel at one position (the neuron objective of Distill): row `y` and column `x`; null is the center."""
 
     y: int | None = None
     x: int | None = None
