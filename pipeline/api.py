@@ -10,29 +10,29 @@ import dataclasses
 import functools
 import importlib
 import io
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 from torch import nn
 
 from pipeline.acceleration.batchnorm_folding import fold, foldable_pairs
 from pipeline.cli.compose import compose
 from pipeline.config.schema import Config
 from pipeline.core.errors import AtlasError, nearest_names
-from pipeline.data import image_loading
+from pipeline.core.units import Unit
+from pipeline.data import image_loading, multiband
 from pipeline.data.config import DataConfig
 from pipeline.data.datasets import Dataset, list_dataset
-from pipeline.engine.resources import local_resources
+from pipeline.engine.resources import local_resources, size_pool
 from pipeline.engine.tasks import Setup
 from pipeline.engine.worker import Worker
 from pipeline.examples import localize, sweep
 from pipeline.layers import selection
-from pipeline.layers.finding import Layer
+from pipeline.layers.finding import Layer, ReceptiveField
 from pipeline.layers.receptive_fields import receptive_fields
 from pipeline.models.config import ModelConfig, Preprocessing
 from pipeline.models.loading import Model, load_model, prepare_module, weights_digest
@@ -99,22 +99,26 @@ class Network:
         """
         if name not in self.layers:
             raise AtlasError(f"{self.model.name} has no layer {name!r}. {nearest_names(name, self.layers)}")
-        return self._with_field(name)
+        layer = self.layers[name]
+        if name not in self._fields:
+            self._fields.update(receptive_fields(self._folded, [layer]))
+        return dataclasses.replace(layer, field=self._fields[name])
+
+    def on(self, device: str) -> Model:
+        """Return the network on a device; a copy where it is not the CPU, on which the layers are measured."""
+        return self.model if device == "cpu" else self._copy.to(device)
+
+    @functools.cached_property
+    def _copy(self) -> Model:
+        return dataclasses.replace(self.model, module=copy.deepcopy(self.model.module))
 
     @functools.cached_property
     def _folded(self) -> Model:
         return fold(self.model, foldable_pairs(self.model))
 
     @functools.cached_property
-    def _fields(self) -> dict[str, Layer]:
-        return {}
-
-    def _with_field(self, name: str) -> Layer:
-        if name not in self._fields:
-            layer = self.layers[name]
-            field = receptive_fields(self._folded, [layer])[name]
-            self._fields[name] = dataclasses.replace(layer, field=field)
-        return self._fields[name]
+    def _fields(self) -> dict[str, ReceptiveField | None]:
+        return {}  # receptive fields that were measured, by layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +140,9 @@ class UnitImage:
     details: Visualization
 
     def _repr_png_(self) -> bytes:
-        return _png(self.image)
+        buffer = io.BytesIO()
+        multiband.to_display_image(self.image).save(buffer, "PNG")
+        return buffer.getvalue()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +197,10 @@ def visualize(
     Raises:
         AtlasError: If a setting is wrong, or the network has no such unit.
     """
-    units = [unit] if isinstance(unit, str) else list(unit)
-    name, channels = _parse(units)
+    units = [Unit.parse(text) for text in ([unit] if isinstance(unit, str) else unit)]
+    if len({parsed.layer for parsed in units}) != 1:
+        raise AtlasError("All units of one call must be of one layer.")
+    name, channels = units[0].layer, [parsed.channel for parsed in units]
     network = Network.of(model)
     layer = network.layer(name)
     wrong = [channel for channel in channels if not 0 <= channel < layer.channels]
@@ -204,10 +212,11 @@ def visualize(
             f"render={preset} starts from dataset examples, which need a run: `atlas run render={preset}`."
         )
     canvas, worker = _worker(network, config, layer)
-    with _progress_bar(progress, config.render.steps * len(_batches(config, channels)), name) as advance:
+    batches = math.ceil(len(channels) / config.channels_per_batch(config.render))
+    with _progress_bar(progress, config.render.steps * batches, name) as advance:
         worker.stop = advance
         results = worker.pictures(name, channels, canvas, config.render)
-    images = [UnitImage(f"{name}:{r.channel}", r.image, r.activation, r.robust, r) for r in results]
+    images = [UnitImage(str(Unit(name, r.channel)), r.image, r.activation, r.robust, r) for r in results]
     return images[0] if isinstance(unit, str) and len(images) == 1 else images
 
 
@@ -236,7 +245,7 @@ def dataset_examples(
     dataset = list_dataset(DataConfig(source="folder", root=str(images)), network.model.preprocessing.channels)
     subsets = sweep.ImageSubsets.of(dataset, settings)
     count = len(dataset.images)
-    with _progress_bar(progress, -(-count // settings.batch), layer) as advance:
+    with _progress_bar(progress, math.ceil(count / settings.batch), layer) as advance:
         context = sweep.PassContext(network.model, [found], dataset, settings, advance)
         ranges = sweep.measure_ranges(context, subsets.sample.tolist())
         result = sweep.sweep(context, range(count), ranges, subsets)
@@ -249,20 +258,6 @@ def dataset_examples(
     return Examples(layer, found.channels, paths, index, activation, dataset, network.model.preprocessing)
 
 
-def _parse(units: Sequence[str]) -> tuple[str, list[int]]:
-    """Return layer and channels of units of one layer."""
-    layers, channels = [], []
-    for unit in units:
-        layer, colon, channel = unit.rpartition(":")
-        if not colon or not channel.isdecimal():
-            raise AtlasError(f"{unit!r} is no unit: write layer:channel, for example layer4.1.conv2:17.")
-        layers.append(layer)
-        channels.append(int(channel))
-    if len(set(layers)) != 1:
-        raise AtlasError("All units of one call must be of one layer.")
-    return layers[0], channels
-
-
 def _worker(network: Network, config: Config, layer: Layer) -> tuple[tuple[int, int], Worker]:
     """Return the canvas size of a layer, and a worker that visualizes its units."""
     model = network.model
@@ -271,17 +266,11 @@ def _worker(network: Network, config: Config, layer: Layer) -> tuple[tuple[int, 
     heads = selection.logit_layers(model, candidates)
     others = validate_request(config, model, candidates, [layer], heads)
     canvas = choose_canvas_sizes(model, [layer], config.render)[layer.name]
-    device = "cuda" if torch.cuda.is_available() and config.engine.device != "cpu" else "cpu"
-    threads, _ = local_resources()
-    setup = Setup(config, model.digest, (layer,), Dataset((), {}), threads, device, others)
-    worker = Worker(execution.on_device(setup, device))
-    worker.__dict__["model"] = model.to(device)  # in place of loading it
+    pool = size_pool(dataclasses.replace(config.engine, name="inline"), [local_resources()])
+    setup = Setup(config, model.digest, (layer,), Dataset((), {}), pool.threads, pool.device, others)
+    worker = Worker(execution.on_device(setup, pool.device))
+    worker.__dict__["model"] = network.on(pool.device)  # in place of loading it
     return canvas, worker
-
-
-def _batches(config: Config, channels: Sequence[int]) -> range:
-    """Return the starts of the batches that the worker renders one after the other."""
-    return range(0, len(channels), max(1, config.engine.batch // config.render.variants))
 
 
 @contextlib.contextmanager
@@ -305,9 +294,3 @@ def _bar_class() -> Any:
     from tqdm import tqdm
 
     return tqdm
-
-
-def _png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image[..., :3]).save(buffer, "PNG")
-    return buffer.getvalue()

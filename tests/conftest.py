@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import hydra
 import numpy as np
 import pytest
 import torch
@@ -11,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from pipeline.cli.compose import request_of
-from pipeline.cli.overrides import conf_folder, settable
+from pipeline.cli.overrides import composed
 from pipeline.layers.finding import Layer, enumerate_layers
 from pipeline.models.config import Preprocessing
 from pipeline.models.loading import Model, prepare_module, weights_digest
@@ -40,7 +39,6 @@ TINY = [
     "render.margin=4",
     "engine=inline",
     "engine.batch=2",
-    "engine.precision=float32",  # alike on every processor
     "examples.k=3",
     "examples.batch=4",
     "examples.per_task=8",
@@ -106,8 +104,7 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compose(overrides: list[str]) -> Request:
     """What the command line would make of `overrides`."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-        return request_of(hydra.compose("config", overrides=[settable(override) for override in overrides]))
+    return request_of(composed(overrides))
 
 
 @pytest.fixture

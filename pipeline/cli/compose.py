@@ -4,29 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 import yaml
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.cli.overrides import conf_folder, explain, settable, to_overrides
+from pipeline.cli.overrides import composed, explain, to_overrides
 from pipeline.config.schema import from_tree
 from pipeline.core.errors import AtlasError
 from pipeline.planning.request import Request
 from pipeline.store.shards import safe_name
-
-
-def composed(overrides: Sequence[str]) -> DictConfig:
-    """Return the composed configuration, as Hydra returns it.
-
-    Raises:
-        HydraException: If an override is wrong.
-    """
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-        return hydra.compose("config", overrides=[settable(override) for override in overrides])
 
 
 def compose(overrides: Sequence[str]) -> Request:

@@ -18,8 +18,17 @@ from omegaconf import DictConfig
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from pipeline import __version__
-from pipeline.cli.compose import composed, request_of
-from pipeline.cli.overrides import as_text, conf_folder, explain, reference, settable, split_options, to_overrides
+from pipeline.cli.compose import request_of
+from pipeline.cli.overrides import (
+    as_text,
+    composed,
+    conf_folder,
+    explain,
+    reference,
+    settable,
+    split_options,
+    to_overrides,
+)
 from pipeline.cli.verbs import VERBS
 from pipeline.core import interrupts
 from pipeline.core.errors import AtlasError, nearest_names
@@ -109,9 +118,8 @@ def _execute(name: str, arguments: Sequence[str]) -> int:
 
 def _compose(overrides: Sequence[str], task: Callable[[DictConfig], None]) -> None:
     """Call `task` with the composed configuration."""
-    overrides = [settable(override) for override in overrides]
     if any(override.startswith("-") for override in overrides):
-        with _hydra_arguments(overrides):
+        with _hydra_arguments([settable(override) for override in overrides]):
             hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)()
         return
     task(composed(overrides))

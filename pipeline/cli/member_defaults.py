@@ -10,7 +10,8 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.config.defaults import ONE, SEVERAL, complete_group
+from pipeline.config.defaults import complete_group
+from pipeline.visualization.preset import KEYED_GROUPS, SINGLE_GROUPS
 
 SCHEME = "atlas"
 
@@ -31,7 +32,7 @@ class MemberSource(FileConfigSource):
         """Load a file; complete it if it is a member of a group, and not derived from another file."""
         result = super().load_config(config_path)
         parts = PurePosixPath(config_path).parts
-        is_member = len(parts) == 3 and parts[0] == "render" and parts[1] in (*ONE, *SEVERAL)
+        is_member = len(parts) == 3 and parts[0] == "render" and parts[1] in (*SINGLE_GROUPS, *KEYED_GROUPS)
         if is_member and "defaults" not in result.config:
             settings: Any = OmegaConf.to_container(result.config, resolve=False)
             result.config = _config(complete_group(parts[1], settings))

@@ -11,11 +11,12 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException
-from omegaconf import OmegaConf, grammar_parser
+from omegaconf import DictConfig, OmegaConf, grammar_parser
 from omegaconf.errors import GrammarParseError
 
 from pipeline.cli import member_defaults
 from pipeline.core.errors import nearest_names
+from pipeline.visualization.preset import KEYED_GROUPS
 
 member_defaults.register()
 
@@ -52,8 +53,38 @@ class Options:
     compare: CompareArguments = CompareArguments()
 
 
+def conf_folder() -> Path:
+    """Return the folder of YAML files: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def split_options(
+    verb: str, arguments: Sequence[str], keys: Sequence[str] = (), flags: Sequence[str] = ()
+) -> tuple[Options, list[str]]:
+    """Split the arguments of a verb into its own options and the rest.
+
+    Args:
+        verb: The verb.
+        arguments: Everything after the verb.
+        keys: Options of the verb that are written as key=value.
+        flags: Options of the verb that are written as --flag.
+    """
+    host, compare = "", CompareArguments()
+    rest = list(arguments)
+    if verb == "publish":
+        host, rest = split_host(rest)
+    if verb == "compare":
+        compare, rest = split_compare(rest)
+    values = {key: value for key, equals, value in (a.partition("=") for a in rest) if equals and key in keys}
+    chosen = frozenset(flag for flag in flags if f"--{flag}" in rest)
+    rest = [a for a in rest if a.partition("=")[0] not in values and a.removeprefix("--") not in chosen]
+    return Options(values, chosen, host, compare), rest
+
+
 # A list of members in place of the members of a group: render.penalties=[my_file.py:Class].
-_MEMBERS = re.compile(r"(render|also\.[\w-]+)\.(penalties|transforms|preconditioners|augmentations|couplings)=\[")
+_MEMBERS = re.compile(rf"(render|also\.[\w-]+)\.({'|'.join(KEYED_GROUPS)})=\[")
 
 
 def _added_members(argument: str) -> list[str]:
@@ -88,36 +119,6 @@ def _as_override(value: Any) -> str:
     return str(value) if isinstance(value, int | float) else literal(str(value))
 
 
-def conf_folder() -> Path:
-    """Return the folder of YAML files: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
-
-
-def split_options(
-    verb: str, arguments: Sequence[str], keys: Sequence[str] = (), flags: Sequence[str] = ()
-) -> tuple[Options, list[str]]:
-    """Split the arguments of a verb into its own options and the rest.
-
-    Args:
-        verb: The verb.
-        arguments: Everything after the verb.
-        keys: Options of the verb that are written as key=value.
-        flags: Options of the verb that are written as --flag.
-    """
-    host, compare = "", CompareArguments()
-    rest = list(arguments)
-    if verb == "publish":
-        host, rest = split_host(rest)
-    if verb == "compare":
-        compare, rest = split_compare(rest)
-    values = {key: value for key, equals, value in (a.partition("=") for a in rest) if equals and key in keys}
-    chosen = frozenset(flag for flag in flags if f"--{flag}" in rest)
-    rest = [a for a in rest if a.partition("=")[0] not in values and a.removeprefix("--") not in chosen]
-    return Options(values, chosen, host, compare), rest
-
-
 def to_overrides(arguments: Sequence[str], on_folder: bool = False) -> list[str]:
     """Return arguments as overrides for Hydra: presets in `also=[…]`, and the folder of a run.
 
@@ -148,6 +149,17 @@ def settable(override: str) -> str:
     Settings that a preset's YAML files leave out are present with their defaults, and `+` alone would refuse them.
     """
     return f"+{override}" if re.match(r"\+(render|also)\.[\w.]+=", override) else override
+
+
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """Return the configuration that Hydra composes from overrides.
+
+    Raises:
+        HydraException: If an override is wrong.
+    """
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
+        return hydra.compose("config", overrides=[settable(override) for override in overrides])
 
 
 def _is_override(argument: str) -> bool:
@@ -331,9 +343,7 @@ def reference(error: Exception, overrides: Sequence[str]) -> str:
 
 def settings() -> Iterator[str]:
     """Return all keys of the default configuration, and all groups."""
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-        tree: Any = OmegaConf.to_container(hydra.compose("config"), resolve=False)
+    tree: Any = OmegaConf.to_container(composed([]), resolve=False)
 
     def keys(node: Mapping[str, Any], prefix: str) -> Iterator[str]:
         for key, value in node.items():

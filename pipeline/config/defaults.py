@@ -11,25 +11,7 @@ from typing import Any
 from pipeline.core.config_files import ConfigFile
 from pipeline.core.errors import AtlasError
 from pipeline.core.registry import Registry
-from pipeline.visualization.batch_terms import COUPLINGS
-from pipeline.visualization.gradient_preconditioners import PRECONDITIONERS
-from pipeline.visualization.image_regularizers import PENALTIES
-from pipeline.visualization.network_perturbations import AUGMENTATIONS
-from pipeline.visualization.objectives import OBJECTIVES
-from pipeline.visualization.optimizers import OPTIMIZERS
-from pipeline.visualization.parameterizations import CANVASES
-from pipeline.visualization.schedules import STOPS
-from pipeline.visualization.transforms import TRANSFORMS
-
-# Groups that hold one member, which has a `name`, and groups that hold several by key.
-ONE: Mapping[str, Registry] = {"objective": OBJECTIVES, "canvas": CANVASES, "optimizer": OPTIMIZERS, "stop": STOPS}
-SEVERAL: Mapping[str, Registry] = {
-    "transforms": TRANSFORMS,
-    "penalties": PENALTIES,
-    "preconditioners": PRECONDITIONERS,
-    "augmentations": AUGMENTATIONS,
-    "couplings": COUPLINGS,
-}
+from pipeline.visualization.preset import KEYED_GROUPS, SINGLE_GROUPS
 
 
 def defaults(kind: type) -> dict[str, Any]:
@@ -58,10 +40,10 @@ def complete_group(group: str, settings: Any) -> Any:
     """
     if not isinstance(settings, Mapping):
         return settings
-    if group in ONE:
-        return _complete(ONE[group], settings.get("name"), settings)
-    if group in SEVERAL:
-        return {key: _complete(SEVERAL[group], key, member) for key, member in settings.items()}
+    if group in SINGLE_GROUPS:
+        return _complete(SINGLE_GROUPS[group], settings.get("name"), settings)
+    if group in KEYED_GROUPS:
+        return {key: _complete(KEYED_GROUPS[group], key, member) for key, member in settings.items()}
     return settings
 
 

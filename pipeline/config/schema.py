@@ -129,6 +129,10 @@ class Config:
         """Return the preset called `name`."""
         return next(preset for preset in self.presets if preset.name == name)
 
+    def channels_per_batch(self, preset: Preset) -> int:
+        """Return the number of channels that are optimized together: all variants of a channel are in one batch."""
+        return max(1, self.engine.batch // preset.variants)
+
     @property
     def folder(self) -> Path:
         """The run folder."""

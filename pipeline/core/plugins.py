@@ -14,7 +14,6 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -152,23 +151,15 @@ def _import_file(path: Path, where: str) -> ModuleType:
     path = path.resolve()
     if not path.is_file():
         raise AtlasError(f"{where}: there is no file {path}.")
-    content = path.read_bytes()
-    # The content is part of the name, so that an edited file is imported again, and no name hides another module.
-    name = f"atlas_user_{path.stem}_{hashlib.sha256(str(path).encode() + content).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look up the module of a class here
     with _on_path(path.parent):
+        # A file that this one imports may have been edited since another member was loaded.
+        sources = user_code.closure([user_code.Source.of(path.stem, path)])
+        user_code.refresh(sources)
         try:
-            spec.loader.exec_module(module)
-        except BaseException as error:
-            del sys.modules[name]
-            if isinstance(error, Exception | SystemExit):
-                raise AtlasError(f"{where}: {path} can't be imported: {_describe(error)}") from error
-            raise
+            module = user_code.import_file(path, f"atlas_user_{path.stem}")
+        except (Exception, SystemExit) as error:
+            raise AtlasError(f"{where}: {path} can't be imported: {user_code.describe(error)}") from error
+    user_code.remember(sources.values())
     return module
 
 
@@ -177,7 +168,7 @@ def _import_module(name: str, where: str) -> ModuleType:
         with _on_path(Path.cwd()):
             return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise AtlasError(f"{where}: {name} can't be imported: {_describe(error)}") from error
+        raise AtlasError(f"{where}: {name} can't be imported: {user_code.describe(error)}") from error
 
 
 @contextlib.contextmanager
@@ -189,7 +180,3 @@ def _on_path(folder: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(str(folder))
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"

@@ -24,6 +24,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.core.errors import first_line
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -353,6 +355,40 @@ def _describe_constant(constant: Any) -> str:
 
 
 # ---- modules of this process
+
+
+def import_file(path: Path, prefix: str) -> types.ModuleType:
+    """Import a Python file under a name that begins with `prefix`; an edited file is imported again.
+
+    The name contains a hash of path and content, so that it hides no other module.
+
+    Raises:
+        Exception: Whatever the code of the file raises, SystemExit included.
+    """
+    name = f"{prefix}_{hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look up the module of a class here
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def describe(error: BaseException) -> str:
+    """Describe an error in the user's code: its type, first line, and the innermost line of the user's code."""
+    trace, place = error.__traceback__, ""
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if "importlib" not in file and not installed(Path(file)):
+            place = f" ({Path(file).name}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return f"{type(error).__name__}: {first_line(error)}{place}"
 
 
 def refresh(sources: Mapping[str, Source]) -> None:

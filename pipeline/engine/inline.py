@@ -37,7 +37,7 @@ class InlineEngine:
             result = self._repeated(task, tracker)
             if isinstance(result, Done):
                 tracker.succeeded()
-                stats.busy, stats.tasks = stats.busy + result.seconds, stats.tasks + 1
+                stats.add(result.seconds)
             on_result(task, result)
             tracker.check()
 

@@ -34,6 +34,11 @@ class WorkerStats:
     tasks: int = 0
     end: str = ""
 
+    def add(self, seconds: float) -> None:
+        """Count a finished task that took `seconds`."""
+        self.busy += seconds
+        self.tasks += 1
+
     def use(self, now: float) -> float:
         """Return the share of its time that it spent on tasks; loading the network does not count."""
         return min(1.0, self.busy / max((self.left or now) - self.joined, 1e-6))

@@ -31,7 +31,7 @@ from pipeline.engine.base import (
 )
 from pipeline.engine.progress import WorkerStats
 from pipeline.engine.resources import Node, size_pool
-from pipeline.engine.tasks import Done, RenderTask, Setup, Task
+from pipeline.engine.tasks import Done, RenderTask, Setup, Task, layer_of
 from pipeline.engine.worker import DeviceLost, Worker
 from pipeline.models.loading import serialize_weights
 
@@ -168,8 +168,7 @@ class RayEngine:
         self._idle: deque[_ActorHandle] = deque()
         self._batches: dict[str, dict[str, int]] = {}  # batch sizes that fit, by layer and device
         self._failed_starts = 0
-        self._setup: Setup | None = None
-        self._setup_given: Setup | None = None
+        self._setup: Setup | None = None  # of the workers that run now
         self._arguments: tuple[Any, Any] | None = None
         self._actor_class: Any = None
         self._check_room()
@@ -230,22 +229,21 @@ class RayEngine:
 
     def _prepare(self, setup: Setup) -> None:
         """Put the setup into the object store, unless the workers already have it."""
-        if self._setup_given is setup:
+        if self._setup is setup:
             return
         self.close()
-        pool = self.pool
-        self._setup_given = setup
-        self._setup = dataclasses.replace(setup, threads=pool.threads, device=pool.device)
+        self._setup, pool = setup, self.pool
         log.info("%d workers, %g CPUs and %g GPUs each, on %s", pool.workers, pool.cpus, pool.gpus, pool.device)
-        # max_restarts=0: replacing a dead actor here is faster than the restarts of Ray, and observable.
         for module in plugins.modules():
             # Workers on other machines may not have the user's files.
             self.ray.cloudpickle.register_pickle_by_value(module)
+        # max_restarts=0: replacing a dead actor here is faster than the restarts of Ray, and observable.
         options = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "max_restarts": 0}
         self._actor_class = self.ray.remote(**options)(self.worker_class)
         remote = self.config.address is not None or not self.config.shared_fs
         weights = serialize_weights(setup.config.model) if remote and self.worker_class is Worker else None
-        self._arguments = (self.ray.put(self._setup), self.ray.put(weights) if weights is not None else None)
+        sized = dataclasses.replace(setup, threads=pool.threads, device=pool.device)
+        self._arguments = (self.ray.put(sized), self.ray.put(weights) if weights is not None else None)
 
     def _follow_cluster(self) -> None:
         """With `engine.workers=auto`, set the number of workers to what the nodes have room for now."""
@@ -289,9 +287,8 @@ class RayEngine:
         """Give pending tasks to idle workers."""
         while self._idle and work.pending:
             handle, task = self._idle.popleft(), work.pending.popleft()
-            layer = task.layer if isinstance(task, RenderTask) else ""
             try:
-                reference = handle.actor.do.remote(task, self._batches.get(layer), self._files(task))
+                reference = handle.actor.do.remote(task, self._batches.get(layer_of(task)), self._files(task))
             except self.ray.exceptions.RayError as error:  # the worker died while it was idle
                 work.pending.appendleft(task)
                 self._stop(handle, first_line(error))
@@ -325,10 +322,9 @@ class RayEngine:
 
     def _finished(self, handle: _ActorHandle, task: Task, done: Done, work: _Round) -> None:
         write_result(task, done)
-        handle.stats.busy, handle.stats.tasks = handle.stats.busy + done.seconds, handle.stats.tasks + 1
+        handle.stats.add(done.seconds)
         if done.batch:
-            layer = task.layer if isinstance(task, RenderTask) else ""
-            self._batches.setdefault(layer, {}).update([done.batch])
+            self._batches.setdefault(layer_of(task), {}).update([done.batch])
         if done.restart_reason:
             log.warning("%s: %s; another worker replaces it", handle.stats.name, done.restart_reason)
             self._stop(handle, done.restart_reason)

@@ -26,7 +26,7 @@ class Setup:
     """Everything that a worker needs besides its tasks, as plain data.
 
     Attributes:
-        config: Configuration of the run; `engine.precision` is resolved (see `render_digest`).
+        config: Configuration of the run.
         weights: Digest of the weights that the run was planned with.
         layers: Layers of the plan.
         dataset: Listing of the dataset.
@@ -188,6 +188,16 @@ DatasetTask = RangesTask | SweepTask | LocalizeTask
 Task = RenderTask | DatasetTask
 
 
+def layer_of(task: Task) -> str:
+    """Return the layer of a task, empty for tasks of the dataset pass: batch sizes that fit are kept by it."""
+    return task.layer if isinstance(task, RenderTask) else ""
+
+
+def device_kind(device: str) -> str:
+    """Return the kind of a device: "cuda" for "cuda:1". Pixels depend on it, and not on the number of the device."""
+    return device.partition(":")[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class Done:
     """Report of a finished task; the result itself is in the shard.
@@ -240,7 +250,7 @@ def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int], name: str
             "checkpoint": checkpoint,
             "seed": config.run.seed,
             "precision": "float32" if exact else setup.precision,
-            "device": setup.device.partition(":")[0],
+            "device": device_kind(setup.device),
         }
     )
 

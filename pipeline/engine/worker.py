@@ -24,7 +24,17 @@ from pipeline.core.errors import AtlasError
 from pipeline.core.metric_specs import IMAGE_METRICS, RENDER_METRICS
 from pipeline.core.registry import registered_name
 from pipeline.engine.resources import memory_share
-from pipeline.engine.tasks import Done, LocalizeTask, RangesTask, RenderTask, Setup, SweepTask, Task
+from pipeline.engine.tasks import (
+    Done,
+    LocalizeTask,
+    RangesTask,
+    RenderTask,
+    Setup,
+    SweepTask,
+    Task,
+    device_kind,
+    layer_of,
+)
 from pipeline.examples import localize, sweep
 from pipeline.examples.channel_stats import HistogramRange
 from pipeline.kernels.allocator import retain_freed_memory
@@ -161,7 +171,7 @@ class Worker:
             DeviceLost: If this process must be replaced.
         """
         began = time.perf_counter()
-        layer = task.layer if isinstance(task, RenderTask) else ""
+        layer = layer_of(task)
         if fits and self.device_name in fits:
             self.fits[layer] = min(fits[self.device_name], self.fits.get(layer, fits[self.device_name]))
         fitted_before = self.fits.get(layer)
@@ -288,7 +298,7 @@ class Worker:
             )
             return render(job, own)
 
-        per_batch = max(1, config.engine.batch // preset.variants)
+        per_batch = config.channels_per_batch(preset)
         return self._in_batches(name, list(channels), per_batch, preset.variants, work)
 
     def _render(self, task: RenderTask) -> bytes:
@@ -319,7 +329,7 @@ class Worker:
             "preset": preset.name,
             "precision": "float32" if preset.requires_original_weights else variants.precision,
             "requested_precision": self.setup.precision,
-            "device": self.setup.device.partition(":")[0],
+            "device": device_kind(self.setup.device),
             "level": variants.plain_level if preset.requires_original_weights else variants.level,
             "level_reason": "" if preset.requires_original_weights else variants.reason,
         }

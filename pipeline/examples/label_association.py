@@ -1,9 +1,8 @@
 """Association of channels with labels: over-representation among the top images, class selectivity, AUROC."""
 
-import dataclasses
-
 import numpy as np
 
+from pipeline.examples.association import Association
 from pipeline.examples.channel_stats import BINS
 
 # Labels with fewer images than this are ignored: mean and AUROC would describe those images rather than the label.
@@ -14,35 +13,6 @@ TOP = 3
 
 # So many channels are processed at a time, to bound memory.
 CHANNEL_BLOCK = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Association:
-    """Labels associated with C channels, by label number; −1 and NaN where there is none.
-
-    Attributes:
-        method: "responses" by `associate_by_activations`, "counts" by `associate_by_counts`, which sets `over` and
-            `count`.
-        over: Most over-represented labels among the top 1 % of images, (C, TOP) int32. With "counts": the most
-            frequent labels among the dataset examples.
-        count: Number of images with these labels among the top images, (C, TOP) int32.
-        lift: Share of the label among the top images, divided by its share of all images, (C, TOP) float32.
-        best: Label with the highest mean activation, (C,) int32.
-        selectivity: Class selectivity of that label, (C,) float32.
-        auroc: AUROC of that label against all other images, (C,) float32.
-    """
-
-    method: str
-    over: np.ndarray
-    count: np.ndarray
-    lift: np.ndarray
-    best: np.ndarray
-    selectivity: np.ndarray
-    auroc: np.ndarray
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Return the arrays by name, as an atlas stores them."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "method"}
 
 
 def _empty(method: str, channels: int) -> Association:

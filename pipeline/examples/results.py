@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from pipeline.examples.association import Association
 from pipeline.examples.channel_stats import HistogramRange
-from pipeline.examples.label_association import Association
 from pipeline.examples.localize import TopExamples
 from pipeline.examples.sweep import PassResult
 

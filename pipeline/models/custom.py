@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from pipeline.core import user_code
-from pipeline.core.errors import AtlasError, first_line, nearest_names
+from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.models import exported
 from pipeline.models.config import ModelConfig, Preprocessing
 from pipeline.models.wrappers import unwrapped
@@ -111,7 +111,7 @@ def from_builder(config: ModelConfig) -> nn.Module:
         try:
             module = build(**(config.arguments or {}))
         except Exception as error:
-            raise AtlasError(f"{config.target} failed: {_describe(error)}") from error
+            raise AtlasError(f"{config.target} failed: {user_code.describe(error)}") from error
         # The builder may be defined in another file than the one that the target names.
         paths = {source.path.resolve() for source in sources.values()}
         others = [source for source in user_code.of_object(build) if source.path.resolve() not in paths]
@@ -187,7 +187,7 @@ def from_file(config: ModelConfig) -> nn.Module:
             "torch.export.save."
         ) from error
     except Exception as error:
-        raise AtlasError(f"{path} can't be read as an exported program: {_describe(error)}") from error
+        raise AtlasError(f"{path} can't be read as an exported program: {user_code.describe(error)}") from error
 
 
 def _torchscript_error(target: str) -> AtlasError:
@@ -219,20 +219,10 @@ def _builder(config: ModelConfig) -> Callable[..., Any]:
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise AtlasError(f"model.target: there is no file {path}. Use {FORMS}.")
-    # One module name per file and content, so that an edited file is imported again.
-    name = f"atlas_target_{hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    code = importlib.util.module_from_spec(spec)
-    sys.modules[name] = code
     try:
-        spec.loader.exec_module(code)
+        return user_code.import_file(path, "atlas_target")
     except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise AtlasError(f"{path} can't be run: {_describe(error)}") from error
-    return code
+        raise AtlasError(f"{path} can't be run: {user_code.describe(error)}") from error
 
 
 def _import_module(name: str) -> ModuleType:
@@ -240,8 +230,8 @@ def _import_module(name: str) -> ModuleType:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         raise AtlasError(
-            f"model.target: {name} can't be imported: {_describe(error)}. Install it, run the command in the folder "
-            "that contains it, or name the file: my_net.py:build."
+            f"model.target: {name} can't be imported: {user_code.describe(error)}. Install it, run the command in the "
+            "folder that contains it, or name the file: my_net.py:build."
         ) from error
 
 
@@ -258,14 +248,3 @@ def _import_paths(config: ModelConfig) -> Iterator[list[str]]:
         yield added
     finally:
         sys.path[:] = saved
-
-
-def _describe(error: BaseException) -> str:
-    """Describe an error in the user's code: its type, first line, and the innermost line of the user's code."""
-    trace, place = error.__traceback__, ""
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if file != __file__ and "importlib" not in file and "site-packages" not in file:
-            place = f" ({Path(file).name}, line {trace.tb_lineno})"
-        trace = trace.tb_next
-    return f"{type(error).__name__}: {first_line(error)}{place}"

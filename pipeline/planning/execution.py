@@ -81,6 +81,4 @@ def precision_name(precision: str, device: str) -> str:
 
 def on_device(setup: Setup, device: str) -> Setup:
     """Return `setup` for workers on `device`, with the precision that its configuration implies there."""
-    return dataclasses.replace(
-        setup, device=device, precision=precision_name(setup.config.engine.precision, device.partition(":")[0])
-    )
+    return dataclasses.replace(setup, device=device, precision=precision_name(setup.config.engine.precision, device))

@@ -17,8 +17,8 @@ from pipeline.core import hashing
 from pipeline.engine.tasks import DatasetTask, LocalizeTask, RangesTask, SweepTask, Task, localize_digest
 from pipeline.examples import label_association, localize
 from pipeline.examples import sweep as examples
+from pipeline.examples.association import Association
 from pipeline.examples.channel_stats import HistogramRange
-from pipeline.examples.label_association import Association
 from pipeline.examples.localize import SecondPassIndex, TopExamples
 from pipeline.examples.results import DatasetPassResult
 from pipeline.examples.sweep import ImageSubsets, PassResult

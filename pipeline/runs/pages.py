@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import time
-from pathlib import Path
 
 from pipeline.core import hashing
 from pipeline.core.formatting import clock
@@ -11,6 +10,7 @@ from pipeline.core.source import package_digest
 from pipeline.planning.folder import RunFolder, write_text
 from pipeline.planning.request import Request
 from pipeline.site.build import build_site as write_site
+from pipeline.site.context.families import find_families
 from pipeline.store import writer
 from pipeline.store.reader import open_atlas
 
@@ -22,12 +22,12 @@ MARK = ".site"
 
 def refresh_site(request: Request, folder: RunFolder) -> None:
     """Build the site, unless it was built from this atlas, these settings and files, and this version of the code."""
-    families = Path(request.config.site.families or folder.path / "families.yaml").expanduser()
+    families = find_families(request.config.site.families, folder.path)
     state = hashing.digest_of(
         {
             "atlas": writer.read_identity(folder.atlas),
             "settings": dataclasses.asdict(request.config.site),
-            "families": families.read_bytes().hex() if families.is_file() else "",
+            "families": families.read_bytes().hex() if families and families.is_file() else "",
             "code": package_digest(),
         }
     )

@@ -11,7 +11,7 @@ from pipeline.core.formatting import clock
 from pipeline.engine.base import Engine, Failure, TooManyFailures
 from pipeline.engine.factory import open_engine
 from pipeline.engine.progress import ProgressReporter, Stage, WorkerStats, report_lines, run_report
-from pipeline.engine.tasks import Done, RangesTask, RenderTask, SweepTask, Task
+from pipeline.engine.tasks import Done, RangesTask, RenderTask, SweepTask, Task, device_kind
 from pipeline.planning import execution, manifest
 from pipeline.planning.folder import RunFolder, write_text
 from pipeline.planning.plan import Plan
@@ -73,8 +73,9 @@ def run(request: Request, plan: Plan, stages: tuple[str, ...] = STAGES) -> int:
         if run(request, plan, ("examples",)) != COMPLETE:
             return SET_ASIDE
     with folder.locked():
-        # Another command may have planned a run in this folder in the meantime.
-        _record(request, plan)
+        if not folder.config.is_file() or folder.config.read_text(encoding="utf-8") != request.text:
+            # Another command has planned a run in this folder in the meantime.
+            _record(request, plan)
         atomic_io.remove_temporary_files(folder.path)
         maintenance.set_aside_unreadable_atlas(folder)
         reuse.reuse_results(plan, folder, stages)
@@ -138,7 +139,6 @@ class _Session:
 
     def _note_missing_shards(self) -> None:
         """Set aside tasks without a shard: reports of workers do not count, only shards that this process sees."""
-        self._refresh()
         for task in self._tasks(1):
             reason = "no shard was found after the work: do all workers and this driver see the run's folder?"
             self.set_aside.append(Failure(task, reason, ""))
@@ -166,7 +166,7 @@ class _Session:
     def _bind(self, engine: Engine) -> None:
         """Follow the engine's device if it is another kind than the plan assumed: nodes of a cluster may have GPUs."""
         device = engine.pool.device
-        if device.partition(":")[0] != self.plan.setup.device.partition(":")[0]:
+        if device_kind(device) != device_kind(self.plan.setup.device):
             log.info("workers run on %s, not on %s as planned", device, self.plan.setup.device)
             self.plan = dataclasses.replace(self.plan, setup=execution.on_device(self.plan.setup, device))
             self._refresh()
@@ -188,9 +188,8 @@ class _Session:
                 if isinstance(result, Failure):
                     self.set_aside.append(result)
                 if task.stage in reporter.stages:
-                    seconds = 0.0 if isinstance(result, Failure) else result.seconds
-                    failed = isinstance(result, Failure)
-                    reporter.add(task.stage, task.size, task.cost, seconds, failed=failed)
+                    seconds = result.seconds if isinstance(result, Done) else 0.0
+                    reporter.add(task.stage, task.size, task.cost, seconds, failed=isinstance(result, Failure))
 
             def on_idle() -> None:
                 interrupts.raise_if_interrupted()

@@ -199,7 +199,7 @@ def _summarize(atlas: Atlas, config: SiteConfig) -> AtlasSummary:
         wired_layers.append(tuple(wiring.layer for wiring in connections if wiring is not None))
         digests.append(digest_of([dataset_digest, repr(facts), layer.fingerprint()]))
     units = {facts.name: frozenset(facts.channels) for facts in layers}
-    groups = families.read_families(_families_file(atlas, config), units)
+    groups = families.read_families(families.find_families(config.families, atlas.path.parent), units)
     used_images = np.unique(np.concatenate(used))
     return AtlasSummary(
         dataset_digest, layers, catalogue, example_counts, response_digests, used_images[used_images >= 0], digests,
@@ -214,13 +214,6 @@ def _digests(summary: AtlasSummary, shared_digest: str, ranks: Sequence[np.ndarr
         facts.name: digest_of([shared_digest, digest, [[name, ranks_by_name.get(name)] for name in wired]])
         for facts, digest, wired in zip(summary.layers, summary.digests, summary.wired_layers, strict=True)
     }
-
-
-def _families_file(atlas: Atlas, config: SiteConfig) -> Path | None:
-    if config.families is not None:
-        return Path(config.families)
-    beside = atlas.path.parent / families.DEFAULT_FILE
-    return beside if beside.is_file() else None
 
 
 def _dataset_digest(atlas: Atlas, catalogue: Catalogue) -> str:

@@ -18,6 +18,7 @@ from PIL import Image
 from pipeline.core import metric_specs
 from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.data import crops
+from pipeline.examples.association import Association
 from pipeline.store import hdf5
 
 # Datasets of a group `render/<preset>` that are not measurements of single images.
@@ -101,32 +102,6 @@ class Wiring:
     channel: np.ndarray
     norm: np.ndarray
     sum: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Labels:
-    """Association of each unit with labels of the dataset, given as indices into `Atlas.dataset_labels`.
-
-    Missing labels are −1, missing numbers NaN. With `method` "counts", too few images share a label for statistics:
-    `over` and `count` are then the most frequent labels among the examples, and everything else is missing.
-
-    Attributes:
-        method: How the association was computed.
-        over: The most over-represented labels among the top 1 % of images, (C', 3).
-        count: Images with these labels among the top 1 %, (C', 3).
-        lift: Their share in the top 1 % ÷ their share in the dataset, (C', 3).
-        best: The label with the largest mean activation, (C',).
-        selectivity: Selectivity of the unit for `best`, (C',).
-        auroc: Area under the ROC curve of the unit as a detector of `best`, (C',).
-    """
-
-    method: str
-    over: np.ndarray
-    count: np.ndarray
-    lift: np.ndarray
-    best: np.ndarray
-    selectivity: np.ndarray
-    auroc: np.ndarray
 
 
 class Stack:
@@ -402,12 +377,12 @@ class LayerView:
             result[row] = np.interp(np.asarray(shares) * cumulative[-1], [0, *cumulative], borders)
         return result
 
-    def labels(self) -> Labels | None:
-        """Return the association of each unit with labels of the dataset, or None if the dataset has no labels."""
+    def labels(self) -> Association | None:
+        """Return the association of each unit with `Atlas.dataset_labels`, or None if the dataset has no labels."""
         if "labels" not in self._group:
             return None
         group = hdf5.group(self._group, "labels")
-        return Labels(
+        return Association(
             hdf5.text_attribute(group, "method"), **{name: self._get(group, name) for name in hdf5.member_names(group)}
         )
 

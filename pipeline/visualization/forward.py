@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from pipeline.core.units import Unit
 from pipeline.layers.finding import capture
 from pipeline.models.loading import Model
 from pipeline.visualization.batch import RenderJob
@@ -76,6 +77,6 @@ def objective_forward(job: RenderJob, model: Model, stage: Stage) -> Iterator[Ob
 
 def _only_in_schedule(preset: Preset, layer: str) -> bool:
     """Return whether a layer is used only by a stage of the schedule: neither by the objective nor by a batch term."""
-    used = [unit.rpartition(":")[0] for unit in preset.objective.units]
+    used = [Unit.parse(unit).layer for unit in preset.objective.units]
     used += [getattr(term, "layer", None) for term in preset.couplings]
     return layer not in used

@@ -1,13 +1,14 @@
 """Presets of `conf/render/`: the settings of a feature visualization, and their validation."""
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from pipeline.core.errors import AtlasError
-from pipeline.core.registry import Member, Members, registered_name
+from pipeline.core.registry import Member, Members, Registry, registered_name
 from pipeline.core.units import Unit
 from pipeline.core.validation import Keyed, Use
 from pipeline.layers.finding import Layer
@@ -109,6 +110,22 @@ class Preset:
     def needs_examples(self) -> bool:
         """Whether visualizations start from the best dataset example of their unit."""
         return isinstance(self.canvas, FromImage) and self.canvas.best
+
+
+def _groups(annotation: type[Member] | type[Members]) -> dict[str, Registry]:
+    """Return the registries of the fields of `Preset` that have an annotation, by field."""
+    hints = typing.get_type_hints(Preset, include_extras=True)
+    return {
+        name: part.registry
+        for name, hint in hints.items()
+        for part in getattr(hint, "__metadata__", ())
+        if isinstance(part, annotation)
+    }
+
+
+# Groups of `conf/render/`: those with one member, which has a `name`, and those with several members by key.
+SINGLE_GROUPS = _groups(Member)
+KEYED_GROUPS = _groups(Members)
 
 
 def check(preset: Preset, channels: int) -> None:

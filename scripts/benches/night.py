@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from render import request, say
+from render import say
 
+from pipeline.cli.compose import compose
 from pipeline.kernels.allocator import retain_freed_memory
 from pipeline.planning.planner import make_plan
 from pipeline.runs.runner import run
@@ -51,13 +52,13 @@ def main() -> None:
     options = parser.parse_args()
     retain_freed_memory()
     base = [f"model={options.model}", f"render={options.render}", f"run.root={options.out}", *options.overrides]
-    whole = make_plan(request([*base, "layers=convs", "layers.exclude=[classifier]", "run.name=night-all"]).config)
+    whole = make_plan(compose([*base, "layers=convs", "layers.exclude=[classifier]", "run.name=night-all"]).config)
     everything = [(row.layer.name, channel) for row in whole.rows for channel in row.channels]
     drawn = np.random.default_rng(options.seed).permutation(len(everything))[: options.units]
     table = options.out / "night.csv"
     options.out.mkdir(parents=True, exist_ok=True)
     table.write_text("layer,channel\n" + "".join(f"{everything[i][0]},{everything[i][1]}\n" for i in sorted(drawn)))
-    asked = request([*base, f"units={table}", "run.name=night"])
+    asked = compose([*base, f"units={table}", "run.name=night"])
     made = make_plan(asked.config)
     say(f"all {len(everything):,} channels: planned {whole.eta / 3600:.2f} h")
     memory = Memory()

@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 
 from pipeline.acceleration.batchnorm_folding import fold, foldable_pairs
 from pipeline.acceleration.cpu_lowering import precision_of
 from pipeline.acceleration.redirected_relu import REDIRECTED_STEPS
 from pipeline.acceleration.variants import verified_variants
-from pipeline.cli.compose import request_of
-from pipeline.cli.overrides import conf_folder
+from pipeline.cli.compose import compose
 from pipeline.config.schema import Config
 from pipeline.kernels.allocator import retain_freed_memory
 from pipeline.layers.finding import Layer, capture
@@ -35,7 +33,6 @@ from pipeline.layers.receptive_fields import receptive_fields
 from pipeline.layers.selection import LayersConfig, list_layers, select_layers
 from pipeline.models.loading import Model, load_model
 from pipeline.planning.validation import choose_canvas_sizes
-from pipeline.runs.runner import Request
 from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.loop import render
 
@@ -48,15 +45,9 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def request(overrides: list[str]) -> Request:
-    """Return the request that the command line would make from `overrides`."""
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return request_of(compose("config", overrides))
-
-
 def config_of(preset: str, model: str) -> Config:
     """Return the default configuration with another preset and network."""
-    return request([f"render={preset}", f"model={model}", "run.name=bench"]).config
+    return compose([f"render={preset}", f"model={model}", "run.name=bench"]).config
 
 
 def seconds(work: Callable[[], object], device: str) -> float:

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from pipeline.acceleration.variants import cosine_of, relative_difference
-from pipeline.cli.compose import request_of
-from pipeline.cli.overrides import conf_folder
+from pipeline.cli.compose import compose
 from pipeline.config.schema import Config
 from pipeline.engine.worker import Worker
 from pipeline.layers.finding import Layer, capture
@@ -97,8 +95,7 @@ def configuration(overrides: Sequence[str]) -> Config:
     """Return the configuration of `overrides`, as the command line makes it, for a short inline run of all layers."""
     settings = ["layers=all", f"layers.channels=spread:{UNITS}", f"render.steps={STEPS}", "render.attempts=1"]
     settings.append("data.limit=4")
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-        return request_of(compose("config", overrides=[*settings, "engine=inline", *overrides])).config
+    return compose([*settings, "engine=inline", *overrides]).config
 
 
 def check(config: Config, layers: int = LAYERS) -> Checked:

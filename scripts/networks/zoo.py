@@ -27,11 +27,90 @@ LIMIT = 600.0  # seconds for one network
 SMALL = (64, 96)  # input sides in pixels that are tried before the network's own
 
 # One network of each of torchvision's families, with the smallest input that it accepts unless it is given.
-TORCHVISION = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "resnet18", "resnet50", "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11_bn", "vgg16", "vit_b_16", "wide_resnet50_2"]
+TORCHVISION = [
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "googlenet",
+    "inception_v3",
+    "maxvit_t",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "mobilenet_v3_small",
+    "regnet_x_400mf",
+    "regnet_y_400mf",
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "swin_t",
+    "swin_v2_t",
+    "vgg11_bn",
+    "vgg16",
+    "vit_b_16",
+    "wide_resnet50_2",
+]
 
-DENSE = ["fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn", "maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn", "ssdlite320_mobilenet_v3_large"]
+DENSE = [
+    "fcn_resnet50",
+    "deeplabv3_mobilenet_v3_large",
+    "lraspp_mobilenet_v3_large",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "maskrcnn_resnet50_fpn",
+    "retinanet_resnet50_fpn",
+    "fcos_resnet50_fpn",
+    "ssdlite320_mobilenet_v3_large",
+]
 
-TIMM = ["tf_efficientnet_lite0", "mobilenetv4_conv_small", "mobilevit_xxs", "mobileone_s0", "fastvit_t8", "repvgg_a0", "ghostnet_100", "efficientformer_l1", "efficientvit_b0", "edgenext_xx_small", "levit_128s", "poolformer_s12", "pit_ti_224", "twins_svt_small", "visformer_tiny", "xcit_nano_12_p16_224", "davit_tiny", "tiny_vit_5m_224", "eca_nfnet_l0", "hrnet_w18_small", "dla34", "res2net50_26w_4s", "resnest14d", "skresnet18", "selecsls42", "ese_vovnet19b_dw", "rexnet_100", "lcnet_050", "mixnet_s", "inception_next_tiny", "hgnet_tiny", "starnet_s1", "repvit_m0_9", "deit_tiny_distilled_patch16_224", "vit_tiny_r_s16_p8_224", "halonet26t", "coatnet_nano_rw_224", "convnextv2_atto", "hiera_tiny_224", "mambaout_femto", "mixer_s32_224", "resmlp_12_224", "eva02_tiny_patch14_224"]
+TIMM = [
+    "tf_efficientnet_lite0",
+    "mobilenetv4_conv_small",
+    "mobilevit_xxs",
+    "mobileone_s0",
+    "fastvit_t8",
+    "repvgg_a0",
+    "ghostnet_100",
+    "efficientformer_l1",
+    "efficientvit_b0",
+    "edgenext_xx_small",
+    "levit_128s",
+    "poolformer_s12",
+    "pit_ti_224",
+    "twins_svt_small",
+    "visformer_tiny",
+    "xcit_nano_12_p16_224",
+    "davit_tiny",
+    "tiny_vit_5m_224",
+    "eca_nfnet_l0",
+    "hrnet_w18_small",
+    "dla34",
+    "res2net50_26w_4s",
+    "resnest14d",
+    "skresnet18",
+    "selecsls42",
+    "ese_vovnet19b_dw",
+    "rexnet_100",
+    "lcnet_050",
+    "mixnet_s",
+    "inception_next_tiny",
+    "hgnet_tiny",
+    "starnet_s1",
+    "repvit_m0_9",
+    "deit_tiny_distilled_patch16_224",
+    "vit_tiny_r_s16_p8_224",
+    "halonet26t",
+    "coatnet_nano_rw_224",
+    "convnextv2_atto",
+    "hiera_tiny_224",
+    "mambaout_femto",
+    "mixer_s32_224",
+    "resmlp_12_224",
+    "eva02_tiny_patch14_224",
+]
 
 # Networks of timm without a classifier.
 HEADLESS = {
@@ -48,7 +127,43 @@ HEADLESS = {
 }
 
 # Builders of the cases that must work; the others must be refused, and tests check the messages.
-CASES = ["pointwise:add", "pointwise:addbn", "pointwise:relu", "pointwise:relubn", "pointwise:depthwise", "inplace:build", "dense:unet", "dense:autoenc", "keyword_and_outputs:dict_", "keyword_and_outputs:list_", "keyword_and_outputs:dataclass", "keyword_and_outputs:dict2", "keyword_and_outputs:list2", "keyword_and_outputs:dataclass2", "keyword_norm:build", "weight_norm:build", "constants_and_gradients:ownhooks", "constants_and_gradients:const", "constants_and_gradients:cached", "constants_and_gradients:double", "constants_and_gradients:gray", "constants_and_gradients:nograd", "constants_and_gradients:detach", "constants_and_gradients:inference", "constants_and_gradients:rounded", "fft:build", "conv3d:build_wrapped", "not_finite:root", "half:cast", "half:build", "half:auto", "modes:train_forced", "shared_modules:build", "transformer_fastpath:build", "silent_units:build"]
+CASES = [
+    "pointwise:add",
+    "pointwise:addbn",
+    "pointwise:relu",
+    "pointwise:relubn",
+    "pointwise:depthwise",
+    "inplace:build",
+    "dense:unet",
+    "dense:autoenc",
+    "keyword_and_outputs:dict_",
+    "keyword_and_outputs:list_",
+    "keyword_and_outputs:dataclass",
+    "keyword_and_outputs:dict2",
+    "keyword_and_outputs:list2",
+    "keyword_and_outputs:dataclass2",
+    "keyword_norm:build",
+    "weight_norm:build",
+    "constants_and_gradients:ownhooks",
+    "constants_and_gradients:const",
+    "constants_and_gradients:cached",
+    "constants_and_gradients:double",
+    "constants_and_gradients:gray",
+    "constants_and_gradients:nograd",
+    "constants_and_gradients:detach",
+    "constants_and_gradients:inference",
+    "constants_and_gradients:rounded",
+    "fft:build",
+    "conv3d:build_wrapped",
+    "not_finite:root",
+    "half:cast",
+    "half:build",
+    "half:auto",
+    "modes:train_forced",
+    "shared_modules:build",
+    "transformer_fastpath:build",
+    "silent_units:build",
+]
 
 
 @dataclasses.dataclass(frozen=True)

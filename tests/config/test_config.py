@@ -8,12 +8,13 @@ import yaml
 from conftest import compose
 
 from pipeline.cli.overrides import conf_folder
-from pipeline.config.defaults import ONE, SEVERAL, defaults
+from pipeline.config.defaults import defaults
 from pipeline.config.schema import EngineConfig, differences, from_tree
 from pipeline.core.errors import AtlasError
 from pipeline.examples.sweep import ExamplesConfig
 from pipeline.site.config import SiteConfig
 from pipeline.visualization.optimizers import OPTIMIZERS
+from pipeline.visualization.preset import KEYED_GROUPS, SINGLE_GROUPS
 
 CHOICES = sorted(
     str(path.relative_to(conf_folder()).with_suffix(""))
@@ -85,17 +86,17 @@ def test_a_config_survives_the_text_it_is_kept_as() -> None:
 def members() -> list[tuple[str, str]]:
     """The files of `conf/render/GROUP/` whose contents are members of a registry."""
     paths = sorted((conf_folder() / "render").glob("*/*.yaml"))
-    return [(path.parent.name, path.stem) for path in paths if path.parent.name in (*ONE, *SEVERAL)]
+    return [(path.parent.name, path.stem) for path in paths if path.parent.name in (*SINGLE_GROUPS, *KEYED_GROUPS)]
 
 
 @pytest.mark.parametrize(("group", "name"), members())
 def test_yaml_files_state_only_what_differs_from_the_class(group: str, name: str) -> None:
     stated: Any = yaml.safe_load((conf_folder() / "render" / group / f"{name}.yaml").read_text())
-    choice = f"render/{group}={name}" if group in ONE or group == "transforms" else f"render/{group}=[{name}]"
+    choice = f"render/{group}={name}" if group in SINGLE_GROUPS or group == "transforms" else f"render/{group}=[{name}]"
     composed = getattr(compose([choice]).config.render, group)
-    entries = [(name, stated)] if group in ONE else list(stated.items())
-    values = [composed] if group in ONE else list(composed)
-    registry = (ONE | SEVERAL)[group]
+    entries = [(name, stated)] if group in SINGLE_GROUPS else list(stated.items())
+    values = [composed] if group in SINGLE_GROUPS else list(composed)
+    registry = (SINGLE_GROUPS | KEYED_GROUPS)[group]
     assert len(entries) == len(values)
     for (key, entry), value in zip(entries, values, strict=True):
         own = {k: v for k, v in entry.items() if k != "name"}

@@ -98,8 +98,21 @@ def test_the_digest_follows_the_code_and_not_the_place(file: Path, tmp_path: Pat
     file.write_text("import helper_of_the_member\n" + SATURATION)
     second = identity(file)
     (tmp_path / "helper_of_the_member.py").write_text("EDGE = 0.06\n")
-    file.write_text("import helper_of_the_member\n" + SATURATION + "\n# imported again\n")
     assert identity(file) not in (first, second)
+
+
+def test_an_edited_helper_is_imported_again(file: Path, tmp_path: Path) -> None:
+    """A notebook loads a member twice in one process: digest and code must both be of the files as they are."""
+    helper = tmp_path / "helper_with_an_edge.py"
+    file.write_text(
+        "from helper_with_an_edge import EDGE\n" + SATURATION.replace("edge: float = 0.05", "edge: float = EDGE")
+    )
+    edges = []
+    for edge in (0.05, 0.25):
+        helper.write_text(f"EDGE = {edge}\n")
+        (penalty,) = compose([f"render.penalties=[{file}:Saturation]"]).config.render.penalties
+        edges.append((penalty.edge, canonical(penalty)["source of the class"]))
+    assert [edge for edge, _ in edges] == [0.05, 0.25] and edges[0][1] != edges[1][1]
 
 
 def test_code_named_in_another_runs_folder_is_not_loaded(file: Path) -> None:

@@ -69,6 +69,14 @@ class Family:
         return tuple(member for member in self.members if member.in_atlas)
 
 
+def find_families(configured: str | None, folder: Path) -> Path | None:
+    """Return the file of `site.families`, or else the families file in the folder of the atlas, if there is one."""
+    if configured is not None:
+        return Path(configured).expanduser()
+    beside = folder / DEFAULT_FILE
+    return beside if beside.is_file() else None
+
+
 def read_families(path: Path | None, units: Mapping[str, frozenset[int]]) -> tuple[Family, ...]:
     """Read the families of a YAML file.
 

@@ -159,26 +159,8 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _registries() -> dict[str, Any]:
-    # Imported here because these modules import PyTorch, which nothing else of the site needs.
-    from pipeline.visualization.batch_terms import COUPLINGS
-    from pipeline.visualization.gradient_preconditioners import PRECONDITIONERS
-    from pipeline.visualization.image_regularizers import PENALTIES
-    from pipeline.visualization.network_perturbations import AUGMENTATIONS
-    from pipeline.visualization.objectives import OBJECTIVES
-    from pipeline.visualization.optimizers import OPTIMIZERS
-    from pipeline.visualization.parameterizations import CANVASES
-    from pipeline.visualization.schedules import STOPS
-    from pipeline.visualization.transforms import TRANSFORMS
+def _registries() -> Mapping[str, Any]:
+    # Imported here because this module imports PyTorch, which nothing else of the site needs.
+    from pipeline.visualization.preset import KEYED_GROUPS, SINGLE_GROUPS
 
-    return {
-        "objective": OBJECTIVES,
-        "canvas": CANVASES,
-        "transforms": TRANSFORMS,
-        "penalties": PENALTIES,
-        "preconditioners": PRECONDITIONERS,
-        "augmentations": AUGMENTATIONS,
-        "couplings": COUPLINGS,
-        "optimizer": OPTIMIZERS,
-        "stop": STOPS,
-    }
+    return SINGLE_GROUPS | KEYED_GROUPS

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.metric_specs import GRID_METRICS, MAIN_METRIC, metric_named
+from pipeline.examples.association import Association
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, ShownExamples
 from pipeline.site.data.js_shards import rounded_decimals, shortest_decimals
 from pipeline.site.layout import embedding
-from pipeline.store.layer_view import Histogram, Labels, LayerView
+from pipeline.store.layer_view import Histogram, LayerView
 
 BARS = 64
 
@@ -212,7 +213,7 @@ class Recorder:
             result.append(entries)
         return result
 
-    def _labels_record(self, labels: Labels, row: int) -> dict[str, Any]:
+    def _labels_record(self, labels: Association, row: int) -> dict[str, Any]:
         names = self._catalogue.names
         over = zip(labels.over[row].tolist(), labels.count[row].tolist(), self._lift[row], strict=True)
         record: dict[str, Any] = {"over": [[names[label], count, lift] for label, count, lift in over if label >= 0]}
