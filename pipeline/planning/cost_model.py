@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pipeline.acceleration.redirected_relu import REDIRECTED_STEPS
+from pipeline.acceleration.variants import ModelVariants
 from pipeline.config.schema import Config
 from pipeline.data import image_loading
 from pipeline.data.datasets import Dataset
@@ -30,8 +31,10 @@ from pipeline.visualization.schedules import Fixed, expand_schedule
 MAX_STEPS = REDIRECTED_STEPS + 5
 
 # Timing ends this many seconds after the warm-up, but not before `MIN_MEASUREMENTS` passes or steps were counted. If
-# these take more than ten times as long, one measurement is enough.
+# these take more than ten times as long, one measurement is enough. Each timing of a short run takes at most this share
+# of the run.
 TIME_LIMIT = 1.0
+TIME_SHARE = 0.02
 MIN_MEASUREMENTS = 3
 
 # Images that are read to time their decoding; the first of them is a warm-up, too.
@@ -178,12 +181,12 @@ class _Networks:
 
 
 def estimate(
-    folded: Model,
     chosen: Sequence[Layer],
     rows: Sequence[PlanRow],
     config: Config,
     others: Sequence[Layer],
-    lowered: Model,
+    variants: ModelVariants,
+    images: int,
 ) -> tuple[list[PlanRow], Timings]:
     """Return the rows of a plan with estimated seconds.
 
@@ -192,18 +195,20 @@ def estimate(
     steps in the cheapest and in the most expensive layer.
 
     Args:
-        folded: The model with folded normalization.
         chosen: Layers of the plan, which include those of all rows.
         rows: Rows without estimates.
         config: The configuration of the run.
         others: Layers that presets use besides the unit's own.
-        lowered: The variant of the model that steps run on.
+        variants: The folded model and the model that steps run on.
+        images: Images of the dataset pass.
 
     Returns:
         The rows, in their order, and the timings that belong to no row.
     """
-    forward_seconds, forward = _time_forward(folded, chosen)
-    networks = _Networks(folded, lowered, others, forward_seconds)
+    steps = {preset.name: preset.variants * preset.steps for preset in config.presets}
+    passes = images + STEP_TO_FORWARD * sum(len(row.channels) * steps[row.preset] for row in rows)
+    forward_seconds, forward = _time_forward(variants.folded, chosen, passes)
+    networks = _Networks(variants.folded, variants.steps, others, forward_seconds)
     timed: dict[tuple[str, str], PlanRow] = {}
     warm_ups: list[float] = []
     for preset in config.presets:
@@ -234,21 +239,26 @@ def time_image_loading(dataset: Dataset, recipe: Preprocessing) -> Span:
     return Span.from_measurements(times[1:] or times) if times else ZERO_SPAN
 
 
-def _timing_complete(counted: int, seconds: float) -> bool:
+def _time_limit(count: float, seconds: float) -> float:
+    """Return the seconds after which the timing of an operation ends that takes `seconds`, `count` times in a run."""
+    return min(TIME_LIMIT, TIME_SHARE * count * seconds)
+
+
+def _timing_complete(counted: int, seconds: float, limit: float) -> bool:
     """Return whether timing ends after `counted` passes or steps and `seconds` since the warm-up."""
     if counted >= MIN_MEASUREMENTS:
-        return seconds > TIME_LIMIT
+        return seconds > limit
     return counted >= 1 and seconds > 10 * TIME_LIMIT
 
 
-def _time_forward(folded: Model, layers: Sequence[Layer]) -> tuple[dict[str, float], Span]:
+def _time_forward(folded: Model, layers: Sequence[Layer], run_passes: float) -> tuple[dict[str, float], Span]:
     """Return one image's seconds up to each layer, and up to the last one with their range; without the warm-up."""
     batch = 2
     device = next(folded.module.parameters()).device
     images = torch.rand(batch, folded.preprocessing.channels, *folded.preprocessing.size, device=device)
     passes: list[dict[str, float]] = []
-    warm = 0.0
-    while len(passes) < 2 or not _timing_complete(len(passes) - 1, perf_counter() - warm):
+    warm = limit = 0.0
+    while len(passes) < 2 or not _timing_complete(len(passes) - 1, perf_counter() - warm, limit):
         reached: dict[str, float] = {}
         began = perf_counter()
 
@@ -261,6 +271,7 @@ def _time_forward(folded: Model, layers: Sequence[Layer]) -> tuple[dict[str, flo
             forward(images)
         passes.append(reached)
         warm = warm or perf_counter()
+        limit = _time_limit(run_passes, max(reached.values()) / batch)
     counted = passes[1:]
     by_layer = {}
     for layer in layers:
@@ -272,17 +283,18 @@ def _time_forward(folded: Model, layers: Sequence[Layer]) -> tuple[dict[str, flo
 class _StepTimer:
     """Times optimization steps; it is called at the beginning of each.
 
-    A call raises `_TimingComplete` when enough steps were timed. Forward passes through any of `modules` are counted,
-    because steps with redirected ReLU gradients may need two.
+    A call raises `_TimingComplete` when enough steps were timed. Forward passes through any of `modules` are
+    counted, because steps with redirected ReLU gradients may need two.
 
     Attributes:
+        run_steps: Steps of all batches of the run.
         times: Time of each call.
         passes: Forward passes of each timed step.
         count: Forward passes since the last call.
     """
 
-    def __init__(self, device: torch.device, modules: Sequence[nn.Module]) -> None:
-        self.device, self.modules = device, modules
+    def __init__(self, device: torch.device, modules: Sequence[nn.Module], run_steps: float) -> None:
+        self.device, self.modules, self.run_steps = device, modules, run_steps
         self.times: list[float] = []
         self.passes: list[int] = []
         self.count = 0
@@ -312,8 +324,10 @@ class _StepTimer:
         counted = len(self.times) - 2
         if len(self.times) == MAX_STEPS:
             raise _TimingComplete
-        if counted > 0 and _timing_complete(counted, self.times[-1] - self.times[1]):
-            raise _TimingComplete
+        if counted > 0:
+            seconds = self.times[-1] - self.times[1]
+            if _timing_complete(counted, seconds, _time_limit(self.run_steps, seconds / counted)):
+                raise _TimingComplete
 
     def timing(self, preset: Preset, batch: int) -> _StepTiming:
         """Return the timing of a step.
@@ -367,7 +381,8 @@ def _time_preset(networks: _Networks, rows: Sequence[PlanRow], preset: Preset) -
         return (height + 2 * preset.margin) * (width + 2 * preset.margin)
 
     cheapest, dearest = min(rows, key=networks.network_seconds), max(rows, key=networks.network_seconds)
-    cheap_step, dear_step = _time_step(networks, cheapest, preset), _time_step(networks, dearest, preset)
+    run_steps = sum(len(row.channels) for row in rows) * preset.variants * preset.steps
+    cheap_step, dear_step = (_time_step(networks, row, preset, run_steps) for row in (cheapest, dearest))
     # Seconds of a step per pixel that do not depend on the network; at most a step in the most expensive layer.
     cheap_rest = max(cheap_step.seconds.expected - STEP_TO_FORWARD * networks.network_seconds(cheapest), 0.0)
     per_pixel = min(cheap_rest / area(cheapest), dear_step.seconds.expected / area(dearest))
@@ -390,8 +405,8 @@ def _time_preset(networks: _Networks, rows: Sequence[PlanRow], preset: Preset) -
     return timed, cheap_step.warm_up
 
 
-def _time_step(networks: _Networks, row: PlanRow, preset: Preset) -> _StepTiming:
-    """Time the first steps of the first channels of a row."""
+def _time_step(networks: _Networks, row: PlanRow, preset: Preset, run_steps: int) -> _StepTiming:
+    """Time the first steps of the first channels of a row; the run has `run_steps` steps of single visualizations."""
     folded, lowered = networks.folded, networks.lowered
     # Two channels stand for a batch; in an expensive layer one is enough.
     count = 1 if networks.network_seconds(row) > TIME_LIMIT / 10 else 2
@@ -399,7 +414,7 @@ def _time_step(networks: _Networks, row: PlanRow, preset: Preset) -> _StepTiming
     units = [(channel, variant) for channel in row.channels[:count] for variant in range(short.variants)]
     gray = torch.full((folded.preprocessing.channels, *row.canvas), 0.5)
     modules = [folded.module] if lowered.module is folded.module else [folded.module, lowered.module]
-    timer = _StepTimer(next(folded.module.parameters()).device, modules)
+    timer = _StepTimer(next(folded.module.parameters()).device, modules, run_steps / len(units))
     ensembles = [a for a in short.augmentations if isinstance(a, Ensemble)]
     with timer.counting():
         # Another checkpoint costs as much as this one, and any initial image as much as a gray one.

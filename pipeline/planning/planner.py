@@ -255,7 +255,8 @@ def _with_estimates(plan: Plan, inputs: _Inputs, chosen: _Units) -> Plan:
         log.info("steps run on the %s network: %s", variants.level, variants.reason)
     # A worker verifies variants for each layer, as far as that layer.
     seconds /= max(1.0, deepest.layer.cost if deepest else 1.0)
-    estimated, timings = estimate(variants.folded, chosen.layers, open_rows, plan.config, chosen.others, variants.steps)
+    images = plan.left.images + plan.left.localizations
+    estimated, timings = estimate(chosen.layers, open_rows, plan.config, chosen.others, variants, images)
     # A worker decodes images with as many threads as it has.
     reads = plan.left.images or plan.left.localizations
     read = (

@@ -225,6 +225,7 @@ def test_scripts_atlas_works_from_any_folder_without_pip(tmp_path: Path) -> None
     assert done.stdout.startswith("atlas 0.") and not done.stderr
 
 
+@pytest.mark.long
 def test_an_installed_wheel_works_from_any_folder(tmp_path: Path) -> None:
     """In a wheel `conf/` lies inside the package; in a checkout beside it."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]

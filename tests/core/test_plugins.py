@@ -120,20 +120,23 @@ def test_code_named_in_another_runs_folder_is_not_loaded(file: Path) -> None:
         compose([f"render.penalties=[{file}:Saturation]"])
 
 
-@pytest.mark.parametrize("engine", [[], ["engine=ray", "engine.workers=1"]], ids=["inline", "ray"])
-@pytest.mark.filterwarnings("ignore")
-def test_a_run_with_a_class_of_the_user(
-    tiny_run: list[str], tmp_path: Path, engine: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Named as in the documentation, by a file in the working directory; workers get the class, not the file."""
+@pytest.mark.filterwarnings("ignore")  # those of Ray
+def test_a_run_with_a_class_of_the_user(tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named as in the documentation, by a file in the working directory; workers of Ray get the class, not the file."""
     home = tmp_path / "home"
     home.mkdir()
     (home / "my_regularizers.py").write_text(SATURATION)
     monkeypatch.chdir(home)
     overrides = ["layers.include=[conv_stem]", "render.penalties=[my_regularizers.py:Saturation]"]
-    assert main(["run", *tiny_run, *overrides, *engine]) == 0
-    with pipeline.open_atlas(tmp_path / "tiny") as atlas:
-        assert set(atlas.units().status) <= {"limit", "converged", "retried"}
+    assert main(["run", *tiny_run, *overrides]) == 0
+    assert main(["run", *tiny_run, *overrides, "engine=ray", "engine.workers=1", "run.name=ray"]) == 0
+    with pipeline.open_atlas(tmp_path / "tiny") as inline, pipeline.open_atlas(tmp_path / "ray") as ray:
+        assert set(inline.units().status) <= {"limit", "converged", "retried"}
+        for channel in inline["conv_stem"].channels:
+            difference = inline["conv_stem"].image(channel).astype(int) - ray["conv_stem"].image(channel)
+            assert abs(difference).max() <= 1
+        ours, theirs = inline["conv_stem"].examples(), ray["conv_stem"].examples()
+        assert ours is not None and theirs is not None and (ours.index == theirs.index).all()
     assert "my_regularizers.py:Saturation" in (tmp_path / "tiny" / "config.yaml").read_text()
     assert "Saturation" in (tmp_path / "tiny" / "site" / "method.html").read_text()
 

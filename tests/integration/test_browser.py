@@ -57,7 +57,9 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module", params=["disk", "web"])
+# Pages are the same from both; they differ in how they load, so the default suite loads pages from both and uses them
+# from disk.
+@pytest.fixture(scope="module", params=["disk", pytest.param("web", marks=pytest.mark.long)])
 def base(request, folder) -> Iterator[str]:
     """Address of the site, with a slash at the end."""
     if request.param == "disk":
@@ -137,10 +139,17 @@ def arrives(page: Any, name: str) -> None:
     assert unit(page) == name
 
 
-@pytest.mark.parametrize("width", [360, 1440])
+# Narrow from disk and wide from a host, and the other way round among the long tests.
+LOADED = [
+    ("disk", 360),
+    ("web", 1440),
+    pytest.param("disk", 1440, marks=pytest.mark.long),
+    pytest.param("web", 360, marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("base", "width"), LOADED, indirect=["base"])
 def test_everything_fits_and_loads(visit, base, width):
-    if base.startswith("http") and width == 360:
-        pytest.skip("as narrow from disk")
     for to in EVERY:
         page = visit(to, width)
         for scheme in ("light", "dark"):
@@ -155,9 +164,8 @@ def test_everything_fits_and_loads(visit, base, width):
         page.context.close()
 
 
+@pytest.mark.parametrize("base", ["disk"], indirect=True)
 def test_axe_finds_nothing_serious(visit, base):
-    if base.startswith("http"):
-        pytest.skip("the same pages as from disk")
     for to in (HOME, EVEN, UNIT, MAP, METHOD, FAMILY):
         page = visit(to)
         nothing_serious(page, to)

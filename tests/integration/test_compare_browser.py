@@ -60,10 +60,8 @@ def arrives(page: Any, name: str) -> None:
     assert page.locator("article.compared").get_attribute("data-unit-shown") == name
 
 
-@pytest.mark.parametrize("width", [360, 1440])
+@pytest.mark.parametrize(("base", "width"), test_browser.LOADED, indirect=["base"])
 def test_everything_fits_and_loads(visit, base, width):
-    if base.startswith("http") and width == 360:
-        pytest.skip("as narrow from disk")
     for to in (HOME, EVEN, UNIT, "unit.html#../../x:1", "unit.html#blocks.1.conv:5"):
         page = home(visit, width, to)
         for scheme in ("light", "dark"):
@@ -76,9 +74,8 @@ def test_everything_fits_and_loads(visit, base, width):
         page.context.close()
 
 
+@pytest.mark.parametrize("base", ["disk"], indirect=True)
 def test_axe_finds_nothing_serious(visit, base):
-    if base.startswith("http"):
-        pytest.skip("the same pages as from disk")
     for to in (HOME, EVEN, UNIT):
         page = home(visit, to=to)
         page.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")

@@ -33,8 +33,8 @@ MORE = {
 
 
 # Networks of the short suite; the others take a quarter of a minute each.
-SHORT = ("efficientnet_lite0", "mobilenet_v2", "resnet18", "googlenet", "vit_b_16")
-SHORT_MORE = ("squeezenet1_1", "test_resnet", "test_vit", "ssdlite320_mobilenet_v3_large")
+SHORT = ("efficientnet_lite0", "mobilenet_v2", "resnet18", "googlenet")
+SHORT_MORE = ("squeezenet1_1", "test_resnet", "test_vit")
 
 
 def shipped() -> list[str]:

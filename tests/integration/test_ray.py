@@ -57,6 +57,7 @@ def killer(stop: threading.Event, killed: list[int]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_killed_workers_change_nothing(tiny_run: list[str], tmp_path: Path) -> None:
     more = ["render.steps=30"]
     assert main(["run", *tiny_run, *more]) == 0
@@ -114,7 +115,8 @@ def test_no_cluster_at_the_address(tiny_run: list[str], capsys: pytest.CaptureFi
     assert "No Ray cluster at engine.address=127.0.0.1:1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_run_and_its_workers(tiny_run: list[str], tmp_path: Path, kind: signal.Signals) -> None:
     """A terminal sends Ctrl-C to the whole process group: driver, Ray's own processes and workers.
 
@@ -217,6 +219,7 @@ def test_every_way_a_task_can_end(tmp_path: Path) -> None:
     assert all(post.left is not None for post in engine.stats)
 
 
+@pytest.mark.long
 def test_too_many_failures_stop_it_on_ray(tmp_path: Path) -> None:
     class Stillborn:
         def __init__(self, *_: object, **__: object) -> None:

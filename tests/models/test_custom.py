@@ -369,7 +369,8 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("channels", [3, 1, 5])
+# With 3 channels docs/models.md does it, in tests/project/test_docs.py.
+@pytest.mark.parametrize("channels", [pytest.param(3, marks=pytest.mark.long), 1, 5])
 def test_small_networks_go_the_whole_way(channels: int, tmp_path: Path, photo_folder: Path) -> None:
     (tmp_path / "cifar.py").write_text(CIFAR_NET)
     folder = photo_folder

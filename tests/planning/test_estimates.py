@@ -154,7 +154,7 @@ def test_stages_count_by_their_share_of_the_steps(monkeypatch: pytest.MonkeyPatc
     config = dataclasses.replace(
         compose(TINY).config.render, steps=100, schedule=(Stage(0.25, canvas=0.5), Stage(0.75)), stop=Fixed()
     )
-    watch = cost_model._StepTimer(torch.device("cpu"), [nn.Identity()])
+    watch = cost_model._StepTimer(torch.device("cpu"), [nn.Identity()], 1e6)
     ends = [0.0, 5.0, 5.1, 5.2, 5.3, 5.4, 5.8, 6.2, 6.6]  # five of 21 steps belong to the first stage
     watch.times, watch.passes = ends, [1] * 8
     assert watch.timing(config, 2).seconds.expected == pytest.approx((0.25 * 0.1 + 0.75 * 0.4) / 2)
@@ -177,7 +177,7 @@ def test_passes_through_the_network_are_counted(monkeypatch: pytest.MonkeyPatch,
         "pipeline.visualization.loop.has_zero_gradient",
         lambda gradient: torch.ones(len(gradient), 1, 1, 1, dtype=torch.bool),
     )
-    monkeypatch.setattr(cost_model, "_timing_complete", lambda counted, _: counted >= cost_model.MAX_STEPS)
+    monkeypatch.setattr(cost_model, "_timing_complete", lambda counted, *_: counted >= cost_model.MAX_STEPS)
     planned(photo_folder)
     assert [watch.passes for watch in seen] == [[2] * 16 + [1] * 4] * 2
     assert not any(module._forward_pre_hooks for watch in seen for module in watch.modules if watch.modules[1:])

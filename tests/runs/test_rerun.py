@@ -29,15 +29,6 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def hasty() -> Iterator[None]:
-    """Estimates need not be good here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost_model, "TIME_LIMIT", 0.01)
-        patch.setattr(cost_model, "MAX_STEPS", 3)
-        yield
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """A finished run that no test may change, and the overrides it was made with, but for its place."""
@@ -182,9 +173,9 @@ def test_only_what_is_missing_is_timed(
     costs: list[float] = []
     whole = planner.estimate
 
-    def noting(folded: Any, chosen: Any, rows: Any, *rest: Any) -> Any:
+    def noting(chosen: Any, rows: Any, *rest: Any) -> Any:
         timed.extend(row.layer.name for row in rows)
-        found = whole(folded, chosen, rows, *rest)
+        found = whole(chosen, rows, *rest)
         costs.extend(row.cost(1) for row in found[0])
         return found
 
@@ -569,6 +560,7 @@ def test_commands_of_the_page_work_in_turn(
     """docs/rerun.md, typed as it stands; only the network and the work are made smaller."""
     import shlex
 
+    monkeypatch.setattr(cost_model, "TIME_LIMIT", 0.01)  # estimates need not be good here
     _, settings = finished
     text = (Path(__file__).resolve().parents[2] / "docs" / "rerun.md").read_text()
     commands = [

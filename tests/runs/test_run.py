@@ -234,7 +234,7 @@ def test_an_interrupted_run_stops_soon_and_goes_on_later(
     tiny_run: list[str], tmp_path: Path, kind: signal.Signals
 ) -> None:
     folder = tmp_path / "tiny"
-    slow = [*tiny_run, "render.steps=100"]
+    slow = [*tiny_run, "render.steps=100", "layers.include=[conv_stem,conv_head,classifier]"]
     command = [sys.executable, "-c", "import sys; from pipeline.cli.main import main; sys.exit(main())", "run", *slow]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
