@@ -10,13 +10,14 @@ import pandas as pd
 from pipeline.compare.runs import Contender, RunComparison
 from pipeline.compare.statistics import Median, PairedTest, median, paired_test
 from pipeline.core.metric_specs import (
-    MAIN_METRIC,
+    DATASET_MEAN,
+    DATASET_PEAK,
+    MAIN_METRICS,
     OBJECTIVE,
-    RATIO_METRICS,
     Metric,
-    activation_ratio,
     find_metric,
     in_comparison_order,
+    ratios,
 )
 from pipeline.store.layer_view import LayerView
 
@@ -75,7 +76,7 @@ class Comparison:
     def main(self) -> Metric:
         """The measure that pages show first: the activation ratio, or the activation without a dataset pass."""
         by_name = {measure.name: measure for measure in self.measures}
-        return by_name.get(MAIN_METRIC, by_name.get("activation", self.measures[0]))
+        return next((by_name[name] for name in (*MAIN_METRICS, "activation") if name in by_name), self.measures[0])
 
     @property
     def all_units(self) -> Part:
@@ -229,6 +230,7 @@ def _part(inputs: RunComparison, name: str) -> Part | None:
     channels = np.unique(np.concatenate([view.channels for view in available])).astype(np.int64)
     shape = (len(layer_views), len(channels))
     dataset_max = np.full(shape, np.nan)
+    best_of = {key: np.full(shape, np.nan) for key in (DATASET_MEAN, DATASET_PEAK)}
     rendered, failed = np.zeros(shape, bool), np.zeros(shape, np.int64)
     values: dict[str, np.ndarray] = {}
     for at, (view, contender) in enumerate(zip(layer_views, contenders, strict=True)):
@@ -238,26 +240,42 @@ def _part(inputs: RunComparison, name: str) -> Part | None:
         numbers = view.measurements(contender.preset)
         status = numbers["status"].astype(str)
         dataset_max[at, rows] = view.dataset_max(contender.preset)
+        for key, best in view.dataset_best(contender.preset).items():
+            best_of[key][at, rows] = best
         rendered[at, rows] = (status != "missing").any(1)
         failed[at, rows] = (status == "failed").sum(1)
         for key, array in numbers.items():
-            if _is_compared(key) and array.ndim == 2 and array.dtype.kind in "fiu":
+            if not _is_ratio(key) and array.ndim == 2 and array.dtype.kind in "fiu":
                 values.setdefault(key, np.full(shape, np.nan))[at, rows] = _median_over_variants(array, status)
     _fill_dataset_max(dataset_max, contenders)
-    for ratio in RATIO_METRICS:
-        if ratio.numerator in values:
-            ratios = []
-            for at, contender in enumerate(contenders):
-                activations = values[ratio.numerator][at][:, None]
-                ratios.append(activation_ratio(activations, dataset_max[at], contender.negative)[:, 0])
-            values[ratio.name] = np.stack(ratios)
-    return Part(name, channels, values, dataset_max, rendered, failed, np.full(len(channels), np.nan))
+    for best in best_of.values():
+        _fill_dataset_max(best, contenders)
+    _add_ratios(values, best_of, contenders)
+    compared = {key: array for key, array in values.items() if _is_compared(key)}
+    return Part(name, channels, compared, dataset_max, rendered, failed, np.full(len(channels), np.nan))
+
+
+def _add_ratios(
+    values: dict[str, np.ndarray], best_of: Mapping[str, np.ndarray], contenders: Sequence[Contender]
+) -> None:
+    """Add the ratios to the (n, C) numbers of n contenders, from their numbers and best activations (n, C)."""
+    for at, contender in enumerate(contenders):
+        numbers = {key: array[at] for key, array in values.items()}
+        best = {key: array[at] for key, array in best_of.items()}
+        for key, ratio in ratios(numbers, best, contender.negative).items():
+            values.setdefault(key, np.full((len(contenders), len(ratio)), np.nan))[at] = ratio
 
 
 def _is_compared(name: str) -> bool:
-    """Return whether a stored array is a measure of quality; ratios are computed again, from all runs' datasets."""
+    """Return whether an array is a measure of quality."""
     metric = find_metric(name)
-    return metric is None or (metric.comparison_order is not None and metric.source != "ratio")
+    return metric is None or metric.comparison_order is not None
+
+
+def _is_ratio(name: str) -> bool:
+    """Return whether an array is a ratio: these are computed again, with the best activations of all runs' datasets."""
+    metric = find_metric(name)
+    return metric is not None and metric.source == "ratio"
 
 
 def _median_over_variants(array: np.ndarray, status: np.ndarray) -> np.ndarray:

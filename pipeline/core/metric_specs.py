@@ -6,7 +6,7 @@ without PyTorch, for code that only reads results.
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -34,9 +34,12 @@ class Metric:
         per: What has one value: a visualization, stored as (C', V), or a unit, stored as (C',).
         source: Where it comes from: "render" is recorded by the optimization; "image" is computed from the finished
             image by `visualization.metrics`, and former versions lack it; "relation" is computed once all
-            visualizations are available; "dataset" is from the dataset pass; "ratio" is `activation_ratio`, which is
-            not stored.
-        numerator: For a ratio, the metric that is divided by the maximum activation over the dataset.
+            visualizations are available; "dataset" is from the dataset pass; "ratio" is the ratio of two others, which
+            is not stored.
+        numerator: For a ratio, the metric that is divided.
+        denominator: For a ratio, what it is divided by: `DATASET_PEAK`, `DATASET_MEAN`, or another metric.
+        since: First schema version of `atlas.h5` in which a stored array of this name has this meaning; readers ignore
+            it in older files.
         digits: Decimals in tables of studies.
         comparison_order: Position in comparisons; None if it describes how an image was made, not its quality.
         grid_order: Position among the numbers that the grid of a layer can be sorted by; None if it cannot.
@@ -54,6 +57,8 @@ class Metric:
     per: Literal["visualization", "unit"] = "visualization"
     source: Source = "render"
     numerator: str = ""
+    denominator: str = ""
+    since: int = 1
     digits: int = 2
     comparison_order: int | None = None
     grid_order: int | None = None
@@ -69,19 +74,22 @@ class Metric:
         return not self.is_real and np.dtype(self.dtype).itemsize > 4
 
 
-_DATASET_MAX = "÷ the maximum activation over the dataset, by the same objective"
+# Denominators of ratios: the unit's largest activation at any position of any dataset image, and its largest mean of a
+# map on any dataset image; of minimized units the smallest ones.
+DATASET_PEAK = "dataset peak"
+DATASET_MEAN = "dataset mean"
 
 # In the order of storage and of the API.
 METRICS = (
     Metric("seed", "seed", "seed of the image", dtype=np.int64, missing=-1),
-    Metric("steps", "steps", "number of optimization steps", dtype=np.int32, missing=0, digits=0, comparison_order=13),
+    Metric("steps", "steps", "number of optimization steps", dtype=np.int32, missing=0, digits=0, comparison_order=16),
     Metric(
         "activation",
         "activation",
         "objective of the saved 8-bit image, without transformations",
         better="higher",
         unit=OBJECTIVE,
-        comparison_order=10,
+        comparison_order=13,
     ),
     Metric(
         "robust",
@@ -89,9 +97,9 @@ METRICS = (
         "mean objective over 16 transformed copies",
         better="higher",
         unit=OBJECTIVE,
-        comparison_order=11,
+        comparison_order=14,
     ),
-    Metric("start", "start", "objective before the first step", unit=OBJECTIVE, comparison_order=12),
+    Metric("start", "start", "objective before the first step", unit=OBJECTIVE, comparison_order=15),
     Metric(
         "natural",
         "dataset maximum",
@@ -107,27 +115,41 @@ METRICS = (
         better="lower",
         unit="s",
         digits=1,
-        comparison_order=14,
+        comparison_order=17,
     ),
     Metric(
-        "gain",
-        "activation ratio",
-        f"activation of the saved image {_DATASET_MAX}",
+        "peak_ratio",
+        "activation ratio (peak)",
+        "largest activation on the saved image ÷ largest activation on any dataset image",
         better="higher",
         source="ratio",
-        numerator="activation",
+        numerator="peak",
+        denominator=DATASET_PEAK,
         comparison_order=0,
     ),
     Metric(
-        "robust_gain",
-        "robust activation ratio",
-        f"mean activation over 16 transformed copies {_DATASET_MAX}",
+        "mean_ratio",
+        "activation ratio (mean)",
+        "mean activation over the saved image ÷ largest mean activation over any dataset image",
+        better="higher",
+        source="ratio",
+        numerator="spatial_mean",
+        denominator=DATASET_MEAN,
+        comparison_order=1,
+    ),
+    Metric(
+        "robust_share",
+        "robust share",
+        "mean objective over 16 transformed copies ÷ objective of the saved image",
         better="higher",
         source="ratio",
         numerator="robust",
-        comparison_order=1,
+        denominator="activation",
+        comparison_order=2,
         grid_order=0,
     ),
+    Metric("peak", "peak", "largest activation of the unit at any position of its map", unit=OBJECTIVE, source="image"),
+    Metric("spatial_mean", "spatial mean", "mean of the unit’s activation map", unit=OBJECTIVE, source="image"),
     Metric(
         "high_frequency",
         "high frequencies",
@@ -137,7 +159,7 @@ METRICS = (
         better="lower",
         source="image",
         digits=3,
-        comparison_order=5,
+        comparison_order=7,
         grid_order=5,
     ),
     Metric(
@@ -148,7 +170,7 @@ METRICS = (
         better="lower",
         source="image",
         digits=1,
-        comparison_order=6,
+        comparison_order=8,
         grid_order=6,
     ),
     Metric(
@@ -160,7 +182,7 @@ METRICS = (
         better="lower",
         source="image",
         digits=3,
-        comparison_order=7,
+        comparison_order=9,
     ),
     Metric(
         "spectral_distance",
@@ -171,31 +193,60 @@ METRICS = (
         unit="decades",
         source="image",
         digits=3,
-        comparison_order=8,
+        comparison_order=6,
         grid_order=4,
     ),
     Metric(
-        "saturated",
         "saturation",
-        "share of values at black or white",
+        "saturation",
+        "share of values within 5 % of black or white",
         0.0,
         1.0,
         better="lower",
         source="image",
         digits=3,
-        comparison_order=9,
+        comparison_order=12,
+        grid_order=9,
+    ),
+    Metric("contrast", "contrast", "standard deviation of luminance", 0.0, 0.5, source="image", digits=3),
+    Metric(
+        "chroma",
+        "chroma",
+        "mean difference of the largest and the smallest color value",
+        0.0,
+        1.0,
+        source="image",
+        digits=3,
+    ),
+    Metric(
+        "contrast_quantile",
+        "contrast quantile",
+        "share of dataset images with less contrast",
+        0.0,
+        1.0,
+        source="relation",
+        comparison_order=10,
         grid_order=7,
     ),
     Metric(
-        "rank",
-        "rank",
-        "rank of the unit among its layer’s channels by their activations for the image",
+        "chroma_quantile",
+        "chroma quantile",
+        "share of dataset images with less chroma",
+        0.0,
         1.0,
-        better="lower",
-        source="image",
-        digits=0,
-        comparison_order=2,
-        grid_order=3,
+        source="relation",
+        comparison_order=11,
+        grid_order=8,
+    ),
+    Metric(
+        "margin",
+        "margin",
+        "standard score of the unit’s activation − largest standard score of another channel of the layer",
+        better="higher",
+        unit="sd",
+        source="relation",
+        comparison_order=3,
+        grid_order=1,
     ),
     Metric(
         "agreement",
@@ -205,19 +256,38 @@ METRICS = (
         1.0,
         better="higher",
         source="relation",
-        comparison_order=3,
-        grid_order=2,
+        comparison_order=4,
+        grid_order=3,
     ),
     Metric(
         "transfer",
         "transfer",
-        "similarity of the layer’s activations for the image and for the unit’s dataset examples",
+        "similarity of the other channels’ activations for the image and for the unit’s dataset examples",
         -1.0,
         1.0,
         better="higher",
         source="relation",
-        comparison_order=4,
-        grid_order=1,
+        since=5,
+        comparison_order=5,
+        grid_order=2,
+    ),
+    Metric(
+        "transfer_ceiling",
+        "transfer of dataset examples",
+        "the same for one of the unit’s dataset examples and the others",
+        -1.0,
+        1.0,
+        per="unit",
+        source="relation",
+    ),
+    Metric(
+        "transfer_floor",
+        "transfer of random images",
+        "the same for random dataset images: 95th percentile",
+        -1.0,
+        1.0,
+        per="unit",
+        source="relation",
     ),
 )
 
@@ -234,8 +304,8 @@ RATIO_METRICS = _from_source("ratio")
 GRID_METRICS = tuple(
     sorted((m for m in METRICS if m.grid_order is not None), key=lambda metric: metric.grid_order or 0)
 )
-# Name of the metric that pages and comparisons show first.
-MAIN_METRIC = "gain"
+# Names of the metrics that pages and comparisons show first: the first of them that an atlas has.
+MAIN_METRICS = ("peak_ratio", "mean_ratio")
 
 _BY_NAME = {metric.name: metric for metric in METRICS}
 
@@ -261,19 +331,32 @@ def in_comparison_order(names: Iterable[str]) -> tuple[Metric, ...]:
     return tuple(sorted(map(metric_named, set(names)), key=position))
 
 
-def activation_ratio(activation: np.ndarray, dataset_max: np.ndarray, negative: bool) -> np.ndarray:
-    """Return the activation ratio: activation of a visualization ÷ best activation over the dataset.
+def ratios(
+    values: Mapping[str, np.ndarray], denominators: Mapping[str, np.ndarray], negative: bool
+) -> dict[str, np.ndarray]:
+    """Return the metrics of `RATIO_METRICS` whose numerators are known.
 
-    The ratio has no unit. Above 1 the visualization exceeds every dataset image.
+    An activation ratio is the activation of a visualization ÷ the best one over the dataset. Above 1 the visualization
+    exceeds every dataset image. Both are peaks (largest activations of a map) or both are means of a map: a
+    visualization fills the map with a feature that a photograph contains once, so that the ratio of means is several
+    times as large as that of peaks.
 
     Args:
-        activation: Activations of the visualizations, (C, V) for C channels with V visualizations each.
-        dataset_max: Best activation over the dataset, (C,); the smallest one if `negative`.
-        negative: Whether the visualizations minimize the activation; both values are then below zero.
+        values: Metrics of visualizations, arrays of one shape by name.
+        denominators: Best activations over the dataset, by `DATASET_PEAK` and `DATASET_MEAN`; they are broadcast.
+        negative: Whether the visualizations minimize the activation; activations are then below zero.
 
     Returns:
-        (C, V) float32. NaN where the dataset's best activation is zero or has the wrong sign.
+        float32 by name, without units. NaN where the denominator is zero or has the wrong sign.
     """
-    best = np.asarray(dataset_max, np.float32)[:, None]
+    return {
+        metric.name: share(values[metric.numerator], ({**denominators, **values})[metric.denominator], negative)
+        for metric in RATIO_METRICS
+        if metric.numerator in values and metric.denominator in {**denominators, **values}
+    }
+
+
+def share(part: np.ndarray, whole: np.ndarray, negative: bool) -> np.ndarray:
+    """Return part ÷ whole as float32; NaN where the whole is not positive, or if `negative` not negative."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        return np.where(-best > 0 if negative else best > 0, activation / best, np.nan).astype(np.float32)
+        return np.where(-whole > 0 if negative else whole > 0, part / whole, np.nan).astype(np.float32)

@@ -26,6 +26,7 @@ from pipeline.kernels import spatial_stats
 from pipeline.kernels.spatial_stats import Reducer
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.loading import Model, inplace_activations
+from pipeline.visualization import metrics
 
 # Lists of images: by the largest activation, the largest spatial mean, and the smallest activation.
 LISTS = ("max", "mean", "min")
@@ -120,6 +121,8 @@ class PassResult:
         tally: Sums over the images.
         responses_index: The images of `ImageSubsets.subset`, (n,), ascending.
         responses: Their maximum activations, (n, C) float32.
+        appearance: Their contrast and chroma (`visualization.metrics.appearance`), (n, 2) float32; NaN in results of
+            former versions.
         codes_index: The images of `ImageSubsets.labelled`, (n,), ascending.
         codes: The histogram bins of their maximum activations, (n, C) uint8.
         failed: Images that could not be read, with the reason.
@@ -129,6 +132,7 @@ class PassResult:
     tally: ChannelAccumulator
     responses_index: np.ndarray
     responses: np.ndarray
+    appearance: np.ndarray
     codes_index: np.ndarray
     codes: np.ndarray
     failed: tuple[tuple[int, str], ...]
@@ -140,6 +144,7 @@ class PassResult:
             **{f"tally/{name}": array for name, array in self.tally.arrays().items()},
             "responses/index": self.responses_index,
             "responses/peak": self.responses,
+            "responses/appearance": self.appearance,
             "codes/index": self.codes_index,
             "codes/bin": self.codes,
             "failed/index": np.array([i for i, _ in self.failed], np.int32),
@@ -150,12 +155,14 @@ class PassResult:
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "PassResult":
         """Create from the result of `arrays`."""
         tally = {k.removeprefix("tally/"): v for k, v in arrays.items() if k.startswith("tally/")}
+        index = arrays["responses/index"]
         failed = zip(arrays["failed/index"].tolist(), arrays["failed/reason"].tolist(), strict=True)
         return cls(
             tops={name: arrays[f"tops/{name}"] for name in LISTS},
             tally=ChannelAccumulator.from_arrays(tally),
-            responses_index=arrays["responses/index"],
+            responses_index=index,
             responses=arrays["responses/peak"],
+            appearance=arrays.get("responses/appearance", np.full((len(index), 2), np.nan, np.float32)),
             codes_index=arrays["codes/index"],
             codes=arrays["codes/bin"],
             failed=tuple((int(i), str(reason)) for i, reason in failed),
@@ -191,6 +198,15 @@ class PassAccumulator:
         self._centre = ranges.centre.astype(np.float32)
         self._responses: list[tuple[np.ndarray, np.ndarray]] = []
         self._codes: list[tuple[np.ndarray, np.ndarray]] = []
+        self._appearance: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def observe(self, indices: np.ndarray, images: Tensor) -> None:
+        """Add contrast and chroma of images, (n, C, H, W) in [0, 1]; those outside the subset are ignored."""
+        member = np.isin(indices, self._subsets.subset)
+        if member.any():
+            look = metrics.appearance(images[torch.from_numpy(member).to(images.device)])
+            rows = torch.stack([look["contrast"], look["chroma"]], 1).cpu().numpy()
+            self._appearance.append((indices[member].astype(np.int32), rows))
 
     def add(self, indices: np.ndarray, reduced: np.ndarray) -> None:
         """Add images.
@@ -220,11 +236,15 @@ class PassAccumulator:
         channels = sum(self._layers)
         responses_index, responses = _sort_by_index(self._responses, np.zeros((0, channels), np.float32))
         codes_index, codes = _sort_by_index(self._codes, np.zeros((0, channels), np.uint8))
+        observed, rows = _sort_by_index(self._appearance, np.zeros((0, 2), np.float32))
+        appearance = np.full((len(responses_index), 2), np.nan, np.float32)
+        appearance[np.searchsorted(responses_index, observed)] = rows
         return PassResult(
             tops=dict(self._tops),
             tally=self._tally,
             responses_index=responses_index,
             responses=responses,
+            appearance=appearance,
             codes_index=codes_index,
             codes=codes,
             failed=tuple(sorted(failed)),
@@ -255,6 +275,7 @@ def reduce_batches(
     centre: np.ndarray,
     reducer: Reducer,
     failed: list[tuple[int, str]],
+    observe: Callable[[np.ndarray, Tensor], None] = lambda *_: None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Run the network on images and reduce the feature maps of all layers.
 
@@ -264,6 +285,7 @@ def reduce_batches(
         centre: Center of each channel, (C,), which the reduction subtracts.
         reducer: The reduction.
         failed: The (index, reason) of every image that could not be read is appended to this list.
+        observe: Called with the indices and the images, (n, C, H, W) in [0, 1], of each batch.
 
     Yields:
         Indices (n,) and reduced activations (5, n, C) float32 of each batch. On the CPU the latter are a view of a
@@ -290,9 +312,12 @@ def reduce_batches(
                 images = np.concatenate([images, np.repeat(images[-1:], batch_size - len(images), 0)])
             # Change the memory format before the conversion to float, while there are fewer bytes to move.
             full = torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last)
-            forward(full.float().div_(255))
+            scaled = full.float().div_(255)
+            indices = np.array([item.index for item in items])
+            observe(indices, scaled[: len(items)])
+            forward(scaled)
             torch.cat(parts, -1, out=joined)
-            yield np.array([item.index for item in items]), joined[:, : len(items)].cpu().numpy()
+            yield indices, joined[:, : len(items)].cpu().numpy()
 
 
 def measure_ranges(context: PassContext, sample: Sequence[int]) -> HistogramRange:
@@ -322,7 +347,8 @@ def sweep(context: PassContext, indices: Iterable[int], ranges: HistogramRange, 
     accumulator = PassAccumulator(channels, config, ranges, subsets, dataset.sources, compile)
     failed: list[tuple[int, str]] = []
     loaded = image_loading.load_images(dataset, indices, context.model.preprocessing, context.threads)
-    collect(accumulator, reduce_batches(context, loaded, ranges.centre, Reducer(compile), failed))
+    reducer, observe = Reducer(compile), accumulator.observe
+    collect(accumulator, reduce_batches(context, loaded, ranges.centre, reducer, failed, observe))
     return accumulator.result(failed)
 
 
@@ -369,12 +395,16 @@ def _merge_two(a: PassResult, b: PassResult, k: int, sources: np.ndarray | None)
     responses_index, responses = _sort_by_index(
         [(a.responses_index, a.responses), (b.responses_index, b.responses)], b.responses[:0]
     )
+    _, appearance = _sort_by_index(
+        [(a.responses_index, a.appearance), (b.responses_index, b.appearance)], b.appearance[:0]
+    )
     codes_index, codes = _sort_by_index([(a.codes_index, a.codes), (b.codes_index, b.codes)], b.codes[:0])
     return PassResult(
         tops={name: topk.merge([a.tops[name], b.tops[name]], k, sources) for name in LISTS},
         tally=a.tally + b.tally,
         responses_index=responses_index,
         responses=responses,
+        appearance=appearance,
         codes_index=codes_index,
         codes=codes,
         failed=tuple(sorted(a.failed + b.failed)),

@@ -176,21 +176,17 @@ def filter_units(atlas: Atlas, only: UnitFilter, preset: str) -> list[Unit]:
         raise AtlasError(
             f"only=below:{only.below}: {atlas.path} has no dataset examples to compare its visualizations with."
         )
-    raise AtlasError(
-        f"only=below:{only.below}: the smallest achieved ÷ natural in {atlas.path} is {existing.min():.3g}."
-    )
+    raise AtlasError(f"only=below:{only.below}: the smallest activation ratio in {atlas.path} is {existing.min():.3g}.")
 
 
 def best_activation_ratio(layer: LayerView, preset: str) -> np.ndarray:
-    """Return the activation of each unit's best visualization ÷ its best dataset activation.
-
-    Both activations are negative with a negative preset.
+    """Return the largest activation ratio of each unit's visualizations: of peaks, in older atlases of means.
 
     Returns:
         (C',) float32: −inf if no activation is finite; NaN if no dataset activation has the sign that the preset
         optimizes for.
     """
-    activation = layer.measurements(preset)["activation"]
-    negative = layer.render_attributes(preset).get("natural") in ("least", "min")
-    finite = np.where(np.isfinite(activation), activation, np.inf if negative else -np.inf)
-    return metric_specs.activation_ratio(finite, layer.dataset_max(preset), negative).max(1)
+    numbers = layer.measurements(preset)
+    known = [numbers[name] for name in metric_specs.MAIN_METRICS if name in numbers]
+    ratio = known[0] if known else np.full(numbers["activation"].shape, np.nan, np.float32)
+    return np.where(np.isfinite(numbers["activation"]), ratio, -np.inf).max(1)

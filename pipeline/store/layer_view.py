@@ -7,7 +7,7 @@ import hashlib
 import io
 import math
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import h5py
@@ -25,6 +25,8 @@ from pipeline.store import hdf5
 NOT_MEASUREMENTS = ("images", "images_sha256", "response")
 # Dataset in `stats` that holds the best activation over the dataset, by the group's attribute `natural`.
 NATURAL_STATISTICS = {"mean": "best_mean", "max": "max", "least": "least_mean", "min": "min"}
+# The metric that the objective itself is, by the same attribute.
+NUMERATORS = {"mean": "spatial_mean", "max": "peak", "least": "spatial_mean", "min": "peak"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +146,7 @@ class LayerView:
 
     def __init__(self, group: h5py.Group) -> None:
         self._group = group
+        self._schema_version = hdf5.integer_attribute(group.file, "schema_version")[0]
         self.name = hdf5.text_attribute(group, "name")
         self.kind = hdf5.text_attribute(group, "kind")
         self.total_channels = hdf5.integer_attribute(group, "channels")[0]
@@ -253,23 +256,38 @@ class LayerView:
         """Return the measurements of the feature visualizations by name, (C', V) each.
 
         These are activation, robust, start, seed, status and so on as stored, without those that an older atlas
-        lacks, and `gain` and `robust_gain`, which are activation and robust ÷ `natural`
-        (`pipeline.core.metric_specs.activation_ratio`).
+        lacks or has in another meaning, and the ratios `peak_ratio`, `mean_ratio` and `robust_share`
+        (`pipeline.core.metric_specs.METRICS`). A number of the unit is repeated for each of its visualizations.
 
         Args:
             preset: Name of a preset; the run's main preset by default.
-            names: Stored measurements to read; with any, no gains are computed. All by default.
+            names: Stored measurements to read; with any, no ratios are computed. All by default.
         """
         group = self._render(preset)
-        stored = [name for name in hdf5.member_names(group) if name not in NOT_MEASUREMENTS]
+        stored = [name for name in hdf5.member_names(group) if name not in NOT_MEASUREMENTS and self._is_known(name)]
+        shape = hdf5.dataset(group, "activation").shape
+        values = {name: self._get(group, name) for name in stored if not names or name in names}
+        for name, array in values.items():
+            if array.ndim == 1:
+                values[name] = np.broadcast_to(array[:, None], shape)
         if names:
-            return {name: self._get(group, name) for name in stored if name in names}
-        values = {name: self._get(group, name) for name in stored}
-        natural, negative = self.dataset_max(preset), self.render_attributes(preset).get("natural") in ("least", "min")
-        for metric in metric_specs.RATIO_METRICS:
-            if metric.numerator in values:
-                values[metric.name] = metric_specs.activation_ratio(values[metric.numerator], natural, negative)
-        return values
+            return values
+        # Older atlases have only the activation, which is a peak or a mean by the objective's own statistic.
+        numerator = NUMERATORS.get(str(self.render_attributes(preset).get("natural", "")))
+        if numerator and numerator not in values:
+            values[numerator] = values["activation"]
+        return values | self._ratios(values, preset)
+
+    def _is_known(self, name: str) -> bool:
+        """Return whether a stored array has the meaning that this version describes."""
+        metric = metric_specs.find_metric(name)
+        return metric is None or self._schema_version >= metric.since
+
+    def _ratios(self, values: Mapping[str, np.ndarray], preset: str | None) -> dict[str, np.ndarray]:
+        """Return the ratios of which the numerators are among `values`."""
+        negative = self.render_attributes(preset).get("natural") in ("least", "min")
+        denominators = {name: best[:, None] for name, best in self.dataset_best(preset).items()}
+        return metric_specs.ratios(values, denominators, negative)
 
     def image_activations(self, preset: str | None = None) -> np.ndarray | None:
         """Return the largest activation of each channel of the layer on each visualization, (C', V, C) float16.
@@ -431,6 +449,19 @@ class LayerView:
         if statistic is None or f"stats/{statistic}" not in self._group:
             return np.full(len(self.channels), np.nan, np.float32)
         return self._get(self._group, f"stats/{statistic}")
+
+    def dataset_best(self, preset: str | None = None) -> dict[str, np.ndarray]:
+        """Return the denominators of the activation ratios, (C',) each by name; NaN if not measured."""
+        negative = self.render_attributes(preset).get("natural") in ("least", "min")
+        statistics = {
+            metric_specs.DATASET_PEAK: "min" if negative else "max",
+            metric_specs.DATASET_MEAN: "least_mean" if negative else "best_mean",
+        }
+        missing = np.full(len(self.channels), np.nan, np.float32)
+        return {
+            name: self._get(self._group, f"stats/{key}") if f"stats/{key}" in self._group else missing
+            for name, key in statistics.items()
+        }
 
     def crop_box(self, y: int, x: int, min_size: int = 48) -> tuple[int, int, int, int] | None:
         """Return (left, top, right, bottom) of the receptive field of unit (y, x), in pixels of the network's input.

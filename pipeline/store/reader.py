@@ -28,7 +28,7 @@ from pipeline.store import hdf5
 from pipeline.store.layer_view import LayerView, ShownImage
 
 SCHEMA = "neuron-atlas"
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 # Older files are refused; see "Versions" in docs/store.md.
 OLDEST_SCHEMA_VERSION = 2
 

@@ -309,10 +309,11 @@ def _copy_chunks(source: h5py.Dataset, i: int, target: h5py.Dataset, j: int) -> 
 
 
 def _write_relations(group: h5py.Group, pass_result: DatasetPassResult | None, i: int, columns: slice) -> None:
-    """Write `agreement` and `transfer`, which compare the activations on visualizations and on dataset images.
+    """Write the metrics of `RELATION_METRICS`, which compare visualizations with each other and with dataset images.
 
     Layer number `i` has the `columns` of the dataset pass.
     """
+    channels = torch.from_numpy(hdf5.read_array(group, "channels").astype(np.int64))
     for target in hdf5.group(group, "render").values() if "render" in group else ():
         if "response" not in target:
             continue
@@ -320,12 +321,24 @@ def _write_relations(group: h5py.Group, pass_result: DatasetPassResult | None, i
         write_array(target, "agreement", metrics.agreement(activations).numpy())
         if pass_result is None or not len(pass_result.first_pass.responses):
             continue
-        top = pass_result.examples[i].top(hdf5.text_attribute(target, "natural") in ("least", "min"))
-        natural = metrics.mean_activations(
-            top, pass_result.localizations[f"{i}/top"], pass_result.localizations[f"{i}/answer"]
+        negative = hdf5.text_attribute(target, "natural") in ("least", "min")
+        examples = metrics.example_activations(
+            pass_result.examples[i].top(negative),
+            pass_result.localizations[f"{i}/top"],
+            pass_result.localizations[f"{i}/answer"],
         )
-        mean = torch.from_numpy(pass_result.first_pass.responses[:, columns].mean(0))
-        write_array(target, "transfer", metrics.transfer(activations, torch.from_numpy(natural), mean).numpy())
+        natural = torch.from_numpy(pass_result.first_pass.responses[:, columns])
+        transfer = metrics.transfer(activations, channels, torch.from_numpy(examples), natural)
+        write_array(target, "transfer", transfer.value.numpy())
+        write_array(target, "transfer_ceiling", transfer.ceiling.numpy())
+        write_array(target, "transfer_floor", transfer.floor.numpy())
+        if not negative:  # the stored activations are maxima
+            write_array(target, "margin", metrics.margin(activations, channels, natural).numpy())
+        for column, name in enumerate(("contrast", "chroma")):
+            if name in target:
+                sample = pass_result.first_pass.appearance[:, column]
+                quantile = metrics.quantile_among(hdf5.read_array(target, name), sample)
+                write_array(target, f"{name}_quantile", quantile)
 
 
 def _write_dataset(file: h5py.File, pass_result: DatasetPassResult) -> None:

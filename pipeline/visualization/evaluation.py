@@ -156,19 +156,15 @@ def quantized(images: Tensor) -> Tensor:
 
 def _measures(job: RenderJob, images: Tensor, activations: Tensor, channels: Tensor) -> dict[str, list[float]]:
     """Return each of `IMAGE_METRICS` for (B, C, H, W) images and the layer's maps of them."""
-    preset, layer, maps = job.preset, job.layer, activations.flatten(2)
-    # Channels are ranked by the quantity that the objective maximizes: the mean of a map, or its maximum.
-    maximized = -maps if preset.negative else maps
-    strengths = maximized.amax(2) if preset.objective.natural == "max" else maximized.mean(2)
-    ranks = metrics.rank(strengths, channels)
-    if preset.objective.per_layer:  # the image belongs to the layer, not to a channel
-        ranks = torch.full_like(ranks, torch.nan)
+    layer, own = job.layer, metrics.own_activations(activations.flatten(2).float(), channels, job.preset.negative)
+    if job.preset.objective.per_layer:  # the image belongs to the layer, not to a channel
+        own = {name: torch.full_like(values, torch.nan) for name, values in own.items()}
     if layer.field:
         stride = max(layer.field.stride)
     else:
         height, width = job.model.preprocessing.size
         stride = round(min(height / layer.height, width / layer.width))
-    measures = metrics.image_metrics(images, metrics.strides(stride), packaged_spectrum()) | {"rank": ranks}
+    measures = metrics.image_metrics(images, metrics.strides(stride), packaged_spectrum()) | own
     return {metric.name: measures[metric.name].tolist() for metric in IMAGE_METRICS}
 
 

@@ -5,6 +5,7 @@ number for each image. No metric is part of the optimization: a metric that is o
 Metrics of the images alone are computed in double precision, so that they are equal on all machines and in all batches.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -16,8 +17,10 @@ from pipeline.data.natural_spectrum import LOGIT_MARGIN, Spectrum
 
 # High frequencies are those above this number of cycles per pixel, which an image of half the size could not contain.
 HIGH_FREQUENCY = 0.25
-# Values at most this far from 0 or 1 are saturated.
-SATURATION_MARGIN = 2 / 255
+# Values at most this far from 0 or 1 are saturated. Images of a sigmoid never reach the ends themselves.
+SATURATION_MARGIN = 0.05
+# Weights of red, green and blue in luminance (ITU-R BT.709).
+LUMINANCE = (0.2126, 0.7152, 0.0722)
 # Number of rings of the amplitude spectrum, each a third of an octave wide, from 1/32 to 1/2 cycles per pixel.
 RINGS = 12
 # Energy below which an image is constant in double precision.
@@ -42,7 +45,8 @@ def image_metrics(images: Tensor, strides: Sequence[int], natural: Spectrum) -> 
         "checkerboard": checkerboard(energy, strides),
         "total_variation": total_variation(images),
         "spectral_distance": spectral_distance(images, natural),
-        "saturated": saturated(images),
+        "saturation": saturation(images),
+        **appearance(images),
     }
 
 
@@ -146,16 +150,34 @@ def total_variation(images: Tensor) -> Tensor:
     return torch.stack(list(parts)).mean(0)
 
 
-def saturated(images: Tensor) -> Tensor:
-    """Return the fraction of values within 2/255 of 0 or 1, (B, C, H, W) → (B,) in 0 … 1.
+def saturation(images: Tensor) -> Tensor:
+    """Return the fraction of values within 0.05 of 0 or 1, (B, C, H, W) → (B,) in 0 … 1; natural images have 0.06.
 
-    These values cannot increase or decrease further, although the objective might rise.
+    These values can hardly increase or decrease further, although the objective might rise.
     """
-    return (
-        ((images <= SATURATION_MARGIN + 1e-6) | (images >= 1 - SATURATION_MARGIN - 1e-6))
-        .to(images.dtype)
-        .mean(dim=(1, 2, 3))
-    )
+    at_ends = (images <= SATURATION_MARGIN + 1e-6) | (images >= 1 - SATURATION_MARGIN - 1e-6)
+    return at_ends.to(images.dtype).mean(dim=(1, 2, 3))
+
+
+def appearance(images: Tensor) -> dict[str, Tensor]:
+    """Return contrast and chroma of images, the same for visualizations and dataset images.
+
+    `contrast` is the standard deviation of luminance over the pixels, 0 … 0.5 (ITU-R BT.709 weights on the encoded
+    values; of images without three channels, their mean). `chroma` is the mean over the pixels of the largest minus the
+    smallest color value, 0 … 1 (the chroma of the HSV model); NaN for images without three channels.
+
+    Args:
+        images: (B, C, H, W) in [0, 1].
+
+    Returns:
+        (B,) by name.
+    """
+    if images.shape[1] != 3:
+        chroma = images.new_full((len(images),), torch.nan)
+        return {"contrast": images.mean(1).flatten(1).std(1, correction=0), "chroma": chroma}
+    luminance = torch.einsum("c,bchw->bhw", images.new_tensor(LUMINANCE), images)
+    chroma = (images.amax(1) - images.amin(1)).flatten(1).mean(1)
+    return {"contrast": luminance.flatten(1).std(1, correction=0), "chroma": chroma}
 
 
 def spectral_distance(images: Tensor, natural: Spectrum) -> Tensor:
@@ -205,21 +227,53 @@ def _ring_levels(amplitude: Tensor, rings: Tensor) -> Tensor:
     return (amplitude.flatten(1) @ rings.T).clamp(min=1e-8).log10()
 
 
-def rank(responses: Tensor, channels: Tensor) -> Tensor:
-    """Return the rank of the visualized channel among all channels of its layer, by their activation for the image.
-
-    1 + number of channels with a higher activation. Channels with equal activations share the better rank.
+def own_activations(maps: Tensor, channels: Tensor, negative: bool) -> dict[str, Tensor]:
+    """Return the peak and the mean of each visualized channel's activation map, for the activation ratios.
 
     Args:
-        responses: (B, C) activations.
+        maps: (B, C, positions) activations of a layer.
         channels: (B,) visualized channels.
+        negative: Whether the visualizations minimize the activation; the peak is then the smallest activation.
 
     Returns:
-        (B,) float64 in 1 … C; NaN where the visualized channel's activation is NaN.
+        (B,) `peak` and `spatial_mean`.
     """
-    visualized = responses.gather(1, channels[:, None])
-    ranks = (responses > visualized).sum(1).double() + 1
-    return ranks.masked_fill(visualized[:, 0].isnan(), torch.nan)  # nothing is greater than NaN: it would rank first
+    own = maps[torch.arange(len(maps), device=maps.device), channels]
+    return {"peak": own.amin(1) if negative else own.amax(1), "spatial_mean": own.mean(1)}
+
+
+def margin(responses: Tensor, channels: Tensor, natural: Tensor) -> Tensor:
+    """Return by how many standard deviations the visualized channel exceeds all other channels of its layer.
+
+    z_c − max over d ≠ c of z_d, with z = (r − mean) / sd of each channel's maximum activation over dataset images. It
+    is positive if no other channel is further above its usual activation. Channels that do not vary over the dataset
+    have no z and are left out. In contrast to the rank of the raw activations, which is 1 for almost every
+    visualization, it does not depend on the scales of the channels.
+
+    Args:
+        responses: (G, V, C) maximum activations for V visualizations of G units.
+        channels: (G,) visualized channels.
+        natural: (n, C) maximum activations for n dataset images.
+
+    Returns:
+        (G, V) in standard deviations; NaN for a missing image, a channel that does not vary, or fewer than two images.
+    """
+    z, varies = _standardized(responses, natural)
+    rows = torch.arange(len(responses), device=responses.device)
+    own = z[rows, :, channels]
+    others = z.masked_fill(~varies, -torch.inf)
+    others[rows, :, channels] = -torch.inf
+    result = own - others.amax(2)
+    return torch.where(varies[channels][:, None] & result.isfinite(), result, torch.nan)
+
+
+def _standardized(responses: Tensor, natural: Tensor) -> tuple[Tensor, Tensor]:
+    """Return responses as standard scores among the (n, C) responses `natural`, and which channels (C,) vary there."""
+    if len(natural) < 2:
+        return torch.full_like(responses, torch.nan), torch.zeros(natural.shape[1], dtype=torch.bool)
+    mean, sd = natural.mean(0), natural.std(0)
+    varies = sd > 1e-6 * sd.median().clamp(min=torch.finfo(sd.dtype).tiny)
+    return torch.where(varies, (responses - mean) / sd.where(varies, torch.ones(())), 0.0), varies
 
 
 def agreement(responses: Tensor) -> Tensor:
@@ -245,26 +299,83 @@ def agreement(responses: Tensor) -> Tensor:
     return (cosine.sum(2) - cosine.diagonal(dim1=1, dim2=2)) / num_others
 
 
-def transfer(responses: Tensor, natural: Tensor, baseline: Tensor) -> Tensor:
-    """Return how similar the activations for a visualization are to those for the best dataset examples of the unit.
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """Similarity of activations to those for the best dataset examples of a unit; see `transfer`.
 
-    cos(r − u, n − u) with the activations r for the image, n for the best dataset examples, and u for arbitrary dataset
-    images. An image that activates the unit in another way than dataset images do has a low value, whatever its
-    activation. Source: Geirhos et al. 2023, "Don't trust your eyes", who test in this way whether visualizations are
-    processed like natural images.
+    Attributes:
+        value: Of the V visualizations of G units, (G, V).
+        ceiling: Of the unit's dataset examples, each with the mean of the others, (G,).
+        floor: Of random dataset images: the 95th percentile, (G,).
+    """
+
+    value: Tensor
+    ceiling: Tensor
+    floor: Tensor
+
+
+# Percentile of random images that is the floor of `transfer`: 5 % of them are more similar to the examples.
+FLOOR = 0.95
+
+
+def transfer(responses: Tensor, channels: Tensor, examples: Tensor, natural: Tensor) -> Transfer:
+    """Return how similar the activations for a visualization are to those for the unit's best dataset examples.
+
+    cos(z(r), z(n)) over all channels of the layer except the unit's own, with the maximum activations r for the image
+    and n for the best dataset examples (their mean), both as standard scores z over random dataset images. The unit's
+    own channel is left out because the image was optimized for it and the examples were chosen by it: it alone would
+    make them similar. An image that activates the unit in another way than dataset images do has a low value, whatever
+    its activation. The value has a meaning between two others: the similarity of one dataset example to the rest
+    (ceiling), and of random dataset images (floor). After Geirhos et al. 2023, "Don't trust your eyes" (arXiv
+    2306.04719), who compare natural images with each other in the same way.
 
     Args:
-        responses: (G, V, C) activations for V variants of G units.
-        natural: (G, C) mean activations for the best dataset examples of each unit.
-        baseline: (C,) mean activations over the dataset.
+        responses: (G, V, C) activations for V visualizations of G units.
+        channels: (G,) channel of each unit.
+        examples: (G, k, C) activations for the best dataset examples of each unit; NaN where there are fewer.
+        natural: (n, C) activations for random dataset images.
 
     Returns:
-        (G, V) in −1 … 1; NaN where an argument is NaN.
+        Values in −1 … 1; NaN where activations are missing, and everywhere if there are fewer than two random images.
     """
-    visualization = responses - baseline
-    examples = (natural - baseline)[:, None].expand_as(responses)
-    cosine = torch.nn.functional.cosine_similarity(visualization, examples, dim=2)
-    return torch.where((visualization.isnan() | examples.isnan()).any(2), torch.nan, cosine)
+    (z, varies), (z_examples, _) = _standardized(responses, natural), _standardized(examples, natural)
+    z_random, _ = _standardized(natural, natural)
+    # Without the unit's own channel: a mask of ones and a zero for each unit.
+    others = varies.to(z).expand(len(channels), -1).clone()
+    others[torch.arange(len(channels)), channels] = 0
+    mean = z_examples.nanmean(1)
+    available = ~z_examples.isnan().any(2)
+    count = available.sum(1)
+    rest = (z_examples.nan_to_num().sum(1, keepdim=True) - z_examples.nan_to_num()) / (count - 1).clamp(min=1)[
+        :, None, None
+    ]
+    each = _cosine(z_examples, rest, others).where(available & (count > 1)[:, None], torch.tensor(torch.nan))
+    return Transfer(_cosine(z, mean[:, None], others), each.nanmean(1), _floor(z_random, mean, channels))
+
+
+def _floor(natural: Tensor, mean: Tensor, channels: Tensor) -> Tensor:
+    """Return the percentile `FLOOR` of the cosines of (n, C) with each row of (G, C), without the row's own channel."""
+    if not len(natural):
+        return torch.full((len(mean),), torch.nan)
+    own_natural, own = natural[:, channels], mean.gather(1, channels[:, None])[:, 0]
+    products = natural @ mean.T - own_natural * own
+    squares = (natural.square().sum(1, keepdim=True) - own_natural.square()) * (mean.square().sum(1) - own.square())
+    return (products / squares.clamp(min=0).sqrt()).nanquantile(FLOOR, 0)
+
+
+def _cosine(a: Tensor, b: Tensor, others: Tensor) -> Tensor:
+    """Return the cosines of (G, n, C) with (G, 1 or n, C) over the channels where `others` (G, C) is 1."""
+    a, b = a * others[..., None, :], b * others[..., None, :]
+    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+
+
+def quantile_among(values: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """Return the share of a sample below each value, ties counting half; NaN for NaN and for an empty sample."""
+    ordered = np.sort(sample[np.isfinite(sample)])
+    if not len(ordered):
+        return np.full(values.shape, np.nan, np.float32)
+    below = np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")
+    return np.where(np.isnan(values), np.nan, below / (2 * len(ordered))).astype(np.float32)
 
 
 def to_float16(activations: Tensor) -> np.ndarray:
@@ -273,8 +384,8 @@ def to_float16(activations: Tensor) -> np.ndarray:
     return activations.clamp(-largest, largest).half().cpu().numpy()
 
 
-def mean_activations(examples: np.ndarray, index: np.ndarray, activations: np.ndarray) -> np.ndarray:
-    """Return the mean activations of a layer over the dataset examples of each unit.
+def example_activations(examples: np.ndarray, index: np.ndarray, activations: np.ndarray) -> np.ndarray:
+    """Return the activations of a layer for the dataset examples of each unit.
 
     Args:
         examples: (G, k) numbers of the dataset images; −1 for none. Images that `index` does not contain are ignored.
@@ -282,13 +393,13 @@ def mean_activations(examples: np.ndarray, index: np.ndarray, activations: np.nd
         activations: (m, C).
 
     Returns:
-        (G, C) float32; NaN for a unit without examples.
+        (G, k, C) float32; NaN where there is no example.
     """
     order = np.argsort(index, kind="stable")
     positions = np.searchsorted(index, examples, sorter=order).clip(max=max(len(index) - 1, 0))
-    rows = order[positions] if len(index) else np.zeros(examples.shape, int)
-    available = (examples >= 0) & ((index[rows] == examples) if len(index) else False)
-    means = np.full((len(examples), activations.shape[1]), np.nan, np.float32)
-    for i in np.flatnonzero(available.any(1)):
-        means[i] = activations[rows[i][available[i]]].astype(np.float32).mean(0)
-    return means
+    found = np.full((*examples.shape, activations.shape[1]), np.nan, np.float32)
+    if len(index):
+        rows = order[positions]
+        available = (examples >= 0) & (index[rows] == examples)
+        found[available] = activations[rows[available]]
+    return found

@@ -84,7 +84,7 @@ def main() -> None:
         return PassAccumulator(channels, config, ranges, drawn, dataset.sources, config.compile is True)
 
     def passing(into: PassAccumulator, block: Sequence[Loaded]) -> None:
-        sweep.collect(into, sweep.reduce_batches(context, block, ranges.centre, reducer, []))
+        sweep.collect(into, sweep.reduce_batches(context, block, ranges.centre, reducer, [], into.observe))
 
     began = time.perf_counter()
     passing(gathering(), loaded[: 2 * BLOCK])

@@ -5,10 +5,10 @@ from pathlib import Path
 from page import Report, contest
 
 MEASURES = (
-    "gain", "robust_gain", "high_frequency", "checkerboard", "total_variation", "spectral_distance",
+    "peak_ratio", "robust_share", "high_frequency", "checkerboard", "total_variation", "spectral_distance",
     "transfer",
 )  # fmt: skip
-JUDGED = ("robust_gain", "high_frequency", "spectral_distance", "transfer")
+JUDGED = ("robust_share", "high_frequency", "spectral_distance", "transfer")
 
 
 def report(run: Path) -> Report:

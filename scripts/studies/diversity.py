@@ -9,7 +9,7 @@ from page import Report, compared, medians, pairs, sheet, told
 from pipeline.compare.statistics import median, paired_test
 from pipeline.store.reader import open_atlas
 
-MEASURES = ("gain", "robust_gain", "agreement", "high_frequency", "seconds")
+MEASURES = ("peak_ratio", "robust_share", "agreement", "high_frequency", "seconds")
 
 
 def facets(responses: np.ndarray) -> np.ndarray:
@@ -59,7 +59,7 @@ def report(run: Path) -> Report:
     figure = sheet(
         [f"start {i + 1}" for i in range(pictures)], [(name or f"  {presets[-1]}", images) for name, images in rows]
     )
-    measures = ("gain", "robust_gain", "agreement")
+    measures = ("peak_ratio", "robust_share", "agreement")
     return Report(
         {
             f"Effective number of different pictures among {pictures}, medians over {len(first)} units, with 95 % "

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from page import Report, contest
 
-MEASURES = ("gain", "robust_gain", "high_frequency", "checkerboard", "spectral_distance", "transfer")
-JUDGED = ("high_frequency", "checkerboard", "robust_gain", "transfer")
+MEASURES = ("peak_ratio", "robust_share", "high_frequency", "checkerboard", "spectral_distance", "transfer")
+JUDGED = ("high_frequency", "checkerboard", "robust_share", "transfer")
 
 
 def report(run: Path) -> Report:

@@ -96,7 +96,7 @@ def report(run: Path) -> Report:
         units = sum(len(layer.channels) for layer in atlas)
     starts = [np.asarray(Image.open(STARTS / f"{i}.png").convert("RGB")) for i in range(COUNT)]
     figure = sheet([f"start {i + 1}" for i in range(COUNT)], [("photograph", starts), *rows])
-    measures = ("gain", "robust_gain", "high_frequency", "transfer")
+    measures = ("peak_ratio", "robust_share", "high_frequency", "transfer")
     title = (
         f"Shares of the variance over {units} units × {COUNT} photographs, ± standard errors (jackknife over units):"
     )

@@ -17,10 +17,10 @@ from pipeline.store.reader import LayerView, open_atlas
 from pipeline.visualization.network_perturbations import WeightNoise
 
 MEASURES = (
-    "gain", "robust_gain", "agreement", "transfer", "high_frequency", "checkerboard",
+    "peak_ratio", "robust_share", "agreement", "transfer", "high_frequency", "checkerboard",
     "spectral_distance", "seconds",
 )  # fmt: skip
-JUDGED = ("robust_gain", "agreement", "transfer", "high_frequency", "checkerboard")
+JUDGED = ("robust_share", "agreement", "transfer", "high_frequency", "checkerboard")
 # Networks that were not used for optimization: other seeds than those of the runs, and levels between theirs.
 LEVELS = (0.1, 0.2)
 DRAWS = 8

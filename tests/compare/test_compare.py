@@ -142,8 +142,10 @@ def test_axes_hold_all_values_and_round_ticks() -> None:
 
 
 def test_measures_nobody_described_are_shown_too() -> None:
-    names = [m.name for m in in_comparison_order(["seconds", "newly_thought_of", "gain", "activation", "checkerboard"])]
-    assert names == ["gain", "checkerboard", "newly_thought_of", "activation", "seconds"]
+    names = [
+        m.name for m in in_comparison_order(["seconds", "newly_thought_of", "peak_ratio", "activation", "checkerboard"])
+    ]
+    assert names == ["peak_ratio", "checkerboard", "newly_thought_of", "activation", "seconds"]
     assert (metric_named("newly_thought_of").title, metric_named("newly_thought_of").better) == (
         "newly thought of",
         "neither",
@@ -207,14 +209,24 @@ def test_numbers_stand_beside_each_other(root: Path) -> None:
     natural = stem.dataset_max[0]
     assert np.array_equal(natural, stem.dataset_max[1]) and natural[3] < 0
     expected = np.where(natural > 0, stem.of("activation")[1] / natural, np.nan)
-    assert np.allclose(stem.of("gain")[1], expected, equal_nan=True)
+    assert np.allclose(stem.of("mean_ratio")[1], expected, equal_nan=True)
     activation = next(m for m in found.measures if m.name == "activation")
     assert found.disagreement(stem, activation).tolist() == [1, 0, 2, 5, 1, 1]
-    assert np.isnan(found.disagreement(stem, found.main)).tolist() == [False] * 3 + [True] + [False] * 2
+    ratio = next(m for m in found.measures if m.name == "mean_ratio")
+    assert np.isnan(found.disagreement(stem, ratio)).tolist() == [False] * 3 + [True] + [False] * 2
     names = [m.name for m in found.measures]
-    assert names[:2] == ["gain", "robust_gain"] and names[-5:] == ["activation", "robust", "start", "steps", "seconds"]
+    assert names[:3] == ["peak_ratio", "mean_ratio", "robust_share"] and names[-5:] == [
+        "activation",
+        "robust",
+        "start",
+        "steps",
+        "seconds",
+    ]
     assert names.index("checkerboard") < names.index("newly_found") < names.index("activation")
-    assert found.main.name == "gain" and found.all_units.of("gain").shape == (2, sum(len(layer[3]) for layer in LAYERS))
+    assert found.main.name == "peak_ratio" and found.all_units.of("peak_ratio").shape == (
+        2,
+        sum(len(layer[3]) for layer in LAYERS),
+    )
 
 
 def test_the_summary_counts_wins(root: Path) -> None:
@@ -229,7 +241,7 @@ def test_the_summary_counts_wins(root: Path) -> None:
     row = table.loc[("*", "newly_found", "two", "one")]
     assert (row.units, row.ties, row.better) == (6, 6, "neither") and math.isnan(row.p)
     assert table.loc[("head", "newly_found", "one", "")].units == 0
-    gain = table.loc[("stem", "gain", "two", "one")]
+    gain = table.loc[("stem", "mean_ratio", "two", "one")]
     assert gain.units == 5 and gain.left_out == 1  # the one that no photograph drives above zero
     assert table.loc[("stem", "activation", "one", "")]["median"] == 3.5
 
@@ -253,7 +265,7 @@ def test_presets_of_one_run_against_each_other(root: Path) -> None:
     found = compare(root, "one", presets=("neuron", "distill"))
     assert [c.label for c in found.contenders] == ["neuron", "distill"]
     grey = next(part for part in found.layers if part.name == "blocks.1.conv")
-    assert np.isfinite(grey.of("gain")).any(1).all()
+    assert np.isfinite(grey.of("peak_ratio")).any(1).all()
     # An activation means the same only beside the same objective.
     activation = next(m for m in found.measures if m.name == "activation")
     assert found.paired_test(grey, activation, 1, 0) is None
@@ -285,8 +297,8 @@ def test_a_negative_is_better_the_lower_it_reaches(root: Path, tmp_path: Path) -
             write_array(file["layers/stem/stats"], "least_mean", np.full(6, -2, np.float32))  # type: ignore[arg-type]
     found = compare(tmp_path, str(tmp_path / "low.h5"), str(tmp_path / "lower.h5"))
     row = found.summary().set_index(["layer", "measure", "contender", "against"])
-    assert found.layers[0].of("gain").tolist() == [[1.5] * 6, [3.0] * 6]
-    for measure, better in (("gain", "higher"), ("activation", "lower")):
+    assert found.layers[0].of("mean_ratio").tolist() == [[1.5] * 6, [3.0] * 6]
+    for measure, better in (("mean_ratio", "higher"), ("activation", "lower")):
         pair = row.loc[("stem", measure, "lower.h5", "low.h5")]
         assert (pair.wins, pair.better) == (6, better)
 
@@ -295,7 +307,7 @@ def test_a_run_without_photographs_borrows_what_they_reached(root: Path, tmp_pat
     path = write_atlas(tmp_path / "atlas.h5", examples=False)
     found = compare(root, "one", str(path))
     assert np.array_equal(found.layers[0].dataset_max[1], found.layers[0].dataset_max[0])
-    assert np.isfinite(found.layers[0].of("gain")[1]).sum() == 5
+    assert np.isfinite(found.layers[0].of("mean_ratio")[1]).sum() == 5
 
 
 # --------------------------------------------------------------------- refusals
@@ -376,7 +388,7 @@ def test_every_link_leads_somewhere_and_nothing_is_foreign(site: Path) -> None:
 
 def test_shards_hold_the_numbers_and_the_places_of_pictures(site: Path, root: Path) -> None:
     index = shard(site, "index")
-    assert [c["label"] for c in index["contenders"]] == ["one", "two", "few"] and index["main"] == "gain"
+    assert [c["label"] for c in index["contenders"]] == ["one", "two", "few"] and index["main"] == "peak_ratio"
     assert [layer[0] for layer in index["layers"]] == [layer[0] for layer in LAYERS]
     found = compare(root, "one", "two", "few")
     values = shard(site, "measures/activation")
@@ -385,7 +397,7 @@ def test_shards_hold_the_numbers_and_the_places_of_pictures(site: Path, root: Pa
     unit = shard(site, f"stem/u{row - row % index['sizes']['shard']}")["units"][row % index["sizes"]["shard"]]
     assert unit["channel"] == 5 and unit["values"]["activation"] == [6, 7, None] and unit["label"]
     assert [p and p[0]["status"] for p in unit["pictures"]] == ["converged", "converged", None]
-    assert np.float32(unit["values"]["gain"][1]) == np.float32(found.layers[0].of("gain")[1][5])
+    assert np.float32(unit["values"]["mean_ratio"][1]) == np.float32(found.layers[0].of("mean_ratio")[1][5])
     # The pictures of stem are plain colours: those of the sheets are those of the atlas.
     sheets = shard(site, "stem/layer")["sheets"]
     for at, run in enumerate(("one", "two")):
@@ -444,7 +456,7 @@ def test_the_command(
     arguments = ["compare", "runs=[one,two]", "presets=[distill]", f"run.root={root}"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert "two against one" in out and "activation ratio ↑" in out and "blocks.0.conv" in out
+    assert "two against one" in out and "activation ratio (peak) ↑" in out and "blocks.0.conv" in out
     assert (root / "compare-one-two" / "index.html").is_file()
     assert main([*arguments, f"out={tmp_path}/mine", "few"]) == 0
     assert "few: " in capsys.readouterr().out and (tmp_path / "mine" / MARK).is_file()

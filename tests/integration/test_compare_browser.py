@@ -93,10 +93,10 @@ def test_order_and_filter(visit):
     assert ordered(page, "up", "activation")[:2] == ["stem:5", "stem:3"]
     assert ordered(page, "down", "activation")[0] == "stem:2"
     assert ordered(page, "spread", "activation")[:3] == ["stem:5", "stem:3", "stem:2"]
-    assert set(ordered(page, "unlike", "gain")[:6]) == {f"stem:{c}" for c in range(6)}
-    channels = [int(n.rpartition(":")[2]) for n in ordered(page, "channel", "gain")]
+    assert set(ordered(page, "unlike", "mean_ratio")[:6]) == {f"stem:{c}" for c in range(6)}
+    channels = [int(n.rpartition(":")[2]) for n in ordered(page, "channel", "peak_ratio")]
     assert channels == sorted(channels)
-    assert ordered(page, "layer", "gain")[:7] == [*(f"stem:{c}" for c in range(6)), "blocks.0.conv:0"]
+    assert ordered(page, "layer", "peak_ratio")[:7] == [*(f"stem:{c}" for c in range(6)), "blocks.0.conv:0"]
     page.locator("#in").select_option("head")
     page.wait_for_function("() => document.body.dataset.ready.endsWith(' 5')")
     assert names(page) == [f"head:{c}" for c in range(5)]
@@ -106,7 +106,7 @@ def test_order_and_filter(visit):
     assert page.url.endswith("#by=layer&b=2&in=head")
     page.get_by_label("Find").fill("")
     page.reload()
-    page.wait_for_function("() => document.body.dataset.ready === 'layer gain 5'")
+    page.wait_for_function("() => document.body.dataset.ready === 'layer peak_ratio 5'")
     assert len(page.locator(".tile").first.locator(".pic").all()) == 4  # two runs with two presets each
 
 

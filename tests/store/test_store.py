@@ -44,7 +44,6 @@ def measured(seed: int, count: int, variants: int = 1) -> dict[str, np.ndarray]:
     """What a shard holds besides since pictures are measured."""
     rng = np.random.default_rng(seed)
     found = {m.name: rng.random((count, variants), np.float32) for m in IMAGE_METRICS}
-    found["rank"] += 1
     return found | {"response": rng.normal(size=(count, variants, LAYER.channels)).astype(np.float16)}
 
 
@@ -106,8 +105,8 @@ def test_measures_come_back_and_answers_are_compared(tmp_path: Path) -> None:
         assert expected <= set(table.columns) and len(table) == 8
     assert [what for where, what in writer.verify(path, {}) if "missing" not in what] == []
     with h5py.File(path, "r+") as file:
-        file[f"layers/{shards.safe_name(LAYER.name)}/render/test/saturated"][0, 0] = 1.5
-    assert (f"{LAYER.name}/test", "saturated is not between 0 and 1") in writer.verify(path, {})
+        file[f"layers/{shards.safe_name(LAYER.name)}/render/test/saturation"][0, 0] = 1.5
+    assert (f"{LAYER.name}/test", "saturation is not between 0 and 1") in writer.verify(path, {})
 
 
 def test_an_atlas_of_before_the_measures_opens(tmp_path: Path) -> None:
@@ -116,8 +115,9 @@ def test_an_atlas_of_before_the_measures_opens(tmp_path: Path) -> None:
     writer.consolidate(path, content((0, 1)), {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
     with pipeline.open_atlas(path) as atlas:
         numbers = atlas[LAYER.name].measurements()
-        later = {metric.name for metric in (*IMAGE_METRICS, *RELATION_METRICS)}
-        assert not numbers.keys() & later and np.isnan(numbers["gain"]).all()
+        later = {metric.name for metric in (*IMAGE_METRICS, *RELATION_METRICS)} - {"spatial_mean"}
+        assert not numbers.keys() & later and np.isnan(numbers["mean_ratio"]).all()
+        assert np.array_equal(numbers["spatial_mean"], numbers["activation"])
         assert atlas[LAYER.name].image_activations() is None and len(atlas.units()) == 2
     assert writer.verify(path, {LAYER.name: [0, 1]}) == []
 
@@ -153,7 +153,7 @@ def test_images_carry_what_viewers_look_for(tmp_path: Path) -> None:
         images = hdf5.dataset(file, f"layers/{shards.safe_name(LAYER.name)}/render/test/images")
         assert images.attrs["CLASS"] == b"IMAGE" and images.chunks == (1, 1, 16, 16, 3)
         assert images.compression == "gzip" and images.fletcher32
-        assert file.attrs["schema"] == "neuron-atlas" and file.attrs["schema_version"] == 4
+        assert file.attrs["schema"] == "neuron-atlas" and file.attrs["schema_version"] == 5
 
 
 def test_only_shards_of_the_right_digest_count(tmp_path: Path) -> None:
@@ -245,11 +245,11 @@ def test_what_is_no_atlas_is_refused(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "atlas.h5", "w") as file:
         file.attrs.update({"schema": "neuron-atlas", "schema_version": 99})
         file.create_group("layers")
-    with pytest.raises(AtlasError, match=r"schema version 99; this program reads up to 4\. Update it"):
+    with pytest.raises(AtlasError, match=r"schema version 99; this program reads up to 5\. Update it"):
         pipeline.open_atlas(tmp_path)
     with h5py.File(tmp_path / "atlas.h5", "a") as file:
         file.attrs["schema_version"] = 1
-    with pytest.raises(AtlasError, match=r"schema version 1; this program reads 2 to 4\..*make it again"):
+    with pytest.raises(AtlasError, match=r"schema version 1; this program reads 2 to 5\..*make it again"):
         pipeline.open_atlas(tmp_path)
 
 

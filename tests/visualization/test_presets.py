@@ -52,12 +52,22 @@ def test_pictures_are_measured_and_held_against_photographs(folders: Path) -> No
         table = atlas.units()
         for metric in (*metric_specs.IMAGE_METRICS, *metric_specs.RELATION_METRICS):
             values = table[metric.name]
-            values = values if metric.name != "agreement" else values[table["preset"] == "diverse"]
+            if metric.name == "agreement":
+                values = values[table["preset"] == "diverse"]
+            if metric.name == "margin":  # of maxima
+                values = values[table["preset"] != "negative"]
             assert values.between(metric.low - 1e-3, metric.high + 1e-3).all(), metric.name
         assert table["agreement"].notna().sum() == 12
-        natural = table["natural"].where(table["natural"] * np.where(table["preset"] == "negative", -1, 1) > 0)
-        assert np.allclose(table["gain"], table["activation"] / natural, equal_nan=True)
-        assert np.allclose(table["robust_gain"], table["robust"] / natural, equal_nan=True) and natural.notna().any()
+        sign = np.where(table["preset"] == "negative", -1, 1)
+        mean, peak = (
+            table[high].where(sign > 0, table[low]) for high, low in (("best_mean", "least_mean"), ("max", "min"))
+        )
+        for ratio, own, best in (("mean_ratio", "spatial_mean", mean), ("peak_ratio", "peak", peak)):
+            expected = table[own] / best.where(best * sign > 0)
+            assert np.allclose(table[ratio], expected, equal_nan=True) and expected.notna().any()
+        assert np.allclose(table["spatial_mean"], table["activation"], atol=1e-3)
+        whole = table["activation"].where(table["activation"] * sign > 0)
+        assert np.allclose(table["robust_share"], table["robust"] / whole, equal_nan=True)
 
 
 def test_transfer_is_that_of_a_pass_over_the_best_photographs(folders: Path, photo_folder: Path) -> None:
@@ -72,9 +82,13 @@ def test_transfer_is_that_of_a_pass_over_the_best_photographs(folders: Path, pho
                 best, own = view.examples(which), view.image_activations(preset)
                 assert best is not None and own is not None and own.shape == (3, 1, layer.channels)
                 for row, index in enumerate(best.index):
-                    a, b = own[row, 0] - answers.mean(0), answers[index].mean(0) - answers.mean(0)
+                    others = (np.arange(layer.channels) != view.channels[row]) & (answers.std(0) > 1e-6)
+                    mean, sd = answers.mean(0)[others], answers.std(0, ddof=1)[others]
+                    a, b = (own[row, 0][others] - mean) / sd, (answers[index].mean(0)[others] - mean) / sd
                     cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-                    assert view.measurements(preset)["transfer"][row, 0] == pytest.approx(cosine, abs=5e-3)
+                    numbers = view.measurements(preset)
+                    assert numbers["transfer"][row, 0] == pytest.approx(cosine, abs=5e-3)
+                    assert -1 <= numbers["transfer_floor"][row, 0] <= 1
 
 
 def test_a_preset_among_others_gives_the_same_pictures_as_alone(folders: Path) -> None:

@@ -70,9 +70,9 @@ def test_total_variation_and_saturation_by_hand() -> None:
     stripes = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
     stripes[..., ::2] = 1.0
     assert float(metrics.total_variation(stripes)) == 0.5 and float(metrics.total_variation(PLAIN)) == 0
-    assert float(metrics.saturated(stripes)) == 1 and float(metrics.saturated(PLAIN)) == 0
-    edges = torch.tensor([0, 2, 3, 252, 253, 255, 128, 127]).double().view(1, 1, 2, 4) / 255
-    assert float(metrics.saturated(edges)) == 0.5
+    assert float(metrics.saturation(stripes)) == 1 and float(metrics.saturation(PLAIN)) == 0
+    edges = torch.tensor([0, 12, 13, 242, 243, 255, 128, 127]).double().view(1, 1, 2, 4) / 255
+    assert float(metrics.saturation(edges)) == 0.5
 
 
 def photographs(count: int, power: float, seed: int = 0) -> list[np.ndarray]:
@@ -99,21 +99,48 @@ def test_what_falls_as_photographs_do_is_natural_at_any_contrast() -> None:
     assert apart(0.0) > 3 * apart(1.0) and apart(2.0) > 3 * apart(1.0)
 
 
-def test_rank_counts_those_above() -> None:
-    responses = torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 0.0]])
-    assert metrics.rank(responses, torch.tensor([0, 1])).tolist() == [3, 1]
-    assert metrics.rank(responses, torch.tensor([1, 2])).tolist() == [1, 3]
+def test_the_peak_and_the_mean_are_of_the_own_channel() -> None:
+    maps = torch.tensor([[[1.0, 5.0, 0.0], [9.0, 9.0, 9.0]], [[7.0, 7.0, 7.0], [-3.0, 2.0, 4.0]]])
+    found = metrics.own_activations(maps, torch.tensor([0, 1]), negative=False)
+    assert found["peak"].tolist() == [5, 4] and found["spatial_mean"].tolist() == [2, 1]
+    assert metrics.own_activations(maps, torch.tensor([0, 1]), negative=True)["peak"].tolist() == [0, -3]
 
 
-def test_a_unit_without_a_number_has_no_rank() -> None:
-    responses = torch.tensor([[torch.nan, 1.0, 2.0], [torch.nan, 1.0, 2.0], [torch.nan] * 3])
-    found = metrics.rank(responses, torch.tensor([0, 1, 2]))
-    assert found.isnan().tolist() == [True, False, True] and found[1] == 2 and found.dtype == torch.float64
+def test_the_margin_is_in_deviations_where_the_rank_was_of_raw_activations() -> None:
+    """A channel of large values is first by rank on any image; here it is no further above its usual value."""
+    natural = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([100.0, 1.0, 0.0]) + 5
+    responses = torch.tensor([[[205.0, 9.0, 5.0]], [[205.0, 9.0, 5.0]], [[205.0, 9.0, 5.0]]])
+    found = metrics.margin(responses, torch.tensor([0, 1, 2]), natural)[:, 0]
+    assert responses[0, 0, 0] == responses.max()  # rank 1
+    assert found[0] == pytest.approx(-2, abs=0.4) and found[1] == pytest.approx(2, abs=0.4) and found[2].isnan()
+    assert bool(metrics.margin(responses, torch.tensor([0, 1, 2]), natural[:1]).isnan().all())
+    lost = torch.full((1, 1, 3), torch.nan)
+    assert bool(metrics.margin(lost, torch.tensor([1]), natural).isnan().all())
+
+
+def test_contrast_and_chroma_of_known_images() -> None:
+    half = torch.zeros(1, 3, 4, 4).double()
+    half[..., 2:] = 1
+    red = torch.tensor([1.0, 0.5, 0.5]).double()[:, None, None].expand(1, 3, 4, 4)
+    assert metrics.appearance(half) == {
+        "contrast": torch.tensor([0.5]).double(),
+        "chroma": torch.tensor([0.0]).double(),
+    }
+    found = metrics.appearance(red)
+    assert float(found["contrast"]) == pytest.approx(0, abs=1e-9) and float(found["chroma"]) == 0.5
+    assert metrics.appearance(half[:, :1])["contrast"] == 0.5 and metrics.appearance(half[:, :1])["chroma"].isnan()
+
+
+def test_quantiles_among_a_sample() -> None:
+    sample = np.array([1.0, 2.0, 3.0, np.nan, 4.0])
+    found = metrics.quantile_among(np.array([0.0, 2.0, 2.5, 9.0, np.nan]), sample)
+    assert found[:4].tolist() == [0, 0.375, 0.5, 1] and np.isnan(found[4])
+    assert np.isnan(metrics.quantile_among(np.ones(2), np.full(3, np.nan))).all()
 
 
 def test_the_table_of_metrics_is_consistent() -> None:
     names = [metric.name for metric in metric_specs.METRICS]
-    assert len(set(names)) == len(names) and metric_specs.MAIN_METRIC in names
+    assert len(set(names)) == len(names) and set(metric_specs.MAIN_METRICS) <= set(names)
     for field in ("comparison_order", "grid_order"):
         orders = [order for m in metric_specs.METRICS if (order := getattr(m, field)) is not None]
         assert sorted(orders) == list(range(len(orders)))
@@ -122,6 +149,11 @@ def test_the_table_of_metrics_is_consistent() -> None:
     for metric in metric_specs.METRICS:
         assert metric.low < metric.high and (metric.source == "ratio") == bool(metric.numerator)
         assert not metric.numerator or metric.numerator in names
+        assert not metric.numerator or metric.denominator in {
+            *names,
+            metric_specs.DATASET_MEAN,
+            metric_specs.DATASET_PEAK,
+        }
         # A missing visualization must be distinguishable, and its mark must fit the data type.
         assert not metric.low <= metric.missing <= metric.high or math.isinf(metric.low)
         assert np.array_equal(np.array(metric.missing, metric.dtype), metric.missing, equal_nan=True)
@@ -145,11 +177,13 @@ def test_photographs_are_near_their_own_spectrum_and_noise_is_far() -> None:
 def test_every_size_and_any_channels_give_numbers_in_range(channels: int, height: int, width: int) -> None:
     images = torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(height))
     found = metrics.image_metrics(images, (2, 4, 7), natural_spectrum.packaged_spectrum())
-    assert found.keys() == {metric.name for metric in metric_specs.IMAGE_METRICS} - {"rank"}
+    assert found.keys() == {metric.name for metric in metric_specs.IMAGE_METRICS} - {"peak", "spatial_mean"}
     for name, values in found.items():
         metric = metric_specs.metric_named(name)
         if name == "spectral_distance" and bool(values.isnan().any()):
             assert min(height, width) < 4  # too small to have a spectrum
+        elif name == "chroma" and channels != 3:
+            assert bool(values.isnan().all())
         else:
             assert values.shape == (2,) and metric.low <= values.min() and values.max() <= metric.high + 1e-9
 
@@ -162,13 +196,24 @@ def test_a_picture_has_the_same_numbers_in_every_batch() -> None:
         assert values[3].float() == alone[name][0].float()
 
 
-def test_gain_is_a_ratio_on_the_right_side_of_zero() -> None:
-    reached = np.array([[6.0, 3.0], [1.0, 1.0], [-4.0, 2.0]], np.float32)
-    natural = np.array([3.0, 0.0, -2.0], np.float32)
-    held = metric_specs.activation_ratio(reached, natural, negative=False)
-    assert held[0].tolist() == [2, 1] and np.isnan(held[1:]).all() and held.dtype == np.float32
-    assert metric_specs.activation_ratio(reached, natural, negative=True)[2].tolist() == [2, -1]
-    assert np.isnan(metric_specs.activation_ratio(reached, np.full(3, np.nan, np.float32), negative=True)).all()
+def test_ratios_are_of_peaks_of_means_and_of_copies_on_the_right_side_of_zero() -> None:
+    values = {
+        "peak": np.array([[6.0, 3.0], [1.0, 1.0]]),
+        "spatial_mean": np.array([[5.0, 1.0], [1.0, 1.0]]),
+        "activation": np.array([[5.0, 0.0], [1.0, -1.0]]),
+        "robust": np.array([[4.0, 1.0], [1.0, 1.0]]),
+    }
+    best = {metric_specs.DATASET_PEAK: np.array([[3.0], [0.0]]), metric_specs.DATASET_MEAN: np.array([[1.0], [-1.0]])}
+    found = metric_specs.ratios(values, best, negative=False)
+    assert found.keys() == {metric.name for metric in metric_specs.RATIO_METRICS}
+    # A texture that fills the map reaches five times the mean, and twice the peak, of a photograph.
+    assert found["mean_ratio"][0].tolist() == [5, 1] and found["peak_ratio"][0].tolist() == [2, 1]
+    assert found["robust_share"][0, 0] == np.float32(0.8) and np.isnan(found["robust_share"][:, 1]).all()
+    assert np.isnan(found["peak_ratio"][1]).all() and np.isnan(found["mean_ratio"][1]).all()
+    below = metric_specs.ratios(
+        {"peak": np.array([[-4.0, 2.0]])}, {metric_specs.DATASET_PEAK: np.array([[-2.0]])}, True
+    )
+    assert below["peak_ratio"].tolist() == [[2, -1]] and list(below) == ["peak_ratio"]
 
 
 def test_agreement_is_one_for_the_same_and_zero_for_any_two() -> None:
@@ -190,20 +235,61 @@ def test_agreement_goes_on_where_pictures_are_missing() -> None:
     assert torch.allclose(found[[0, 2]], torch.ones(2, 2)) and bool(found[1].isnan().all())
 
 
-def test_transfer_is_a_cosine_about_the_usual_answer() -> None:
-    a, b, c = torch.eye(3)
-    usual = torch.tensor([1.0, 2.0, 3.0])
-    pictures = torch.stack([torch.stack([7 * a, b, -a, a + b])]) + usual
-    found = metrics.transfer(pictures, (2 * a + usual)[None], usual)
-    assert found[0].tolist() == pytest.approx([1, 0, -1, 0.5**0.5])
-    assert bool(metrics.transfer(pictures, torch.full((1, 3), torch.nan), usual).isnan().all())
-    assert float(metrics.transfer(c[None, None], a[None], torch.zeros(3))) == 0
+def layer_of_photographs(channels: int = 40, images: int = 300) -> tuple[torch.Tensor, torch.Generator]:
+    generator = torch.Generator().manual_seed(3)
+    scale = torch.logspace(-1, 1, channels)
+    return torch.randn(images, channels, generator=generator) * scale + 4, generator
 
 
-def test_answers_are_found_by_photograph_and_those_lost_are_passed_over() -> None:
-    answers = np.array([[1, 10], [2, 20], [4, 40]], np.float16)
+def test_transfer_leaves_the_own_channel_out() -> None:
+    """An image and examples that share nothing but the channel that both were chosen by were similar before."""
+    natural, generator = layer_of_photographs()
+    mean, sd = natural.mean(0), natural.std(0)
+    examples = mean + sd * torch.randn(200, 4, 40, generator=generator)
+    pictures = mean + sd * torch.randn(200, 1, 40, generator=generator)
+    examples[..., 7], pictures[..., 7] = mean[7] + 9 * sd[7], mean[7] + 30 * sd[7]
+    channels = torch.full((200,), 7)
+    found = metrics.transfer(pictures, channels, examples, natural)
+    with_own = torch.cosine_similarity((pictures[:, 0] - mean) / sd, (examples.mean(1) - mean) / sd, dim=1)
+    assert with_own.median() > 0.8
+    assert abs(float(found.value.median())) < 0.05 and abs(float(found.ceiling.median())) < 0.1
+
+
+def test_transfer_scales_channels_and_stands_between_floor_and_ceiling() -> None:
+    natural, generator = layer_of_photographs()
+    mean, sd = natural.mean(0), natural.std(0)
+    feature = torch.randn(5, 40, generator=generator)
+    examples = mean + sd * (3 * feature[:, None] + 0.5 * torch.randn(5, 4, 40, generator=generator))
+    pictures = mean + sd * torch.stack([6 * feature, 0 * feature + torch.randn(5, 40, generator=generator)], 1)
+    found = metrics.transfer(pictures, torch.arange(5), examples, natural)
+    assert found.value[:, 0].min() > 0.95 and found.ceiling.min() > 0.9 and found.value[:, 1].abs().max() < 0.5
+    assert bool((found.floor > 0.15).all()) and bool((found.floor < 0.45).all())
+    # In raw activations the largest channels would decide alone.
+    louder = natural * torch.logspace(0, 3, 40)
+    again = metrics.transfer(
+        pictures * torch.logspace(0, 3, 40), torch.arange(5), examples * torch.logspace(0, 3, 40), louder
+    )
+    assert torch.allclose(again.value, found.value, atol=1e-4) and torch.allclose(again.floor, found.floor, atol=1e-4)
+
+
+def test_transfer_goes_on_where_examples_are_missing() -> None:
+    natural, _ = layer_of_photographs()
+    examples = natural[:8].reshape(2, 4, 40).clone()
+    examples[0, 2:] = torch.nan
+    examples[1] = torch.nan
+    pictures = examples[:, :1].nan_to_num()
+    found = metrics.transfer(pictures, torch.tensor([0, 1]), examples, natural)
+    assert found.value[0, 0] > 0.5 and found.value[1].isnan().all()
+    assert not found.ceiling[0].isnan() and found.ceiling[1].isnan()
+    alone = metrics.transfer(pictures, torch.tensor([0, 1]), examples, natural[:1])
+    assert bool(alone.value.isnan().all()) and bool(alone.floor.isnan().all())
+
+
+def test_activations_are_found_by_image_and_missing_ones_are_passed_over() -> None:
+    activations = np.array([[1, 10], [2, 20], [4, 40]], np.float16)
     wanted = np.array([[9, 3], [3, 77], [-1, -1], [5, -1], [77, -1]])
-    found = metrics.mean_activations(wanted, np.array([9, 3, 5]), answers)
-    assert found[[0, 1, 3]].tolist() == [[1.5, 15], [2, 20], [4, 40]] and np.isnan(found[[2, 4]]).all()
-    assert np.isnan(metrics.mean_activations(wanted, np.zeros(0, int), answers[:0])).all()
+    found = metrics.example_activations(wanted, np.array([9, 3, 5]), activations)
+    assert found[0].tolist() == [[1, 10], [2, 20]] and found[1, 0].tolist() == [2, 20] and found[3, 0, 1] == 40
+    assert np.isnan(found[[2, 4]]).all() and np.isnan(found[[1, 3], 1]).all()
+    assert np.isnan(metrics.example_activations(wanted, np.zeros(0, int), activations[:0])).all()
     assert metrics.to_float16(torch.tensor([1e9, -1e9, 2.0])).tolist() == [65504, -65504, 2]

@@ -113,26 +113,26 @@ def test_a_finished_picture_is_measured_as_saved(tiny: Model, tiny_layers: dict[
     for i, picture in enumerate(pictures):
         own = maps[i].mean((1, 2))
         assert picture.activation == pytest.approx(float(own[picture.channel]), abs=1e-4)
-        assert picture.measures["rank"] == 1 + int((own > own[picture.channel]).sum())
+        assert picture.measures["spatial_mean"] == pytest.approx(picture.activation, abs=1e-4)
+        assert picture.measures["peak"] == pytest.approx(float(maps[i, picture.channel].max()), abs=1e-4)
         assert picture.response == pytest.approx(maps[i].amax((1, 2)).numpy(), rel=2e-3, abs=1e-3)
         assert {k: float(v[i]) for k, v in expected.items()}.items() <= picture.measures.items()
-    assert len({p.measures["rank"] for p in pictures}) > 1
 
 
-def test_ranks_follow_what_is_raised(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
+def test_peaks_follow_what_is_raised(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
     layer = tiny_layers["late"]
     negative = dataclasses.replace(PRESET, negative=True)
     neuron = dataclasses.replace(PRESET, objective=Neuron())
-    for preset, by in ((negative, lambda m: -m.mean((1, 2))), (neuron, lambda m: m.amax((1, 2)))):
+    for preset, by in ((negative, lambda m: m.amin((1, 2))), (neuron, lambda m: m.amax((1, 2)))):
         for picture in render(RenderJob(tiny, layer, preset, seed=0), [(c, 0) for c in range(8)]):
             image = torch.from_numpy(picture.image).permute(2, 0, 1)[None].float() / 255
             with torch.no_grad(), capture(tiny, [layer]) as forward:
-                strengths = by(forward(image)[layer.name][0])
-            assert picture.measures["rank"] == 1 + int((strengths > strengths[picture.channel]).sum())
+                peaks = by(forward(image)[layer.name][0])
+            assert picture.measures["peak"] == pytest.approx(float(peaks[picture.channel]), abs=1e-4)
     (whole,) = render(
         RenderJob(tiny, layer, dataclasses.replace(PRESET, objective=WholeLayer(), steps=2), seed=0), [(0, 0)]
     )
-    assert np.isnan(whole.measures["rank"])
+    assert np.isnan(whole.measures["peak"]) and np.isnan(whole.measures["spatial_mean"])
 
 
 def test_canvas_follows_the_layer(tiny_layers: dict[str, Layer]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core.metric_specs import GRID_METRICS, MAIN_METRIC, metric_named
+from pipeline.core.metric_specs import GRID_METRICS, MAIN_METRICS, metric_named
 from pipeline.examples.association import Association
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, ShownExamples
 from pipeline.site.data.js_shards import rounded_decimals, shortest_decimals
@@ -34,7 +34,9 @@ def columns(layer: LayerView, facts: LayerSummary, catalogue: Catalogue) -> dict
     }
     if facts.rendered:
         numbers = layer.measurements(facts.rendered[0].key)
-        result["ratio"] = rounded_decimals(numbers[MAIN_METRIC][:, 0])
+        main = next((name for name in MAIN_METRICS if name in numbers), "")
+        if main:
+            result["ratio"] = rounded_decimals(numbers[main][:, 0])
         for name in (metric.name for metric in GRID_METRICS):
             # A measurement can be NaN for all units, as is the agreement of a single variant.
             if name in numbers and np.isfinite(numbers[name][:, 0]).any():

@@ -73,18 +73,24 @@
     return box;
   }
 
+  // The activation ratio of peaks, in older atlases of means, as [ratio, "peak" or "mean"]; null where there is none.
+  function ratioOf(p) {
+    for (const kind of ["peak", "mean"]) if (typeof p[kind + "_ratio"] === "number") return [p[kind + "_ratio"], kind];
+    return null;
+  }
+
   function pictures(unit) {
     const found = [];
     unit.facts.rendered.forEach((rendered, i) => {
       (unit.record.pictures[rendered.key] || []).forEach((p, variant) => {
         if (p.status === "missing") { found.push(make("figure", { class: "absent" }, make("figcaption", { text: rendered.title + ": missing" }))); return; }
         const box = picture(unit, rendered, i, variant);
-        const times = p.gain;
+        const times = ratioOf(p);
         const title = rendered.title + (unit.record.pictures[rendered.key].length > 1 ? ", " + (variant + 1) : "");
         box.setAttribute("aria-label", "Feature visualization of " + nameOf(unit) + ", " + title + ": activation " + number(p.activation) +
-          (times === null ? "" : ", " + number(times) + " times the maximum activation over the dataset") + (p.status === "failed" ? "; failed" : ""));
+          (times === null ? "" : ", " + times[1] + " " + number(times[0]) + " times the maximum activation over the dataset") + (p.status === "failed" ? "; failed" : ""));
         found.push(make("figure", { class: p.status === "failed" ? "failed" : "" }, box,
-          make("figcaption", {}, make("b", { text: title }), " · ", data(p.activation), times === null ? "" : [" · ", number(times), " × dataset maximum"],
+          make("figcaption", {}, make("b", { text: title }), " · ", data(p.activation), times === null ? "" : [" · " + times[1] + " ", number(times[0]), " × dataset maximum"],
             p.failed ? make("strong", { text: " failed" }) : "")));
       });
     });
@@ -299,17 +305,19 @@
     if (p && p.status !== "missing") {
       item("activation", data(p.activation), "Objective of the saved image, without transformations.", true);
       item("dataset maximum", data(p.natural), "Maximum activation over the dataset, by the same objective.", true);
-      item("activation ratio", data(p.gain), "Activation ÷ dataset maximum. Above 1, the image activates the unit more than any dataset image.", true);
+      if ("peak_ratio" in p) item("activation ratio (peak)", data(p.peak_ratio), "Largest activation on the image ÷ largest activation on any dataset image. Above 1, the image activates the unit more than any dataset image.", true);
+      if ("mean_ratio" in p) item("activation ratio (mean)", data(p.mean_ratio), "The same for means over the activation map. A visualization fills the map with its feature, a photograph shows it once, so this ratio is larger.");
       if ("robust" in p) item("robust activation", data(p.robust), "Mean activation of 16 transformed copies.", true);
     }
     const stats = unit.record.stats || {};
     for (const [key, name, form, hint] of STATS) if (key in stats) item(name, data(stats[key], form), hint);
     for (const key of Object.keys(stats)) if (!STATS.some(([k]) => k === key) && typeof stats[key] === "number") item(key.replace(/_/g, " "), data(stats[key]), "");
     let says = null;
-    const times = p ? p.gain : null;
+    const times = p ? ratioOf(p) : null;
+    const word = times && times[1];
     if (p && p.status === "failed") says = make("p", { class: "says bad", text: "The optimization failed: it did not raise the activation above that of the initial image, or values overflowed. This image carries no information about the unit." });
-    else if (times !== null && times >= 1) says = make("p", { class: "says" }, "The feature visualization reaches ", number(p.activation), ", ", make("b", { text: number(times) + " times" }), " the maximum activation over the dataset.");
-    else if (times !== null) says = make("p", { class: "says" }, "The feature visualization reaches only ", make("b", { text: number(times) }), " of the maximum activation over the dataset, so the dataset examples are the better evidence.");
+    else if (times !== null && times[0] >= 1) says = make("p", { class: "says" }, "The " + word + " activation on the feature visualization is ", make("b", { text: number(times[0]) + " times" }), " the largest one on any dataset image.");
+    else if (times !== null) says = make("p", { class: "says" }, "The " + word + " activation on the feature visualization is only ", make("b", { text: number(times[0]) }), " of the largest one on any dataset image, so the dataset examples are the better evidence.");
     else if (p && p.natural !== null && p.activation !== null) says = make("p", { class: "says", text: "The maximum activation over the dataset is not positive, so there is no activation ratio." });
     if (stats.inactive === true) says = make("p", { class: "says bad", text: "No dataset image activated this unit above zero." });
     return make("section", { class: "figures" }, make("h2", { text: "Numbers" }), says, make("dl", { class: "numbers" }, items),
@@ -354,16 +362,21 @@
   }
 
   const QUALITY = [
-    ["gain", "activation ratio", number, "Activation of the saved image ÷ maximum activation over the dataset. Above 1, the image activates the unit more than any dataset image."],
-    ["robust_gain", "robust activation ratio", number, "The same for the mean over 16 transformed copies. Far below the activation ratio, the activation depends on single pixels."],
-    ["rank", "rank in the layer", (v) => String(v), "1: no other channel of the layer has a higher activation for this image."],
-    ["transfer", "transfer", number, "Similarity of the layer’s activations for the image and for the unit’s top dataset examples. 1: identical; 0: unrelated."],
+    ["peak_ratio", "activation ratio (peak)", number, "Largest activation on the saved image ÷ largest activation on any dataset image. Above 1, the image activates the unit more than any dataset image."],
+    ["mean_ratio", "activation ratio (mean)", number, "Mean activation over the saved image ÷ largest mean over any dataset image. Larger, because a visualization fills the map with its feature."],
+    ["robust_share", "robust share", number, "Mean objective over 16 transformed copies ÷ objective of the image. Far below 1, the activation depends on single pixels."],
+    ["margin", "margin", number, "By how many standard deviations (over the dataset) the unit exceeds every other channel of its layer on this image. Negative: another channel is activated more unusually."],
+    ["transfer", "transfer", number, "Similarity of the other channels’ activations for the image and for the unit’s top dataset examples. The unit’s own channel is left out. 1: identical; 0: unrelated."],
+    ["transfer_ceiling", "… of dataset examples", number, "The same for each of the unit’s top dataset examples and the others: what an image can be expected to reach."],
+    ["transfer_floor", "… of random images", number, "The same for random dataset images: 95 % of them are below."],
     ["agreement", "agreement of starts", number, "Similarity of the layer’s activations for the unit’s visualizations from different initial images. 1: identical; 0: as for visualizations of any two units."],
     ["spectral_distance", "spectral distance", number, "Difference of the amplitude spectrum from that of natural images, in powers of ten. Photographs: 0.04 to 0.2; white noise: 0.53."],
     ["high_frequency", "high frequencies", share, "Share of the Fourier energy in details finer than 4 pixels. Photographs: 1 to 15%; white noise: 80%."],
     ["checkerboard", "checkerboard", number, "Energy at the frequencies of the network’s strides ÷ energy around them. Photographs: 1.3 to 5; from 10, a grid is visible."],
     ["total_variation", "total variation", number, "Mean absolute difference between neighboring values in 0 to 1. Photographs: 0.01 to 0.08; white noise: 0.33."],
-    ["saturated", "saturated", share, "Share of values at black or white, the ends of the value range."],
+    ["contrast_quantile", "contrast quantile", share, "Share of dataset images with less contrast (standard deviation of luminance)."],
+    ["chroma_quantile", "chroma quantile", share, "Share of dataset images with less chroma (largest − smallest color value)."],
+    ["saturation", "saturation", share, "Share of values within 5 % of black or white. Photographs: 6 %."],
   ];
 
   function quality(unit) {
@@ -374,7 +387,7 @@
     }
     // Activation ratios are shown among the numbers already; the table is shown only if there are other measures.
     const there = QUALITY.filter(([key]) => shown.some(([, p]) => typeof p[key] === "number"));
-    if (!there.some(([key]) => key !== "gain" && key !== "robust_gain")) return null;
+    if (!there.some(([key]) => !key.endsWith("_ratio") && key !== "robust_share")) return null;
     const rows = there.map(([key, name, form, says]) => make("tr", { "data-measure": key }, make("th", { scope: "row", text: name }),
       shown.map(([, p]) => make("td", {}, typeof p[key] === "number" ? data(p[key], form) : "—")), make("td", { text: says })));
     return make("section", { class: "quality" }, make("h2", { text: shown.length > 1 ? "Quality of the feature visualizations" : "Quality of the feature visualization" }),
