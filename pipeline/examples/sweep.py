@@ -121,6 +121,7 @@ class PassResult:
         tally: Sums over the images.
         responses_index: The images of `ImageSubsets.subset`, (n,), ascending.
         responses: Their maximum activations, (n, C) float32.
+        means: Their spatial means, (n, C) float16; NaN in results of former versions.
         appearance: Their contrast and chroma (`visualization.metrics.appearance`), (n, 2) float32; NaN in results of
             former versions.
         codes_index: The images of `ImageSubsets.labelled`, (n,), ascending.
@@ -132,6 +133,7 @@ class PassResult:
     tally: ChannelAccumulator
     responses_index: np.ndarray
     responses: np.ndarray
+    means: np.ndarray
     appearance: np.ndarray
     codes_index: np.ndarray
     codes: np.ndarray
@@ -144,6 +146,7 @@ class PassResult:
             **{f"tally/{name}": array for name, array in self.tally.arrays().items()},
             "responses/index": self.responses_index,
             "responses/peak": self.responses,
+            "responses/mean": self.means,
             "responses/appearance": self.appearance,
             "codes/index": self.codes_index,
             "codes/bin": self.codes,
@@ -162,6 +165,7 @@ class PassResult:
             tally=ChannelAccumulator.from_arrays(tally),
             responses_index=index,
             responses=arrays["responses/peak"],
+            means=arrays.get("responses/mean", np.full(arrays["responses/peak"].shape, np.nan, np.float16)),
             appearance=arrays.get("responses/appearance", np.full((len(index), 2), np.nan, np.float32)),
             codes_index=arrays["codes/index"],
             codes=arrays["codes/bin"],
@@ -197,6 +201,7 @@ class PassAccumulator:
         self._compile = compile
         self._centre = ranges.centre.astype(np.float32)
         self._responses: list[tuple[np.ndarray, np.ndarray]] = []
+        self._means: list[tuple[np.ndarray, np.ndarray]] = []
         self._codes: list[tuple[np.ndarray, np.ndarray]] = []
         self._appearance: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -229,12 +234,16 @@ class PassAccumulator:
         added, codes = accumulate(reduced, self._ranges, self._layers, self._compile)
         self._tally = self._tally + added
         _append_members(self._responses, indices, peaks, self._subsets.subset)
+        limit = np.finfo(np.float16).max
+        means = np.clip(values["mean"], -limit, limit).astype(np.float16)
+        _append_members(self._means, indices, means, self._subsets.subset)
         _append_members(self._codes, indices, codes, self._subsets.labelled)
 
     def result(self, failed: Iterable[tuple[int, str]] = ()) -> PassResult:
         """Return the result for all images so far; `failed` are images that could not be read, with the reason."""
         channels = sum(self._layers)
         responses_index, responses = _sort_by_index(self._responses, np.zeros((0, channels), np.float32))
+        _, means = _sort_by_index(self._means, np.zeros((0, channels), np.float16))
         codes_index, codes = _sort_by_index(self._codes, np.zeros((0, channels), np.uint8))
         observed, rows = _sort_by_index(self._appearance, np.zeros((0, 2), np.float32))
         appearance = np.full((len(responses_index), 2), np.nan, np.float32)
@@ -244,6 +253,7 @@ class PassAccumulator:
             tally=self._tally,
             responses_index=responses_index,
             responses=responses,
+            means=means,
             appearance=appearance,
             codes_index=codes_index,
             codes=codes,
@@ -395,6 +405,7 @@ def _merge_two(a: PassResult, b: PassResult, k: int, sources: np.ndarray | None)
     responses_index, responses = _sort_by_index(
         [(a.responses_index, a.responses), (b.responses_index, b.responses)], b.responses[:0]
     )
+    _, means = _sort_by_index([(a.responses_index, a.means), (b.responses_index, b.means)], b.means[:0])
     _, appearance = _sort_by_index(
         [(a.responses_index, a.appearance), (b.responses_index, b.appearance)], b.appearance[:0]
     )
@@ -404,6 +415,7 @@ def _merge_two(a: PassResult, b: PassResult, k: int, sources: np.ndarray | None)
         tally=a.tally + b.tally,
         responses_index=responses_index,
         responses=responses,
+        means=means,
         appearance=appearance,
         codes_index=codes_index,
         codes=codes,

@@ -364,6 +364,15 @@ class LayerView:
         stats = self._group.get("stats")
         return float(stats.attrs.get("population_sparsity", np.nan)) if isinstance(stats, h5py.Group) else float("nan")
 
+    @property
+    def rotation_number(self) -> float:
+        """Share of channels that exceed 95 % of random directions of the layer; NaN in old atlases, or of few images.
+
+        0.05 is chance; see `pipeline.examples.rotation.rotation_number`.
+        """
+        stats = self._group.get("stats")
+        return float(stats.attrs.get("rotation_number", np.nan)) if isinstance(stats, h5py.Group) else float("nan")
+
     def histogram(self) -> Histogram | None:
         """Return histograms of the per-image maxima, or None without a dataset pass."""
         if "histogram" not in self._group:

@@ -18,10 +18,12 @@ import torch
 
 from pipeline.core.errors import AtlasError
 from pipeline.core.metric_specs import IMAGE_METRICS, METRICS, RENDER_METRICS, Metric
+from pipeline.core.seeds import seed_of
 from pipeline.data.readers.base import DatasetImage
 from pipeline.examples.channel_stats import channel_statistics
 from pipeline.examples.localize import TopExamples
 from pipeline.examples.results import DatasetPassResult
+from pipeline.examples.rotation import rotation_number
 from pipeline.layers.connectivity import Connectivity
 from pipeline.layers.finding import Layer
 from pipeline.store import hdf5, shards
@@ -375,6 +377,8 @@ def _write_pass_results(groups: Sequence[h5py.Group], layers: Sequence[Layer], p
         active_images = int(tally.crowded[i])
         group["stats"].attrs["population_sparsity"] = sparsity_sums[i] / active_images if active_images else np.nan
         group["stats"].attrs["images"] = tally.images
+        means = pass_result.first_pass.means[:, start - layer.channels : start]
+        group["stats"].attrs["rotation_number"] = rotation_number(means, seed_of("rotation", layer.name))
         write_array(group, "histogram/counts", tally.histogram[columns])
         write_array(group, "histogram/range", np.stack([ranges.low[columns], ranges.high[columns]], 1))
         write_array(group, "histogram/ends", np.stack([tally.peak_least[columns], tally.max[columns]], 1))

@@ -61,8 +61,8 @@ def rows_of(atlas: Atlas) -> tuple[list[dict[str, object]], list[float]]:
                 "layer": layer.name, "units": len(active), "own photographs": told(median(own)),
                 "other units' photographs": told(median(others.mean(1))),
                 "told apart": f"{(own > others.max(1)).mean():.0%}",
-                "margin": told(median(numbers["margin"][active, 0]), 0),
-                "achieved ÷ natural": told(median(numbers["peak_ratio"][active, 0])),
+                "margin": told(median(numbers["margin"][active, 0]), 1),
+                "activation ratio (peak)": told(median(numbers["peak_ratio"][active, 0])),
             }
         )  # fmt: skip
     return rows, course

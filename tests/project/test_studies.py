@@ -90,7 +90,7 @@ def test_a_study_has_tables_and_a_figure(tiny_run: list[str], tmp_path: Path) ->
     found = mosaic.report(tmp_path / "study")
     first, second = found.tables.values()
     assert list(first["preset"]) == ["`naive`", "`distill`"] and list(second["preset"]) == ["`distill`"]
-    assert "activation ratio" in first and " : " in second["high frequencies"][0]
+    assert "activation ratio (peak)" in first and " : " in second["high frequencies"][0]
     assert found.figure.width > 2 * page.SIDE
     facets = next(iter(diversity.report(tmp_path / "study").tables.values()))
     assert 1 <= float(facets["facets"][0].split()[0]) <= 3

@@ -1,6 +1,7 @@
 """Summaries of layers for the pages, and the dataset images and labels that all layers share."""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -74,6 +75,7 @@ class LayerSummary:
         unrendered: Why the layer cannot have visualizations, or "".
         rendered: Its visualizations, by preset.
         classifier: Whether its channels are the classes of the network.
+        rotation_number: Share of channels that exceed 95 % of random directions; None if it is not known.
     """
 
     name: str
@@ -88,6 +90,7 @@ class LayerSummary:
     unrendered: str
     rendered: tuple[PresetSummary, ...]
     classifier: bool
+    rotation_number: float | None = None
 
     @property
     def href(self) -> str:
@@ -146,6 +149,7 @@ def summarize(layer: LayerView, order: int, classes: Sequence[str]) -> LayerSumm
         unrendered=layer.unrendered,
         rendered=tuple(_rendered(layer, key) for key in layer.presets),
         classifier=layer.kind == "linear" and len(classes) == layer.total_channels,
+        rotation_number=None if math.isnan(layer.rotation_number) else layer.rotation_number,
     )
 
 
