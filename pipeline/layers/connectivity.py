@@ -1,23 +1,32 @@
-"""Expanded weights: how strongly the channels of one layer are connected to those of the next.
+"""Effective connectivity: how strongly the channels of one layer act on those of the next.
 
 Where one layer feeds another through channel-wise modules only (normalization, activation, pooling), the weights
-between two channels form a small kernel. The L2 norm of the kernel is the strength of the connection, and the sign of
-its sum is negative where one channel inhibits the other. See Cammarata et al. 2020, "Thread: Circuits", and Voss et
-al. 2021, "Visualizing Weights".
+between two channels form a small kernel. The kernel is *effective*: it leads from the values of one layer to those of
+the other as both are measured, and a convolution is measured after its own normalization. So it contains
 
-Kernels are multiplied by the norms of depthwise convolutions between the two layers that are not themselves in the
-list of layers. Non-linearities are ignored, so strengths of different layers are not comparable.
+- the scale γ / √(σ² + ε) of each normalization between the two, among them the reading layer's own, but not the source
+  layer's own, which is in its values already (Ioffe & Szegedy 2015, algorithm 2);
+- the depthwise convolutions between them that are not themselves in the list of layers. Norms are multiplied by norms
+  and sums by sums; the product of sums is the sum of the combined kernel, the product of norms approximates its norm.
+
+The L2 norm of the kernel is the weight of the connection, and the sign of its sum is negative where one channel
+inhibits the other. Connections are ranked by their *strength*: the norm times the standard deviation of the source
+channel over the dataset, so that a channel that hardly varies counts little. See Cammarata et al. 2020, "Thread:
+Circuits", and Voss et al. 2021, "Visualizing Weights".
+
+Non-linearities are ignored, so strengths of different layers are not comparable.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.layers.finding import Layer
-from pipeline.layers.tracing import Call, Trace, kind_of
+from pipeline.layers.tracing import CONVS, Call, Trace, class_of, kind_of
 from pipeline.models.loading import Model
 
 # Kinds of modules (`kind_of`) that do not mix channels.
@@ -34,6 +43,15 @@ CHANNELWISE = (
 )
 # Number of connections that are stored for each channel.
 NUM_CONNECTIONS = 8
+# Normalizations with a weight γ for each channel; the first ones can have running statistics.
+RUNNING_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+SCALED_NORMS = (*RUNNING_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+# Convolutions and linear layers that apply `weight` as it is; Conv2dSame of timm differs from Conv2d by its padding.
+PLAIN_FORWARDS = frozenset(cls.forward for cls in (*CONVS, nn.Linear))
+PLAIN_CLASSES = ("Conv2dSame",)
+
+# What the strength of a connection is scaled by: the source channel's standard deviation over the dataset, or nothing.
+Scale = Literal["sd", "1"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,23 +60,54 @@ class Connectivity:
 
     Attributes:
         layer: Name of the other layer.
-        channel: Channels of the other layer, (C, k) int32 with k at most `NUM_CONNECTIONS`; -1 where the norm is 0.
-        norm: L2 norms of the kernels, (C, k) float32.
-        sum: Sums of the kernels, (C, k) float32.
+        channel: Channels of the other layer, (C, k) int32 with k at most `NUM_CONNECTIONS`; -1 where the strength is 0.
+        norm: L2 norms of the effective kernels, (C, k) float32, in units of the reading layer per unit of the source.
+        sum: Sums of the effective kernels, (C, k) float32, in the same units.
+        strength: What connections are ranked by, (C, k) float32: `norm` times the source channel's scale.
+        scale: The scale: "sd" for the standard deviation over the dataset, "1" if it is not known.
+        approximate: Paths of modules that are in the weights only in part: normalizations that divide by statistics
+            of each image (their γ is included if they have one), and convolutions that change their weights in the
+            forward pass (the stored weights are used).
     """
 
     layer: str
     channel: np.ndarray
     norm: np.ndarray
     sum: np.ndarray
+    strength: np.ndarray
+    scale: Scale = "1"
+    approximate: tuple[str, ...] = ()
 
 
-def find_connectivity(model: Model, layers: Sequence[Layer]) -> tuple[dict[str, Connectivity], dict[str, Connectivity]]:
+@dataclasses.dataclass(frozen=True)
+class _Link:
+    """What is between a convolution or linear layer and the layer that feeds it.
+
+    Attributes:
+        source: Name of the layer that feeds it.
+        gain: Scale of each input by normalizations, (I,) or (I · H · W,) for flattened maps, or (1,) for none.
+        norm: Product of the norms of the depthwise kernels, (I,) or (1,).
+        sum: Product of their sums, (I,) or (1,).
+        approximate: See `Connectivity`.
+    """
+
+    source: str
+    gain: np.ndarray
+    norm: np.ndarray
+    sum: np.ndarray
+    approximate: tuple[str, ...]
+
+
+def find_connectivity(
+    model: Model, layers: Sequence[Layer], deviations: Mapping[str, np.ndarray] | None = None
+) -> tuple[dict[str, Connectivity], dict[str, Connectivity]]:
     """Return the connections between layers that feed each other directly.
 
     Args:
-        model: The network.
+        model: The network; its normalizations must not be folded.
         layers: The layers between which connections are searched; only convolutions and linear layers count.
+        deviations: Standard deviation of each channel over the dataset, (C,), by layer name; None without a dataset
+            pass. Channels without a finite one count as channels that never vary.
 
     Returns:
         Two dictionaries by layer name: connections to the channels that a layer reads, and to the channels that read
@@ -73,29 +122,34 @@ def find_connectivity(model: Model, layers: Sequence[Layer]) -> tuple[dict[str, 
         name = call.name
         if name not in weighted or not call.inputs:
             continue
-        source_and_scale = _source(trace, producers, call, weighted)
-        if source_and_scale is None:
+        link = _link(trace, producers, call, weighted)
+        kernels = None if link is None else _effective_weights(trace, call, weighted, link)
+        if link is None or kernels is None:
             continue
-        source, scale = source_and_scale
-        weights = expanded_weights(trace.modules[call.path], weighted[source].channels)
-        if weights is None:
-            continue
-        norm, total = weights[0] * scale, weights[1] * scale
-        inputs[name] = _strongest(source, norm, total)
-        outputs.setdefault(source, _strongest(name, norm.T, total.T))
+        norm, total, approximate = kernels
+        deviation = (deviations or {}).get(link.source)
+        strength = norm if deviation is None else norm * np.nan_to_num(deviation, nan=0.0, posinf=0.0)
+        scale: Scale = "1" if deviation is None else "sd"
+        inputs[name] = _strongest(Connectivity(link.source, _NONE, norm, total, strength, scale, approximate))
+        output = Connectivity(name, _NONE, norm.T, total.T, strength.T, scale, approximate)
+        outputs.setdefault(link.source, _strongest(output))
     return inputs, outputs
 
 
-def expanded_weights(module: nn.Module, channels: int) -> tuple[np.ndarray, np.ndarray] | None:
+def expanded_weights(
+    module: nn.Module, channels: int, gain: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Return the L2 norm and the sum of the kernel between each output and each input channel.
 
     Args:
-        module: A convolution or linear layer. A linear layer may read flattened maps (C × H × W).
+        module: A convolution or linear layer. A linear layer may read flattened maps (I × H × W).
         channels: Number of input channels, I.
+        gain: Factor of each input, (I,) or (I · H · W,) for flattened maps, or (1,); None for 1.
 
     Returns:
         Norms and sums, (O, I) float32 each; zero between channels of different groups. None for other modules,
-        transposed convolutions, and weights whose number of inputs is not a multiple of `channels`.
+        transposed convolutions, weights whose number of inputs is not `channels` (of a linear layer: a multiple of
+        it), and gains of another number of inputs.
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() < 2 or getattr(module, "transposed", False):
@@ -104,18 +158,93 @@ def expanded_weights(module: nn.Module, channels: int) -> tuple[np.ndarray, np.n
     kernels = kernels.flatten(2) if weight.dim() > 2 else kernels[..., None]
     groups = int(getattr(module, "groups", 1))
     num_outputs, per_group = kernels.shape[:2]
-    if groups == 1 and per_group != channels and per_group % channels == 0:
+    if weight.dim() == 2 and per_group != channels and per_group % channels == 0:
         kernels = kernels.reshape(num_outputs, channels, -1)  # inputs are flattened maps, channel by channel
         per_group = channels
-    if per_group * groups != channels:
+    factors = torch.ones(1) if gain is None else torch.from_numpy(gain)
+    factors = factors.expand(channels) if len(factors) == 1 else factors
+    if per_group * groups != channels or len(factors) not in (channels, channels * kernels.shape[2]):
         return None
+    factors = factors.reshape(channels, -1)
     norm, total = torch.zeros(num_outputs, channels), torch.zeros(num_outputs, channels)
     for group in range(groups):
         rows = slice(group * num_outputs // groups, (group + 1) * num_outputs // groups)
         columns = slice(group * per_group, (group + 1) * per_group)
-        norm[rows, columns] = kernels[rows].norm(dim=2)
-        total[rows, columns] = kernels[rows].sum(dim=2)
+        scaled = kernels[rows] * factors[columns]
+        norm[rows, columns] = scaled.norm(dim=2)
+        total[rows, columns] = scaled.sum(dim=2)
     return norm.numpy(), total.numpy()
+
+
+def normalization_gain(module: nn.Module) -> tuple[np.ndarray | None, bool]:
+    """Return the factor by which a normalization multiplies each channel.
+
+    Args:
+        module: A module of the kind "norm", in inference mode.
+
+    Returns:
+        The factor, (C,) float32, or None if the module has none for each channel; and whether it is all that the
+        module multiplies by. It is γ / √(σ² + ε) where σ² are running statistics. Where statistics are those of the
+        image, the factor is γ, and not all.
+    """
+    cls = class_of(module)
+    weight, mean, variance, epsilon = (
+        getattr(module, name, None) for name in ("weight", "running_mean", "running_var", "eps")
+    )
+    # The frozen batch normalizations of torchvision and timm are classes of their own.
+    is_running = issubclass(cls, RUNNING_NORMS) or "batchnorm" in cls.__name__.lower()
+    if is_running and isinstance(mean, Tensor) and isinstance(variance, Tensor):
+        gain = None
+        if isinstance(epsilon, float):
+            gain = (variance + epsilon).rsqrt()
+            gain = gain * weight if isinstance(weight, Tensor) else gain
+        elif cls is not type(module):  # in an exported program ε is an argument of an operator
+            base = mean.detach().reshape(1, -1, 1, 1)
+            gain = (module(base + 1) - module(base)).flatten()
+        if gain is not None:
+            return gain.detach().float().cpu().numpy(), True
+    if issubclass(cls, SCALED_NORMS) and isinstance(weight, Tensor) and weight.dim() == 1:
+        return weight.detach().float().cpu().numpy(), False
+    return None, False
+
+
+_NONE = np.zeros((0, 0), np.int32)
+
+
+def _effective_weights(
+    trace: Trace, call: Call, weighted: Mapping[str, Layer], link: _Link
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | None:
+    """Return norms (O, I), sums (O, I) and approximate modules of the kernels from `link.source` to the call's layer.
+
+    None if the weights do not match the channels of the source.
+    """
+    module = trace.modules[call.path]
+    weights = expanded_weights(module, weighted[link.source].channels, link.gain)
+    if weights is None:
+        return None
+    approximate = link.approximate if _applies_plain_weight(module) else (*link.approximate, call.path)
+    norm, total = weights[0] * link.norm, weights[1] * link.sum
+    own = _own_normalization(weighted[call.name])
+    if own is not None:
+        gain, exact = normalization_gain(trace.modules[own[0]])
+        if gain is not None and len(gain) == len(norm):
+            norm, total = norm * np.abs(gain)[:, None], total * gain[:, None]
+        else:
+            exact = False
+        approximate = approximate if exact else (*approximate, own[0])
+    return norm, total, approximate
+
+
+def _applies_plain_weight(module: nn.Module) -> bool:
+    """Return whether a convolution or linear layer multiplies by its `weight`, not by a function of it."""
+    return class_of(module).forward in PLAIN_FORWARDS or class_of(module).__name__ in PLAIN_CLASSES
+
+
+def _own_normalization(layer: Layer) -> tuple[str, int] | None:
+    """Return path and call of the normalization after which a layer is read; None if it is read at its own output."""
+    # Inside a module that fuses normalization and activation, the layer is read at the input of `act`.
+    path = layer.module.removesuffix(".act") if layer.side == "in" else layer.module
+    return None if path == layer.name.partition("#")[0] else (path, layer.call)
 
 
 def _producers(trace: Trace) -> dict[int, Call]:
@@ -125,37 +254,77 @@ def _producers(trace: Trace) -> dict[int, Call]:
         # A module that returns one of its inputs did not compute it.
         if call.output in call.inputs:
             continue
-        if kind_of(trace.modules[call.path]) in (*CHANNELWISE, "conv", "linear"):
+        module = trace.modules[call.path]
+        kind = kind_of(module)
+        # Blocks such as torchvision's Conv2dNormActivation are named like a normalization, but mix channels.
+        if kind in ("conv", "linear") or (kind in CHANNELWISE and not _contains_weights(module)):
             producers[call.output] = call
     return producers
 
 
-def _source(
-    trace: Trace, producers: Mapping[int, Call], call: Call, weighted: Mapping[str, Layer]
-) -> tuple[str, np.ndarray] | None:
-    """Return the layer that feeds `call`, and the factor for each of its channels by depthwise convolutions between."""
-    scale: np.ndarray = np.ones(1, np.float32)
+def _contains_weights(module: nn.Module) -> bool:
+    return any(kind_of(child) in ("conv", "linear") for child in module.modules())
+
+
+def _link(trace: Trace, producers: Mapping[int, Call], call: Call, weighted: Mapping[str, Layer]) -> _Link | None:
+    """Return the layer that feeds `call`, and what is between; None if channels are mixed before any layer."""
+    gain = norm = total = np.ones(1, np.float32)
+    approximate: list[str] = []
+    calls = list(_upstream(producers, call))
+    names = [producer.name for producer in calls]
+    end = next((i for i, name in enumerate(names) if name in weighted), None)
+    if end is None:
+        return None
+    own = _own_normalization(weighted[names[end]])
+    for producer in calls[:end]:
+        module = trace.modules[producer.path]
+        if kind_of(module) in ("conv", "linear"):
+            kernels = _depthwise_kernels(module)
+            if kernels is None:
+                return None
+            norm, total = norm * np.linalg.norm(kernels, axis=1), total * kernels.sum(1)
+            if not _applies_plain_weight(module):
+                approximate.append(producer.path)
+        elif kind_of(module) == "norm" and producer.key != own:
+            factor, exact = normalization_gain(module)
+            combined = None if factor is None else _multiply(gain, factor)
+            gain = gain if combined is None else combined
+            if combined is None or not exact:
+                approximate.append(producer.path)
+    return _Link(names[end], gain, norm, total, tuple(approximate))
+
+
+def _upstream(producers: Mapping[int, Call], call: Call) -> Iterator[Call]:
+    """Yield the calls that made the first input of `call`, the nearest first."""
     producer = producers.get(call.inputs[0])
     while producer is not None:
-        module = trace.modules[producer.path]
-        if producer.name in weighted:
-            return producer.name, scale
-        if kind_of(module) in ("conv", "linear"):
-            groups = int(getattr(module, "groups", 0))
-            weight = getattr(module, "weight", None)
-            if groups < 2 or not isinstance(weight, Tensor) or len(weight) != groups:
-                return None  # not depthwise: channels are mixed
-            scale = scale * weight.detach().float().cpu().flatten(1).norm(dim=1).numpy()
+        yield producer
         producer = producers.get(producer.inputs[0]) if producer.inputs else None
-    return None
 
 
-def _strongest(layer: str, norm: np.ndarray, total: np.ndarray) -> Connectivity:
-    """Select the largest norms of each row of (O, I) norms and sums."""
-    count = min(NUM_CONNECTIONS, norm.shape[1])
-    order = np.argsort(-norm, axis=1, kind="stable")[:, :count]
-    strength = np.take_along_axis(norm, order, 1)
-    channel = np.where(strength > 0, order, -1).astype(np.int32)
-    return Connectivity(
-        layer, channel, strength.astype(np.float32), np.take_along_axis(total, order, 1).astype(np.float32)
+def _depthwise_kernels(module: nn.Module) -> np.ndarray | None:
+    """Return the kernels of a depthwise convolution, (C, k) float32; None if the module mixes channels."""
+    groups = int(getattr(module, "groups", 0))
+    weight = getattr(module, "weight", None)
+    if groups < 2 or not isinstance(weight, Tensor) or len(weight) != groups:
+        return None
+    return weight.detach().float().cpu().flatten(1).numpy()
+
+
+def _multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
+    """Multiply factors of channels with factors of channels or of flattened maps; None if the lengths do not match."""
+    length = max(len(a), len(b))
+    if length % len(a) or length % len(b):
+        return None
+    return np.repeat(a, length // len(a)) * np.repeat(b, length // len(b))
+
+
+def _strongest(every: Connectivity) -> Connectivity:
+    """Select the largest strengths of each row of (O, I) norms, sums and strengths; `channel` is computed here."""
+    count = min(NUM_CONNECTIONS, every.strength.shape[1])
+    order = np.argsort(-every.strength, axis=1, kind="stable")[:, :count]
+    norm, total, strength = (
+        np.take_along_axis(values, order, 1).astype(np.float32) for values in (every.norm, every.sum, every.strength)
     )
+    channel = np.where(strength > 0, order, -1).astype(np.int32)
+    return dataclasses.replace(every, channel=channel, norm=norm, sum=total, strength=strength)

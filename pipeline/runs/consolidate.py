@@ -4,10 +4,15 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from pipeline.core import hashing
 from pipeline.core.errors import AtlasError
 from pipeline.engine.base import Failure
+from pipeline.examples.channel_stats import channel_statistics
+from pipeline.examples.results import DatasetPassResult
 from pipeline.layers import connectivity
+from pipeline.layers.finding import Layer
 from pipeline.models.loading import load_model
 from pipeline.planning.folder import result_settings
 from pipeline.planning.plan import Plan
@@ -90,7 +95,9 @@ def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, 
     config = request.config
     result = artifacts.dataset_pass.result if artifacts.dataset_pass.complete else None
     network = load_model(config.model).to("cpu")
-    inputs, outputs = connectivity.find_connectivity(network, [layer for layer, _ in plan.layers])
+    layers = [layer for layer, _ in plan.layers]
+    deviations = channel_deviations(layers, result) if result else None
+    inputs, outputs = connectivity.find_connectivity(network, layers, deviations)
     return writer.Content(
         identity=identity,
         run=config.run.name,
@@ -108,6 +115,13 @@ def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, 
         failures=failures,
         unrendered={one.layer.name: one.reason for one in plan.unrendered},
     )
+
+
+def channel_deviations(layers: Sequence[Layer], result: DatasetPassResult) -> dict[str, np.ndarray]:
+    """Return the standard deviation of every channel over the dataset, (C,), by the names of all layers of a pass."""
+    deviation = channel_statistics(result.first_pass.tally, result.ranges)["sd"]
+    ends = np.cumsum([layer.channels for layer in layers])
+    return {layer.name: deviation[end - layer.channels : end] for layer, end in zip(layers, ends.tolist(), strict=True)}
 
 
 def _report_unreadable(unreadable: Sequence[tuple[int, str]], plan: Plan) -> None:

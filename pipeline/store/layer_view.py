@@ -96,14 +96,21 @@ class Wiring:
     Attributes:
         layer: Name of the adjacent layer.
         channel: Channels of that layer, (C', k); −1 where there are fewer than k.
-        norm: Norms of the weights between the two units, (C', k).
-        sum: Sums of the weights between the two units, (C', k).
+        norm: Norms of the effective weights between the two units, (C', k).
+        sum: Sums of the effective weights between the two units, (C', k).
+        strength: Norms times the scale of the source unit, (C', k); what connections are ranked by.
+        scale: The scale: "sd" for the standard deviation over the dataset, "1" for none. "" in atlases of former
+            versions, whose weights leave out normalizations; their strengths are the norms.
+        approximate: Paths of modules that are in the weights only in part; see `layers.connectivity.Connectivity`.
     """
 
     layer: str
     channel: np.ndarray
     norm: np.ndarray
     sum: np.ndarray
+    strength: np.ndarray
+    scale: str = ""
+    approximate: tuple[str, ...] = ()
 
 
 class Stack:
@@ -422,8 +429,16 @@ class LayerView:
         if f"wiring/{side}" not in self._group:
             return None
         group = hdf5.group(self._group, f"wiring/{side}")
+        attributes = hdf5.all_attributes(group)
+        norm = self._get(group, "norm")
         return Wiring(
-            hdf5.text_attribute(group, "layer"), **{key: self._get(group, key) for key in ("channel", "norm", "sum")}
+            layer=attributes["layer"],
+            channel=self._get(group, "channel"),
+            norm=norm,
+            sum=self._get(group, "sum"),
+            strength=self._get(group, "strength") if "strength" in group else norm,
+            scale=attributes.get("scale", ""),
+            approximate=tuple(filter(None, attributes.get("approximate", "").split("\n"))),
         )
 
     def dataset_activations(self) -> np.ndarray | None:

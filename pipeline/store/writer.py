@@ -203,9 +203,12 @@ def _write_layer_attributes(group: h5py.Group, layer: Layer, order: int, input_s
 
 def _write_wiring(group: h5py.Group, side: str, channels: Sequence[int], connectivity: Connectivity) -> None:
     rows = np.array(channels, int)
-    for key in ("channel", "norm", "sum"):
+    for key in ("channel", "norm", "sum", "strength"):
         write_array(group, f"wiring/{side}/{key}", getattr(connectivity, key)[rows])
-    group[f"wiring/{side}"].attrs["layer"] = connectivity.layer
+    attributes = group[f"wiring/{side}"].attrs
+    attributes["layer"] = connectivity.layer
+    attributes["scale"] = connectivity.scale
+    attributes["approximate"] = SEPARATOR.join(connectivity.approximate)
 
 
 def _write_visualizations(

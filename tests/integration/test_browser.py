@@ -251,7 +251,9 @@ def test_a_unit_shows_what_the_store_holds(visit, folder):
 def test_wired_units_are_shown(visit):
     page = visit(UNIT)
     near = page.locator(".wiring .near")
-    assert near.all_inner_texts() == ["5−2.50", "0+0.500"] or near.count() == 2
+    assert ["".join(text.split()) for text in near.all_inner_texts()] == ["5−1.25", "0+0.750"]
+    note = page.locator(".wiring .note").inner_text()
+    assert "times the standard deviation of the input unit" in note and note.endswith("blocks.0.norm, blocks.0.conv.")
     near.first.click()
     arrives(page, "stem:5")
 

@@ -120,6 +120,24 @@ def test_examples_alone_then_pictures_then_site(tiny_run: list[str], tmp_path: P
         assert atlas["conv_stem"].presets == ("distill",) and atlas["conv_stem"].examples() is not None
 
 
+def test_connections_are_scaled_by_the_deviations_of_the_dataset_pass(tiny_run: list[str], tmp_path: Path) -> None:
+    assert main(["examples", *tiny_run, "layers.channels=all", "layers.include=[blocks.1.0.*,conv_head]"]) == 0
+    with pipeline.open_atlas(tmp_path / "tiny") as atlas:
+        wired = {layer.name: layer.connectivity("inputs") for layer in atlas}
+        assert wired["blocks.1.0.conv_pwl"] is not None
+        for name, wiring in wired.items():
+            if wiring is None:
+                continue
+            source = atlas[wiring.layer]
+            sd = source.stats()["sd"]
+            assert wiring.scale == "sd" and wiring.approximate == () and len(sd) == len(source.channels)
+            assert np.allclose(wiring.strength, wiring.norm * sd[wiring.channel], rtol=1e-5), name
+            assert (np.diff(wiring.strength, axis=1) <= 0).all()
+            assert (np.diff(wiring.norm, axis=1) > 0).any()  # another order than by weights alone
+            back = source.connectivity("outputs")
+            assert back is not None and np.allclose(back.strength, back.norm * sd[:, None], rtol=1e-5)
+
+
 def test_unreadable_photographs_are_counted_and_listed(tiny_run: list[str], tmp_path: Path) -> None:
     photos = tmp_path / "mixed"
     photos.mkdir()

@@ -200,7 +200,10 @@ def write_examples(group: h5py.Group, rng, name: str, count: int, side: int, bes
         write_array(group, "wiring/inputs/channel", np.tile(np.array([[5, 0, -1]], np.int32), (count, 1)))
         write_array(group, "wiring/inputs/norm", np.tile(np.array([[2.5, 0.5, 0]], np.float32), (count, 1)))
         write_array(group, "wiring/inputs/sum", np.tile(np.array([[-1.5, 0.25, 0]], np.float32), (count, 1)))
+        write_array(group, "wiring/inputs/strength", np.tile(np.array([[1.25, 0.75, 0]], np.float32), (count, 1)))
         group["wiring/inputs"].attrs["layer"] = "stem"
+        group["wiring/inputs"].attrs["scale"] = "sd"
+        group["wiring/inputs"].attrs["approximate"] = "blocks.0.norm\nblocks.0.conv"
 
 
 def write_photos(file: h5py.File) -> None:
@@ -420,9 +423,9 @@ def test_wiring_is_that_of_the_store(site):
     with open_atlas(site.parent) as atlas:
         unit, _ = unit_of(site, atlas["blocks.0.conv"], 4)
         ranks = [unit_of(site, atlas["stem"], channel)[0]["tiny"] for channel in (5, 0)]
-    assert unit["wiring"] == {
-        "inputs": {"layer": "stem", "units": [[5, 2.5, -1.5, ranks[0]], [0, 0.5, 0.25, ranks[1]]]}
-    }
+    units = [[5, 2.5, -1.5, ranks[0], 1.25], [0, 0.5, 0.25, ranks[1], 0.75]]
+    approximate = ["blocks.0.norm", "blocks.0.conv"]
+    assert unit["wiring"] == {"inputs": {"layer": "stem", "scale": "sd", "units": units, "approximate": approximate}}
 
 
 def test_api_keeps_its_schema(site):

@@ -1,5 +1,6 @@
 """Shards and the store: whole or not at all, chunk by chunk the same, and honest about what is wrong."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ import pipeline
 from pipeline.core import atomic_io, hashing
 from pipeline.core.errors import AtlasError
 from pipeline.core.metric_specs import IMAGE_METRICS, RATIO_METRICS, RELATION_METRICS
+from pipeline.layers.connectivity import Connectivity
 from pipeline.layers.finding import Layer, ReceptiveField
 from pipeline.store import hdf5, shards, writer
 from pipeline.store.writer import Content
@@ -120,6 +122,28 @@ def test_an_atlas_of_before_the_measures_opens(tmp_path: Path) -> None:
         assert np.array_equal(numbers["spatial_mean"], numbers["activation"])
         assert atlas[LAYER.name].image_activations() is None and len(atlas.units()) == 2
     assert writer.verify(path, {LAYER.name: [0, 1]}) == []
+
+
+def test_connections_come_back_and_those_of_former_versions_open(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    norm, total, strength = rng.normal(size=(3, 9, 4)).astype(np.float32)
+    channel = np.tile(np.array([3, 1, 0, -1], np.int32), (9, 1))
+    wired = Connectivity("before", channel, norm, total, strength, "sd", ("a.norm", "a.conv"))
+    path = tmp_path / "atlas.h5"
+    writer.consolidate(path, dataclasses.replace(content((2, 5)), inputs={LAYER.name: wired}), {})
+    with pipeline.open_atlas(path) as atlas:
+        found = atlas[LAYER.name].connectivity("inputs")
+        assert found is not None and atlas[LAYER.name].connectivity("outputs") is None
+        assert (found.layer, found.scale, found.approximate) == ("before", "sd", ("a.norm", "a.conv"))
+        for name in ("channel", "norm", "sum", "strength"):
+            assert np.array_equal(getattr(found, name), getattr(wired, name)[[2, 5]])
+    with h5py.File(path, "r+") as file:
+        group = hdf5.group(file, f"layers/{shards.safe_name(LAYER.name)}/wiring/inputs")
+        del group["strength"], group.attrs["scale"], group.attrs["approximate"]
+    with pipeline.open_atlas(path) as atlas:
+        found = atlas[LAYER.name].connectivity("inputs")
+        assert found is not None and (found.scale, found.approximate) == ("", ())
+        assert np.array_equal(found.strength, norm[[2, 5]])
 
 
 def test_a_lost_picture_is_marked_and_reported(tmp_path: Path) -> None:

@@ -268,19 +268,23 @@ def wiring_of(layer: LayerView, ranks: Mapping[str, Mapping[int, int]]) -> Calla
     if not wirings:
         return None
     weights = {
-        side: (shortest_decimals(wiring.norm), shortest_decimals(wiring.sum)) for side, wiring in wirings.items()
+        side: tuple(shortest_decimals(array) for array in (wiring.norm, wiring.sum, wiring.strength))
+        for side, wiring in wirings.items()
     }
 
     def record_of(row: int) -> dict[str, Any]:
         record = {}
         for side, wiring in wirings.items():
             places = ranks.get(wiring.layer, {})
-            norms, sums = (values[row] for values in weights[side])
-            connections = zip(wiring.channel[row].tolist(), norms, sums, strict=True)
+            connections = zip(wiring.channel[row].tolist(), *(values[row] for values in weights[side]), strict=True)
             units = [
-                [channel, norm, total, places.get(channel, -1)] for channel, norm, total in connections if channel >= 0
+                [channel, norm, total, places.get(channel, -1), strength]
+                for channel, norm, total, strength in connections
+                if channel >= 0
             ]
-            record[side] = {"layer": wiring.layer, "units": units}
+            record[side] = {"layer": wiring.layer, "scale": wiring.scale, "units": units}
+            if wiring.approximate:
+                record[side]["approximate"] = list(wiring.approximate)
         return record
 
     return record_of

@@ -350,13 +350,16 @@
         make("div", { class: "nears" }, similar.map(([channel, r, rank]) => neighbour(unit.layer, channel, rank, r.toFixed(2).replace("-", "−"))))));
     }
     const wiring = unit.record.wiring || {};
-    for (const [key, title, text] of [["inputs", "Strongest inputs", "from"], ["outputs", "Strongest outputs", "to"]]) {
+    for (const [key, title, text, source] of [["inputs", "Strongest inputs", "from", "the input unit"], ["outputs", "Strongest outputs", "to", "this unit"]]) {
       const wires = wiring[key];
       const other = wires && ATLAS.layer(wires.layer);
       if (!other || !wires.units.length) continue;
       found.push(make("section", { class: "wiring" }, make("h2", { text: title }),
-        make("p", { class: "note" }, "By the L2 norm of the weights " + text + " ", make("a", { href: root + "layers/" + other.slug + ".html", text: other.name }), ", with the sign of their sum: + excitatory, − inhibitory."),
-        make("div", { class: "nears" }, wires.units.map(([channel, norm, sum, rank]) => neighbour(other, channel, rank, (sum < 0 ? "−" : "+") + number(norm))))));
+        make("p", { class: "note" }, "By the L2 norm of the " + (wires.scale ? "effective " : "") + "weights " + text + " ", make("a", { href: root + "layers/" + other.slug + ".html", text: other.name }),
+          wires.scale === "sd" ? ", times the standard deviation of " + source + " over the dataset" : "", ", with the sign of the weights’ sum: + excitatory, − inhibitory. ",
+          wires.scale ? "Normalizations and depthwise convolutions between are included, activation functions are not." : "Normalizations and activation functions are not included.",
+          wires.approximate ? " Included only in part: " + wires.approximate.join(", ") + "." : ""),
+        make("div", { class: "nears" }, wires.units.map(([channel, , sum, rank, strength]) => neighbour(other, channel, rank, (sum < 0 ? "−" : "+") + number(strength))))));
     }
     return found;
   }
