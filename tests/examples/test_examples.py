@@ -67,7 +67,7 @@ def seen_by(model: Model, layers: list[Layer], dataset: Dataset, batch: int) -> 
 
 def check(found: PassResult, ranges: HistogramRange, seen: dict[str, np.ndarray], dataset: Dataset, k: int) -> None:
     """Lists equal to the bit, statistics to 1e-6 of the layer's range."""
-    numbers = channel_stats.channel_statistics(found.tally, ranges)
+    numbers = channel_stats.channel_statistics(found.tally, ranges, np.ones(len(ranges.low), bool))
     sources = [p.source for p in dataset.images]
     start = 0
     for maps in seen.values():
@@ -238,7 +238,8 @@ def test_a_channel_that_never_fires_gets_no_arbitrary_examples(photo_folder: Pat
     layers = [la for la in enumerate_layers(model) if la.name in ("late", "relu#2")]
     config = ExamplesConfig(k=3, batch=5)
     found, ranges = swept(model, layers, dataset, range(20), config)
-    inactive = channel_stats.channel_statistics(found.tally, ranges)["inactive"]
+    assert all(layer.rectified for layer in layers)
+    inactive = channel_stats.channel_statistics(found.tally, ranges, np.ones(16, bool))["inactive"]
     chosen = localize.select_examples(found, [(la, range(la.channels)) for la in layers], dataset, config)
     assert inactive[2] and inactive[8 + 2] and not inactive.all()
     for own in chosen:

@@ -74,6 +74,7 @@ class LayerSummary:
         unrendered: Why the layer cannot have visualizations, or "".
         rendered: Its visualizations, by preset.
         classifier: Whether its channels are the classes of the network.
+        reference: What its statistics compare activations with; see `LayerView.reference`.
     """
 
     name: str
@@ -88,6 +89,7 @@ class LayerSummary:
     unrendered: str
     rendered: tuple[PresetSummary, ...]
     classifier: bool
+    reference: str = ""
 
     @property
     def href(self) -> str:
@@ -146,6 +148,7 @@ def summarize(layer: LayerView, order: int, classes: Sequence[str]) -> LayerSumm
         unrendered=layer.unrendered,
         rendered=tuple(_rendered(layer, key) for key in layer.presets),
         classifier=layer.kind == "linear" and len(classes) == layer.total_channels,
+        reference=layer.reference,
     )
 
 
