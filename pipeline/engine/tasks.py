@@ -18,7 +18,7 @@ from pipeline.visualization.preset import Preset
 # other results from the same settings (docs/store.md, "Identity").
 RENDER_VERSION = 3
 EXAMPLES_VERSION = 3
-LOCALIZE_VERSION = 3
+LOCALIZE_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -318,8 +318,19 @@ def sparsity(total: np.ndarray, squares: np.ndarray, count: np.ndarray | float) 
         return (1 - total**2 / (count * squares)) / (1 - 1 / np.asarray(count, np.float64))
 
 
-def channel_statistics(total: ChannelAccumulator, ranges: HistogramRange) -> dict[str, np.ndarray]:
+def channel_statistics(
+    total: ChannelAccumulator, ranges: HistogramRange, rectified: np.ndarray
+) -> dict[str, np.ndarray]:
     """Compute the statistics of each channel that an atlas stores.
+
+    `nonzero`, `fired`, `sparsity` and `inactive` compare activations with 0, which means something only before and
+    behind a rectifier (`pipeline.layers.rectifiers`). Elsewhere they are left out: NaN, and not inactive. The channel's
+    median in place of 0 would say nothing either: half of all positions lie above it by definition.
+
+    Args:
+        total: Sums over all images, of C channels.
+        ranges: Ranges and scales of the channels.
+        rectified: Whether zero is a threshold of the values of each channel, (C,) bool.
 
     Returns:
         Arrays (C,) by name, float32 unless stated otherwise:
@@ -350,4 +361,7 @@ def channel_statistics(total: ChannelAccumulator, ranges: HistogramRange) -> dic
         "sparsity": sparsity(mean["rate"] * n, mean["power"] * n, n) if n > 1 else np.full(len(total.max), np.nan),
         "kurtosis": kurtosis,
     }
-    return {**{name: value.astype(np.float32) for name, value in values.items()}, "inactive": ~(total.max > 0)}
+    for name in ("nonzero", "fired", "sparsity"):
+        values[name] = np.where(rectified, values[name], np.nan)
+    statistics = {name: value.astype(np.float32) for name, value in values.items()}
+    return {**statistics, "inactive": rectified & ~(total.max > 0)}

@@ -74,9 +74,9 @@ def select_examples(
 ) -> list[TopExamples]:
     """Select the dataset examples of each layer's channels from the result of a complete first pass.
 
-    Arbitrary entries are left out: a channel whose activation was never positive gets only examples of its lowest
-    activations, and images with an activation of exactly 0, the output of a rectifier for any negative input, are
-    never in a list of extremes.
+    Arbitrary entries are left out where `Layer.rectified`: a channel whose activation was never positive gets only
+    examples of its lowest activations, and images with an activation of exactly 0, the output of a rectifier for any
+    negative input, are never in a list of extremes.
 
     Args:
         swept: Result of the first pass, for all channels of the layers.
@@ -90,12 +90,12 @@ def select_examples(
     for layer, layer_channels in layers:
         channels = np.asarray(layer_channels)
         columns = start + channels
-        is_inactive = ~(swept.tally.max[columns] > 0)[:, None]
+        is_inactive = layer.rectified & ~(swept.tally.max[columns] > 0)[:, None]
         lists: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for name in LISTS:
             value, index = topk.decode(swept.tops[name][columns])
             value = -value if name == "min" else value
-            is_arbitrary = (value == 0) | (is_inactive & (name != "min"))
+            is_arbitrary = (layer.rectified & (value == 0)) | (is_inactive & (name != "min"))
             lists[name] = _without(is_arbitrary, value, index)
         value, index = select_quantile_examples(
             swept.responses[:, columns],

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.layers.layouts import Axes, Layout, Part, as_maps, find_axes, override_layout
+from pipeline.layers.rectifiers import rectified_taps
 from pipeline.layers.tracing import Call, Trace, class_of, kind_of, modules_of, tensor_of
 from pipeline.models.loading import Model
 
@@ -61,6 +62,8 @@ class Layer:
         grid: (height, width) of the patches of a layer of tokens.
         part: Which tokens make up the map.
         alias: Name of the layer in the literature, if it differs.
+        rectified: Whether zero is a threshold of its values, because a rectifier reads them or made them; see
+            `rectifiers.rectified_taps`.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Layer:
     grid: tuple[int, int] | None = None
     part: Part = "patches"
     alias: str = ""
+    rectified: bool = True
 
     @property
     def tap(self) -> list[Any]:
@@ -279,7 +283,10 @@ def enumerate_layers(
             f"{model.name} has no module whose output has channels, so there is no layer that a hook could read. "
             "Replace functional calls by modules (torch.nn.Conv2d, torch.nn.Linear, …)."
         )
-    return layers
+    rectified = rectified_taps(model, {(layer.module, layer.call, layer.side) for layer in layers})
+    return [
+        dataclasses.replace(layer, rectified=(layer.module, layer.call, layer.side) in rectified) for layer in layers
+    ]
 
 
 def _layer(trace: Trace, call: Call, axes: Axes, part: Part, aliases: Mapping[str, str]) -> Layer:

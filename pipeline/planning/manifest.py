@@ -61,7 +61,8 @@ class Manifest:
         stored = {layer.name: layer for layer, _ in self.layers}
 
         def without_field(layer: Layer) -> Layer:
-            return dataclasses.replace(layer, field=None, alias="")
+            # `rectified` changes no receptive field, and manifests of former versions lack it.
+            return dataclasses.replace(layer, field=None, alias="", rectified=True)
 
         fields = {}
         for layer in layers:

@@ -19,6 +19,7 @@ from pipeline.examples import label_association, localize
 from pipeline.examples import sweep as examples
 from pipeline.examples.association import Association
 from pipeline.examples.channel_stats import HistogramRange
+from pipeline.examples.label_association import LabeledSources
 from pipeline.examples.localize import SecondPassIndex, TopExamples
 from pipeline.examples.results import DatasetPassResult
 from pipeline.examples.sweep import ImageSubsets, PassResult
@@ -189,11 +190,11 @@ class DatasetPass:
         dataset = self._plan.setup.dataset
         ranges = HistogramRange(**self.histogram_ranges.arrays())
         parts = [shard.arrays() for _, shard in sorted(self.localized_ranges.items())]
-        names, of = dataset.labels
+        names, _ = dataset.labels
         associations: list[Association | None] = []
         start = 0
         for (layer, _), chosen in zip(self._plan.layers, self.chosen, strict=True):
-            associations.append(self._association(layer, start, chosen, of, ranges) if names else None)
+            associations.append(self._association(layer, start, chosen, ranges) if names else None)
             start += layer.channels
         return DatasetPassResult(
             self.sweep,
@@ -206,25 +207,29 @@ class DatasetPass:
             names,
         )
 
-    def _association(
-        self, layer: Layer, start: int, chosen: TopExamples, of: np.ndarray, ranges: HistogramRange
-    ) -> Association:
+    @functools.cached_property
+    def _labeled_parts(self) -> list[np.ndarray]:
+        """The images with histogram bins, in the order of the shards of the first pass."""
+        return [shard.get("codes/index")["codes/index"] for _, shard in sorted(self.swept_ranges.items())]
+
+    @functools.cached_property
+    def _labeled_sources(self) -> LabeledSources:
+        """The sources of the images with histogram bins; positions are those in the ascending order of images."""
+        return LabeledSources.of(self._plan.setup.dataset, np.sort(np.concatenate(self._labeled_parts)))
+
+    def _association(self, layer: Layer, start: int, chosen: TopExamples, ranges: HistogramRange) -> Association:
         """Return the association of a layer's channels with labels; `start` is its first column in the pass."""
-        parts = [shard.get("codes/index")["codes/index"] for _, shard in sorted(self.swept_ranges.items())]
-        index = np.concatenate(parts)
-        if not label_association.has_enough_labels(of[index]):
-            return label_association.associate_by_counts(chosen.lists["max"][1], of)
-        channels = chosen.channels
+        if not self._labeled_sources.sufficient:
+            return label_association.associate_by_counts(chosen.lists["max"][1], self._plan.setup.dataset.labels[1])
+        parts, channels = self._labeled_parts, chosen.channels
         columns = [
             shard.columns("codes/bin", start, start + layer.channels)[:, channels]
             for (_, shard), part in zip(sorted(self.swept_ranges.items()), parts, strict=True)
             if len(part)
         ]
-        order = np.argsort(index, kind="stable")
-        codes = np.concatenate(columns)[order]
-        return label_association.associate_by_activations(
-            codes, of[index[order]], ranges.low[start + channels], ranges.high[start + channels]
-        )
+        codes = np.concatenate(columns)[np.argsort(np.concatenate(parts), kind="stable")]
+        low, high = ranges.low[start + channels], ranges.high[start + channels]
+        return label_association.associate_by_activations(codes, self._labeled_sources, low, high, layer.rectified)
 
 
 def _concatenated(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -366,8 +366,22 @@ class LayerView:
         return {name: self._get(group, name) for name in hdf5.member_names(group)}
 
     @property
+    def reference(self) -> str:
+        """What activations are compared with by `nonzero`, `fired`, `sparsity` and `inactive` of `stats`.
+
+        "zero" where a rectifier reads the layer or made it; "none" where zero is arbitrary, as in the linear output of
+        a residual block: these statistics are then NaN, and no unit is inactive. "zero" in atlases before schema 5,
+        which compared all layers with zero; "" without a dataset pass.
+        """
+        stats = self._group.get("stats")
+        return str(stats.attrs.get("reference", "zero")) if isinstance(stats, h5py.Group) else ""
+
+    @property
     def population_sparsity(self) -> float:
-        """Mean sparsity of the layer's activations on an image, 0 … 1; NaN if no unit was active, or in old atlases."""
+        """Mean sparsity of the layer's activations on an image, 0 … 1.
+
+        NaN if no unit was active, in layers without a zero (`reference`), and in old atlases.
+        """
         stats = self._group.get("stats")
         return float(stats.attrs.get("population_sparsity", np.nan)) if isinstance(stats, h5py.Group) else float("nan")
 
@@ -416,9 +430,9 @@ class LayerView:
         if "labels" not in self._group:
             return None
         group = hdf5.group(self._group, "labels")
-        return Association(
-            hdf5.text_attribute(group, "method"), **{name: self._get(group, name) for name in hdf5.member_names(group)}
-        )
+        stored = {name: self._get(group, name) for name in hdf5.member_names(group)}
+        empty = Association.empty(hdf5.text_attribute(group, "method"), *stored["over"].shape)
+        return dataclasses.replace(empty, **stored)  # atlases before schema 5 have neither `p` nor `chosen`
 
     def connectivity(self, side: str) -> Wiring | None:
         """Return the strongest connections of each unit to an adjacent layer, or None if they were not computed.

@@ -369,7 +369,8 @@ def _put_jpeg(group: h5py.Group, name: str, array: np.ndarray) -> None:
 def _write_pass_results(groups: Sequence[h5py.Group], layers: Sequence[Layer], pass_result: DatasetPassResult) -> None:
     """Write the results of the dataset pass for each layer's channels."""
     tally, ranges = pass_result.first_pass.tally, pass_result.ranges
-    stats = channel_statistics(tally, ranges)
+    rectified = np.repeat([layer.rectified for layer in layers], [layer.channels for layer in layers])
+    stats = channel_statistics(tally, ranges, rectified)
     sparsity_sums = tally.crowd / 2.0**32  # accumulated as integers, in units of 2⁻³²
     start = 0
     for i, (group, layer, examples) in enumerate(zip(groups, layers, pass_result.examples, strict=True)):
@@ -377,7 +378,8 @@ def _write_pass_results(groups: Sequence[h5py.Group], layers: Sequence[Layer], p
         start += layer.channels
         for key, array in stats.items():
             write_array(group, f"stats/{key}", array[columns])
-        active_images = int(tally.crowded[i])
+        active_images = int(tally.crowded[i]) if layer.rectified else 0
+        group["stats"].attrs["reference"] = "zero" if layer.rectified else "none"
         group["stats"].attrs["population_sparsity"] = sparsity_sums[i] / active_images if active_images else np.nan
         group["stats"].attrs["images"] = tally.images
         means = pass_result.first_pass.means[:, start - layer.channels : start]

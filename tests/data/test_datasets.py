@@ -436,6 +436,11 @@ def test_a_second_run_borrows_the_pass_of_the_first(tiny_run: list[str], tmp_pat
         assert labels is not None and labels.method == "counts" and len(atlas.dataset_labels) == 4
         histogram = layer.histogram()
         assert histogram is not None and histogram.counts.shape == (3, 254) and 0 <= layer.population_sparsity <= 1
+        for layer in atlas:
+            linear = layer.name.endswith(("conv_pwl", "classifier"))  # a block's output, and the logits
+            assert layer.reference == ("none" if linear else "zero")
+            assert np.isnan(layer.population_sparsity) == linear
+            assert all(np.isnan(layer.stats()[name]).all() == linear for name in ("nonzero", "fired", "sparsity"))
     # Another input recipe is another pass.
     plans = [make_plan(compose([*tiny_run, *more]).config, timed=False) for more in ([], ["model.resize=70"])]
     assert plans[0].examples_digest != plans[1].examples_digest

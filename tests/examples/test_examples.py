@@ -28,6 +28,7 @@ from pipeline.data.datasets import Dataset
 from pipeline.data.readers.base import DatasetImage
 from pipeline.examples import channel_stats, localize, sweep, topk
 from pipeline.examples.channel_stats import HistogramRange
+from pipeline.examples.label_association import LabeledSources
 from pipeline.examples.sweep import ExamplesConfig, ImageSubsets, PassContext, PassResult
 from pipeline.kernels import build, spatial_stats
 from pipeline.layers.finding import Layer, ReceptiveField, capture, enumerate_layers
@@ -67,7 +68,7 @@ def seen_by(model: Model, layers: list[Layer], dataset: Dataset, batch: int) -> 
 
 def check(found: PassResult, ranges: HistogramRange, seen: dict[str, np.ndarray], dataset: Dataset, k: int) -> None:
     """Lists equal to the bit, statistics to 1e-6 of the layer's range."""
-    numbers = channel_stats.channel_statistics(found.tally, ranges)
+    numbers = channel_stats.channel_statistics(found.tally, ranges, np.ones(len(ranges.low), bool))
     sources = [p.source for p in dataset.images]
     start = 0
     for maps in seen.values():
@@ -230,6 +231,34 @@ def test_a_source_picture_stands_once_in_a_list() -> None:
         assert (index >= 0).any(), name
 
 
+def test_labels_count_sources() -> None:
+    """The sample images have a label each, and 412 crops: too few sources for any statistics of labels."""
+    dataset = datasets.list_dataset(DataConfig())
+    index = np.arange(3, len(dataset.images))
+    sources = LabeledSources.of(dataset, index)
+    assert len(sources.labels) == len({photo.source for photo in dataset.images[3:]}) and not sources.sufficient
+    for number, start in enumerate(sources.starts):
+        photo = dataset.images[index[sources.images[start]]]
+        assert dataset.labels[0][sources.labels[number]] == photo.label
+    assert abs(sources.half.mean() - 0.5) < 0.03
+
+
+def test_a_linear_channel_below_zero_keeps_its_examples(photo_folder: Path) -> None:
+    """Zero is arbitrary there: the highest activations are examples, though none is positive."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.module.head.bias[1] = -1000.0  # type: ignore[union-attr,index,operator]
+    dataset = datasets.list_dataset(DataConfig("folder", str(photo_folder)))
+    layers = [la for la in enumerate_layers(model) if la.name == "head"]
+    config = ExamplesConfig(k=3, batch=5)
+    found, _ = swept(model, layers, dataset, range(20), config)
+    (chosen,) = localize.select_examples(found, [(layers[0], (0, 1))], dataset, config)
+    assert not layers[0].rectified and (found.tally.max[1] < 0) and (chosen.lists["max"][1] >= 0).all()
+    rectified = dataclasses.replace(layers[0], rectified=True)
+    (chosen,) = localize.select_examples(found, [(rectified, (0, 1))], dataset, config)
+    assert (chosen.lists["max"][1][1] == -1).all()
+
+
 def test_a_channel_that_never_fires_gets_no_arbitrary_examples(photo_folder: Path) -> None:
     model = tiny_model()
     with torch.no_grad():
@@ -238,7 +267,8 @@ def test_a_channel_that_never_fires_gets_no_arbitrary_examples(photo_folder: Pat
     layers = [la for la in enumerate_layers(model) if la.name in ("late", "relu#2")]
     config = ExamplesConfig(k=3, batch=5)
     found, ranges = swept(model, layers, dataset, range(20), config)
-    inactive = channel_stats.channel_statistics(found.tally, ranges)["inactive"]
+    assert all(layer.rectified for layer in layers)
+    inactive = channel_stats.channel_statistics(found.tally, ranges, np.ones(16, bool))["inactive"]
     chosen = localize.select_examples(found, [(la, range(la.channels)) for la in layers], dataset, config)
     assert inactive[2] and inactive[8 + 2] and not inactive.all()
     for own in chosen:

@@ -192,6 +192,7 @@ def write_examples(group: h5py.Group, rng, name: str, count: int, side: int, bes
     write_array(group, "labels/over", over)
     write_array(group, "labels/count", np.where(over >= 0, 4, 0).astype(np.int32))
     write_array(group, "labels/lift", np.where(over >= 0, 2.5, np.nan).astype(np.float32))
+    write_array(group, "labels/p", np.where(over >= 0, 0.25, np.nan).astype(np.float32))
     write_array(group, "labels/best", over[:, 0].copy())
     for key in ("selectivity", "auroc"):
         write_array(group, f"labels/{key}", rng.uniform(0, 1, count).astype(np.float32))
@@ -405,7 +406,7 @@ def test_numbers_are_those_of_the_store(site):
                         assert tuple(entry[6:]) == (box or ()) or facts["whole"]
                         assert photos[str(entry[1])][:2] == list(atlas.dataset()[["path", "label"]].iloc[entry[1]])
                 assert labels is not None and maps is not None
-                assert unit["labels"]["over"][0] == [atlas.dataset_labels[labels.over[row, 0]], 4, 2.5]
+                assert unit["labels"]["over"][0] == [atlas.dataset_labels[labels.over[row, 0]], 4, 2.5, 0.25]
                 similar = layer.similar(channel)
                 assert [s[0] for s in unit["similar"]] == similar["channel"].tolist()
                 assert [s[1] for s in unit["similar"]] == pytest.approx(similar["correlation"].tolist(), abs=1e-4)
@@ -597,6 +598,31 @@ def test_failed_and_silent_units_are_flagged(site):
     statuses = shard(site, "blocks.0.conv/grid")["status"]
     assert statuses.index("failed") == 1 and statuses.count("failed") == 1
     assert "blocks.0.conv:2" in Page(site / "index.html").words
+
+
+def test_a_layer_without_zero_says_so_and_shows_no_shares_above_zero(tmp_path):
+    path = write_atlas(tmp_path / "atlas.h5")
+    with h5py.File(path, "r+") as file:
+        stats = file["layers/stem/stats"]
+        stats.attrs["reference"] = "none"
+        stats["nonzero"][:] = stats["sparsity"][:] = np.nan
+        stats["inactive"][:] = False
+        labels = file["layers/stem/labels"]
+        labels["best"][:] = -1
+        labels["chosen"] = np.tile(np.array([0, 1], np.int32), (len(labels["best"]), 1))
+    build(path)
+    site = tmp_path / "site"
+    linear, other = Page(site / "layers/stem.html").words, Page(site / "layers/blocks.0.conv.html").words
+    assert "Linear output: no zero." in linear and "Linear output" not in other
+    assert (
+        shard(site, "stem/layer")["reference"] == "none" and shard(site, "blocks.0.conv/layer")["reference"] == "zero"
+    )
+    assert {"nonzero", "sparsity"}.isdisjoint(shard(site, "stem/grid")) and "max" in shard(site, "stem/grid")
+    with open_atlas(path) as atlas:
+        assert atlas["stem"].reference == "none" and atlas["blocks.0.conv"].reference == "zero"
+        unit = unit_of(site, atlas["stem"], 3)[0]
+        assert unit["stats"]["nonzero"] is None and "best" not in unit["labels"]
+        assert unit["labels"]["chosen"] == list(atlas.dataset_labels[:2])
 
 
 def test_without_examples(tmp_path):

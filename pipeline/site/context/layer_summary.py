@@ -76,6 +76,7 @@ class LayerSummary:
         rendered: Its visualizations, by preset.
         classifier: Whether its channels are the classes of the network.
         rotation_number: Share of channels that exceed 95 % of random directions; None if it is not known.
+        reference: What its statistics compare activations with; see `LayerView.reference`.
     """
 
     name: str
@@ -90,6 +91,7 @@ class LayerSummary:
     unrendered: str
     rendered: tuple[PresetSummary, ...]
     classifier: bool
+    reference: str = ""
     rotation_number: float | None = None
 
     @property
@@ -150,6 +152,7 @@ def summarize(layer: LayerView, order: int, classes: Sequence[str]) -> LayerSumm
         rendered=tuple(_rendered(layer, key) for key in layer.presets),
         classifier=layer.kind == "linear" and len(classes) == layer.total_channels,
         rotation_number=None if math.isnan(layer.rotation_number) else layer.rotation_number,
+        reference=layer.reference,
     )
 
 

@@ -28,7 +28,15 @@ def write_units(root: Path, facts: LayerSummary, records: Sequence[str], build: 
         records: Records of its units, as JSON.
         build: Digest of the layer's files.
     """
-    head = to_json({"layer": facts.name, "kind": facts.kind, "of": facts.total, "digest": build})[:-1]
+    head = to_json(
+        {
+            "layer": facts.name,
+            "kind": facts.kind,
+            "reference": facts.reference,
+            "of": facts.total,
+            "digest": build,
+        }
+    )[:-1]
     write(root, f"{API}/units/{facts.slug}.json", f'{head},"units":[{",".join(records)}]}}\n')
 
 
@@ -63,6 +71,7 @@ def _layer_entry(facts: LayerSummary) -> dict[str, Any]:
     return {
         "name": facts.name,
         "kind": facts.kind,
+        "reference": facts.reference,
         "channels": len(facts.channels),
         "of": facts.total,
         "map": facts.map_size,

@@ -148,6 +148,7 @@ def _layer(
     return {
         "name": facts.name,
         "kind": facts.kind,
+        "reference": facts.reference,
         "map": facts.map_size,
         "field": facts.receptive_field,
         "input": facts.input_size,

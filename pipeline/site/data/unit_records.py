@@ -30,7 +30,10 @@ def columns(layer: LayerView, facts: LayerSummary, catalogue: Catalogue) -> dict
     """Return the columns that the grid of a layer is sorted and filtered by: lists in the order of its channels."""
     stats = layer.stats()
     result: dict[str, Any] = {
-        key: rounded_decimals(stats[key]) for key in ("max", "mean", "sparsity", "nonzero") if key in stats
+        key: rounded_decimals(stats[key])
+        for key in ("max", "mean", "sparsity", "nonzero")
+        # Sparsity and shares above zero are NaN in layers where zero is arbitrary.
+        if key in stats and (np.isfinite(stats[key]).any() or not len(stats[key]))
     }
     if facts.rendered:
         numbers = layer.measurements(facts.rendered[0].key)
@@ -115,7 +118,7 @@ class Recorder:
         if self._histogram is not None:
             self._prepare_histogram(self._histogram)
         if self._labels is not None:
-            self._lift = shortest_decimals(self._labels.lift)
+            self._lift, self._p = shortest_decimals(self._labels.lift), shortest_decimals(self._labels.p)
             self._best = shortest_decimals(np.stack([self._labels.selectivity, self._labels.auroc], -1))
         # Cached, because units of a layer share positions.
         self._box = functools.lru_cache(maxsize=1 << 16)(layer.crop_box)
@@ -217,12 +220,17 @@ class Recorder:
 
     def _labels_record(self, labels: Association, row: int) -> dict[str, Any]:
         names = self._catalogue.names
-        over = zip(labels.over[row].tolist(), labels.count[row].tolist(), self._lift[row], strict=True)
-        record: dict[str, Any] = {"over": [[names[label], count, lift] for label, count, lift in over if label >= 0]}
-        best = int(labels.best[row])
+        over = zip(labels.over[row].tolist(), labels.count[row].tolist(), self._lift[row], self._p[row], strict=True)
+        record: dict[str, Any] = {
+            "over": [[names[label], count, lift, p] for label, count, lift, p in over if label >= 0]
+        }
+        best, chosen = int(labels.best[row]), labels.chosen[row].tolist()
         if best >= 0:
-            selectivity, auroc = self._best[row]
-            record |= {"best": names[best], "selectivity": selectivity, "auroc": auroc}
+            record["best"] = names[best]
+        elif min(chosen) >= 0:
+            record["chosen"] = [names[label] for label in chosen]
+        if best >= 0 or min(chosen) >= 0:
+            record["selectivity"], record["auroc"] = self._best[row]
         return record
 
 

@@ -297,6 +297,9 @@
     ["least_mean", "lowest mean", number, "Lowest mean of an activation map over all dataset images."],
   ];
 
+  // Statistics that compare activations with zero.
+  const AGAINST_ZERO = ["nonzero", "fired", "sparsity"];
+
   function numbers(unit) {
     const main = unit.facts.rendered[0];
     const p = main && unit.record.pictures[main.key][0];
@@ -310,7 +313,9 @@
       if ("robust" in p) item("robust activation", data(p.robust), "Mean activation of 16 transformed copies.", true);
     }
     const stats = unit.record.stats || {};
-    for (const [key, name, form, hint] of STATS) if (key in stats) item(name, data(stats[key], form), hint);
+    const linear = unit.facts.reference === "none";
+    for (const [key, name, form, hint] of STATS) if (key in stats && !(linear && AGAINST_ZERO.includes(key))) item(name, data(stats[key], form), hint);
+    if (linear) item("above zero, sparsity", "linear output: no zero", "No rectifier follows this layer, so the sign of its activations has no meaning.");
     for (const key of Object.keys(stats)) if (!STATS.some(([k]) => k === key) && typeof stats[key] === "number") item(key.replace(/_/g, " "), data(stats[key]), "");
     let says = null;
     const times = p ? ratioOf(p) : null;
@@ -326,11 +331,14 @@
 
   function labels(unit) {
     const l = unit.record.labels;
-    if (!l || (!l.over.length && !l.best)) return null;
-    const rows = l.over.map(([name, count, lift]) => make("tr", {}, make("th", { scope: "row", text: name }), make("td", { text: String(count) }), make("td", {}, lift === null ? "—" : data(lift), lift === null ? "" : " ×")));
+    if (!l || (!l.over.length && !l.best && !l.chosen)) return null;
+    const rows = l.over.map(([name, count, lift, p]) => make("tr", {}, make("th", { scope: "row", text: name }), make("td", { text: String(count) }), make("td", {}, lift === null ? "—" : data(lift), lift === null ? "" : " ×"), make("td", {}, data(p))));
+    const measured = [", ", typeof l.selectivity === "number" ? ["selectivity ", data(l.selectivity), ", "] : [], "AUROC ", data(l.auroc), ", measured on the half that did not choose the label."].flat();
+    const name = (text) => make("b", { text });
     return make("section", { class: "labels" }, make("h2", { text: "Labels" }),
-      rows.length ? make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Labels" }, make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col", text: "among the top dataset images" }), make("th", { scope: "col", text: "count" }), make("th", { scope: "col", text: "lift" }))), make("tbody", {}, rows))) : null,
-      l.best ? make("p", { class: "note" }, "Highest mean activation for ", make("b", { text: l.best }), ": selectivity ", data(l.selectivity), ", AUROC ", data(l.auroc), ".") : null);
+      rows.length ? make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Labels" }, make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col", text: "among the top dataset images" }), make("th", { scope: "col", text: "count" }), make("th", { scope: "col", text: "lift" }), make("th", { scope: "col", text: "p" }))), make("tbody", {}, rows))) : null,
+      l.best ? make("p", { class: "note" }, "Highest mean activation in both halves of the images for ", name(l.best), ...measured) : null,
+      l.chosen ? make("p", { class: "note" }, "Highest mean activation in one half of the images for ", name(l.chosen[0]), ", in the other for ", name(l.chosen[1]), ...measured) : null);
   }
 
   function neighbour(layer, channel, rank, text) {
