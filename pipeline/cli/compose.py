@@ -38,15 +38,22 @@ def request_of(composed: DictConfig) -> Request:
     tree: Any = OmegaConf.to_container(composed, resolve=True)
     tree.pop("hydra", None)
     tree.pop("experiment", None)
-    if not tree.get("also"):
-        tree.pop("also", None)
-    network = tree.get("model")
-    if isinstance(network, dict) and network.get("name") is None and "target" in network:
-        place = str(network["target"] or "custom").partition(":")[0]
-        network["name"] = safe_name(Path(place).name.removesuffix(".py").removesuffix(".pt2"))
+    for optional in ("also", "judges"):
+        if not tree.get(optional):
+            tree.pop(optional, None)
+    judges = tree.get("judges")
+    for network in (tree.get("model"), *(judges.values() if isinstance(judges, dict) else ())):
+        _name_custom(network)
     section = tree.get("run")
     if isinstance(section, dict) and section.get("name") is None:
         section["name"] = safe_name(f"{tree['model'].get('name')}-{tree['render'].get('name')}")
     config = from_tree(tree)
     # Not with OmegaConf, for which `${` in a path is a reference.
     return Request(config, tree, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+
+
+def _name_custom(network: Any) -> None:
+    """Name a custom network without a name after the file of its code."""
+    if isinstance(network, dict) and network.get("name") is None and "target" in network:
+        place = str(network["target"] or "custom").partition(":")[0]
+        network["name"] = safe_name(Path(place).name.removesuffix(".py").removesuffix(".pt2"))

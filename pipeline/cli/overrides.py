@@ -83,6 +83,9 @@ def split_options(
     return Options(values, chosen, host, compare), rest
 
 
+# Lists of choices of a group, each of which becomes a section of its own.
+_LISTS = {"also": "render", "judges": "model"}
+
 # A list of members in place of the members of a group: render.penalties=[my_file.py:Class].
 _MEMBERS = re.compile(rf"(render|also\.[\w-]+)\.({'|'.join(KEYED_GROUPS)})=\[")
 
@@ -120,7 +123,7 @@ def _as_override(value: Any) -> str:
 
 
 def to_overrides(arguments: Sequence[str], on_folder: bool = False) -> list[str]:
-    """Return arguments as overrides for Hydra: presets in `also=[…]`, and the folder of a run.
+    """Return arguments as overrides for Hydra: `also=[…]` and `judges=[…]`, and the folder of a run.
 
     Args:
         arguments: Arguments without the verb and its options.
@@ -128,9 +131,10 @@ def to_overrides(arguments: Sequence[str], on_folder: bool = False) -> list[str]
     """
     overrides = []
     for argument in arguments:
-        if argument.startswith("also="):
-            names = argument.removeprefix("also=").strip("[]").split(",")
-            overrides += [f"+render@also.{name.strip()}={name.strip()}" for name in names if name.strip()]
+        key, _, value = argument.partition("=")
+        if key in _LISTS:
+            names = [name.strip().strip("'\"") for name in value.strip("[]").split(",")]
+            overrides += [f"+{_LISTS[key]}@{key}.{name}={name}" for name in names if name]
         elif on_folder and (_is_folder(argument) or not _is_override(argument)):
             path = Path(argument).expanduser()
             path = path if path.name not in ("", "..") else path.resolve()
@@ -213,6 +217,8 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
     message = str(error).strip()
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
+        if f"+{group}@judges.{name}={name}" in overrides:
+            return f"judges: there is no network {name!r}. {nearest_names(name, error.options, 6)}"
         return f"There is no {group}={name}. {nearest_names(name, error.options, 6)}"
     match = re.search(r"Could not (?:override|delete|load) '?([\w./@]+)'?", message)
     if match:

@@ -214,7 +214,7 @@ def _stored_plan(request: Request) -> Plan:
     folder = request.folder.existing()
     config = _stored_config(folder)
     units = {name: tuple(channels) for name, channels in folder.planned_channels().items()}
-    return make_plan(dataclasses.replace(config, base=None, only=None), timed=False, units=units or None)
+    return make_plan(dataclasses.replace(config, base=None, only=None, judges={}), timed=False, units=units or None)
 
 
 @dataclasses.dataclass(frozen=True)

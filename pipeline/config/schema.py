@@ -102,6 +102,7 @@ class Config:
         engine: Workers.
         site: Settings of the site.
         also: Further presets that visualize all units.
+        judges: Other networks that the visualizations are shown to, by name.
         base: Folder of a run whose results are reused.
         units: Table of units that replaces the selection of layers and channels.
         only: Condition on the visualizations of the base run that selects units.
@@ -116,6 +117,7 @@ class Config:
     engine: EngineConfig
     site: SiteConfig
     also: Annotated[tuple[Preset, ...], Keyed] = ()
+    judges: Mapping[str, ModelConfig] = dataclasses.field(default_factory=dict)
     base: str | None = None
     units: str | None = None
     only: str | None = None
@@ -139,8 +141,9 @@ class Config:
         return Path(self.run.root, self.run.name)
 
 
-# Sections that a run folder may change between commands. Device and precision are in the digests of visualizations.
-FREE_SECTIONS = ("engine", "site", "run", "base")
+# Sections that a run folder may change between commands. Device and precision are in the digests of visualizations;
+# judges change no other result, and the identity of an atlas contains what they add.
+FREE_SECTIONS = ("engine", "site", "run", "base", "judges")
 
 
 def from_tree(tree: Mapping[str, Any]) -> Config:

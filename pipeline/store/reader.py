@@ -200,7 +200,8 @@ class Atlas:
         """Return a table with one row per feature visualization.
 
         The columns are layer, channel, preset, objective, variant, those of `LayerView.measurements`, natural
-        (`LayerView.dataset_max`), and the statistics of `LayerView.stats`.
+        (`LayerView.dataset_max`), the statistics of `LayerView.stats`, and the numbers of `LayerView.judgements` as
+        JUDGE.rank, JUDGE.probability and so on.
         """
         frames = []
         for layer in self:
@@ -218,6 +219,11 @@ class Atlas:
                         **{k: v.reshape(-1) for k, v in numbers.items() if v.ndim == 2},
                         "natural": np.repeat(layer.dataset_max(preset), variants),
                         **{k: np.repeat(v, variants) for k, v in stats.items() if v.ndim == 1},
+                        **{
+                            f"{judgement.judge}.{k}": v.reshape(-1)
+                            for judgement in layer.judgements(preset)
+                            for k, v in judgement.numbers.items()
+                        },
                     }
                 )
                 frames.append(frame)

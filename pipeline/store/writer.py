@@ -24,6 +24,7 @@ from pipeline.examples.channel_stats import channel_statistics
 from pipeline.examples.localize import TopExamples
 from pipeline.examples.results import DatasetPassResult
 from pipeline.examples.rotation import rotation_number
+from pipeline.judges.judgement import RANGES, Judgement
 from pipeline.layers.connectivity import Connectivity
 from pipeline.layers.finding import Layer
 from pipeline.store import hdf5, shards
@@ -60,6 +61,7 @@ class Content:
         failures: Number of units that failed.
         identity: Digest of everything that the atlas was made from.
         unrendered: Why a layer cannot have visualizations, by layer name.
+        judgements: What other networks say about the visualizations, by layer name and preset.
     """
 
     run: str
@@ -77,6 +79,7 @@ class Content:
     failures: int = 0
     identity: str = ""
     unrendered: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    judgements: Mapping[tuple[str, str], Sequence[Judgement]] = dataclasses.field(default_factory=dict)
 
 
 def read_identity(path: Path) -> str | None:
@@ -156,6 +159,8 @@ def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str],
             for (name, preset), preset_shards in rendered.items():
                 if name == layer.name and preset_shards:
                     _write_visualizations(group, preset, channels, preset_shards)
+                    for judgement in content.judgements.get((name, preset), ()):
+                        _write_judgement(hdf5.group(group, f"render/{safe_name(preset)}"), judgement)
         if content.photos:
             write_array(file, "dataset/path", np.array([p.path for p in content.photos], object))
             write_array(file, "dataset/label", np.array([p.label for p in content.photos], object))
@@ -250,6 +255,16 @@ def _write_visualizations(
         if name in stored:
             write_array(target, name, array)
     write_array(target, "images_sha256", digests)
+
+
+def _write_judgement(group: h5py.Group, judgement: Judgement) -> None:
+    """Write what a judge says about the visualizations of a group `render/<preset>`, as `judges/<name>`."""
+    target = group.create_group(f"judges/{safe_name(judgement.judge)}")
+    target.attrs["judge"] = judgement.judge
+    target.attrs["weights_sha256"] = judgement.weights
+    target.attrs["kind"] = judgement.kind
+    for name, values in judgement.numbers.items():
+        write_array(target, name, values)
 
 
 def _create_render_group(group: h5py.Group, preset: str, preset_shards: Sequence[Shard]) -> h5py.Group:
@@ -453,6 +468,7 @@ def verify(path: Path, planned: Mapping[str, Sequence[int]]) -> list[tuple[str, 
                 faults.append((layer.name, f"{len(absent)} planned channels are not in the atlas, e.g. {absent[:3]}"))
             for preset in layer.presets:
                 faults += [(f"{layer.name}/{preset}", fault) for fault in _measurement_faults(layer, preset)]
+                faults += [(f"{layer.name}/{preset}", fault) for fault in _judgement_faults(layer, preset)]
             if planned and not layer.presets:
                 faults.append((layer.name, "has no feature visualizations; `atlas run` or `atlas render` makes them"))
             best = layer.examples("max")
@@ -473,6 +489,14 @@ def _measurement_faults(layer: LayerView, preset: str) -> Iterator[str]:
         values = numbers.get(metric.name, np.zeros(0))
         if (values < metric.low - 1e-3).any() or (values > metric.high + 1e-3).any():
             yield f"{metric.name} is not between {metric.low:g} and {metric.high:g}"
+
+
+def _judgement_faults(layer: LayerView, preset: str) -> Iterator[str]:
+    for judgement in layer.judgements(preset):
+        for name, values in judgement.numbers.items():
+            low, high = RANGES.get(name, (-np.inf, np.inf))
+            if (values < low - 1e-3).any() or (values > high + 1e-3).any():
+                yield f"{name} in {judgement.judge} is not between {low:g} and {high:g}"
 
 
 def _is_readable(dataset: h5py.Dataset) -> bool:

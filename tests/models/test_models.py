@@ -98,8 +98,16 @@ def test_recipes_are_the_weights_own_and_can_be_overridden() -> None:
     assert (changed.size, changed.resize, changed.mean) == ((64, 64), 73, (0.1, 0.2, 0.3))
 
 
-def test_the_default_network_has_its_own_recipe_and_labels() -> None:
-    model = load_model(ModelConfig("package", "efficientnet_lite0"))
+@pytest.mark.parametrize(("number", "side"), [(0, 224), (1, 240), (2, 260)])
+def test_packaged_networks_have_their_own_recipe_labels_and_weights(number: int, side: int) -> None:
+    model = load_model(ModelConfig("package", f"efficientnet_lite{number}"))
+    random = load_model(ModelConfig("package", f"efficientnet_lite{number}", weights=None))
+    assert model.digest != random.digest and model.preprocessing == random.preprocessing
+    # As timm evaluates the same weights.
+    timm = load_model(ModelConfig("timm", f"tf_efficientnet_lite{number}", weights=None)).preprocessing
+    assert (model.preprocessing.size, model.preprocessing.resize) == ((side, side), timm.resize) and timm.size[
+        0
+    ] == side
     assert (
         model.preprocessing.mean == model.preprocessing.std == (0.5, 0.5, 0.5)
         and model.preprocessing.interpolation == "bicubic"

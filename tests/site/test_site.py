@@ -27,6 +27,7 @@ from PIL import Image
 
 from pipeline.core.errors import AtlasError
 from pipeline.core.metric_specs import IMAGE_METRICS, RATIO_METRICS, RELATION_METRICS
+from pipeline.judges.judgement import NUMBERS, RANGES
 from pipeline.site import number_format as v
 from pipeline.site.build import build_site
 from pipeline.site.config import SiteConfig
@@ -143,6 +144,8 @@ def write_layer(file: h5py.File, rng, order: int, layer, pictures: bool, example
         write_array(group, f"{render}/seed", rng.integers(2**53, 2**62, shape))
         write_array(group, f"{render}/steps", np.full(shape, 512, np.int32))
         write_array(group, f"{render}/trace", np.sort(rng.normal(0, 1, (*shape, 16))).astype(np.float32))
+        if name == "blocks.1.conv":
+            write_judgements(group, render, shape)
         status = np.full(shape, "converged", object)
         if name == "blocks.0.conv":
             status[1] = "failed"
@@ -156,6 +159,21 @@ def write_layer(file: h5py.File, rng, order: int, layer, pictures: bool, example
             order=number,
             precision="bfloat16 float32" if order else "float32",
         )
+
+
+def write_judgements(group: h5py.Group, render: str, shape: tuple[int, int]) -> None:
+    """Numbers of two judges; the first unit has no matching direction in the second."""
+    rng = np.random.default_rng(5)
+    for judge, kind in (("other <net>", "class"), ("second", "unit")):
+        numbers = {name: rng.uniform(max(RANGES[name][0], -3), 1, shape) for name in NUMBERS[kind]}
+        if kind == "class":
+            numbers["rank"] = rng.integers(1, 9, shape)
+        else:
+            numbers["quantile"][0] = numbers["deviations"][0] = np.nan
+        for name, values in numbers.items():
+            write_array(group, f"{render}/judges/{safe_name(judge)}/{name}", values.astype(np.float32))
+        attributes = {"judge": judge, "kind": kind, "weights_sha256": "12" * 32}
+        group[f"{render}/judges/{safe_name(judge)}"].attrs.update(attributes)
 
 
 def write_examples(group: h5py.Group, rng, name: str, count: int, side: int, best: np.ndarray) -> None:
@@ -371,6 +389,12 @@ def test_numbers_are_those_of_the_store(site):
                     for variant, picture in enumerate(unit["pictures"][key]):
                         for name in ("activation", "robust", "start", "seconds"):
                             assert np.float32(picture[name]) == numbers[name][row, variant]
+                        judgements = {one.judge: one.numbers for one in layer.judgements(key)}
+                        assert picture.get("judges", {}).keys() == judgements.keys()
+                        for judge, by_name in judgements.items():
+                            for name, values in by_name.items():
+                                number, value = picture["judges"][judge][name], values[row, variant]
+                                assert number is None if np.isnan(value) else np.float32(number) == value
                         judged = {m.name for m in (*RATIO_METRICS, *IMAGE_METRICS, *RELATION_METRICS)}
                         for name in judged & numbers.keys():
                             value = numbers[name][row, variant]
@@ -427,6 +451,16 @@ def test_wiring_is_that_of_the_store(site):
     units = [[5, 2.5, -1.5, ranks[0], 1.25], [0, 0.5, 0.25, ranks[1], 0.75]]
     approximate = ["blocks.0.norm", "blocks.0.conv"]
     assert unit["wiring"] == {"inputs": {"layer": "stem", "scale": "sd", "units": units, "approximate": approximate}}
+
+
+def test_layers_say_what_judges_say(site):
+    with open_atlas(site.parent) as atlas:
+        first = {one.judge: one.numbers for one in atlas["blocks.1.conv"].judgements()}
+    rank, quantile = first["other <net>"]["rank"], first["second"]["quantile"]
+    text = layer_page(site, "blocks.1.conv").plain
+    assert f"recognized by other <net>: rank 1 for {(rank == 1).sum()} of {rank.size}, median rank" in text
+    assert f"{np.isfinite(quantile).sum()} of {quantile.size} visualizations with a matching direction" in text
+    assert "recognized by" not in layer_page(site, "stem").plain
 
 
 def test_api_keeps_its_schema(site):

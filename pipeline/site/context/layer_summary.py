@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipeline.judges.judgement import Judgement
 from pipeline.site.config import SiteConfig
 from pipeline.store import Atlas, LayerView
 from pipeline.store.shards import safe_name
@@ -33,6 +34,7 @@ class PresetSummary:
         precisions: Floating-point types of the optimization; empty in old atlases.
         levels: Variants of the network that were optimized on; empty in old atlases.
         fallbacks: Why a faster variant of the network was not used.
+        judged: What other networks say about the visualizations, one sentence each.
     """
 
     key: str
@@ -51,6 +53,7 @@ class PresetSummary:
     precisions: tuple[str, ...]
     levels: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
+    judged: tuple[str, ...] = ()
 
     @property
     def pictures(self) -> int:
@@ -181,6 +184,28 @@ def _rendered(layer: LayerView, key: str) -> PresetSummary:
         precisions=tuple(str(attributes.get("precision", "")).split()),
         levels=tuple(str(attributes.get("level", "")).splitlines()),
         fallbacks=tuple(str(attributes.get("level_reason", "")).splitlines()),
+        judged=tuple(filter(None, map(_judged, layer.judgements(key)))),
+    )
+
+
+def _judged(judgement: Judgement) -> str:
+    """Return what a judge says about the visualizations of a layer; "" if it says nothing."""
+    numbers = {name: values[np.isfinite(values)] for name, values in judgement.numbers.items()}
+    if judgement.kind == "class":
+        rank, probability = numbers["rank"], numbers["probability"]
+        if not rank.size:
+            return ""
+        return (
+            f"recognized by {judgement.judge}: rank 1 for {int((rank == 1).sum())} of {rank.size}, median rank "
+            f"{np.median(rank):g}, median probability {np.median(probability):.2f}"
+        )
+    correlation, quantile = numbers["correlation"], numbers["quantile"]
+    if not correlation.size:
+        return ""
+    place = f"; those at the median quantile {np.median(quantile):.2f}" if quantile.size else ""
+    return (
+        f"in {judgement.judge}: median held-out correlation {np.median(correlation):.2f}, {quantile.size} of "
+        f"{correlation.size} visualizations with a matching direction{place}"
     )
 
 

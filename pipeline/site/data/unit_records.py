@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.core.metric_specs import GRID_METRICS, MAIN_METRICS, metric_named
 from pipeline.examples.association import Association
+from pipeline.judges.judgement import Judgement
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, ShownExamples
 from pipeline.site.data.js_shards import rounded_decimals, shortest_decimals
 from pipeline.site.layout import embedding
@@ -108,7 +109,10 @@ class Recorder:
         self._ranks = ranks
         self._similar = similar
         self._pictures = {
-            r.key: _measurements(layer.measurements(r.key), layer.dataset_max(r.key)) for r in facts.rendered
+            r.key: _with_judgements(
+                _measurements(layer.measurements(r.key), layer.dataset_max(r.key)), layer.judgements(r.key)
+            )
+            for r in facts.rendered
         }
         self._stats = {k: v.tolist() if v.dtype == bool else shortest_decimals(v) for k, v in layer.stats().items()}
         self._labels = layer.labels()
@@ -257,6 +261,19 @@ def _measurements(numbers: Mapping[str, np.ndarray], natural: np.ndarray) -> lis
         ]
         for row, best in enumerate(shortest_decimals(natural))
     ]
+
+
+def _with_judgements(
+    pictures: list[list[dict[str, Any]]], judgements: Sequence[Judgement]
+) -> list[list[dict[str, Any]]]:
+    """Return the measurements of visualizations with the numbers of each judge; unchanged without judges."""
+    for judgement in judgements:
+        columns = {name: shortest_decimals(values) for name, values in judgement.numbers.items()}
+        for row, variants in enumerate(pictures):
+            for v, picture in enumerate(variants):
+                numbers = {name: column[row][v] for name, column in columns.items()}
+                picture.setdefault("judges", {})[judgement.judge] = numbers
+    return pictures
 
 
 def example_key(pair: int, index: int) -> int:

@@ -325,8 +325,26 @@
     else if (times !== null) says = make("p", { class: "says" }, "The " + word + " activation on the feature visualization is only ", make("b", { text: number(times[0]) }), " of the largest one on any dataset image, so the dataset examples are the better evidence.");
     else if (p && p.natural !== null && p.activation !== null) says = make("p", { class: "says", text: "The maximum activation over the dataset is not positive, so there is no activation ratio." });
     if (stats.inactive === true) says = make("p", { class: "says bad", text: "No dataset image activated this unit above zero." });
-    return make("section", { class: "figures" }, make("h2", { text: "Numbers" }), says, make("dl", { class: "numbers" }, items),
+    return make("section", { class: "figures" }, make("h2", { text: "Numbers" }), says, judged(unit), make("dl", { class: "numbers" }, items),
       make("p", { class: "note" }, make("a", { href: root + "method.html#numbers", text: "What the numbers mean" })));
+  }
+
+  // One line for each visualization and judge; none without judges.
+  function judged(unit) {
+    const lines = [];
+    for (const rendered of unit.facts.rendered) {
+      const all = unit.record.pictures[rendered.key] || [];
+      all.forEach((p, i) => {
+        const title = unit.facts.rendered.length > 1 || all.length > 1 ? rendered.title + (all.length > 1 ? ", " + (i + 1) : "") + ": " : "";
+        for (const [judge, j] of Object.entries(p.judges || {})) {
+          const name = make("b", { text: judge });
+          if (typeof j.rank === "number") lines.push([title, title ? "recognized by " : "Recognized by ", name, ": rank ", data(j.rank, String), ", probability ", data(j.probability), "."]);
+          else if (typeof j.quantile === "number") lines.push([title, title ? "matched in " : "Matched in ", name, ": quantile ", data(j.quantile), " among dataset images, held-out correlation ", data(j.correlation), "."]);
+          else if (typeof j.correlation === "number") lines.push([title, title ? "no matching direction in " : "No matching direction in ", name, ": held-out correlation ", data(j.correlation), "."]);
+        }
+      });
+    }
+    return lines.map((line) => make("p", { class: "says judged" }, line));
   }
 
   function labels(unit) {
