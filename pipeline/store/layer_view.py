@@ -22,7 +22,7 @@ from pipeline.examples.association import Association
 from pipeline.store import hdf5
 
 # Datasets of a group `render/<preset>` that are not measurements of single images.
-NOT_MEASUREMENTS = ("images", "images_sha256", "response")
+NOT_MEASUREMENTS = ("images", "images_sha256", "response", "budget_value")
 # Dataset in `stats` that holds the best activation over the dataset, by the group's attribute `natural`.
 NATURAL_STATISTICS = {"mean": "best_mean", "max": "max", "least": "least_mean", "min": "min"}
 
@@ -66,6 +66,21 @@ class Examples:
     y: np.ndarray
     x: np.ndarray
     map: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class BudgetValues:
+    """An image regularizer with a budget, and how far the feature visualizations of a layer meet it.
+
+    Attributes:
+        name: Registered name of the regularizer, such as "tv".
+        target: The budget: mean of the regularizer over its terms.
+        value: The mean that each saved image has, (C', V) float32; NaN where one is missing.
+    """
+
+    name: str
+    target: float
+    value: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,6 +293,15 @@ class LayerView:
         """
         group = self._render(preset)
         return self._get(group, "response") if "response" in group else None
+
+    def budgets(self, preset: str | None = None) -> list[BudgetValues]:
+        """Return the regularizers of a preset that have a budget, in its order; empty if there is none."""
+        group = self._render(preset)
+        if "budget_value" not in group:
+            return []
+        attributes, values = self.render_attributes(preset), self._get(group, "budget_value")
+        pairs = zip(attributes["budget_names"], np.asarray(attributes["budget_target"]).tolist(), strict=True)
+        return [BudgetValues(str(name), target, values[..., i]) for i, (name, target) in enumerate(pairs)]
 
     @property
     def unrendered(self) -> str:
