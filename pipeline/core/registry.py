@@ -27,16 +27,26 @@ def registered_name(member: Any) -> str:
     return _REGISTERED.get(type(member)) or plugins.identity(type(member))["name"]
 
 
+# Metadata of a field that was added after results were stored: digests contain it only where it differs from its
+# default, so that results with settings that existed before keep theirs.
+ADDED_LATER = {"added_later": True}
+
+
 def canonical(value: Any) -> Any:
     """Return a configuration as plain data, for digests and provenance.
 
     A registered dataclass becomes a mapping of its registered name (`name`) and its fields, a `ConfigFile` becomes the
-    digest of its content. Stored digests depend on this format.
+    digest of its content. Fields with the metadata `ADDED_LATER` are left out at their default. Stored digests depend
+    on this format.
     """
     if isinstance(value, ConfigFile):
         return value.canonical()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {
+            f.name: canonical(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if not (f.metadata.get("added_later") and getattr(value, f.name) == f.default)
+        }
         name = _REGISTERED.get(type(value))
         return {**plugins.identity(type(value)), **fields} if name is None else {"name": name, **fields}
     if isinstance(value, (list, tuple)):

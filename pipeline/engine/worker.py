@@ -321,7 +321,7 @@ class Worker:
             **{m.name: column([p.measures[m.name] for p in pictures], m.dtype) for m in IMAGE_METRICS},
             "response": np.stack([p.response for p in pictures]).reshape(*shape, -1),
         }
-        attributes = {
+        attributes: dict[str, Any] = {
             "digest": task.digest,
             "layer": task.layer,
             "objective": registered_name(preset.objective),
@@ -333,6 +333,10 @@ class Worker:
             "level": variants.plain_level if preset.requires_original_weights else variants.level,
             "level_reason": "" if preset.requires_original_weights else variants.reason,
         }
+        if preset.budgets:
+            arrays["budget_value"] = np.stack([p.budget_values for p in pictures]).reshape(*shape, -1)
+            attributes["budget_names"] = [registered_name(regularizer) for regularizer in preset.budgets]
+            attributes["budget_target"] = np.array([regularizer.target for regularizer in preset.budgets], np.float32)
         return shards.to_bytes(attributes, arrays)
 
     def _portioned(self, work: Callable[[sweep.ExamplesConfig], T]) -> T:

@@ -23,7 +23,7 @@ from pipeline.judges.judgement import NUMBERS, Judgement, Kind
 from pipeline.store import hdf5
 
 # Members of a group `render/<preset>` that are not measurements of single images.
-NOT_MEASUREMENTS = ("images", "images_sha256", "response", "judges")
+NOT_MEASUREMENTS = ("images", "images_sha256", "response", "judges", "budget_value")
 # Dataset in `stats` that holds the best activation over the dataset, by the group's attribute `natural`.
 NATURAL_STATISTICS = {"mean": "best_mean", "max": "max", "least": "least_mean", "min": "min"}
 # The metric that the objective itself is, by the same attribute.
@@ -69,6 +69,21 @@ class Examples:
     y: np.ndarray
     x: np.ndarray
     map: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class BudgetValues:
+    """An image regularizer with a budget, and how far the feature visualizations of a layer meet it.
+
+    Attributes:
+        name: Registered name of the regularizer, such as "tv".
+        target: The budget: mean of the regularizer over its terms.
+        value: The mean that each saved image has, (C', V) float32; NaN where one is missing.
+    """
+
+    name: str
+    target: float
+    value: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,7 +333,7 @@ class LayerView:
         parent = self._render(preset)
         if "judges" not in parent:
             return ()
-        judges = hdf5.group(parent, "judges")
+        judges = hdf5.group(parent, "judges", "budget_value")
         found = []
         for name in hdf5.member_names(judges):
             group = hdf5.group(judges, name)

@@ -222,14 +222,14 @@ def _write_visualizations(
     """Merge the shards of one layer and preset into `render/<preset>`; the first shard with a channel provides it."""
     with preset_shards[0].opened() as source:
         image_shape = hdf5.dataset(source, "images").shape[1:]
-        trace_length = hdf5.dataset(source, "trace").shape[-1]
+        lengths = {name: hdf5.dataset(source, name).shape[-1] for name in ("trace", "budget_value") if name in source}
     target = _create_render_group(group, preset, preset_shards)
     images = hdf5.create_images(target, "images", (len(channels), *image_shape))
     size = (len(channels), image_shape[0])
-    arrays = _missing_measurements(size, trace_length, hdf5.integer_attribute(group, "channels")[0])
+    arrays = _missing_measurements(size, lengths, hdf5.integer_attribute(group, "channels")[0])
     digests = np.zeros((*size, 32), np.uint8)
     target_row = {channel: i for i, channel in enumerate(channels)}
-    optional = {*(metric.name for metric in IMAGE_METRICS), "response"}
+    optional = {*(metric.name for metric in IMAGE_METRICS), "response", "budget_value"}
     stored: set[str] = set()
     filled: set[int] = set()
     for shard in preset_shards:
@@ -290,11 +290,18 @@ def _distinct(preset_shards: Sequence[Shard], key: str) -> str:
     return SEPARATOR.join(sorted(values - {""}))
 
 
-def _missing_measurements(size: tuple[int, int], trace_length: int, layer_channels: int) -> dict[str, np.ndarray]:
-    """Return the measurements of `size` = (C', V) missing visualizations.
+def _missing_measurements(
+    size: tuple[int, int], lengths: Mapping[str, int], layer_channels: int
+) -> dict[str, np.ndarray]:
+    """Return the measurements of missing visualizations.
 
     Shards of former versions lack `IMAGE_METRICS` and `response`: these are NaN for their channels, and not written at
-    all if no shard has them.
+    all if no shard has them. The same holds for `budget_value` and presets without budgets.
+
+    Args:
+        size: (C', V).
+        lengths: Length of the last axis of `trace` and, for presets with budgets, of `budget_value`.
+        layer_channels: Number of channels of the layer in the network.
     """
 
     def missing(metrics: Sequence[Metric]) -> dict[str, np.ndarray]:
@@ -304,7 +311,7 @@ def _missing_measurements(size: tuple[int, int], trace_length: int, layer_channe
         "status": np.full(size, "missing", object),
         "reason": np.full(size, "", object),
         **missing(RENDER_METRICS),
-        "trace": np.full((*size, trace_length), np.nan, np.float32),
+        **{name: np.full((*size, length), np.nan, np.float32) for name, length in lengths.items()},
         **missing(IMAGE_METRICS),
         "response": np.full((*size, layer_channels), np.nan, np.float16),
     }

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.core.registry import registered_name
@@ -121,6 +122,7 @@ class Batch:
         transform_random: (steps, A, R) random numbers of the transformations.
         channels: (A,) int64.
         variants: (A,) int64.
+        multipliers: (P, A) state of `ImageRegularizer.controlled`; the weight for those without a budget.
     """
 
     def __init__(self, job: RenderJob, units: Sequence[ChannelVariant], attempt: int) -> None:
@@ -152,6 +154,8 @@ class Batch:
         self.parameters = self.initial.clone().requires_grad_(True)
         self.transform_random = torch.stack(transform_random, dim=1).to(device)
         self.channels, self.variants = self.all_channels, self.all_variants
+        weights = torch.tensor([regularizer.weight for regularizer in preset.penalties], device=device)
+        self.multipliers = weights[:, None].repeat(1, len(units))
         self._start_optimizer()
 
     @property
@@ -159,6 +163,15 @@ class Batch:
         """(B, …) parameters of the finished images; defined once one is finished."""
         assert self._final is not None, "no image of the batch is finished"
         return self._final
+
+    def reference_of(self, images: Tensor) -> Tensor:
+        """Return the initial images of the active images at the size of `images`; `images` itself if not needed."""
+        if self.reference is None:
+            return images
+        reference = self.reference[self.active]
+        if reference.shape[-2:] != images.shape[-2:]:
+            reference = F.interpolate(reference, images.shape[-2:], mode="bilinear", antialias=True)
+        return reference
 
     def step(self, gradient: Tensor, learning_rate: float) -> None:
         """Move the parameters of the active images up the gradient, (A, …)."""
@@ -186,6 +199,7 @@ class Batch:
         self.active, self.channels, self.variants = self.active[others], self.channels[others], self.variants[others]
         self.parameters = parameters[others].requires_grad_(True)
         self.transform_random = self.transform_random[:, others]
+        self.multipliers = self.multipliers[:, others]
         self._state = tuple(part[others] for part in self._state)
 
     def _start_optimizer(self) -> None:
@@ -207,6 +221,6 @@ def _initial_parameters(job: RenderJob, unit: ChannelVariant, generator: torch.G
     parameters = canvas.initial(generator, job.model.preprocessing.channels, size)
     if isinstance(canvas, FromImage):
         image = job.initial_images[unit]
-        resized = torch.nn.functional.interpolate(image[None], size, mode="bilinear", antialias=True)
+        resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)
         parameters = canvas.inverse(resized)[0] + parameters
     return parameters

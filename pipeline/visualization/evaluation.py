@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.core.metric_specs import IMAGE_METRICS
+from pipeline.core.registry import registered_name
 from pipeline.data.natural_spectrum import packaged_spectrum
 from pipeline.visualization import metrics
 from pipeline.visualization.batch import Batch, RenderJob
 from pipeline.visualization.forward import objective_forward
-from pipeline.visualization.preset import ChannelVariant
+from pipeline.visualization.image_regularizers import BUDGET_TOLERANCE
+from pipeline.visualization.preset import ChannelVariant, Preset
 from pipeline.visualization.schedules import Stage, is_flat
 from pipeline.visualization.transforms import ROBUSTNESS_TRANSFORMS, apply_transforms, center_crop
 
@@ -34,12 +36,13 @@ class Visualization:
         start: Value of the objective before the first step.
         seed: Seed of the image.
         status: "converged"; "limit" (all steps done and still rising); "retried" (rose with another seed); or "failed".
-        reason: Why the image failed; empty otherwise.
+        reason: Why the image failed, or which budget of a regularizer it does not meet; empty otherwise.
         steps: Number of optimization steps.
         seconds: Processing time of the batch divided by its number of images.
         trace: (16,) values of the objective at evenly spaced steps; fewer if there are fewer steps.
         response: (C,) float16 maximum of each channel of the layer over the positions.
         measures: The metrics `IMAGE_METRICS` by name.
+        budget_values: (P,) float32 mean of each of `Preset.budgets` for exactly this image.
     """
 
     channel: int
@@ -56,6 +59,7 @@ class Visualization:
     trace: np.ndarray
     response: np.ndarray
     measures: Mapping[str, float]
+    budget_values: np.ndarray
 
     @property
     def unit(self) -> ChannelVariant:
@@ -74,6 +78,7 @@ class Evaluation:
         start: Value of the objective for each image before the first step.
         responses: (B, C) float16 maximum of each channel of the layer.
         measures: Values of each of `IMAGE_METRICS`, by name.
+        budget_values: (B, P) float32 mean of each of `Preset.budgets` for each image.
     """
 
     images: np.ndarray
@@ -82,6 +87,7 @@ class Evaluation:
     start: list[float]
     responses: np.ndarray
     measures: Mapping[str, list[float]]
+    budget_values: np.ndarray
 
 
 @torch.no_grad()
@@ -111,6 +117,7 @@ def evaluate(job: RenderJob, batch: Batch) -> Evaluation:
         start=(sign * start).tolist(),
         responses=metrics.to_float16(clean.activations.flatten(2).amax(2)),
         measures=_measures(job, images, clean.activations, batch.all_channels),
+        budget_values=_budget_values(preset, batch, images),
     )
 
 
@@ -127,6 +134,8 @@ def to_pictures(
         trace = traces[:steps, i]
         start, activation = evaluation.start[i], evaluation.activation[i]
         status, reason = _status(trace, sign * start, sign * activation, steps < preset.steps, attempt)
+        if status != "failed":
+            reason = unmet_budgets(preset, evaluation.budget_values[i])
         points = np.linspace(0, steps - 1, min(preset.steps, TRACE_POINTS)).round().astype(int)
         pictures.append(
             Visualization(
@@ -144,6 +153,7 @@ def to_pictures(
                 trace=sign * trace[torch.from_numpy(points)].numpy(),
                 response=evaluation.responses[i],
                 measures={name: values[i] for name, values in evaluation.measures.items()},
+                budget_values=evaluation.budget_values[i],
             )
         )
     return pictures
@@ -166,6 +176,34 @@ def _measures(job: RenderJob, images: Tensor, activations: Tensor, channels: Ten
         stride = round(min(height / layer.height, width / layer.width))
     measures = metrics.image_metrics(images, metrics.strides(stride), packaged_spectrum()) | own
     return {metric.name: measures[metric.name].tolist() for metric in IMAGE_METRICS}
+
+
+def _budget_values(preset: Preset, batch: Batch, images: Tensor) -> np.ndarray:
+    """Return the mean of each regularizer with a budget for (B, C, H, W) finished images, (B, P) float32."""
+    size = (images.shape[-2], images.shape[-1])
+    reference = images
+    if batch.reference is not None:
+        reference = center_crop(batch.reference, (size[0] + 2 * preset.margin, size[1] + 2 * preset.margin))
+        reference = center_crop(reference, size)
+    values = [regularizer.mean(images, reference) for regularizer in preset.budgets]
+    return torch.stack(values, dim=1).cpu().numpy() if values else np.zeros((len(images), 0), np.float32)
+
+
+def unmet_budgets(preset: Preset, budget_values: np.ndarray) -> str:
+    """Return which budgets an image does not meet, and the values reached; empty if it meets all.
+
+    Args:
+        preset: The preset.
+        budget_values: (P,) mean of each of `Preset.budgets`.
+    """
+    unmet = []
+    for regularizer, value in zip(preset.budgets, budget_values.tolist(), strict=True):
+        target = regularizer.target
+        assert target is not None
+        if not abs(value / target - 1) <= BUDGET_TOLERANCE:
+            side = "above" if value > target else "below"
+            unmet.append(f"{registered_name(regularizer)} of {value:.3g} is {side} its budget of {target:.3g}")
+    return "; ".join(unmet)
 
 
 def _status(trace: Tensor, before: float, after: float, stopped_early: bool, attempt: int) -> tuple[str, str]:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.acceleration.redirected_relu import REDIRECTED_STEPS, has_zero_gradient, redirected
@@ -22,7 +21,7 @@ from pipeline.visualization.forward import ObjectiveForward, objective_forward
 from pipeline.visualization.network_perturbations import ActivePerturbation, Ensemble
 from pipeline.visualization.preset import ChannelVariant, Preset
 from pipeline.visualization.schedules import StepSettings
-from pipeline.visualization.transforms import apply_transforms
+from pipeline.visualization.transforms import apply_transforms, center_crop
 
 
 def render(job: RenderJob, units: Sequence[ChannelVariant]) -> list[Visualization]:
@@ -147,7 +146,8 @@ def _gradient(
     canvas_images = preset.canvas.image(batch.parameters, job.canvas(job.stage(settings)))
     images = canvas_images.detach().requires_grad_(True)
     values, gradient = _objective_gradient(job, batch, forward, step, settings, images)
-    regularizer_gradients = _regularizer_gradients(preset, batch, settings, images)
+    multipliers = _control_multipliers(job, batch, settings, images.detach())
+    regularizer_gradients = _regularizer_gradients(preset, batch, settings, images, multipliers)
     # Relative weights hold for an objective whose gradient has an rms of 1. Regularizers are scaled by the actual rms,
     # so that the gradient of the objective itself is not rescaled.
     scale = rms(gradient) if regularizer_gradients else gradient
@@ -191,24 +191,51 @@ def _objective_gradient(
     return values, gradient.index_put((dead,), redirected_gradient[dead[rows]])
 
 
-def _regularizer_gradients(preset: Preset, batch: Batch, settings: StepSettings, images: Tensor) -> dict[bool, Tensor]:
+def _regularizer_gradients(
+    preset: Preset, batch: Batch, settings: StepSettings, images: Tensor, multipliers: Tensor
+) -> dict[bool, Tensor]:
     """Return the gradients in `images` of all image regularizers and of the batch terms on images.
+
+    Args:
+        preset: The preset.
+        batch: The batch.
+        settings: Settings of the step.
+        images: (A, C, H, W), which require a gradient.
+        multipliers: (P, A) factors of the regularizers with a budget.
 
     Returns:
         Gradients of a loss to be minimized, (A, C, H, W): the key True holds the sum of those whose weight is relative
         to the objective's gradient, False the sum of the others. A key without any term is absent.
     """
-    reference = images
-    if batch.reference is not None:
-        reference = batch.reference[batch.active]
-        if reference.shape != images.shape:
-            reference = F.interpolate(reference, images.shape[-2:], mode="bilinear", antialias=True)
+    reference = batch.reference_of(images)
     losses: dict[bool, Tensor] = {}
-    for regularizer in preset.penalties:
-        loss = settings.penalties * regularizer.weight * regularizer.value(images, reference).sum()
+    for i, regularizer in enumerate(preset.penalties):
+        values = regularizer.value(images, reference)
+        if regularizer.target is None:
+            loss = settings.penalties * regularizer.weight * values.sum()
+        else:
+            loss = settings.penalties * (multipliers[i] * values).sum()
         losses[regularizer.relative] = losses.get(regularizer.relative, torch.zeros(())) + loss
     for term in preset.couplings:
         if term.space == "image":
             groups = images.unflatten(0, (-1, preset.variants))
             losses[True] = losses.get(True, torch.zeros(())) - term.weight * term.value(groups).sum()
     return {relative: torch.autograd.grad(loss, images)[0] for relative, loss in losses.items()}
+
+
+@torch.no_grad()
+def _control_multipliers(job: RenderJob, batch: Batch, settings: StepSettings, images: Tensor) -> Tensor:
+    """Return the factors of the regularizers at this step, (P, A), and move those with a budget towards it.
+
+    The margin, which the finished image lacks, does not count: without transformations the objective does not see it,
+    so that its pixels follow the regularizers alone.
+    """
+    if not job.preset.budgets:
+        return batch.multipliers
+    size = job.canvas_without_margin(job.stage(settings))
+    inner, reference = center_crop(images, size), center_crop(batch.reference_of(images), size)
+    multipliers = torch.empty_like(batch.multipliers)
+    for i, regularizer in enumerate(job.preset.penalties):
+        means = regularizer.mean(inner, reference)
+        multipliers[i], batch.multipliers[i] = regularizer.controlled(batch.multipliers[i], means)
+    return multipliers

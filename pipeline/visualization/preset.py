@@ -83,6 +83,11 @@ class Preset:
         return self.schedule or (Stage(),)
 
     @property
+    def budgets(self) -> tuple[ImageRegularizer, ...]:
+        """The image regularizers with a budget."""
+        return tuple(regularizer for regularizer in self.penalties if regularizer.target is not None)
+
+    @property
     def others(self) -> tuple[str, ...]:
         """Names of the layers that are captured in addition to that of the unit."""
         names = [Unit.parse(unit).layer for unit in self.objective.units]
@@ -142,6 +147,8 @@ def check(preset: Preset, channels: int) -> None:
     check_schedule(preset.schedule)
     for perturbation in preset.augmentations:
         perturbation.check()
+    for regularizer in preset.penalties:
+        regularizer.check()
     canvas = registered_name(preset.canvas)
     if any(max(stage.blur) > 0 for stage in preset.stages) and not preset.canvas.can_blur:
         raise AtlasError(

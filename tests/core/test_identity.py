@@ -33,6 +33,8 @@ def identities() -> dict[str, Any]:
     for preset in PRESETS:
         made = setup(preset)
         found[f"render {preset}"] = render_digest(made, made.layers[0], (128, 128), preset)
+    fixed = setup("tv", "render.penalties.tv.budget=null")
+    found["render tv, fixed weight"] = render_digest(fixed, fixed.layers[0], (128, 128), "tv")
     made = setup("distill")
     found["examples"] = examples_digest(made, "1" * 64)
     found["localize"] = localize_digest(made, "2" * 64, [(0, 1, 2)])

@@ -62,6 +62,25 @@ def content(channels: tuple[int, ...]) -> Content:
     return Content("run", "net", "w" * 64, "a: 1\n", (), (32, 32), [(LAYER, channels)])
 
 
+def test_budgets_and_the_values_reached_come_back(tmp_path: Path) -> None:
+    values = np.array([[[0.04, 0.2]], [[0.06, 0.3]]], np.float32)
+    arrays = {"channels": np.array([4, 0], np.int32), **pictures(1, 2), "budget_value": values}
+    attributes = {"digest": "d", "objective": "channel", "natural": "mean", "preset": "test", "layer": LAYER.name}
+    more = {"budget_names": ["tv", "my.py:Own"], "budget_target": np.array([0.04, 0.25], np.float32)}
+    shards.write(tmp_path / "s" / "x.h5", attributes | more, arrays)
+    write_shard(tmp_path / "s", [1], 2, "other")
+    found, plain = shards.find(tmp_path / "s", "d"), shards.find(tmp_path / "s", "other")
+    kinds = {(LAYER.name, "tv"): found, (LAYER.name, "plain"): plain}
+    writer.consolidate(tmp_path / "atlas.h5", content((0, 1, 4)), kinds)
+    assert writer.verify(tmp_path / "atlas.h5", {LAYER.name: (0, 1, 4)})  # channel 1 is missing by "tv", and so on
+    with pipeline.open_atlas(tmp_path) as atlas:
+        first, second = atlas["a/b..c"].budgets("tv")
+        assert (first.name, second.name) == ("tv", "my.py:Own") and first.target == pytest.approx(0.04)
+        assert first.value.ravel().tolist() == pytest.approx([0.06, np.nan, 0.04], nan_ok=True)
+        assert second.value.ravel().tolist() == pytest.approx([0.3, np.nan, 0.2], nan_ok=True)
+        assert atlas["a/b..c"].budgets("plain") == [] and "budget_value" not in atlas["a/b..c"].measurements("tv")
+
+
 def test_pictures_come_back_bit_by_bit_from_several_shards(tmp_path: Path) -> None:
     first = write_shard(tmp_path / "s", [0, 4], 1)
     second = write_shard(tmp_path / "s", [2, 8], 2)

@@ -21,7 +21,7 @@ from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.batch_terms import Alignment, Diversity, gram_cosine
 from pipeline.visualization.evaluation import Visualization
 from pipeline.visualization.gradient_preconditioners import BlurGradient
-from pipeline.visualization.image_regularizers import Prior, TotalVariation
+from pipeline.visualization.image_regularizers import L2, Prior, TotalVariation
 from pipeline.visualization.loop import render
 from pipeline.visualization.network_perturbations import Dropout, Ensemble, NetworkPerturbation, WeightNoise
 from pipeline.visualization.objectives import OBJECTIVES, Channel, Interpolate, Neuron
@@ -58,6 +58,7 @@ def apart(a: Visualization, b: Visualization) -> int:
 METHODS: dict[str, dict[str, object]] = {
     "negative": {"negative": True},
     "penalty": {"penalties": (TotalVariation(0.5),)},
+    "budget": {"penalties": (TotalVariation(0.5, budget=0.05), L2(budget="natural"))},
     "absolute penalty": {"penalties": (TotalVariation(0.01, relative=False),)},
     "gradient blur": {"preconditioners": (BlurGradient(1.0),), "schedule": (Stage(gradient_blur=(2.0, 0.5)),)},
     "image blur": {"schedule": (Stage(blur=(1.0, 0.0)),)},
@@ -97,6 +98,34 @@ def test_every_objective_rises_and_is_that_of_the_saved_picture(
         maps = forward(image)[layer.name]
         value = objective.value(Activations(maps, torch.tensor([3]), torch.tensor([0]), 1)).item()
     assert picture.activation == pytest.approx(value, abs=1e-5) and picture.activation > picture.start
+
+
+def test_a_budget_is_met_whatever_the_weight_begins_with(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
+    """With a fixed weight of 1 images are grey; with a budget the total variation is what was asked for."""
+    settings: dict[str, object] = {"canvas": Pixel(), "transforms": (), "steps": 160, "margin": 4}
+    (free,) = made(tiny, tiny_layers["late"], [(3, 0)], **settings)
+    (fixed,) = made(tiny, tiny_layers["late"], [(3, 0)], **settings, penalties=(TotalVariation(2.0),))
+    target = 0.06  # a little rougher than the median photograph
+    assert free.measures["total_variation"] > 4 * target
+    assert fixed.measures["total_variation"] < target / 2 and len(fixed.budget_values) == 0
+    for weight in (0.02, 2.0):
+        kept = made(
+            tiny, tiny_layers["late"], [(2, 0), (3, 0)], **settings, penalties=(TotalVariation(weight, budget=target),)
+        )
+        for picture in kept:
+            assert picture.budget_values[0] == pytest.approx(picture.measures["total_variation"], rel=0.05)
+            assert picture.budget_values[0] == pytest.approx(target, rel=0.05) and picture.reason == ""
+        assert fixed.activation < kept[1].activation < free.activation
+
+
+def test_a_budget_that_is_not_met_is_said_with_the_value_reached(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
+    penalties = (TotalVariation(budget=1e-6), L2(budget=10.0))  # smoother than 8 bits; more than white on grey
+    (picture,) = made(tiny, tiny_layers["late"], [(3, 0)], penalties=penalties)
+    variation, distance = picture.budget_values
+    assert picture.status != "failed"
+    assert picture.reason == (
+        f"tv of {variation:.3g} is above its budget of 1e-06; l2 of {distance:.3g} is below its budget of 10"
+    )
 
 
 def test_a_schedule_is_cut_into_its_shares() -> None:
@@ -331,6 +360,16 @@ def test_redirection_is_per_image_and_goes_where_it_was() -> None:
         (["render/penalties=[prior]"], "needs render/canvas=image"),
         (["render/schedule=blur_gradient"], "has no blur that it applies to"),
         (["render/augmentations=[ensemble]"], "checkpoints is empty"),
+        (
+            ["render/penalties=[tv]", "render.penalties.tv.budget=0"],
+            "null .a fixed weight., or a number above 0",
+        ),
+        (["render/penalties=[tv]", "render.penalties.tv.weight=0"], "must be above 0 with a budget"),
+        (["render/penalties=[lp]", "render.penalties.lp.power=2"], "measured with power=6.0, not 2"),
+        (
+            ["render=image_prior", "render.penalties.prior.budget=natural"],
+            "prior: budget=natural needs the class variable natural_value",
+        ),
         (["render.canvas.colour=blue"], "is not one of plain, decorrelated, measured"),
         (["render.optimizer.lr=0"], "must be above 0"),
         (["render.optimizer.fall=quickly"], "is not one of cosine, linear"),

@@ -1,19 +1,23 @@
 """Objectives, penalties, couplings and preconditioners: gradients against finite differences, and what they mean."""
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import TinyNet
+from conftest import TinyNet, compose
 from torch import Tensor, nn
 
 from pipeline.core.config_files import ConfigFile, load_config_files
 from pipeline.core.errors import AtlasError
 from pipeline.data.image_filters import rms
+from pipeline.visualization import image_regularizers, loop
 from pipeline.visualization.batch_terms import COUPLINGS, Alignment, Diversity, gram_cosine
 from pipeline.visualization.gradient_preconditioners import BlurGradient, Normalise, ScaleSpectrum
-from pipeline.visualization.image_regularizers import PENALTIES, HighFrequency, ImageRegularizer, TotalVariation
+from pipeline.visualization.image_regularizers import L2, PENALTIES, HighFrequency, ImageRegularizer, TotalVariation
 from pipeline.visualization.objectives import (
     OBJECTIVES,
     Activations,
@@ -23,7 +27,10 @@ from pipeline.visualization.objectives import (
     LayerInfo,
     Objective,
 )
-from pipeline.visualization.schedules import STOPS  # noqa: F401  (registries fill on import)
+from pipeline.visualization.schedules import (
+    STOPS,  # noqa: F401  (registries fill on import)
+    StepSettings,
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +89,54 @@ def test_couplings_against_finite_differences(name: str) -> None:
     torch.manual_seed(2)
     groups = torch.randn(2, 3, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(COUPLINGS[name]().value, (groups,), atol=1e-6)
+
+
+def test_a_budget_scales_the_gradient_of_each_image_by_its_own_multiplier() -> None:
+    """The gradient that the loop subtracts, against finite differences of λ · value, image by image."""
+    preset = dataclasses.replace(compose(["render=tv"]).config.render, penalties=(L2(budget=0.05), TotalVariation(0.3)))
+    images = torch.rand(2, 3, 6, 5, dtype=torch.float64, requires_grad=True)
+    multipliers = torch.tensor([[0.2, 1.5], [7.0, 7.0]], dtype=torch.float64)
+    batch: Any = SimpleNamespace(reference_of=lambda images: images)
+    settings = StepSettings(0, 1.0, 0.0, None, 0.5)
+    gradient = loop._regularizer_gradients(preset, batch, settings, images, multipliers)[True]
+
+    def loss(x: Tensor) -> Tensor:
+        own, fixed = (penalty.value(x, x) for penalty in preset.penalties)
+        return 0.5 * (multipliers[0] * own + 0.3 * fixed)  # a fixed weight does not follow the multipliers
+
+    for at in ((0, 0, 1, 2), (1, 2, 4, 3), (1, 1, 5, 0)):
+        step = torch.zeros_like(images)
+        step[at] = 1e-6
+        difference = (loss(images + step) - loss(images - step)).sum().item() / 2e-6
+        assert gradient[at].item() == pytest.approx(difference, rel=1e-5)
+
+
+def test_the_mean_of_a_penalty_is_that_of_its_terms() -> None:
+    ramp = (torch.arange(6.0) / 10).expand(1, 3, 4, 6)  # 60 steps of 0.1 to the right, 54 of 0 down
+    assert TotalVariation(softness=1e-7).mean(ramp, ramp).item() == pytest.approx(6.0 / 114, abs=1e-5)
+    halves = torch.tensor([0.0, 1.0]).expand(1, 3, 5, 2)
+    assert [PENALTIES[name]().mean(halves, halves).item() for name in ("l1", "l2", "lp")] == [0.5, 0.25, 1.0]
+    small, large = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 128, 128)
+    for name in ("tv", "l1", "l2", "lp", "blur", "high_frequency"):  # white noise of two sizes
+        penalty = PENALTIES[name]()
+        assert penalty.mean(small, small).item() == pytest.approx(penalty.mean(large, large).item(), rel=0.1), name
+        assert penalty.natural_value < penalty.mean(large, large).item()
+
+
+def test_a_multiplier_moves_by_the_relative_excess_of_its_own_image() -> None:
+    penalty = L2(weight=2.0, budget=0.1)
+    state = torch.full((5,), 2.0)
+    means = torch.tensor([0.1, 0.15, 0.05, 0.9, torch.nan])
+    excess = np.array([0, 0.5, -0.5, 1.0, 0])
+    multipliers, following = penalty.controlled(state, means)
+    assert following.tolist() == pytest.approx((2 * np.exp(image_regularizers.BUDGET_RATE * excess)).tolist(), rel=1e-5)
+    assert multipliers.tolist() == pytest.approx(
+        (2 * np.exp(image_regularizers.BUDGET_GAIN * excess)).tolist(), rel=1e-5
+    )
+    assert all(torch.equal(part, state) for part in L2(weight=2.0).controlled(state, means))
+    for _ in range(200):
+        _, state = penalty.controlled(state, means)
+    assert state.tolist() == pytest.approx([2.0, 2000.0, 0.002, 2000.0, 2.0])
 
 
 @pytest.mark.parametrize("name", list(PENALTIES))

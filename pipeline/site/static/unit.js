@@ -91,7 +91,8 @@
           (times === null ? "" : ", " + times[1] + " " + number(times[0]) + " times the maximum activation over the dataset") + (p.status === "failed" ? "; failed" : ""));
         found.push(make("figure", { class: p.status === "failed" ? "failed" : "" }, box,
           make("figcaption", {}, make("b", { text: title }), " · ", data(p.activation), times === null ? "" : [" · " + times[1] + " ", number(times[0]), " × dataset maximum"],
-            p.failed ? make("strong", { text: " failed" }) : "")));
+            p.failed ? make("strong", { text: " failed" }) : "",
+            p.status !== "failed" && p.reason ? make("strong", { class: "reason", text: " " + p.reason }) : "")));
       });
     });
     return make("div", { class: "pictures" + (found.length > 1 ? " many" : "") }, found);
@@ -432,7 +433,7 @@
         const trace = (p.trace || []).filter((v) => v !== null);
         const low = Math.min(...trace);
         const line = trace.length > 1 ? make("svg", { class: "trace", viewBox: "0 0 80 20", "aria-hidden": "true" }, make("polyline", { points: trace.map((v, i) => (80 * i) / (trace.length - 1) + "," + (19 - (18 * (v - low)) / (Math.max(...trace) - low || 1))).join(" ") })) : "—";
-        rows.push(make("tr", {}, make("th", { scope: "row", text: rendered.title + (variant ? ", " + (variant + 1) : "") }), make("td", { text: p.status || "—" }),
+        rows.push(make("tr", {}, make("th", { scope: "row", text: rendered.title + (variant ? ", " + (variant + 1) : "") }), make("td", { text: (p.status || "—") + (p.reason ? ": " + p.reason : "") }),
           make("td", {}, data(p.activation)), make("td", {}, data(p.robust)), make("td", {}, data(p.start)), make("td", {}, data(p.natural)), make("td", {}, data(p.steps, String)), make("td", {}, data(p.seconds)), make("td", {}, p.seed ? make("data", { value: p.seed, text: p.seed }) : "—"), make("td", {}, line),
           make("td", {}, make("code", { text: rendered.digest.slice(0, 12) || "—", title: rendered.digest }))));
       });
