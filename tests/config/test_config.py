@@ -11,7 +11,9 @@ from pipeline.cli.overrides import conf_folder
 from pipeline.config.defaults import defaults
 from pipeline.config.schema import EngineConfig, differences, from_tree
 from pipeline.core.errors import AtlasError
+from pipeline.data.config import DataConfig
 from pipeline.examples.sweep import ExamplesConfig
+from pipeline.layers.selection import LayersConfig
 from pipeline.site.config import SiteConfig
 from pipeline.visualization.optimizers import OPTIMIZERS
 from pipeline.visualization.preset import KEYED_GROUPS, SINGLE_GROUPS
@@ -114,6 +116,19 @@ def test_yaml_files_state_only_what_differs_from_the_class(group: str, name: str
 )
 def test_sections_have_the_defaults_of_their_classes(group: str, kind: type) -> None:
     assert getattr(compose([]).config, group) == kind()
+
+
+# Keys that the files of a group are there to set.
+OWN = {"layers": (LayersConfig, {"policy", "channels"}), "data": (DataConfig, {"source", "root"})}
+
+
+@pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice.partition("/")[0] in OWN])
+def test_choices_differ_from_the_class_in_their_own_keys_only(choice: str) -> None:
+    group, _, name = choice.partition("/")
+    kind, own = OWN[group]
+    composed = getattr(compose([f"{group}={name}"]).config, group)
+    expected = {f.name: f.default for f in dataclasses.fields(kind) if f.name not in own}
+    assert {key: getattr(composed, key) for key in expected} == expected
 
 
 def test_every_default_is_a_key_of_the_composed_configuration() -> None:
