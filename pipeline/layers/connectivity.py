@@ -53,6 +53,8 @@ PLAIN_CLASSES = ("Conv2dSame",)
 # What the strength of a connection is scaled by: the source channel's standard deviation over the dataset, or nothing.
 Scale = Literal["sd", "1"]
 
+_NONE = np.zeros((0, 0), np.int32)
+
 
 @dataclasses.dataclass(frozen=True)
 class Connectivity:
@@ -206,9 +208,6 @@ def normalization_gain(module: nn.Module) -> tuple[np.ndarray | None, bool]:
     if issubclass(cls, SCALED_NORMS) and isinstance(weight, Tensor) and weight.dim() == 1:
         return weight.detach().float().cpu().numpy(), False
     return None, False
-
-
-_NONE = np.zeros((0, 0), np.int32)
 
 
 def _effective_weights(
