@@ -21,6 +21,7 @@ from pipeline.planning.request import Request
 from pipeline.runs.artifacts import Artifacts
 from pipeline.runs.judging import Judgements
 from pipeline.store import writer
+from pipeline.store.reader import SCHEMA_VERSION
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ def _identity(
             "dataset pass": artifacts.dataset_pass.identity if complete else "",
             "failures": [failure[:3] for failure in failures],
             "versions": writer.versions(),
+            "schema": SCHEMA_VERSION,
             **(judged if judgements else {}),
         }
     )
