@@ -26,8 +26,8 @@ from pipeline.data.image_filters import blur, frequencies
 PENALTIES = Registry("penalty")
 
 # Gains of the control of λ in the logarithm, by the relative excess e = value / target - 1, at most 1. λ is
-# proportional to exp(BUDGET_GAIN · e + BUDGET_RATE · (sum of e over all steps)). Without the first term λ oscillates, as
-# the image follows it with a delay of some ten steps.
+# proportional to exp(BUDGET_GAIN · e + BUDGET_RATE · (sum of e over all steps)). Without the first term λ oscillates,
+# as the image follows it with a delay of some ten steps.
 BUDGET_RATE = 0.1
 BUDGET_GAIN = 2.0
 # The state of the control stays within these factors of the weight.
