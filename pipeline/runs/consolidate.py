@@ -137,7 +137,8 @@ def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, 
 
 def channel_deviations(layers: Sequence[Layer], result: DatasetPassResult) -> dict[str, np.ndarray]:
     """Return the standard deviation of every channel over the dataset, (C,), by the names of all layers of a pass."""
-    deviation = channel_statistics(result.first_pass.tally, result.ranges)["sd"]
+    rectified = np.repeat([layer.rectified for layer in layers], [layer.channels for layer in layers])
+    deviation = channel_statistics(result.first_pass.tally, result.ranges, rectified)["sd"]
     ends = np.cumsum([layer.channels for layer in layers])
     return {layer.name: deviation[end - layer.channels : end] for layer, end in zip(layers, ends.tolist(), strict=True)}
 
