@@ -17,8 +17,8 @@ FOLDS = 3
 MIN_IMAGES = 60
 # Ridge penalties, in units of the mean eigenvalue of the kernel: half a decade apart.
 PENALTIES = 10.0 ** np.arange(-4, 3.01, 0.5)
-# Units with a lower held-out correlation have no direction in the other network: about a fifth of the variance. With less,
-# noise can have a high prediction (docs/judges.md).
+# Units with a lower held-out correlation (less than about a fifth of the variance) have no direction in the other
+# network: noise can have a high prediction then (docs/judges.md).
 MIN_CORRELATION = 0.45
 
 
