@@ -324,11 +324,16 @@ class Maco(Parameterization):
 
     Fel et al. 2023, "Unlocking Feature Visualization for Deeper Networks with MAgnitude Constrained
     Optimization". `spectrum` is the file of amplitudes: `default`, or a file from `atlas spectrum`. It also holds the
-    color matrix that the amplitudes were measured with. `contrast` is a factor of all amplitudes.
+    color matrix that the amplitudes were measured with.
+
+    With `standardize` the decorrelated image of all channels gets the mean 0 and the standard deviation `contrast`
+    before the color matrix, as in the authors' Horama: mean amplitudes alone give less contrast than photographs have,
+    as the mean of |F| is below the root of the mean of |F|². Without it `contrast` is a factor of all amplitudes.
     """
 
     sd: float = 1.0
     contrast: float = 1.0
+    standardize: bool = True
     colour: ColorSpace = "measured"
 
     can_blur: ClassVar[bool] = False
@@ -350,9 +355,14 @@ class Maco(Parameterization):
 
     def image(self, parameters: Tensor, size: Size) -> Tensor:
         """Return the images of (B, C, H, W // 2 + 1) phases, in (0, 1)."""
-        amplitude = self.measured.at(*size).to(parameters) * self.contrast
+        amplitude = self.measured.at(*size).to(parameters)
         spectrum = torch.polar(amplitude.expand_as(parameters), parameters)
-        return self.to_rgb(torch.fft.irfft2(spectrum, s=size, norm="ortho"))
+        decorrelated = torch.fft.irfft2(spectrum, s=size, norm="ortho")
+        if self.standardize:
+            decorrelated = decorrelated - decorrelated.mean(dim=(1, 2, 3), keepdim=True)
+            # The epsilon of Horama; the amplitudes are fixed, so that the deviation is far above it.
+            decorrelated = decorrelated / (decorrelated.std(dim=(1, 2, 3), keepdim=True) + 1e-4)
+        return self.to_rgb(decorrelated * self.contrast)
 
     def inverse(self, images: Tensor) -> Tensor:
         """Return the phases of the decorrelated image; its amplitudes are lost."""

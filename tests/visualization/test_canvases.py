@@ -121,12 +121,36 @@ def test_clipped_pixels_are_brought_back() -> None:
 
 
 def test_maco_has_the_amplitudes_of_photographs() -> None:
-    canvas = load_config_files(Maco(contrast=0.3), "canvas")  # quiet enough that nothing saturates
+    # Quiet enough that nothing saturates.
+    canvas = load_config_files(Maco(contrast=0.3, standardize=False), "canvas")
     size = (64, 64)
     image = canvas.image(torch.randn(1, 3, 64, 33), size)
     amplitude = torch.fft.rfft2(canvas.from_rgb(image), norm="ortho").abs()[0, :, 1:31, 1:31]
     wanted = 0.3 * canvas.measured.at(*size)[:, 1:31, 1:31]
     assert (amplitude / wanted - 1).abs().median() < 0.02
+
+
+def test_maco_standardizes_each_image_and_keeps_the_shape_of_the_spectrum() -> None:
+    """As Horama: mean 0 and one deviation over all channels of an image, whatever the phases; not so without."""
+    size = (64, 64)
+    torch.manual_seed(0)
+    phases = torch.randn(3, 3, 64, 33) * torch.tensor([0.01, 1.0, 3.0])[:, None, None, None]
+    canvas = load_config_files(Maco(contrast=0.4), "canvas")
+    decorrelated = canvas.from_rgb(canvas.image(phases, size))
+    assert decorrelated.mean(dim=(1, 2, 3)).tolist() == pytest.approx([0, 0, 0], abs=0.01)
+    deviations = decorrelated[1:].std(dim=(1, 2, 3)).tolist()  # the first is one bright point, which saturates
+    assert deviations == pytest.approx([0.4, 0.4], rel=0.02)
+    amplitude = torch.fft.rfft2(decorrelated, norm="ortho").abs()[1:, :, 1:31, 1:31]
+    ratio = amplitude / canvas.measured.at(*size)[:, 1:31, 1:31]
+    assert (ratio / ratio.flatten(1).median(dim=1).values[:, None, None, None] - 1).abs().median() < 0.02
+    plain = load_config_files(Maco(contrast=0.4, standardize=False), "canvas")
+    assert plain.from_rgb(plain.image(phases, size))[1:].std(dim=(1, 2, 3)).max() < 0.37  # paler than asked for
+
+
+def test_maco_gradients_are_those_of_finite_differences() -> None:
+    canvas = load_config_files(Maco(), "canvas")
+    phases = torch.randn(2, 3, 6, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda p: canvas.image(p, (6, 6)), (phases,), atol=1e-6)
 
 
 def test_measured_colours_are_decorrelated() -> None:
