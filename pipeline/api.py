@@ -22,6 +22,7 @@ from torch import nn
 from pipeline.acceleration.batchnorm_folding import fold, foldable_pairs
 from pipeline.cli.compose import compose
 from pipeline.config.schema import Config
+from pipeline.core.config_files import load_config_files
 from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.core.units import Unit
 from pipeline.data import image_loading, multiband
@@ -207,6 +208,7 @@ def visualize(
     if wrong:
         raise AtlasError(f"{name} has the channels 0 to {layer.channels - 1}, not {wrong[0]}.")
     config = compose([f"render={preset}", *settings]).config
+    config = dataclasses.replace(config, render=load_config_files(config.render, "render"))
     if config.render.needs_examples:
         raise AtlasError(
             f"render={preset} starts from dataset examples, which need a run: `atlas run render={preset}`."

@@ -201,8 +201,8 @@ class Fourier(Parameterization):
     """
 
     sd: float = 0.01
-    # With 1.2 images have 2 to 5 % more activation, a fifth to two fifths more contrast and chroma, and twenty times as
-    # many values near black or white: more than most photographs.
+    # With 1.2 images have up to 8 % more activation, a fifth to two fifths more contrast and chroma, and twenty times
+    # as many values near black or white: more than most photographs.
     decay: float = 1.0
     gain: float = 0.25
 

@@ -29,6 +29,12 @@ def test_one_call_makes_an_image_with_numbers(network: "pipeline.Network", capsy
     assert np.abs(several[0].image.astype(int) - image.image).max() <= 1
 
 
+def test_a_preset_with_a_file_of_the_package(network: "pipeline.Network") -> None:
+    """The spectrum of `maco` is read here as a plan reads it."""
+    image = pipeline.visualize(network, "late:1", "maco", SETTINGS, progress=False)
+    assert image.image.std() > 10
+
+
 def test_the_module_itself_is_not_changed() -> None:
     module = TinyNet().train()
     before = {name: value.clone() for name, value in module.state_dict().items()}

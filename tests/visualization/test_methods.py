@@ -119,13 +119,12 @@ def test_a_budget_is_met_whatever_the_weight_begins_with(tiny: Model, tiny_layer
 
 
 def test_a_budget_that_is_not_met_is_said_with_the_value_reached(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
-    penalties = (TotalVariation(budget=1e-6), L2(budget=10.0))  # smoother than 8 bits; more than white on grey
+    # Smoother than 8 bits; and more than white on gray, which is met by any image.
+    penalties = (TotalVariation(budget=1e-6), L2(budget=10.0))
     (picture,) = made(tiny, tiny_layers["late"], [(3, 0)], penalties=penalties)
     variation, distance = picture.budget_values
-    assert picture.status != "failed"
-    assert picture.reason == (
-        f"tv of {variation:.3g} is above its budget of 1e-06; l2 of {distance:.3g} is below its budget of 10"
-    )
+    assert picture.status != "failed" and 0 < distance < 10
+    assert picture.reason == f"tv of {variation:.3g} is above its budget of 1e-06"
 
 
 def test_a_schedule_is_cut_into_its_shares() -> None:
