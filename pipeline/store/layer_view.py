@@ -333,7 +333,7 @@ class LayerView:
         parent = self._render(preset)
         if "judges" not in parent:
             return ()
-        judges = hdf5.group(parent, "judges", "budget_value")
+        judges = hdf5.group(parent, "judges")
         found = []
         for name in hdf5.member_names(judges):
             group = hdf5.group(judges, name)
