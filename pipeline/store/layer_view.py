@@ -343,6 +343,15 @@ class LayerView:
             found.append(Judgement(hdf5.text_attribute(group, "judge"), weights, kind, numbers))
         return tuple(found)
 
+    def budgets(self, preset: str | None = None) -> list[BudgetValues]:
+        """Return the regularizers of a preset that have a budget, in its order; empty if there is none."""
+        group = self._render(preset)
+        if "budget_value" not in group:
+            return []
+        attributes, values = self.render_attributes(preset), self._get(group, "budget_value")
+        pairs = zip(attributes["budget_names"], np.asarray(attributes["budget_target"]).tolist(), strict=True)
+        return [BudgetValues(str(name), target, values[..., i]) for i, (name, target) in enumerate(pairs)]
+
     @property
     def unrendered(self) -> str:
         """Why this layer cannot have visualizations, such as a missing gradient; empty where it can."""

@@ -111,6 +111,7 @@ def test_the_default_networks_examples_are_exactly_those_of_brute_force() -> Non
     check(found, ranges, seen_by(model, layers, dataset, 16), dataset, 3)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler here")
 def test_the_compiled_reduction_says_the_same(photo_folder: Path, tiny: Model) -> None:
     dataset = datasets.list_dataset(DataConfig("folder", str(photo_folder)))

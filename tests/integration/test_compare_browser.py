@@ -60,7 +60,11 @@ def arrives(page: Any, name: str) -> None:
     assert page.locator("article.compared").get_attribute("data-unit-shown") == name
 
 
-@pytest.mark.parametrize(("base", "width"), test_browser.LOADED, indirect=["base"])
+# From a host the pages are those of the atlas's own site in their loading, which the default tests open from both.
+LOADED = [("disk", 360), *(pytest.param(*at, marks=pytest.mark.long) for at in (("web", 1440), ("disk", 1440)))]
+
+
+@pytest.mark.parametrize(("base", "width"), LOADED, indirect=["base"])
 def test_everything_fits_and_loads(visit, base, width):
     for to in (HOME, EVEN, UNIT, "unit.html#../../x:1", "unit.html#blocks.1.conv:5"):
         page = home(visit, width, to)
@@ -74,6 +78,7 @@ def test_everything_fits_and_loads(visit, base, width):
         page.context.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("base", ["disk"], indirect=True)
 def test_axe_finds_nothing_serious(visit, base):
     for to in (HOME, EVEN, UNIT):

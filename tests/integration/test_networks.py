@@ -221,7 +221,10 @@ def nets(tmp_path: Path) -> Path:
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch is giving up TorchScript and the former weight_norm
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
-@pytest.mark.parametrize("builder", [*LOWERED, *PLAINER])
+@pytest.mark.parametrize(
+    "builder",
+    [pytest.param(b, marks=[pytest.mark.long] if b == "compiled" else []) for b in (*LOWERED, *PLAINER)],
+)
 def test_what_networks_do_beside_convolutions_keeps_its_values(
     nets: Path, builder: str, precision: str, tmp_path: Path
 ) -> None:

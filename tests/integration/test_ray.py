@@ -328,6 +328,7 @@ def test_workers_that_share_no_files_with_the_driver(tiny_run: list[str], tmp_pa
                 assert np.array_equal(a[key], b[key], equal_nan=a[key].dtype.kind == "f"), (name, key)
 
 
+@pytest.mark.long
 def test_nothing_listens_to_the_outside() -> None:
     """A private Ray: loopback only, no dashboard, no token on disk, and workers with the driver's own priority."""
     code = """

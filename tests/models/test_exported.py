@@ -96,7 +96,7 @@ class Outer(nn.Module):
     [
         lambda: TinyNet(),
         lambda: Outer(),
-        lambda: timm.create_model("test_vit", img_size=32),
+        pytest.param(lambda: timm.create_model("test_vit", img_size=32), marks=pytest.mark.long),
         lambda: timm.create_model("test_efficientnet"),
         lambda: torchvision.models.squeezenet1_1(weights=None),
     ],

@@ -304,10 +304,10 @@ def test_labels_need_a_classifier_with_as_many_classes(nets: Path) -> None:
     ("how", "rendered", "reason"),
     [
         ("no_grad", [], "without gradients"),
-        ("inference", [], "without gradients"),
+        pytest.param("inference", [], "without gradients", marks=pytest.mark.long),
         ("detach", ["conv", "act"], "without gradients"),
         ("round", ["conv", "act"], "zero everywhere"),
-        ("none", ["conv", "act", "head"], ""),
+        pytest.param("none", ["conv", "act", "head"], "", marks=pytest.mark.long),
     ],
 )
 def test_layers_without_gradient_keep_their_dataset_examples(

@@ -189,7 +189,7 @@ def test_only_what_is_missing_is_timed(
     assert costs and all(cost > 0 for cost in costs)
 
 
-@pytest.mark.parametrize("store", ["images", "crops"])
+@pytest.mark.parametrize("store", [pytest.param("images", marks=pytest.mark.long), "crops"])
 def test_fewer_layers_and_channels_are_cut_out_of_the_base(
     finished: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
 ) -> None:
@@ -334,6 +334,7 @@ def test_a_base_is_free_and_not_needed_any_more(
     assert main(["plan", *whole, f"base={tmp_path / 'whole'}"]) == 0
 
 
+@pytest.mark.long
 def test_a_multirun_over_presets_has_one_base(
     finished: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_photograph: None
 ) -> None:
@@ -432,7 +433,7 @@ def test_only_units_whose_pictures_were_not_good_enough(
 
     with pipeline.open_atlas(base) as atlas:
         frame = atlas.units()
-    frame["ratio"] = (frame.activation / frame.natural).where(frame.natural > 0)
+    frame["ratio"] = (frame["peak"] / frame["max"]).where(frame["max"] > 0)
     limit = float(frame.ratio.median())
     weak = {(row.layer, row.channel) for row in frame[frame.ratio < limit].itertuples()}
     below = compose([*settings, f"base={bad}", "run.name=weak", f"only=below:{limit}"]).config
@@ -456,7 +457,7 @@ def test_only_units_whose_pictures_were_not_good_enough(
         (["only=faild"], "only='faild' is unknown. Nearest: failed"),
         (["only=below:much"], "below needs a number"),
         (["only=failed"], "no visualization of"),
-        (["only=below:-1e9"], "the smallest achieved ÷ natural in"),
+        (["only=below:-1e9"], "the smallest activation ratio in"),
         (["only=failed", "base=null"], "only=failed needs base=runs/NAME"),
         (["units=nowhere.csv"], "units=nowhere.csv can't be read: No such file"),
         (["units=empty.csv"], "is empty: rows of layer,channel"),
