@@ -220,6 +220,7 @@ def test_dead_units_find_a_way_through_lowered_rectifiers() -> None:
     assert gradients(lowered, x, torch.ones(1, 1, 2, 2))[1].abs().sum() == 0
 
 
+@pytest.mark.long
 def test_pictures_of_bfloat16_steps_are_measured_in_float32(network: Model, layers: dict[str, Layer]) -> None:
     """Their numbers are the folded network's, and they reach what float32 reaches, alone and in a batch."""
     pairs, layer = foldable_pairs(network), layers["blocks.2.1"]

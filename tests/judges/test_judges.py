@@ -260,6 +260,7 @@ def test_a_run_shows_its_visualizations_to_a_judge_once(
         assert np.array_equal(atlas["classifier"].image(1), judged_atlas["classifier"].image(1))
 
 
+@pytest.mark.long
 def test_hidden_units_are_matched_on_the_dataset_images(tiny_run: list[str], tmp_path: Path) -> None:
     root = tmp_path / "many"
     root.mkdir()

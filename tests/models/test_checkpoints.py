@@ -454,6 +454,7 @@ def test_a_plan_refuses_an_ensemble_that_does_not_fit(tiny_run: list[str], tmp_p
     assert len(digests) == 2  # other weights of the same file make other pictures
 
 
+@pytest.mark.long
 def test_an_ensemble_of_several_checkpoints_is_planned_and_runs(tmp_path: Path, tiny_run: list[str]) -> None:
     """The estimate times one network in the place of all members: each of its captures sees its own pass."""
     (tmp_path / "net.py").write_text(

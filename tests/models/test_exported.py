@@ -102,7 +102,7 @@ class Outer(nn.Module):
     ],
     ids=["tiny", "outer", "vit", "efficientnet", "squeezenet"],
 )
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_ordinary_programs_need_no_trust(make: Callable[[], nn.Module], strict: bool, tmp_path: Path) -> None:
     net = make()
     path = save(net, tmp_path / "net.pt2", strict=strict)

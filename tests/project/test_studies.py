@@ -81,6 +81,7 @@ def test_a_page_keeps_its_words_and_gets_new_numbers(tmp_path: Path) -> None:
         page.publish(page.Report({}, Image.new("RGB", (8, 8))), where)
 
 
+@pytest.mark.long
 def test_a_study_has_tables_and_a_figure(tiny_run: list[str], tmp_path: Path) -> None:
     """Two presets of four pictures on a small network: what `scripts/study` calls once the run is there."""
     settings = ["render.name=naive", "render.variants=3", "also=[distill]", "also.distill.variants=3"]

@@ -168,6 +168,7 @@ def test_compact_deletes_nothing_unless_the_atlas_is_whole(finished: Path, capsy
     assert shard_times(finished) == times
 
 
+@pytest.mark.long
 def test_compact_keeps_shards_of_other_settings(finished: Path, tiny_run: list[str]) -> None:
     old = {p.name for p in (finished / "shards").glob("render/*/*.h5")}
     assert main(["render", *tiny_run, "render.steps=5", "run.update=true"]) == 0
@@ -176,6 +177,7 @@ def test_compact_keeps_shards_of_other_settings(finished: Path, tiny_run: list[s
     assert left and left <= old
 
 
+@pytest.mark.long
 def test_repair_saves_what_is_whole_of_a_compacted_atlas(
     finished: Path, tiny_run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

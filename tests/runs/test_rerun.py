@@ -213,6 +213,7 @@ def test_fewer_layers_and_channels_are_cut_out_of_the_base(
     assert main(["verify", str(based / "small"), "run.check=0"]) == 0
 
 
+@pytest.mark.long
 def test_channels_that_the_base_does_not_show_are_looked_at_again(
     finished: tuple[Path, list[str]],
     tmp_path: Path,
@@ -314,6 +315,7 @@ def test_a_picture_that_is_damaged_in_the_base_is_made_again(
     assert same(content(base), content(tmp_path / "again"))
 
 
+@pytest.mark.long
 def test_a_base_is_free_and_not_needed_any_more(
     finished: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -290,6 +290,7 @@ def test_bad_input_is_told_before_any_work(
     assert not (tmp_path / "tiny").exists()
 
 
+@pytest.mark.long
 def test_every_channel_of_a_transformer(tmp_path: Path, photo_folder: Path) -> None:
     tiny = [o for o in TINY if not o.startswith(("model.name", "layers", "model.input_size"))]
     overrides = [*tiny, "model.name=test_vit", "layers.include=[blocks.0,blocks.1.mlp.fc1,head]", "layers.channels=0:2"]
@@ -300,6 +301,7 @@ def test_every_channel_of_a_transformer(tmp_path: Path, photo_folder: Path) -> N
         assert atlas["blocks.0"].receptive_field is None
 
 
+@pytest.mark.long
 def test_a_damaged_shard_is_made_again(tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "tiny"
     assert main(["run", *tiny_run]) == 0
@@ -368,6 +370,7 @@ def test_a_file_name_that_is_no_text(tiny_run: list[str], tmp_path: Path, photo_
         assert sorted(atlas.dataset()["path"]) == ["caf\\udce9.png", "good.png"]
 
 
+@pytest.mark.long
 def test_a_network_of_one_size_gets_its_own(
     tmp_path: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

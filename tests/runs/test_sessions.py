@@ -26,6 +26,7 @@ def precisions(folder: Path) -> set[str]:
         return {str(view.render_attributes("distill")["requested_precision"]) for view in atlas}
 
 
+@pytest.mark.long
 def test_another_precision_makes_visualizations_again_and_auto_keeps_them(
     tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,6 +37,7 @@ def test_pictures_begin_with_each_units_best_example(
     assert "Nothing is missing" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_spectrum_of_ones_own_photographs(
     tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
