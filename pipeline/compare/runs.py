@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from pipeline.core.errors import AtlasError, nearest_names
+from pipeline.core.metric_specs import is_minimized
 from pipeline.store.reader import Atlas, open_atlas
 
 # Attributes that must be equal for the numbers of two runs to be comparable, with their names on pages and in messages.
@@ -43,7 +44,7 @@ class Contender:
     @property
     def negative(self) -> bool:
         """Whether the objective was minimized."""
-        return self.reference in ("least", "min")
+        return is_minimized(self.reference)
 
 
 @dataclasses.dataclass(frozen=True)

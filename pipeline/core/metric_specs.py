@@ -331,6 +331,11 @@ def in_comparison_order(names: Iterable[str]) -> tuple[Metric, ...]:
     return tuple(sorted(map(metric_named, set(names)), key=position))
 
 
+def is_minimized(natural: str) -> bool:
+    """Return whether visualizations minimize the activation, by the dataset statistic `natural` of their objective."""
+    return natural in ("least", "min")
+
+
 def ratios(
     values: Mapping[str, np.ndarray], denominators: Mapping[str, np.ndarray], negative: bool
 ) -> dict[str, np.ndarray]:
@@ -349,10 +354,11 @@ def ratios(
     Returns:
         float32 by name, without units. NaN where the denominator is zero or has the wrong sign.
     """
+    known = {**denominators, **values}
     return {
-        metric.name: share(values[metric.numerator], ({**denominators, **values})[metric.denominator], negative)
+        metric.name: share(values[metric.numerator], known[metric.denominator], negative)
         for metric in RATIO_METRICS
-        if metric.numerator in values and metric.denominator in {**denominators, **values}
+        if metric.numerator in values and metric.denominator in known
     }
 
 

@@ -318,6 +318,13 @@ def sparsity(total: np.ndarray, squares: np.ndarray, count: np.ndarray | float) 
         return (1 - total**2 / (count * squares)) / (1 - 1 / np.asarray(count, np.float64))
 
 
+def standard_deviation(total: ChannelAccumulator, ranges: HistogramRange) -> np.ndarray:
+    """Return the standard deviation of each channel over all positions of all images, (C,) float64."""
+    n = max(total.images, 1)
+    shift, square = (getattr(total, name) / 2.0 ** _UNIT_BITS[name] / n for name in ("shift", "square"))
+    return ranges.scale * np.sqrt(np.maximum(square - shift**2, 0))
+
+
 def channel_statistics(
     total: ChannelAccumulator, ranges: HistogramRange, rectified: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -351,7 +358,7 @@ def channel_statistics(
         kurtosis = np.where(variance > 1e-9, central / variance**2 - 3, np.nan)
     values = {
         "mean": ranges.centre + ranges.scale * mean["shift"],
-        "sd": ranges.scale * np.sqrt(np.maximum(mean["square"] - mean["shift"] ** 2, 0)),
+        "sd": standard_deviation(total, ranges),
         "max": total.max,
         "min": total.min,
         "nonzero": mean["positive"],

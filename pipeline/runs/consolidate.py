@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.core import hashing
 from pipeline.core.errors import AtlasError
 from pipeline.engine.base import Failure
-from pipeline.examples.channel_stats import channel_statistics
+from pipeline.examples.channel_stats import standard_deviation
 from pipeline.examples.results import DatasetPassResult
 from pipeline.layers import connectivity
 from pipeline.layers.finding import Layer
@@ -137,8 +137,7 @@ def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, 
 
 def channel_deviations(layers: Sequence[Layer], result: DatasetPassResult) -> dict[str, np.ndarray]:
     """Return the standard deviation of every channel over the dataset, (C,), by the names of all layers of a pass."""
-    rectified = np.repeat([layer.rectified for layer in layers], [layer.channels for layer in layers])
-    deviation = channel_statistics(result.first_pass.tally, result.ranges, rectified)["sd"]
+    deviation = standard_deviation(result.first_pass.tally, result.ranges).astype(np.float32)
     ends = np.cumsum([layer.channels for layer in layers])
     return {layer.name: deviation[end - layer.channels : end] for layer, end in zip(layers, ends.tolist(), strict=True)}
 

@@ -28,6 +28,7 @@ from pipeline.planning.plan import Plan
 from pipeline.runs.artifacts import Artifacts
 from pipeline.store import hdf5, shards
 from pipeline.store.shards import DamagedShardError, Shard
+from pipeline.store.writer import finished_rows
 from pipeline.visualization.objectives import Direction
 
 log = logging.getLogger(__name__)
@@ -242,16 +243,15 @@ def _unit_numbers(match: Match, features: np.ndarray, channels: np.ndarray, nega
 def _pictures(found: Sequence[Shard], row: PlanRow) -> list[_Picture]:
     """Return the finished visualizations of a row; the first shard with a channel provides it, as in an atlas."""
     pictures: list[_Picture] = []
+    places = {channel: i for i, channel in enumerate(row.channels)}
     seen: set[int] = set()
     for shard in found:
-        small = shard.get("channels", "status", "images_sha256")
-        finished = (small["status"] != "missing").all(-1)
-        for i, channel in enumerate(small["channels"].tolist()):
-            if channel not in row.channels or channel in seen or not finished[i]:
-                continue
-            seen.add(channel)
-            digests = small["images_sha256"][i]
-            pictures += [_Picture(channel, d.tobytes(), shard, i, v) for v, d in enumerate(digests)]
+        digests = shard.get("images_sha256")["images_sha256"]
+        for i, place in finished_rows(shard, places):
+            if place not in seen:
+                seen.add(place)
+                channel = row.channels[place]
+                pictures += [_Picture(channel, d.tobytes(), shard, i, v) for v, d in enumerate(digests[i])]
     return pictures
 
 

@@ -296,7 +296,7 @@ class LayerView:
         if names:
             return values
         # Older atlases have only the activation, which is a peak or a mean by the objective's own statistic.
-        numerator = NUMERATORS.get(str(self.render_attributes(preset).get("natural", "")))
+        numerator = NUMERATORS.get(self._natural(preset))
         if numerator and numerator not in values:
             values[numerator] = values["activation"]
         return values | self._ratios(values, preset)
@@ -308,9 +308,8 @@ class LayerView:
 
     def _ratios(self, values: Mapping[str, np.ndarray], preset: str | None) -> dict[str, np.ndarray]:
         """Return the ratios of which the numerators are among `values`."""
-        negative = self.render_attributes(preset).get("natural") in ("least", "min")
         denominators = {name: best[:, None] for name, best in self.dataset_best(preset).items()}
-        return metric_specs.ratios(values, denominators, negative)
+        return metric_specs.ratios(values, denominators, metric_specs.is_minimized(self._natural(preset)))
 
     def image_activations(self, preset: str | None = None) -> np.ndarray | None:
         """Return the largest activation of each channel of the layer on each visualization, (C', V, C) float16.
@@ -531,23 +530,26 @@ class LayerView:
 
     def dataset_max(self, preset: str | None = None) -> np.ndarray:
         """Return the best activation over the dataset by the objective's own statistic, (C',); NaN if not measured."""
-        statistic = NATURAL_STATISTICS.get(str(self.render_attributes(preset).get("natural", "")))
-        if statistic is None or f"stats/{statistic}" not in self._group:
-            return np.full(len(self.channels), np.nan, np.float32)
-        return self._get(self._group, f"stats/{statistic}")
+        return self._natural_statistic(self._natural(preset))
 
     def dataset_best(self, preset: str | None = None) -> dict[str, np.ndarray]:
         """Return the denominators of the activation ratios, (C',) each by name; NaN if not measured."""
-        negative = self.render_attributes(preset).get("natural") in ("least", "min")
-        statistics = {
-            metric_specs.DATASET_PEAK: "min" if negative else "max",
-            metric_specs.DATASET_MEAN: "least_mean" if negative else "best_mean",
-        }
-        missing = np.full(len(self.channels), np.nan, np.float32)
+        peak, mean = ("min", "least") if metric_specs.is_minimized(self._natural(preset)) else ("max", "mean")
         return {
-            name: self._get(self._group, f"stats/{key}") if f"stats/{key}" in self._group else missing
-            for name, key in statistics.items()
+            metric_specs.DATASET_PEAK: self._natural_statistic(peak),
+            metric_specs.DATASET_MEAN: self._natural_statistic(mean),
         }
+
+    def _natural(self, preset: str | None) -> str:
+        """Return which statistic over the dataset the activations of a preset are compared with; "" if not stored."""
+        return str(self.render_attributes(preset).get("natural", ""))
+
+    def _natural_statistic(self, natural: str) -> np.ndarray:
+        """Return the best activation over the dataset by a key of `NATURAL_STATISTICS`, (C',); NaN if not measured."""
+        statistic = NATURAL_STATISTICS.get(natural)
+        if statistic is None or f"stats/{statistic}" not in self._group:
+            return np.full(len(self.channels), np.nan, np.float32)
+        return self._get(self._group, f"stats/{statistic}")
 
     def crop_box(self, y: int, x: int, min_size: int = 48) -> tuple[int, int, int, int] | None:
         """Return (left, top, right, bottom) of the receptive field of unit (y, x), in pixels of the network's input.

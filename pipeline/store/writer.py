@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pipeline.core.errors import AtlasError
-from pipeline.core.metric_specs import IMAGE_METRICS, METRICS, RENDER_METRICS, Metric
+from pipeline.core.metric_specs import IMAGE_METRICS, METRICS, RENDER_METRICS, Metric, is_minimized
 from pipeline.core.seeds import seed_of
 from pipeline.data.readers.base import DatasetImage
 from pipeline.examples.channel_stats import channel_statistics
@@ -234,7 +234,7 @@ def _write_visualizations(
     filled: set[int] = set()
     for shard in preset_shards:
         with shard.opened() as source:
-            rows = [(i, j) for i, j in _finished_rows(shard, target_row) if j not in filled]
+            rows = [(i, j) for i, j in finished_rows(shard, target_row) if j not in filled]
             filled |= {j for _, j in rows}
             for name, array in arrays.items():
                 if name in optional and name not in source:
@@ -317,7 +317,7 @@ def _missing_measurements(
     }
 
 
-def _finished_rows(shard: Shard, target_row: Mapping[int, int]) -> list[tuple[int, int]]:
+def finished_rows(shard: Shard, target_row: Mapping[int, int]) -> list[tuple[int, int]]:
     """Return (row in the shard, row in the atlas) of each channel of which no variant is missing."""
     arrays = shard.get("channels", "status")
     finished = (arrays["status"] != "missing").all(-1)
@@ -348,7 +348,7 @@ def _write_relations(group: h5py.Group, pass_result: DatasetPassResult | None, i
         write_array(target, "agreement", metrics.agreement(activations).numpy())
         if pass_result is None or not len(pass_result.first_pass.responses):
             continue
-        negative = hdf5.text_attribute(target, "natural") in ("least", "min")
+        negative = is_minimized(hdf5.text_attribute(target, "natural"))
         examples = metrics.example_activations(
             pass_result.examples[i].top(negative),
             pass_result.localizations[f"{i}/top"],
@@ -493,17 +493,18 @@ def _measurement_faults(layer: LayerView, preset: str) -> Iterator[str]:
     if not np.isfinite(numbers["activation"][succeeded]).all():
         yield "an activation is not finite"
     for metric in METRICS:
-        values = numbers.get(metric.name, np.zeros(0))
-        if (values < metric.low - 1e-3).any() or (values > metric.high + 1e-3).any():
-            yield f"{metric.name} is not between {metric.low:g} and {metric.high:g}"
+        yield from _range_faults(metric.name, numbers.get(metric.name, np.zeros(0)), metric.low, metric.high)
 
 
 def _judgement_faults(layer: LayerView, preset: str) -> Iterator[str]:
     for judgement in layer.judgements(preset):
         for name, values in judgement.numbers.items():
-            low, high = RANGES.get(name, (-np.inf, np.inf))
-            if (values < low - 1e-3).any() or (values > high + 1e-3).any():
-                yield f"{name} in {judgement.judge} is not between {low:g} and {high:g}"
+            yield from _range_faults(f"{name} in {judgement.judge}", values, *RANGES[name])
+
+
+def _range_faults(what: str, values: np.ndarray, low: float, high: float) -> Iterator[str]:
+    if (values < low - 1e-3).any() or (values > high + 1e-3).any():
+        yield f"{what} is not between {low:g} and {high:g}"
 
 
 def _is_readable(dataset: h5py.Dataset) -> bool:

@@ -258,7 +258,8 @@ def margin(responses: Tensor, channels: Tensor, natural: Tensor) -> Tensor:
     Returns:
         (G, V) in standard deviations; NaN for a missing image, a channel that does not vary, or fewer than two images.
     """
-    z, varies = _standardized(responses, natural)
+    scores = _Scores.over(natural)
+    z, varies = scores.of(responses), scores.varies
     rows = torch.arange(len(responses), device=responses.device)
     own = z[rows, :, channels]
     others = z.masked_fill(~varies, -torch.inf)
@@ -267,13 +268,33 @@ def margin(responses: Tensor, channels: Tensor, natural: Tensor) -> Tensor:
     return torch.where(varies[channels][:, None] & result.isfinite(), result, torch.nan)
 
 
-def _standardized(responses: Tensor, natural: Tensor) -> tuple[Tensor, Tensor]:
-    """Return responses as standard scores among the (n, C) responses `natural`, and which channels (C,) vary there."""
-    if len(natural) < 2:
-        return torch.full_like(responses, torch.nan), torch.zeros(natural.shape[1], dtype=torch.bool)
-    mean, sd = natural.mean(0), natural.std(0)
-    varies = sd > 1e-6 * sd.median().clamp(min=torch.finfo(sd.dtype).tiny)
-    return torch.where(varies, (responses - mean) / sd.where(varies, torch.ones(())), 0.0), varies
+@dataclasses.dataclass(frozen=True)
+class _Scores:
+    """Standard scores of C channels over dataset images.
+
+    Attributes:
+        mean: Mean of each channel, (C,); NaN for fewer than two images.
+        sd: Standard deviation, (C,); 1 for channels that do not vary.
+        varies: Whether the channel varies over the images, (C,); all for fewer than two, so that scores are NaN.
+    """
+
+    mean: Tensor
+    sd: Tensor
+    varies: Tensor
+
+    @classmethod
+    def over(cls, natural: Tensor) -> "_Scores":
+        """Measure the channels on (n, C) activations for n images."""
+        if len(natural) < 2:
+            unknown = natural.new_full((natural.shape[1],), torch.nan)
+            return cls(unknown, unknown, torch.ones(natural.shape[1], dtype=torch.bool))
+        sd = natural.std(0)
+        varies = sd > 1e-6 * sd.median().clamp(min=torch.finfo(sd.dtype).tiny)
+        return cls(natural.mean(0), sd.where(varies, torch.ones(())), varies)
+
+    def of(self, responses: Tensor) -> Tensor:
+        """Return the scores of (…, C) activations; 0 for channels that do not vary, NaN for fewer than two images."""
+        return torch.where(self.varies, (responses - self.mean) / self.sd, 0.0)
 
 
 def agreement(responses: Tensor) -> Tensor:
@@ -338,19 +359,18 @@ def transfer(responses: Tensor, channels: Tensor, examples: Tensor, natural: Ten
     Returns:
         Values in −1 … 1; NaN where activations are missing, and everywhere if there are fewer than two random images.
     """
-    (z, varies), (z_examples, _) = _standardized(responses, natural), _standardized(examples, natural)
-    z_random, _ = _standardized(natural, natural)
+    scores = _Scores.over(natural)
+    z, z_examples = scores.of(responses), scores.of(examples)
     # Without the unit's own channel: a mask of ones and a zero for each unit.
-    others = varies.to(z).expand(len(channels), -1).clone()
+    others = scores.varies.to(z).expand(len(channels), -1).clone()
     others[torch.arange(len(channels)), channels] = 0
     mean = z_examples.nanmean(1)
     available = ~z_examples.isnan().any(2)
     count = available.sum(1)
-    rest = (z_examples.nan_to_num().sum(1, keepdim=True) - z_examples.nan_to_num()) / (count - 1).clamp(min=1)[
-        :, None, None
-    ]
+    known = z_examples.nan_to_num()
+    rest = (known.sum(1, keepdim=True) - known) / (count - 1).clamp(min=1)[:, None, None]
     each = _cosine(z_examples, rest, others).where(available & (count > 1)[:, None], torch.tensor(torch.nan))
-    return Transfer(_cosine(z, mean[:, None], others), each.nanmean(1), _floor(z_random, mean, channels))
+    return Transfer(_cosine(z, mean[:, None], others), each.nanmean(1), _floor(scores.of(natural), mean, channels))
 
 
 def _floor(natural: Tensor, mean: Tensor, channels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 `docs/site.md` and `api/v1/schema.json` document the keys.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -79,6 +80,19 @@ def labels_of(layer: LayerView, facts: LayerSummary, catalogue: Catalogue) -> tu
 _ABSENT = object()
 
 
+@dataclasses.dataclass(frozen=True)
+class TinyPlaces:
+    """Places of units in the sheets of tiny images.
+
+    Attributes:
+        own: Of each unit of the layer, (C',).
+        others: Of the units of the layers that it is wired to, by layer name and channel.
+    """
+
+    own: np.ndarray
+    others: Mapping[str, Mapping[int, int]]
+
+
 class Recorder:
     """Makes the records of one layer's units; reads everything except images once, in the constructor.
 
@@ -87,9 +101,8 @@ class Recorder:
         facts: Facts of the layer.
         catalogue: Dataset images and labels.
         lists: The example lists that the site shows.
-        ranks: Place of each unit in the layer's sheets of tiny images, (C',).
+        places: Places of its units and of those that it is wired to.
         similar: Number of similar units in each record; 0 for none.
-        others: The same places for the layers that it is wired to, by layer name and channel.
     """
 
     def __init__(
@@ -98,15 +111,14 @@ class Recorder:
         facts: LayerSummary,
         catalogue: Catalogue,
         lists: Sequence[ShownExamples],
-        ranks: np.ndarray,
+        places: TinyPlaces,
         similar: int,
-        others: Mapping[str, Mapping[int, int]],
     ) -> None:
         self._layer = layer
         self._facts = facts
         self._catalogue = catalogue
         self._lists = lists
-        self._ranks = ranks
+        self._ranks = places.own
         self._similar = similar
         self._pictures = {
             r.key: _with_judgements(
@@ -117,7 +129,7 @@ class Recorder:
         self._stats = {k: v.tolist() if v.dtype == bool else shortest_decimals(v) for k, v in layer.stats().items()}
         self._labels = layer.labels()
         self._vectors = embedding.unit_vectors([layer.dataset_activations()]) if similar else None
-        self._wiring = wiring_of(layer, others)
+        self._wiring = wiring_of(layer, places.others)
         self._histogram = layer.histogram()
         if self._histogram is not None:
             self._prepare_histogram(self._histogram)

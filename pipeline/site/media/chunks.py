@@ -15,7 +15,7 @@ from PIL import Image
 from pipeline.site.config import SiteConfig
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, ShownExamples, shown_lists, summarize
 from pipeline.site.data.js_shards import shard_script, shortest_decimals, to_json
-from pipeline.site.data.unit_records import Recorder, example_key
+from pipeline.site.data.unit_records import Recorder, TinyPlaces, example_key
 from pipeline.site.media.photo_crops import GREY, DatasetImages
 from pipeline.site.media.size_budget import CHUNK, Sizes, encode
 from pipeline.site.media.sprites import sheet, shrunk, side, square
@@ -168,9 +168,8 @@ class ChunkWriter:
             view = self._atlas[chunk.layer].with_cache()
             facts = summarize(view, chunk.order, self._catalogue.classes)
             lists = shown_lists(view, self._config)
-            recorder = Recorder(
-                view, facts, self._catalogue, lists, chunk.ranks, self._config.similar, chunk.wired_ranks
-            )
+            places = TinyPlaces(chunk.ranks, chunk.wired_ranks)
+            recorder = Recorder(view, facts, self._catalogue, lists, places, self._config.similar)
             heat_maps = view.heat_maps()
             share = max(facts.aperture)
             showing = choose_showing(self._atlas.examples_store, bool(self._table), share, self._config, self._sizes)
