@@ -139,7 +139,7 @@ class _Reference:
                     return f"{what}: relative difference {difference:.2g}"
             else:
                 cosine = cosine_of(observed[name], expected)
-                if cosine < BFLOAT16_COSINE and cosine < max(self._cosine(name) - COSINE_MARGIN, MIN_COSINE):
+                if cosine < BFLOAT16_COSINE and cosine < smallest_cosine(self._cosine(name)):
                     return f"{what}: cosine {cosine:.3f}"
         return ""
 
@@ -196,6 +196,15 @@ def cosine_of(values: Tensor, reference: Tensor) -> float:
     if norms == 0:
         return float(not reference.any())
     return float(values @ reference) / norms
+
+
+def smallest_cosine(rough: float) -> float:
+    """Return the smallest cosine that a bfloat16 variant may have.
+
+    Args:
+        rough: Cosine of the original network in bfloat16 with itself in float32.
+    """
+    return min(BFLOAT16_COSINE, max(rough - COSINE_MARGIN, MIN_COSINE))
 
 
 def verified_variants(

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.acceleration.variants import cosine_of, relative_difference
+from pipeline.acceleration.cpu_lowering import in_precision
+from pipeline.acceleration.variants import BFLOAT16_COSINE, cosine_of, relative_difference, smallest_cosine
 from pipeline.cli.compose import compose
 from pipeline.config.schema import Config
 from pipeline.engine.worker import Worker
@@ -43,6 +44,8 @@ class Compared:
         rounding: For these units, the largest difference of plain PyTorch's own gradients from those in double
             precision, at the further starts.
         cosine: Lowest cosine of the input gradient with that of plain PyTorch.
+        below: Largest amount by which a layer's cosine is below the smallest one allowed, which depends on that of
+            plain PyTorch in bfloat16; 0 if none is.
     """
 
     value: float
@@ -51,6 +54,7 @@ class Compared:
     repeated: int
     rounding: float
     cosine: float
+    below: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Checked(Compared):
     def wrong(self) -> str:
         """Description of the deviations beyond the stated tolerance; empty if there are none."""
         if self.precision != "float32":
-            return "" if self.cosine >= 0.9 else f"cosine of the input gradient {self.cosine:.3f}"
+            return f"cosine of the input gradient {self.below:.3f} below the smallest allowed" if self.below else ""
         if self.value > TOLERANCE:
             return f"objective differs by {self.value:.2g}"
         if self.least > TOLERANCE:
@@ -132,6 +136,7 @@ def check(config: Config, layers: int = LAYERS) -> Checked:
         repeated=sum(n.repeated for n in numbers),
         rounding=max((n.rounding for n in numbers), default=0.0),
         cosine=min((n.cosine for n in numbers), default=1.0),
+        below=max((n.below for n in numbers), default=0.0),
         precision=levels[0].rpartition(" ")[2] if levels else "float32",
         convolutional=sum(isinstance(m, nn.Conv2d) for m in plain.module.modules()) > 1,
         seconds=time.monotonic() - began,
@@ -158,7 +163,12 @@ def starts(plan_row: PlanRow, model: Model, config: Config, first: int = 0) -> T
 
 def compared(plain: Model, steps: Model, row: PlanRow, config: Config, single: bool) -> Compared:
     """Compare objectives and input gradients of a row's units, at further starts too if steps are in float32."""
-    values, differences, cosine = at_start(plain, steps, row, starts(row, plain, config))
+    images = starts(row, plain, config)
+    values, differences, cosine = at_start(plain, steps, row, images)
+    below = 0.0
+    if cosine < BFLOAT16_COSINE and not single:
+        rough = at_start(plain, in_precision(plain, torch.bfloat16), row, images)[2]
+        below = max(0.0, smallest_cosine(rough) - cosine)
     least, rounding = list(differences), 0.0
     beyond = [i for i, difference in enumerate(differences) if single and difference > TOLERANCE]
     for again in range(1, STARTS) if beyond else ():
@@ -168,7 +178,7 @@ def compared(plain: Model, steps: Model, row: PlanRow, config: Config, single: b
         for i in beyond:
             least[i] = min(least[i], further[i])
             rounding = max(rounding, rounded[i])
-    return Compared(values, max(differences), max(least), len(beyond), rounding, cosine)
+    return Compared(values, max(differences), max(least), len(beyond), rounding, cosine, below)
 
 
 def at_start(plain: Model, steps: Model, row: PlanRow, images: Tensor) -> tuple[float, list[float], float]:
