@@ -33,7 +33,7 @@ class Metric:
         unit: `OBJECTIVE`, or a unit such as "s"; empty for numbers without a unit.
         per: What has one value: a visualization, stored as (C', V), or a unit, stored as (C',).
         source: Where it comes from: "render" is recorded by the optimization; "image" is computed from the finished
-            image by `visualization.metrics`, and former versions lack it; "relation" is computed once all
+            image by `images.metrics`, and former versions lack it; "relation" is computed once all
             visualizations are available; "dataset" is from the dataset pass; "ratio" is the ratio of two others, which
             is not stored.
         numerator: For a ratio, the metric that is divided.

@@ -20,9 +20,9 @@ from pipeline.data.image_loading import Loaded
 from pipeline.examples import topk
 from pipeline.examples.quantile_examples import select_quantile_examples
 from pipeline.examples.sweep import LISTS, ExamplesConfig, PassContext, PassResult
+from pipeline.images import metrics
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.config import Preprocessing
-from pipeline.visualization import metrics
 
 # For so many of a unit's highest and lowest dataset examples, the activations of the whole layer are stored: feature
 # visualizations are compared with their mean. For all k examples they would take more space than all other results of

@@ -22,11 +22,11 @@ from pipeline.data.image_loading import Loaded
 from pipeline.examples import topk
 from pipeline.examples.channel_stats import ChannelAccumulator, HistogramRange, accumulate
 from pipeline.examples.quantile_examples import draw_subset
+from pipeline.images import metrics
 from pipeline.kernels import spatial_stats
 from pipeline.kernels.spatial_stats import Reducer
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.loading import Model, inplace_activations
-from pipeline.visualization import metrics
 
 # Lists of images: by the largest activation, the largest spatial mean, and the smallest activation.
 LISTS = ("max", "mean", "min")
@@ -122,7 +122,7 @@ class PassResult:
         responses_index: The images of `ImageSubsets.subset`, (n,), ascending.
         responses: Their maximum activations, (n, C) float32.
         means: Their spatial means, (n, C) float16; NaN in results of former versions.
-        appearance: Their contrast and chroma (`visualization.metrics.appearance`), (n, 2) float32; NaN in results of
+        appearance: Their contrast and chroma (`images.metrics.appearance`), (n, 2) float32; NaN in results of
             former versions.
         codes_index: The images of `ImageSubsets.labelled`, (n,), ascending.
         codes: The histogram bins of their maximum activations, (n, C) uint8.

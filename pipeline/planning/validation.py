@@ -8,13 +8,13 @@ import torch
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import AtlasError, first_line
+from pipeline.images.parameterizations import FromImage
 from pipeline.layers.finding import Layer
 from pipeline.models.loading import Model, load_ensemble_member
 from pipeline.visualization import preset as presets
 from pipeline.visualization.initial_images import decode_image
 from pipeline.visualization.network_perturbations import Ensemble
 from pipeline.visualization.objectives import Direction, Objective
-from pipeline.visualization.parameterizations import FromImage
 from pipeline.visualization.preset import Preset, Size, canvas_size
 
 log = logging.getLogger(__name__)

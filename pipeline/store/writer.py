@@ -24,6 +24,7 @@ from pipeline.examples.channel_stats import channel_statistics
 from pipeline.examples.localize import TopExamples
 from pipeline.examples.results import DatasetPassResult
 from pipeline.examples.rotation import rotation_number
+from pipeline.images import metrics
 from pipeline.judges.judgement import RANGES, Judgement
 from pipeline.layers.connectivity import Connectivity
 from pipeline.layers.finding import Layer
@@ -32,7 +33,6 @@ from pipeline.store.hdf5 import write_array
 from pipeline.store.layer_view import LayerView
 from pipeline.store.reader import SCHEMA, SCHEMA_VERSION, open_atlas
 from pipeline.store.shards import DamagedShardError, Shard, safe_name
-from pipeline.visualization import metrics
 
 LIBRARIES = ("neuron-atlas", "torch", "torchvision", "timm", "h5py", "numpy", "pillow")
 # Separates several values in one attribute; no reason for a fallback is longer than one line.

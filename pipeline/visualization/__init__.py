@@ -1,1 +1,1 @@
-"""Feature visualization: objectives, parameterizations, transforms, regularizers and the optimization loop."""
+"""Feature visualization: objectives, presets, batches, the optimization loop and the evaluation of images."""

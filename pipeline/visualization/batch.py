@@ -9,12 +9,12 @@ from torch import Tensor
 
 from pipeline.core.registry import registered_name
 from pipeline.core.seeds import seed_of
+from pipeline.images.parameterizations import FromImage
+from pipeline.images.transforms import ROBUSTNESS_TRANSFORMS, draw_random
 from pipeline.layers.finding import Layer
 from pipeline.models.loading import Model
-from pipeline.visualization.parameterizations import FromImage
 from pipeline.visualization.preset import ChannelVariant, Preset, Size, canvas_size
 from pipeline.visualization.schedules import Stage, StepSettings, expand_schedule
-from pipeline.visualization.transforms import ROBUSTNESS_TRANSFORMS, draw_random
 
 # Number of transformed copies of a finished image that its robust activation is averaged over.
 ROBUST_COPIES = 16

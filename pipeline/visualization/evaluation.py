@@ -11,13 +11,13 @@ from torch import Tensor
 from pipeline.core.metric_specs import IMAGE_METRICS
 from pipeline.core.registry import registered_name
 from pipeline.data.natural_spectrum import packaged_spectrum
-from pipeline.visualization import metrics
+from pipeline.images import metrics
+from pipeline.images.image_regularizers import BUDGET_TOLERANCE
+from pipeline.images.transforms import ROBUSTNESS_TRANSFORMS, apply_transforms, center_crop
 from pipeline.visualization.batch import Batch, RenderJob
 from pipeline.visualization.forward import objective_forward
-from pipeline.visualization.image_regularizers import BUDGET_TOLERANCE
 from pipeline.visualization.preset import ChannelVariant, Preset
 from pipeline.visualization.schedules import Stage, is_flat
-from pipeline.visualization.transforms import ROBUSTNESS_TRANSFORMS, apply_transforms, center_crop
 
 # Number of values of the objective that are stored with an image.
 TRACE_POINTS = 16

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.core.config_files import ConfigFile
 from pipeline.core.errors import AtlasError, first_line
-from pipeline.visualization.parameterizations import FromImage, frame
+from pipeline.images.parameterizations import FromImage, frame
 from pipeline.visualization.preset import ChannelVariant, Preset, Size
 
 

@@ -15,13 +15,13 @@ from pipeline.acceleration.redirected_relu import REDIRECTED_STEPS, has_zero_gra
 from pipeline.core.registry import registered_name
 from pipeline.core.seeds import seed_of
 from pipeline.data.image_filters import rms
+from pipeline.images.transforms import apply_transforms, center_crop
 from pipeline.visualization.batch import Batch, RenderJob
 from pipeline.visualization.evaluation import Visualization, evaluate, to_pictures
 from pipeline.visualization.forward import ObjectiveForward, objective_forward
 from pipeline.visualization.network_perturbations import ActivePerturbation, Ensemble
 from pipeline.visualization.preset import ChannelVariant, Preset
 from pipeline.visualization.schedules import StepSettings
-from pipeline.visualization.transforms import apply_transforms, center_crop
 
 
 def render(job: RenderJob, units: Sequence[ChannelVariant]) -> list[Visualization]:

@@ -11,17 +11,17 @@ from pipeline.core.errors import AtlasError
 from pipeline.core.registry import Member, Members, Registry, registered_name
 from pipeline.core.units import Unit
 from pipeline.core.validation import Keyed, Use
+from pipeline.images.gradient_preconditioners import PRECONDITIONERS, BlurGradient, Preconditioner
+from pipeline.images.image_regularizers import PENALTIES, ImageRegularizer
+from pipeline.images.parameterizations import CANVASES, FromImage, Parameterization
+from pipeline.images.transforms import TRANSFORMS, Transform
 from pipeline.layers.finding import Layer
 from pipeline.visualization.batch_terms import COUPLINGS, BatchTerm
-from pipeline.visualization.gradient_preconditioners import PRECONDITIONERS, BlurGradient, Preconditioner
-from pipeline.visualization.image_regularizers import PENALTIES, ImageRegularizer
 from pipeline.visualization.network_perturbations import AUGMENTATIONS, NetworkPerturbation
 from pipeline.visualization.objectives import OBJECTIVES, LayerInfo, Objective
 from pipeline.visualization.optimizers import OPTIMIZERS, Optimizer
-from pipeline.visualization.parameterizations import CANVASES, FromImage, Parameterization
 from pipeline.visualization.schedules import STOPS, Fixed, Stage, Stop
 from pipeline.visualization.schedules import check as check_schedule
-from pipeline.visualization.transforms import TRANSFORMS, Transform
 
 Size = tuple[int, int]
 

@@ -41,6 +41,7 @@ from pipeline.acceleration.variants import ModelVariants, verified_variants
 from pipeline.config.schema import Config
 from pipeline.core.seeds import seed_of
 from pipeline.engine.resources import local_resources, size_pool
+from pipeline.images.transforms import ROBUSTNESS_TRANSFORMS, apply_transforms, draw_random
 from pipeline.kernels.allocator import retain_freed_memory
 from pipeline.layers.finding import Layer, capture
 from pipeline.layers.receptive_fields import receptive_fields
@@ -50,7 +51,6 @@ from pipeline.planning.validation import choose_canvas_sizes
 from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.evaluation import Visualization
 from pipeline.visualization.loop import render
-from pipeline.visualization.transforms import ROBUSTNESS_TRANSFORMS, apply_transforms, draw_random
 
 LAYERS = ("blocks.1.1", "blocks.3.1", "blocks.4.2", "blocks.5.3", "conv_head")
 # conv_head is a convolution whose activation function is in bn2: both render the same tensor.

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 import pipeline
 from pipeline.cli.main import main
-from pipeline.visualization.image_regularizers import HighFrequency
+from pipeline.images.image_regularizers import HighFrequency
 
 LAYERS = "[blocks.1.0,blocks.2.0,blocks.3.0,blocks.4.0,blocks.5.3]"
 SHOWN = ("blocks.3.0", "blocks.5.3")

@@ -17,7 +17,7 @@ import dataclasses
 
 from torch import Tensor
 
-from pipeline.visualization.image_regularizers import ImageRegularizer
+from pipeline.images.image_regularizers import ImageRegularizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def test_a_class_of_a_file_is_a_member(file: Path) -> None:
     [
         ("Saturatoin", "has no 'Saturatoin'. Nearest: Saturation"),
         ("NoDataclass", r"must be decorated with @dataclasses\.dataclass\(frozen=True\)"),
-        ("NoRegularizer", "must be a class derived from pipeline.visualization.image_regularizers.ImageRegularizer"),
+        ("NoRegularizer", "must be a class derived from pipeline.images.image_regularizers.ImageRegularizer"),
     ],
 )
 def test_a_class_that_cannot_be_a_member_is_refused(file: Path, name: str, message: str) -> None:

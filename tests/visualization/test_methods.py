@@ -14,22 +14,22 @@ from pipeline.acceleration.redirected_relu import redirected
 from pipeline.cli.overrides import conf_folder
 from pipeline.core.config_files import ConfigFile, load_config_files
 from pipeline.core.errors import AtlasError
+from pipeline.images.gradient_preconditioners import BlurGradient
+from pipeline.images.image_regularizers import L2, Prior, TotalVariation
+from pipeline.images.parameterizations import Fourier, FromImage, Maco, Pixel
+from pipeline.images.transforms import Crop, Jitter, Noise, Rotate
 from pipeline.layers.finding import Layer, capture, enumerate_layers
 from pipeline.models.loading import Model, load_model
 from pipeline.visualization import loop, preset
 from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.batch_terms import Alignment, Diversity, gram_cosine
 from pipeline.visualization.evaluation import Visualization
-from pipeline.visualization.gradient_preconditioners import BlurGradient
-from pipeline.visualization.image_regularizers import L2, Prior, TotalVariation
 from pipeline.visualization.loop import render
 from pipeline.visualization.network_perturbations import Dropout, Ensemble, NetworkPerturbation, WeightNoise
 from pipeline.visualization.objectives import OBJECTIVES, Channel, Interpolate, Neuron
 from pipeline.visualization.optimizers import Adam, Sgd
-from pipeline.visualization.parameterizations import Fourier, FromImage, Maco, Pixel
 from pipeline.visualization.preset import Preset
 from pipeline.visualization.schedules import Plateau, Stage, check, expand_schedule, is_flat
-from pipeline.visualization.transforms import Crop, Jitter, Noise, Rotate
 
 PRESET = Preset(
     name="test",

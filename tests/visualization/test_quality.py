@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.core import metric_specs
 from pipeline.data import natural_spectrum
-from pipeline.visualization import metrics
+from pipeline.images import metrics
 from pipeline.visualization.evaluation import Visualization
 
 

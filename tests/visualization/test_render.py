@@ -10,16 +10,16 @@ from torch import nn
 
 from pipeline.core.seeds import seed_of
 from pipeline.data import natural_spectrum
+from pipeline.images import metrics
+from pipeline.images.parameterizations import Fourier
+from pipeline.images.transforms import Jitter, Rotate, Scale
 from pipeline.layers.finding import Layer, ReceptiveField, capture, enumerate_layers
 from pipeline.models.loading import Model
-from pipeline.visualization import metrics
 from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.loop import render
 from pipeline.visualization.objectives import Channel, Neuron, WholeLayer
 from pipeline.visualization.optimizers import Adam
-from pipeline.visualization.parameterizations import Fourier
 from pipeline.visualization.preset import Preset, canvas_size
-from pipeline.visualization.transforms import Jitter, Rotate, Scale
 
 PRESET = Preset(
     name="test",

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from pipeline.core.config_files import ConfigFile, load_config_files
 from pipeline.core.errors import AtlasError
 from pipeline.data.image_filters import rms
-from pipeline.visualization import image_regularizers, loop
+from pipeline.images import image_regularizers
+from pipeline.images.gradient_preconditioners import BlurGradient, Normalise, ScaleSpectrum
+from pipeline.images.image_regularizers import L2, PENALTIES, HighFrequency, ImageRegularizer, TotalVariation
+from pipeline.visualization import loop
 from pipeline.visualization.batch_terms import COUPLINGS, Alignment, Diversity, gram_cosine
-from pipeline.visualization.gradient_preconditioners import BlurGradient, Normalise, ScaleSpectrum
-from pipeline.visualization.image_regularizers import L2, PENALTIES, HighFrequency, ImageRegularizer, TotalVariation
 from pipeline.visualization.objectives import (
     OBJECTIVES,
     Activations,

@@ -11,7 +11,7 @@ from pipeline.core.config_files import ConfigFile, load_config_files
 from pipeline.core.errors import AtlasError
 from pipeline.data.image_filters import blur, frequencies
 from pipeline.data.natural_spectrum import Spectrum, measure_spectrum, packaged_spectrum
-from pipeline.visualization.parameterizations import (
+from pipeline.images.parameterizations import (
     CANVASES,
     COLOR_MATRIX,
     Fourier,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.data.image_filters import blur
-from pipeline.visualization.transforms import (
+from pipeline.images.transforms import (
     TRANSFORMS,
     Blur,
     Crop,
