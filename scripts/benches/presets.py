@@ -1,32 +1,47 @@
-"""Compare all presets of conf/render on the same units: activation ratio, high frequencies, time.
+"""Compare all presets of conf/render on the same units, as measured and as other networks see them.
 
-scripts/bench presets [folder=runs/presets] [key=value …]     the table, as Markdown and CSV, and a contact sheet
+scripts/bench presets [--model NAME] [--judges NAMES] [--presets NAMES] [--out DIR] [key=value …]
 
-Default: 4 channels in each of 5 layers of the default network, the sample images, all presets in one run. `oygard` runs
-without auxiliary classifiers (render/schedule=blur), which only GoogLeNet has. Ratios are to the best dataset image by
-the same statistic: the mean over the map, the maximum for `neuron`, the lowest mean for `negative`. Images are measured
-after saving in 8 bits; seconds are those of one core, in batches of 8.
+Two runs with all presets: five channels in each of six layers, and twenty classes, drawn by a seed. The median of each
+number of `atlas.units()` is given for hidden units and for classes, with the share of images whose contrast and chroma
+lie between the 10th and the 90th percentile of dataset images, and the share of classes that come first in the other
+networks. Images are measured after saving in 8 bits; seconds are those of one core, in batches of 8. Results:
+presets.md, presets.csv (one row per image) and the contact sheet presets.jpg. A second call continues.
 """
 
+import argparse
+import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from PIL import Image, ImageDraw
 
 import pipeline
-from pipeline.cli.main import main
-from pipeline.images.image_regularizers import HighFrequency
+from pipeline.cli.main import main as atlas
 
-LAYERS = "[blocks.1.0,blocks.2.0,blocks.3.0,blocks.4.0,blocks.5.3]"
-SHOWN = ("blocks.3.0", "blocks.5.3")
 # Baseline, single remedies, their combination, then all others.
 ORDER = (
     "naive", "tv", "blur_image", "blur_gradient", "decorrelated_only", "robust_only", "distill", "fast", "best",
-    "lucid", "maco", "image_prior", "weight_noise", "oygard", "neuron", "diverse", "negative",
+    "lucid", "maco", "natural", "image_prior", "accentuate", "weight_noise", "oygard", "neuron", "diverse", "negative",
 )  # fmt: skip
+UNITS, LAYERS, CLASSES = 5, 6, 20
+# Presets that do not ask what a class looks like: its lowest logit.
+NOT_OF_CLASSES = ("negative",)
+# Columns of `atlas.units()` and their titles, for the medians.
+MEDIANS = {
+    "peak_ratio": "peak ratio",
+    "mean_ratio": "mean ratio",
+    "robust_share": "robust share",
+    "path_ratio": "path ÷ natural",
+    "contrast": "contrast",
+    "chroma": "chroma",
+    "saturation": "saturation",
+    "seconds": "seconds",
+}
+LOW, HIGH = 0.1, 0.9
 
 
 def say(line: str) -> None:
@@ -34,79 +49,96 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def roughness(images: np.ndarray) -> np.ndarray:
-    """Return the share of energy about the mean above 0.25 cycles per pixel, (N,), for uint8 images (N, H, W, C)."""
-    plain = torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255
-    plain = plain - plain.mean(dim=(2, 3), keepdim=True)
-    energy = HighFrequency(cutoff=0.25).value(plain, plain) / plain.pow(2).sum(dim=(1, 2, 3)).clamp(min=1e-12)
-    return energy.numpy()
+def classes(count: int, total: int = 1000) -> list[int]:
+    """Return the classes of the comparison, drawn by a seed of their own."""
+    return sorted(random.Random("scripts/bench presets").sample(range(total), count))
 
 
-def measured(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return a table with one row per preset, and the median activation ratio by layer (rows) and preset."""
-    with pipeline.open_atlas(folder) as atlas:
-        units = atlas.units()
-        rough = []
-        for layer in atlas:
-            for preset in layer.presets:
-                images = layer.images(preset)[()]
-                rough.append(roughness(images.reshape(-1, *images.shape[2:])))
-        units["rough"] = np.concatenate(rough)
-    units["held"] = units["robust"] / units["activation"]
-    units["ratio"] = (units["activation"] / units["natural"]).where(units["activation"] * units["natural"] > 0)
+def table(units: pd.DataFrame, judges: Sequence[str]) -> pd.DataFrame:
+    """Return one row for each preset from rows for each image."""
     rows = []
-    for name in ORDER:
-        own = units[units["preset"] == name]
-        rows.append(
-            {
-                "preset": name,
-                "achieved ÷ natural, median": round(float(own["ratio"].median()), 2),
-                "achieved ÷ natural, mean": round(float(own["ratio"].mean()), 2),
-                "robust ÷ achieved, median": round(float(own["held"].median()), 2),
-                "energy above ¼ cycle/px": round(float(own["rough"].mean()), 3),
-                "seconds a picture": round(float(own["seconds"].mean()), 2),
-                "failed": int((own["status"] == "failed").sum()),
-                "pictures": len(own),
-            }
-        )
-    layers = units.pivot_table("ratio", "layer", "preset", "median", sort=False)[list(ORDER)]
-    return pd.DataFrame(rows), layers.round(2)
+    for name, own in units.groupby("preset", sort=False):
+        row: dict[str, object] = {"preset": name}
+        row |= {title: own[column].median() for column, title in MEDIANS.items() if column in own}
+        for look in ("contrast", "chroma"):
+            quantile = own[f"{look}_quantile"]
+            row[f"{look} in 10–90 %"] = quantile.between(LOW, HIGH).sum() / quantile.notna().sum()
+        for judge in judges:
+            rank = own.get(f"{judge}.rank")
+            if rank is not None and rank.notna().any():
+                row[f"first in {judge}"] = (rank == 1).sum() / rank.notna().sum()
+            quantile = own.get(f"{judge}.quantile")
+            if quantile is not None and quantile.notna().any():
+                row[f"quantile in {judge}"] = quantile.median()
+        rows.append(row | {"failed": int((own["status"] == "failed").sum()), "images": len(own)})
+    return pd.DataFrame(rows)
 
 
-def sheet(folder: Path, side: int = 160, columns: int = 5) -> Image.Image:
-    """Return the first channel of two layers under every preset, with captions."""
-    with pipeline.open_atlas(folder) as atlas:
-        pairs = [[atlas[layer].images(name)[0, 0] for layer in SHOWN] for name in ORDER]
-        titles = [f"{layer}:{atlas[layer].channels[0]}" for layer in SHOWN]
-    lines = -(-len(pairs) // columns)
-    page = Image.new("RGB", (columns * (2 * side + 16) + 8, lines * (side + 26) + 24), "white")
+def markdown(table: pd.DataFrame) -> str:
+    """Return a table in Markdown, numbers with two decimals."""
+    lines = ["| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
+    for row in table.itertuples(index=False):
+        cells = [f"{value:.2f}" if isinstance(value, float) else str(value) for value in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sheet(folders: Sequence[Path], presets: Sequence[str], side: int = 160) -> Image.Image:
+    """Return the middle channel of every layer under every preset, one row for each preset."""
+    columns: list[tuple[str, dict[str, np.ndarray]]] = []
+    for folder in folders:
+        with pipeline.open_atlas(folder) as opened:
+            for layer in opened:
+                places = range(0, len(layer.channels), 7) if len(layer.channels) > UNITS else [len(layer.channels) // 2]
+                for i in places:
+                    shown = {name: layer.images(name)[i, 0] for name in presets if name in layer.presets}
+                    columns.append((f"{layer.name}:{layer.channels[i]}", shown))
+    page = Image.new("RGB", (110 + len(columns) * (side + 4), 20 + len(presets) * (side + 4)), "white")
     draw = ImageDraw.Draw(page)
-    draw.text((8, 4), f"each preset: {', '.join(titles)}", fill="black")
-    for i, (name, pair) in enumerate(zip(ORDER, pairs, strict=True)):
-        x, y = 8 + (i % columns) * (2 * side + 16), 22 + (i // columns) * (side + 26)
-        for j, image in enumerate(pair):
-            small = Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS)
-            page.paste(small, (x + j * (side + 2), y))
-        draw.text((x, y + side + 3), name, fill="black")
+    for j, (title, shown) in enumerate(columns):
+        draw.text((112 + j * (side + 4), 4), title, fill="black")
+        for i, name in enumerate(presets):
+            draw.text((4, 20 + i * (side + 4)), name, fill="black")
+            if name in shown:
+                small = Image.fromarray(shown[name]).resize((side, side), Image.Resampling.LANCZOS)
+                page.paste(small, (110 + j * (side + 4), 20 + i * (side + 4)))
     return page
 
 
-if __name__ == "__main__":
-    given = dict(a.split("=", 1) for a in sys.argv[1:] if a.startswith("folder="))
-    where = Path(given.get("folder", "runs/presets"))
-    arguments = [
-        f"render={ORDER[0]}", f"also=[{','.join(ORDER[1:])}]", "render/schedule@also.oygard.schedule=blur",
-        "layers=blocks", f"layers.include={LAYERS}", "layers.channels=spread:4",
-        f"run.root={where.parent}", f"run.name={where.name}",
-        *(a for a in sys.argv[1:] if not a.startswith("folder=")),
-    ]  # fmt: skip
-    if main(["run", *arguments]) not in (0, 1):
+def run(out: Path, name: str, presets: Sequence[str], arguments: Sequence[str]) -> Path:
+    """Make one atlas with all presets; return its folder."""
+    given = [f"render={presets[0]}", f"also=[{','.join(presets[1:])}]", f"run.root={out}", f"run.name={name}"]
+    if atlas(["run", *given, *arguments]) not in (0, 1):
         raise SystemExit("atlas run failed")
-    table, layers = measured(where)
-    table.to_csv(where / "presets.csv", index=False)
-    sheet(where).save(where / "presets.jpg", quality=88)
-    say("| " + " | ".join(table.columns) + " |\n" + "|---" * len(table.columns) + "|")
-    for row in table.itertuples(index=False):
-        say("| " + " | ".join(map(str, row)) + " |")
-    say(f"\nachieved ÷ natural, median by layer\n{layers.T.to_string()}")
-    say(f"{where / 'presets.csv'}, {where / 'presets.jpg'}")
+    return out / name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="efficientnet_lite0")
+    parser.add_argument("--judges", default="efficientnet_lite1,efficientnet_lite2")
+    parser.add_argument("--presets", default=",".join(ORDER))
+    parser.add_argument("--out", type=Path, default=Path("runs/presets"))
+    options, settings = parser.parse_known_args()
+    presets, judges = options.presets.split(","), options.judges.split(",")
+    shared = [f"model={options.model}", f"judges=[{options.judges}]", *settings]
+    tour = ["layers=tour", f"layers.count={LAYERS + 1}", f"layers.channels=spread:{UNITS}"]
+    hidden = run(options.out, f"{options.model}-units", presets, [*shared, *tour, "layers.exclude=[classifier]"])
+    chosen = ",".join(map(str, classes(CLASSES)))
+    of_classes = [name for name in presets if name not in NOT_OF_CLASSES]
+    logits = run(
+        options.out, f"{options.model}-classes", of_classes, [*shared, "layers=logits", f"layers.channels=[{chosen}]"]
+    )
+    text = []
+    for folder, title in ((hidden, "Hidden units"), (logits, "Classes")):
+        with pipeline.open_atlas(folder) as opened:
+            units = opened.units()
+        units.to_csv(folder / "presets.csv", index=False)
+        text.append(f"{title} of {options.model}\n\n{markdown(table(units, judges))}\n")
+    (options.out / f"{options.model}.md").write_text("\n".join(text))
+    sheet([hidden, logits], presets).save(options.out / f"{options.model}.jpg", quality=88)
+    say("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
