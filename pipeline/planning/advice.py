@@ -19,8 +19,8 @@ def linear_output_advice(
 ) -> str:
     """Return advice on layers with a linear output, for which zero is arbitrary; "" if there are none.
 
-    Layers of logits and layers that are linear in the pixels are linear too, but their channels have a meaning: classes,
-    and kernels.
+    Layers of logits and layers that are linear in the pixels are linear too, but their channels have a meaning:
+    classes, and kernels.
 
     Args:
         config: The configuration of the run.
@@ -37,7 +37,7 @@ def linear_output_advice(
         return ""
     names = ", ".join(layer.name for layer in linear[:MAX_NAMED])
     more = f" and {len(linear) - MAX_NAMED} more" if linear[MAX_NAMED:] else ""
-    every = (
+    share = (
         "All layers of this plan are" if len(linear) == len(layers) else f"{len(linear)} of {len(layers)} layers are"
     )
     known = [rotation_numbers[layer.name] for layer in linear if layer.name in rotation_numbers]
@@ -46,7 +46,7 @@ def linear_output_advice(
     if not any(preset.negative for preset in config.presets):
         fixes.insert(0, "also=[negative] adds the other end of each direction")
     return (
-        f"{every} linear outputs ({names}{more}): no rectifier follows, so that their channels need be no more special "
+        f"{share} linear outputs ({names}{more}): no rectifier follows, so that their channels need be no more special "
         f"than other directions, and zero is arbitrary.{measured} {'; '.join(fixes)}."
     )
 

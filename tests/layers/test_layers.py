@@ -197,7 +197,7 @@ def test_a_tour_takes_of_each_block_the_layer_that_has_units() -> None:
 
 def test_residual_selects_the_linear_outputs_only() -> None:
     assert names(bottlenecks(False, True, False), policy="residual") == ["1.0", "1.2"]
-    with pytest.raises(AtlasError, match="no block with a linear output.*layers=blocks"):
+    with pytest.raises(AtlasError, match=r"no block with a linear output.*layers=blocks"):
         names(bottlenecks(True, True), policy="residual")
 
 

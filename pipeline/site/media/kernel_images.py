@@ -25,7 +25,8 @@ def kernel_views(kernel: np.ndarray, least_scale: float) -> list[tuple[str, str]
     """Return (title, data URI of a PNG of k × k' pixels) of a kernel, and of its parts for color images.
 
     All are drawn on the same scale: gray is 0, and the largest absolute value of the kernel, or `least_scale` if it is
-    larger, is the largest deviation from gray. The parts of a color kernel are its projections on lightness and on the two axes of opponent colors.
+    larger, is the largest deviation from gray. The parts of a color kernel are its projections on lightness and on the
+    two axes of opponent colors.
 
     Args:
         kernel: (I, k, k'), where I is 3 for color images. Other numbers of channels get one view of their mean.

@@ -87,10 +87,10 @@
         const box = picture(unit, rendered, i, variant);
         const times = ratioOf(p);
         const title = rendered.title + (unit.record.pictures[rendered.key].length > 1 ? ", " + (variant + 1) : "");
-        box.setAttribute("aria-label", "Feature visualization of " + nameOf(unit) + ", " + title + ": activation " + number(p.activation) +
+        box.setAttribute("aria-label", "Feature visualization of " + nameOf(unit) + ", " + title + (rendered.objective === "energy" ? ": energy " : ": activation ") + number(p.activation) +
           (times === null ? "" : ", " + times[1] + " " + number(times[0]) + " times the maximum activation over the dataset") + (p.status === "failed" ? "; failed" : ""));
         found.push(make("figure", { class: p.status === "failed" ? "failed" : "" }, box,
-          make("figcaption", {}, make("b", { text: title }), " · ", data(p.activation), times === null ? "" : [" · " + times[1] + " ", number(times[0]), " × dataset maximum"],
+          make("figcaption", {}, make("b", { text: title }), rendered.objective === "energy" ? " · energy " : " · ", data(p.activation), times === null ? "" : [" · " + times[1] + " ", number(times[0]), " × dataset maximum"],
             p.failed ? make("strong", { text: " failed" }) : "",
             p.status !== "failed" && p.reason ? make("strong", { class: "reason", text: " " + p.reason }) : "")));
       });
