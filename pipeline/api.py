@@ -217,7 +217,7 @@ def visualize(
     batches = math.ceil(len(channels) / config.channels_per_batch(config.render))
     with _progress_bar(progress, config.render.steps * batches, name) as advance:
         worker.stop = advance
-        results = worker.pictures(name, channels, canvas, config.render)
+        results = worker.pictures(name, channels, canvas, config.render.for_layer(layer))
     images = [UnitImage(str(Unit(name, r.channel)), r.image, r.activation, r.robust, r) for r in results]
     return images[0] if isinstance(unit, str) and len(images) == 1 else images
 

@@ -50,6 +50,11 @@ def print_plan(plan: Plan) -> None:
     for preset in plan.config.presets if plan.config.also else ():
         count, seconds = plan.units * preset.variants, clock(preset_seconds[preset.name])
         output.print(f"{preset.name}: {count:,} visualizations, {seconds}")
+    objectives = dict.fromkeys(str(row["objective"]) for row in rows if row["objective"])
+    for objective in objectives if len(objectives) > 1 else ():
+        names = list(dict.fromkeys(str(row["layer"]) for row in rows if row["objective"] == objective))
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+        output.print(f"objective {objective}: {shown}", soft_wrap=True)
     images = len(plan.setup.dataset.images)
     output.print(f"total: {len(plan.layers)} layers, {plan.units:,} units, {images:,} dataset images")
     for line in plan.outlook():

@@ -103,7 +103,7 @@ class Comparison:
     def comparable(self, measure: Metric, first: int, second: int) -> bool:
         """Return whether a measure is comparable; activations are only between contenders with the same objective."""
         a, b = self.contenders[first], self.contenders[second]
-        return measure.unit != OBJECTIVE or (a.reference, a.objective) == (b.reference, b.objective)
+        return measure.unit != OBJECTIVE or a.has_objectives_of(b)
 
     def better(self, measure: Metric, at: int) -> int:
         """Return 1 if higher values are better for contender `at`, −1 if lower ones are, and 0 if neither is."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ class Contender:
         run: Name of the run.
         preset: Name of the preset.
         path: File of the atlas.
-        objective: Name of the objective.
+        objective: Names of the objectives; layers can differ.
         reference: Statistic over the dataset that activations are divided by: mean, max, least, min or empty; see
             `LayerView.render_attributes`.
         created: Time at which the atlas was created.
         settings: Settings of the preset as text, by dotted key.
+        layer_objectives: Name of the objective and statistic of the dataset, by layer.
     """
 
     label: str
@@ -40,6 +42,12 @@ class Contender:
     reference: str
     created: str
     settings: Mapping[str, str]
+    layer_objectives: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+
+    def has_objectives_of(self, other: "Contender") -> bool:
+        """Return whether both have the same objective in every layer that both have."""
+        common = self.layer_objectives.keys() & other.layer_objectives.keys()
+        return all(self.layer_objectives[name] == other.layer_objectives[name] for name in common)
 
     @property
     def negative(self) -> bool:
@@ -170,17 +178,23 @@ def _labels(contenders: Sequence[tuple[Path, str]]) -> list[str]:
 
 
 def _contender(atlas: Atlas, preset: str, label: str) -> Contender:
-    layer = next(layer for layer in atlas if preset in layer.presets)
-    rendering = layer.render_attributes(preset)
+    renderings = {layer.name: layer.render_attributes(preset) for layer in atlas if preset in layer.presets}
+    objectives = {
+        name: (str(rendering.get("objective", "")), str(rendering.get("natural", "")))
+        for name, rendering in renderings.items()
+    }
+    counts = Counter(objective for objective, _ in objectives.values() if objective)
     return Contender(
         label=label,
         run=_place(atlas.path).name,
         preset=preset,
         path=atlas.path,
-        objective=str(rendering.get("objective", "")),
-        reference=str(rendering.get("natural", "")),
+        objective=" and ".join(objective for objective, _ in counts.most_common()),
+        # `energy`, the objective of a first convolution, is compared with nothing.
+        reference=next((natural for _, natural in objectives.values() if natural), ""),
         created=str(atlas.attributes.get("created", "")),
         settings=_settings(atlas.config, preset),
+        layer_objectives=objectives,
     )
 
 

@@ -17,6 +17,7 @@ from pipeline.core.errors import AtlasError
 from pipeline.core.validation import Keyed, Use, build
 from pipeline.data.config import DataConfig
 from pipeline.examples.sweep import ExamplesConfig
+from pipeline.layers.finding import Layer
 from pipeline.layers.selection import LayersConfig
 from pipeline.models.config import ModelConfig
 from pipeline.site.config import SiteConfig
@@ -130,6 +131,10 @@ class Config:
     def preset(self, name: str) -> Preset:
         """Return the preset called `name`."""
         return next(preset for preset in self.presets if preset.name == name)
+
+    def preset_for(self, name: str, layer: Layer) -> Preset:
+        """Return the preset called `name` with the objective that it has for `layer`."""
+        return self.preset(name).for_layer(layer)
 
     def channels_per_batch(self, preset: Preset) -> int:
         """Return the number of channels that are optimized together: all variants of a channel are in one batch."""

@@ -224,7 +224,7 @@ def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int], name: str
     `engine.precision=auto` once per run folder, so that a run continues elsewhere in the precision that it began with.
     """
     config = setup.config
-    own_preset = config.preset(name)
+    own_preset = config.preset_for(name, layer)
     preset = canonical(own_preset)
     preset.pop("name")  # the same settings under another name give the same images
     model = canonical(config.model)

@@ -269,7 +269,7 @@ class Worker:
             name: Name of the layer.
             channels: Its channels.
             canvas: (height, width) of the finished images in pixels.
-            preset: The preset.
+            preset: The preset, with the objective for this layer (`Preset.for_layer`).
             begins: Initial image of each channel; empty if none is needed.
         """
         config, layer = self.setup.config, self.layers[name]
@@ -302,7 +302,7 @@ class Worker:
         return self._in_batches(name, list(channels), per_batch, preset.variants, work)
 
     def _render(self, task: RenderTask) -> bytes:
-        preset = self.setup.config.preset(task.preset)
+        preset = self.setup.config.preset_for(task.preset, self.layers[task.layer])
         pictures = self.pictures(task.layer, task.channels, task.canvas, preset, task.starts)
         variants = self.variants(self.layers[task.layer], preset, task.canvas)
         shape = (len(task.channels), preset.variants)

@@ -64,6 +64,7 @@ class Layer:
         alias: Name of the layer in the literature, if it differs.
         rectified: Whether zero is a threshold of its values, because a rectifier reads them or made them; see
             `rectifiers.rectified_taps`.
+        linear_in_pixels: Whether it is a linear function of the pixels, as a first convolution; see `pixel_kernels`.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Layer:
     part: Part = "patches"
     alias: str = ""
     rectified: bool = True
+    linear_in_pixels: bool = False
 
     @property
     def tap(self) -> list[Any]:

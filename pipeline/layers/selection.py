@@ -12,6 +12,7 @@ from torch import nn
 from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.layers.finding import Layer, enumerate_layers
 from pipeline.layers.layouts import Part
+from pipeline.layers.pixel_kernels import linear_in_pixels
 from pipeline.layers.tracing import Call, Trace, kind_of, trace_of
 from pipeline.models.loading import Model
 
@@ -57,7 +58,9 @@ def list_layers(model: Model, config: LayersConfig, aliases: Mapping[str, str] |
         raise AtlasError(f"layers.tokens={config.tokens!r} is unknown. {nearest_names(config.tokens, get_args(Part))}")
     if config.prefix is not None and config.prefix < 0:
         raise AtlasError(f"layers.prefix={config.prefix} is negative: use a number of tokens, or null to detect it.")
-    return enumerate_layers(model, config.layouts, part, config.prefix, aliases)
+    layers = enumerate_layers(model, config.layouts, part, config.prefix, aliases)
+    linear = linear_in_pixels(model, layers)
+    return [dataclasses.replace(layer, linear_in_pixels=layer.name in linear) for layer in layers]
 
 
 def select_layers(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
@@ -283,19 +286,73 @@ def _gives_output(trace: Trace, layer: Layer) -> bool:
     return not (returned_by_modules & set(network.results)) and network.shape[axis] == layer.channels
 
 
-def _overview(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
-    """Return `count` layers from stem to logits: the first and the last, and block outputs evenly between them."""
+def _tour(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
+    """Return `count` layers from stem to logits: the first and the last, and one layer of blocks evenly between them.
+
+    Of each block it is a layer whose channels are units: see `_layer_with_units`.
+    """
     weighted = _convs(model, layers, config)
     if len(weighted) < 2:
         return list(layers)
     first, last = weighted[0], weighted[-1]
-    middle = [layer for layer in _blocks(model, layers, config) if first.cost < layer.cost < last.cost]
-    if len(middle) < min(config.count - 2, 3):
-        middle = weighted[1:-1]  # a network without blocks, such as VGG
+    blocks = [layer for layer in _blocks(model, layers, config) if first.cost < layer.cost < last.cost]
+    with_units = [_layer_with_units(layers, block) for block in blocks]
+    # Without a rectifier in any block, its output is as good as any other layer of it.
+    middle = list(dict.fromkeys(layer for layer in with_units if layer is not None)) or blocks
+    if len(middle) < min(config.count - 2, 3):  # a network without blocks, such as VGG
+        middle = [layer for layer in weighted[1:-1] if layer.rectified] or weighted[1:-1]
     count = min(max(config.count - 2, 0), len(middle))
     selected = [middle[(2 * i + 1) * len(middle) // (2 * count)] for i in range(count)]
     return [layer for layer in layers if layer in (first, *selected, last)]
 
 
+def _layer_with_units(layers: Sequence[Layer], block: Layer) -> Layer | None:
+    """Return the layer of a block whose channels are units, or None if no rectifier reads or made a layer of it.
+
+    A non-linearity that acts on each channel alone makes channels special: next to it, another basis of the same space
+    would be another network. The linear output of a block has no such basis: any rotation of its channels, undone in
+    the next convolution, gives the same network (Elhage et al. 2023, "Privileged Bases in the Transformer Residual
+    Stream").
+
+    It is the output of the block if a rectifier made it, as in ResNet and Inception. Otherwise it is the widest
+    convolution or linear layer inside that is next to a rectifier, and the last of equally wide ones: the depthwise
+    convolution of an inverted residual block, the hidden layer of an MLP. Layers of a single position are left out
+    where the block has a map: they are the squeezed ones of squeeze-and-excite.
+    """
+    if block.rectified:
+        return block
+    inside = [
+        layer
+        for layer in layers
+        if layer.kind in ("conv", "linear")
+        and layer.rectified
+        and layer.name.startswith(f"{block.module}.")
+        and (layer.height * layer.width > 1 or block.height * block.width == 1)
+    ]
+    return max(reversed(inside), key=lambda layer: layer.channels, default=None)
+
+
+def _residual(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
+    """Return the linear outputs of blocks: those that no rectifier made or reads, such as a residual stream.
+
+    Raises:
+        AtlasError: If there are none.
+    """
+    linear = [layer for layer in _blocks(model, layers, config) if not layer.rectified]
+    if not linear:
+        raise AtlasError(
+            f"{model.name} has no block with a linear output: a rectifier follows each. "
+            "Use layers=blocks or layers=tour."
+        )
+    return linear
+
+
 # Selections by the name that `layers.policy` has for them.
-POLICIES = {"tour": _overview, "convs": _convs, "blocks": _blocks, "logits": _logits, "all": _all}
+POLICIES = {
+    "tour": _tour,
+    "convs": _convs,
+    "blocks": _blocks,
+    "residual": _residual,
+    "logits": _logits,
+    "all": _all,
+}

@@ -61,8 +61,8 @@ class Manifest:
         stored = {layer.name: layer for layer, _ in self.layers}
 
         def without_field(layer: Layer) -> Layer:
-            # `rectified` changes no receptive field, and manifests of former versions lack it.
-            return dataclasses.replace(layer, field=None, alias="", rectified=True)
+            # These change no receptive field, and manifests of former versions lack them.
+            return dataclasses.replace(layer, field=None, alias="", rectified=True, linear_in_pixels=False)
 
         fields = {}
         for layer in layers:

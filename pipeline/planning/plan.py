@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from pipeline.config.schema import Config
+from pipeline.core.registry import registered_name
 from pipeline.engine.resources import WorkerPool
 from pipeline.engine.tasks import RenderTask, Setup, SweepTask, examples_digest, render_digest
 from pipeline.layers.finding import Layer
@@ -241,6 +242,7 @@ class Plan:
             _record(
                 row.layer,
                 preset=row.preset,
+                objective=registered_name(self.config.preset_for(row.preset, row.layer).objective),
                 units=len(row.channels),
                 canvas=row.canvas[0] if row.canvas[0] == row.canvas[1] else "x".join(map(str, row.canvas)),
                 seconds=round(row.cost(self._left(row)) / self.pool.workers, 1),
@@ -250,7 +252,15 @@ class Plan:
         ]
         main = sum(row.preset == self.config.render.name for row in self.rows)
         without = [
-            _record(one.layer, preset=self.config.render.name, units=0, canvas="none", seconds=0.0, channel_list="")
+            _record(
+                one.layer,
+                preset=self.config.render.name,
+                objective="",
+                units=0,
+                canvas="none",
+                seconds=0.0,
+                channel_list="",
+            )
             for one in self.unrendered
         ]
         return pd.DataFrame(records[:main] + without + records[main:])

@@ -26,6 +26,7 @@ from pipeline.layers.finding import Layer, ReceptiveField
 from pipeline.layers.receptive_fields import receptive_fields
 from pipeline.models.loading import Model, load_model
 from pipeline.planning import execution, judging, manifest
+from pipeline.planning.advice import known_rotation_numbers, linear_output_advice
 from pipeline.planning.base_run import check_same_sources, find_base_run
 from pipeline.planning.cost_model import ZERO_SPAN, PlanRow, Span, estimate, time_image_loading
 from pipeline.planning.folder import RunFolder
@@ -183,6 +184,11 @@ def _find_units(inputs: _Inputs, units: Units | None) -> tuple[_Inputs, _Units]:
     for name in empty:
         log.warning("%s has none of the channels %s and is left out", name, config.layers.channels)
     layers = [layer for layer in layers if channels[layer.name]]
+    folders = [config.folder, *([inputs.base.path] if inputs.base else [])]
+    known = known_rotation_numbers(folders, model.digest)
+    advice = linear_output_advice(config, layers, {layer.name for layer in heads}, known)
+    if advice:
+        log.info(advice)
     reasons = layers_without_gradient(model, layers)
     for name, reason in reasons.items():
         log.warning("%s gets dataset examples but no visualizations: %s", name, reason)

@@ -14,6 +14,7 @@ from pipeline.examples.channel_stats import standard_deviation
 from pipeline.examples.results import DatasetPassResult
 from pipeline.layers import connectivity
 from pipeline.layers.finding import Layer
+from pipeline.layers.pixel_kernels import pixel_kernels
 from pipeline.models.loading import load_model
 from pipeline.planning.folder import result_settings
 from pipeline.planning.plan import Plan
@@ -132,6 +133,11 @@ def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, 
         outputs=outputs,
         failures=failures,
         unrendered={one.layer.name: one.reason for one in plan.unrendered},
+        kernels={
+            layer.name: kernels
+            for layer, channels in plan.layers
+            if (kernels := pixel_kernels(network, layer, channels)) is not None
+        },
     )
 
 

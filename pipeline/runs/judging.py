@@ -116,7 +116,7 @@ class _JudgePass:
         None applies to images of several units, and to minimized classes: to be the last of all classes is not to be
         recognized. Hidden units need the activations of the dataset pass.
         """
-        preset = self._plan.config.preset(row.preset)
+        preset = self._plan.config.preset_for(row.preset, row.layer)
         objective = preset.objective
         if objective.per_layer or objective.units or isinstance(objective, Direction):
             return None

@@ -193,7 +193,7 @@ def _compare_image(
     channel, variant = unit
     largest: list[int] = []
     for worker in workers:
-        preset = worker.setup.config.preset(row.preset)
+        preset = worker.setup.config.preset_for(row.preset, row.layer)
         again = worker.pictures(row.layer.name, [channel], row.canvas, preset, initial)[variant]
         difference = again.image.astype(float) - stored
         largest.append(int(np.abs(difference).max()))
@@ -213,7 +213,7 @@ def _compare_image(
 
 def _recompute_activation(worker: Worker, row: PlanRow, channel: int, variant: int, image: np.ndarray) -> float:
     """Return the objective on a stored image (H, W, C) uint8, by the unmodified network in float32."""
-    preset = worker.setup.config.preset(row.preset)
+    preset = worker.setup.config.preset_for(row.preset, row.layer)
     layers = {row.layer.name: row.layer} | worker.setup.others_of(preset)
     model = worker.model
     device = next(model.module.parameters()).device

@@ -472,6 +472,19 @@ class LayerView:
             result[row] = np.interp(np.asarray(shares) * cumulative[-1], [0, *cumulative], borders)
         return result
 
+    def kernels(self) -> np.ndarray | None:
+        """Return the kernel of each unit in units of pixels, (C', I, k, k') float32.
+
+        It is the change of the activation at one position for a change of a pixel by 1, from black to white; I is 3 for
+        color images. None for layers that are not linear in the pixels, and in older atlases.
+        """
+        return self._get(self._group, "kernel") if "kernel" in self._group else None
+
+    @property
+    def has_exact_kernels(self) -> bool:
+        """Whether `kernels` includes all normalizations: not one that divides by statistics of each image."""
+        return "kernel" in self._group and bool(self._group["kernel"].attrs.get("exact", True))
+
     def labels(self) -> Association | None:
         """Return the association of each unit with `Atlas.dataset_labels`, or None if the dataset has no labels."""
         if "labels" not in self._group:

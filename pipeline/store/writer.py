@@ -28,6 +28,7 @@ from pipeline.images import metrics
 from pipeline.judges.judgement import RANGES, Judgement
 from pipeline.layers.connectivity import Connectivity
 from pipeline.layers.finding import Layer
+from pipeline.layers.pixel_kernels import PixelKernels
 from pipeline.store import hdf5, shards
 from pipeline.store.hdf5 import write_array
 from pipeline.store.layer_view import LayerView
@@ -62,6 +63,7 @@ class Content:
         identity: Digest of everything that the atlas was made from.
         unrendered: Why a layer cannot have visualizations, by layer name.
         judgements: What other networks say about the visualizations, by layer name and preset.
+        kernels: Kernels of the channels of layers that are linear in the pixels, by layer name.
     """
 
     run: str
@@ -80,6 +82,7 @@ class Content:
     identity: str = ""
     unrendered: Mapping[str, str] = dataclasses.field(default_factory=dict)
     judgements: Mapping[tuple[str, str], Sequence[Judgement]] = dataclasses.field(default_factory=dict)
+    kernels: Mapping[str, PixelKernels] = dataclasses.field(default_factory=dict)
 
 
 def read_identity(path: Path) -> str | None:
@@ -153,6 +156,10 @@ def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str],
             write_array(group, "channels", np.array(channels, np.int32))
             if layer.name in content.unrendered:
                 group.attrs["unrendered"] = content.unrendered[layer.name]
+            if layer.name in content.kernels:
+                kernels = content.kernels[layer.name]
+                write_array(group, "kernel", kernels.kernel)
+                group["kernel"].attrs["exact"] = kernels.exact
             for side, connectivity in (("inputs", content.inputs), ("outputs", content.outputs)):
                 if layer.name in connectivity:
                     _write_wiring(group, side, channels, connectivity[layer.name])

@@ -167,7 +167,8 @@ def quantized(images: Tensor) -> Tensor:
 def _measures(job: RenderJob, images: Tensor, activations: Tensor, channels: Tensor) -> dict[str, list[float]]:
     """Return each of `IMAGE_METRICS` for (B, C, H, W) images and the layer's maps of them."""
     layer, own = job.layer, metrics.own_activations(activations.flatten(2).float(), channels, job.preset.negative)
-    if job.preset.objective.per_layer:  # the image belongs to the layer, not to a channel
+    # The image belongs to the layer, not to a channel; or peak and mean are not what the objective raises.
+    if job.preset.objective.per_layer or not job.preset.objective.raises_activation:
         own = {name: torch.full_like(values, torch.nan) for name, values in own.items()}
     if layer.field:
         stride = max(layer.field.stride)

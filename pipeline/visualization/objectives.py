@@ -70,11 +70,14 @@ class Objective:
             is none.
         aligned: Whether all variants of a unit start from the same image and get the same transformations.
         per_layer: Whether the objective is computed from all channels. There is one image, for the first channel.
+        raises_activation: Whether a larger value means larger activations of the unit. Otherwise neither the peak nor
+            the mean of the unit's map is compared with the dataset.
     """
 
     natural: ClassVar[Literal["mean", "max"] | None] = None
     aligned: ClassVar[bool] = False
     per_layer: ClassVar[bool] = False
+    raises_activation: ClassVar[bool] = True
 
     @property
     def units(self) -> tuple[str, ...]:
@@ -93,6 +96,15 @@ class Objective:
                 raise AtlasError(
                     f"render.objective: {layer} has {info.all_channels[layer]} channels; {unit!r} does not exist."
                 )
+
+    def resolved(self, linear_in_pixels: bool, negative: bool) -> "Objective":
+        """Return the objective that is used for a layer: itself, unless its choice depends on the layer (`auto`).
+
+        Args:
+            linear_in_pixels: Whether the layer is a linear function of the pixels.
+            negative: Whether the objective is minimized.
+        """
+        return self
 
     def value(self, activations: Activations) -> Tensor:
         """Return the value of each image, (B,)."""
@@ -114,6 +126,41 @@ class Channel(Objective):
     def value(self, activations: Activations) -> Tensor:
         """Return the spatial mean, (B,)."""
         return select_channels(activations.maps, activations.channels).mean(dim=(1, 2))
+
+
+@OBJECTIVES.add("energy")
+@dataclasses.dataclass(frozen=True)
+class Energy(Objective):
+    """Energy of the channel: mean over all positions of (activation − its own mean over all positions)².
+
+    For layers that are linear in the pixels, such as a first convolution. There the mean of a channel is the sum of its
+    kernel times the mean color, up to the border: it is blind to the pattern of a kernel that sums to 0, as edge
+    detectors do. The energy is what the pattern adds. It is largest for the frequency and the color that the kernel
+    passes best, with either sign.
+    """
+
+    raises_activation: ClassVar[bool] = False
+
+    def value(self, activations: Activations) -> Tensor:
+        """Return the spatial variance, (B,): mean over (h, w) of (a[h, w] − mean a)². 0 for a map of one position."""
+        maps = select_channels(activations.maps, activations.channels)
+        return (maps - maps.mean(dim=(1, 2), keepdim=True)).pow(2).mean(dim=(1, 2))
+
+
+@OBJECTIVES.add("auto")
+@dataclasses.dataclass(frozen=True)
+class Auto(Channel):
+    """`energy` for layers that are linear in the pixels (a first convolution), `channel` for all others.
+
+    Where it is `energy`, the image gets the contrast of the median photograph, by a budget of its squared distance from
+    gray (`l2`): without one it would be black and white. The plan resolves `auto` for each layer; digests, seeds and
+    atlases contain the objective that a layer has. Minimized, it is always `channel`: the least energy is that of a
+    gray image.
+    """
+
+    def resolved(self, linear_in_pixels: bool, negative: bool) -> Objective:
+        """Return `energy` or `channel`; see the class."""
+        return Energy() if linear_in_pixels and not negative else Channel()
 
 
 @OBJECTIVES.add("neuron")

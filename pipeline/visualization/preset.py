@@ -12,13 +12,13 @@ from pipeline.core.registry import Member, Members, Registry, registered_name
 from pipeline.core.units import Unit
 from pipeline.core.validation import Keyed, Use
 from pipeline.images.gradient_preconditioners import PRECONDITIONERS, BlurGradient, Preconditioner
-from pipeline.images.image_regularizers import PENALTIES, ImageRegularizer
+from pipeline.images.image_regularizers import L2, PENALTIES, ImageRegularizer
 from pipeline.images.parameterizations import CANVASES, FromImage, Parameterization
 from pipeline.images.transforms import TRANSFORMS, Transform
 from pipeline.layers.finding import Layer
 from pipeline.visualization.batch_terms import COUPLINGS, BatchTerm
 from pipeline.visualization.network_perturbations import AUGMENTATIONS, NetworkPerturbation
-from pipeline.visualization.objectives import OBJECTIVES, LayerInfo, Objective
+from pipeline.visualization.objectives import OBJECTIVES, Energy, LayerInfo, Objective
 from pipeline.visualization.optimizers import OPTIMIZERS, Optimizer
 from pipeline.visualization.schedules import STOPS, Fixed, Stage, Stop
 from pipeline.visualization.schedules import check as check_schedule
@@ -99,6 +99,22 @@ class Preset:
     def requires_original_weights(self) -> bool:
         """Whether steps need the original float32 network: perturbed weights may be absent from a folded variant."""
         return bool(self.augmentations)
+
+    def for_layer(self, layer: Layer) -> "Preset":
+        """Return the preset as it is for `layer`: the objective `auto` is replaced by the one that it stands for there.
+
+        With `energy` comes a budget of the squared distance from gray, unless the preset has a regularizer of it: the
+        energy of a linear layer grows with the square of the contrast, so that without one the image is black and
+        white, whatever the kernel. With it, the image has the contrast of the median photograph and the colors and
+        frequencies for which the energy is largest at that contrast.
+        """
+        objective = self.objective.resolved(layer.linear_in_pixels, self.negative)
+        if objective is self.objective:
+            return self
+        penalties = self.penalties
+        if isinstance(objective, Energy) and not any(isinstance(penalty, L2) for penalty in penalties):
+            penalties = (*penalties, L2(budget="natural"))
+        return dataclasses.replace(self, objective=objective, penalties=penalties)
 
     @property
     def natural(self) -> str:
@@ -186,6 +202,7 @@ def check_layer(preset: Preset, layer: Layer, others: Mapping[str, Layer], class
         AtlasError: If the objective, a batch term or the schedule does not apply to the layer.
     """
     widths = {name: other.channels for name, other in others.items()}
+    preset = preset.for_layer(layer)
     preset.objective.check(LayerInfo(layer.name, layer.channels, classifier, widths, preset.variants))
     for term in preset.couplings:
         term_layer = getattr(term, "layer", None)

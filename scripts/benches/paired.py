@@ -51,6 +51,8 @@ def rendering(layer_name: str, steps: int) -> Callable[[], object]:
         lowered = found.lowered
     units = [(channel % layer.channels, channel // layer.channels) for channel in range(16)]
     preset = dataclasses.replace(config.render, steps=steps, attempts=1)
+    if hasattr(preset, "for_layer"):
+        preset = preset.for_layer(layer)
     render: Any = loop.render
     if hasattr(loop, "RenderJob"):
         job = loop.RenderJob(folded, layer, preset, 0, size, step_model=lowered, exact_model=found.exact)

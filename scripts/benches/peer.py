@@ -138,7 +138,7 @@ def prepared(preset: str, name: str, threads: int) -> tuple[ModelVariants, Layer
 
 def prepare(preset: str, name: str, threads: int) -> None:
     found, layer, config, size = prepared(preset, name, threads)
-    short = dataclasses.replace(config.render, steps=2)
+    short = dataclasses.replace(config.render.for_layer(layer), steps=2)
     render(RenderJob(found.folded, layer, short, 1, size, step_model=found.steps, exact_model=found.exact), [(0, 0)])
 
 
@@ -147,7 +147,13 @@ def ours(preset: str, name: str, threads: int, channels: Sequence[int]) -> tuple
     found, layer, config, size = prepared(preset, name, threads)
     began = time.monotonic()
     job = RenderJob(
-        found.folded, layer, config.render, config.run.seed, size, step_model=found.steps, exact_model=found.exact
+        found.folded,
+        layer,
+        config.render.for_layer(layer),
+        config.run.seed,
+        size,
+        step_model=found.steps,
+        exact_model=found.exact,
     )
     pictures = render(job, [(c, 0) for c in channels])
     return pictures, began, time.monotonic()

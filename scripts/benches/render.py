@@ -76,7 +76,7 @@ def bare(model: Model, layer: Layer, batch: int, size: tuple[int, int], steps: i
 
 def measured(model: Model, layer: Layer, config: Config, batch: int, least: float, device: str) -> dict[str, Any]:
     """Return one row of the table: medians over alternating rounds, for at least `least` seconds of each."""
-    preset = config.render
+    preset = config.render.for_layer(layer)
     size = choose_canvas_sizes(model, [layer], preset)[layer.name]
     precision = precision_of(config.engine.precision, torch.device(device).type)
     found = verified_variants(model, foldable_pairs(model), [layer], precision, size)

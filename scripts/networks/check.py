@@ -116,7 +116,7 @@ def check(config: Config, layers: int = LAYERS) -> Checked:
     failed, rendered = 0, 0
     levels, reasons, numbers = [], [], []
     for row in rows:
-        pictures = worker.pictures(row.layer.name, row.channels, row.canvas, config.render)
+        pictures = worker.pictures(row.layer.name, row.channels, row.canvas, config.render.for_layer(row.layer))
         rendered += len(pictures)
         failed += sum(picture.status == "failed" for picture in pictures)
         variants = worker.variants(worker.layers[row.layer.name], config.render, row.canvas)

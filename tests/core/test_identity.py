@@ -64,6 +64,22 @@ def test_steps_in_float32_only_are_the_same_with_any_precision() -> None:
     assert len({render_digest(s, made.layers[0], (128, 128), "weight_noise") for s in (made, other)}) == 1
 
 
+def test_the_objective_of_a_layer_is_in_its_digest_and_an_explicit_one_wins() -> None:
+    """`auto` gives the digests of what it stands for, so that results are reused from one to the other."""
+    made, explicit = setup("distill"), setup("distill", "render/objective=channel")
+    energy = setup("distill", "render/objective=energy", "render/penalties=[l2]")
+    layer = made.layers[0]
+    linear = dataclasses.replace(layer, linear_in_pixels=True)
+
+    def digest(of: Setup, layer: Layer, preset: str = "distill") -> str:
+        return render_digest(of, layer, (128, 128), preset)
+
+    assert digest(made, layer) == digest(explicit, layer) == digest(explicit, linear)
+    assert digest(made, linear) == digest(energy, linear) == digest(energy, layer) != digest(made, layer)
+    # The least energy is that of a gray image.
+    assert digest(setup("negative"), linear, "negative") == digest(setup("negative"), layer, "negative")
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_no_python_name_is_in_an_identity(preset: str) -> None:
     config = compose([f"render={preset}"]).config.render

@@ -163,3 +163,51 @@ def test_a_transformer_has_features_for_channels() -> None:
     model = load_model(ModelConfig("timm", "test_vit", weights=None))
     block = next(la for la in enumerate_layers(model) if la.name == "blocks.0")
     assert block.layout == "tokens" and block.channels == model.module.embed_dim
+
+
+class Bottleneck(nn.Module):
+    """An inverted residual block with squeeze-and-excite and a linear output."""
+
+    def __init__(self, channels: int, hidden: int, rectified: bool) -> None:
+        super().__init__()
+        self.expand, self.depthwise = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden)
+        self.squeeze, self.excite = nn.Conv2d(hidden, 3 * hidden, 1), nn.Conv2d(3 * hidden, hidden, 1)
+        self.project = nn.Conv2d(hidden, channels, 1)
+        self.act = nn.ReLU() if rectified else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.depthwise(self.expand(x).relu()).relu()
+        y = y * self.excite(self.squeeze(y.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return self.act(x + self.project(y))
+
+
+def bottlenecks(*rectified: bool) -> Model:
+    torch.manual_seed(0)
+    blocks = [Bottleneck(6, 12, one) for one in rectified]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 1000)]
+    module = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.Sequential(*blocks), *head)
+    recipe = Preprocessing((32, 32), 32, (0.5,) * 3, (0.25,) * 3)
+    return Model(prepare_module(module), "made", recipe, "", ())
+
+
+def test_a_tour_takes_of_each_block_the_layer_that_has_units() -> None:
+    """Of equally wide ones the last; not the wider squeeze; the output of a block where a rectifier made it."""
+    assert names(bottlenecks(False, True, False), policy="tour") == ["0", "1.0.depthwise", "1.1", "1.2.depthwise", "4"]
+
+
+def test_residual_selects_the_linear_outputs_only() -> None:
+    assert names(bottlenecks(False, True, False), policy="residual") == ["1.0", "1.2"]
+    with pytest.raises(AtlasError, match=r"no block with a linear output.*layers=blocks"):
+        names(bottlenecks(True, True), policy="residual")
+
+
+@pytest.mark.parametrize(
+    ("name", "some"),
+    [
+        ("resnet18", ["conv1", "layer2.0", "layer4.1", "fc"]),
+        ("mobilenet_v3_large", ["features.9.block.1.0", "features.15.block.1.0"]),
+    ],
+)
+def test_tours_of_other_networks(name: str, some: list[str]) -> None:
+    tour = names(load_model(ModelConfig("torchvision", name, weights=None)), policy="tour")
+    assert len(tour) == 9 and set(some) <= set(tour)

@@ -138,9 +138,9 @@ def test_an_operation_that_cannot_be_observed_does_not_stop_the_run(
     assert not any(found.values()) and "no rule for this mode" in caplog.text
 
 
-def test_the_default_tour_shows_linear_outputs() -> None:
+def test_the_default_tour_shows_layers_beside_a_rectifier_and_the_logits() -> None:
     model = load_model(ModelConfig("package", "efficientnet_lite0")).to("cpu")
     config = compose([]).config.layers
     layers = selection.select_layers(model, selection.list_layers(model, config), config)
-    assert [layer.name for layer in layers if layer.rectified] == ["conv_stem"]
-    assert len(layers) == 9 and layers[-1].name == "classifier"
+    assert [layer.name for layer in layers if not layer.rectified] == ["classifier"]
+    assert len(layers) == 9 and "blocks.4.2.conv_dw" in [layer.name for layer in layers]

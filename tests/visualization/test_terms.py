@@ -184,6 +184,18 @@ def test_probability_falls_when_others_rise_and_the_logit_does_not() -> None:
     assert value["log_probability"] == pytest.approx([np.log(v) for v in value["probability"]], rel=1e-5)
 
 
+def test_energy_sees_stripes_that_the_mean_of_an_edge_detector_does_not() -> None:
+    """A horizontal difference of pixels: its mean over the map is 0 for any periodic image, stripes or not."""
+    stripes = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(3).expand(8, 12)
+    images = torch.stack([torch.ones(8, 12), stripes, 3 * stripes])[:, None]
+    maps = images.roll(-1, 3) - images.roll(1, 3)
+    activations = Activations(maps, torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), 1)
+    assert torch.allclose(OBJECTIVES["channel"]().value(activations), torch.zeros(3), atol=1e-6)
+    assert torch.allclose(OBJECTIVES["energy"]().value(activations), torch.tensor([0.0, 4.0, 36.0]))
+    shifted = dataclasses.replace(activations, maps=maps + 5)
+    assert torch.allclose(OBJECTIVES["energy"]().value(shifted), torch.tensor([0.0, 4.0, 36.0]), atol=1e-4)
+
+
 def test_a_direction_is_a_channel_where_it_points_along_one(tmp_path: Path) -> None:
     path = tmp_path / "axes.npy"
     np.save(path, np.eye(6)[[4, 1]])

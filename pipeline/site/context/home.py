@@ -20,7 +20,7 @@ class Making:
 
     Attributes:
         title: Heading of the preset.
-        objective: Name of the objective.
+        objective: Names of its objectives; layers can differ.
         preset: Name of the preset.
         natural: Dataset statistic that activations are compared with.
         pictures: Number of visualizations.
@@ -171,9 +171,9 @@ def _making(renders: list[PresetSummary], layers: Sequence[LayerSummary]) -> Mak
     levels = Counter(level for rendered in renders for level in rendered.levels)
     return Making(
         title=first.title,
-        objective=first.objective,
+        objective=" and ".join(dict.fromkeys(rendered.objective for rendered in reversed(renders))),
         preset=first.preset,
-        natural=first.natural,
+        natural=next((rendered.natural for rendered in renders if rendered.natural), ""),
         pictures=sum(rendered.pictures for rendered in renders),
         counts=tuple(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
         digests=len({rendered.digest for rendered in renders}),

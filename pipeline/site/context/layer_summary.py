@@ -9,6 +9,7 @@ import numpy as np
 
 from pipeline.judges.judgement import Judgement
 from pipeline.site.config import SiteConfig
+from pipeline.site.media.kernel_images import kernel_views, layer_scale
 from pipeline.store import Atlas, LayerView
 from pipeline.store.shards import safe_name
 
@@ -80,6 +81,8 @@ class LayerSummary:
         classifier: Whether its channels are the classes of the network.
         rotation_number: Share of channels that exceed 95 % of random directions; None if it is not known.
         reference: What its statistics compare activations with; see `LayerView.reference`.
+        kernels: Image of the kernel of each channel as a data URI, if the layer is linear in the pixels.
+        kernel_size: (height, width) of the kernels in pixels.
     """
 
     name: str
@@ -96,6 +99,8 @@ class LayerSummary:
     classifier: bool
     reference: str = ""
     rotation_number: float | None = None
+    kernels: tuple[str, ...] = ()
+    kernel_size: tuple[int, int] = (0, 0)
 
     @property
     def href(self) -> str:
@@ -141,6 +146,7 @@ def summarize(layer: LayerView, order: int, classes: Sequence[str]) -> LayerSumm
         order: Its number in the atlas.
         classes: Class names of the network.
     """
+    kernels = layer.kernels()
     return LayerSummary(
         name=layer.name,
         slug=safe_name(layer.name),
@@ -156,7 +162,14 @@ def summarize(layer: LayerView, order: int, classes: Sequence[str]) -> LayerSumm
         classifier=layer.kind == "linear" and len(classes) == layer.total_channels,
         rotation_number=None if math.isnan(layer.rotation_number) else layer.rotation_number,
         reference=layer.reference,
+        kernels=() if kernels is None else _kernel_images(kernels),
+        kernel_size=(0, 0) if kernels is None else (kernels.shape[2], kernels.shape[3]),
     )
+
+
+def _kernel_images(kernels: np.ndarray) -> tuple[str, ...]:
+    """Return the image of each of the kernels (C', I, k, k') of a layer, as a data URI."""
+    return tuple(kernel_views(kernel, layer_scale(kernels))[0][1] for kernel in kernels)
 
 
 def _rendered(layer: LayerView, key: str) -> PresetSummary:

@@ -17,6 +17,9 @@ from pipeline.core.errors import AtlasError
 # Formulas of the objectives: a is the layer's output, c the unit's channel, x the image.
 SYMBOLS = {
     "channel": "maxₓ  1/(HW) · Σᵢⱼ a₍c,i,j₎(x)",
+    "energy": "maxₓ  1/(HW) · Σᵢⱼ (a₍c,i,j₎(x) − ā₍c₎(x))², where ā is the mean over i and j",
+    "auto": "maxₓ  1/(HW) · Σᵢⱼ a₍c,i,j₎(x); in layers that are linear in the pixels the energy, "
+    "1/(HW) · Σᵢⱼ (a₍c,i,j₎(x) − ā₍c₎(x))²",
     "neuron": "maxₓ  a₍c,i,j₎(x) at one position (i, j), the center by default",
     "layer": "maxₓ  1/(CHW) · Σ a(x)²",
     "logit": "maxₓ  z₍c₎(x), the class's score before the softmax",

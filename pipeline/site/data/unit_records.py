@@ -16,6 +16,7 @@ from pipeline.judges.judgement import Judgement
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, ShownExamples
 from pipeline.site.data.js_shards import rounded_decimals, shortest_decimals
 from pipeline.site.layout import embedding
+from pipeline.site.media.kernel_images import kernel_views, layer_scale
 from pipeline.store.layer_view import Histogram, LayerView
 
 BARS = 64
@@ -130,6 +131,7 @@ class Recorder:
         self._labels = layer.labels()
         self._vectors = embedding.unit_vectors([layer.dataset_activations()]) if similar else None
         self._wiring = wiring_of(layer, places.others)
+        self._kernels = layer.kernels()
         self._histogram = layer.histogram()
         if self._histogram is not None:
             self._prepare_histogram(self._histogram)
@@ -168,6 +170,8 @@ class Recorder:
                 unit["class"] = classes[channel]
             if facts.rendered:
                 unit["pictures"] = {key: measurements[row] for key, measurements in self._pictures.items()}
+            if self._kernels is not None:
+                unit["kernel"] = _kernel_record(self._kernels, row, self._layer.has_exact_kernels)
             if self._stats:
                 unit["stats"] = {key: values[row] for key, values in self._stats.items()}
             if self._histogram is not None:
@@ -286,6 +290,17 @@ def _with_judgements(
                 numbers = {name: column[row][v] for name, column in columns.items()}
                 picture.setdefault("judges", {})[judgement.judge] = numbers
     return pictures
+
+
+def _kernel_record(kernels: np.ndarray, row: int, exact: bool) -> dict[str, Any]:
+    """Return the record of one of the kernels (C', I, k, k') of a layer that is linear in the pixels."""
+    kernel = kernels[row]
+    return {
+        "size": list(kernel.shape[1:]),
+        "scale": float(f"{np.abs(kernel).max():.4g}"),
+        "exact": exact,
+        "views": [list(view) for view in kernel_views(kernel, layer_scale(kernels))],
+    }
 
 
 def example_key(pair: int, index: int) -> int:

@@ -87,15 +87,25 @@
         const box = picture(unit, rendered, i, variant);
         const times = ratioOf(p);
         const title = rendered.title + (unit.record.pictures[rendered.key].length > 1 ? ", " + (variant + 1) : "");
-        box.setAttribute("aria-label", "Feature visualization of " + nameOf(unit) + ", " + title + ": activation " + number(p.activation) +
+        box.setAttribute("aria-label", "Feature visualization of " + nameOf(unit) + ", " + title + (rendered.objective === "energy" ? ": energy " : ": activation ") + number(p.activation) +
           (times === null ? "" : ", " + times[1] + " " + number(times[0]) + " times the maximum activation over the dataset") + (p.status === "failed" ? "; failed" : ""));
         found.push(make("figure", { class: p.status === "failed" ? "failed" : "" }, box,
-          make("figcaption", {}, make("b", { text: title }), " · ", data(p.activation), times === null ? "" : [" · " + times[1] + " ", number(times[0]), " × dataset maximum"],
+          make("figcaption", {}, make("b", { text: title }), rendered.objective === "energy" ? " · energy " : " · ", data(p.activation), times === null ? "" : [" · " + times[1] + " ", number(times[0]), " × dataset maximum"],
             p.failed ? make("strong", { text: " failed" }) : "",
             p.status !== "failed" && p.reason ? make("strong", { class: "reason", text: " " + p.reason }) : "")));
       });
     });
     return make("div", { class: "pictures" + (found.length > 1 ? " many" : "") }, found);
+  }
+
+  // The kernel of a unit that is linear in the pixels, and its parts.
+  function kernel(unit) {
+    const k = unit.record.kernel;
+    if (!k) return null;
+    return make("section", { class: "kernels" }, make("h2", { text: "Kernel" }),
+      make("p", { class: "note" }, "This layer is linear in the pixels: the activation is the sum of this kernel of " + k.size.join(" × ") + " pixels times the image, plus a constant. Gray is 0, the strongest value ", data(k.scale),
+        " per pixel value from black to white. ", k.exact ? "Normalizations are included." : "The normalization of the layer, which divides by statistics of each image, is not included.", " ", make("a", { href: root + "method.html#kernels", text: "How kernels are drawn" }), "."),
+      make("div", { class: "row" }, k.views.map(([title, source]) => make("figure", {}, make("img", { class: "kernel", src: source, width: 120, height: Math.round((120 * k.size[0]) / k.size[1]), alt: "Kernel of " + nameOf(unit) + (title === "kernel" ? "" : ", " + title) }), make("figcaption", { text: title })))));
   }
 
   // -------------------------------------------------------------------- examples
@@ -325,6 +335,7 @@
     else if (times !== null && times[0] >= 1) says = make("p", { class: "says" }, "The " + word + " activation on the feature visualization is ", make("b", { text: number(times[0]) + " times" }), " the largest one on any dataset image.");
     else if (times !== null) says = make("p", { class: "says" }, "The " + word + " activation on the feature visualization is only ", make("b", { text: number(times[0]) }), " of the largest one on any dataset image, so the dataset examples are the better evidence.");
     else if (p && p.natural !== null && p.activation !== null) says = make("p", { class: "says", text: "The maximum activation over the dataset is not positive, so there is no activation ratio." });
+    else if (main && main.objective === "energy") says = make("p", { class: "says", text: "The feature visualization raises the energy of the channel (its variance over the map), which is not measured on the dataset: there is no activation ratio." });
     if (stats.inactive === true) says = make("p", { class: "says bad", text: "No dataset image activated this unit above zero." });
     return make("section", { class: "figures" }, make("h2", { text: "Numbers" }), says, judged(unit), make("dl", { class: "numbers" }, items),
       make("p", { class: "note" }, make("a", { href: root + "method.html#numbers", text: "What the numbers mean" })));
@@ -475,6 +486,7 @@
         make("p", { class: "subtitle" }, word ? make("span", { class: "class", text: word }) : "", " ", tags,
           failed ? make("strong", { class: "flag", text: "failed" }) : "", (unit.record.stats || {}).inactive ? make("span", { class: "flag quiet", text: "never above zero" }) : ""),
         actions),
+      kernel(unit),
       make("div", { class: "evidence" }, unit.facts.rendered.length ? pictures(unit) : null, make("div", { class: "beside" }, photographs)),
       make("div", { class: "two" }, drawn, make("div", {}, numbers(unit), labels(unit))),
       quality(unit), relations(unit), provenance(unit));
