@@ -30,7 +30,8 @@ def gradient_magnitude(gradient: Tensor, size: Size) -> Tensor:
     Returns:
         (A, height, width), in units of the gradient.
     """
-    return torch.linalg.vector_norm(center_crop(gradient, size), 1, dim=1) / gradient.shape[1]
+    # A vector norm over the colors takes 70 times as long on a CPU.
+    return center_crop(gradient, size).abs().mean(1)
 
 
 def resized_sums(sums: Tensor, size: Size) -> Tensor:

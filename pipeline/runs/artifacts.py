@@ -91,9 +91,8 @@ class Artifacts:
 
     def failed(self, row: PlanRow) -> list[tuple[int, int]]:
         """Return (channel, variant) of the visualizations of a row whose objective did not rise."""
-        return sorted(
-            (c, v) for c, (status, _) in self._outcomes(row).items() for v in np.flatnonzero(status == "failed")
-        )
+        outcomes = self._outcomes(row).items()
+        return sorted((c, int(v)) for c, (status, _) in outcomes for v in np.flatnonzero(status == "failed"))
 
     def reason(self, row: PlanRow, channel: int, variant: int) -> str:
         """Return the stored reason of a visualization, empty for most that did not fail."""

@@ -14,7 +14,7 @@ from pipeline.planning.cost_model import PlanRow
 from pipeline.planning.plan import Plan
 from pipeline.runs.artifacts import Artifacts
 from pipeline.runs.best_examples import best_example_image
-from pipeline.store import shards
+from pipeline.store import hdf5, shards
 from pipeline.store.reader import Atlas
 from pipeline.store.shards import Shard
 from pipeline.visualization.evaluation import SILENT
@@ -70,7 +70,7 @@ def _by_shard(artifacts: Artifacts, row: PlanRow, channels: Sequence[int]) -> li
 def _rows_of(shard: Shard, channels: Sequence[int]) -> dict[str, np.ndarray]:
     """Return the arrays of some channels of a shard, in their order. Raises `DamagedShardError`."""
     with shard.opened() as opened:
-        names = [name for name in opened if name not in ("channels", "images_sha256", "judges")]
+        names = [n for n in hdf5.member_names(opened) if n not in ("channels", "images_sha256", "judges")]
     numbers = shard.get("channels")["channels"].tolist()
     rows = [numbers.index(channel) for channel in channels]
     arrays = {name: array[rows] for name, array in shard.get(*names).items()}

@@ -9,7 +9,9 @@ from PIL import Image
 
 import pipeline
 from pipeline.cli.main import main
+from pipeline.engine.worker import _restarted_arrays
 from pipeline.store import shards
+from pipeline.visualization.evaluation import SILENT
 
 # Channel 0 answers to anything, 1 only to a strong step from dark to bright, 2 to nothing. `maximum` has no gradient
 # below the threshold, and none that is redirected as that of a rectifier is.
@@ -59,7 +61,7 @@ def outcomes(folder: Path) -> pd.DataFrame:
 
 
 def test_a_silent_unit_starts_from_its_best_example_and_a_dead_one_says_both(
-    overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    overrides: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "r"
     assert main(["run", *overrides]) == 0
@@ -81,6 +83,14 @@ def test_a_silent_unit_starts_from_its_best_example_and_a_dead_one_says_both(
     # All examples have their edge in the middle.
     assert image[:, 18:24].mean() - image[:, 8:14].mean() > 60
 
+
+@pytest.mark.long
+def test_a_second_run_and_one_after_compaction_make_nothing_again(
+    overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "r"
+    assert main(["run", *overrides]) == 0
+    table = outcomes(folder).loc["distill"]
     capsys.readouterr()
     before = (folder / "atlas.h5").read_bytes()
     assert main(["run", *overrides]) == 0
@@ -97,6 +107,7 @@ def test_a_silent_unit_starts_from_its_best_example_and_a_dead_one_says_both(
     assert main(["verify", str(folder), "run.check=3"]) == 0
 
 
+@pytest.mark.long
 def test_an_interrupted_restart_goes_on(overrides: list[str], tmp_path: Path) -> None:
     """Shards of the first attempts alone, as a run leaves them that ends before the restart, or of a former version."""
     folder = tmp_path / "r"
@@ -111,6 +122,7 @@ def test_an_interrupted_restart_goes_on(overrides: list[str], tmp_path: Path) ->
     pd.testing.assert_frame_equal(again.drop(columns="seconds"), expected.drop(columns="seconds"))
 
 
+@pytest.mark.long
 def test_other_dataset_images_are_another_start(overrides: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "r"
     assert main(["run", *overrides]) == 0
@@ -126,6 +138,7 @@ def test_other_dataset_images_are_another_start(overrides: list[str], tmp_path: 
     assert again.status == "restarted" and again.activation == pytest.approx(before.activation, rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("off", ["examples.store=ids", "render=negative", "render"])
 def test_without_examples_units_stay_as_they_were(overrides: list[str], tmp_path: Path, off: str) -> None:
     if off == "render":
@@ -139,11 +152,8 @@ def test_without_examples_units_stay_as_they_were(overrides: list[str], tmp_path
         assert unit.status == "failed" and unit.reason == "no gradient: the unit stayed silent at every step"
 
 
-def test_variants_that_were_not_silent_stay(overrides: list[str], tmp_path: Path) -> None:
-    """A unit whose variants differ: what noise reached is kept, and each canvas can start from an image."""
-    from pipeline.engine.worker import _restarted_arrays
-    from pipeline.visualization.evaluation import SILENT
-
+def test_variants_that_were_not_silent_stay() -> None:
+    """A unit whose variants differ: what noise reached is kept."""
     before = {
         "channels": np.array([4, 5], np.int32),
         "status": np.array([["limit", "failed"], ["failed", "failed"]], object),
@@ -162,15 +172,3 @@ def test_variants_that_were_not_silent_stay(overrides: list[str], tmp_path: Path
     assert merged["activation"].tolist() == [[1.0, 8.0], [0.0, 0.5]]
     assert merged["reason"].tolist() == [["", "r"], [SILENT + "; in vain", before["reason"][1, 1]]]
     assert merged.keys() == {"channels", "status", "reason", "activation"}
-
-
-@pytest.mark.parametrize("canvas", ["pixel", "laplacian", "maco"])
-def test_each_parameterization_can_start_from_an_example(overrides: list[str], tmp_path: Path, canvas: str) -> None:
-    changed = [one for one in overrides if "canvas.sd" not in one]
-    quiet = [] if canvas == "maco" else ["render.canvas.sd=0.001"]
-    assert main(["run", *changed, f"render/canvas={canvas}", *quiet]) == 0
-    unit = outcomes(tmp_path / "r").loc[("distill", 1, 0)]
-    if canvas != "maco":  # whose phases alone may not reach the threshold
-        assert unit.status == "restarted" and unit.activation > unit.start > 0
-    else:
-        assert unit.status in ("restarted", "failed", "limit", "converged", "retried")
