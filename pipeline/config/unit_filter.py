@@ -4,7 +4,7 @@ import dataclasses
 
 from pipeline.core.errors import AtlasError, nearest_names
 
-STATUSES = ("converged", "limit", "retried", "failed")
+STATUSES = ("converged", "limit", "retried", "restarted", "failed")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,12 @@ from pipeline.visualization.initial_images import InitialImage
 from pipeline.visualization.network_perturbations import Ensemble
 from pipeline.visualization.preset import Preset
 
-# Versions of the three kinds of results. A new version makes finished results stale: it is raised when the code gives
+# Versions of the four kinds of results. A new version makes finished results stale: it is raised when the code gives
 # other results from the same settings (docs/store.md, "Identity").
 RENDER_VERSION = 3
 EXAMPLES_VERSION = 3
 LOCALIZE_VERSION = 4
+RESTART_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,10 @@ class RenderTask(_Task):
         channels: Channels of the layer.
         canvas: (height, width) of the finished images in pixels.
         preset: Name of the preset.
-        starts: Initial image of each channel; empty unless the parameterization starts from dataset examples.
+        starts: Initial image of each channel; empty unless the parameterization starts from dataset examples, or the
+            units were silent from noise.
+        restart: For units that were silent from noise, the digest of their start from dataset examples.
+        silent: Their visualizations from noise, as bytes of a shard: those that were not silent are kept.
     """
 
     stage = "render"
@@ -88,6 +92,8 @@ class RenderTask(_Task):
     canvas: tuple[int, int]
     preset: str
     starts: tuple[InitialImage, ...] = ()
+    restart: str = ""
+    silent: bytes = b""
 
     @property
     def name(self) -> str:
@@ -251,6 +257,27 @@ def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int], name: str
             "seed": config.run.seed,
             "precision": "float32" if exact else setup.precision,
             "device": device_kind(setup.device),
+        }
+    )
+
+
+def restart_digest(setup: Setup, render: str, examples: str) -> str:
+    """Return the digest of everything that changes visualizations that start from the best dataset examples.
+
+    Args:
+        setup: The setup of the workers.
+        render: Digest of the visualizations from noise.
+        examples: Digest of the first pass.
+    """
+    config = setup.config.examples
+    return hashing.digest_of(
+        {
+            "result": "restart",
+            "version": RESTART_VERSION,
+            "render": render,
+            "examples": examples,
+            "side": config.side,
+            "jpeg_quality": config.jpeg_quality,
         }
     )
 

@@ -43,9 +43,9 @@ from pipeline.models.loading import Model, load_ensemble_member, load_model
 from pipeline.store import hdf5, shards
 from pipeline.visualization import initial_images
 from pipeline.visualization.batch import RenderJob
-from pipeline.visualization.evaluation import Visualization
+from pipeline.visualization.evaluation import SILENT, Visualization
 from pipeline.visualization.initial_images import InitialImage
-from pipeline.visualization.loop import render
+from pipeline.visualization.loop import render, restart
 from pipeline.visualization.network_perturbations import Ensemble
 from pipeline.visualization.preset import Preset
 
@@ -270,13 +270,15 @@ class Worker:
             channels: Its channels.
             canvas: (height, width) of the finished images in pixels.
             preset: The preset, with the objective for this layer (`Preset.for_layer`).
-            begins: Initial image of each channel; empty if none is needed.
+            begins: Initial image of each channel; empty if none is needed. If the preset starts from noise, the
+                channels were silent, and are restarted from these images.
         """
         config, layer = self.setup.config, self.layers[name]
         variants = self.variants(layer, preset, canvas)
         others = self.setup.others_of(preset)
 
         own_starts = dict(zip(channels, begins, strict=True)) if begins else {}
+        restarted = bool(begins) and not preset.needs_examples
 
         def work(part: list[int]) -> list[Visualization]:
             # All variants of a channel stay together: batch terms compare them.
@@ -296,7 +298,7 @@ class Worker:
                     preset, canvas, self.model.preprocessing.channels, own, own_starts
                 ),
             )
-            return render(job, own)
+            return restart(job, own) if restarted else render(job, own)
 
         per_batch = config.channels_per_batch(preset)
         return self._in_batches(name, list(channels), per_batch, preset.variants, work)
@@ -314,6 +316,7 @@ class Worker:
         arrays = {
             "channels": np.array(task.channels, np.int32),
             "images": images.reshape(*shape, *images.shape[1:]),
+            "mask": np.stack([p.mask for p in pictures]).reshape(*shape, *images.shape[1:3]),
             "trace": np.stack([p.trace for p in pictures]).astype(np.float32).reshape(*shape, -1),
             "status": column([p.status for p in pictures], object),
             "reason": column([p.reason for p in pictures], object),
@@ -337,6 +340,9 @@ class Worker:
             arrays["budget_value"] = np.stack([p.budget_values for p in pictures]).reshape(*shape, -1)
             attributes["budget_names"] = [registered_name(regularizer) for regularizer in preset.budgets]
             attributes["budget_target"] = np.array([regularizer.target for regularizer in preset.budgets], np.float32)
+        if task.restart:
+            attributes["restart"] = task.restart
+            arrays = _restarted_arrays(hdf5.from_bytes(task.silent), arrays)
         return shards.to_bytes(attributes, arrays)
 
     def _portioned(self, work: Callable[[sweep.ExamplesConfig], T]) -> T:
@@ -397,3 +403,22 @@ class Worker:
             )
         )
         return shards.to_bytes({"digest": task.digest, "start": task.start, "end": task.end}, arrays, "lzf")
+
+
+def _restarted_arrays(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the arrays of a shard with the visualizations of silent units replaced by restarted ones.
+
+    Other variants of these units stay as they were. So do silent ones that were restarted in vain, but for the reason.
+
+    Args:
+        before: Arrays of the units from noise, by name.
+        after: Arrays of the same units, all variants restarted.
+    """
+    silent = (before["status"] == "failed") & (before["reason"] == SILENT)
+    replaced = silent & (after["status"] != "failed")
+    arrays = {name: np.array(array) for name, array in before.items() if name in after}
+    for name, array in arrays.items():
+        if name != "channels":
+            array[replaced] = after[name][replaced]
+    arrays["reason"][silent] = after["reason"][silent]
+    return arrays

@@ -1,4 +1,4 @@
-"""The best dataset examples of units as initial images of visualizations (`render.canvas.source=best`)."""
+"""The best dataset examples of units as initial images: for `render.canvas.source=best` and for silent units."""
 
 import io
 from collections.abc import Sequence
@@ -16,22 +16,31 @@ def best_example_images(atlas: Atlas, layer: str, channels: Sequence[int]) -> tu
     Raises:
         AtlasError: If the atlas holds no such image.
     """
-    view = atlas[layer]
-    examples = view.examples("max")
     images = []
     for channel in channels:
-        row = view.row(channel)
-        image = None if examples is None else atlas.input_image(int(examples.index[row, 0]))
-        if examples is None or image is None:
+        image = best_example_image(atlas, layer, channel)
+        if image is None:
             raise AtlasError(
                 f"{layer}:{channel} has no dataset example to start from: render.canvas.source=best needs a dataset "
                 "pass that stores images, and a unit with a positive activation."
             )
-        # Features have a size in pixels of the network's input, so the image is resized to that scale.
-        image = image.resize((view.input_size[1], view.input_size[0]), Image.Resampling.BICUBIC)
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        height, width = view.map_size
-        centre = (float(examples.y[row, 0]) + 0.5) / height, (float(examples.x[row, 0]) + 0.5) / width
-        images.append(InitialImage(buffer.getvalue(), centre))
+        images.append(image)
     return tuple(images)
+
+
+def best_example_image(atlas: Atlas, layer: str, channel: int) -> InitialImage | None:
+    """Return the dataset image with the largest activation of a channel, or None if the atlas holds none."""
+    view = atlas[layer]
+    examples, row = view.examples("max"), view.row(channel)
+    if examples is None or examples.index[row, 0] < 0:
+        return None
+    image = atlas.input_image(int(examples.index[row, 0]))
+    if image is None:
+        return None
+    # Features have a size in pixels of the network's input, so the image is resized to that scale.
+    image = image.resize((view.input_size[1], view.input_size[0]), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    height, width = view.map_size
+    centre = (float(examples.y[row, 0]) + 0.5) / height, (float(examples.x[row, 0]) + 0.5) / width
+    return InitialImage(buffer.getvalue(), centre)

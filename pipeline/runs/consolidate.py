@@ -74,7 +74,8 @@ def _failure_rows(
     for row in plan.rows:
         for channel, variant in artifacts.failed(row):
             what = f"{row.layer.name}:{channel} {row.preset} variant {variant}"
-            rows.append(("render", what, "the objective did not rise in any attempt", ""))
+            reason = artifacts.reason(row, channel, variant) or "the objective did not rise in any attempt"
+            rows.append(("render", what, reason, ""))
     return rows
 
 
@@ -93,6 +94,14 @@ def _identity(
         for row, found in artifacts.visualizations.items()
         if found
     ]
+    restarts = sorted(
+        {
+            str(shard.attributes["restart"])
+            for found in artifacts.visualizations.values()
+            for shard in found
+            if "restart" in shard.attributes
+        }
+    )
     channels = [[row.layer.name, row.channels, sorted(artifacts.channels(row))] for row in plan.rows]
     complete = artifacts.dataset_pass.complete
     return hashing.digest_of(
@@ -105,6 +114,7 @@ def _identity(
             "versions": writer.versions(),
             "schema": SCHEMA_VERSION,
             **(judged if judgements else {}),
+            **({"restarts": restarts} if restarts else {}),
         }
     )
 

@@ -28,6 +28,7 @@ from pipeline.runs.artifacts import Artifacts, put_aside
 from pipeline.store import hdf5, shards, writer
 from pipeline.store.reader import open_atlas
 from pipeline.store.shards import DamagedShardError, Shard
+from pipeline.visualization.evaluation import RESTARTED, SILENT
 from pipeline.visualization.initial_images import InitialImage
 from pipeline.visualization.objectives import Activations
 
@@ -48,6 +49,9 @@ ACTIVATION_TOLERANCE = 0.01
 # In bfloat16, one differing last bit soon becomes a level or more: the root mean square difference may be this share
 # of the visualization's contrast (standard deviation). Another seed gives more than the full contrast.
 BFLOAT16_TOLERANCE = 0.5
+
+# Arrays of a shard that are read image by image, the images first: their chunks can be damaged one by one.
+STACKS = ("images", "mask")
 
 # The bins of single images in a shard of the dataset pass: (images, channels) uint8, too many for memory at once.
 CODES = "codes/bin"
@@ -133,14 +137,14 @@ def _damaged_parts(atlas: Path) -> list[tuple[Shard, str]]:
 
 
 def _intact_images(shard: Shard) -> list[tuple[int, int]]:
-    """Return (row, variant) of the visualizations of a shard that can be read and have their digest."""
+    """Return (row, variant) of the visualizations that can be read with their masks and have their digest."""
     intact = []
     small = shard.get("status", "images_sha256")
     with shard.opened() as opened:
-        images = hdf5.dataset(opened, "images")
+        stacks = [hdf5.dataset(opened, name) for name in STACKS if name in opened]
         for row, variant in np.argwhere(small["status"] != "missing").tolist():
             try:
-                image = images[row, variant]
+                image, *_ = (stack[row, variant] for stack in stacks)
             except OSError:
                 continue
             digest = hdf5.image_digests(image[None, None])[0, 0]
@@ -165,7 +169,7 @@ def _render_again(atlas: Path, plan: Plan, sample: int) -> list[Finding]:
     problems: list[Finding] = []
     for row, channel, variant in (units[i] for i in sorted(drawn)):
         part = parts[row.layer.name, digests[row]]
-        small = part.get("channels", "activation")
+        small = part.get("channels", "activation", "status")
         index = small["channels"].tolist().index(channel)
         with part.opened() as opened:
             stored = hdf5.dataset(opened, "images")[index, variant]
@@ -173,7 +177,8 @@ def _render_again(atlas: Path, plan: Plan, sample: int) -> list[Finding]:
         unit = f"{row.layer.name}:{channel}"
         problems += _compare_activation(unit, activation, small["activation"], (index, variant))
         initial: tuple[InitialImage, ...] = ()
-        if plan.config.preset(row.preset).needs_examples:
+        restarted = small["status"][index, variant] == RESTARTED
+        if restarted or plan.config.preset(row.preset).needs_examples:
             with open_atlas(atlas) as opened_atlas:
                 initial = best_examples.best_example_images(opened_atlas, row.layer.name, [channel])
         # An atlas part lists several precisions if its workers differed: one of them rendered this visualization.
@@ -278,7 +283,8 @@ def copy_visualizations(shard: Shard, folder: RunFolder, channels: Collection[in
     if "layer" not in shard.attributes:  # A shard of the dataset pass can't be used in part.
         return 0
     try:
-        arrays = shard.get("channels", *(name for name in _names(shard) if name not in ("channels", "images")))
+        names = _names(shard)
+        arrays = shard.get("channels", *(name for name in names if name not in ("channels", *STACKS)))
         intact = set(_intact_images(shard))
     except DamagedShardError:
         return 0
@@ -301,13 +307,14 @@ def copy_visualizations(shard: Shard, folder: RunFolder, channels: Collection[in
     if not rows:
         return 0
     with shard.opened() as opened:
-        images = np.stack([hdf5.dataset(opened, "images")[row] for row in rows])
+        stacks = {name: np.stack([hdf5.dataset(opened, name)[row] for row in rows]) for name in STACKS if name in names}
     content = {name: array[rows] for name, array in arrays.items() if name != "images_sha256"}
     numbers = content["channels"].tolist()
-    name = f"{numbers[0]}-{numbers[-1]}-{len(rows)}-copied-{digest[:12]}.h5"
+    unique = str(shard.attributes.get("restart", digest)) if not shard.group_path else digest
+    name = f"{numbers[0]}-{numbers[-1]}-{len(rows)}-copied-{unique[:12]}.h5"
     # Every attribute but the position among the presets of an atlas.
     attributes = {key: value for key, value in shard.attributes.items() if key != "order"}
-    shards.write(target / name, attributes, content | {"images": images})
+    shards.write(target / name, attributes, content | stacks)
     return len(rows) * variants
 
 
@@ -397,25 +404,32 @@ def compact(folder: RunFolder, plan: Plan) -> Compacted:
 def _shards_in_atlas(folder: RunFolder) -> list[Path]:
     """Return the rendered shards whose every visualization atlas.h5 holds, by digest."""
     parts = writer.render_groups(folder.atlas)
-    in_atlas = {key: part.get("channels", "images_sha256", "status") for key, part in parts.items()}
+    names = ("channels", "images_sha256", "status", "reason")
+    in_atlas = {key: part.get(*names) for key, part in parts.items()}
     paths = []
     for path in sorted((folder.shards / "render").rglob("*.h5")):
         shard = shards.read(path)
         if shard is None:
             continue
-        small = shard.get("channels", "images_sha256")
+        small = shard.get(*names)
         part = in_atlas.get((str(shard.attributes["layer"]), str(shard.attributes["digest"])))
         if part is None:
             continue
         complete = (part["status"] != "missing").all(1)
         atlas_row = {int(channel): row for row, channel in enumerate(part["channels"]) if complete[row]}
         if all(
-            channel in atlas_row
-            and np.array_equal(small["images_sha256"][row], part["images_sha256"][atlas_row[channel]])
+            channel in atlas_row and _holds_variants(small, row, part, atlas_row[channel])
             for row, channel in enumerate(small["channels"].tolist())
         ):
             paths.append(path)
     return paths
+
+
+def _holds_variants(small: Mapping[str, np.ndarray], row: int, part: Mapping[str, np.ndarray], atlas_row: int) -> bool:
+    """Return whether a row of an atlas has all images of a row of a shard, or restarted ones for silent ones."""
+    same = (small["images_sha256"][row] == part["images_sha256"][atlas_row]).all(-1)
+    silent = (small["status"][row] == "failed") & (small["reason"][row] == SILENT)
+    return bool((same | silent & (part["status"][atlas_row] == RESTARTED)).all())
 
 
 def merge_pass_shards(folder: RunFolder, plan: Plan) -> list[Shard]:

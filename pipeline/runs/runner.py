@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from pipeline.core import atomic_io, interrupts
 from pipeline.core.errors import AtlasError
@@ -17,7 +18,7 @@ from pipeline.planning.folder import RunFolder, write_text
 from pipeline.planning.plan import Plan
 from pipeline.planning.planner import make_plan
 from pipeline.planning.request import Request
-from pipeline.runs import best_examples, maintenance, reuse
+from pipeline.runs import best_examples, maintenance, reuse, silent_units
 from pipeline.runs.artifacts import Artifacts
 from pipeline.runs.consolidate import consolidate, failure_row
 from pipeline.runs.dataset_pass import gaps
@@ -101,24 +102,32 @@ class _Session:
             self.set_aside.clear()
             try:
                 self._work()
+                self._note_missing_shards()
+                self._restart_silent_units()
             except TooManyFailures as error:
                 log.error("%s", error)
                 self.folder.write_failures([failure_row(failure) for failure in self.set_aside])
                 return SET_ASIDE
-            self._note_missing_shards()
+            except DamagedShardError as error:
+                self._rescue(error)
+                continue
             try:
                 judgements = judge_visualizations(self.plan, self.artifacts)
                 failures = consolidate(self.request, self.plan, self.artifacts, self.set_aside, judgements)
             except DamagedShardError as error:
-                log.warning("%s; what is intact of it is kept, the rest is made again", error)
-                maintenance.rescue(error.shard, self.folder)
-                self._refresh()
+                self._rescue(error)
                 continue
             break
         if "site" in self.stages:
             refresh_site(self.request, self.folder)
         self._finish(began, failures)
         return SET_ASIDE if self.set_aside else COMPLETE
+
+    def _rescue(self, error: DamagedShardError) -> None:
+        """Keep what is intact of a damaged shard, and set the file aside."""
+        log.warning("%s; what is intact of it is kept, the rest is made again", error)
+        maintenance.rescue(error.shard, self.folder)
+        self._refresh()
 
     def _finish(self, began: float, failures: int) -> None:
         """Write status.json and log the report."""
@@ -164,6 +173,30 @@ class _Session:
                 again = {task.path for task in self._tasks(1)} & {task.path for task in tasks}
                 if again and len(self.set_aside) == before:
                     break  # tasks were reported as done, but there are no shards
+
+    def _restart_silent_units(self) -> None:
+        """Start units that stayed silent once more, from their best dataset examples in a first version of atlas.h5."""
+        if "render" not in self.stages or not silent_units.silent_units(self.plan, self.artifacts):
+            return
+        consolidate(self.request, self.plan, self.artifacts, self.set_aside, {})
+        with open_atlas(self.folder.path) as atlas:
+            tasks = silent_units.restart_tasks(self.plan, self.artifacts, atlas)
+        if tasks:
+            units, cost = sum(task.size for task in tasks), sum(task.cost for task in tasks)
+            log.info("silent units that start once more, from their best dataset examples: %d", units)
+            with open_engine(self.plan.config.engine) as engine:
+                engine.stats = self.stats
+                self._round(engine, tasks, [Stage("render", "silent units", units, 0, cost)])
+        self._refresh()
+        self._note_missing_restarts(tasks)
+
+    def _note_missing_restarts(self, tasks: Sequence[RenderTask]) -> None:
+        """Set aside restarts without a shard."""
+        noted = {failure.task.path for failure in self.set_aside}
+        reason = "no shard was found after the work: do all workers and this driver see the run's folder?"
+        for task in tasks:
+            if task.path not in noted and not Path(task.path).is_file():
+                self.set_aside.append(Failure(task, reason, ""))
 
     def _bind(self, engine: Engine) -> None:
         """Follow the engine's device if it is another kind than the plan assumed: nodes of a cluster may have GPUs."""

@@ -155,15 +155,17 @@ def image_digests(images: np.ndarray) -> np.ndarray:
 def write_array(group: h5py.Group, name: str, array: np.ndarray, compression: str = "gzip") -> h5py.Dataset:
     """Create a compressed, checksummed dataset from `array`.
 
-    Text becomes variable-length UTF-8, and a uint8 stack of images (N, V, H, W, C) is chunked by image.
+    Text becomes variable-length UTF-8, and a uint8 stack of images (N, V, H, W, C) or masks (N, V, H, W) is chunked by
+    image.
     """
     if array.dtype.kind in "OU":
         # A file name need not be valid UTF-8: undecodable bytes are written as escapes.
         flat = [str(v).encode("utf-8", "backslashreplace").decode() for v in array.ravel().tolist()]
         encoded = np.array(flat, object).reshape(array.shape)
         return group.create_dataset(name, data=encoded, dtype=h5py.string_dtype())
-    if array.dtype == np.uint8 and array.ndim == 5:
-        images = create_images(group, name, array.shape)
+    if array.dtype == np.uint8 and array.ndim in (4, 5):
+        create = create_images if array.ndim == 5 else create_masks
+        images = create(group, name, array.shape)
         for i in range(array.shape[0]):
             for v in range(array.shape[1]):
                 images[i, v] = array[i, v]
@@ -186,6 +188,22 @@ def create_images(group: h5py.Group, name: str, shape: tuple[int, ...]) -> h5py.
         images.attrs["INTERLACE_MODE"] = np.bytes_("INTERLACE_PIXEL")
     images.attrs["axes"] = "channel, variant, row, column, colour"
     return images
+
+
+def create_masks(group: h5py.Group, name: str, shape: tuple[int, ...]) -> h5py.Dataset:
+    """Create a uint8 stack of masks (N, V, H, W), one chunk per mask; 255 (opaque) where none is written."""
+    masks = group.create_dataset(
+        name,
+        shape=shape,
+        dtype=np.uint8,
+        chunks=(1, 1, *shape[2:]),
+        compression="gzip",
+        compression_opts=4,
+        fletcher32=True,
+        fillvalue=255,
+    )
+    masks.attrs["axes"] = "channel, variant, row, column"
+    return masks
 
 
 def dataset(parent: h5py.Group, name: str) -> h5py.Dataset:

@@ -19,11 +19,12 @@ from pipeline.core import metric_specs
 from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.data import crops
 from pipeline.examples.association import Association
+from pipeline.images.opacity import with_opacity
 from pipeline.judges.judgement import NUMBERS, Judgement, Kind
 from pipeline.store import hdf5
 
 # Members of a group `render/<preset>` that are not measurements of single images.
-NOT_MEASUREMENTS = ("images", "images_sha256", "response", "judges", "budget_value")
+NOT_MEASUREMENTS = ("images", "images_sha256", "mask", "response", "judges", "budget_value")
 # Dataset in `stats` that holds the best activation over the dataset, by the group's attribute `natural`.
 NATURAL_STATISTICS = {"mean": "best_mean", "max": "max", "least": "least_mean", "min": "min"}
 # The metric that the objective itself is, by the same attribute.
@@ -265,6 +266,39 @@ class LayerView:
     def image(self, channel: int, preset: str | None = None, variant: int = 0) -> np.ndarray:
         """Return one feature visualization, (H, W, 3) uint8."""
         return self.images(preset)[self.row(channel), variant]
+
+    def masks(self, preset: str | None = None) -> h5py.Dataset | None:
+        """Return all transparency masks, (C', V, H, W) uint8, as an h5py dataset; None in atlases without masks.
+
+        Args:
+            preset: Name of a preset; the run's main preset by default.
+        """
+        group = self._render(preset)
+        return hdf5.dataset(group, "mask") if "mask" in group else None
+
+    def mask(self, channel: int, preset: str | None = None, variant: int = 0) -> np.ndarray:
+        """Return the transparency mask of one feature visualization, (H, W) uint8.
+
+        It is the absolute gradient of the objective with respect to the image, averaged over the colors, summed over
+        the optimization steps (Fel et al. 2023, arXiv 2306.06805); 255 is the 99th percentile of the image.
+        `transparent` applies it to the image.
+
+        Args:
+            channel: Channel of the unit.
+            preset: Name of a preset; the run's main preset by default.
+            variant: Number of the variant.
+
+        Returns:
+            255 everywhere for a visualization that was made before there were masks.
+        """
+        row, masks = self.row(channel), self.masks(preset)
+        if masks is None:
+            return np.full(self.images(preset).shape[2:4], 255, np.uint8)
+        return masks[row, variant]
+
+    def transparent(self, channel: int, preset: str | None = None, variant: int = 0) -> np.ndarray:
+        """Return one feature visualization with the opacity of its mask, (H, W, 4) uint8: RGBA as in a PNG file."""
+        return with_opacity(self.image(channel, preset, variant), self.mask(channel, preset, variant))
 
     def stack(self, preset: str | None = None) -> "Stack":
         """Return fast access to single feature visualizations: `stack[row, variant]` is (H, W, C) uint8."""

@@ -1,6 +1,6 @@
 """`atlas.h5`: combine all shards of a run in one file, and verify such a file.
 
-The schema (version 3) is described in docs/store.md. The compressed chunks of images are copied without
+The schema (version 3) is described in docs/store.md. The compressed chunks of images and masks are copied without
 recompression. The file is written under a temporary name and then renamed, so that no reader sees an incomplete one.
 """
 
@@ -232,6 +232,7 @@ def _write_visualizations(
         lengths = {name: hdf5.dataset(source, name).shape[-1] for name in ("trace", "budget_value") if name in source}
     target = _create_render_group(group, preset, preset_shards)
     images = hdf5.create_images(target, "images", (len(channels), *image_shape))
+    masks = _create_masks(target, preset_shards, images.shape[:-1])
     size = (len(channels), image_shape[0])
     arrays = _missing_measurements(size, lengths, hdf5.integer_attribute(group, "channels")[0])
     digests = np.zeros((*size, 32), np.uint8)
@@ -258,6 +259,10 @@ def _write_visualizations(
                 if not np.array_equal(hdf5.image_digests(source_images[i : i + 1])[0], source_digests[i]):
                     raise DamagedShardError(shard, f"the image of channel {channels[j]} does not match its digest")
                 _copy_chunks(source_images, i, images, j)
+                if masks is not None and "mask" in source:
+                    source_masks = hdf5.dataset(source, "mask")
+                    source_masks[i]  # for the checksums
+                    _copy_chunks(source_masks, i, masks, j)
     for name, array in arrays.items():
         if name in stored:
             write_array(target, name, array)
@@ -285,6 +290,9 @@ def _create_render_group(group: h5py.Group, preset: str, preset_shards: Sequence
         values = {str(shard.attributes[name]) for shard in preset_shards if name in shard.attributes}
         if values:
             target.attrs[name] = " ".join(sorted(values))
+    restarts = [shard.attributes["restart"] for shard in preset_shards if "restart" in shard.attributes]
+    if restarts:
+        target.attrs["restart"] = restarts[0]
     target.attrs["precision"] = " ".join(sorted({name for shard in preset_shards for name in precisions(shard)}))
     for key in ("level", "level_reason"):
         target.attrs[key] = _distinct(preset_shards, key)
@@ -335,11 +343,25 @@ def finished_rows(shard: Shard, target_row: Mapping[int, int]) -> list[tuple[int
     ]
 
 
+def _create_masks(target: h5py.Group, preset_shards: Sequence[Shard], shape: tuple[int, ...]) -> h5py.Dataset | None:
+    """Create the transparency masks, (C', V, H, W) uint8; None if no shard has any, as in former versions."""
+    for shard in preset_shards:
+        with shard.opened() as source:
+            if "mask" in source:
+                return hdf5.create_masks(target, "mask", shape)
+    return None
+
+
 def _copy_chunks(source: h5py.Dataset, i: int, target: h5py.Dataset, j: int) -> None:
-    """Copy all variants of row `i` to row `j` as compressed chunks, with their checksums."""
+    """Copy all variants of row `i` to row `j` as compressed chunks, with their checksums.
+
+    A chunk that was never written stays so: a mask of a visualization that was made before there were masks.
+    """
     for v in range(source.shape[1]):
-        filter_mask, chunk = source.id.read_direct_chunk((i, v, 0, 0, 0))
-        target.id.write_direct_chunk((j, v, 0, 0, 0), chunk, filter_mask)
+        at, to = ((row, v, *(0,) * (source.ndim - 2)) for row in (i, j))
+        if source.id.get_chunk_info_by_coord(at).byte_offset is not None:
+            filter_mask, chunk = source.id.read_direct_chunk(at)
+            target.id.write_direct_chunk(to, chunk, filter_mask)
 
 
 def _write_relations(group: h5py.Group, pass_result: DatasetPassResult | None, i: int, columns: slice) -> None:

@@ -11,6 +11,7 @@ from pipeline.core.registry import registered_name
 from pipeline.core.seeds import seed_of
 from pipeline.images.parameterizations import FromImage
 from pipeline.images.transforms import ROBUSTNESS_TRANSFORMS, draw_random
+from pipeline.images.transparency import resized_sums
 from pipeline.layers.finding import Layer
 from pipeline.models.loading import Model
 from pipeline.visualization.preset import ChannelVariant, Preset, Size, canvas_size
@@ -40,7 +41,7 @@ class RenderJob:
             with; None for `model`.
         layers: The layers named by `preset.others`, by name.
         ensemble: The networks of an ensemble other than `model`.
-        initial_images: For parameterizations that start from an image: (C, H, W) in [0, 1] by unit, with margins.
+        initial_images: (C, H, W) in [0, 1] by unit, with margins, of units that start from an image.
     """
 
     model: Model
@@ -123,6 +124,8 @@ class Batch:
         channels: (A,) int64.
         variants: (A,) int64.
         multipliers: (P, A) state of `ImageRegularizer.controlled`; the weight for those without a budget.
+        gradient_sums: (A, h, w) sum over the steps of the mean absolute gradient of the objective over the colors of
+            each pixel, at the size of the canvas without its margin.
     """
 
     def __init__(self, job: RenderJob, units: Sequence[ChannelVariant], attempt: int) -> None:
@@ -150,12 +153,14 @@ class Batch:
         self.trace = torch.zeros(preset.steps, len(units), device=device)
         self.steps = torch.full((len(units),), preset.steps)
         self._final: Tensor | None = None
+        self._final_sums: Tensor | None = None
         self.active = torch.arange(len(units), device=device)
         self.parameters = self.initial.clone().requires_grad_(True)
         self.transform_random = torch.stack(transform_random, dim=1).to(device)
         self.channels, self.variants = self.all_channels, self.all_variants
         weights = torch.tensor([regularizer.weight for regularizer in preset.penalties], device=device)
         self.multipliers = weights[:, None].repeat(1, len(units))
+        self.gradient_sums = self.initial.new_zeros(len(units), *job.canvas_without_margin(preset.stages[0]))
         self._start_optimizer()
 
     @property
@@ -163,6 +168,12 @@ class Batch:
         """(B, …) parameters of the finished images; defined once one is finished."""
         assert self._final is not None, "no image of the batch is finished"
         return self._final
+
+    @property
+    def final_gradient_sums(self) -> Tensor:
+        """(B, H, W) `gradient_sums` of the finished images; defined once one is finished."""
+        assert self._final_sums is not None, "no image of the batch is finished"
+        return self._final_sums
 
     def reference_of(self, images: Tensor) -> Tensor:
         """Return the initial images of the active images at the size of `images`; `images` itself if not needed."""
@@ -178,9 +189,10 @@ class Batch:
         self._optimizer.step(self.parameters, gradient, self._state, self._steps_of_state, learning_rate)
         self._steps_of_state += 1
 
-    def resize(self, old: Size, new: Size) -> None:
-        """Continue on a canvas of another size, with a new optimizer state."""
+    def resize(self, old: Size, new: Size, margin: int) -> None:
+        """Continue on a canvas of another size, with a new optimizer state; both sizes include the margin."""
         resized = self._canvas.resized(self.parameters.detach(), old, new)
+        self.gradient_sums = resized_sums(self.gradient_sums, (new[0] - 2 * margin, new[1] - 2 * margin))
         self.parameters = resized.requires_grad_(True)
         self._start_optimizer()
 
@@ -194,12 +206,16 @@ class Batch:
         parameters, indices, others = self.parameters.detach(), self.active[finished], ~finished
         if self._final is None:
             self._final = parameters.new_zeros(len(self.units), *parameters.shape[1:])
+        if self._final_sums is None:
+            self._final_sums = self.gradient_sums.new_zeros(len(self.units), *self.gradient_sums.shape[1:])
         self._final[indices] = parameters[finished]
+        self._final_sums[indices] = self.gradient_sums[finished]
         self.steps[indices.cpu()] = steps
         self.active, self.channels, self.variants = self.active[others], self.channels[others], self.variants[others]
         self.parameters = parameters[others].requires_grad_(True)
         self.transform_random = self.transform_random[:, others]
         self.multipliers = self.multipliers[:, others]
+        self.gradient_sums = self.gradient_sums[others]
         self._state = tuple(part[others] for part in self._state)
 
     def _start_optimizer(self) -> None:
@@ -216,11 +232,15 @@ def _seed(job: RenderJob, unit: ChannelVariant, attempt: int) -> int:
 
 
 def _initial_parameters(job: RenderJob, unit: ChannelVariant, generator: torch.Generator) -> Tensor:
-    """Return the initial parameters of one image: noise, plus those of its initial image if it has one."""
+    """Return the initial parameters of one image: noise, or those of its initial image if it has one.
+
+    The parameterization `image` adds noise to the image, by its setting `sd`.
+    """
     canvas, size = job.preset.canvas, job.canvas(job.preset.stages[0])
     parameters = canvas.initial(generator, job.model.preprocessing.channels, size)
-    if isinstance(canvas, FromImage):
-        image = job.initial_images[unit]
-        resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)
-        parameters = canvas.inverse(resized)[0] + parameters
-    return parameters
+    image = job.initial_images.get(unit)
+    if image is None:
+        assert not isinstance(canvas, FromImage), f"{unit} has no initial image"
+        return parameters
+    resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)
+    return canvas.inverse(resized)[0] + (parameters if isinstance(canvas, FromImage) else 0)

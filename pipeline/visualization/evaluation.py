@@ -14,6 +14,7 @@ from pipeline.data.natural_spectrum import packaged_spectrum
 from pipeline.images import metrics
 from pipeline.images.image_regularizers import BUDGET_TOLERANCE
 from pipeline.images.transforms import ROBUSTNESS_TRANSFORMS, apply_transforms, center_crop
+from pipeline.images.transparency import resized_sums, to_mask
 from pipeline.visualization.batch import Batch, RenderJob
 from pipeline.visualization.forward import objective_forward
 from pipeline.visualization.preset import ChannelVariant, Preset
@@ -21,6 +22,12 @@ from pipeline.visualization.schedules import Stage, is_flat
 
 # Number of values of the objective that are stored with an image.
 TRACE_POINTS = 16
+
+# Why an image failed whose objective had no gradient at any step.
+SILENT = "no gradient: the unit stayed silent at every step"
+# Status of an image whose objective rose only from the best dataset example of its unit. If it did not rise from there
+# either, the status is "failed", and the reason begins with `SILENT`.
+RESTARTED = "restarted"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +38,15 @@ class Visualization:
         channel: Channel of the unit.
         variant: Number of the variant.
         image: (H, W, C) uint8.
+        mask: (H, W) uint8 transparency mask: absolute gradient of the objective, summed over the steps; see
+            `pipeline.images.transparency.to_mask`.
         activation: Value of the objective for exactly this image, without transformations.
         robust: Mean value of the objective over 16 copies under `ROBUSTNESS_TRANSFORMS`, the same for every preset.
         start: Value of the objective before the first step.
         seed: Seed of the image.
-        status: "converged"; "limit" (all steps done and still rising); "retried" (rose with another seed); or "failed".
-        reason: Why the image failed, or which budget of a regularizer it does not meet; empty otherwise.
+        status: "converged"; "limit" (all steps done and still rising); "retried" (rose with another seed); "restarted"
+            (rose from the unit's best dataset example); or "failed".
+        reason: Why the image failed or was restarted, or which budget of a regularizer it does not meet; else empty.
         steps: Number of optimization steps.
         seconds: Processing time of the batch divided by its number of images.
         trace: (16,) values of the objective at evenly spaced steps; fewer if there are fewer steps.
@@ -48,6 +58,7 @@ class Visualization:
     channel: int
     variant: int
     image: np.ndarray
+    mask: np.ndarray
     activation: float
     robust: float
     start: float
@@ -73,6 +84,7 @@ class Evaluation:
 
     Attributes:
         images: (B, H, W, C) uint8.
+        masks: (B, H, W) uint8 transparency masks.
         activation: Value of the objective for each image.
         robust: Mean value of the objective over the transformed copies of each image.
         start: Value of the objective for each image before the first step.
@@ -82,6 +94,7 @@ class Evaluation:
     """
 
     images: np.ndarray
+    masks: np.ndarray
     activation: list[float]
     robust: list[float]
     start: list[float]
@@ -109,9 +122,13 @@ def evaluate(job: RenderJob, batch: Batch) -> Evaluation:
             transformed = apply_transforms(images, ROBUSTNESS_TRANSFORMS, random, size)
             robust_values.append(forward(transformed, batch.all_channels, batch.all_variants).values)
         robust = torch.stack(robust_values).mean(0)
+        sums = batch.final_gradient_sums
+        if sums.shape[-2:] != size:
+            sums = resized_sums(sums, size)
     sign = -1 if preset.negative else 1
     return Evaluation(
         images=(images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy(),
+        masks=to_mask(sums.cpu()).numpy(),
         activation=(sign * clean.values).tolist(),
         robust=(sign * robust).tolist(),
         start=(sign * start).tolist(),
@@ -142,6 +159,7 @@ def to_pictures(
                 channel=channel,
                 variant=variant,
                 image=evaluation.images[i],
+                mask=evaluation.masks[i],
                 activation=activation,
                 robust=evaluation.robust[i],
                 start=start,
@@ -222,7 +240,7 @@ def _status(trace: Tensor, before: float, after: float, stopped_early: bool, att
         return "failed", f"the objective was not a finite number at step {int(invalid[0])}"
     if not after > before:
         if bool((trace == trace[0]).all()):
-            return "failed", "no gradient: the unit stayed silent at every step"
+            return "failed", SILENT
         return "failed", "the objective did not rise over the start"
     if attempt > 0:
         return "retried", ""

@@ -1,4 +1,4 @@
-"""Initial images of the `image` canvas: a file, or the best dataset example of each unit."""
+"""Initial images: a file or the best dataset example of each unit, for the `image` canvas and for silent units."""
 
 import dataclasses
 import io
@@ -37,17 +37,17 @@ def load_initial_images(
         size: (height, width) of the finished images in pixels.
         channels: Number of input channels of the network.
         units: The units.
-        begins: Best dataset example of each channel; used if the canvas starts from it.
+        begins: Best dataset example of each channel; empty unless the units start from it.
 
     Returns:
-        (C, H, W) in [0, 1] for each unit, margins included; empty for canvases that start from noise.
+        (C, H, W) in [0, 1] for each unit, margins included; empty for units that start from noise.
     """
-    if not isinstance(preset.canvas, FromImage):
-        return {}
     canvas_size = (size[0] + 2 * preset.margin, size[1] + 2 * preset.margin)
-    if not preset.canvas.best:
+    if isinstance(preset.canvas, FromImage) and not preset.canvas.best:
         return dict.fromkeys(units, frame(decode_image(preset.canvas.source, channels), canvas_size))
-    images = {}
+    images: dict[ChannelVariant, Tensor] = {}
+    if not begins:
+        return images
     for unit in units:
         channel, _ = unit
         example = begins[channel]
@@ -76,5 +76,5 @@ def decode_image(file: ConfigFile, channels: int) -> np.ndarray:
             upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise AtlasError(f"render.canvas.source={file.path!r} is not an image: {first_line(error)}") from None
-    pixels = np.asarray(upright)
+    pixels = np.array(upright)  # a copy, because Pillow's own is read-only
     return pixels[:, :, None] if channels == 1 else pixels

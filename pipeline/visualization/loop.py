@@ -5,6 +5,7 @@ Adam's epsilon would make results depend on it.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -16,8 +17,9 @@ from pipeline.core.registry import registered_name
 from pipeline.core.seeds import seed_of
 from pipeline.data.image_filters import rms
 from pipeline.images.transforms import apply_transforms, center_crop
+from pipeline.images.transparency import gradient_magnitude
 from pipeline.visualization.batch import Batch, RenderJob
-from pipeline.visualization.evaluation import Visualization, evaluate, to_pictures
+from pipeline.visualization.evaluation import RESTARTED, SILENT, Visualization, evaluate, to_pictures
 from pipeline.visualization.forward import ObjectiveForward, objective_forward
 from pipeline.visualization.network_perturbations import ActivePerturbation, Ensemble
 from pipeline.visualization.preset import ChannelVariant, Preset
@@ -41,7 +43,7 @@ def render(job: RenderJob, units: Sequence[ChannelVariant]) -> list[Visualizatio
     finished: dict[ChannelVariant, Visualization] = {}
     pending = list(units)
     for attempt in range(job.preset.attempts):
-        pictures = _attempt(job, pending, attempt)
+        pictures = _attempt(job, pending, attempt, rate=0.5**attempt)
         is_last = attempt == job.preset.attempts - 1
         retries = set() if is_last else _units_to_retry(job.preset, pictures)
         finished.update({picture.unit: picture for picture in pictures if picture.unit not in retries})
@@ -49,6 +51,30 @@ def render(job: RenderJob, units: Sequence[ChannelVariant]) -> list[Visualizatio
         if not pending:
             break
     return [finished[unit] for unit in units]
+
+
+def restart(job: RenderJob, units: Sequence[ChannelVariant]) -> list[Visualization]:
+    """Render units that stayed silent in all attempts of `render` once more, from `job.initial_images`.
+
+    Args:
+        job: As for `render`, with an initial image of each unit.
+        units: As for `render`.
+
+    Returns:
+        One visualization for each unit, in the order of `units`, with the status "restarted", or "failed" if its
+        objective did not rise above that of the initial image.
+    """
+    attempts = job.preset.attempts
+    restarted = []
+    for picture in _attempt(job, units, attempts, rate=1.0):
+        if picture.status == "failed":
+            reason = f"{SILENT}; from its best dataset example: {picture.reason}"
+            restarted.append(dataclasses.replace(picture, reason=reason))
+        else:
+            reason = f"started from its best dataset example after {attempts} silent attempts"
+            reason = "; ".join(filter(None, [reason, picture.reason]))
+            restarted.append(dataclasses.replace(picture, status=RESTARTED, reason=reason))
+    return restarted
 
 
 def _units_to_retry(preset: Preset, pictures: Sequence[Visualization]) -> set[ChannelVariant]:
@@ -60,17 +86,17 @@ def _units_to_retry(preset: Preset, pictures: Sequence[Visualization]) -> set[Ch
     return {picture.unit for picture in pictures if picture.channel in channels}
 
 
-def _attempt(job: RenderJob, units: Sequence[ChannelVariant], attempt: int) -> list[Visualization]:
-    """Optimize and evaluate one image for each unit."""
+def _attempt(job: RenderJob, units: Sequence[ChannelVariant], attempt: int, rate: float) -> list[Visualization]:
+    """Optimize and evaluate one image for each unit; `rate` is a factor of the learning rate."""
     start_time = time.perf_counter()
     batch = Batch(job, units, attempt)
-    _optimize(job, batch, attempt)
+    _optimize(job, batch, rate)
     evaluation = evaluate(job, batch)
     seconds = (time.perf_counter() - start_time) / len(units)
     return to_pictures(job, batch, evaluation, attempt, seconds)
 
 
-def _optimize(job: RenderJob, batch: Batch, attempt: int) -> None:
+def _optimize(job: RenderJob, batch: Batch, rate: float) -> None:
     """Optimize the images of a batch until all are finished."""
     preset, schedule = job.preset, job.schedule
     current: StepSettings | None = None
@@ -84,13 +110,13 @@ def _optimize(job: RenderJob, batch: Batch, attempt: int) -> None:
                 forward_stack.close()
                 forwards = [forward_stack.enter_context(objective_forward(job, m, stage)) for m in job.step_models]
                 if current is not None and job.canvas(job.stage(current)) != job.canvas(stage):
-                    batch.resize(job.canvas(job.stage(current)), job.canvas(stage))
+                    batch.resize(job.canvas(job.stage(current)), job.canvas(stage), preset.margin)
             current = settings
             for perturbation in perturbations:
                 perturbation.set_step(step)
             values, gradient = _gradient(job, batch, forwards[_ensemble_member(preset, step)], step, settings)
             batch.trace[step, batch.active] = values
-            batch.step(gradient, preset.optimizer.rate(step, preset.steps) * settings.lr * 0.5**attempt)
+            batch.step(gradient, preset.optimizer.rate(step, preset.steps) * settings.lr * rate)
             _constrain(job, batch, settings)
             if settings.stage == schedule[-1].stage:
                 _retire_finished(preset, batch, step + 1)
@@ -146,6 +172,8 @@ def _gradient(
     canvas_images = preset.canvas.image(batch.parameters, job.canvas(job.stage(settings)))
     images = canvas_images.detach().requires_grad_(True)
     values, gradient = _objective_gradient(job, batch, forward, step, settings, images)
+    # The transparency mask is about the objective: regularizers and preconditioners change the gradient below.
+    batch.gradient_sums += gradient_magnitude(gradient, job.canvas_without_margin(job.stage(settings)))
     multipliers = _control_multipliers(job, batch, settings, images.detach())
     regularizer_gradients = _regularizer_gradients(preset, batch, settings, images, multipliers)
     # Relative weights hold for an objective whose gradient has an rms of 1. Regularizers are scaled by the actual rms,

@@ -132,6 +132,14 @@ class Preset:
         """Whether visualizations start from the best dataset example of their unit."""
         return isinstance(self.canvas, FromImage) and self.canvas.best
 
+    @property
+    def can_restart(self) -> bool:
+        """Whether units that stay silent may start from their best dataset example instead.
+
+        Not if the preset sets the initial image itself, minimizes the objective, or has no objective of single units.
+        """
+        return not isinstance(self.canvas, FromImage) and not self.negative and bool(self.natural)
+
 
 def _groups(annotation: type[Member] | type[Members]) -> dict[str, Registry]:
     """Return the registries of the fields of `Preset` that have an annotation, by field."""

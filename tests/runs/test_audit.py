@@ -177,6 +177,26 @@ def test_compact_keeps_shards_of_other_settings(finished: Path, tiny_run: list[s
     assert left and left <= old
 
 
+def masks(run: Path) -> dict[tuple[str, int], np.ndarray]:
+    with pipeline.open_atlas(run) as atlas:
+        return {(layer.name, int(c)): layer.mask(int(c)) for layer in atlas for c in layer.channels}
+
+
+def test_a_damaged_mask_costs_its_own_picture_alone(finished: Path, tiny_run: list[str]) -> None:
+    before = masks(finished)
+    assert len(before) == 15 and all(mask.any() for mask in before.values())
+    assert main(["compact", str(finished)]) == 0
+    flip(finished / "atlas.h5", images_of("conv_stem").replace("images", "mask"), 1)
+    assert main(["verify", str(finished), "run.check=0"]) == 1
+    assert main(["repair", str(finished)]) == 0
+    kept = shard_times(finished)
+    assert main(["run", *tiny_run]) == 0
+    fresh = set(shard_times(finished)) - set(kept)
+    assert sum(int(name.split("-")[2]) for name in fresh) == 1
+    after = masks(finished)
+    assert all(np.array_equal(after[unit], mask) for unit, mask in before.items())
+
+
 @pytest.mark.long
 def test_repair_saves_what_is_whole_of_a_compacted_atlas(
     finished: Path, tiny_run: list[str], capsys: pytest.CaptureFixture[str]

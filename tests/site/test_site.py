@@ -146,6 +146,10 @@ def write_layer(file: h5py.File, rng, order: int, layer, pictures: bool, example
         write_array(group, f"{render}/trace", np.sort(rng.normal(0, 1, (*shape, 16))).astype(np.float32))
         if name == "blocks.1.conv":
             write_judgements(group, render, shape)
+            # The left half is transparent, and the more so the lower the row.
+            steps = np.linspace(0, 100, shape[0] * shape[1]).reshape(*shape, 1, 1)
+            write_array(group, f"{render}/mask", np.where(np.arange(size) < size // 2, steps, 255).astype(np.uint8)
+                        * np.ones((size, 1), np.uint8))  # fmt: skip
         status = np.full(shape, "converged", object)
         if name == "blocks.0.conv":
             status[1] = "failed"
@@ -579,6 +583,28 @@ def test_pictures_and_crops_show_the_right_thing(site):
                 assert whole.size == (64, 32)
         # Where a unit sees everything, its photographs are shown and nothing is kept twice.
         assert shard(site, f"{safe_name('../../x')}/layer")["crops"] is None
+
+
+def test_masks_are_sheets_of_half_the_size_beside_those_of_the_pictures(site):
+    with open_atlas(site.parent / "atlas.h5") as atlas:
+        layer = atlas["blocks.1.conv"]
+        for number, key in enumerate(layer.presets):
+            rendered = shard(site, "blocks.1.conv/layer")["rendered"][number]
+            per, variants, columns, width, height = rendered["sheet"]
+            assert rendered["masked"]
+            for row, channel in enumerate(layer.channels.tolist()):
+                start = row - row % per
+                sheet = Image.open(site / f"media/blocks.1.conv/m{number}-{start}.webp").convert("L")
+                for variant in range(variants):
+                    at = (row - start) * variants + variant
+                    left, top = at % columns * (width // 2), at // columns * (height // 2)
+                    cell = np.asarray(sheet)[top : top + height // 2, left : left + width // 2]
+                    half = cell.shape[1] // 2
+                    assert cell[:, half + 2 :].min() > 245
+                    expected = int(layer.mask(channel, key, variant)[0, 0])
+                    assert abs(cell[:, : half - 2].mean() - expected) < 6
+    assert not shard(site, "stem/layer")["rendered"][0]["masked"]  # of an atlas before there were masks
+    assert not list((site / "media/stem").glob("m*"))
 
 
 def test_all_images_have_words_and_sizes(site):

@@ -81,6 +81,46 @@ def test_budgets_and_the_values_reached_come_back(tmp_path: Path) -> None:
         assert atlas["a/b..c"].budgets("plain") == [] and "budget_value" not in atlas["a/b..c"].measurements("tv")
 
 
+def test_masks_come_back_and_pictures_without_one_are_opaque(tmp_path: Path) -> None:
+    masks = np.random.default_rng(3).integers(0, 256, (2, 2, 16, 16), np.uint8)
+    arrays = write_shard(tmp_path / "s", [4, 0], 1, variants=2, mask=masks)
+    write_shard(tmp_path / "s", [2], 2, variants=2)  # of a former version
+    found = shards.find(tmp_path / "s", "d")
+    writer.consolidate(tmp_path / "atlas.h5", content((0, 2, 4, 8)), {(LAYER.name, "test"): found})
+    (part,) = writer.render_groups(tmp_path / "atlas.h5").values()
+    again = tmp_path / "again"
+    again.mkdir()
+    # Once more from the atlas itself, as after `atlas compact`.
+    writer.consolidate(again / "atlas.h5", content((0, 2, 4, 8)), {(LAYER.name, "test"): [part]})
+    for folder in (tmp_path, again):
+        with pipeline.open_atlas(folder) as atlas:
+            layer = atlas["a/b..c"]
+            assert np.array_equal(layer.mask(4, variant=1), masks[0, 1])
+            assert np.array_equal(layer.mask(0), masks[1, 0]) and "mask" not in layer.measurements()
+            assert (layer.mask(2) == 255).all() and (layer.mask(8) == 255).all()
+            rgba = layer.transparent(4, variant=1)
+            assert np.array_equal(rgba[..., :3], arrays["images"][0, 1]) and rgba.shape == (16, 16, 4)
+            assert "mask" not in atlas.units()
+    writer.consolidate(tmp_path / "old.h5", content((2,)), {(LAYER.name, "test"): found[:1]})
+    with pipeline.open_atlas(tmp_path / "old.h5") as atlas:
+        layer = atlas["a/b..c"]
+        assert layer.masks() is None and (layer.mask(2) == 255).all() and (layer.transparent(2)[..., 3] == 255).all()
+
+
+def test_a_damaged_mask_is_found_before_it_is_copied(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s", [0, 1], 1, mask=np.zeros((2, 1, 16, 16), np.uint8))
+    (path,) = (tmp_path / "s").glob("*.h5")
+    with h5py.File(path) as file:
+        info = hdf5.dataset(file, "mask").id.get_chunk_info(1)
+    data = bytearray(path.read_bytes())
+    data[info.byte_offset + info.size // 2] ^= 1
+    path.write_bytes(data)
+    (shard,) = shards.find(tmp_path / "s", "d")
+    with pytest.raises(shards.DamagedShardError):
+        writer.consolidate(tmp_path / "atlas.h5", content((0, 1)), {(LAYER.name, "test"): [shard]})
+    assert shard.damage()
+
+
 def test_pictures_come_back_bit_by_bit_from_several_shards(tmp_path: Path) -> None:
     first = write_shard(tmp_path / "s", [0, 4], 1)
     second = write_shard(tmp_path / "s", [2, 8], 2)

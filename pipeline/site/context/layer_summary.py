@@ -36,6 +36,7 @@ class PresetSummary:
         levels: Variants of the network that were optimized on; empty in old atlases.
         fallbacks: Why a faster variant of the network was not used.
         judged: What other networks say about the visualizations, one sentence each.
+        masked: Whether the visualizations have transparency masks.
     """
 
     key: str
@@ -55,6 +56,7 @@ class PresetSummary:
     levels: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
     judged: tuple[str, ...] = ()
+    masked: bool = False
 
     @property
     def pictures(self) -> int:
@@ -198,6 +200,7 @@ def _rendered(layer: LayerView, key: str) -> PresetSummary:
         levels=tuple(str(attributes.get("level", "")).splitlines()),
         fallbacks=tuple(str(attributes.get("level_reason", "")).splitlines()),
         judged=tuple(filter(None, map(_judged, layer.judgements(key)))),
+        masked=layer.masks(key) is not None,
     )
 
 

@@ -56,7 +56,7 @@ def columns(layer: LayerView, facts: LayerSummary, catalogue: Catalogue) -> dict
 
 def worst(status: np.ndarray) -> list[str]:
     """Return the most severe status among the variants of each unit, (C', V) → C' strings."""
-    severity = {"missing": 3, "failed": 2, "retried": 1}
+    severity = {"missing": 4, "failed": 3, "restarted": 2, "retried": 1}
     return [max(map(str, row), key=lambda s: severity.get(s, 0)) for row in status]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from pipeline.images.opacity import opacity
 from pipeline.site.config import SiteConfig
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, ShownExamples, shown_lists, summarize
 from pipeline.site.data.js_shards import shard_script, shortest_decimals, to_json
@@ -125,6 +126,7 @@ class ChunkWriter:
         layer = self._inputs(chunk)
         rows = slice(chunk.start, chunk.stop)
         thumbs = self._write_visualizations(layer, rows)
+        self._write_masks(layer, rows)
         cells = self._write_crops(layer, rows, thumbs)
         self._write_sheets(thumbs, rows, self._sizes.per_thumb, self._sizes.thumb_px, f"{layer.media}/a")
         records = [to_json(unit) for unit in layer.recorder.units(rows, cells)]
@@ -210,6 +212,24 @@ class ChunkWriter:
                 image = sheet(cells, side(per_sheet * variants), (width, height))
                 self._save(image, f"{layer.media}/p{number}-{start}", self._config.format)
         return thumbs
+
+    def _write_masks(self, layer: _LayerInputs, rows: slice) -> None:
+        """Write the opacities of the feature visualizations as sheets of gray images of half the size."""
+        for number, rendered in enumerate(layer.facts.rendered):
+            masks = layer.view.masks(rendered.key)
+            if masks is None:
+                continue
+            size = self._sizes.picture(rendered.height, rendered.width)
+            height, width = self._sizes.mask(*size)
+            per_sheet = self._sizes.per_picture(*size, rendered.variants)
+            for start in range(rows.start, rows.stop, per_sheet):
+                cells = [
+                    shrunk(opacity(mask)[..., None], height, width)
+                    for variants in masks[start : min(start + per_sheet, rows.stop)]
+                    for mask in variants
+                ]
+                image = sheet(cells, side(per_sheet * rendered.variants), (width, height))
+                self._save(image, f"{layer.media}/m{number}-{start}", self._config.format)
 
     def _write_crops(
         self, layer: _LayerInputs, rows: slice, thumbs: list[Image.Image | None]

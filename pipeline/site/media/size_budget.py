@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.multiband import to_display_image
+from pipeline.images.opacity import opacity
 from pipeline.site.config import SiteConfig
 from pipeline.site.context.layer_summary import LayerSummary
 from pipeline.store.reader import Atlas
@@ -84,6 +85,10 @@ class Sizes:
         scale = min(1.0, self.picture_px / max(height, width))
         return max(1, round(height * scale)), max(1, round(width * scale))
 
+    def mask(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) of a transparency mask, given the size from `picture`: half of it."""
+        return max(1, height // 2), max(1, width // 2)
+
     def per_picture(self, height: int, width: int, variants: int) -> int:
         """Return the number of units per sheet of feature visualizations, given the size from `picture`."""
         # A unit's page shows a single unit of the sheet, so these sheets grow the slowest.
@@ -128,7 +133,7 @@ def files(sizes: Sizes, inventory: Inventory) -> int:
         units_per_file = [sizes.per_thumb, sizes.per_tiny, sizes.per_shard]
         for rendered in facts.rendered:
             size = sizes.picture(rendered.height, rendered.width)
-            units_per_file.append(sizes.per_picture(*size, rendered.variants))
+            units_per_file += [sizes.per_picture(*size, rendered.variants)] * (2 if rendered.masked else 1)
         if crops:
             units_per_file.append(sizes.per_crops(crops))
         if heat_maps:
@@ -186,21 +191,25 @@ def encode(image: Image.Image, kind: str, quality: int) -> bytes:
 
 
 def _sample(atlas: Atlas, inventory: Inventory) -> dict[str, list[Image.Image]]:
-    """Return a few feature visualizations and dataset images from layers spread evenly over the atlas."""
-    visualizations, dataset_images = [], []
+    """Return a few visualizations, masks and dataset images from layers spread evenly over the atlas."""
+    visualizations, masks, dataset_images = [], [], []
     layers = [facts for facts in inventory.layers if facts.channels]
     for i in range(SAMPLE if layers else 0):
         facts = layers[i * len(layers) // SAMPLE]
         layer = atlas[facts.name]
         row = (i * 7) % len(layer.channels)
         if facts.rendered:
-            visualizations.append(to_display_image(layer.images(facts.rendered[0].key)[row, 0]).convert("RGB"))
+            key = facts.rendered[0].key
+            visualizations.append(to_display_image(layer.images(key)[row, 0]).convert("RGB"))
+            stored_masks = layer.masks(key)
+            if stored_masks is not None:
+                masks.append(Image.fromarray(opacity(stored_masks[row, 0])).convert("RGB"))
         best = layer.examples("max")
         if best is not None and best.index[row, 0] >= 0:
             image = atlas.source_image(int(best.index[row, 0]))
             if image:
                 dataset_images.append(image.convert("RGB"))
-    return {"pictures": visualizations, "photos": dataset_images}
+    return {"pictures": visualizations, "masks": masks, "photos": dataset_images}
 
 
 def _bytes_per_pixel(images: Sequence[Image.Image], longest: int, kind: str, quality: int) -> float:
@@ -218,6 +227,7 @@ def _bytes(sizes: Sizes, inventory: Inventory, sample: dict[str, list[Image.Imag
     """Estimate the size of the site in bytes."""
     sides = (sizes.picture_px, sizes.thumb_px, sizes.tiny_px)
     picture, thumb, tiny = (_bytes_per_pixel(sample["pictures"], px, config.format, sizes.quality) for px in sides)
+    mask = _bytes_per_pixel(sample["masks"], sizes.picture_px // 2, config.format, sizes.quality)
     sides = (sizes.example_px, sizes.photo_px)
     crop, photo = (_bytes_per_pixel(sample["photos"], px, config.photo_format, sizes.quality) for px in sides)
     # A whole image fills about 0.72 of a square of its longer side; pages and indices are counted as 1 MB.
@@ -225,7 +235,10 @@ def _bytes(sizes: Sizes, inventory: Inventory, sample: dict[str, list[Image.Imag
     for facts, crops, heat_maps in zip(inventory.layers, inventory.crops, inventory.heat_maps, strict=True):
         per_unit = thumb * sizes.thumb_px**2 + tiny * sizes.tiny_px**2 + crop * crops * sizes.example_px**2
         for rendered in facts.rendered:
-            per_unit += picture * np.prod(sizes.picture(rendered.height, rendered.width)) * rendered.variants
+            size = sizes.picture(rendered.height, rendered.width)
+            per_unit += picture * np.prod(size) * rendered.variants
+            if rendered.masked:
+                per_unit += mask * np.prod(sizes.mask(*size)) * rendered.variants
         heat_map = min(14, facts.map_size[0]) * min(14, facts.map_size[1]) * 1.4 if heat_maps else 0
         examples = config.examples + config.least + 6 * config.per_bin
         # A unit's numbers are stored twice, in a shard and in the API.

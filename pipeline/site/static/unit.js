@@ -50,7 +50,9 @@
       now = units[0];
       document.title = units.map(nameOf).join(" | ") + " · " + ATLAS.index.title;
       place.className = units.length > 1 ? "pair" : "";
+      veils = [];
       place.replaceChildren(...units.map((unit, i) => page(unit, families, i)));
+      veils.forEach((draw) => draw());
       ATLAS.html.dataset.layer = now.layer.name;
       document.body.dataset.ready = nameOf(now);
       // Load the next unit in advance, because readers often go there.
@@ -63,14 +65,68 @@
 
   // -------------------------------------------------------------------- pictures
 
-  function picture(unit, rendered, number_, variant) {
-    const [per, variants, columns, width, height] = rendered.sheet;
+  // The place of a picture in its sheets, the arguments of `sprite`: kind "p" is the picture, "m" its opacity.
+  function cellOf(kind, unit, rendered, number_, variant) {
+    const [per, variants, columns] = rendered.sheet;
     const start = unit.row - (unit.row % per);
     const cells = Math.min(per, ATLAS.count(unit.layer) - start) * variants;
+    return [ATLAS.media(unit.layer, kind + number_ + "-" + start), columns, Math.ceil(cells / columns), (unit.row - start) * variants + variant];
+  }
+  function picture(unit, rendered, number_, variant) {
+    const [, , , width, height] = rendered.sheet;
     const box = make("span", { class: "pic", role: "img" });
     box.style.aspectRatio = width + " / " + height;
-    sprite(box, ATLAS.media(unit.layer, "p" + number_ + "-" + start), columns, Math.ceil(cells / columns), (unit.row - start) * variants + variant);
+    sprite(box, ...cellOf("p", unit, rendered, number_, variant));
+    if (rendered.masked) {
+      const veil = make("span", { class: "veil", hidden: true });
+      box.append(veil);
+      veils.push(() => {
+        veil.hidden = !transparent;
+        if (transparent && !veil.style.backgroundImage) sprite(veil, ...cellOf("m", unit, rendered, number_, variant));
+      });
+    }
     return box;
+  }
+
+  // -------------------------------------------------------------------- transparency
+
+  // The sheets of opacities are gray images that are blended over the pictures, which shows them on white. A CSS mask would not load from disk.
+  let transparent = remembered("transparent") === "yes";
+  let veils = []; // redraw what depends on `transparent`
+  function transparency() {
+    const button = make("button", { type: "button", text: "Transparency", title: "Fade the pixels that the objective hardly depended on during the optimization",
+      onclick: () => { transparent = !transparent; remember("transparent", transparent ? "yes" : "no"); veils.forEach((draw) => draw()); } });
+    veils.push(() => button.setAttribute("aria-pressed", String(transparent)));
+    return make("p", { class: "masking" }, button, " ", make("a", { href: root + "method.html#transparency", text: "What is transparent?" }));
+  }
+  function loaded(url) {
+    return new Promise((resolve, reject) => {
+      const image = new Image();
+      image.onload = () => resolve(image);
+      image.onerror = () => reject(new Error("The image could not be loaded."));
+      image.src = url;
+    });
+  }
+  async function pixels([url, columns, rows, at], width, height) {
+    const image = await loaded(url);
+    const [w, h] = [image.naturalWidth / columns, image.naturalHeight / rows];
+    const canvas = make("canvas", { width, height });
+    const context = canvas.getContext("2d");
+    context.drawImage(image, (at % columns) * w, Math.floor(at / columns) * h, w, h, 0, 0, width, height);
+    return [canvas, context, context.getImageData(0, 0, width, height)];
+  }
+  async function downloadTransparent(unit, rendered, number_, variant) {
+    const [, , , width, height] = rendered.sheet;
+    try {
+      const [canvas, context, shown] = await pixels(cellOf("p", unit, rendered, number_, variant), width, height);
+      const [, , opacity] = await pixels(cellOf("m", unit, rendered, number_, variant), width, height);
+      for (let i = 0; i < shown.data.length; i += 4) shown.data[i + 3] = opacity.data[i];
+      context.putImageData(shown, 0, 0);
+      const file = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+      save(file, [nameOf(unit), rendered.title, variant ? variant + 1 : ""].filter(Boolean).join("-"), "png");
+    } catch (error) {
+      say(error.name === "SecurityError" ? "A browser reads no pixels of pages from disk: open the site with `atlas serve`, or use LayerView.transparent in Python." : error.message);
+    }
   }
 
   // The activation ratio of peaks, in older atlases of means, as [ratio, "peak" or "mean"]; null where there is none.
@@ -92,10 +148,12 @@
         found.push(make("figure", { class: p.status === "failed" ? "failed" : "" }, box,
           make("figcaption", {}, make("b", { text: title }), rendered.objective === "energy" ? " · energy " : " · ", data(p.activation), times === null ? "" : [" · " + times[1] + " ", number(times[0]), " × dataset maximum"],
             p.failed ? make("strong", { text: " failed" }) : "",
-            p.status !== "failed" && p.reason ? make("strong", { class: "reason", text: " " + p.reason }) : "")));
+            rendered.masked ? [" · ", make("button", { type: "button", class: "plain", text: "PNG", title: "Download with transparency (RGBA)", onclick: () => downloadTransparent(unit, rendered, i, variant) })] : "",
+            p.reason ? make("strong", { class: "reason", text: " " + p.reason }) : "")));
       });
     });
-    return make("div", { class: "pictures" + (found.length > 1 ? " many" : "") }, found);
+    const shown = make("div", { class: "pictures" + (found.length > 1 ? " many" : "") }, found);
+    return unit.facts.rendered.some((rendered) => rendered.masked) ? make("div", {}, shown, transparency()) : shown;
   }
 
   // The kernel of a unit that is linear in the pixels, and its parts.
@@ -515,8 +573,11 @@
   function download(unit) {
     const photographs = Object.fromEntries(Object.entries(unit.shard.photos).map(([i, p]) => [i, { path: p[0], label: p[1] }]));
     const record = { unit: nameOf(unit), model: ATLAS.index.model, rendered: unit.facts.rendered, ...unit.record, photographs };
-    const url = URL.createObjectURL(new Blob([JSON.stringify(record, null, 1)], { type: "application/json" }));
-    make("a", { href: url, download: nameOf(unit).replace(/[^A-Za-z0-9_.-]+/g, "_") + ".json" }).click();
+    save(new Blob([JSON.stringify(record, null, 1)], { type: "application/json" }), nameOf(unit), "json");
+  }
+  function save(file, name, suffix) {
+    const url = URL.createObjectURL(file);
+    make("a", { href: url, download: name.replace(/[^A-Za-z0-9_.-]+/g, "_") + "." + suffix }).click();
     window.setTimeout(() => URL.revokeObjectURL(url), 1000);
   }
   function compare(unit) {
