@@ -33,7 +33,7 @@ class Setup:
         threads: CPU threads of one worker.
         device: Device of one worker, for example "cpu" or "cuda".
         others: Layers that presets read besides the layer of the unit.
-        begins: Digest of the dataset pass whose best examples are the initial images; empty if there are none.
+        begins: Digest of the dataset pass whose best examples or means visualizations need; empty if none does.
         precision: Precision of the optimization steps, "float32" or "bfloat16".
     """
 
@@ -79,6 +79,7 @@ class RenderTask(_Task):
         canvas: (height, width) of the finished images in pixels.
         preset: Name of the preset.
         starts: Initial image of each channel; empty unless the parameterization starts from dataset examples.
+        layer_mean: Mean of each channel of the layer over the dataset; empty unless the objective compares with it.
     """
 
     stage = "render"
@@ -88,6 +89,7 @@ class RenderTask(_Task):
     canvas: tuple[int, int]
     preset: str
     starts: tuple[InitialImage, ...] = ()
+    layer_mean: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
@@ -246,7 +248,7 @@ def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int], name: str
             "canvas": list(canvas),
             "preset": preset,
             "layers read": [other.tap for other in setup.others_of(own_preset).values()],
-            "dataset pass": setup.begins if own_preset.needs_examples else "",
+            "dataset pass": setup.begins if own_preset.needs_dataset_pass else "",
             "checkpoint": checkpoint,
             "seed": config.run.seed,
             "precision": "float32" if exact else setup.precision,

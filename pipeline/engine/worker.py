@@ -262,6 +262,7 @@ class Worker:
         canvas: tuple[int, int],
         preset: Preset,
         begins: Sequence[InitialImage] = (),
+        layer_mean: Sequence[float] = (),
     ) -> list[Visualization]:
         """Return all variants of some channels of a layer, channel by channel.
 
@@ -271,11 +272,12 @@ class Worker:
             canvas: (height, width) of the finished images in pixels.
             preset: The preset.
             begins: Initial image of each channel; empty if none is needed.
+            layer_mean: Mean of each channel of the layer over the dataset; empty if it is not needed.
         """
         config, layer = self.setup.config, self.layers[name]
         variants = self.variants(layer, preset, canvas)
         others = self.setup.others_of(preset)
-
+        recipe = self.model.preprocessing
         own_starts = dict(zip(channels, begins, strict=True)) if begins else {}
 
         def work(part: list[int]) -> list[Visualization]:
@@ -292,9 +294,9 @@ class Worker:
                 exact_model=variants.exact,
                 layers=others,
                 ensemble=self.ensemble(preset),
-                initial_images=initial_images.load_initial_images(
-                    preset, canvas, self.model.preprocessing.channels, own, own_starts
-                ),
+                initial_images=initial_images.load_initial_images(preset, canvas, recipe, own, own_starts),
+                target_image=initial_images.load_target_image(preset, canvas, recipe),
+                layer_mean=torch.tensor(layer_mean, device=self.setup.device) if layer_mean else None,
             )
             return render(job, own)
 
@@ -303,7 +305,7 @@ class Worker:
 
     def _render(self, task: RenderTask) -> bytes:
         preset = self.setup.config.preset(task.preset)
-        pictures = self.pictures(task.layer, task.channels, task.canvas, preset, task.starts)
+        pictures = self.pictures(task.layer, task.channels, task.canvas, preset, task.starts, task.layer_mean)
         variants = self.variants(self.layers[task.layer], preset, task.canvas)
         shape = (len(task.channels), preset.variants)
 
