@@ -410,7 +410,7 @@ def frame(image: np.ndarray, size: Size, centre: tuple[float, float] = (0.5, 0.5
     Returns:
         (C, height, width) in [0, 1].
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).float().div(255).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.array(image)).float().div(255).permute(2, 0, 1)[None]
     factor = max(size[0] / pixels.shape[2], size[1] / pixels.shape[3])
     if factor > 1:
         enlarged = (max(size[0], round(pixels.shape[2] * factor)), max(size[1], round(pixels.shape[3] * factor)))
