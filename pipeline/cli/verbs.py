@@ -213,9 +213,7 @@ def grid(request: Request, options: Options) -> int:
     values = options.values
     missing = [key for key in ("layer", "image") if key not in values]
     if missing:
-        raise AtlasError(
-            f"`atlas grid` needs {missing[0]}=…, as in atlas grid layer=blocks.3.0 image=photo.jpg."
-        )
+        raise AtlasError(f"`atlas grid` needs {missing[0]}=…, as in atlas grid layer=blocks.3.0 image=photo.jpg.")
     number = values.get("cells", str(MAX_CELLS))
     if not number.isdigit():
         raise AtlasError(f"cells={number!r} must be a number.")
