@@ -3,6 +3,7 @@
     import pipeline
 
     image = pipeline.visualize(model, "layer4.1.conv2:17", preset="distill")  # a torch.nn.Module, or a name
+    grid = pipeline.activation_grid(model, "layer3", "photo.jpg")              # what the layer sees at each position
     examples = pipeline.dataset_examples(model, "layer4.1.conv2", "images/")  # those with the largest activations
     with pipeline.open_atlas("runs/efficientnet_lite0-distill") as atlas:     # what `atlas run` has made
         print(atlas.units())
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pipeline.api import Examples as Examples
     from pipeline.api import Network as Network
     from pipeline.api import UnitImage as UnitImage
+    from pipeline.api import activation_grid as activation_grid
     from pipeline.api import dataset_examples as dataset_examples
     from pipeline.api import visualize as visualize
     from pipeline.store.reader import Atlas as Atlas
@@ -31,6 +33,7 @@ _EXPORTS = {
     "Examples": "pipeline.api",
     "Network": "pipeline.api",
     "UnitImage": "pipeline.api",
+    "activation_grid": "pipeline.api",
     "dataset_examples": "pipeline.api",
     "visualize": "pipeline.api",
 }

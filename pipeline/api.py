@@ -17,32 +17,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import nn
 
 from pipeline.acceleration.batchnorm_folding import fold, foldable_pairs
 from pipeline.cli.compose import compose
-from pipeline.config.schema import Config
-from pipeline.core.config_files import load_config_files
+from pipeline.core.config_files import ConfigFile, load_config_files
 from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.core.units import Unit
 from pipeline.data import image_loading, multiband
 from pipeline.data.config import DataConfig
 from pipeline.data.datasets import Dataset, list_dataset
-from pipeline.engine.resources import local_resources, size_pool
-from pipeline.engine.tasks import Setup
-from pipeline.engine.worker import Worker
 from pipeline.examples import localize, sweep
+from pipeline.images.parameterizations import FromImage
 from pipeline.layers import selection
 from pipeline.layers.finding import Layer, ReceptiveField
 from pipeline.layers.receptive_fields import receptive_fields
 from pipeline.models.config import ModelConfig, Preprocessing
 from pipeline.models.loading import Model, load_model, prepare_module, weights_digest
-from pipeline.planning import execution
-from pipeline.planning.validation import choose_canvas_sizes, validate_request
+from pipeline.planning.preset_inputs import refuse_dataset_images
+from pipeline.runs.activation_grid import MAX_CELLS, ActivationGrid, GridRequest
+from pipeline.runs.activation_grid import activation_grid as make_activation_grid
+from pipeline.runs.layer_worker import layer_worker
 from pipeline.visualization.evaluation import Visualization
+from pipeline.visualization.objectives import Caricature
+from pipeline.visualization.preset import Preset
 
 # Mean and standard deviation of ImageNet, the preprocessing of most published networks.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# An image of the user: a file, a Pillow image, or an array (H, W, C) uint8.
+Photograph = str | Path | Image.Image | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +187,7 @@ def visualize(
     preset: str = "distill",
     settings: Sequence[str] = (),
     progress: bool = True,
+    image: Photograph | None = None,
 ) -> Any:
     """Make the feature visualization of a unit, or of several units of one layer.
 
@@ -191,6 +197,8 @@ def visualize(
         preset: Name of a preset, as in `render=NAME`.
         settings: More settings as on the command line, e.g. "render.steps=64" or "render/penalties=[tv]".
         progress: Whether to show a progress bar.
+        image: For presets that start from an image (`accentuate`) or compare with one (`caricature`): that image, as a
+            file, a Pillow image or an array (H, W, C) uint8.
 
     Returns:
         A `UnitImage`, or a list of them for several units.
@@ -208,18 +216,57 @@ def visualize(
     if wrong:
         raise AtlasError(f"{name} has the channels 0 to {layer.channels - 1}, not {wrong[0]}.")
     config = compose([f"render={preset}", *settings]).config
+    if image is not None:
+        config = dataclasses.replace(config, render=_with_image(config.render, image))
+    refuse_dataset_images(config.render)
     config = dataclasses.replace(config, render=load_config_files(config.render, "render"))
-    if config.render.needs_examples:
+    if config.render.needs_dataset_pass:
         raise AtlasError(
-            f"render={preset} starts from dataset examples, which need a run: `atlas run render={preset}`."
+            f"render={preset} starts from dataset examples or compares with a mean over the dataset, which needs a "
+            f'run: `atlas run render={preset}`. Or give an image: visualize(…, image="photo.jpg").'
         )
-    canvas, worker = _worker(network, config, layer)
+    config = dataclasses.replace(config, model=network.config)
+    canvas, worker = layer_worker(network.model, config, list(network.layers.values()), layer, network.on)
     batches = math.ceil(len(channels) / config.channels_per_batch(config.render))
     with _progress_bar(progress, config.render.steps * batches, name) as advance:
         worker.stop = advance
-        results = worker.pictures(name, channels, canvas, config.render.for_layer(layer))
+        results = worker.pictures(name, channels, canvas, worker.setup.config.render.for_layer(layer))
     images = [UnitImage(str(Unit(name, r.channel)), r.image, r.activation, r.robust, r) for r in results]
     return images[0] if isinstance(unit, str) and len(images) == 1 else images
+
+
+def activation_grid(
+    model: nn.Module | str | Network,
+    layer: str,
+    image: Photograph,
+    cells: int = MAX_CELLS,
+    settings: Sequence[str] = (),
+    progress: bool = True,
+) -> ActivationGrid:
+    """Visualize what a layer sees at each position of a photograph (Olah et al. 2018).
+
+    Args:
+        model: As for `visualize`.
+        layer: Name of the layer.
+        image: The photograph: a file, a Pillow image or an array (H, W, C) uint8. It is resized and cropped as the
+            network's preprocessing does.
+        cells: Largest number of cells on a side; longer maps are averaged over blocks of positions.
+        settings: More settings as on the command line, e.g. "render=fast" or "render.size=96".
+        progress: Whether to show a progress bar.
+
+    Raises:
+        AtlasError: If there is no such layer, it has no positions, or the image or a setting is wrong.
+    """
+    network = Network.of(model)
+    found = network.layer(layer)
+    config = compose(list(settings)).config
+    refuse_dataset_images(config.render)
+    render = load_config_files(config.render, "render")
+    config = dataclasses.replace(config, render=render, model=network.config)
+    file = photograph_file(image)
+    request = GridRequest(found, file if file.content is not None else file.read("image"), cells)
+    with _progress_bar(progress, request.batches(config.engine.batch) * render.steps, layer) as advance:
+        return make_activation_grid(network.model, config, list(network.layers.values()), request, network.on, advance)
 
 
 def dataset_examples(
@@ -260,19 +307,27 @@ def dataset_examples(
     return Examples(layer, found.channels, paths, index, activation, dataset, network.model.preprocessing)
 
 
-def _worker(network: Network, config: Config, layer: Layer) -> tuple[tuple[int, int], Worker]:
-    """Return the canvas size of a layer, and a worker that visualizes its units."""
-    model = network.model
-    candidates = list(network.layers.values())
-    config = dataclasses.replace(config, model=network.config)
-    heads = selection.logit_layers(model, candidates)
-    others = validate_request(config, model, candidates, [layer], heads)
-    canvas = choose_canvas_sizes(model, [layer], config.render)[layer.name]
-    pool = size_pool(dataclasses.replace(config.engine, name="inline"), [local_resources()])
-    setup = Setup(config, model.digest, (layer,), Dataset((), {}), pool.threads, pool.device, others)
-    worker = Worker(execution.on_device(setup, pool.device))
-    worker.__dict__["model"] = network.on(pool.device)  # in place of loading it
-    return canvas, worker
+def _with_image(preset: Preset, image: Photograph) -> Preset:
+    """Return a preset that starts from an image or compares with it.
+
+    Raises:
+        AtlasError: If the preset does neither.
+    """
+    file = photograph_file(image)
+    if isinstance(preset.canvas, FromImage):
+        return dataclasses.replace(preset, canvas=dataclasses.replace(preset.canvas, source=file))
+    if isinstance(preset.objective, Caricature):
+        return dataclasses.replace(preset, objective=dataclasses.replace(preset.objective, target=file))
+    raise AtlasError(f"render={preset.name} uses no image; accentuate and caricature do.")
+
+
+def photograph_file(image: Photograph) -> ConfigFile:
+    """Return an image as a file that was read."""
+    if isinstance(image, str | Path):
+        return ConfigFile(str(image))
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))).save(buffer, "PNG")
+    return ConfigFile("image", buffer.getvalue())
 
 
 @contextlib.contextmanager

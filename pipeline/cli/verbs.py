@@ -14,17 +14,21 @@ from pipeline.compare.build import build as build_comparison
 from pipeline.compare.console import print_comparison
 from pipeline.config.schema import Config, from_tree
 from pipeline.core.atomic_io import atomic_path
-from pipeline.core.errors import AtlasError
+from pipeline.core.config_files import ConfigFile, load_config_files
+from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.core.formatting import clock
 from pipeline.data import datasets, image_loading, natural_spectrum
 from pipeline.engine.progress import report_lines
 from pipeline.kernels.allocator import retain_freed_memory
+from pipeline.layers.selection import list_layers
 from pipeline.models.loading import load_model
 from pipeline.planning.folder import RunFolder
 from pipeline.planning.plan import Plan
 from pipeline.planning.planner import make_plan
+from pipeline.planning.preset_inputs import refuse_dataset_images
 from pipeline.planning.request import Request
 from pipeline.runs import maintenance, pages, runner
+from pipeline.runs.activation_grid import MAX_CELLS, GridRequest, activation_grid
 from pipeline.runs.runner import COMPLETE, SET_ASIDE
 from pipeline.site.hosting.hosts import prepare_for_host
 from pipeline.site.hosting.serve import server
@@ -204,6 +208,35 @@ def spectrum(request: Request, options: Options) -> int:
     return COMPLETE
 
 
+def grid(request: Request, options: Options) -> int:
+    """Make the activation grid of a photograph, as a PNG and an .npz."""
+    values = options.values
+    missing = [key for key in ("layer", "image") if key not in values]
+    if missing:
+        raise AtlasError(f"`atlas grid` needs {missing[0]}=…, as in atlas grid layer=blocks.3.0 image=photo.jpg.")
+    number = values.get("cells", str(MAX_CELLS))
+    if not number.isdigit():
+        raise AtlasError(f"cells={number!r} must be a number.")
+    out = Path(values.get("out", "grid.png"))
+    if out.suffix.lower() != ".png":
+        raise AtlasError(f"out={str(out)!r} must be a .png file; the arrays are written beside it as .npz.")
+    photograph = ConfigFile(values["image"]).read("image")
+    refuse_dataset_images(request.config.render)
+    config = dataclasses.replace(request.config, render=load_config_files(request.config.render, "render"))
+    model = load_model(config.model).to("cpu")
+    candidates = list_layers(model, config.layers, config.model.aliases)
+    layers = {layer.name: layer for layer in candidates}
+    name = values["layer"]
+    if name not in layers:
+        raise AtlasError(f"{model.name} has no layer {name!r}. {nearest_names(name, layers)}")
+    wanted = GridRequest(layers[name], photograph, int(number))
+    made = activation_grid(model, config, candidates, wanted, model.to)
+    arrays = made.save(out)
+    rows, columns = wanted.shape
+    print(f"{out}: {rows} x {columns} cells of {name}; {arrays}")
+    return COMPLETE
+
+
 def _stored_config(folder: RunFolder) -> Config:
     """Return the configuration of an existing run."""
     return from_tree(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
@@ -250,5 +283,10 @@ VERBS = {
     "compact": Verb(compact, "delete the shards whose content atlas.h5 has", True),
     "export": Verb(export, "write the table of units: --parquet (default) or --csv", True, flags=("parquet", "csv")),
     "compare": Verb(compare_runs, "compare runs, as tables and a site: runs=[distill,tv] presets=[…] out=FOLDER"),
+    "grid": Verb(
+        grid,
+        "what a layer sees at each position of a photograph: layer=NAME image=FILE out=grid.png cells=14",
+        keys=("layer", "image", "out", "cells"),
+    ),
     "spectrum": Verb(spectrum, "measure the amplitude spectrum of the images in data=…: out=mine.npz", keys=("out",)),
 }

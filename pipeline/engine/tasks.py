@@ -34,7 +34,7 @@ class Setup:
         threads: CPU threads of one worker.
         device: Device of one worker, for example "cpu" or "cuda".
         others: Layers that presets read besides the layer of the unit.
-        begins: Digest of the dataset pass whose best examples are the initial images; empty if there are none.
+        begins: Digest of the dataset pass whose best examples or means visualizations need; empty if none does.
         precision: Precision of the optimization steps, "float32" or "bfloat16".
     """
 
@@ -81,6 +81,7 @@ class RenderTask(_Task):
         preset: Name of the preset.
         starts: Initial image of each channel; empty unless the parameterization starts from dataset examples, or the
             units were silent from noise.
+        layer_mean: Mean of each channel of the layer over the dataset; empty unless the objective compares with it.
         restart: For units that were silent from noise, the digest of their start from dataset examples.
         silent: Their visualizations from noise, as bytes of a shard: those that were not silent are kept.
     """
@@ -92,6 +93,7 @@ class RenderTask(_Task):
     canvas: tuple[int, int]
     preset: str
     starts: tuple[InitialImage, ...] = ()
+    layer_mean: tuple[float, ...] = ()
     restart: str = ""
     silent: bytes = b""
 
@@ -252,7 +254,7 @@ def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int], name: str
             "canvas": list(canvas),
             "preset": preset,
             "layers read": [other.tap for other in setup.others_of(own_preset).values()],
-            "dataset pass": setup.begins if own_preset.needs_examples else "",
+            "dataset pass": setup.begins if own_preset.needs_dataset_pass else "",
             "checkpoint": checkpoint,
             "seed": config.run.seed,
             "precision": "float32" if exact else setup.precision,

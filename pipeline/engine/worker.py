@@ -262,6 +262,7 @@ class Worker:
         canvas: tuple[int, int],
         preset: Preset,
         begins: Sequence[InitialImage] = (),
+        layer_mean: Sequence[float] = (),
     ) -> list[Visualization]:
         """Return all variants of some channels of a layer, channel by channel.
 
@@ -272,11 +273,12 @@ class Worker:
             preset: The preset, with the objective for this layer (`Preset.for_layer`).
             begins: Initial image of each channel; empty if none is needed. If the preset starts from noise, the
                 channels were silent, and are restarted from these images.
+            layer_mean: Mean of each channel of the layer over the dataset; empty if it is not needed.
         """
         config, layer = self.setup.config, self.layers[name]
         variants = self.variants(layer, preset, canvas)
         others = self.setup.others_of(preset)
-
+        recipe = self.model.preprocessing
         own_starts = dict(zip(channels, begins, strict=True)) if begins else {}
         restarted = bool(begins) and not preset.needs_examples
 
@@ -294,9 +296,9 @@ class Worker:
                 exact_model=variants.exact,
                 layers=others,
                 ensemble=self.ensemble(preset),
-                initial_images=initial_images.load_initial_images(
-                    preset, canvas, self.model.preprocessing.channels, own, own_starts
-                ),
+                initial_images=initial_images.load_initial_images(preset, canvas, recipe, own, own_starts),
+                target_image=initial_images.load_target_image(preset, canvas, recipe),
+                layer_mean=torch.tensor(layer_mean, device=self.setup.device) if layer_mean else None,
             )
             return restart(job, own) if restarted else render(job, own)
 
@@ -305,7 +307,7 @@ class Worker:
 
     def _render(self, task: RenderTask) -> bytes:
         preset = self.setup.config.preset_for(task.preset, self.layers[task.layer])
-        pictures = self.pictures(task.layer, task.channels, task.canvas, preset, task.starts)
+        pictures = self.pictures(task.layer, task.channels, task.canvas, preset, task.starts, task.layer_mean)
         variants = self.variants(self.layers[task.layer], preset, task.canvas)
         shape = (len(task.channels), preset.variants)
 

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from pipeline.core.config_files import ConfigFile
 from pipeline.core.errors import AtlasError
-from pipeline.core.registry import Registry
+from pipeline.core.registry import ADDED_LATER, Registry
 from pipeline.data.image_filters import blur, frequencies
 from pipeline.data.natural_spectrum import Spectrum
 
@@ -376,11 +376,14 @@ class FromImage(Fourier):
 
     `source` is an image file, or `best`: the best dataset example of the unit, cropped around the position of the
     highest activation. `sd` is the standard deviation of the noise that is added to the initial parameters. The
-    regularizer `prior` keeps the visualization close to the initial image.
+    regularizers `prior` and `seed_distance` keep the visualization close to the initial image. With `preprocess` a file
+    is first resized and cropped as the network's preprocessing does with dataset images; without, its pixels are used
+    as they are. `dataset:PATH` is an image of the dataset, which is always preprocessed.
     """
 
     source: ConfigFile = ConfigFile("best")
     sd: float = 0.0
+    preprocess: bool = dataclasses.field(default=False, metadata=ADDED_LATER)
 
     @property
     def best(self) -> bool:
@@ -407,7 +410,7 @@ def frame(image: np.ndarray, size: Size, centre: tuple[float, float] = (0.5, 0.5
     Returns:
         (C, height, width) in [0, 1].
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).float().div(255).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.array(image)).float().div(255).permute(2, 0, 1)[None]
     factor = max(size[0] / pixels.shape[2], size[1] / pixels.shape[3])
     if factor > 1:
         enlarged = (max(size[0], round(pixels.shape[2] * factor)), max(size[1], round(pixels.shape[3] * factor)))

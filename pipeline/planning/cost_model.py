@@ -288,13 +288,14 @@ class _StepTimer:
 
     Attributes:
         run_steps: Steps of all batches of the run.
+        each: Forward passes of a step without redirected gradients.
         times: Time of each call.
-        passes: Forward passes of each timed step.
+        passes: Forward passes of each timed step, divided by `each`.
         count: Forward passes since the last call.
     """
 
-    def __init__(self, device: torch.device, modules: Sequence[nn.Module], run_steps: float) -> None:
-        self.device, self.modules, self.run_steps = device, modules, run_steps
+    def __init__(self, device: torch.device, modules: Sequence[nn.Module], run_steps: float, each: int = 1) -> None:
+        self.device, self.modules, self.run_steps, self.each = device, modules, run_steps, each
         self.times: list[float] = []
         self.passes: list[int] = []
         self.count = 0
@@ -318,7 +319,7 @@ class _StepTimer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         if self.times:
-            self.passes.append(max(1, self.count))
+            self.passes.append(max(1, self.count // self.each))
         self.times.append(perf_counter())
         self.count = 0
         counted = len(self.times) - 2
@@ -414,10 +415,13 @@ def _time_step(networks: _Networks, row: PlanRow, preset: Preset, run_steps: int
     units = [(channel, variant) for channel in row.channels[:count] for variant in range(short.variants)]
     gray = torch.full((folded.preprocessing.channels, *row.canvas), 0.5)
     modules = [folded.module] if lowered.module is folded.module else [folded.module, lowered.module]
-    timer = _StepTimer(next(folded.module.parameters()).device, modules, run_steps / len(units))
+    # Images that activations are compared with pass the network too.
+    each = 2 if short.layer_penalties or short.objective.compares_with == "image" else 1
+    timer = _StepTimer(next(folded.module.parameters()).device, modules, run_steps / len(units), each)
     ensembles = [a for a in short.augmentations if isinstance(a, Ensemble)]
     with timer.counting():
         # Another checkpoint costs as much as this one, and any initial image as much as a gray one.
+        compares = short.objective.compares_with
         job = RenderJob(
             folded,
             row.layer,
@@ -426,6 +430,8 @@ def _time_step(networks: _Networks, row: PlanRow, preset: Preset, run_steps: int
             row.canvas,
             timer,
             step_model=lowered,
+            target_image=gray if compares == "image" else None,
+            layer_mean=torch.ones(row.layer.channels, device=timer.device) if compares == "mean" else None,
             layers={layer.name: layer for layer in networks.other_layers if layer.name in preset.others},
             initial_images=dict.fromkeys(units, gray),
             ensemble=[folded] * sum(len(ensemble.checkpoints) for ensemble in ensembles),

@@ -15,7 +15,6 @@ from pipeline.acceleration.cpu_lowering import precision_of
 from pipeline.acceleration.variants import ModelVariants, layers_without_gradient, verified_variants
 from pipeline.config.schema import Config
 from pipeline.core import hashing
-from pipeline.core.config_files import load_config_files
 from pipeline.core.errors import AtlasError
 from pipeline.data import datasets
 from pipeline.data.datasets import Dataset
@@ -33,6 +32,7 @@ from pipeline.planning.folder import RunFolder
 from pipeline.planning.manifest import network_digest
 from pipeline.planning.overheads import Overheads, Stopwatch, process_start
 from pipeline.planning.plan import Plan, RemainingWork, Unrendered
+from pipeline.planning.preset_inputs import with_files, with_penalty_layers
 from pipeline.planning.unit_selection import Units, select_units
 from pipeline.planning.validation import channels_to_render, choose_canvas_sizes, validate_request, with_labels
 
@@ -159,19 +159,16 @@ def _load_inputs(config: Config) -> _Inputs:
     if base is not None:
         check_same_sources(base, config, model, fingerprint)
     engine = execution.resolved(config.engine, RunFolder(config.folder), base)
-    config = dataclasses.replace(
-        config,
-        engine=engine,
-        render=load_config_files(config.render, "render"),
-        also=tuple(load_config_files(preset, f"also.{preset.name}") for preset in config.also),
-    )
+    config = with_files(dataclasses.replace(config, engine=engine), dataset, model.preprocessing)
     return _Inputs(config, model, dataset, fingerprint, base, start, loading)
 
 
 def _find_units(inputs: _Inputs, units: Units | None) -> tuple[_Inputs, _Units]:
     """Find the layers of the network and choose units; the network comes back with the labels of its classes."""
-    config, model = inputs.config, inputs.model
-    candidates = selection.list_layers(model, config.layers, config.model.aliases)
+    model = inputs.model
+    candidates = selection.list_layers(model, inputs.config.layers, inputs.config.model.aliases)
+    config = with_penalty_layers(inputs.config, candidates)
+    inputs = dataclasses.replace(inputs, config=config)
     requested = _requested(inputs, candidates) if units is None else units
     layers = [layer for layer in candidates if layer.name in requested]
     heads = selection.logit_layers(model, candidates)
@@ -236,7 +233,7 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
             rows.append(PlanRow(layer, numbers, sizes[layer.name], len(numbers), preset.name))
     setup = Setup(config, model.digest, chosen.layers, inputs.dataset, pool.threads, pool.device, chosen.others)
     setup = execution.on_device(setup, pool.device)
-    if any(preset.needs_examples for preset in config.presets):
+    if any(preset.needs_dataset_pass for preset in config.presets):
         setup = dataclasses.replace(setup, begins=examples_digest(setup, inputs.fingerprint))
     images = len(inputs.dataset.images)
     return Plan(

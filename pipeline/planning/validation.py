@@ -12,7 +12,7 @@ from pipeline.images.parameterizations import FromImage
 from pipeline.layers.finding import Layer
 from pipeline.models.loading import Model, load_ensemble_member
 from pipeline.visualization import preset as presets
-from pipeline.visualization.initial_images import decode_image
+from pipeline.visualization.initial_images import decode_source, preprocess_photograph
 from pipeline.visualization.network_perturbations import Ensemble
 from pipeline.visualization.objectives import Direction, Objective
 from pipeline.visualization.preset import Preset, Size, canvas_size
@@ -74,7 +74,7 @@ def _channels_of_objective(objective: Objective, requested: tuple[int, ...]) -> 
     """Return one channel for an objective of the whole layer, and one per row for directions."""
     if objective.per_layer:
         return requested[:1]
-    if isinstance(objective, Direction):
+    if isinstance(objective, Direction):  # not `Directions`, which is of the layer
         return tuple(channel for channel in requested if channel < len(objective.rows))
     return requested
 
@@ -116,7 +116,9 @@ def _validate_preset(preset: Preset, config: Config, model: Model) -> None:
     """Check a preset against the network: settings, image files and checkpoints."""
     presets.check(preset, model.preprocessing.channels)
     if isinstance(preset.canvas, FromImage) and not preset.canvas.best:
-        decode_image(preset.canvas.source, model.preprocessing.channels)
+        decode_source(preset.canvas, model.preprocessing)
+    if preset.objective.target_image is not None:
+        preprocess_photograph(preset.objective.target_image, model.preprocessing, "render.objective.target")
     for perturbation in preset.augmentations:
         if isinstance(perturbation, Ensemble):
             for file in perturbation.checkpoints:

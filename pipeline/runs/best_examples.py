@@ -1,4 +1,8 @@
-"""The best dataset examples of units as initial images: for `render.canvas.source=best` and for silent units."""
+"""What visualizations need of the dataset pass: best examples as initial images, and means of layers.
+
+Presets with `render.canvas.source=best` and silent units need the first, presets with `render.objective.target=mean` the
+second.
+"""
 
 import io
 from collections.abc import Sequence
@@ -8,6 +12,7 @@ from PIL import Image
 from pipeline.core.errors import AtlasError
 from pipeline.store.reader import Atlas
 from pipeline.visualization.initial_images import InitialImage
+from pipeline.visualization.preset import Preset
 
 
 def best_example_images(atlas: Atlas, layer: str, channels: Sequence[int]) -> tuple[InitialImage, ...]:
@@ -44,3 +49,25 @@ def best_example_image(atlas: Atlas, layer: str, channel: int) -> InitialImage |
     height, width = view.map_size
     centre = (float(examples.y[row, 0]) + 0.5) / height, (float(examples.x[row, 0]) + 0.5) / width
     return InitialImage(buffer.getvalue(), centre)
+
+
+def initial_images_of(atlas: Atlas, preset: Preset, layer: str, channels: Sequence[int]) -> tuple[InitialImage, ...]:
+    """Return the initial image of each channel; empty if the preset does not start from dataset examples."""
+    return best_example_images(atlas, layer, channels) if preset.needs_examples else ()
+
+
+def layer_mean_of(atlas: Atlas, preset: Preset, layer: str) -> tuple[float, ...]:
+    """Return the mean of every channel of a layer over the dataset; empty if the preset does not compare with it.
+
+    Raises:
+        AtlasError: If the atlas holds no means.
+    """
+    if preset.objective.compares_with != "mean":
+        return ()
+    mean = atlas[layer].layer_mean()
+    if mean is None:
+        raise AtlasError(
+            f"{atlas.path} has no mean of {layer}, which render.objective.target=mean needs: it was made by an earlier "
+            "version, or without a dataset pass. `atlas examples` in a new folder makes it."
+        )
+    return tuple(mean.tolist())

@@ -28,8 +28,8 @@ from pipeline.runs.artifacts import Artifacts, put_aside
 from pipeline.store import hdf5, shards, writer
 from pipeline.store.reader import open_atlas
 from pipeline.store.shards import DamagedShardError, Shard
-from pipeline.visualization.evaluation import RESTARTED, SILENT
-from pipeline.visualization.initial_images import InitialImage
+from pipeline.visualization.evaluation import RESTARTED, SILENT, target_view
+from pipeline.visualization.initial_images import InitialImage, load_target_image
 from pipeline.visualization.objectives import Activations
 
 log = logging.getLogger(__name__)
@@ -173,17 +173,20 @@ def _render_again(atlas: Path, plan: Plan, sample: int) -> list[Finding]:
         index = small["channels"].tolist().index(channel)
         with part.opened() as opened:
             stored = hdf5.dataset(opened, "images")[index, variant]
-        activation = _recompute_activation(workers["float32"], row, channel, variant, stored)
+        preset = plan.config.preset(row.preset)
+        restarted = small["status"][index, variant] == RESTARTED
+        with open_atlas(atlas) as opened_atlas:
+            if restarted:
+                initial = best_examples.best_example_images(opened_atlas, row.layer.name, [channel])
+            else:
+                initial = best_examples.initial_images_of(opened_atlas, preset, row.layer.name, [channel])
+            mean = best_examples.layer_mean_of(opened_atlas, preset, row.layer.name)
+        activation = _recompute_activation(workers["float32"], row, (channel, variant), mean, stored)
         unit = f"{row.layer.name}:{channel}"
         problems += _compare_activation(unit, activation, small["activation"], (index, variant))
-        initial: tuple[InitialImage, ...] = ()
-        restarted = small["status"][index, variant] == RESTARTED
-        if restarted or plan.config.preset(row.preset).needs_examples:
-            with open_atlas(atlas) as opened_atlas:
-                initial = best_examples.best_example_images(opened_atlas, row.layer.name, [channel])
         # An atlas part lists several precisions if its workers differed: one of them rendered this visualization.
         candidates = [workers[name] for name in writer.precisions(part)]
-        problems += _compare_image(candidates, row, (channel, variant), initial, stored)
+        problems += _compare_image(candidates, row, (channel, variant), (initial, mean), stored)
     return problems
 
 
@@ -191,15 +194,18 @@ def _compare_image(
     workers: Sequence[Worker],
     row: PlanRow,
     unit: tuple[int, int],
-    initial: tuple[InitialImage, ...],
+    dataset_results: tuple[tuple[InitialImage, ...], tuple[float, ...]],
     stored: np.ndarray,
 ) -> list[Finding]:
-    """Render the (channel, variant) `unit` on each worker until one agrees with the stored image (H, W, C) uint8."""
+    """Render the (channel, variant) `unit` on each worker until one agrees with the stored image (H, W, C) uint8.
+
+    `dataset_results` are the initial images and the means of the layer that it needs.
+    """
     channel, variant = unit
     largest: list[int] = []
     for worker in workers:
         preset = worker.setup.config.preset_for(row.preset, row.layer)
-        again = worker.pictures(row.layer.name, [channel], row.canvas, preset, initial)[variant]
+        again = worker.pictures(row.layer.name, [channel], row.canvas, preset, *dataset_results)[variant]
         difference = again.image.astype(float) - stored
         largest.append(int(np.abs(difference).max()))
         log.info("%s:%d rendered again: largest difference %d levels", row.layer.name, channel, largest[-1])
@@ -216,8 +222,13 @@ def _compare_image(
     ]
 
 
-def _recompute_activation(worker: Worker, row: PlanRow, channel: int, variant: int, image: np.ndarray) -> float:
-    """Return the objective on a stored image (H, W, C) uint8, by the unmodified network in float32."""
+def _recompute_activation(
+    worker: Worker, row: PlanRow, unit: tuple[int, int], mean: Sequence[float], image: np.ndarray
+) -> float:
+    """Return the objective on a stored image (H, W, C) uint8 of a (channel, variant), by the unmodified network.
+
+    `mean` are the means of the layer's channels, where the objective compares with them.
+    """
     preset = worker.setup.config.preset_for(row.preset, row.layer)
     layers = {row.layer.name: row.layer} | worker.setup.others_of(preset)
     model = worker.model
@@ -225,8 +236,12 @@ def _recompute_activation(worker: Worker, row: PlanRow, channel: int, variant: i
     batch = torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float() / 255
     with torch.no_grad(), capture(model, list(layers.values())) as forward:
         maps = {name: activations.float() for name, activations in forward(batch).items()}
-        channels, variants = (torch.tensor([number], device=device) for number in (channel, variant))
-        activations = Activations(maps[row.layer.name], channels, variants, preset.variants, maps)
+        channels, variants = (torch.tensor([number], device=device) for number in unit)
+        compared = torch.tensor(mean, device=device)[None, :, None, None] if mean else None
+        photograph = load_target_image(preset, row.canvas, model.preprocessing)
+        if photograph is not None:
+            compared = forward(target_view(photograph, row.canvas).to(device))[row.layer.name].float()
+        activations = Activations(maps[row.layer.name], channels, variants, preset.variants, maps, compared)
         return float(preset.objective.value(activations))
 
 

@@ -71,7 +71,8 @@ def run(request: Request, plan: Plan, stages: tuple[str, ...] = STAGES) -> int:
     if plan.setup.begins and "render" in stages:
         # Visualizations start from the best dataset examples, so the dataset pass comes first.
         if "examples" not in stages and not Artifacts(plan, folder, read_only=True).dataset_pass.covered:
-            raise AtlasError("render.canvas.source=best needs the dataset pass first: `atlas examples` or `atlas run`.")
+            setting = "render.canvas.source=best" if _needs_examples(plan) else "render.objective.target=mean"
+            raise AtlasError(f"{setting} needs the dataset pass first: `atlas examples` or `atlas run`.")
         if run(request, plan, ("examples",)) != COMPLETE:
             return SET_ASIDE
     with folder.locked():
@@ -82,6 +83,10 @@ def run(request: Request, plan: Plan, stages: tuple[str, ...] = STAGES) -> int:
         maintenance.set_aside_unreadable_atlas(folder)
         reuse.reuse_results(plan, folder, stages)
         return _Session(request, plan, stages).run()
+
+
+def _needs_examples(plan: Plan) -> bool:
+    return any(preset.needs_examples for preset in plan.config.presets)
 
 
 class _Session:
@@ -268,17 +273,21 @@ class _Session:
                 if isinstance(task, RenderTask):
                     done[rows[task.layer, task.preset]] |= set(task.channels)
             missing = plan.render_tasks(plan.config.folder.absolute() / "shards", done, workers)
-            tasks += self._with_initial_images(missing) if plan.setup.begins else missing
+            tasks += self._with_dataset_results(missing) if plan.setup.begins else missing
         return tasks
 
-    def _with_initial_images(self, tasks: list[RenderTask]) -> list[RenderTask]:
-        """Return the tasks with the dataset examples that their visualizations start from, from atlas.h5."""
-        presets = {preset.name for preset in self.plan.config.presets if preset.needs_examples}
+    def _with_dataset_results(self, tasks: list[RenderTask]) -> list[RenderTask]:
+        """Return the tasks with what their visualizations need of the dataset pass, from atlas.h5."""
+        presets = {preset.name: preset for preset in self.plan.config.presets if preset.needs_dataset_pass}
         if not any(task.preset in presets for task in tasks):
             return tasks
         with open_atlas(self.plan.config.folder) as atlas:
             return [
-                dataclasses.replace(task, starts=best_examples.best_example_images(atlas, task.layer, task.channels))
+                dataclasses.replace(
+                    task,
+                    starts=best_examples.initial_images_of(atlas, presets[task.preset], task.layer, task.channels),
+                    layer_mean=best_examples.layer_mean_of(atlas, presets[task.preset], task.layer),
+                )
                 if task.preset in presets
                 else task
                 for task in tasks

@@ -446,6 +446,13 @@ class LayerView:
         group = hdf5.group(self._group, "stats")
         return {name: self._get(group, name) for name in hdf5.member_names(group)}
 
+    def layer_mean(self) -> np.ndarray | None:
+        """Return the mean of every channel of the layer over all positions of all dataset images, (C,) float32.
+
+        None without a dataset pass, and in atlases that were made before this was stored.
+        """
+        return self._get(self._group, "layer_mean") if "layer_mean" in self._group else None
+
     @property
     def reference(self) -> str:
         """What activations are compared with by `nonzero`, `fired`, `sparsity` and `inactive` of `stats`.

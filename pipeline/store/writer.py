@@ -429,6 +429,7 @@ def _write_pass_results(groups: Sequence[h5py.Group], layers: Sequence[Layer], p
         start += layer.channels
         for key, array in stats.items():
             write_array(group, f"stats/{key}", array[columns])
+        write_array(group, "layer_mean", stats["mean"][start - layer.channels : start])
         active_images = int(tally.crowded[i]) if layer.rectified else 0
         group["stats"].attrs["reference"] = "zero" if layer.rectified else "none"
         group["stats"].attrs["population_sparsity"] = sparsity_sums[i] / active_images if active_images else np.nan

@@ -26,6 +26,26 @@ def _do_nothing() -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class ComparedImages:
+    """Images that activations are compared with; they get the transformations of the images of the batch.
+
+    Attributes:
+        seeds: (B, C, H, W) initial images, for regularizers in the space of a layer; None without such.
+        targets: (B, C, H, W) photograph of the objective; None without one.
+    """
+
+    seeds: Tensor | None = None
+    targets: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "ComparedImages":
+        """Return the images after `function`."""
+        return ComparedImages(*(None if x is None else function(x) for x in (self.seeds, self.targets)))
+
+
+NOTHING_COMPARED = ComparedImages()
+
+
+@dataclasses.dataclass(frozen=True)
 class RenderJob:
     """Everything that the visualizations of one layer depend on, except the units.
 
@@ -42,6 +62,8 @@ class RenderJob:
         layers: The layers named by `preset.others`, by name.
         ensemble: The networks of an ensemble other than `model`.
         initial_images: (C, H, W) in [0, 1] by unit, with margins, of units that start from an image.
+        target_image: For objectives that compare with an image: (C, H, W) in [0, 1], with margins.
+        layer_mean: For objectives that compare with the mean of the layer: (C,) means of its channels over the dataset.
     """
 
     model: Model
@@ -55,6 +77,8 @@ class RenderJob:
     layers: Mapping[str, Layer] = dataclasses.field(default_factory=dict)
     ensemble: Sequence[Model] = ()
     initial_images: Mapping[ChannelVariant, Tensor] = dataclasses.field(default_factory=dict)
+    target_image: Tensor | None = None
+    layer_mean: Tensor | None = None
 
     @property
     def image_size(self) -> Size:
@@ -113,6 +137,7 @@ class Batch:
         seeds: Seed of each of the B images.
         initial: (B, …) parameters before the first step.
         reference: (B, C, H, W) images before the first step; None if no regularizer compares with them.
+        target: (C, H, W) photograph of the objective; None without one.
         robustness_random: (copies, B, R) random numbers of the transformations that measure robustness.
         all_channels: (B,) int64 channel of each image.
         all_variants: (B,) int64 variant of each image.
@@ -145,8 +170,10 @@ class Batch:
         device = next(job.model.module.parameters()).device
         self.initial = torch.stack(initial).to(device)
         self.reference = None
-        if any(regularizer.anchored for regularizer in preset.penalties):
+        if preset.layer_penalties or any(regularizer.anchored for regularizer in preset.penalties):
             self.reference = self._canvas.image(self.initial, job.canvas(preset.stages[0]))
+        self._compares_seeds = bool(preset.layer_penalties)
+        self.target = None if job.target_image is None else job.target_image.to(device)
         self.robustness_random = torch.stack(robustness_random, dim=1).to(device)
         self.all_channels = torch.tensor([channel for channel, _ in units], device=device)
         self.all_variants = torch.tensor([variant for _, variant in units], device=device)
@@ -179,10 +206,17 @@ class Batch:
         """Return the initial images of the active images at the size of `images`; `images` itself if not needed."""
         if self.reference is None:
             return images
-        reference = self.reference[self.active]
-        if reference.shape[-2:] != images.shape[-2:]:
-            reference = F.interpolate(reference, images.shape[-2:], mode="bilinear", antialias=True)
-        return reference
+        return _resized(self.reference[self.active], (images.shape[-2], images.shape[-1]))
+
+    def compared(self, size: Size, rows: slice | Tensor) -> ComparedImages:
+        """Return what `rows` of the active images are compared with, on a canvas of (height, width) `size`."""
+        indices = self.active[rows]
+        seeds = targets = None
+        if self._compares_seeds and self.reference is not None:
+            seeds = _resized(self.reference[indices], size)
+        if self.target is not None:
+            targets = _resized(self.target[None], size).expand(len(indices), -1, -1, -1)
+        return ComparedImages(seeds, targets)
 
     def step(self, gradient: Tensor, learning_rate: float) -> None:
         """Move the parameters of the active images up the gradient, (A, …)."""
@@ -221,6 +255,13 @@ class Batch:
     def _start_optimizer(self) -> None:
         self._state = self._optimizer.init_state(self.parameters, self._canvas.paired)
         self._steps_of_state = 0
+
+
+def _resized(images: Tensor, size: Size) -> Tensor:
+    """Return (B, C, H, W) images at (height, width) `size`."""
+    if (images.shape[-2], images.shape[-1]) == size:
+        return images
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 def _seed(job: RenderJob, unit: ChannelVariant, attempt: int) -> int:

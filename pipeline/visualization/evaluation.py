@@ -1,6 +1,7 @@
 """Evaluation of finished images: clean activation, robust activation, image metrics and status."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,7 +16,7 @@ from pipeline.images import metrics
 from pipeline.images.image_regularizers import BUDGET_TOLERANCE
 from pipeline.images.transforms import ROBUSTNESS_TRANSFORMS, apply_transforms, center_crop
 from pipeline.images.transparency import resized_sums, to_mask
-from pipeline.visualization.batch import Batch, RenderJob
+from pipeline.visualization.batch import NOTHING_COMPARED, Batch, ComparedImages, RenderJob
 from pipeline.visualization.forward import objective_forward
 from pipeline.visualization.preset import ChannelVariant, Preset
 from pipeline.visualization.schedules import Stage, is_flat
@@ -114,13 +115,15 @@ def evaluate(job: RenderJob, batch: Batch) -> Evaluation:
         start_images = center_crop(start_images, job.canvas_without_margin(first))
         if start_images.shape[-2:] != size:
             start_images = F.interpolate(start_images, size, mode="bilinear", antialias=True)
-        start = forward(quantized(start_images), batch.all_channels, batch.all_variants).values
+        compared = _compared(job, batch, size)
+        start = forward(quantized(start_images), batch.all_channels, batch.all_variants, compared).values
         images = quantized(center_crop(preset.canvas.image(batch.final, job.canvas(last)), size))
-        clean = forward(images, batch.all_channels, batch.all_variants)
+        clean = forward(images, batch.all_channels, batch.all_variants, compared)
         robust_values = []
         for random in batch.robustness_random:
-            transformed = apply_transforms(images, ROBUSTNESS_TRANSFORMS, random, size)
-            robust_values.append(forward(transformed, batch.all_channels, batch.all_variants).values)
+            transform = functools.partial(apply_transforms, transforms=ROBUSTNESS_TRANSFORMS, random=random, size=size)
+            copies = transform(images), batch.all_channels, batch.all_variants, compared.map(transform)
+            robust_values.append(forward(*copies).values)
         robust = torch.stack(robust_values).mean(0)
         sums = batch.final_gradient_sums
         if sums.shape[-2:] != size:
@@ -136,6 +139,18 @@ def evaluate(job: RenderJob, batch: Batch) -> Evaluation:
         measures=_measures(job, images, clean.activations, batch.all_channels),
         budget_values=_budget_values(preset, batch, images),
     )
+
+
+def _compared(job: RenderJob, batch: Batch, size: tuple[int, int]) -> ComparedImages:
+    """Return the photograph that the objective compares all images of a batch with, without margins."""
+    if batch.target is None:
+        return NOTHING_COMPARED
+    return ComparedImages(targets=target_view(batch.target, size).expand(len(batch.units), -1, -1, -1))
+
+
+def target_view(target: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the part of a photograph (C, H, W) with margins that finished images show, (1, C, *size), 8 bits."""
+    return quantized(center_crop(target[None], size))
 
 
 def to_pictures(

@@ -195,14 +195,17 @@ def _objective_gradient(
     During the first steps, images without any gradient get a second pass with redirected ReLU gradients.
     """
     preset = job.preset
-    view = job.view(job.stage(settings))
+    canvas, view = job.canvas(job.stage(settings)), job.view(job.stage(settings))
 
     def backward(images: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
-        transformed = apply_transforms(images, preset.transforms, batch.transform_random[step, rows], view)
-        result = forward(transformed, batch.channels[rows], batch.variants[rows])
+        def transformed(some: Tensor) -> Tensor:
+            return apply_transforms(some, preset.transforms, batch.transform_random[step, rows], view)
+
+        compared = batch.compared(canvas, rows).map(transformed)
+        result = forward(transformed(images), batch.channels[rows], batch.variants[rows], compared)
         total = result.values.sum()
-        if result.batch_terms is not None:
-            total = total + result.batch_terms.sum()
+        if result.terms is not None:
+            total = total + result.terms.sum()
         return result.values.detach(), torch.autograd.grad(total, images)[0]
 
     values, gradient = backward(images, slice(None))

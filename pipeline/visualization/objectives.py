@@ -5,11 +5,12 @@ An objective treats the images of a batch independently. With `render.negative` 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from pipeline.core.config_files import ConfigFile
@@ -33,6 +34,8 @@ class Activations:
         variants: (B,) int64 variant of each image.
         num_variants: Number of variants of a unit.
         other_maps: Activations of the layers that `Objective.units` names, by layer.
+        compared: What `Objective.compares_with` names: (B, C, H, W) activations of the layer for a photograph, with the
+            transformations of the image; or (1, C, 1, 1) means of its channels over the dataset.
     """
 
     maps: Tensor
@@ -40,6 +43,7 @@ class Activations:
     variants: Tensor
     num_variants: int
     other_maps: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    compared: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +87,16 @@ class Objective:
     def units(self) -> tuple[str, ...]:
         """Further units that the objective is computed from, as layer:channel."""
         return ()
+
+    @property
+    def compares_with(self) -> Literal["image", "mean"] | None:
+        """What `Activations.compared` is: the activations of an image, the means of the layer, or nothing."""
+        return None
+
+    @property
+    def target_image(self) -> ConfigFile | None:
+        """The image that the objective compares with, if there is one."""
+        return None
 
     def check(self, info: LayerInfo) -> None:
         """Raise `AtlasError` if the objective does not apply to a layer."""
@@ -275,15 +289,88 @@ class Direction(Objective):
 
     def value(self, activations: Activations) -> Tensor:
         """Return the mean over positions of dot product × cosine^power, (B,)."""
-        maps = activations.maps
+        return self._projection(activations.maps, activations.channels)
+
+    def _projection(self, maps: Tensor, rows: Tensor) -> Tensor:
+        """Return the value for (B, C, H, W) maps and the numbers (B,) of their vectors, (B,)."""
         if self.position == "centre":
             maps = maps[:, :, maps.shape[2] // 2, maps.shape[3] // 2, None, None]
-        vectors = torch.from_numpy(self.rows).to(maps)[activations.channels]
+        vectors = torch.from_numpy(self.rows).to(maps)[rows]
         dot = torch.einsum("bchw,bc->bhw", maps, vectors)
         if self.power:
             norms = maps.norm(dim=1) * vectors.norm(dim=1)[:, None, None]
             dot = dot * (dot / norms.clamp(min=1e-12)).clamp(min=MIN_COSINE) ** self.power
         return dot.mean(dim=(1, 2))
+
+
+@OBJECTIVES.add("directions")
+@dataclasses.dataclass(frozen=True)
+class Directions(Direction):
+    """The objective `direction` for any number of vectors: row i is visualized as variant i of the layer.
+
+    All variants start from the same image and get the same transformations, so that similar vectors give similar
+    images. The cells of activation grids are made with it.
+    """
+
+    aligned: ClassVar[bool] = True
+    per_layer: ClassVar[bool] = True
+
+    def check(self, info: LayerInfo) -> None:
+        """Raise `AtlasError` if the vectors do not fit the layer, or there is not one for each variant."""
+        rows = self.rows
+        if rows.shape[1] != info.channels:
+            raise AtlasError(
+                f"{self.vectors.path} holds vectors of {rows.shape[1]} numbers; {info.name} needs {info.channels}. "
+                "Choose the layer with layers.include."
+            )
+        if len(rows) != info.num_variants:
+            raise AtlasError(f"{self.vectors.path} holds {len(rows)} vectors: set render.variants={len(rows)}.")
+
+    def value(self, activations: Activations) -> Tensor:
+        """Return the mean over positions of dot product × cosine^power, (B,)."""
+        return self._projection(activations.maps, activations.variants)
+
+
+@OBJECTIVES.add("caricature")
+@dataclasses.dataclass(frozen=True)
+class Caricature(Objective):
+    """Dot product of the layer's activations a with those of a photograph t, per position, × max(0.1, cos(a, t))^power.
+
+    What the layer sees in a photograph, exaggerated: what it does not represent is lost. lucid's recipe `caricature`
+    (objective `dot_compare`, `cossim_pow` 0), which gives the photograph the same random transformations as the image.
+    `target` is an image file, `dataset:PATH` for an image of the dataset, or `mean` for the mean
+    activation of each channel over the dataset, at every position.
+    """
+
+    target: ConfigFile = ConfigFile("mean")
+    power: Annotated[float, Field(ge=0)] = 0.0
+
+    per_layer: ClassVar[bool] = True
+
+    @property
+    def compares_with(self) -> Literal["image", "mean"] | None:
+        """What `target` is."""
+        return "mean" if self.target.path == "mean" else "image"
+
+    @property
+    def target_image(self) -> ConfigFile | None:
+        """The photograph."""
+        return None if self.compares_with == "mean" else self.target
+
+    def uses_file(self, field: str) -> bool:
+        """Return whether the file in a field is used; `mean` is not a file."""
+        return field != "target" or self.compares_with == "image"
+
+    def value(self, activations: Activations) -> Tensor:
+        """Return the mean over positions of the dot product over channels, × cosine^power over both, (B,)."""
+        assert activations.compared is not None
+        maps = activations.maps
+        target = activations.compared.to(maps).expand_as(maps)
+        dot = (maps * target).sum(dim=1).mean(dim=(1, 2))
+        if self.power:
+            norms = maps.flatten(1).norm(dim=1) * target.flatten(1).norm(dim=1) / (maps.shape[2] * maps.shape[3])
+            dot = dot * (dot / norms.clamp(min=1e-12)).clamp(min=MIN_COSINE) ** self.power
+        return dot
 
 
 @OBJECTIVES.add("joint")

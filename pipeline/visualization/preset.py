@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipeline.core.errors import AtlasError
-from pipeline.core.registry import Member, Members, Registry, registered_name
+from pipeline.core.registry import ADDED_LATER, Member, Members, Registry, registered_name
 from pipeline.core.units import Unit
 from pipeline.core.validation import Keyed, Use
 from pipeline.images.gradient_preconditioners import PRECONDITIONERS, BlurGradient, Preconditioner
@@ -17,6 +17,7 @@ from pipeline.images.parameterizations import CANVASES, FromImage, Parameterizat
 from pipeline.images.transforms import TRANSFORMS, Transform
 from pipeline.layers.finding import Layer
 from pipeline.visualization.batch_terms import COUPLINGS, BatchTerm
+from pipeline.visualization.layer_regularizers import LAYER_PENALTIES, LayerRegularizer
 from pipeline.visualization.network_perturbations import AUGMENTATIONS, NetworkPerturbation
 from pipeline.visualization.objectives import OBJECTIVES, Energy, LayerInfo, Objective
 from pipeline.visualization.optimizers import OPTIMIZERS, Optimizer
@@ -43,7 +44,8 @@ class Preset:
         transforms: Random transformations of every step, in this order.
         optimizer: Optimizer of the parameters.
         steps: Number of optimization steps.
-        size: Size of the finished image in pixels: its side, (height, width), "auto" or "field"; see `canvas_size`.
+        size: Size of the finished image in pixels: its side, (height, width), "auto", "field" or "input"; see
+            `canvas_size`.
         margin: Width in pixels of the part of the canvas beyond each edge of the finished image.
         variants: Number of images for each unit.
         attempts: Maximum number of attempts for an image whose objective does not rise.
@@ -54,6 +56,7 @@ class Preset:
         couplings: Terms over all variants of a unit.
         schedule: Stages of the optimization; empty for a single stage with default settings.
         stop: Stopping rule.
+        layer_penalties: Regularizers in the space of a layer.
     """
 
     name: str
@@ -63,8 +66,8 @@ class Preset:
     optimizer: Annotated[Optimizer, Member(OPTIMIZERS)]
     steps: Annotated[int, Field(ge=1)]
     size: Annotated[
-        Side | tuple[Side, Side] | Literal["auto", "field"],
-        Use("auto, field, or pixels from 16: a number or [height, width]"),
+        Side | tuple[Side, Side] | Literal["auto", "field", "input"],
+        Use("auto, field, input, or pixels from 16: a number or [height, width]"),
     ] = "auto"
     margin: Annotated[int, Field(ge=0)] = 24
     variants: Annotated[int, Field(ge=1)] = 1
@@ -76,6 +79,9 @@ class Preset:
     couplings: Annotated[tuple[BatchTerm, ...], Members(COUPLINGS)] = ()
     schedule: Annotated[tuple[Stage, ...], Keyed] = ()
     stop: Annotated[Stop, Member(STOPS)] = Fixed()
+    layer_penalties: Annotated[tuple[LayerRegularizer, ...], Members(LAYER_PENALTIES)] = dataclasses.field(
+        default=(), metadata=ADDED_LATER
+    )
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -93,7 +99,13 @@ class Preset:
         names = [Unit.parse(unit).layer for unit in self.objective.units]
         names += [layer for term in self.couplings if (layer := getattr(term, "layer", None))]
         names += [stage.layer for stage in self.stages if stage.layer]
+        names += self.penalty_layers
         return tuple(dict.fromkeys(names))
+
+    @property
+    def penalty_layers(self) -> tuple[str, ...]:
+        """Names of the layers that the regularizers in the space of a layer read."""
+        return tuple(dict.fromkeys(term.layer for term in self.layer_penalties if term.layer))
 
     @property
     def requires_original_weights(self) -> bool:
@@ -139,6 +151,11 @@ class Preset:
         Not if the preset sets the initial image itself, minimizes the objective, or has no objective of single units.
         """
         return not isinstance(self.canvas, FromImage) and not self.negative and bool(self.natural)
+
+    @property
+    def needs_dataset_pass(self) -> bool:
+        """Whether visualizations need results of the dataset pass: examples, or the mean of the layer."""
+        return self.needs_examples or self.objective.compares_with == "mean"
 
 
 def _groups(annotation: type[Member] | type[Members]) -> dict[str, Registry]:
@@ -195,6 +212,13 @@ def check(preset: Preset, channels: int) -> None:
         raise AtlasError(f"render/canvas=image needs an image of 1 or 3 channels; the network takes {channels}.")
     if any(regularizer.anchored for regularizer in preset.penalties) and not isinstance(preset.canvas, FromImage):
         raise AtlasError("render.penalties.prior compares with an initial image: it needs render/canvas=image.")
+    if preset.layer_penalties and not isinstance(preset.canvas, FromImage):
+        raise AtlasError("render.layer_penalties compare with an initial image: they need render/canvas=image.")
+    if preset.objective.compares_with == "image" and channels not in (1, 3):
+        raise AtlasError(
+            f"render.objective.target needs an image of 1 or 3 channels; the network takes {channels}. "
+            "Use render.objective.target=mean."
+        )
 
 
 def check_layer(preset: Preset, layer: Layer, others: Mapping[str, Layer], classifier: bool) -> None:
@@ -216,6 +240,9 @@ def check_layer(preset: Preset, layer: Layer, others: Mapping[str, Layer], class
         term_layer = getattr(term, "layer", None)
         if term_layer and term_layer not in widths:
             raise AtlasError(f"render.couplings: there is no layer {term_layer!r}; `atlas plan layers=all` lists them.")
+    for name in preset.penalty_layers:
+        if name not in widths:
+            raise AtlasError(f"render.layer_penalties: there is no layer {name!r}; `atlas plan layers=all` lists them.")
     for stage in preset.stages:
         if stage.layer is None:
             continue
@@ -238,7 +265,8 @@ def canvas_size(layer: Layer, model_size: Size, size: int | tuple[int, int] | st
     area. The side is the receptive field rounded up to a multiple of 32, at least 128 (for smaller receptive fields,
     the mean of a channel becomes a texture) and at most six sevenths of the network's input (192 of 224). A receptive
     field that covers the whole input counts as 8 × the stride. Small networks, and layers with a single position, get
-    the size of the network's input. "field" is the receptive field itself, at least 32 and at most the network's input.
+    the size of the network's input. "field" is the receptive field itself, at least 32 and at most the network's input;
+    "input" is the size of the network's input.
 
     Args:
         layer: The layer, with its receptive field.
@@ -252,6 +280,8 @@ def canvas_size(layer: Layer, model_size: Size, size: int | tuple[int, int] | st
         return size, size
     if not isinstance(size, str):
         return size
+    if size == "input":
+        return model_size
     if size == "field":
         if layer.field is None:
             return model_size

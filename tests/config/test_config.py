@@ -55,7 +55,7 @@ def test_default_run_has_a_name_of_its_own() -> None:
         ("+render.transforms.wobble={}", "There is no transform 'wobble'"),
         ("examples.k=0", "examples.k=0 is too small"),
         ("engine.workers=some", "engine.workers='some': use auto or a number"),
-        ("render.size=huge", "render.size='huge': use auto, field, or pixels"),
+        ("render.size=huge", "render.size='huge': use auto, field, input, or pixels"),
         ("run.name=../else", "must be a plain folder name"),
         ("layers.include=3", "layers.include=3 has the wrong type"),
     ],
@@ -159,7 +159,7 @@ def test_every_default_is_a_key_of_the_composed_configuration() -> None:
         ("engine.name=slurm", "engine.name='slurm' is not one of ray, inline."),
         ("engine.gpus_per_worker=-1", "engine.gpus_per_worker=-1: use auto or a number above 0."),
         ("~render.objective", "render.objective is missing."),
-        ("render.objective=null", "render.objective needs a `name`: one of channel, "),
+        ("render.objective=null", "render.objective needs a `name`: one of caricature, channel, "),
         ("+engine.worker=3", "engine.worker is not a setting. Nearest: workers"),
     ],
 )

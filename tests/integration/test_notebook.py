@@ -21,4 +21,4 @@ def test_it_runs(tmp_path: Path) -> None:
     )
     client.execute()
     images = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
-    assert len(images) == 3 and not any(o.output_type == "error" for c in notebook.cells for o in c.get("outputs", []))
+    assert len(images) == 5 and not any(o.output_type == "error" for c in notebook.cells for o in c.get("outputs", []))

@@ -45,6 +45,8 @@ def built(name: str, vectors: ConfigFile) -> Objective:
     settings = {
         "direction": {"vectors": vectors, "power": 2.0},
         "joint": {"with_units": ("deep:1", "deep:2"), "weights": (0.5, -2.0)},
+        "directions": {"vectors": vectors, "power": 1.0},
+        "caricature": {"power": 1.0},
         "interpolate": {"to": "deep:3"},
     }
     return OBJECTIVES[name](**settings.get(name, {}))
@@ -65,7 +67,8 @@ def test_objectives_against_finite_differences_through_a_network(name: str, vect
         own = net.norm(net.stem(images))
         deep = net.late(torch.tanh(own))
         numbers = torch.tensor([2, 0]), torch.tensor([0, 2])
-        return objective.value(Activations(own, *numbers, 3, {"deep": deep}))
+        target = torch.linspace(-1, 2, own.shape[1], dtype=torch.float64)[None, :, None, None]
+        return objective.value(Activations(own, *numbers, 3, {"deep": deep}, target))
 
     assert value(images).shape == (2,)
     assert torch.autograd.gradcheck(value, (images,), atol=1e-6)

@@ -26,6 +26,8 @@ SYMBOLS = {
     "probability": "maxₓ  softmax(z(x))₍c₎",
     "log_probability": "maxₓ  log softmax(z(x))₍c₎",
     "direction": "maxₓ  ⟨v, a(x)⟩ for a vector v",
+    "directions": "maxₓ  ⟨vᵢ, a(x)⟩ for a vector vᵢ of each image",
+    "caricature": "maxₓ  1/(HW) · Σ a(x) · a(t) · max(0.1, cos(a(x), a(t)))ᵖ for a photograph t",
     "joint": "maxₓ  Σₖ wₖ · aₖ(x) over several units",
     "interpolate": "maxₓ  (1 − t) · a₁(x) + t · a₂(x)",
 }
@@ -35,6 +37,11 @@ GROUPS = (
     ("canvas", "Canvas", "The parameterization of the image: the variables that the optimizer changes."),
     ("transforms", "Transforms", "Random transformations at every step, for transformation robustness."),
     ("penalties", "Penalties", "Image regularizers, which are subtracted from the objective."),
+    (
+        "layer_penalties",
+        "Distance from the initial image",
+        "Regularizers in the space of a layer, which are subtracted from the objective.",
+    ),
     ("preconditioners", "Gradient", "Operations on the gradient before each step."),
     ("augmentations", "Noise on the network", "Random perturbations of the network at every step."),
     ("couplings", "Couplings", "Terms over the several images of one unit."),

@@ -1,0 +1,43 @@
+"""A worker in this process for the units of one layer, without a run folder: for notebooks and single pictures."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from pipeline.config.schema import Config
+from pipeline.data.datasets import Dataset
+from pipeline.engine.resources import local_resources, size_pool
+from pipeline.engine.tasks import Setup
+from pipeline.engine.worker import Worker
+from pipeline.layers import selection
+from pipeline.layers.finding import Layer
+from pipeline.models.loading import Model
+from pipeline.planning import execution
+from pipeline.planning.preset_inputs import with_penalty_layers
+from pipeline.planning.validation import choose_canvas_sizes, validate_request
+from pipeline.visualization.preset import Size
+
+
+def layer_worker(
+    model: Model, config: Config, candidates: Sequence[Layer], layer: Layer, place: Callable[[str], Model]
+) -> tuple[Size, Worker]:
+    """Return the canvas size of a layer for the main preset, and a worker that visualizes its units.
+
+    Args:
+        model: The network, on the CPU.
+        config: The configuration; its preset in `Worker.setup` has the layers of its regularizers.
+        candidates: All layers of the network.
+        layer: The layer.
+        place: Returns the network on a device.
+
+    Raises:
+        AtlasError: If the preset does not apply to the layer.
+    """
+    config = with_penalty_layers(config, candidates)
+    heads = selection.logit_layers(model, candidates)
+    others = validate_request(config, model, candidates, [layer], heads)
+    canvas = choose_canvas_sizes(model, [layer], config.render)[layer.name]
+    pool = size_pool(dataclasses.replace(config.engine, name="inline"), [local_resources()])
+    setup = Setup(config, model.digest, (layer,), Dataset((), {}), pool.threads, pool.device, others)
+    worker = Worker(execution.on_device(setup, pool.device))
+    worker.__dict__["model"] = place(pool.device)  # in place of loading it
+    return canvas, worker
