@@ -1,6 +1,6 @@
 """What visualizations need of the dataset pass: best examples as initial images, and means of layers.
 
-Presets with `render.canvas.source=best` and silent units need the first, presets with `render.objective.target=mean` the
+Presets with `render.canvas.source=best` and silent units need the first, `render.objective.target=mean` needs the
 second.
 """
 
