@@ -1,5 +1,6 @@
 """Several presets in one run: the same pictures as in runs of their own, side by side in one atlas."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,9 @@ def test_a_first_convolution_has_kernels_and_energies_and_no_ratio(folders: Path
     page = (folders / "many" / "site" / "layers" / "conv_stem.html").read_text()
     assert page.count('class="kernel"') == 3 and "objective energy" in page
     assert 'class="kernel"' not in (folders / "many" / "site" / "layers" / "conv_head.html").read_text()
+    units = json.loads((folders / "many" / "site" / "api" / "v1" / "units" / "conv_stem.json").read_text())["units"]
+    assert all(unit["kernel"]["size"] == [3, 3] and len(unit["kernel"]["views"]) == 4 for unit in units)
+    assert [unit["kernel"]["scale"] for unit in units] == pytest.approx(np.abs(kernels).max((1, 2, 3)), rel=1e-3)
     plan = pd.read_csv(folders / "many" / "plan.csv").dropna(subset="layer")
     assert plan.set_index(["layer", "preset"])["objective"]["conv_stem"].tolist() == objectives
 
