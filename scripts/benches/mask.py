@@ -2,10 +2,10 @@
 
 scripts/bench mask [--layers blocks.3.1.conv_pw,blocks.5.3.conv_pwl] [--steps 8]
 
-Renders 16 channels of each layer with the default preset on one thread, and times the part of every step that sums the
-gradient (`gradient_magnitude` and an addition of the same size) within the same steps. Prints its share of the processor
-time of all steps; the evaluation of the finished images does not count. A part of under a hundredth of a step is lost in
-the noise between two runs with and without it.
+Renders 16 channels of each layer with the default preset on one thread, and times the part of every step that sums
+the gradient (`gradient_magnitude` and an addition of the same size) within the same steps. Prints its share of the
+processor time of all steps; the evaluation of the finished images does not count. Two runs, with the mask and without
+it, differ by more than that from noise alone.
 """
 
 import argparse
