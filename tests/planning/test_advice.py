@@ -29,7 +29,9 @@ def test_units_kernels_and_classes_need_no_advice() -> None:
 
 
 def test_negatives_are_advised_only_where_they_are_missing() -> None:
-    assert "also=[negative]" not in linear_output_advice(compose(["also=[negative]"]).config, LINEAR, (), {})
+    assert "also=[negative]" not in linear_output_advice(
+        compose(["+render@also.negative=negative"]).config, LINEAR, (), {}
+    )
     config = compose(["experiment=residual"]).config
     assert [preset.name for preset in config.presets] == ["distill", "negative"] and config.layers.policy == "residual"
 
@@ -39,7 +41,7 @@ def test_without_an_atlas_no_rotation_number_is_known(tmp_path: Path) -> None:
 
 
 def test_the_plan_of_linear_outputs_says_so(tiny_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    settings = [setting for setting in tiny_run if not setting.startswith("layers.")]
-    assert main(["plan", *settings, "layers.include=[blocks.1.0]", "layers.channels=0:2"]) == 0
+    settings = [setting for setting in tiny_run if not setting.startswith("layers")]
+    assert main(["plan", *settings, "layers.include=[blocks.1.0]", "layers.channels='0:2'"]) == 0
     told = capsys.readouterr()
     assert "linear outputs (blocks.1.0)" in told.out + told.err

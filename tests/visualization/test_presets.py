@@ -1,8 +1,10 @@
 """Several presets in one run: the same pictures as in runs of their own, side by side in one atlas."""
 
+import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import TINY, compose
 from test_examples import seen_by
@@ -40,11 +42,36 @@ def test_all_presets_are_in_one_atlas_in_their_order(folders: Path) -> None:
         layer = atlas["conv_stem"]
         assert layer.presets == ("distill", "negative", "image_prior", "diverse")
         assert layer.images().shape == (3, 1, 32, 32, 3) and layer.images("diverse").shape == (3, 2, 32, 32, 3)
-        assert [layer.render_attributes(p)["natural"] for p in layer.presets] == ["mean", "least", "mean", "mean"]
+        later = atlas["conv_head"]
+        assert [later.render_attributes(p)["natural"] for p in layer.presets] == ["mean", "least", "mean", "mean"]
+        assert {later.render_attributes(p)["objective"] for p in layer.presets} == {"channel"}
         table = atlas.units()
         counts = table.groupby("preset").size().to_dict()
         assert counts == {"distill": 6, "negative": 6, "image_prior": 6, "diverse": 12}
         assert table["status"].ne("missing").all()
+
+
+def test_a_first_convolution_has_kernels_and_energies_and_no_ratio(folders: Path) -> None:
+    with pipeline.open_atlas(folders / "many") as atlas:
+        layer = atlas["conv_stem"]
+        objectives = [str(layer.render_attributes(preset)["objective"]) for preset in layer.presets]
+        assert objectives == ["energy", "channel", "energy", "energy"]
+        assert layer.render_attributes("distill")["natural"] == ""
+        assert layer.render_attributes("distill")["budget_names"] == ["l2"]
+        numbers = layer.measurements("distill")
+        assert np.isnan(numbers["peak_ratio"]).all() and np.isnan(numbers["mean_ratio"]).all()
+        assert np.isfinite(layer.measurements("negative")["mean_ratio"]).any()
+        kernels = layer.kernels()
+        assert kernels is not None and kernels.shape == (3, 3, 3, 3) and layer.has_exact_kernels
+        assert atlas["conv_head"].kernels() is None
+    page = (folders / "many" / "site" / "layers" / "conv_stem.html").read_text()
+    assert page.count('class="kernel"') == 3 and "objective energy" in page
+    assert 'class="kernel"' not in (folders / "many" / "site" / "layers" / "conv_head.html").read_text()
+    units = json.loads((folders / "many" / "site" / "api" / "v1" / "units" / "conv_stem.json").read_text())["units"]
+    assert all(unit["kernel"]["size"] == [3, 3] and len(unit["kernel"]["views"]) == 4 for unit in units)
+    assert [unit["kernel"]["scale"] for unit in units] == pytest.approx(np.abs(kernels).max((1, 2, 3)), rel=1e-3)
+    plan = pd.read_csv(folders / "many" / "plan.csv").dropna(subset="layer")
+    assert plan.set_index(["layer", "preset"])["objective"]["conv_stem"].tolist() == objectives
 
 
 def test_pictures_are_measured_and_held_against_photographs(folders: Path) -> None:
@@ -52,6 +79,9 @@ def test_pictures_are_measured_and_held_against_photographs(folders: Path) -> No
         table = atlas.units()
         for metric in (*metric_specs.IMAGE_METRICS, *metric_specs.RELATION_METRICS):
             values = table[metric.name]
+            if metric.name in ("peak", "spatial_mean"):
+                assert values[table["objective"] == "energy"].isna().all()
+                values = values[table["objective"] != "energy"]
             if metric.name == "agreement":
                 values = values[table["preset"] == "diverse"]
             if metric.name == "margin":  # of maxima
@@ -65,7 +95,8 @@ def test_pictures_are_measured_and_held_against_photographs(folders: Path) -> No
         for ratio, own, best in (("mean_ratio", "spatial_mean", mean), ("peak_ratio", "peak", peak)):
             expected = table[own] / best.where(best * sign > 0)
             assert np.allclose(table[ratio], expected, equal_nan=True) and expected.notna().any()
-        assert np.allclose(table["spatial_mean"], table["activation"], atol=1e-3)
+        means = table[table["objective"] != "energy"]
+        assert np.allclose(means["spatial_mean"], means["activation"], atol=1e-3)
         whole = table["activation"].where(table["activation"] * sign > 0)
         assert np.allclose(table["robust_share"], table["robust"] / whole, equal_nan=True)
 
