@@ -37,7 +37,7 @@ from pipeline.layers.finding import Layer, ReceptiveField
 from pipeline.layers.receptive_fields import receptive_fields
 from pipeline.models.config import ModelConfig, Preprocessing
 from pipeline.models.loading import Model, load_model, prepare_module, weights_digest
-from pipeline.planning import execution
+from pipeline.planning import execution, natural_deviations
 from pipeline.planning.validation import choose_canvas_sizes, validate_request
 from pipeline.visualization.evaluation import Visualization
 
@@ -102,7 +102,7 @@ class Network:
             raise AtlasError(f"{self.model.name} has no layer {name!r}. {nearest_names(name, self.layers)}")
         layer = self.layers[name]
         if name not in self._fields:
-            self._fields.update(receptive_fields(self._folded, [layer]))
+            self._fields.update(receptive_fields(self.folded, [layer]))
         return dataclasses.replace(layer, field=self._fields[name])
 
     def on(self, device: str) -> Model:
@@ -114,7 +114,8 @@ class Network:
         return dataclasses.replace(self.model, module=copy.deepcopy(self.model.module))
 
     @functools.cached_property
-    def _folded(self) -> Model:
+    def folded(self) -> Model:
+        """The network with folded batch normalizations."""
         return fold(self.model, foldable_pairs(self.model))
 
     @functools.cached_property
@@ -270,6 +271,10 @@ def _worker(network: Network, config: Config, layer: Layer) -> tuple[tuple[int, 
     canvas = choose_canvas_sizes(model, [layer], config.render)[layer.name]
     pool = size_pool(dataclasses.replace(config.engine, name="inline"), [local_resources()])
     setup = Setup(config, model.digest, (layer,), Dataset((), {}), pool.threads, pool.device, others)
+    if config.render.network_penalties:
+        natural_deviations.check_normalizations(model, [layer], [config.render])
+        natural = natural_deviations.measure(model, network.folded, setup.dataset, [layer])
+        setup = dataclasses.replace(setup, natural=natural)
     worker = Worker(execution.on_device(setup, pool.device))
     worker.__dict__["model"] = network.on(pool.device)  # in place of loading it
     return canvas, worker

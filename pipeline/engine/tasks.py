@@ -11,6 +11,7 @@ from pipeline.data.datasets import Dataset
 from pipeline.layers.finding import Layer
 from pipeline.models.config import LOCATION_FIELDS
 from pipeline.visualization.initial_images import InitialImage
+from pipeline.visualization.network_penalties import NaturalDeviations
 from pipeline.visualization.network_perturbations import Ensemble
 from pipeline.visualization.preset import Preset
 
@@ -35,6 +36,7 @@ class Setup:
         others: Layers that presets read besides the layer of the unit.
         begins: Digest of the dataset pass whose best examples are the initial images; empty if there are none.
         precision: Precision of the optimization steps, "float32" or "bfloat16".
+        natural: Statistics of natural images in the network; None if no preset compares with them.
     """
 
     config: Config
@@ -46,6 +48,7 @@ class Setup:
     others: tuple[Layer, ...] = ()
     begins: str = ""
     precision: str = "float32"
+    natural: NaturalDeviations | None = None
 
     def others_of(self, preset: Preset) -> dict[str, Layer]:
         """Return those of `others` that `preset` reads, by name."""
@@ -251,8 +254,16 @@ def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int], name: str
             "seed": config.run.seed,
             "precision": "float32" if exact else setup.precision,
             "device": device_kind(setup.device),
+            **_natural_digest(setup, own_preset),
         }
     )
+
+
+def _natural_digest(setup: Setup, preset: Preset) -> dict[str, str]:
+    """Return the source of the statistics of natural images for a digest; empty for presets that do not use them."""
+    if not preset.network_penalties or setup.natural is None:
+        return {}
+    return {"natural deviations": setup.natural.source}
 
 
 def _arguments(config: Config) -> Any:

@@ -25,7 +25,7 @@ from pipeline.layers import selection
 from pipeline.layers.finding import Layer, ReceptiveField
 from pipeline.layers.receptive_fields import receptive_fields
 from pipeline.models.loading import Model, load_model
-from pipeline.planning import execution, judging, manifest
+from pipeline.planning import execution, judging, manifest, natural_deviations
 from pipeline.planning.base_run import check_same_sources, find_base_run
 from pipeline.planning.cost_model import ZERO_SPAN, PlanRow, Span, estimate, time_image_loading
 from pipeline.planning.folder import RunFolder
@@ -34,6 +34,7 @@ from pipeline.planning.overheads import Overheads, Stopwatch, process_start
 from pipeline.planning.plan import Plan, RemainingWork, Unrendered
 from pipeline.planning.unit_selection import Units, select_units
 from pipeline.planning.validation import channels_to_render, choose_canvas_sizes, validate_request, with_labels
+from pipeline.visualization.network_penalties import Normalization, normalizations_before
 
 log = logging.getLogger(__name__)
 
@@ -186,6 +187,9 @@ def _find_units(inputs: _Inputs, units: Units | None) -> tuple[_Inputs, _Units]:
     reasons = layers_without_gradient(model, layers)
     for name, reason in reasons.items():
         log.warning("%s gets dataset examples but no visualizations: %s", name, reason)
+    natural_deviations.check_normalizations(
+        model, [layer for layer in layers if layer.name not in reasons], config.presets
+    )
     classes = {layer.name for layer in heads if model.labels and layer.channels == len(model.labels)}
     class_layers = tuple(layer.name for layer in layers if layer.name in classes)
     return dataclasses.replace(inputs, model=model), _Units(tuple(layers), channels, reasons, others, class_layers)
@@ -232,6 +236,9 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
     setup = execution.on_device(setup, pool.device)
     if any(preset.needs_examples for preset in config.presets):
         setup = dataclasses.replace(setup, begins=examples_digest(setup, inputs.fingerprint))
+    if any(preset.network_penalties for preset in config.presets) and chosen.rendered:
+        natural = natural_deviations.measure(model, inputs.folded, inputs.dataset, chosen.rendered)
+        setup = dataclasses.replace(setup, natural=natural)
     images = len(inputs.dataset.images)
     return Plan(
         config=config,
@@ -263,7 +270,8 @@ def _with_estimates(plan: Plan, inputs: _Inputs, chosen: _Units) -> Plan:
     # A worker verifies variants for each layer, as far as that layer.
     seconds /= max(1.0, deepest.layer.cost if deepest else 1.0)
     images = plan.left.images + plan.left.localizations
-    estimated, timings = estimate(chosen.layers, open_rows, plan.config, chosen.others, variants, images)
+    norms = _normalizations(plan, inputs.model, [row.layer for row in open_rows])
+    estimated, timings = estimate(chosen.layers, open_rows, plan.config, chosen.others, variants, images, norms)
     # A worker decodes images with as many threads as it has.
     reads = plan.left.images or plan.left.localizations
     read = (
@@ -284,6 +292,15 @@ def _with_estimates(plan: Plan, inputs: _Inputs, chosen: _Units) -> Plan:
     )
 
 
+def _normalizations(plan: Plan, model: Model, layers: Sequence[Layer]) -> dict[str, list[Normalization]]:
+    """Return the normalizations that presets compare with natural images, by the name of the unit's layer."""
+    natural = plan.setup.natural
+    if natural is None:
+        return {}
+    device = str(next(model.module.parameters()).device)
+    return {layer.name: natural.of(normalizations_before(model, layer), device) for layer in layers}
+
+
 def _timed_variants(plan: Plan, inputs: _Inputs, deepest: PlanRow | None) -> tuple[ModelVariants, float]:
     """Return the variants of the network for the deepest layer, and the seconds that a worker takes to verify them."""
     device = plan.pool.device
@@ -292,7 +309,10 @@ def _timed_variants(plan: Plan, inputs: _Inputs, deepest: PlanRow | None) -> tup
     layers = [*([deepest.layer] if deepest else plan.setup.layers[-1:]), *plan.setup.others]
     precision = precision_of(plan.config.engine.precision, torch.device(device).type)
     size = deepest.canvas if deepest else None
-    verify = functools.partial(verified_variants, inputs.model.to(device), inputs.pairs, layers, precision, size)
+    model = inputs.model.to(device)
+    read = [norm for found in _normalizations(plan, model, layers[:1]).values() for norm in found]
+    norms = {norm.path: norm.tap for norm in read}
+    verify = functools.partial(verified_variants, model, inputs.pairs, layers, precision, size, norms)
     cpus, _ = local_resources()
     with _threads(cpus):
         began = perf_counter()

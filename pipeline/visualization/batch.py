@@ -13,6 +13,7 @@ from pipeline.images.parameterizations import FromImage
 from pipeline.images.transforms import ROBUSTNESS_TRANSFORMS, draw_random
 from pipeline.layers.finding import Layer
 from pipeline.models.loading import Model
+from pipeline.visualization.network_penalties import Normalization
 from pipeline.visualization.preset import ChannelVariant, Preset, Size, canvas_size
 from pipeline.visualization.schedules import Stage, StepSettings, expand_schedule
 
@@ -41,6 +42,8 @@ class RenderJob:
         layers: The layers named by `preset.others`, by name.
         ensemble: The networks of an ensemble other than `model`.
         initial_images: For parameterizations that start from an image: (C, H, W) in [0, 1] by unit, with margins.
+        normalizations: The normalizations that `preset.network_penalties` compare, in their order; see
+            `network_penalties.normalizations_before`.
     """
 
     model: Model
@@ -54,6 +57,7 @@ class RenderJob:
     layers: Mapping[str, Layer] = dataclasses.field(default_factory=dict)
     ensemble: Sequence[Model] = ()
     initial_images: Mapping[ChannelVariant, Tensor] = dataclasses.field(default_factory=dict)
+    normalizations: Sequence[Normalization] = ()
 
     @property
     def image_size(self) -> Size:

@@ -82,7 +82,10 @@ def _optimize(job: RenderJob, batch: Batch, attempt: int) -> None:
             if current is None or settings.stage != current.stage:
                 stage = job.stage(settings)
                 forward_stack.close()
-                forwards = [forward_stack.enter_context(objective_forward(job, m, stage)) for m in job.step_models]
+                forwards = [
+                    forward_stack.enter_context(objective_forward(job, m, stage, penalized=True))
+                    for m in job.step_models
+                ]
                 if current is not None and job.canvas(job.stage(current)) != job.canvas(stage):
                     batch.resize(job.canvas(job.stage(current)), job.canvas(stage))
             current = settings
@@ -175,6 +178,8 @@ def _objective_gradient(
         total = result.values.sum()
         if result.batch_terms is not None:
             total = total + result.batch_terms.sum()
+        if result.penalties is not None:
+            total = total - result.penalties.sum()
         return result.values.detach(), torch.autograd.grad(total, images)[0]
 
     values, gradient = backward(images, slice(None))

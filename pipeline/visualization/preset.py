@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipeline.core.errors import AtlasError
-from pipeline.core.registry import Member, Members, Registry, registered_name
+from pipeline.core.registry import ADDED_LATER, Member, Members, Registry, registered_name
 from pipeline.core.units import Unit
 from pipeline.core.validation import Keyed, Use
 from pipeline.images.gradient_preconditioners import PRECONDITIONERS, BlurGradient, Preconditioner
@@ -17,7 +17,8 @@ from pipeline.images.parameterizations import CANVASES, FromImage, Parameterizat
 from pipeline.images.transforms import TRANSFORMS, Transform
 from pipeline.layers.finding import Layer
 from pipeline.visualization.batch_terms import COUPLINGS, BatchTerm
-from pipeline.visualization.network_perturbations import AUGMENTATIONS, NetworkPerturbation
+from pipeline.visualization.network_penalties import NETWORK_PENALTIES, NetworkPenalty
+from pipeline.visualization.network_perturbations import AUGMENTATIONS, Ensemble, NetworkPerturbation
 from pipeline.visualization.objectives import OBJECTIVES, LayerInfo, Objective
 from pipeline.visualization.optimizers import OPTIMIZERS, Optimizer
 from pipeline.visualization.schedules import STOPS, Fixed, Stage, Stop
@@ -52,6 +53,7 @@ class Preset:
         preconditioners: Preconditioners of the gradient in pixel space, in this order.
         augmentations: Perturbations of the network.
         couplings: Terms over all variants of a unit.
+        network_penalties: Penalties on the activations of the network.
         schedule: Stages of the optimization; empty for a single stage with default settings.
         stop: Stopping rule.
     """
@@ -76,6 +78,9 @@ class Preset:
     couplings: Annotated[tuple[BatchTerm, ...], Members(COUPLINGS)] = ()
     schedule: Annotated[tuple[Stage, ...], Keyed] = ()
     stop: Annotated[Stop, Member(STOPS)] = Fixed()
+    network_penalties: Annotated[tuple[NetworkPenalty, ...], Members(NETWORK_PENALTIES)] = dataclasses.field(
+        default=(), metadata=ADDED_LATER
+    )
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -162,6 +167,11 @@ def check(preset: Preset, channels: int) -> None:
         )
     if preset.couplings and preset.variants < 2:
         raise AtlasError("render.couplings need render.variants of at least 2: they compare the variants of a unit.")
+    if preset.network_penalties and any(isinstance(a, Ensemble) for a in preset.augmentations):
+        raise AtlasError(
+            "render.network_penalties compare with the statistics of one network, not with those of the ensemble in "
+            "render.augmentations: use one of the two."
+        )
     blurs_gradient = any(isinstance(preconditioner, BlurGradient) for preconditioner in preset.preconditioners)
     if any(stage.gradient_blur for stage in preset.stages) and not blurs_gradient:
         raise AtlasError(
