@@ -230,6 +230,8 @@ def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int], name: str
     own_preset = config.preset(name)
     preset = canonical(own_preset)
     preset.pop("name")  # the same settings under another name give the same images
+    for stage in preset["schedule"]:
+        stage.pop("head", None)  # the plan has named the layer of the head in `layer`
     model = canonical(config.model)
     for key in LOCATION_FIELDS:
         model.pop(key)  # paths of weights and code; their contents are in the digest of the weights

@@ -23,9 +23,11 @@ from pipeline.engine.resources import WorkerPool, local_resources, size_pool
 from pipeline.engine.tasks import Setup, examples_digest
 from pipeline.layers import selection
 from pipeline.layers.finding import Layer, ReceptiveField
+from pipeline.layers.heads import HeadLayer
 from pipeline.layers.receptive_fields import receptive_fields
 from pipeline.models.loading import Model, load_model
 from pipeline.planning import execution, judging, manifest, natural_deviations
+from pipeline.planning import heads as fitted_heads
 from pipeline.planning.base_run import check_same_sources, find_base_run
 from pipeline.planning.cost_model import ZERO_SPAN, PlanRow, Span, estimate, time_image_loading
 from pipeline.planning.folder import RunFolder
@@ -176,7 +178,9 @@ def _find_units(inputs: _Inputs, units: Units | None) -> tuple[_Inputs, _Units]:
     layers = [layer for layer in candidates if layer.name in requested]
     heads = selection.logit_layers(model, candidates)
     model = with_labels(model, heads, user_labels=config.model.labels is not None)
-    others = validate_request(config, model, candidates, layers, heads)
+    config, unfitted = fitted_heads.with_heads(config, model, candidates, heads)
+    inputs = dataclasses.replace(inputs, config=config)
+    others = validate_request(config, model, [*candidates, *unfitted], layers, heads)
     channels = {layer.name: channels_to_render(layer, requested[layer.name], config) for layer in layers}
     empty = [name for name, numbers in channels.items() if not numbers]
     if len(empty) == len(layers):
@@ -192,7 +196,20 @@ def _find_units(inputs: _Inputs, units: Units | None) -> tuple[_Inputs, _Units]:
     )
     classes = {layer.name for layer in heads if model.labels and layer.channels == len(model.labels)}
     class_layers = tuple(layer.name for layer in layers if layer.name in classes)
-    return dataclasses.replace(inputs, model=model), _Units(tuple(layers), channels, reasons, others, class_layers)
+    inputs = dataclasses.replace(inputs, model=model)
+    if unfitted:
+        others = _with_fitted_heads(inputs, others, unfitted, heads[-1])
+    return inputs, _Units(tuple(layers), channels, reasons, others, class_layers)
+
+
+def _with_fitted_heads(
+    inputs: _Inputs, others: Sequence[Layer], heads: Sequence[HeadLayer], logits: Layer
+) -> tuple[Layer, ...]:
+    """Return the layers that presets read, with heads fitted to the dataset, or as an earlier plan has them."""
+    source = fitted_heads.HeadSource(inputs.model, inputs.folded, inputs.dataset, inputs.fingerprint, logits)
+    folders = [inputs.config.folder, *([inputs.base.path] if inputs.base else [])]
+    found = fitted_heads.fitted(heads, source, folders)
+    return tuple(found.get(layer.name, layer) for layer in others)
 
 
 def _requested(inputs: _Inputs, candidates: Sequence[Layer]) -> Units:

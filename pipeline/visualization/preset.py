@@ -16,6 +16,7 @@ from pipeline.images.image_regularizers import PENALTIES, ImageRegularizer
 from pipeline.images.parameterizations import CANVASES, FromImage, Parameterization
 from pipeline.images.transforms import TRANSFORMS, Transform
 from pipeline.layers.finding import Layer
+from pipeline.layers.heads import HeadLayer
 from pipeline.visualization.batch_terms import COUPLINGS, BatchTerm
 from pipeline.visualization.network_penalties import NETWORK_PENALTIES, NetworkPenalty
 from pipeline.visualization.network_perturbations import AUGMENTATIONS, Ensemble, NetworkPerturbation
@@ -207,7 +208,13 @@ def check_layer(preset: Preset, layer: Layer, others: Mapping[str, Layer], class
         if stage.layer not in widths:
             raise AtlasError(
                 f"render.schedule needs a head {stage.layer!r}, which this network does not have. Use a network that "
-                "has it (model=googlenet_aux for oygard), or the same schedule without heads (render/schedule=blur)."
+                "has it (model=googlenet_aux for oygard), the same schedule without heads (render/schedule=blur), or "
+                "`atlas run`, which fits heads to the images of a dataset."
+            )
+        if isinstance(others[stage.layer], HeadLayer) and not classifier:
+            raise AtlasError(
+                f"render.schedule: {stage.layer} predicts the classes of the network, and {layer.name} does not hold "
+                "their logits. Set layers=logits."
             )
         if widths[stage.layer] != layer.channels:
             raise AtlasError(
