@@ -107,7 +107,7 @@ class Network:
             raise AtlasError(f"{self.model.name} has no layer {name!r}. {nearest_names(name, self.layers)}")
         layer = self.layers[name]
         if name not in self._fields:
-            self._fields.update(receptive_fields(self._folded, [layer]))
+            self._fields.update(receptive_fields(self.folded, [layer]))
         return dataclasses.replace(layer, field=self._fields[name])
 
     def on(self, device: str) -> Model:
@@ -119,7 +119,8 @@ class Network:
         return dataclasses.replace(self.model, module=copy.deepcopy(self.model.module))
 
     @functools.cached_property
-    def _folded(self) -> Model:
+    def folded(self) -> Model:
+        """The network with folded batch normalizations."""
         return fold(self.model, foldable_pairs(self.model))
 
     @functools.cached_property

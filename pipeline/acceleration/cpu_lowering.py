@@ -18,7 +18,7 @@ eight times (AMX, tiles) as fast. Metrics of finished visualizations are always 
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,11 @@ def precision_of(precision: str, device: str) -> torch.dtype:
 
 
 def lower(
-    folded: Model, pairs: Sequence[ConvNormPair], dtype: torch.dtype = torch.float32, mixed: bool = False
+    folded: Model,
+    pairs: Sequence[ConvNormPair],
+    dtype: torch.dtype = torch.float32,
+    mixed: bool = False,
+    visible: Collection[str] = (),
 ) -> Model:
     """Return a copy of a folded network in `dtype`, on a CPU with faster convolutions.
 
@@ -70,6 +74,7 @@ def lower(
         dtype: Data type of weights and activations. Tensors that have it already are shared.
         mixed: Whether to run under autocast, for networks that create float32 tensors in their forward pass or use
             operators that need them.
+        visible: Paths of folded normalizations whose output is read: a rectifier after them stays a module.
     """
     on_cpu = next(folded.module.parameters()).device.type == "cpu"
     if not on_cpu and dtype == torch.float32:
@@ -77,7 +82,7 @@ def lower(
     model = in_precision(folded, dtype)
     # The replacements need the channels-last memory format.
     if on_cpu and folded.channels_last:
-        _replace_convolutions(model.module, dict(pairs))
+        _replace_convolutions(model.module, dict(pairs), visible)
     if mixed:
         _run_mixed(model.module, dtype)
     return model
@@ -109,15 +114,21 @@ def _run_mixed(module: nn.Module, dtype: torch.dtype) -> None:
     module.forward = autocast  # type: ignore[method-assign]
 
 
-def _replace_convolutions(module: nn.Module, norms: Mapping[str, str]) -> None:
-    """Replace the convolutions of `module` in place; `norms` are paths of folded normalizations by convolution path."""
+def _replace_convolutions(module: nn.Module, norms: Mapping[str, str], visible: Collection[str]) -> None:
+    """Replace the convolutions of `module` in place.
+
+    Args:
+        module: The network.
+        norms: Paths of folded normalizations by that of the convolution.
+        visible: See `lower`.
+    """
     for path, conv in list(module.named_modules()):
         replacement = _replacement_class(conv)
         if replacement is None or not path:
             continue
         norm = module.get_submodule(norms[path]) if path in norms else None
         limits = None
-        if isinstance(norm, FoldedNorm) and isinstance(norm.drop, nn.Identity):
+        if isinstance(norm, FoldedNorm) and isinstance(norm.drop, nn.Identity) and norms[path] not in visible:
             limits = limits_of(norm.act)
             if limits is not None:
                 norm.act = nn.Identity()

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -213,6 +213,7 @@ def verified_variants(
     layers: Sequence[Layer],
     dtype: torch.dtype,
     size: tuple[int, int] | None = None,
+    norms: Mapping[str, Layer] | None = None,
 ) -> ModelVariants:
     """Return the fastest variants that equal `model` at `layers`.
 
@@ -222,11 +223,14 @@ def verified_variants(
         layers: The layers that will be read; batch normalizations inside them are not folded.
         dtype: Data type of the steps, float32 or bfloat16.
         size: (height, width) in pixels of the images for the comparison; None for the network's own input size.
+        norms: Normalized values that will be read as well, by the path of the batch normalization. It is folded all the
+            same: the folded network has the values too.
     """
-    reference = _Reference.of(model, layers, size or model.preprocessing.size)
+    norms = norms or {}
+    reference = _Reference.of(model, [*layers, *norms.values()], size or model.preprocessing.size)
     reasons: list[str] = []
     folded = fold(model, pairs, layers)
-    exact = reference.first_equal([_Candidate("lowered", lambda: lower(folded, pairs))], reasons)
+    exact = reference.first_equal([_Candidate("lowered", lambda: lower(folded, pairs, visible=norms))], reasons)
     if exact is None and folded is not model:
         # The lowered network contains the folded weights: only if it deviates, the folded one has to be compared.
         folded = reference.first_equal([_Candidate("folded", lambda: folded)], reasons) or model
@@ -236,8 +240,8 @@ def verified_variants(
     if dtype != torch.float32:
         steps = reference.first_equal(
             [
-                _Candidate("lowered", lambda: lower(folded, pairs, dtype), dtype),
-                _Candidate("mixed", lambda: lower(folded, pairs, dtype, mixed=True), dtype),
+                _Candidate("lowered", lambda: lower(folded, pairs, dtype, visible=norms), dtype),
+                _Candidate("mixed", lambda: lower(folded, pairs, dtype, mixed=True, visible=norms), dtype),
             ],
             reasons,
         )

@@ -11,6 +11,7 @@ from pipeline.data.datasets import Dataset
 from pipeline.layers.finding import Layer
 from pipeline.models.config import LOCATION_FIELDS
 from pipeline.visualization.initial_images import InitialImage
+from pipeline.visualization.network_penalties import NaturalDeviations
 from pipeline.visualization.network_perturbations import Ensemble
 from pipeline.visualization.preset import Preset
 
@@ -36,6 +37,7 @@ class Setup:
         others: Layers that presets read besides the layer of the unit.
         begins: Digest of the dataset pass whose best examples or means visualizations need; empty if none does.
         precision: Precision of the optimization steps, "float32" or "bfloat16".
+        natural: Statistics of natural images in the network; None if no preset compares with them.
     """
 
     config: Config
@@ -47,6 +49,7 @@ class Setup:
     others: tuple[Layer, ...] = ()
     begins: str = ""
     precision: str = "float32"
+    natural: NaturalDeviations | None = None
 
     def others_of(self, preset: Preset) -> dict[str, Layer]:
         """Return those of `others` that `preset` reads, by name."""
@@ -235,6 +238,8 @@ def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int], name: str
     own_preset = config.preset_for(name, layer)
     preset = canonical(own_preset)
     preset.pop("name")  # the same settings under another name give the same images
+    for stage in preset["schedule"]:
+        stage.pop("head", None)  # the plan has named the layer of the head in `layer`
     model = canonical(config.model)
     for key in LOCATION_FIELDS:
         model.pop(key)  # paths of weights and code; their contents are in the digest of the weights
@@ -259,6 +264,7 @@ def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int], name: str
             "seed": config.run.seed,
             "precision": "float32" if exact else setup.precision,
             "device": device_kind(setup.device),
+            **_natural_digest(setup, own_preset),
         }
     )
 
@@ -282,6 +288,13 @@ def restart_digest(setup: Setup, render: str, examples: str) -> str:
             "jpeg_quality": config.jpeg_quality,
         }
     )
+
+
+def _natural_digest(setup: Setup, preset: Preset) -> dict[str, str]:
+    """Return the source of the statistics of natural images for a digest; empty for presets that do not use them."""
+    if not preset.network_penalties or setup.natural is None:
+        return {}
+    return {"natural deviations": setup.natural.source}
 
 
 def _arguments(config: Config) -> Any:

@@ -46,6 +46,7 @@ from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.evaluation import SILENT, Visualization
 from pipeline.visualization.initial_images import InitialImage
 from pipeline.visualization.loop import render, restart
+from pipeline.visualization.network_penalties import Normalization, normalizations_before
 from pipeline.visualization.network_perturbations import Ensemble
 from pipeline.visualization.preset import Preset
 
@@ -122,17 +123,24 @@ class Worker:
         Batch normalizations whose output `layer` or the preset reads are not folded. The variants of the last layer
         and preset are cached.
         """
-        key = (layer.name, size, *preset.others)
+        key = (layer.name, size, bool(preset.network_penalties), *preset.others)
         if self._variants is None or self._variants[0] != key:
             self._variants = None
             layers = [layer, *self.setup.others_of(preset).values()]
-            variants = verified_variants(self.model, self._foldable, layers, self.precision, size)
+            norms = {norm.path: norm.tap for norm in self.normalizations(layer, preset)}
+            variants = verified_variants(self.model, self._foldable, layers, self.precision, size, norms)
             fallback = (variants.level, variants.reason)
             if variants.reason and fallback not in self._fallbacks:
                 self._fallbacks.add(fallback)
                 log.warning("%s: steps of %s run on the %s network: %s", self.model.name, layer.name, *fallback)
             self._variants = key, variants
         return self._variants[1]
+
+    def normalizations(self, layer: Layer, preset: Preset) -> list[Normalization]:
+        """Return the normalizations before `layer` that `preset` compares, with their natural deviations."""
+        if not preset.network_penalties or self.setup.natural is None:
+            return []
+        return self.setup.natural.of(normalizations_before(self.model, layer), self.setup.device)
 
     @property
     def precision(self) -> torch.dtype:
@@ -279,6 +287,7 @@ class Worker:
         variants = self.variants(layer, preset, canvas)
         others = self.setup.others_of(preset)
         recipe = self.model.preprocessing
+        normalizations = self.normalizations(layer, preset)
         own_starts = dict(zip(channels, begins, strict=True)) if begins else {}
         restarted = bool(begins) and not preset.needs_examples
 
@@ -299,6 +308,7 @@ class Worker:
                 initial_images=initial_images.load_initial_images(preset, canvas, recipe, own, own_starts),
                 target_image=initial_images.load_target_image(preset, canvas, recipe),
                 layer_mean=torch.tensor(layer_mean, device=self.setup.device) if layer_mean else None,
+                normalizations=normalizations,
             )
             return restart(job, own) if restarted else render(job, own)
 

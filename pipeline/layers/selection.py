@@ -181,6 +181,12 @@ def _blocks(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list
     return list(selected.values())
 
 
+def blocks_before(model: Model, layers: Sequence[Layer], end: Layer) -> list[Layer]:
+    """Return the outputs of blocks before a layer, in their order; convolutions for a network without blocks."""
+    blocks = _blocks(model, layers, LayersConfig()) or _convs(model, layers, LayersConfig())
+    return [layer for layer in blocks if layer.cost < end.cost]
+
+
 def _num_weighted(trace: Trace, shapes: Mapping[str, tuple[int, ...]], path: str) -> int:
     """Return the number of convolutions and linear layers inside a module.
 

@@ -22,6 +22,7 @@ from pipeline.models.config import Preprocessing
 from pipeline.models.loading import Model
 from pipeline.visualization.batch import ROBUST_COPIES, RenderJob
 from pipeline.visualization.loop import render
+from pipeline.visualization.network_penalties import Normalization
 from pipeline.visualization.network_perturbations import Ensemble
 from pipeline.visualization.preset import Preset, Size
 from pipeline.visualization.schedules import Fixed, expand_schedule
@@ -167,12 +168,14 @@ class _Networks:
         lowered: The variant of the model that steps run on.
         other_layers: Layers that presets use besides the unit's own.
         forward_seconds: Seconds of one image's forward pass up to each layer, by layer name.
+        normalizations: By the name of the unit's layer, those that network penalties compare.
     """
 
     folded: Model
     lowered: Model
     other_layers: Sequence[Layer]
     forward_seconds: Mapping[str, float]
+    normalizations: Mapping[str, Sequence[Normalization]]
 
     def network_seconds(self, row: PlanRow) -> float:
         """Return the seconds of one forward pass on the row's canvas: proportional to its area."""
@@ -187,6 +190,7 @@ def estimate(
     others: Sequence[Layer],
     variants: ModelVariants,
     images: int,
+    normalizations: Mapping[str, Sequence[Normalization]] | None = None,
 ) -> tuple[list[PlanRow], Timings]:
     """Return the rows of a plan with estimated seconds.
 
@@ -201,6 +205,7 @@ def estimate(
         others: Layers that presets use besides the unit's own.
         variants: The folded model and the model that steps run on.
         images: Images of the dataset pass.
+        normalizations: By the name of the unit's layer, those that network penalties compare.
 
     Returns:
         The rows, in their order, and the timings that belong to no row.
@@ -208,7 +213,7 @@ def estimate(
     steps = {preset.name: preset.variants * preset.steps for preset in config.presets}
     passes = images + STEP_TO_FORWARD * sum(len(row.channels) * steps[row.preset] for row in rows)
     forward_seconds, forward = _time_forward(variants.folded, chosen, passes)
-    networks = _Networks(variants.folded, variants.steps, others, forward_seconds)
+    networks = _Networks(variants.folded, variants.steps, others, forward_seconds, normalizations or {})
     timed: dict[tuple[str, str], PlanRow] = {}
     warm_ups: list[float] = []
     for preset in config.presets:
@@ -434,6 +439,7 @@ def _time_step(networks: _Networks, row: PlanRow, preset: Preset, run_steps: int
             layer_mean=torch.ones(row.layer.channels, device=timer.device) if compares == "mean" else None,
             layers={layer.name: layer for layer in networks.other_layers if layer.name in preset.others},
             initial_images=dict.fromkeys(units, gray),
+            normalizations=networks.normalizations.get(row.layer.name, ()) if preset.network_penalties else (),
             ensemble=[folded] * sum(len(ensemble.checkpoints) for ensemble in ensembles),
         )
         render(job, units)

@@ -22,9 +22,11 @@ from pipeline.engine.resources import WorkerPool, local_resources, size_pool
 from pipeline.engine.tasks import Setup, examples_digest
 from pipeline.layers import selection
 from pipeline.layers.finding import Layer, ReceptiveField
+from pipeline.layers.heads import HeadLayer
 from pipeline.layers.receptive_fields import receptive_fields
 from pipeline.models.loading import Model, load_model
-from pipeline.planning import execution, judging, manifest
+from pipeline.planning import execution, judging, manifest, natural_deviations
+from pipeline.planning import heads as fitted_heads
 from pipeline.planning.advice import known_rotation_numbers, linear_output_advice
 from pipeline.planning.base_run import check_same_sources, find_base_run
 from pipeline.planning.cost_model import ZERO_SPAN, PlanRow, Span, estimate, time_image_loading
@@ -35,6 +37,7 @@ from pipeline.planning.plan import Plan, RemainingWork, Unrendered
 from pipeline.planning.preset_inputs import with_files, with_penalty_layers
 from pipeline.planning.unit_selection import Units, select_units
 from pipeline.planning.validation import channels_to_render, choose_canvas_sizes, validate_request, with_labels
+from pipeline.visualization.network_penalties import Normalization, normalizations_before
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +176,9 @@ def _find_units(inputs: _Inputs, units: Units | None) -> tuple[_Inputs, _Units]:
     layers = [layer for layer in candidates if layer.name in requested]
     heads = selection.logit_layers(model, candidates)
     model = with_labels(model, heads, user_labels=config.model.labels is not None)
-    others = validate_request(config, model, candidates, layers, heads)
+    config, unfitted = fitted_heads.with_heads(config, model, candidates, heads)
+    inputs = dataclasses.replace(inputs, config=config)
+    others = validate_request(config, model, [*candidates, *unfitted], layers, heads)
     channels = {layer.name: channels_to_render(layer, requested[layer.name], config) for layer in layers}
     empty = [name for name, numbers in channels.items() if not numbers]
     if len(empty) == len(layers):
@@ -189,9 +194,25 @@ def _find_units(inputs: _Inputs, units: Units | None) -> tuple[_Inputs, _Units]:
     reasons = layers_without_gradient(model, layers)
     for name, reason in reasons.items():
         log.warning("%s gets dataset examples but no visualizations: %s", name, reason)
+    natural_deviations.check_normalizations(
+        model, [layer for layer in layers if layer.name not in reasons], config.presets
+    )
     classes = {layer.name for layer in heads if model.labels and layer.channels == len(model.labels)}
     class_layers = tuple(layer.name for layer in layers if layer.name in classes)
-    return dataclasses.replace(inputs, model=model), _Units(tuple(layers), channels, reasons, others, class_layers)
+    inputs = dataclasses.replace(inputs, model=model)
+    if unfitted:
+        others = _with_fitted_heads(inputs, others, unfitted, heads[-1])
+    return inputs, _Units(tuple(layers), channels, reasons, others, class_layers)
+
+
+def _with_fitted_heads(
+    inputs: _Inputs, others: Sequence[Layer], heads: Sequence[HeadLayer], logits: Layer
+) -> tuple[Layer, ...]:
+    """Return the layers that presets read, with heads fitted to the dataset, or as an earlier plan has them."""
+    source = fitted_heads.HeadSource(inputs.model, inputs.folded, inputs.dataset, inputs.fingerprint, logits)
+    folders = [inputs.config.folder, *([inputs.base.path] if inputs.base else [])]
+    found = fitted_heads.fitted(heads, source, folders)
+    return tuple(found.get(layer.name, layer) for layer in others)
 
 
 def _requested(inputs: _Inputs, candidates: Sequence[Layer]) -> Units:
@@ -235,6 +256,9 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
     setup = execution.on_device(setup, pool.device)
     if any(preset.needs_dataset_pass for preset in config.presets):
         setup = dataclasses.replace(setup, begins=examples_digest(setup, inputs.fingerprint))
+    if any(preset.network_penalties for preset in config.presets) and chosen.rendered:
+        natural = natural_deviations.measure(model, inputs.folded, inputs.dataset, chosen.rendered)
+        setup = dataclasses.replace(setup, natural=natural)
     images = len(inputs.dataset.images)
     return Plan(
         config=config,
@@ -266,7 +290,8 @@ def _with_estimates(plan: Plan, inputs: _Inputs, chosen: _Units) -> Plan:
     # A worker verifies variants for each layer, as far as that layer.
     seconds /= max(1.0, deepest.layer.cost if deepest else 1.0)
     images = plan.left.images + plan.left.localizations
-    estimated, timings = estimate(chosen.layers, open_rows, plan.config, chosen.others, variants, images)
+    norms = _normalizations(plan, inputs.model, [row.layer for row in open_rows])
+    estimated, timings = estimate(chosen.layers, open_rows, plan.config, chosen.others, variants, images, norms)
     # A worker decodes images with as many threads as it has.
     reads = plan.left.images or plan.left.localizations
     read = (
@@ -287,6 +312,15 @@ def _with_estimates(plan: Plan, inputs: _Inputs, chosen: _Units) -> Plan:
     )
 
 
+def _normalizations(plan: Plan, model: Model, layers: Sequence[Layer]) -> dict[str, list[Normalization]]:
+    """Return the normalizations that presets compare with natural images, by the name of the unit's layer."""
+    natural = plan.setup.natural
+    if natural is None:
+        return {}
+    device = str(next(model.module.parameters()).device)
+    return {layer.name: natural.of(normalizations_before(model, layer), device) for layer in layers}
+
+
 def _timed_variants(plan: Plan, inputs: _Inputs, deepest: PlanRow | None) -> tuple[ModelVariants, float]:
     """Return the variants of the network for the deepest layer, and the seconds that a worker takes to verify them."""
     device = plan.pool.device
@@ -295,7 +329,10 @@ def _timed_variants(plan: Plan, inputs: _Inputs, deepest: PlanRow | None) -> tup
     layers = [*([deepest.layer] if deepest else plan.setup.layers[-1:]), *plan.setup.others]
     precision = precision_of(plan.config.engine.precision, torch.device(device).type)
     size = deepest.canvas if deepest else None
-    verify = functools.partial(verified_variants, inputs.model.to(device), inputs.pairs, layers, precision, size)
+    model = inputs.model.to(device)
+    read = [norm for found in _normalizations(plan, model, layers[:1]).values() for norm in found]
+    norms = {norm.path: norm.tap for norm in read}
+    verify = functools.partial(verified_variants, model, inputs.pairs, layers, precision, size, norms)
     cpus, _ = local_resources()
     with _threads(cpus):
         began = perf_counter()

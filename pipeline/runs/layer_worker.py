@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from pipeline.acceleration.batchnorm_folding import fold, foldable_pairs
 from pipeline.config.schema import Config
 from pipeline.data.datasets import Dataset
 from pipeline.engine.resources import local_resources, size_pool
@@ -11,7 +12,7 @@ from pipeline.engine.worker import Worker
 from pipeline.layers import selection
 from pipeline.layers.finding import Layer
 from pipeline.models.loading import Model
-from pipeline.planning import execution
+from pipeline.planning import execution, natural_deviations
 from pipeline.planning.preset_inputs import with_penalty_layers
 from pipeline.planning.validation import choose_canvas_sizes, validate_request
 from pipeline.visualization.preset import Size
@@ -38,6 +39,10 @@ def layer_worker(
     canvas = choose_canvas_sizes(model, [layer], config.render)[layer.name]
     pool = size_pool(dataclasses.replace(config.engine, name="inline"), [local_resources()])
     setup = Setup(config, model.digest, (layer,), Dataset((), {}), pool.threads, pool.device, others)
+    if config.render.network_penalties:
+        natural_deviations.check_normalizations(model, [layer], [config.render])
+        folded = fold(model, foldable_pairs(model))
+        setup = dataclasses.replace(setup, natural=natural_deviations.measure(model, folded, setup.dataset, [layer]))
     worker = Worker(execution.on_device(setup, pool.device))
     worker.__dict__["model"] = place(pool.device)  # in place of loading it
     return canvas, worker

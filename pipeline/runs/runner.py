@@ -13,7 +13,8 @@ from pipeline.engine.base import Engine, Failure, TooManyFailures
 from pipeline.engine.factory import open_engine
 from pipeline.engine.progress import ProgressReporter, Stage, WorkerStats, report_lines, run_report
 from pipeline.engine.tasks import Done, RangesTask, RenderTask, SweepTask, Task, device_kind
-from pipeline.planning import execution, manifest
+from pipeline.layers.heads import HeadLayer
+from pipeline.planning import execution, heads, manifest
 from pipeline.planning.folder import RunFolder, write_text
 from pipeline.planning.plan import Plan
 from pipeline.planning.planner import make_plan
@@ -60,6 +61,7 @@ def _record(request: Request, plan: Plan) -> None:
     write_text(folder.config, request.text)
     write_text(folder.plan, plan.written().to_csv(index=False))
     write_text(folder.path / manifest.NAME, plan.inputs.text())
+    heads.write(folder.path, [layer for layer in plan.setup.others if isinstance(layer, HeadLayer)])
 
 
 def run(request: Request, plan: Plan, stages: tuple[str, ...] = STAGES) -> int:

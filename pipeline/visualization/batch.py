@@ -14,6 +14,7 @@ from pipeline.images.transforms import ROBUSTNESS_TRANSFORMS, draw_random
 from pipeline.images.transparency import resized_sums
 from pipeline.layers.finding import Layer
 from pipeline.models.loading import Model
+from pipeline.visualization.network_penalties import Normalization
 from pipeline.visualization.preset import ChannelVariant, Preset, Size, canvas_size
 from pipeline.visualization.schedules import Stage, StepSettings, expand_schedule
 
@@ -64,6 +65,8 @@ class RenderJob:
         initial_images: (C, H, W) in [0, 1] by unit, with margins, of units that start from an image.
         target_image: For objectives that compare with an image: (C, H, W) in [0, 1], with margins.
         layer_mean: For objectives that compare with the mean of the layer: (C,) means of its channels over the dataset.
+        normalizations: The normalizations that `preset.network_penalties` compare, in their order; see
+            `network_penalties.normalizations_before`.
     """
 
     model: Model
@@ -79,6 +82,7 @@ class RenderJob:
     initial_images: Mapping[ChannelVariant, Tensor] = dataclasses.field(default_factory=dict)
     target_image: Tensor | None = None
     layer_mean: Tensor | None = None
+    normalizations: Sequence[Normalization] = ()
 
     @property
     def image_size(self) -> Size:

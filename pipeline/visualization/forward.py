@@ -2,21 +2,19 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pipeline.core.units import Unit
-from pipeline.layers.finding import capture
+from pipeline.layers.finding import Layer, capture
 from pipeline.models.loading import Model
 from pipeline.visualization.batch import NOTHING_COMPARED, ComparedImages, RenderJob
+from pipeline.visualization.network_penalties import Normalization, weighted_penalties
 from pipeline.visualization.objectives import Activations
 from pipeline.visualization.preset import Preset
 from pipeline.visualization.schedules import Stage
-
-# Function from images (B, C, H, W) to the activations of layers by name.
-Run = Callable[[Tensor], dict[str, Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +23,27 @@ class ForwardResult:
 
     Attributes:
         values: (B,) values to be maximized: those of the objective, with the opposite sign for a negative preset.
-        terms: (B,) weighted batch terms on layers minus weighted regularizers in the space of a layer, in units of
-            `values`; None if there are none, or if gradients are disabled.
+        terms: (B,) weighted batch terms on layers minus weighted regularizers in the space of a layer and penalties on
+            activations, in units of `values`; None if there are none, or if gradients are disabled.
         activations: (B, C, H, W) float32 maps of the layer that the objective is computed from.
     """
 
     values: Tensor
     terms: Tensor | None
     activations: Tensor
+
+
+@dataclasses.dataclass
+class _Recorded:
+    """What one forward pass recorded: maps by layer, and the deviations of normalizations with the natural ones."""
+
+    maps: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    deviations: list[tuple[Tensor, float]] = dataclasses.field(default_factory=list)
+
+
+# Functions from images (B, C, H, W) to what a forward pass recorded, and to the activations of layers by name.
+_Run = Callable[[Tensor], _Recorded]
+_RunSeeds = Callable[[Tensor], Mapping[str, Tensor]]
 
 
 class ObjectiveForward:
@@ -49,7 +60,7 @@ class ObjectiveForward:
         model: The network that is run.
     """
 
-    def __init__(self, job: RenderJob, model: Model, layer: str, run: Run, run_seeds: Run) -> None:
+    def __init__(self, job: RenderJob, model: Model, layer: str, run: _Run, run_seeds: _RunSeeds) -> None:
         self.model = model
         self._preset, self._layer, self._run, self._run_seeds = job.preset, layer, run, run_seeds
         self._layer_mean = None if job.layer_mean is None else job.layer_mean[None, :, None, None]
@@ -60,16 +71,21 @@ class ObjectiveForward:
         self, images: Tensor, channels: Tensor, variants: Tensor, compared: ComparedImages = NOTHING_COMPARED
     ) -> ForwardResult:
         """Run the network on (B, C, H, W) images in [0, 1] that belong to units `channels` and `variants`, (B,)."""
-        preset = self._preset
-        maps = {name: output.float() for name, output in self._run(images).items()}
+        preset, recorded = self._preset, self._run(images)
+        maps = {name: output.float() for name, output in recorded.maps.items()}
         activations = maps[self._layer]
         target = self._target_maps(compared.targets)
         values = preset.objective.value(Activations(activations, channels, variants, preset.variants, maps, target))
         if preset.negative:
             values = -values
-        if not (self._batch_terms or preset.layer_penalties) or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return ForwardResult(values, None, activations)
+        penalties = weighted_penalties(preset.network_penalties, recorded.deviations)
+        if not (self._batch_terms or preset.layer_penalties) and penalties is None:
             return ForwardResult(values, None, activations)
         total = -self._layer_penalties(maps, compared.seeds, values)
+        if penalties is not None:
+            total = total - penalties
         for term in self._batch_terms:
             term_maps = maps[getattr(term, "layer", None) or self._layer]
             groups = term_maps.unflatten(0, (-1, preset.variants))
@@ -79,7 +95,7 @@ class ObjectiveForward:
     @torch.no_grad()
     def _target_maps(self, targets: Tensor | None) -> Tensor | None:
         """Return what the objective compares with: `Activations.compared`."""
-        return self._layer_mean if targets is None else self._run(targets)[self._layer].float()
+        return self._layer_mean if targets is None else self._run(targets).maps[self._layer].float()
 
     def _layer_penalties(self, maps: Mapping[str, Tensor], seeds: Tensor | None, values: Tensor) -> Tensor:
         """Return the weighted sum of the regularizers in the space of a layer, (B,), for maps (B, C, H, W) by layer."""
@@ -95,8 +111,17 @@ class ObjectiveForward:
 
 
 @contextlib.contextmanager
-def objective_forward(job: RenderJob, model: Model, stage: Stage) -> Iterator[ObjectiveForward]:
-    """Return the forward pass of a stage through `model`; its hooks are removed on exit."""
+def objective_forward(
+    job: RenderJob, model: Model, stage: Stage, penalized: bool = False
+) -> Iterator[ObjectiveForward]:
+    """Return the forward pass of a stage through `model`; its hooks are removed on exit.
+
+    Args:
+        job: What is visualized.
+        model: The network, or a variant of it.
+        stage: The stage of the schedule.
+        penalized: Whether to compute the penalties on activations.
+    """
     preset = job.preset
     layer = job.layers[stage.layer] if stage.layer else job.layer
     captured = {layer.name: layer}
@@ -104,8 +129,43 @@ def objective_forward(job: RenderJob, model: Model, stage: Stage) -> Iterator[Ob
         if name not in captured and not _only_in_schedule(preset, name):
             captured[name] = job.layers[name]
     seed_layers = [captured[name] for name in preset.penalty_layers]
-    with capture(model, list(captured.values())) as run, capture(model, seed_layers) as run_seeds:
+    normalizations = job.normalizations if penalized else ()
+    with (
+        _recording(model, list(captured.values()), normalizations) as run,
+        capture(model, seed_layers) as run_seeds,
+    ):
         yield ObjectiveForward(job, model, layer.name, run, run_seeds)
+
+
+@contextlib.contextmanager
+def _recording(
+    model: Model, layers: Sequence[Layer], normalizations: Sequence[Normalization]
+) -> Iterator[Callable[[Tensor], _Recorded]]:
+    """Provide a function from images to the maps of layers and the deviations of normalizations."""
+    if not normalizations:
+        with capture(model, layers) as forward:
+            yield lambda images: _Recorded(forward(images))
+        return
+    # The maps of normalizations are not kept: all together are many times as large as those of the layers.
+    by_tap = {id(normalization.tap): normalization for normalization in normalizations}
+    recorded = _Recorded()
+
+    def record(layer: Layer, maps: Tensor) -> None:
+        normalization = by_tap.get(id(layer))
+        if normalization is None:
+            recorded.maps[layer.name] = maps.clone()  # the rest of the forward pass may change it in place
+        else:
+            recorded.deviations.append((normalization.deviation(maps), normalization.natural))
+
+    with capture(model, [*layers, *(normalization.tap for normalization in normalizations)], each=record) as forward:
+
+        def run(images: Tensor) -> _Recorded:
+            nonlocal recorded
+            recorded = _Recorded()
+            forward(images)
+            return recorded
+
+        yield run
 
 
 def _only_in_schedule(preset: Preset, layer: str) -> bool:

@@ -108,7 +108,10 @@ def _optimize(job: RenderJob, batch: Batch, rate: float) -> None:
             if current is None or settings.stage != current.stage:
                 stage = job.stage(settings)
                 forward_stack.close()
-                forwards = [forward_stack.enter_context(objective_forward(job, m, stage)) for m in job.step_models]
+                forwards = [
+                    forward_stack.enter_context(objective_forward(job, m, stage, penalized=True))
+                    for m in job.step_models
+                ]
                 if current is not None and job.canvas(job.stage(current)) != job.canvas(stage):
                     batch.resize(job.canvas(job.stage(current)), job.canvas(stage), preset.margin)
             current = settings

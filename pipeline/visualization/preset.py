@@ -16,9 +16,11 @@ from pipeline.images.image_regularizers import L2, PENALTIES, ImageRegularizer
 from pipeline.images.parameterizations import CANVASES, FromImage, Parameterization
 from pipeline.images.transforms import TRANSFORMS, Transform
 from pipeline.layers.finding import Layer
+from pipeline.layers.heads import HeadLayer
 from pipeline.visualization.batch_terms import COUPLINGS, BatchTerm
 from pipeline.visualization.layer_regularizers import LAYER_PENALTIES, LayerRegularizer
-from pipeline.visualization.network_perturbations import AUGMENTATIONS, NetworkPerturbation
+from pipeline.visualization.network_penalties import NETWORK_PENALTIES, NetworkPenalty
+from pipeline.visualization.network_perturbations import AUGMENTATIONS, Ensemble, NetworkPerturbation
 from pipeline.visualization.objectives import OBJECTIVES, Energy, LayerInfo, Objective
 from pipeline.visualization.optimizers import OPTIMIZERS, Optimizer
 from pipeline.visualization.schedules import STOPS, Fixed, Stage, Stop
@@ -54,6 +56,7 @@ class Preset:
         preconditioners: Preconditioners of the gradient in pixel space, in this order.
         augmentations: Perturbations of the network.
         couplings: Terms over all variants of a unit.
+        network_penalties: Penalties on the activations of the network.
         schedule: Stages of the optimization; empty for a single stage with default settings.
         stop: Stopping rule.
         layer_penalties: Regularizers in the space of a layer.
@@ -80,6 +83,9 @@ class Preset:
     schedule: Annotated[tuple[Stage, ...], Keyed] = ()
     stop: Annotated[Stop, Member(STOPS)] = Fixed()
     layer_penalties: Annotated[tuple[LayerRegularizer, ...], Members(LAYER_PENALTIES)] = dataclasses.field(
+        default=(), metadata=ADDED_LATER
+    )
+    network_penalties: Annotated[tuple[NetworkPenalty, ...], Members(NETWORK_PENALTIES)] = dataclasses.field(
         default=(), metadata=ADDED_LATER
     )
 
@@ -203,6 +209,11 @@ def check(preset: Preset, channels: int) -> None:
         )
     if preset.couplings and preset.variants < 2:
         raise AtlasError("render.couplings need render.variants of at least 2: they compare the variants of a unit.")
+    if preset.network_penalties and any(isinstance(a, Ensemble) for a in preset.augmentations):
+        raise AtlasError(
+            "render.network_penalties compare with the statistics of one network, not with those of the ensemble in "
+            "render.augmentations: use one of the two."
+        )
     blurs_gradient = any(isinstance(preconditioner, BlurGradient) for preconditioner in preset.preconditioners)
     if any(stage.gradient_blur for stage in preset.stages) and not blurs_gradient:
         raise AtlasError(
@@ -249,7 +260,13 @@ def check_layer(preset: Preset, layer: Layer, others: Mapping[str, Layer], class
         if stage.layer not in widths:
             raise AtlasError(
                 f"render.schedule needs a head {stage.layer!r}, which this network does not have. Use a network that "
-                "has it (model=googlenet_aux for oygard), or the same schedule without heads (render/schedule=blur)."
+                "has it (model=googlenet_aux for oygard), the same schedule without heads (render/schedule=blur), or "
+                "`atlas run`, which fits heads to the images of a dataset."
+            )
+        if isinstance(others[stage.layer], HeadLayer) and not classifier:
+            raise AtlasError(
+                f"render.schedule: {stage.layer} predicts the classes of the network, and {layer.name} does not hold "
+                "their logits. Set layers=logits."
             )
         if widths[stage.layer] != layer.channels:
             raise AtlasError(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.errors import AtlasError
-from pipeline.core.registry import Registry
+from pipeline.core.registry import ADDED_LATER, Registry
 
 STOPS = Registry("stop")
 
@@ -20,7 +20,9 @@ class Stage:
 
     Attributes:
         share: Fraction of all steps; shares are normalized to a sum of 1.
-        layer: Layer that the objective is computed from instead, at the same channel (another head of the network).
+        layer: Layer that the objective is computed from instead, at the same channel (another head of the network);
+            head@LAYER for a head that is fitted to the output of a layer.
+        head: Depth of a fitted head as a fraction of the blocks, for networks that do not have `layer`.
         lr: Factor of the learning rate.
         blur: Standard deviation in pixels of a Gaussian blur of the image after every step.
         gradient_blur: Standard deviation in pixels of the preconditioner "blur"; None for the preconditioner's setting.
@@ -37,6 +39,7 @@ class Stage:
     penalties: Ramp = (1.0, 1.0)
     canvas: float = 1.0
     view: float | None = None
+    head: float | None = dataclasses.field(default=None, metadata=ADDED_LATER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,8 @@ def check(stages: Sequence[Stage]) -> None:
         where = f"render.schedule[{i}]"
         if not stage.share > 0:
             raise AtlasError(f"{where}.share={stage.share} must be above 0.")
+        if stage.head is not None and not 0 < stage.head <= 1:
+            raise AtlasError(f"{where}.head={stage.head} must be above 0 and at most 1: the depth of the head.")
         if min(stage.blur) < 0 or min(stage.gradient_blur or (0.0, 0.0)) < 0:
             raise AtlasError(f"{where}: a blur cannot be negative.")
         if not 0 < stage.canvas <= 1 or not 0 < (stage.view or stage.canvas) <= stage.canvas:

@@ -61,7 +61,7 @@ def test_a_spectrum_of_ones_own_photographs(
     [
         (["render/objective=interpolate"], "needs a second unit, as layer:channel"),
         (["render/objective=probability"], "needs the classifier's logits, which conv_stem does not hold"),
-        (["render=oygard"], "needs a head 'aux2.fc2', which this network does not have"),
+        (["render=oygard"], "predicts the classes of the network, and conv_stem does not hold their logits"),
         (["render=maco", "render.canvas.spectrum=nowhere.npz"], "can't be read: No such file"),
         (["render/canvas=image", "render.canvas.source=nowhere.jpg"], "can't be read: No such file"),
         (["render/objective=direction", "render.objective.vectors=nowhere.npy"], "can't be read: No such file"),

@@ -150,7 +150,7 @@ def test_what_can_not_go_together_is_refused(tiny_run: list[str], capsys: pytest
         (["also=[nothing]"], "There is no render=nothing"),
         (["also=[negative]", "also.negative.size=8"], "also.negative.size=8"),
         (["also=[negative]", "also.negative.steps=0"], "also.negative.steps=0 is too small"),
-        (["also=[oygard]"], "also=oygard: render.schedule needs a head"),
+        (["also=[oygard]"], "also=oygard: render.schedule: head@blocks"),
         (["also=[negative]", "render/objective@also.negative.objective=layer"], "into a separate run"),
     ):
         assert main(["plan", *tiny_run, *more]) == 2, more

@@ -45,6 +45,7 @@ GROUPS = (
     ("preconditioners", "Gradient", "Operations on the gradient before each step."),
     ("augmentations", "Noise on the network", "Random perturbations of the network at every step."),
     ("couplings", "Couplings", "Terms over the several images of one unit."),
+    ("network_penalties", "Penalties on activations", "Losses of what the network computes before the unit's layer."),
     ("schedule", "Schedule", "Settings that change over the steps."),
     ("optimizer", "Optimiser", "The update rule from gradients to steps."),
     ("stop", "Stop", "The condition that ends the optimization early."),

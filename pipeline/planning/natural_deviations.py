@@ -1,0 +1,108 @@
+"""Measuring the statistics of natural images in the normalizations of a network, for presets that compare with them."""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pipeline.core import hashing
+from pipeline.core.errors import AtlasError
+from pipeline.core.registry import registered_name
+from pipeline.data import datasets, image_loading
+from pipeline.data.config import DataConfig
+from pipeline.data.datasets import Dataset
+from pipeline.examples.quantile_examples import draw_subset
+from pipeline.layers.finding import Layer, capture
+from pipeline.models.loading import Model
+from pipeline.visualization.network_penalties import NaturalDeviations, Normalization, normalizations_before
+from pipeline.visualization.preset import Preset
+
+log = logging.getLogger(__name__)
+
+# Number of images that the medians are taken over, and the number below which the packaged images are used instead.
+MAX_IMAGES = 64
+MIN_IMAGES = 16
+
+BATCH = 8
+
+
+def check_normalizations(model: Model, layers: Sequence[Layer], presets: Sequence[Preset]) -> None:
+    """Check that the network has batch normalizations for the presets that compare with their statistics.
+
+    Args:
+        model: The network, not folded.
+        layers: Layers that get visualizations.
+        presets: The presets of the run.
+
+    Raises:
+        AtlasError: If no layer has a batch normalization before it.
+    """
+    comparing = [preset for preset in presets if preset.network_penalties]
+    if not comparing or not layers:
+        return
+    without = [layer.name for layer in layers if not normalizations_before(model, layer)]
+    if not without:
+        return
+    penalties = ", ".join(registered_name(penalty) for penalty in comparing[0].network_penalties)
+    if len(without) < len(layers):
+        log.warning(
+            "render=%s: no batch normalization precedes %s: visualizations without %s",
+            comparing[0].name,
+            ", ".join(without),
+            penalties,
+        )
+        return
+    raise AtlasError(
+        f"render={comparing[0].name} compares with the statistics of the batch normalizations before a layer "
+        f"(render.network_penalties: {penalties}), and {model.name} has none before {', '.join(without[:3])}. Choose "
+        "deeper layers of a network with batch normalization, or another preset, such as render=distill."
+    )
+
+
+def measure(model: Model, run: Model, dataset: Dataset, layers: Sequence[Layer]) -> NaturalDeviations:
+    """Return the median deviations of dataset images in all normalizations before any of `layers`.
+
+    Args:
+        model: The network, not folded.
+        run: The network that the images are passed through; a folded one is faster.
+        dataset: Up to `MAX_IMAGES` of its images are used, evenly spaced by a hash of their paths; if fewer than
+            `MIN_IMAGES` can be read, the packaged sample images are used.
+        layers: Layers that get visualizations.
+    """
+    found = {n.path: n for layer in layers for n in normalizations_before(model, layer)}
+    normalizations = list(found.values())
+    indices = _drawn(dataset)
+    values = _deviations(run, dataset, indices, normalizations)
+    if len(values) < MIN_IMAGES:
+        channels = model.preprocessing.channels
+        dataset = datasets.list_dataset(DataConfig(source="samples"), channels)
+        indices = _drawn(dataset)
+        values = _deviations(run, dataset, indices, normalizations)
+    source = hashing.digest_of([dataset.images[i].path for i in indices])
+    medians = np.median(values, axis=0)
+    pairs = tuple((n.path, float(median)) for n, median in zip(normalizations, medians, strict=True))
+    return NaturalDeviations(source, len(values), pairs)
+
+
+def _drawn(dataset: Dataset) -> list[int]:
+    """Return the numbers of up to `MAX_IMAGES` images, drawn by a hash of their paths."""
+    return draw_subset([image.path for image in dataset.images], MAX_IMAGES).tolist()
+
+
+def _deviations(
+    run: Model, dataset: Dataset, indices: Sequence[int], normalizations: Sequence[Normalization]
+) -> np.ndarray:
+    """Return the deviation of each readable image in each normalization, (images, normalizations)."""
+    by_tap = {n.tap.name: n for n in normalizations}
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in by_tap}
+
+    def note(tap: Layer, maps: torch.Tensor) -> None:
+        found[tap.name].append(by_tap[tap.name].deviation(maps))
+
+    loaded = image_loading.load_images(dataset, indices, run.preprocessing)
+    with capture(run, [n.tap for n in normalizations], each=note) as forward, torch.no_grad():
+        for _, levels in image_loading.batches(loaded, BATCH, []):
+            forward(torch.from_numpy(levels).float() / 255)
+    columns = [torch.cat(parts).numpy() if parts else np.zeros(0) for parts in found.values()]
+    return np.stack(columns, axis=1)
