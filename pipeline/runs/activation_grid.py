@@ -70,15 +70,15 @@ class ActivationGrid:
     def save(self, path: str | Path) -> Path:
         """Write the image as a PNG, and all arrays as an .npz beside it; return the path of the .npz."""
         path = Path(path)
-        arrays = {
-            "cells": self.cells,
-            "vectors": self.vectors,
-            "strength": self.strength,
-            "activation": self.activation,
-            "photograph": self.photograph,
-        }
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)
+        np.savez_compressed(
+            buffer,
+            cells=self.cells,
+            vectors=self.vectors,
+            strength=self.strength,
+            activation=self.activation,
+            photograph=self.photograph,
+        )
         data = path.with_suffix(".npz")
         for file, content in ((path, self._repr_png_()), (data, buffer.getvalue())):
             with atomic_path(file) as temporary:
