@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import compose
 
 from pipeline.cli.main import main
 from pipeline.layers.finding import Layer
 from pipeline.planning.advice import known_rotation_numbers, linear_output_advice
+from pipeline.store.hdf5 import create_file, write_array
 
 LINEAR = [Layer(f"block.{i}", "block", f"block.{i}", 1, "out", "maps", 8, 4, 4, 1.0, rectified=False) for i in range(5)]
 CONV = Layer("conv", "conv", "conv", 1, "out", "maps", 8, 4, 4, 1.0)
@@ -34,6 +36,21 @@ def test_negatives_are_advised_only_where_they_are_missing() -> None:
     )
     config = compose(["experiment=residual"]).config
     assert [preset.name for preset in config.presets] == ["distill", "negative"] and config.layers.policy == "residual"
+
+
+def test_rotation_numbers_come_from_atlases_of_the_same_network(tmp_path: Path) -> None:
+    with create_file(tmp_path / "atlas.h5") as file:
+        file.attrs.update(
+            schema="neuron-atlas", schema_version=5, model="made", weights_sha256="ab", versions="{}", created=""
+        )
+        for order, (name, number) in enumerate((("block.0", 0.04), ("block.1", np.nan))):
+            group = file.create_group(f"layers/{name}")
+            group.attrs.update(name=name, order=order, kind="block", channels=8, map_height=4, map_width=4)
+            write_array(group, "channels", np.arange(2, dtype=np.int32))
+            write_array(group, "stats/max", np.ones(2, np.float32))
+            group["stats"].attrs["rotation_number"] = number
+    assert known_rotation_numbers([tmp_path / "other", tmp_path], "ab") == {"block.0": 0.04}
+    assert known_rotation_numbers([tmp_path], "cd") == {}
 
 
 def test_without_an_atlas_no_rotation_number_is_known(tmp_path: Path) -> None:
