@@ -110,7 +110,6 @@ class _Session:
             try:
                 self._work()
                 self._note_missing_shards()
-                self._restart_silent_units()
             except TooManyFailures as error:
                 log.error("%s", error)
                 self.folder.write_failures([failure_row(failure) for failure in self.set_aside])
@@ -162,12 +161,13 @@ class _Session:
             self.set_aside.append(Failure(task, reason, ""))
 
     def _work(self) -> None:
-        """Execute rounds of tasks until none is left or a round makes no progress."""
+        """Execute rounds of tasks until none is left or a round makes no progress, then restart silent units."""
         counts = self._counts()
         if not self._tasks(1):
             log.info("Nothing is missing: %s", "; ".join(stage.line(0.0) for stage in counts))
             self._note_progress(counts)
-            return
+            if not self._silent_units():
+                return
         with open_engine(self.plan.config.engine) as engine:
             engine.stats = self.stats
             self._bind(engine)
@@ -180,10 +180,15 @@ class _Session:
                 again = {task.path for task in self._tasks(1)} & {task.path for task in tasks}
                 if again and len(self.set_aside) == before:
                     break  # tasks were reported as done, but there are no shards
+            self._restart_silent_units(engine)
 
-    def _restart_silent_units(self) -> None:
+    def _silent_units(self) -> bool:
+        """Return whether there are silent units to restart."""
+        return "render" in self.stages and bool(silent_units.silent_units(self.plan, self.artifacts))
+
+    def _restart_silent_units(self, engine: Engine) -> None:
         """Start units that stayed silent once more, from their best dataset examples in a first version of atlas.h5."""
-        if "render" not in self.stages or not silent_units.silent_units(self.plan, self.artifacts):
+        if not self._silent_units():
             return
         consolidate(self.request, self.plan, self.artifacts, self.set_aside, {})
         with open_atlas(self.folder.path) as atlas:
@@ -191,9 +196,7 @@ class _Session:
         if tasks:
             units, cost = sum(task.size for task in tasks), sum(task.cost for task in tasks)
             log.info("silent units that start once more, from their best dataset examples: %d", units)
-            with open_engine(self.plan.config.engine) as engine:
-                engine.stats = self.stats
-                self._round(engine, tasks, [Stage("render", "silent units", units, 0, cost)])
+            self._round(engine, tasks, [Stage("render", "silent units", units, 0, cost)])
         self._refresh()
         self._note_missing_restarts(tasks)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_site import FAMILIES, LABELS, LAYERS, build, write_atlas
 
 from pipeline.core.metric_specs import IMAGE_METRICS, RATIO_METRICS, RELATION_METRICS
@@ -263,6 +264,45 @@ def test_several_pictures_of_a_unit(visit):
     titles = page.locator(".pictures figcaption b").all_inner_texts()
     assert titles == ["distill", "neuron, 1", "neuron, 2"]
     assert page.locator(".provenance tbody tr").count() == 3
+
+
+def test_pixels_fade_by_the_mask_and_the_picture_stays(visit, base, folder, tmp_path):
+    page = visit("unit.html#blocks.1.conv:5")
+    toggle, veils = page.locator(".masking button"), page.locator(".pictures .veil")
+    assert toggle.get_attribute("aria-pressed") == "false" and not veils.first.is_visible()
+    before = page.locator(".pictures .pic").first.get_attribute("style")
+    toggle.click()
+    assert toggle.get_attribute("aria-pressed") == "true" and veils.first.is_visible() and veils.count() == 3
+    assert "/m0-" in veils.first.get_attribute("style")
+    assert page.locator(".pictures .pic").first.get_attribute("style") == before
+    page.wait_for_load_state("networkidle")
+    shot = tmp_path / "faded.png"
+    page.locator(".pictures .pic").first.screenshot(path=shot)
+    with Image.open(shot) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(float)
+    with open_atlas(folder / "somewhere/below") as atlas:
+        layer = atlas["blocks.1.conv"]
+        rgba = layer.transparent(5).astype(float)
+    height, width, _ = pixels.shape
+    for column in (0.25, 0.75):
+        *color, alpha = rgba[rgba.shape[0] // 2, int(rgba.shape[1] * column)]
+        expected = [255 - (255 - value) * alpha / 255 for value in color]  # on white
+        assert np.abs(pixels[height // 2, int(width * column)] - expected).max() < 12
+    page.reload()
+    page.wait_for_function("() => document.body.dataset.ready")
+    assert page.locator(".pictures .veil").first.is_visible()  # the choice is remembered
+    button = page.locator(".pictures button.plain").first
+    if base.startswith("file:"):
+        button.click()
+        page.get_by_text("A browser reads no pixels of pages from disk").wait_for()
+        return
+    with page.expect_download() as download:
+        button.click()
+    download.value.save_as(tmp_path / "unit.png")
+    with Image.open(tmp_path / "unit.png") as image:
+        assert image.mode == "RGBA"
+        found = np.asarray(image).astype(float)
+    assert np.abs(found[8, [8, -8], 3] - rgba[8, [8, -8], 3]).max() < 8
 
 
 def test_measures_of_pictures_are_told_with_a_word_on_each(visit, folder):
