@@ -8,6 +8,7 @@ import dataclasses
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ class ActivationGrid:
     def save(self, path: str | Path) -> Path:
         """Write the image as a PNG, and all arrays as an .npz beside it; return the path of the .npz."""
         path = Path(path)
-        arrays = {
+        arrays: dict[str, Any] = {
             "cells": self.cells,
             "vectors": self.vectors,
             "strength": self.strength,
