@@ -63,6 +63,4 @@ def complete_preset(preset: Any) -> Any:
     """Return the settings of a preset with the defaults of all members."""
     if not isinstance(preset, Mapping):
         return preset
-    # A group that was added later is absent from stored presets, which had none of its members.
-    groups = {key: {} for key in KEYED_GROUPS if key not in preset}
-    return groups | {key: complete_group(key, settings) for key, settings in preset.items()}
+    return {key: complete_group(key, settings) for key, settings in preset.items()}

@@ -105,8 +105,8 @@ class ObjectiveForward:
         with torch.no_grad():
             references = self._run_seeds(seeds)
         for term in self._preset.layer_penalties:
-            assert term.layer is not None  # `planning.validation.with_penalty_layers` has set it
-            total = total + term.weight * term.value(maps[term.layer], references[term.layer].float())
+            name = term.layer or self._layer
+            total = total + term.weight * term.value(maps[name], references[name].float())
         return total
 
 
@@ -128,11 +128,11 @@ def objective_forward(
     for name in preset.others:
         if name not in captured and not _only_in_schedule(preset, name):
             captured[name] = job.layers[name]
-    seed_layers = [captured[name] for name in preset.penalty_layers]
+    seed_layers = {term.layer or layer.name: captured[term.layer or layer.name] for term in preset.layer_penalties}
     normalizations = job.normalizations if penalized else ()
     with (
         _recording(model, list(captured.values()), normalizations) as run,
-        capture(model, seed_layers) as run_seeds,
+        capture(model, list(seed_layers.values())) as run_seeds,
     ):
         yield ObjectiveForward(job, model, layer.name, run, run_seeds)
 

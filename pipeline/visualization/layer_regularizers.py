@@ -29,6 +29,7 @@ class LayerRegularizer:
     Attributes:
         weight: Factor of the loss.
         layer: The layer, any of the network; None for the one up to which the network does a third of its computation.
+            A plan sets it; where none has, it is the layer of the unit.
     """
 
     weight: Annotated[float, Field(ge=0)]

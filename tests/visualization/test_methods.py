@@ -426,7 +426,8 @@ def test_every_preset_renders(tiny: Model, tiny_layers: dict[str, Layer], name: 
     units = [(c, v) for c in (0, 3) for v in range(config.variants)]
     side = 32 + 2 * config.margin
     starts: dict[tuple[int, int], Tensor] = dict.fromkeys(units, torch.full((3, side, side), 0.5))
-    pictures = render(RenderJob(tiny, tiny_layers["late"], config, 0, initial_images=starts), units)
+    job = RenderJob(tiny, tiny_layers["late"], config, 0, initial_images=starts, layer_mean=torch.ones(8))
+    pictures = render(job, units)
     sign: Callable[[float], float] = (lambda x: -x) if config.negative else (lambda x: x)
     assert all(sign(p.activation) > sign(p.start) for p in pictures)
 
