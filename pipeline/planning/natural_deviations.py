@@ -60,15 +60,21 @@ def check_normalizations(model: Model, layers: Sequence[Layer], presets: Sequenc
     )
 
 
-def measure(model: Model, run: Model, dataset: Dataset, layers: Sequence[Layer]) -> NaturalDeviations:
+def measure(
+    model: Model, run: Model, dataset: Dataset, layers: Sequence[Layer], fingerprint: str = ""
+) -> NaturalDeviations:
     """Return the median deviations of dataset images in all normalizations before any of `layers`.
 
     Args:
         model: The network, not folded.
         run: The network that the images are passed through; a folded one is faster.
-        dataset: Up to `MAX_IMAGES` of its images are used, evenly spaced by a hash of their paths; if fewer than
-            `MIN_IMAGES` can be read, the packaged sample images are used.
+        dataset: Up to `MAX_IMAGES` of its images are used, drawn by a hash of their paths; if fewer than `MIN_IMAGES`
+            can be read, the packaged sample images are used.
         layers: Layers that get visualizations.
+        fingerprint: Digest of the dataset and the preprocessing.
+
+    Raises:
+        AtlasError: If no image can be read.
     """
     found = {n.path: n for layer in layers for n in normalizations_before(model, layer)}
     normalizations = list(found.values())
@@ -79,7 +85,13 @@ def measure(model: Model, run: Model, dataset: Dataset, layers: Sequence[Layer])
         dataset = datasets.list_dataset(DataConfig(source="samples"), channels)
         indices = _drawn(dataset)
         values = _deviations(run, dataset, indices, normalizations)
-    source = hashing.digest_of([dataset.images[i].path for i in indices])
+        fingerprint = "packaged"
+    if not len(values):
+        raise AtlasError(
+            "render.network_penalties compares with natural images, and none of the dataset can be read, nor of the "
+            "packaged ones: set data=folder data.root=FOLDER, or use another preset, such as render=distill."
+        )
+    source = hashing.digest_of(["natural deviations", fingerprint, [dataset.images[i].path for i in indices]])
     medians = np.median(values, axis=0)
     pairs = tuple((n.path, float(median)) for n, median in zip(normalizations, medians, strict=True))
     return NaturalDeviations(source, len(values), pairs)

@@ -257,7 +257,7 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
     if any(preset.needs_dataset_pass for preset in config.presets):
         setup = dataclasses.replace(setup, begins=examples_digest(setup, inputs.fingerprint))
     if any(preset.network_penalties for preset in config.presets) and chosen.rendered:
-        natural = natural_deviations.measure(model, inputs.folded, inputs.dataset, chosen.rendered)
+        natural = natural_deviations.measure(model, inputs.folded, inputs.dataset, chosen.rendered, inputs.fingerprint)
         setup = dataclasses.replace(setup, natural=natural)
     images = len(inputs.dataset.images)
     return Plan(
