@@ -18,7 +18,7 @@ from pipeline.visualization.preset import Preset
 # other results from the same settings (docs/store.md, "Identity").
 RENDER_VERSION = 3
 EXAMPLES_VERSION = 3
-LOCALIZE_VERSION = 4
+LOCALIZE_VERSION = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Setup:
         others: Layers that presets read besides the layer of the unit.
         begins: Digest of the dataset pass whose best examples are the initial images; empty if there are none.
         precision: Precision of the optimization steps, "float32" or "bfloat16".
+        depths: Fixed depths of the network at which the paths of images are measured (`layers.path_depths`).
     """
 
     config: Config
@@ -46,6 +47,7 @@ class Setup:
     others: tuple[Layer, ...] = ()
     begins: str = ""
     precision: str = "float32"
+    depths: tuple[Layer, ...] = ()
 
     def others_of(self, preset: Preset) -> dict[str, Layer]:
         """Return those of `others` that `preset` reads, by name."""
@@ -311,5 +313,6 @@ def localize_digest(setup: Setup, examples: str, channels: Sequence[Sequence[int
             "crop_side": config.crop_side,
             "jpeg_quality": config.jpeg_quality,
             "maps": config.maps,
+            "depths": [depth.tap for depth in setup.depths],
         }
     )

@@ -23,6 +23,7 @@ from pipeline.engine.resources import WorkerPool, local_resources, size_pool
 from pipeline.engine.tasks import Setup, examples_digest
 from pipeline.layers import selection
 from pipeline.layers.finding import Layer, ReceptiveField
+from pipeline.layers.path_depths import choose_depths
 from pipeline.layers.receptive_fields import receptive_fields
 from pipeline.models.loading import Model, load_model
 from pipeline.planning import execution, judging, manifest
@@ -85,6 +86,7 @@ class _Units:
         reasons: Why layers cannot be visualized, by name.
         others: Layers that presets read besides the layer of the unit.
         class_layers: Names of those whose channels are the classes that the network has names of.
+        depths: Fixed depths of the network; see `layers.path_depths`.
     """
 
     layers: tuple[Layer, ...]
@@ -92,6 +94,7 @@ class _Units:
     reasons: dict[str, str]
     others: tuple[Layer, ...]
     class_layers: tuple[str, ...] = ()
+    depths: tuple[Layer, ...] = ()
 
     @property
     def rendered(self) -> list[Layer]:
@@ -188,7 +191,9 @@ def _find_units(inputs: _Inputs, units: Units | None) -> tuple[_Inputs, _Units]:
         log.warning("%s gets dataset examples but no visualizations: %s", name, reason)
     classes = {layer.name for layer in heads if model.labels and layer.channels == len(model.labels)}
     class_layers = tuple(layer.name for layer in layers if layer.name in classes)
-    return dataclasses.replace(inputs, model=model), _Units(tuple(layers), channels, reasons, others, class_layers)
+    depths = choose_depths(model, candidates, {path for pair in inputs.pairs for path in pair})
+    chosen = _Units(tuple(layers), channels, reasons, others, class_layers, depths)
+    return dataclasses.replace(inputs, model=model), chosen
 
 
 def _requested(inputs: _Inputs, candidates: Sequence[Layer]) -> Units:
@@ -229,7 +234,7 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
             numbers = channels[layer.name]
             rows.append(PlanRow(layer, numbers, sizes[layer.name], len(numbers), preset.name))
     setup = Setup(config, model.digest, chosen.layers, inputs.dataset, pool.threads, pool.device, chosen.others)
-    setup = execution.on_device(setup, pool.device)
+    setup = execution.on_device(dataclasses.replace(setup, depths=chosen.depths), pool.device)
     if any(preset.needs_examples for preset in config.presets):
         setup = dataclasses.replace(setup, begins=examples_digest(setup, inputs.fingerprint))
     images = len(inputs.dataset.images)

@@ -132,6 +132,7 @@ def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, 
         outputs=outputs,
         failures=failures,
         unrendered={one.layer.name: one.reason for one in plan.unrendered},
+        depths=[depth.name for depth in plan.setup.depths],
     )
 
 

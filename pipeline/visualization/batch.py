@@ -41,6 +41,7 @@ class RenderJob:
         layers: The layers named by `preset.others`, by name.
         ensemble: The networks of an ensemble other than `model`.
         initial_images: For parameterizations that start from an image: (C, H, W) in [0, 1] by unit, with margins.
+        depths: Fixed depths of the network; the path of finished images is measured at those before `layer`.
     """
 
     model: Model
@@ -54,6 +55,7 @@ class RenderJob:
     layers: Mapping[str, Layer] = dataclasses.field(default_factory=dict)
     ensemble: Sequence[Model] = ()
     initial_images: Mapping[ChannelVariant, Tensor] = dataclasses.field(default_factory=dict)
+    depths: Sequence[Layer] = ()
 
     @property
     def image_size(self) -> Size:

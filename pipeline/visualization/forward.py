@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pipeline.core.units import Unit
-from pipeline.layers.finding import capture
+from pipeline.layers.finding import Layer, capture
+from pipeline.layers.path_depths import spatial_means
 from pipeline.models.loading import Model
 from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.objectives import Activations
@@ -63,16 +64,51 @@ class ObjectiveForward:
 
 
 @contextlib.contextmanager
+def measuring_forward(
+    job: RenderJob, model: Model, depths: Sequence[Layer]
+) -> Iterator[tuple[ObjectiveForward, Mapping[str, Tensor]]]:
+    """Return the forward pass of the objective, and a mapping that each call fills with spatial means at `depths`.
+
+    The means are (B, C) float32 by the name of the depth; one that the network does not compute for the images, or
+    computes after the layer of the objective, is absent.
+    """
+    captured, names = _captured(job, job.layer), {depth.name for depth in depths}
+    maps_by_layer: dict[str, Tensor] = {}
+    means: dict[str, Tensor] = {}
+
+    def keep(layer: Layer, maps: Tensor) -> None:
+        # Only the means of a depth are kept: its maps are large, and later layers may overwrite them.
+        if layer.name in names:
+            means[layer.name] = spatial_means(maps)
+        if layer.name in captured:
+            maps_by_layer[layer.name] = maps.clone()
+
+    with capture(model, list(captured.values()), keep, optional=depths) as forward:
+
+        def run(images: Tensor) -> dict[str, Tensor]:
+            maps_by_layer.clear()
+            means.clear()
+            forward(images)
+            return dict(maps_by_layer)
+
+        yield ObjectiveForward(job.preset, model, job.layer.name, run), means
+
+
+@contextlib.contextmanager
 def objective_forward(job: RenderJob, model: Model, stage: Stage) -> Iterator[ObjectiveForward]:
     """Return the forward pass of a stage through `model`; its hooks are removed on exit."""
-    preset = job.preset
     layer = job.layers[stage.layer] if stage.layer else job.layer
+    with capture(model, list(_captured(job, layer).values())) as run:
+        yield ObjectiveForward(job.preset, model, layer.name, run)
+
+
+def _captured(job: RenderJob, layer: Layer) -> dict[str, Layer]:
+    """Return the layers that the objective on `layer` and the batch terms read, by name."""
     captured = {layer.name: layer}
-    for name in preset.others:
-        if name not in captured and not _only_in_schedule(preset, name):
+    for name in job.preset.others:
+        if name not in captured and not _only_in_schedule(job.preset, name):
             captured[name] = job.layers[name]
-    with capture(model, list(captured.values())) as run:
-        yield ObjectiveForward(preset, model, layer.name, run)
+    return captured
 
 
 def _only_in_schedule(preset: Preset, layer: str) -> bool:

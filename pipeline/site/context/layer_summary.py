@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -35,6 +35,8 @@ class PresetSummary:
         levels: Variants of the network that were optimized on; empty in old atlases.
         fallbacks: Why a faster variant of the network was not used.
         judged: What other networks say about the visualizations, one sentence each.
+        path_layers: Layers at which their path similarity is measured; empty if it is not known.
+        path: Their path similarity, in words; empty if it is not known.
     """
 
     key: str
@@ -54,6 +56,8 @@ class PresetSummary:
     levels: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
     judged: tuple[str, ...] = ()
+    path_layers: tuple[str, ...] = ()
+    path: str = ""
 
     @property
     def pictures(self) -> int:
@@ -160,7 +164,7 @@ def summarize(layer: LayerView, order: int, classes: Sequence[str]) -> LayerSumm
 
 
 def _rendered(layer: LayerView, key: str) -> PresetSummary:
-    numbers = layer.measurements(key, ("status", "steps", "seconds"))
+    numbers, curves = layer.measurements(key, ("status", "steps", "seconds")), layer.path_curves(key)
     attributes = layer.render_attributes(key)
     _, variants, height, width, _ = layer.images(key).shape
     status = numbers["status"]
@@ -185,6 +189,22 @@ def _rendered(layer: LayerView, key: str) -> PresetSummary:
         levels=tuple(str(attributes.get("level", "")).splitlines()),
         fallbacks=tuple(str(attributes.get("level_reason", "")).splitlines()),
         judged=tuple(filter(None, map(_judged, layer.judgements(key)))),
+        path_layers=curves.layers if curves else (),
+        path=_path(layer.measurements(key, ("path_ratio", "path_similarity", "path_natural", "path_random"))),
+    )
+
+
+def _path(numbers: Mapping[str, np.ndarray]) -> str:
+    """Return the path similarity of a layer's visualizations in words; "" if it is not known."""
+    medians = {name: float(np.median(v[np.isfinite(v)])) for name, v in numbers.items() if np.isfinite(v).any()}
+    if "path_similarity" not in medians:
+        return ""
+    ratio = f", the first ÷ the second {medians['path_ratio']:.2f}" if "path_ratio" in medians else ""
+    similarities = [medians.get(name, math.nan) for name in ("path_similarity", "path_natural", "path_random")]
+    own, natural, random = (f"{value:.2f}".replace("-", "−") for value in similarities)
+    return (
+        f"path similarity (medians): with dataset examples {own}, of dataset examples with each other {natural}, with "
+        f"random images {random}{ratio}"
     )
 
 

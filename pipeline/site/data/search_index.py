@@ -185,6 +185,7 @@ def _rendered(rendered: PresetSummary, sizes: Sizes) -> dict[str, Any]:
         "natural": rendered.natural,
         "sheet": [per_sheet, rendered.variants, side(per_sheet * rendered.variants), width, height],
         "stored": [rendered.height, rendered.width],
+        "path": list(rendered.path_layers),
     }
 
 

@@ -16,7 +16,7 @@ from pipeline.judges.judgement import Judgement
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, ShownExamples
 from pipeline.site.data.js_shards import rounded_decimals, shortest_decimals
 from pipeline.site.layout import embedding
-from pipeline.store.layer_view import Histogram, LayerView
+from pipeline.store.layer_view import Histogram, LayerView, PathCurves
 
 BARS = 64
 
@@ -121,8 +121,11 @@ class Recorder:
         self._ranks = places.own
         self._similar = similar
         self._pictures = {
-            r.key: _with_judgements(
-                _measurements(layer.measurements(r.key), layer.dataset_max(r.key)), layer.judgements(r.key)
+            r.key: _with_paths(
+                _with_judgements(
+                    _measurements(layer.measurements(r.key), layer.dataset_max(r.key)), layer.judgements(r.key)
+                ),
+                layer.path_curves(r.key),
             )
             for r in facts.rendered
         }
@@ -285,6 +288,17 @@ def _with_judgements(
             for v, picture in enumerate(variants):
                 numbers = {name: column[row][v] for name, column in columns.items()}
                 picture.setdefault("judges", {})[judgement.judge] = numbers
+    return pictures
+
+
+def _with_paths(pictures: list[list[dict[str, Any]]], curves: PathCurves | None) -> list[list[dict[str, Any]]]:
+    """Return the measurements of visualizations with the path similarity at each layer; unchanged without any."""
+    if curves is None:
+        return pictures
+    similarity, natural, random = map(rounded_decimals, (curves.similarity, curves.natural, curves.random))
+    for row, variants in enumerate(pictures):
+        for v, picture in enumerate(variants):
+            picture["path"] = {"similarity": similarity[row][v], "natural": natural[row], "random": random[row]}
     return pictures
 
 
