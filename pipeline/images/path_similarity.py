@@ -7,8 +7,8 @@ path than natural images is as dissimilar to them in the layers before as random
 layer shows nothing.
 
 Source: Geirhos, Zimmermann, Bilodeau, Brendel & Kim 2023, "Don't trust your eyes: on the (un)reliability of feature
-visualizations", section 4 (arXiv 2306.04719), with their baselines; their similarity is a Spearman correlation of whole
-activation maps or a cosine, this one is a cosine of standard scores of spatial means, which positions do not change.
+visualizations" (arXiv 2306.04719), who compare with the same two baselines in every layer up to the unit. Here the
+similarity is a cosine of standard scores of spatial means, which do not depend on positions in the image.
 """
 
 import dataclasses

@@ -124,7 +124,7 @@ def measured(model: Model, images: Tensor) -> dict[str, Tensor]:
 
 
 def test_a_fooling_circuit_has_a_high_transfer_and_another_path() -> None:
-    """After Geirhos et al. 2023, section 3: a picture that reaches the unit by a circuit that photographs never use."""
+    """As Geirhos et al. 2023 build one: a picture that reaches the unit by a circuit that photographs never use."""
     generator = torch.Generator().manual_seed(0)
     features, units, images = 20, 12, 200
     patches, _ = torch.linalg.qr(torch.randn(48, 2 * features, generator=generator))

@@ -190,22 +190,28 @@ def _rendered(layer: LayerView, key: str) -> PresetSummary:
         fallbacks=tuple(str(attributes.get("level_reason", "")).splitlines()),
         judged=tuple(filter(None, map(_judged, layer.judgements(key)))),
         path_layers=curves.layers if curves else (),
-        path=_path(layer.measurements(key, ("path_ratio", "path_similarity", "path_natural", "path_random"))),
+        path=_path(layer.measurements(key, ("path_similarity", "path_natural", "path_random"))),
     )
 
 
 def _path(numbers: Mapping[str, np.ndarray]) -> str:
-    """Return the path similarity of a layer's visualizations in words; "" if it is not known."""
-    medians = {name: float(np.median(v[np.isfinite(v)])) for name, v in numbers.items() if np.isfinite(v).any()}
-    if "path_similarity" not in medians:
+    """Return the path similarity of a layer's visualizations in words; "" if it is not known.
+
+    The means over units have a much smaller error than the numbers of a single unit.
+    """
+    names = ("path_similarity", "path_natural", "path_random")
+    if not all(name in numbers for name in names):
         return ""
-    ratio = f", the first ÷ the second {medians['path_ratio']:.2f}" if "path_ratio" in medians else ""
-    similarities = [medians.get(name, math.nan) for name in ("path_similarity", "path_natural", "path_random")]
-    own, natural, random = (f"{value:.2f}".replace("-", "−") for value in similarities)
-    return (
-        f"path similarity (medians): with dataset examples {own}, of dataset examples with each other {natural}, with "
-        f"random images {random}{ratio}"
+    known = np.logical_and.reduce([np.isfinite(numbers[name]) for name in names])
+    if not known.any():
+        return ""
+    own, natural, random = (float(numbers[name][known].mean()) for name in names)
+    ratio = f", the first ÷ the second {own / natural:.2f}" if natural > max(random, 0.0) else ""
+    text = (
+        f"mean path similarity: with dataset examples {own:.2f}, of dataset examples with each other {natural:.2f}, "
+        f"with random images {random:.2f}{ratio}"
     )
+    return text.replace("-", "−")
 
 
 def _judged(judgement: Judgement) -> str:
