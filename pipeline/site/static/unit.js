@@ -450,7 +450,7 @@
   }
 
   function pathChart(names, path) {
-    const [width, height, left] = [640, 120, 34];
+    const [width, height, left] = [640, 120, 44];
     const curves = [["random", path.random], ["natural", path.natural], ["own", path.similarity]];
     const values = curves.flatMap(([, curve]) => curve).filter((v) => v !== null);
     const [low, high] = [Math.min(0, ...values), Math.max(0.1, ...values)];
