@@ -19,7 +19,7 @@ from pipeline.visualization.preset import Preset
 # other results from the same settings (docs/store.md, "Identity").
 RENDER_VERSION = 3
 EXAMPLES_VERSION = 3
-LOCALIZE_VERSION = 4
+LOCALIZE_VERSION = 5
 RESTART_VERSION = 1
 
 
@@ -38,6 +38,7 @@ class Setup:
         begins: Digest of the dataset pass whose best examples or means visualizations need; empty if none does.
         precision: Precision of the optimization steps, "float32" or "bfloat16".
         natural: Statistics of natural images in the network; None if no preset compares with them.
+        depths: Fixed depths of the network at which the paths of images are measured (`layers.path_depths`).
     """
 
     config: Config
@@ -50,6 +51,7 @@ class Setup:
     begins: str = ""
     precision: str = "float32"
     natural: NaturalDeviations | None = None
+    depths: tuple[Layer, ...] = ()
 
     def others_of(self, preset: Preset) -> dict[str, Layer]:
         """Return those of `others` that `preset` reads, by name."""
@@ -353,5 +355,6 @@ def localize_digest(setup: Setup, examples: str, channels: Sequence[Sequence[int
             "crop_side": config.crop_side,
             "jpeg_quality": config.jpeg_quality,
             "maps": config.maps,
+            "depths": [depth.tap for depth in setup.depths],
         }
     )

@@ -39,6 +39,7 @@ from pipeline.examples import localize, sweep
 from pipeline.examples.channel_stats import HistogramRange
 from pipeline.kernels.allocator import retain_freed_memory
 from pipeline.layers.finding import Layer
+from pipeline.layers.path_depths import depths_before
 from pipeline.models.loading import Model, load_ensemble_member, load_model
 from pipeline.store import hdf5, shards
 from pipeline.visualization import initial_images
@@ -305,6 +306,7 @@ class Worker:
                 exact_model=variants.exact,
                 layers=others,
                 ensemble=self.ensemble(preset),
+                depths=self.setup.depths,
                 initial_images=initial_images.load_initial_images(preset, canvas, recipe, own, own_starts),
                 target_image=initial_images.load_target_image(preset, canvas, recipe),
                 layer_mean=torch.tensor(layer_mean, device=self.setup.device) if layer_mean else None,
@@ -335,7 +337,9 @@ class Worker:
             **{m.name: column([getattr(p, m.name) for p in pictures], m.dtype) for m in RENDER_METRICS},
             **{m.name: column([p.measures[m.name] for p in pictures], m.dtype) for m in IMAGE_METRICS},
             "response": np.stack([p.response for p in pictures]).reshape(*shape, -1),
+            "path_means": np.stack([p.path_means for p in pictures]).reshape(*shape, -1),
         }
+        path = [*depths_before(self.layers[task.layer], self.setup.depths), self.layers[task.layer]]
         attributes: dict[str, Any] = {
             "digest": task.digest,
             "layer": task.layer,
@@ -347,6 +351,7 @@ class Worker:
             "device": device_kind(self.setup.device),
             "level": variants.plain_level if preset.requires_original_weights else variants.level,
             "level_reason": "" if preset.requires_original_weights else variants.reason,
+            "path_layers": [layer.name for layer in path],
         }
         if preset.budgets:
             arrays["budget_value"] = np.stack([p.budget_values for p in pictures]).reshape(*shape, -1)
@@ -411,7 +416,9 @@ class Worker:
         table = localize.SecondPassIndex.from_arrays(hdf5.from_bytes(task.index))
         arrays = self._portioned(
             lambda config: localize.localize(
-                sweep.PassContext(model, layers, self.dataset, config, self.stop, threads), table, task.images
+                sweep.PassContext(model, layers, self.dataset, config, self.stop, threads, self.setup.depths),
+                table,
+                task.images,
             )
         )
         return shards.to_bytes({"digest": task.digest, "start": task.start, "end": task.end}, arrays, "lzf")

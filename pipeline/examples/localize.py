@@ -18,16 +18,28 @@ from pipeline.data import crops, image_loading, multiband
 from pipeline.data.datasets import Dataset
 from pipeline.data.image_loading import Loaded
 from pipeline.examples import topk
-from pipeline.examples.quantile_examples import select_quantile_examples
+from pipeline.examples.quantile_examples import draw_subset, select_quantile_examples
 from pipeline.examples.sweep import LISTS, ExamplesConfig, PassContext, PassResult
 from pipeline.images import metrics
 from pipeline.layers.finding import Layer, capture
+from pipeline.layers.path_depths import depths_before, spatial_means
 from pipeline.models.config import Preprocessing
 
 # For so many of a unit's highest and lowest dataset examples, the activations of the whole layer are stored: feature
 # visualizations are compared with their mean. For all k examples they would take more space than all other results of
 # the pass.
 TOP = 4
+
+# Paths through the network are compared with those of so many of a unit's dataset examples. Four would give the
+# similarity of the examples to each other with twice the error.
+PATH_EXAMPLES = 8
+
+# So many random images are read beside the dataset examples: paths are measured in standard deviations over them.
+PATH_SAMPLE = 128
+
+# The list of examples that a visualization's path is compared with, by the dataset statistic of its objective. A map of
+# large mean and one of a large maximum are different things: of the same channel, few images are in both lists.
+PATH_LISTS = {"max": "max", "least": "min", "min": "min"}
 
 # Longest side of the copy from which crops are cut, if only crops are stored.
 CROP_SOURCE_SIDE = 1024
@@ -67,6 +79,20 @@ class TopExamples:
     def top(self, negative: bool = False) -> np.ndarray:
         """Return the `TOP` images with the highest (or lowest) activations, (C', at most TOP); −1 for none."""
         return self.lists["min" if negative else "max"][1][:, :TOP]
+
+    def path_examples(self, natural: str) -> np.ndarray:
+        """Return the images that paths of visualizations are compared with, (C', at most PATH_EXAMPLES); −1 for none.
+
+        Args:
+            natural: Dataset statistic of the objective; those with the largest spatial means unless it is in
+                `PATH_LISTS`.
+        """
+        return self.lists[PATH_LISTS.get(natural, "mean")][1][:, :PATH_EXAMPLES]
+
+
+def path_sample(dataset: Dataset) -> np.ndarray:
+    """Return the random images that paths are compared with: those with the lowest hashes of their paths, ascending."""
+    return np.sort(draw_subset([image.path for image in dataset.images], PATH_SAMPLE))
 
 
 def select_examples(
@@ -123,21 +149,32 @@ class SecondPassIndex:
     Attributes:
         channels: Channels with dataset examples, (C',).
         pairs: Pairs of image and channel, (P, 3), sorted by image; see `TopExamples.pairs`.
-        top: Images for which the activations of the whole layer are stored, (m,) int32, ascending.
+        top: Images for which the maximum activations of the whole layer are stored, (m,) int32, ascending.
+        paths: Images for which spatial means are stored, of the whole layer and of the depths before it, (q,) int32,
+            ascending: the `path_examples` of all units, and `sample`.
+        sample: Random images, (r,) int32, ascending; see `path_sample`.
     """
 
     channels: tuple[np.ndarray, ...]
     pairs: tuple[np.ndarray, ...]
     top: tuple[np.ndarray, ...]
+    paths: tuple[np.ndarray, ...]
+    sample: np.ndarray
 
     @classmethod
-    def of(cls, chosen: Sequence[TopExamples]) -> "SecondPassIndex":
-        """Create from the dataset examples of each layer."""
+    def of(cls, chosen: Sequence[TopExamples], sample: np.ndarray) -> "SecondPassIndex":
+        """Create from the dataset examples of each layer and the random images."""
         tops = [np.unique(np.concatenate([c.top().ravel(), c.top(True).ravel()])) for c in chosen]
+        paths = [
+            np.unique(np.concatenate([*(c.path_examples(name).ravel() for name in ("mean", "max", "min")), sample]))
+            for c in chosen
+        ]
         return cls(
             tuple(c.channels for c in chosen),
             tuple(c.pairs() for c in chosen),
             tuple(top[top >= 0].astype(np.int32) for top in tops),
+            tuple(images[images >= 0].astype(np.int32) for images in paths),
+            sample,
         )
 
     def for_images(self, first: int, last: int) -> "SecondPassIndex":
@@ -150,17 +187,25 @@ class SecondPassIndex:
             self.channels,
             tuple(pairs[rows(pairs[:, 0])] for pairs in self.pairs),
             tuple(top[rows(top)] for top in self.top),
+            tuple(images[rows(images)] for images in self.paths),
+            self.sample[rows(self.sample)],
         )
 
     @property
-    def images(self) -> np.ndarray:
+    def shown(self) -> np.ndarray:
         """All images of all pairs, ascending."""
         return np.unique(np.concatenate([np.zeros(0, np.int32), *(pairs[:, 0] for pairs in self.pairs)]))
 
+    @property
+    def images(self) -> np.ndarray:
+        """All images to read, ascending: those of all pairs, and the random ones."""
+        return np.union1d(self.shown, self.sample).astype(np.int32)
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays by name, as a shard stores them."""
-        parts = {"channels": self.channels, "pairs": self.pairs, "top": self.top}
-        return {f"{i}/{name}": array for name, arrays in parts.items() for i, array in enumerate(arrays)}
+        parts = {"channels": self.channels, "pairs": self.pairs, "top": self.top, "paths": self.paths}
+        arrays_of_layers = {f"{i}/{name}": array for name, arrays in parts.items() for i, array in enumerate(arrays)}
+        return {**arrays_of_layers, "sample": self.sample}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "SecondPassIndex":
@@ -170,7 +215,7 @@ class SecondPassIndex:
         def of_layers(name: str) -> tuple[np.ndarray, ...]:
             return tuple(arrays[f"{i}/{name}"] for i in range(count))
 
-        return cls(of_layers("channels"), of_layers("pairs"), of_layers("top"))
+        return cls(of_layers("channels"), of_layers("pairs"), of_layers("top"), of_layers("paths"), arrays["sample"])
 
 
 def localize(context: PassContext, index: SecondPassIndex, images: Sequence[int]) -> dict[str, np.ndarray]:
@@ -190,40 +235,50 @@ def localize(context: PassContext, index: SecondPassIndex, images: Sequence[int]
           ends of its range;
         - `i/top` (m,) int32 and `i/answer` (m, C) float16: the images of `index.top` that were read, and the maximum
           activations of all channels of the layer on them;
+        - `i/paths` (q,) int32 and `i/mean` (q, C) float16: the same for `index.paths` and spatial means;
         - `i/jpeg`, `i/offset`: with `store="crops"`, a crop for each pair, in the form of `concatenate_bytes`.
 
-        For the images: `shown/index`, `shown/size` (width, height), `shown/box` (the region that became the input),
-        `shown/lost` (images that could not be read), and with `store="images"` `shown/jpeg` and `shown/offset`.
+        For the depths: `path/index` (n,) int32, the images of any layer's `index.paths` that were read, and for depth
+        number d of `context.depths`, if it lies before a layer, `path/d` (n, C) float16, the spatial means of all its
+        channels; NaN where the network did not compute it.
+
+        For the images of pairs: `shown/index`, `shown/size` (width, height), `shown/box` (the region that became the
+        input), `shown/lost` (images that could not be read), and with `store="images"` `shown/jpeg` and
+        `shown/offset`.
     """
     model, config = context.model, context.config
     device = next(model.module.parameters()).device
-    measurements = {
-        layer.name: _LayerMeasurements(layer, index.channels[i], index.pairs[i], index.top[i], images)
-        for i, layer in enumerate(context.layers)
-    }
+    shown_images = set(index.shown.tolist())
+    paths = _PathMeasurements(context, index)
+    measurements = {layer.name: _LayerMeasurements(layer, index, i, images) for i, layer in enumerate(context.layers)}
     shown = _ShownImages()
     failed: list[tuple[int, str]] = []
     batch_images: list[int] = []
 
     def measure(layer: Layer, maps: Tensor) -> None:
-        measurements[layer.name].add(batch_images, maps, config.maps)
+        if layer.name in measurements:
+            measurements[layer.name].add(batch_images, maps, config.maps)
+        paths.observe(layer, maps)
 
     def shrink(number: int, image: Image.Image | multiband.Bands) -> _SourceImage:
         return _SourceImage.of(image, context.dataset.images[number].box, model.preprocessing, config)
 
     loaded = image_loading.load_images(context.dataset, images, model.preprocessing, context.threads, shrink)
-    with capture(model, context.layers, each=measure) as forward, torch.no_grad():
+    with capture(model, context.layers, each=measure, optional=paths.depths) as forward, torch.no_grad():
         for items, batch in image_loading.batches(loaded, config.batch, failed):
             context.stop()
             batch_images[:] = [item.index for item in items]
+            paths.start(batch_images)
             full = np.concatenate([batch, np.repeat(batch[-1:], config.batch - len(batch), 0)])
             forward(torch.from_numpy(full).to(device).float() / 255)
+            paths.finish()
+            items = [item for item in items if item.index in shown_images]
             shown.add(items, config)
             if config.store == "crops":
                 source_images = {item.index: item.extra for item in items}
                 for layer_measurements in measurements.values():
                     layer_measurements.add_crops(source_images, model.preprocessing, config)
-    arrays = shown.arrays(failed, config.store)
+    arrays = shown.arrays([one for one in failed if one[0] in shown_images], config.store) | paths.arrays()
     for i, layer in enumerate(context.layers):
         arrays |= {f"{i}/{name}": array for name, array in measurements[layer.name].arrays(config).items()}
     return arrays
@@ -291,18 +346,55 @@ class _ShownImages:
         return arrays
 
 
+class _PathMeasurements:
+    """Spatial means of images at the depths before any of the layers, batch by batch."""
+
+    def __init__(self, context: PassContext, index: SecondPassIndex) -> None:
+        deepest = max(context.layers, key=lambda layer: layer.cost)
+        self.depths = depths_before(deepest, context.depths)
+        self._wanted = set(np.concatenate([np.zeros(0, np.int32), *index.paths]).tolist())
+        self._indices: list[int] = []
+        self._means: dict[str, list[np.ndarray]] = {depth.name: [] for depth in self.depths}
+        self._rows: list[int] = []
+        self._batch: dict[str, np.ndarray] = {}
+
+    def start(self, images: Sequence[int]) -> None:
+        """Begin a batch of images."""
+        self._rows = [row for row, image in enumerate(images) if image in self._wanted]
+        self._indices += [images[row] for row in self._rows]
+        self._batch = {}
+
+    def observe(self, layer: Layer, maps: Tensor) -> None:
+        """Measure the maps (B, C, H, W) of a layer, if it is a depth."""
+        if layer.name in self._means and self._rows:
+            self._batch[layer.name] = metrics.to_float16(spatial_means(maps[self._rows]))
+
+    def finish(self) -> None:
+        """End a batch."""
+        for depth in self.depths:
+            unknown = np.full((len(self._rows), depth.channels), np.nan, np.float16)
+            self._means[depth.name].append(self._batch.get(depth.name, unknown))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the arrays `path/…` of `localize`."""
+        arrays: dict[str, np.ndarray] = {"path/index": np.array(self._indices, np.int32)}
+        for i, depth in enumerate(self.depths):
+            none = np.zeros((0, depth.channels), np.float16)
+            arrays[f"path/{i}"] = np.concatenate([none, *self._means[depth.name]])
+        return arrays
+
+
 class _LayerMeasurements:
     """Positions, activation maps and crops of one layer's pairs, batch by batch."""
 
-    def __init__(
-        self, layer: Layer, channels: np.ndarray, pairs: np.ndarray, top: np.ndarray, images: Sequence[int]
-    ) -> None:
+    def __init__(self, layer: Layer, index: SecondPassIndex, i: int, images: Sequence[int]) -> None:
         self._layer = layer
-        self._channels = channels
-        self._top = set(top.tolist())
-        self._rows_of = _rows_by_image(pairs, images)
+        self._channels = index.channels[i]
+        self._top, self._paths = set(index.top[i].tolist()), set(index.paths[i].tolist())
+        self._rows_of = _rows_by_image(index.pairs[i], images)
         self._parts: list[dict[str, np.ndarray]] = []
-        self._activations: list[tuple[int, np.ndarray]] = []
+        self._peaks: list[tuple[int, np.ndarray]] = []
+        self._means: list[tuple[int, np.ndarray]] = []
         self._crops: dict[tuple[int, int], bytes] = {}
 
     def add(self, images: Sequence[int], maps: Tensor, side: int) -> None:
@@ -313,6 +405,10 @@ class _LayerMeasurements:
             maps: Feature maps (B, C, H, W), with B at least the number of images.
             side: Largest side of the stored activation maps.
         """
+        for wanted, values, found in ((self._top, _peaks, self._peaks), (self._paths, spatial_means, self._means)):
+            rows = [b for b, image in enumerate(images) if image in wanted]
+            if rows:
+                found += zip((images[b] for b in rows), metrics.to_float16(values(maps[rows])), strict=True)
         positions = [(b, image) for b, image in enumerate(images) if image in self._rows_of]
         if not positions:
             return
@@ -323,10 +419,6 @@ class _LayerMeasurements:
         pair_maps = maps[batch.to(maps.device), channel.to(maps.device)].float()  # (p, H, W)
         pairs = np.stack([np.repeat([image for _, image in positions], counts), rows, only_min], 1)
         self._parts.append({"pairs": pairs.astype(np.int32), **_measure_maps(pair_maps, side)})
-        top = [b for b, image in enumerate(images) if image in self._top]
-        if top:
-            peaks = maps[top].float().flatten(2).amax(2)
-            self._activations += zip((images[b] for b in top), metrics.to_float16(peaks), strict=True)
 
     def add_crops(
         self, source_images: Mapping[int, _SourceImage], recipe: Preprocessing, config: ExamplesConfig
@@ -351,11 +443,17 @@ class _LayerMeasurements:
             "map": np.zeros((0, *map_size), np.uint8),
         }
         arrays = {name: np.concatenate([part[name] for part in [no_pairs, *self._parts]]) for name in no_pairs}
-        arrays["top"] = np.array([image for image, _ in self._activations], np.int32)
-        arrays["answer"] = np.array([a for _, a in self._activations], np.float16).reshape(-1, layer.channels)
+        for index_name, name, found in (("top", "answer", self._peaks), ("paths", "mean", self._means)):
+            arrays[index_name] = np.array([image for image, _ in found], np.int32)
+            arrays[name] = np.array([values for _, values in found], np.float16).reshape(-1, layer.channels)
         if config.store == "crops":
             arrays |= concatenate_bytes("", [self._crops[image, row] for image, row, _ in arrays["pairs"].tolist()])
         return arrays
+
+
+def _peaks(maps: Tensor) -> Tensor:
+    """Return the maximum of each map, (B, C, H, W) → (B, C) float32."""
+    return maps.float().flatten(2).amax(2)
 
 
 def _rows_by_image(pairs: np.ndarray, images: Sequence[int]) -> dict[int, np.ndarray]:

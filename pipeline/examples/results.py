@@ -9,6 +9,22 @@ from pipeline.examples.association import Association
 from pipeline.examples.channel_stats import HistogramRange
 from pipeline.examples.localize import TopExamples
 from pipeline.examples.sweep import PassResult
+from pipeline.layers.finding import Layer
+
+
+@dataclasses.dataclass(frozen=True)
+class PathInputs:
+    """What path similarity needs beside the arrays `path/…` of the second pass.
+
+    Attributes:
+        depths: Fixed depths of the network.
+        sample: Random images, (r,).
+        sources: Source of each dataset image, (n,).
+    """
+
+    depths: Sequence[Layer]
+    sample: np.ndarray
+    sources: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +40,7 @@ class DatasetPassResult:
         store: What is stored of the images: "images", "crops" or "ids" (`examples.store`).
         edges: Bounds of the quantile bins, in percent.
         labels: All labels of the dataset; label numbers are positions in this tuple.
+        paths: Depths and random images of the path similarity.
     """
 
     first_pass: PassResult
@@ -34,3 +51,4 @@ class DatasetPassResult:
     store: str
     edges: tuple[float, ...]
     labels: tuple[str, ...]
+    paths: PathInputs

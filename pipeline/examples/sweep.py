@@ -102,6 +102,7 @@ class PassContext:
         config: Settings.
         stop: Called before every batch; raises an exception to interrupt the pass.
         threads: Number of threads that decode images.
+        depths: Fixed depths of the network, which the second pass measures.
     """
 
     model: Model
@@ -110,6 +111,7 @@ class PassContext:
     config: ExamplesConfig
     stop: Callable[[], None] = lambda: None
     threads: int = 2
+    depths: Sequence[Layer] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,7 +113,11 @@ class _StopForward(Exception):
 
 @contextlib.contextmanager
 def capture(
-    model: Model, layers: Sequence[Layer], each: Callable[[Layer, Tensor], Any] | None = None, stop: bool = True
+    model: Model,
+    layers: Sequence[Layer],
+    each: Callable[[Layer, Tensor], Any] | None = None,
+    stop: bool = True,
+    optional: Sequence[Layer] = (),
 ) -> Iterator[Callable[[Tensor], Any]]:
     """Register hooks at layers and provide a function that returns their activations.
 
@@ -125,13 +129,14 @@ def capture(
         each: Called as `each(layer, maps)` as soon as the output of a layer exists. The activations are then not
             kept, and the values of the returned dictionaries are None.
         stop: Whether to end the forward pass after the last of the layers.
+        optional: Further layers, which are read if the network computes them before the last of `layers`.
 
     Yields:
         A function `forward(images)` that takes images (B, C, H, W) in [0, 1] and returns activations (B, C, H, W) by
         layer name, float32 or the lower precision of the network. It raises `AtlasError` if the network does not
         compute one of the layers for these images.
     """
-    recorder = _ActivationRecorder(model, layers, each, stop)
+    recorder = _ActivationRecorder(model, layers, each, stop, optional)
     try:
         recorder.attach()
         yield recorder.forward
@@ -143,9 +148,17 @@ class _ActivationRecorder:
     """Forward hooks that collect the activations of layers during `forward`; see `capture` for the arguments."""
 
     def __init__(
-        self, model: Model, layers: Sequence[Layer], each: Callable[[Layer, Tensor], Any] | None, stop: bool
+        self,
+        model: Model,
+        layers: Sequence[Layer],
+        each: Callable[[Layer, Tensor], Any] | None,
+        stop: bool,
+        optional: Sequence[Layer],
     ) -> None:
         self.model, self.layers, self.each, self.stop = model, layers, each, stop
+        self._required = {layer.name for layer in layers}
+        self._optional = [layer for layer in optional if layer.name not in self._required]
+        self._missing = len(self._required)
         self._activations: dict[str, Tensor | None] = {}
         self._num_calls: collections.Counter[tuple[str, Side]] = collections.Counter()
         self._batch = 1
@@ -157,7 +170,7 @@ class _ActivationRecorder:
         """Register one hook for each module and side."""
         modules = modules_of(self.model.module)
         taps: dict[tuple[str, Side], dict[int, list[Layer]]] = {}
-        for layer in self.layers:
+        for layer in (*self.layers, *self._optional):
             taps.setdefault((layer.module, layer.side), {}).setdefault(layer.call, []).append(layer)
         for tap, layers_by_call in taps.items():
             self._handles.append(self._register(modules[tap[0]], tap, layers_by_call))
@@ -172,6 +185,7 @@ class _ActivationRecorder:
         """Run the network on images (B, C, H, W) in [0, 1] and return the activations by layer name."""
         self._activations.clear()
         self._num_calls.clear()
+        self._missing = len(self._required)
         height, width = self.model.preprocessing.size
         self._batch = images.shape[0]
         self._relative_size = (images.shape[-2] / height, images.shape[-1] / width)
@@ -213,23 +227,26 @@ class _ActivationRecorder:
         self._num_calls[tap] += 1
         tensor = tensor_of(value)
         for layer in layers_by_call.get(self._num_calls[tap], ()):
+            if tensor is None and layer.name not in self._required:
+                continue
             if tensor is None:
                 raise AtlasError(f"{layer.name} has no tensor for these images. Exclude it with layers.exclude.")
             maps = layer.maps(tensor, self._batch, self._relative_size)
             if maps.dtype == torch.float64:
                 maps = maps.float()  # objectives and statistics are computed in single precision
             self._keep(layer, maps)
-        if self.stop and len(self._activations) == len(self.layers):
+        if self.stop and not self._missing:
             raise _StopForward
 
     def _keep(self, layer: Layer, maps: Tensor) -> None:
+        if layer.name in self._required and layer.name not in self._activations:
+            self._missing -= 1
         if self.each is not None:
             self._activations[layer.name] = None
             self.each(layer, maps)
             return
         self._activations[layer.name] = maps
-        is_last = len(self._activations) == len(self.layers)
-        if not (self.stop and is_last):
+        if not (self.stop and not self._missing):
             # The rest of the forward pass may change this tensor in place.
             self._activations[layer.name] = maps.clone()
 

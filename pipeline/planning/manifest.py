@@ -36,6 +36,7 @@ class Manifest:
         network: Digest of everything that determines receptive fields; see `network_digest`.
         recipe: Preprocessing.
         layers: Layers of the plan in its order, with the channels of the plan.
+        depths: Names of the fixed depths of the network at which the paths of images are measured.
     """
 
     weights: str
@@ -43,6 +44,7 @@ class Manifest:
     network: str
     recipe: Preprocessing
     layers: tuple[tuple[Layer, tuple[int, ...]], ...]
+    depths: tuple[str, ...] = ()
 
     def text(self) -> str:
         """Return the content of inputs.json."""
@@ -92,9 +94,9 @@ def read(folder: Path) -> Manifest | None:
         tree: dict[str, Any] = json.loads((folder / NAME).read_text(encoding="utf-8"))
         recipe: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in tree["recipe"].items()}
         layers = tuple(_layer(entry) for entry in tree["layers"])
-        return Manifest(
-            str(tree["weights"]), str(tree["dataset"]), str(tree["network"]), Preprocessing(**recipe), layers
-        )
+        depths = tuple(map(str, tree.get("depths", ())))
+        weights, dataset, network = (str(tree[key]) for key in ("weights", "dataset", "network"))
+        return Manifest(weights, dataset, network, Preprocessing(**recipe), layers, depths)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import psutil
 
+from pipeline.examples.localize import PATH_SAMPLE
 from pipeline.examples.sweep import ExamplesConfig
 from pipeline.planning.cost_model import ZERO_SPAN, Span
 
@@ -195,4 +196,6 @@ def expected_second_pass_images(photographs: int, units: int, config: ExamplesCo
         config: The settings of the dataset pass.
     """
     examples = 3 * config.k + config.per_bin * (len(config.spectrum) - 1)
-    return round(photographs * -math.expm1(-units * examples / max(photographs, 1)))
+    drawn = photographs * -math.expm1(-units * examples / max(photographs, 1))
+    # Random images are read beside them, as far as they are no examples.
+    return round(drawn + min(PATH_SAMPLE, photographs) * (1 - drawn / max(photographs, 1)))

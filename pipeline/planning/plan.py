@@ -122,7 +122,8 @@ class Plan:
     @property
     def inputs(self) -> Manifest:
         """The record of what this plan was made from."""
-        return Manifest(self.setup.weights, self.dataset_fingerprint, self.network, self.recipe, self.layers)
+        depths = tuple(depth.name for depth in self.setup.depths)
+        return Manifest(self.setup.weights, self.dataset_fingerprint, self.network, self.recipe, self.layers, depths)
 
     @property
     def layers(self) -> tuple[tuple[Layer, tuple[int, ...]], ...]:

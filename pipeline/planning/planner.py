@@ -23,6 +23,7 @@ from pipeline.engine.tasks import Setup, examples_digest
 from pipeline.layers import selection
 from pipeline.layers.finding import Layer, ReceptiveField
 from pipeline.layers.heads import HeadLayer
+from pipeline.layers.path_depths import choose_depths
 from pipeline.layers.receptive_fields import receptive_fields
 from pipeline.models.loading import Model, load_model
 from pipeline.planning import execution, judging, manifest, natural_deviations
@@ -89,6 +90,7 @@ class _Units:
         reasons: Why layers cannot be visualized, by name.
         others: Layers that presets read besides the layer of the unit.
         class_layers: Names of those whose channels are the classes that the network has names of.
+        depths: Fixed depths of the network; see `layers.path_depths`.
     """
 
     layers: tuple[Layer, ...]
@@ -96,6 +98,7 @@ class _Units:
     reasons: dict[str, str]
     others: tuple[Layer, ...]
     class_layers: tuple[str, ...] = ()
+    depths: tuple[Layer, ...] = ()
 
     @property
     def rendered(self) -> list[Layer]:
@@ -202,7 +205,8 @@ def _find_units(inputs: _Inputs, units: Units | None) -> tuple[_Inputs, _Units]:
     inputs = dataclasses.replace(inputs, model=model)
     if unfitted:
         others = _with_fitted_heads(inputs, others, unfitted, heads[-1])
-    return inputs, _Units(tuple(layers), channels, reasons, others, class_layers)
+    depths = choose_depths(model, candidates, {path for pair in inputs.pairs for path in pair})
+    return inputs, _Units(tuple(layers), channels, reasons, others, class_layers, depths)
 
 
 def _with_fitted_heads(
@@ -253,7 +257,7 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
             numbers = channels[layer.name]
             rows.append(PlanRow(layer, numbers, sizes[layer.name], len(numbers), preset.name))
     setup = Setup(config, model.digest, chosen.layers, inputs.dataset, pool.threads, pool.device, chosen.others)
-    setup = execution.on_device(setup, pool.device)
+    setup = execution.on_device(dataclasses.replace(setup, depths=chosen.depths), pool.device)
     if any(preset.needs_dataset_pass for preset in config.presets):
         setup = dataclasses.replace(setup, begins=examples_digest(setup, inputs.fingerprint))
     if any(preset.network_penalties for preset in config.presets) and chosen.rendered:

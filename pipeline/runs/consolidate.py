@@ -148,6 +148,7 @@ def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, 
             for layer, channels in plan.layers
             if (kernels := pixel_kernels(network, layer, channels)) is not None
         },
+        depths=[depth.name for depth in plan.setup.depths],
     )
 
 

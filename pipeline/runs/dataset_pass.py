@@ -21,7 +21,7 @@ from pipeline.examples.association import Association
 from pipeline.examples.channel_stats import HistogramRange
 from pipeline.examples.label_association import LabeledSources
 from pipeline.examples.localize import SecondPassIndex, TopExamples
-from pipeline.examples.results import DatasetPassResult
+from pipeline.examples.results import DatasetPassResult, PathInputs
 from pipeline.examples.sweep import ImageSubsets, PassResult
 from pipeline.layers.finding import Layer
 from pipeline.planning.plan import Plan
@@ -89,7 +89,7 @@ class DatasetPass:
         shard = shards.read(path)
         if shard is not None:
             return SecondPassIndex.from_arrays(shard.arrays())
-        index = SecondPassIndex.of(self.chosen)
+        index = SecondPassIndex.of(self.chosen, localize.path_sample(self._plan.setup.dataset))
         if not self._read_only:
             shards.write(path, {"digest": hashing.digest_of(["index", self.localize_digest])}, index.arrays())
         return index
@@ -205,6 +205,11 @@ class DatasetPass:
             self._config.store,
             self._config.spectrum,
             names,
+            PathInputs(
+                self._plan.setup.depths,
+                self.index.sample,
+                np.array([image.source for image in dataset.images], np.int32),
+            ),
         )
 
     @functools.cached_property

@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.core import atomic_io, hashing
 from pipeline.examples.localize import SecondPassIndex, concatenate_bytes
+from pipeline.layers.path_depths import depths_before
 from pipeline.planning import manifest
 from pipeline.planning.cost_model import PlanRow
 from pipeline.planning.folder import RunFolder
@@ -33,13 +34,15 @@ class _LayerSelection:
         source: Index of the layer in the source.
         keys: Keys of the (image, row) pairs to copy; see `_keys`.
         rows: Row in the copy for each row in the source, −1 if it is not copied; int32.
-        top: Images whose activations of the whole layer are copied.
+        top: Images whose maximum activations of the whole layer are copied.
+        paths: Images whose spatial means of the whole layer are copied.
     """
 
     source: int
     keys: np.ndarray
     rows: np.ndarray
     top: np.ndarray
+    paths: np.ndarray
 
 
 class PassSubset:
@@ -55,6 +58,7 @@ class PassSubset:
         index = {layer.name: i for i, (layer, _) in enumerate(source.layers)}
         starts = np.cumsum([0, *(layer.channels for layer, _ in source.layers)])
         self._layers = [index[layer.name] for layer, _ in plan.layers]
+        self._num_depths = max(len(depths_before(layer, plan.setup.depths)) for layer, _ in plan.layers)
         self._columns = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in self._layers])
         source_channels = [set(source.layers[i][1]) for i in self._layers]
         self.covers_channels = all(
@@ -134,7 +138,8 @@ class PassSubset:
             end = int(np.searchsorted(index.images, source_index.images[last - 1], "right"))
             if start == end:
                 continue
-            arrays = _second_pass_arrays(shard.arrays(), index.images[start:end], selections)
+            arrays = _second_pass_arrays(shard.arrays(), index, slice(start, end), selections)
+            arrays |= _path_arrays(shard.arrays(), index, self._num_depths)
             attributes = {"digest": target.localize_digest, "start": start, "end": end}
             path = target.path("localize", f"{start}-{end}", target.localize_digest)
             atomic_io.write_atomic(path, shards.to_bytes(attributes, arrays, "lzf"))
@@ -153,17 +158,19 @@ class PassSubset:
                 return None
             if not np.isin(index.top[i], source_index.top[source]).all():
                 return None
+            if not np.isin(index.paths[i], source_index.paths[source]).all():
+                return None
             rows = np.full(len(channels), -1, np.int32)
             rows[source_row] = np.arange(len(source_row))
-            selections.append(_LayerSelection(source, keys, rows, index.top[i]))
+            selections.append(_LayerSelection(source, keys, rows, index.top[i], index.paths[i]))
         return selections
 
 
 def _second_pass_arrays(
-    source: Mapping[str, np.ndarray], images: np.ndarray, selections: list[_LayerSelection]
+    source: Mapping[str, np.ndarray], index: SecondPassIndex, part: slice, selections: list[_LayerSelection]
 ) -> dict[str, np.ndarray]:
-    """Return the arrays of a shard of the second pass with the selected images and pairs only."""
-    arrays = _image_arrays(source, images)
+    """Return the arrays of a shard of the second pass with the images `part` of the index and the selected pairs."""
+    arrays = _image_arrays(source, np.intersect1d(index.images[part], index.shown))
     for i, selection in enumerate(selections):
         j = selection.source
         pairs = source[f"{j}/pairs"]
@@ -172,12 +179,18 @@ def _second_pass_arrays(
             arrays[f"{i}/{name}"] = source[f"{j}/{name}"][selected]
         rows = selection.rows[pairs[selected, 1]]
         arrays[f"{i}/pairs"] = np.stack([pairs[selected, 0], rows, pairs[selected, 2]], 1)
-        top = np.isin(source[f"{j}/top"], selection.top)
-        for name in ("top", "answer"):
-            arrays[f"{i}/{name}"] = source[f"{j}/{name}"][top]
+        for wanted, names in ((selection.top, ("top", "answer")), (selection.paths, ("paths", "mean"))):
+            images = np.isin(source[f"{j}/{names[0]}"], wanted)
+            arrays |= {f"{i}/{name}": source[f"{j}/{name}"][images] for name in names}
         if f"{j}/jpeg" in source:
             arrays |= _select_jpegs(source, f"{j}/", f"{i}/", selected)
     return arrays
+
+
+def _path_arrays(source: Mapping[str, np.ndarray], index: SecondPassIndex, num_depths: int) -> dict[str, np.ndarray]:
+    """Return the spatial means of the images in `index` at the first depths of a shard of the second pass."""
+    selected = np.isin(source["path/index"], np.concatenate(index.paths))
+    return {f"path/{name}": source[f"path/{name}"][selected] for name in ("index", *range(num_depths))}
 
 
 def _keys(pairs: np.ndarray, num_rows: int) -> np.ndarray:

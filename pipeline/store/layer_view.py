@@ -24,7 +24,8 @@ from pipeline.judges.judgement import NUMBERS, Judgement, Kind
 from pipeline.store import hdf5
 
 # Members of a group `render/<preset>` that are not measurements of single images.
-NOT_MEASUREMENTS = ("images", "images_sha256", "mask", "response", "judges", "budget_value")
+PATH_CURVES = ("path_curve", "path_curve_natural", "path_curve_random")
+NOT_MEASUREMENTS = ("images", "images_sha256", "mask", "response", "judges", "budget_value", "path_means", *PATH_CURVES)
 # Dataset in `stats` that holds the best activation over the dataset, by the group's attribute `natural`.
 NATURAL_STATISTICS = {"mean": "best_mean", "max": "max", "least": "least_mean", "min": "min"}
 # The metric that the objective itself is, by the same attribute.
@@ -85,6 +86,23 @@ class BudgetValues:
     name: str
     target: float
     value: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class PathCurves:
+    """Path similarity at each of D layers, from the first to the units' own; see `images.path_similarity`.
+
+    Attributes:
+        layers: Names of the layers, D; the last is the units' own, whose own channel is left out.
+        similarity: Of the visualizations with the unit's best dataset examples, (C', V, D).
+        natural: Of these examples with each other, (C', D).
+        random: Of these examples with random dataset images, (C', D).
+    """
+
+    layers: tuple[str, ...]
+    similarity: np.ndarray
+    natural: np.ndarray
+    random: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,6 +393,17 @@ class LayerView:
             numbers = {key: self._get(group, key) for key in NUMBERS[kind] if key in group}
             found.append(Judgement(hdf5.text_attribute(group, "judge"), weights, kind, numbers))
         return tuple(found)
+
+    def path_curves(self, preset: str | None = None) -> PathCurves | None:
+        """Return the path similarity at each layer up to the units; None without a dataset pass and in old atlases.
+
+        NaN for visualizations that were made before path similarity existed.
+        """
+        group = self._render(preset)
+        if "path_curve" not in group:
+            return None
+        names = np.asarray(self.render_attributes(preset)["path_layers"]).tolist()
+        return PathCurves(tuple(map(str, names)), *(self._get(group, name) for name in PATH_CURVES))
 
     def budgets(self, preset: str | None = None) -> list[BudgetValues]:
         """Return the regularizers of a preset that have a budget, in its order; empty if there is none."""

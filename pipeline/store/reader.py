@@ -117,6 +117,14 @@ class Atlas:
         """Class names of the network's outputs; empty if it has none."""
         return tuple(hdf5.read_array(self._file, "model/labels").tolist()) if "model/labels" in self._file else ()
 
+    @property
+    def depths(self) -> tuple[str, ...]:
+        """Names of the layers at which the paths of images are measured (`LayerView.path_curves`); empty in old files.
+
+        The path of a unit has those of them that lie before its layer, and the layer itself.
+        """
+        return tuple(hdf5.read_array(self._file, "model/depths").tolist()) if "model/depths" in self._file else ()
+
     def dataset(self) -> pd.DataFrame:
         """Return the dataset, one row per image: path, label, source (equal for crops of one source image)."""
         if "dataset/path" not in self._file:

@@ -32,6 +32,7 @@ from pipeline.layers.pixel_kernels import PixelKernels
 from pipeline.store import hdf5, shards
 from pipeline.store.hdf5 import write_array
 from pipeline.store.layer_view import LayerView
+from pipeline.store.path_relations import PATH_LAYERS, PathUnits, path_layers, stored_path, write_path_similarity
 from pipeline.store.reader import SCHEMA, SCHEMA_VERSION, open_atlas
 from pipeline.store.shards import DamagedShardError, Shard, safe_name
 
@@ -64,6 +65,7 @@ class Content:
         unrendered: Why a layer cannot have visualizations, by layer name.
         judgements: What other networks say about the visualizations, by layer name and preset.
         kernels: Kernels of the channels of layers that are linear in the pixels, by layer name.
+        depths: Names of the fixed depths of the network at which the paths of images are measured.
     """
 
     run: str
@@ -83,6 +85,7 @@ class Content:
     unrendered: Mapping[str, str] = dataclasses.field(default_factory=dict)
     judgements: Mapping[tuple[str, str], Sequence[Judgement]] = dataclasses.field(default_factory=dict)
     kernels: Mapping[str, PixelKernels] = dataclasses.field(default_factory=dict)
+    depths: Sequence[str] = ()
 
 
 def read_identity(path: Path) -> str | None:
@@ -179,7 +182,7 @@ def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str],
             _write_pass_results(groups, layers, content.examples)
         start = 0
         for i, (group, layer) in enumerate(zip(groups, layers, strict=True)):
-            _write_relations(group, content.examples, i, slice(start, start + layer.channels))
+            _write_relations(group, layer, content.examples, i, slice(start, start + layer.channels))
             start += layer.channels
 
 
@@ -197,6 +200,8 @@ def _write_root(file: h5py.File, content: Content) -> None:
     file.create_dataset("provenance/config", data=content.config_yaml, dtype=h5py.string_dtype())
     if content.labels:
         write_array(file, "model/labels", np.array(content.labels, object))
+    if content.depths:
+        write_array(file, "model/depths", np.array(content.depths, object))
 
 
 def _write_layer_attributes(group: h5py.Group, layer: Layer, order: int, input_size: tuple[int, int]) -> None:
@@ -230,6 +235,7 @@ def _write_visualizations(
     with preset_shards[0].opened() as source:
         image_shape = hdf5.dataset(source, "images").shape[1:]
         lengths = {name: hdf5.dataset(source, name).shape[-1] for name in ("trace", "budget_value") if name in source}
+    path, lengths["path_means"] = stored_path(preset_shards)
     target = _create_render_group(group, preset, preset_shards)
     images = hdf5.create_images(target, "images", (len(channels), *image_shape))
     masks = _create_masks(target, preset_shards, images.shape[:-1])
@@ -237,7 +243,7 @@ def _write_visualizations(
     arrays = _missing_measurements(size, lengths, hdf5.integer_attribute(group, "channels")[0])
     digests = np.zeros((*size, 32), np.uint8)
     target_row = {channel: i for i, channel in enumerate(channels)}
-    optional = {*(metric.name for metric in IMAGE_METRICS), "response", "budget_value"}
+    optional = {*(metric.name for metric in IMAGE_METRICS), "response", "budget_value", "path_means"}
     stored: set[str] = set()
     filled: set[int] = set()
     for shard in preset_shards:
@@ -247,6 +253,8 @@ def _write_visualizations(
             for name, array in arrays.items():
                 if name in optional and name not in source:
                     continue
+                if name == "path_means" and path_layers(shard.attributes) != path:
+                    continue  # of other depths
                 stored.add(name)
                 values = hdf5.read_array(source, name)
                 for i, j in rows:
@@ -266,6 +274,8 @@ def _write_visualizations(
     for name, array in arrays.items():
         if name in stored:
             write_array(target, name, array)
+    if "path_means" in stored:
+        target.attrs[PATH_LAYERS] = list(path)
     write_array(target, "images_sha256", digests)
 
 
@@ -310,12 +320,12 @@ def _missing_measurements(
 ) -> dict[str, np.ndarray]:
     """Return the measurements of missing visualizations.
 
-    Shards of former versions lack `IMAGE_METRICS` and `response`: these are NaN for their channels, and not written at
-    all if no shard has them. The same holds for `budget_value` and presets without budgets.
+    Shards of former versions lack `IMAGE_METRICS`, `response` and `path_means`: these are NaN for their channels, and
+    not written at all if no shard has them. The same holds for `budget_value` and presets without budgets.
 
     Args:
         size: (C', V).
-        lengths: Length of the last axis of `trace` and, for presets with budgets, of `budget_value`.
+        lengths: Length of the last axis of `trace`, of `path_means` and, for presets with budgets, of `budget_value`.
         layer_channels: Number of channels of the layer in the network.
     """
 
@@ -326,7 +336,10 @@ def _missing_measurements(
         "status": np.full(size, "missing", object),
         "reason": np.full(size, "", object),
         **missing(RENDER_METRICS),
-        **{name: np.full((*size, length), np.nan, np.float32) for name, length in lengths.items()},
+        **{
+            name: np.full((*size, length), np.nan, np.float16 if name == "path_means" else np.float32)
+            for name, length in lengths.items()
+        },
         **missing(IMAGE_METRICS),
         "response": np.full((*size, layer_channels), np.nan, np.float16),
     }
@@ -364,10 +377,12 @@ def _copy_chunks(source: h5py.Dataset, i: int, target: h5py.Dataset, j: int) -> 
             target.id.write_direct_chunk(to, chunk, filter_mask)
 
 
-def _write_relations(group: h5py.Group, pass_result: DatasetPassResult | None, i: int, columns: slice) -> None:
+def _write_relations(
+    group: h5py.Group, layer: Layer, pass_result: DatasetPassResult | None, i: int, columns: slice
+) -> None:
     """Write the metrics of `RELATION_METRICS`, which compare visualizations with each other and with dataset images.
 
-    Layer number `i` has the `columns` of the dataset pass.
+    The layer has number `i` and the `columns` of the dataset pass.
     """
     channels = torch.from_numpy(hdf5.read_array(group, "channels").astype(np.int64))
     for target in hdf5.group(group, "render").values() if "render" in group else ():
@@ -377,7 +392,8 @@ def _write_relations(group: h5py.Group, pass_result: DatasetPassResult | None, i
         write_array(target, "agreement", metrics.agreement(activations).numpy())
         if pass_result is None or not len(pass_result.first_pass.responses):
             continue
-        negative = is_minimized(hdf5.text_attribute(target, "natural"))
+        statistic = hdf5.text_attribute(target, "natural")
+        negative = is_minimized(statistic)
         examples = metrics.example_activations(
             pass_result.examples[i].top(negative),
             pass_result.localizations[f"{i}/top"],
@@ -388,6 +404,7 @@ def _write_relations(group: h5py.Group, pass_result: DatasetPassResult | None, i
         write_array(target, "transfer", transfer.value.numpy())
         write_array(target, "transfer_ceiling", transfer.ceiling.numpy())
         write_array(target, "transfer_floor", transfer.floor.numpy())
+        write_path_similarity(target, PathUnits(layer, i, channels, statistic), pass_result)
         if not negative:  # the stored activations are maxima
             write_array(target, "margin", metrics.margin(activations, channels, natural).numpy())
         for column, name in enumerate(("contrast", "chroma")):

@@ -67,6 +67,7 @@ class RenderJob:
         layer_mean: For objectives that compare with the mean of the layer: (C,) means of its channels over the dataset.
         normalizations: The normalizations that `preset.network_penalties` compare, in their order; see
             `network_penalties.normalizations_before`.
+        depths: Fixed depths of the network; the path of finished images is measured at those before `layer`.
     """
 
     model: Model
@@ -83,6 +84,7 @@ class RenderJob:
     target_image: Tensor | None = None
     layer_mean: Tensor | None = None
     normalizations: Sequence[Normalization] = ()
+    depths: Sequence[Layer] = ()
 
     @property
     def image_size(self) -> Size:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from pipeline.images import metrics
 from pipeline.images.image_regularizers import BUDGET_TOLERANCE
 from pipeline.images.transforms import ROBUSTNESS_TRANSFORMS, apply_transforms, center_crop
 from pipeline.images.transparency import resized_sums, to_mask
+from pipeline.layers.finding import Layer
+from pipeline.layers.path_depths import depths_before, spatial_means
 from pipeline.visualization.batch import NOTHING_COMPARED, Batch, ComparedImages, RenderJob
 from pipeline.visualization.forward import objective_forward
 from pipeline.visualization.preset import ChannelVariant, Preset
@@ -52,6 +54,8 @@ class Visualization:
         seconds: Processing time of the batch divided by its number of images.
         trace: (16,) values of the objective at evenly spaced steps; fewer if there are fewer steps.
         response: (C,) float16 maximum of each channel of the layer over the positions.
+        path_means: (N,) float16 spatial mean of each channel of the depths before the layer (`depths_before`), one
+            depth after the other, and then of the layer itself; NaN for a depth that was not computed.
         measures: The metrics `IMAGE_METRICS` by name.
         budget_values: (P,) float32 mean of each of `Preset.budgets` for exactly this image.
     """
@@ -70,6 +74,7 @@ class Visualization:
     seconds: float
     trace: np.ndarray
     response: np.ndarray
+    path_means: np.ndarray
     measures: Mapping[str, float]
     budget_values: np.ndarray
 
@@ -90,6 +95,7 @@ class Evaluation:
         robust: Mean value of the objective over the transformed copies of each image.
         start: Value of the objective for each image before the first step.
         responses: (B, C) float16 maximum of each channel of the layer.
+        path_means: (B, N) float16 spatial means; see `Visualization.path_means`.
         measures: Values of each of `IMAGE_METRICS`, by name.
         budget_values: (B, P) float32 mean of each of `Preset.budgets` for each image.
     """
@@ -100,6 +106,7 @@ class Evaluation:
     robust: list[float]
     start: list[float]
     responses: np.ndarray
+    path_means: np.ndarray
     measures: Mapping[str, list[float]]
     budget_values: np.ndarray
 
@@ -109,8 +116,11 @@ def evaluate(job: RenderJob, batch: Batch) -> Evaluation:
     """Measure the finished images of `batch` as they will be saved, with 8 bits, by `job.evaluation_model`."""
     preset = job.preset
     first, last = preset.stages[0], job.stage(job.schedule[-1])
-    size = job.image_size
-    with objective_forward(job, job.evaluation_model, Stage()) as forward:
+    size, depths = job.image_size, depths_before(job.layer, job.depths)
+    with (
+        objective_forward(job, job.evaluation_model, Stage()) as forward,
+        objective_forward(job, job.evaluation_model, Stage(), depths=depths) as measuring_forward,
+    ):
         start_images = preset.canvas.image(batch.initial, job.canvas(first))
         start_images = center_crop(start_images, job.canvas_without_margin(first))
         if start_images.shape[-2:] != size:
@@ -118,7 +128,9 @@ def evaluate(job: RenderJob, batch: Batch) -> Evaluation:
         compared = _compared(job, batch, size)
         start = forward(quantized(start_images), batch.all_channels, batch.all_variants, compared).values
         images = quantized(center_crop(preset.canvas.image(batch.final, job.canvas(last)), size))
-        clean = forward(images, batch.all_channels, batch.all_variants, compared)
+        clean = measuring_forward(images, batch.all_channels, batch.all_variants, compared)
+        means = {**clean.means, job.layer.name: spatial_means(clean.activations)}
+        path_means = _path_means(depths, means, job.layer)
         robust_values = []
         for random in batch.robustness_random:
             transform = functools.partial(apply_transforms, transforms=ROBUSTNESS_TRANSFORMS, random=random, size=size)
@@ -136,6 +148,7 @@ def evaluate(job: RenderJob, batch: Batch) -> Evaluation:
         robust=(sign * robust).tolist(),
         start=(sign * start).tolist(),
         responses=metrics.to_float16(clean.activations.flatten(2).amax(2)),
+        path_means=metrics.to_float16(path_means),
         measures=_measures(job, images, clean.activations, batch.all_channels),
         budget_values=_budget_values(preset, batch, images),
     )
@@ -185,6 +198,7 @@ def to_pictures(
                 seconds=seconds,
                 trace=sign * trace[torch.from_numpy(points)].numpy(),
                 response=evaluation.responses[i],
+                path_means=evaluation.path_means[i],
                 measures={name: values[i] for name, values in evaluation.measures.items()},
                 budget_values=evaluation.budget_values[i],
             )
@@ -195,6 +209,20 @@ def to_pictures(
 def quantized(images: Tensor) -> Tensor:
     """Round images in [0, 1] to 8 bits, as saving does; NaN becomes 0."""
     return (images.nan_to_num(0.0).clamp(0, 1) * 255).round() / 255
+
+
+def _path_means(depths: Sequence[Layer], means: Mapping[str, Tensor], layer: Layer) -> Tensor:
+    """Join the (B, C) means at `depths` and at `layer` to (B, N); NaN for a depth that is missing or of another size.
+
+    The channels of some layers depend on the size of the image, such as those of a flattened map.
+    """
+    own = means[layer.name]
+    parts = []
+    for depth in depths:
+        unknown = own.new_full((len(own), depth.channels), torch.nan)
+        found = means.get(depth.name, unknown)
+        parts.append(found if found.shape == unknown.shape else unknown)
+    return torch.cat([*parts, own], 1)
 
 
 def _measures(job: RenderJob, images: Tensor, activations: Tensor, channels: Tensor) -> dict[str, list[float]]:

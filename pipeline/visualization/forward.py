@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.core.units import Unit
 from pipeline.layers.finding import Layer, capture
+from pipeline.layers.path_depths import spatial_means
 from pipeline.models.loading import Model
 from pipeline.visualization.batch import NOTHING_COMPARED, ComparedImages, RenderJob
 from pipeline.visualization.network_penalties import Normalization, weighted_penalties
@@ -26,19 +27,29 @@ class ForwardResult:
         terms: (B,) weighted batch terms on layers minus weighted regularizers in the space of a layer and penalties on
             activations, in units of `values`; None if there are none, or if gradients are disabled.
         activations: (B, C, H, W) float32 maps of the layer that the objective is computed from.
+        means: (B, C) float32 spatial means by depth; a depth that the network does not compute for the images, or
+            computes after the layer of the objective, is absent.
     """
 
     values: Tensor
     terms: Tensor | None
     activations: Tensor
+    means: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
 class _Recorded:
-    """What one forward pass recorded: maps by layer, and the deviations of normalizations with the natural ones."""
+    """What one forward pass recorded.
+
+    Attributes:
+        maps: Maps (B, C, H, W) by layer.
+        deviations: Deviations (B,) of normalizations, each with the natural one.
+        means: Spatial means (B, C) float32 by depth.
+    """
 
     maps: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     deviations: list[tuple[Tensor, float]] = dataclasses.field(default_factory=list)
+    means: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 # Functions from images (B, C, H, W) to what a forward pass recorded, and to the activations of layers by name.
@@ -79,10 +90,10 @@ class ObjectiveForward:
         if preset.negative:
             values = -values
         if not torch.is_grad_enabled():
-            return ForwardResult(values, None, activations)
+            return ForwardResult(values, None, activations, recorded.means)
         penalties = weighted_penalties(preset.network_penalties, recorded.deviations)
         if not (self._batch_terms or preset.layer_penalties) and penalties is None:
-            return ForwardResult(values, None, activations)
+            return ForwardResult(values, None, activations, recorded.means)
         total = -self._layer_penalties(maps, compared.seeds, values)
         if penalties is not None:
             total = total - penalties
@@ -112,7 +123,7 @@ class ObjectiveForward:
 
 @contextlib.contextmanager
 def objective_forward(
-    job: RenderJob, model: Model, stage: Stage, penalized: bool = False
+    job: RenderJob, model: Model, stage: Stage, penalized: bool = False, depths: Sequence[Layer] = ()
 ) -> Iterator[ObjectiveForward]:
     """Return the forward pass of a stage through `model`; its hooks are removed on exit.
 
@@ -121,43 +132,56 @@ def objective_forward(
         model: The network, or a variant of it.
         stage: The stage of the schedule.
         penalized: Whether to compute the penalties on activations.
+        depths: Layers whose spatial means are recorded, if the network computes them for the images and before the
+            layer of the objective.
     """
     preset = job.preset
     layer = job.layers[stage.layer] if stage.layer else job.layer
-    captured = {layer.name: layer}
-    for name in preset.others:
-        if name not in captured and not _only_in_schedule(preset, name):
-            captured[name] = job.layers[name]
+    captured = _captured(job, layer)
     seed_layers = {term.layer or layer.name: captured[term.layer or layer.name] for term in preset.layer_penalties}
     normalizations = job.normalizations if penalized else ()
     with (
-        _recording(model, list(captured.values()), normalizations) as run,
+        _recording(model, list(captured.values()), normalizations, depths) as run,
         capture(model, list(seed_layers.values())) as run_seeds,
     ):
         yield ObjectiveForward(job, model, layer.name, run, run_seeds)
 
 
+def _captured(job: RenderJob, layer: Layer) -> dict[str, Layer]:
+    """Return the layers that the objective on `layer`, batch terms and regularizers read, by name."""
+    captured = {layer.name: layer}
+    for name in job.preset.others:
+        if name not in captured and not _only_in_schedule(job.preset, name):
+            captured[name] = job.layers[name]
+    return captured
+
+
 @contextlib.contextmanager
 def _recording(
-    model: Model, layers: Sequence[Layer], normalizations: Sequence[Normalization]
-) -> Iterator[Callable[[Tensor], _Recorded]]:
-    """Provide a function from images to the maps of layers and the deviations of normalizations."""
-    if not normalizations:
+    model: Model, layers: Sequence[Layer], normalizations: Sequence[Normalization], depths: Sequence[Layer]
+) -> Iterator[_Run]:
+    """Provide a function from images to the maps of layers, deviations of normalizations and means at depths."""
+    if not normalizations and not depths:
         with capture(model, layers) as forward:
             yield lambda images: _Recorded(forward(images))
         return
-    # The maps of normalizations are not kept: all together are many times as large as those of the layers.
+    # The maps of normalizations and depths are not kept: all together are many times as large as those of the layers.
     by_tap = {id(normalization.tap): normalization for normalization in normalizations}
+    names, depth_names = {layer.name for layer in layers}, {depth.name for depth in depths}
     recorded = _Recorded()
 
     def record(layer: Layer, maps: Tensor) -> None:
         normalization = by_tap.get(id(layer))
-        if normalization is None:
-            recorded.maps[layer.name] = maps.clone()  # the rest of the forward pass may change it in place
-        else:
+        if normalization is not None:
             recorded.deviations.append((normalization.deviation(maps), normalization.natural))
+            return
+        if layer.name in depth_names:
+            recorded.means[layer.name] = spatial_means(maps)
+        if layer.name in names:
+            recorded.maps[layer.name] = maps.clone()  # the rest of the forward pass may change it in place
 
-    with capture(model, [*layers, *(normalization.tap for normalization in normalizations)], each=record) as forward:
+    taps = [normalization.tap for normalization in normalizations]
+    with capture(model, [*layers, *taps], each=record, optional=depths) as forward:
 
         def run(images: Tensor) -> _Recorded:
             nonlocal recorded

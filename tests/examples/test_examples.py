@@ -287,10 +287,12 @@ def test_the_second_look_finds_places_maps_and_pictures(photo_folder: Path, tiny
         config = ExamplesConfig(k=3, batch=4, maps=4, store=store, side=48, crop_side=24)
         found, _ = swept(tiny, layers, dataset, range(20), config)
         chosen = localize.select_examples(found, [(la, (0, 3, 5)) for la in layers], dataset, config)
-        table = localize.SecondPassIndex.of(chosen)
-        context = PassContext(tiny, layers, dataset, config)
+        sample = np.array([1, 4, 8, 15], np.int32)
+        table = localize.SecondPassIndex.of(chosen, sample)
+        depths = tuple(la for la in enumerate_layers(tiny) if la.name in ("relu", "block"))
+        context = PassContext(tiny, layers, dataset, config, depths=depths)
         looks = localize.localize(context, table, table.images.tolist())
-        seen = seen_by(tiny, layers, dataset, 4)
+        seen = seen_by(tiny, [*layers, *depths], dataset, 4)
         for i, layer in enumerate(layers):
             for (image, row, _), place, ends, small in zip(
                 *(looks[f"{i}/{name}"] for name in ("pairs", "place", "range", "map")), strict=True
@@ -306,11 +308,22 @@ def test_the_second_look_finds_places_maps_and_pictures(photo_folder: Path, tiny
             # Of all channels of the layer, not only of those whose examples are kept.
             for image, answer in zip(looks[f"{i}/top"], looks[f"{i}/answer"], strict=True):
                 assert answer == pytest.approx(seen[layer.name][image].max((1, 2)), rel=1e-3, abs=1e-3)
+            lists = [chosen[i].lists[name][1].ravel() for name in ("mean", "max", "min")]
+            assert sorted(looks[f"{i}/paths"]) == sorted({*np.concatenate([sample, *lists]).tolist()} - {-1})
+            for image, mean in zip(looks[f"{i}/paths"], looks[f"{i}/mean"], strict=True):
+                assert mean == pytest.approx(seen[layer.name][image].mean((1, 2)), rel=1e-3, abs=1e-3)
+        # Of the depths before the last layer, for the same images; random ones are not shown.
+        assert set(looks["path/index"]) == set(looks["0/paths"]) | set(looks["1/paths"])
+        assert set(looks["shown/index"]) == set(table.shown.tolist())
+        for d, depth in enumerate(depths):
+            for image, mean in zip(looks["path/index"], looks[f"path/{d}"], strict=True):
+                assert mean == pytest.approx(seen[depth.name][image].mean((1, 2)), rel=1e-3, abs=1e-3)
         halves = [
             localize.localize(context, table.for_images(a, b - 1), [n for n in table.images.tolist() if a <= n < b])
             for a, b in ((0, 9), (9, 20))
         ]
-        for name in ("0/pairs", "0/place", "0/top", "0/answer", "1/top", "1/answer"):
+        names = ("0/pairs", "0/place", "0/top", "0/answer", "1/top", "1/answer", "1/paths", "1/mean", "path/1")
+        for name in names:
             assert np.array_equal(np.concatenate([half[name] for half in halves]), looks[name])
         assert ("shown/jpeg" in looks) == (store == "images") and ("0/jpeg" in looks) == (store == "crops")
         if store == "images":
@@ -319,6 +332,15 @@ def test_the_second_look_finds_places_maps_and_pictures(photo_folder: Path, tiny
                 assert max(picture.size) == 48 and not picture.getexif()
         if store == "crops":
             assert len(looks["0/offset"]) == len(looks["0/pairs"]) + 1
+
+
+def test_the_random_images_depend_on_their_paths_alone() -> None:
+    images = tuple(DatasetImage(f"{i}.png", "", i) for i in range(400))
+    drawn = localize.path_sample(Dataset(images, {}))
+    assert len(set(drawn.tolist())) == localize.PATH_SAMPLE and np.array_equal(drawn, np.sort(drawn))
+    backwards = localize.path_sample(Dataset(images[::-1], {}))
+    assert {images[i].path for i in drawn} == {images[::-1][i].path for i in backwards}
+    assert len(localize.path_sample(Dataset(images[:3], {}))) == 3
 
 
 def test_default_photographs_are_some_hundreds() -> None:
@@ -576,7 +598,7 @@ def test_images_of_many_depths_go_through_the_pass_together(tmp_path: Path, tiny
     found, ranges = swept(tiny, layers, dataset, range(5), config)
     check(found, ranges, seen_by(tiny, layers, dataset, 5), dataset, 5)
     chosen = localize.select_examples(found, [(la, range(3)) for la in layers], dataset, config)
-    table = localize.SecondPassIndex.of(chosen)
+    table = localize.SecondPassIndex.of(chosen, np.zeros(0, np.int32))
     for store in ("images", "crops"):
         context = PassContext(tiny, layers, dataset, dataclasses.replace(config, store=store))
         looks = localize.localize(context, table, range(5))

@@ -1,13 +1,17 @@
 """Layers: what is found, what a name stands for, and that looking leaves no trace."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import TinyNet, tiny_model
 from torch import nn
 
+from pipeline.acceleration.batchnorm_folding import foldable_pairs
 from pipeline.core.errors import AtlasError
-from pipeline.layers.finding import capture, enumerate_layers
+from pipeline.layers.finding import Layer, capture, enumerate_layers
 from pipeline.layers.layouts import Axes, as_maps
+from pipeline.layers.path_depths import choose_depths, depths_before
 from pipeline.layers.selection import LayersConfig, channels_of, select_layers
 from pipeline.models.config import Preprocessing
 from pipeline.models.loading import Model, ModelConfig, load_model, prepare_module
@@ -211,3 +215,29 @@ def test_residual_selects_the_linear_outputs_only() -> None:
 def test_tours_of_other_networks(name: str, some: list[str]) -> None:
     tour = names(load_model(ModelConfig("torchvision", name, weights=None)), policy="tour")
     assert len(tour) == 9 and set(some) <= set(tour)
+
+
+def test_depths_are_spread_over_the_blocks_and_never_in_folded_modules(tiny: Model) -> None:
+    candidates = enumerate_layers(tiny)
+    folded = {path for pair in foldable_pairs(tiny) for path in pair}
+    depths = choose_depths(tiny, candidates, folded)
+    # The stem and its normalization are folded; nothing with weights follows the head.
+    assert [depth.name for depth in depths] == ["relu", "block.2", "late"]
+    layers = {layer.name: layer for layer in candidates}
+    assert depths_before(layers["head"], depths) == depths
+    for name in ("late", "relu#2"):  # the latter has the channels of the former
+        assert [depth.name for depth in depths_before(layers[name], depths)] == ["relu", "block.2"]
+    assert choose_depths(tiny, [layers["head"]]) == ()
+
+
+def test_optional_layers_are_read_if_they_are_computed(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
+    seen: list[str] = []
+    never = dataclasses.replace(tiny_layers["relu"], name="relu#9", call=9)
+    images = torch.rand(2, 3, 32, 32)
+    optional = [tiny_layers["relu"], never, tiny_layers["head"]]
+    with capture(tiny, [tiny_layers["late"]], lambda layer, _: seen.append(layer.name), optional=optional) as forward:
+        forward(images)
+        forward(images)
+    assert seen == ["relu", "late"] * 2  # the head is behind the last layer that is needed
+    with pytest.raises(AtlasError, match="did not run relu#9"), capture(tiny, [never]) as forward:
+        forward(images)

@@ -143,6 +143,30 @@ def test_pictures_come_back_bit_by_bit_from_several_shards(tmp_path: Path) -> No
     assert writer.verify(tmp_path / "atlas.h5", {LAYER.name: [0, 2, 4, 8]}) == []
 
 
+def test_paths_of_former_versions_and_of_other_depths_are_not_known(tmp_path: Path) -> None:
+    folder, path = tmp_path / "s", tmp_path / "atlas.h5"
+    write_shard(folder, [0], 1)  # of a former version
+    means = {}
+    for channel, names in ((2, ["first", LAYER.name]), (4, ["other", LAYER.name])):
+        means[channel] = np.random.default_rng(channel).normal(size=(1, 1, 12)).astype(np.float16)
+        arrays = {"channels": np.array([channel], np.int32), **pictures(channel, 1), "path_means": means[channel]}
+        attributes = {"digest": "d", "objective": "channel", "natural": "mean", "preset": "test", "layer": LAYER.name}
+        shards.write(folder / f"{channel}-d.h5", attributes | {"path_layers": names}, arrays)
+    found = shards.find(folder, "d")
+    for parts in (found, None):  # from the shards, and then from the atlas, as after `atlas compact`
+        parts = parts or list(writer.render_groups(path).values())
+        writer.consolidate(path, content((0, 2, 4)), {(LAYER.name, "test"): parts})
+        with h5py.File(path) as file:
+            group = hdf5.group(file, f"layers/{shards.safe_name(LAYER.name)}/render/test")
+            stored = hdf5.read_array(group, "path_means")
+            assert list(group.attrs["path_layers"]) == ["first", LAYER.name]
+        assert np.array_equal(stored[1], means[2][0]) and np.isnan(stored[[0, 2]]).all()
+        with pipeline.open_atlas(tmp_path) as atlas:
+            assert atlas[LAYER.name].path_curves() is None  # there is no dataset pass
+            assert "path_means" not in atlas[LAYER.name].measurements()
+    assert writer.verify(path, {LAYER.name: (0, 2, 4)}) == []
+
+
 def test_measures_come_back_and_answers_are_compared(tmp_path: Path) -> None:
     folder, path = tmp_path / "s", tmp_path / "atlas.h5"
     whole = write_shard(folder, [0, 4], 1, variants=2, **measured(1, 2, 2))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import TINY, compose
 from test_examples import seen_by
 from test_run import shard_times
@@ -14,7 +15,7 @@ import pipeline
 from pipeline.cli.main import main
 from pipeline.core import metric_specs
 from pipeline.data import datasets
-from pipeline.layers.finding import enumerate_layers
+from pipeline.layers.finding import capture, enumerate_layers
 from pipeline.models.loading import load_model
 from pipeline.store.reader import SCHEMA_VERSION
 
@@ -86,6 +87,8 @@ def test_pictures_are_measured_and_held_against_photographs(folders: Path) -> No
                 values = values[table["preset"] == "diverse"]
             if metric.name == "margin":  # of maxima
                 values = values[table["preset"] != "negative"]
+            if metric.name == "path_ratio":  # only where the examples are more alike than random images
+                values = values.dropna()
             assert values.between(metric.low - 1e-3, metric.high + 1e-3).all(), metric.name
         assert table["agreement"].notna().sum() == 12
         sign = np.where(table["preset"] == "negative", -1, 1)
@@ -120,6 +123,43 @@ def test_transfer_is_that_of_a_pass_over_the_best_photographs(folders: Path, pho
                     numbers = view.measurements(preset)
                     assert numbers["transfer"][row, 0] == pytest.approx(cosine, abs=5e-3)
                     assert -1 <= numbers["transfer_floor"][row, 0] <= 1
+
+
+def test_path_similarity_is_that_of_plain_passes(folders: Path, photo_folder: Path) -> None:
+    """Through hooks on the unmodified network, from the stored images; the run folds and lowers it."""
+    base = [o for o in TINY if not o.startswith("layers.include")]
+    config = compose([*base, "data=folder", f"data.root={photo_folder}"]).config
+    model, dataset = load_model(config.model).to("cpu"), datasets.list_dataset(config.data)
+    layers = {layer.name: layer for layer in enumerate_layers(model)}
+    with pipeline.open_atlas(folders / "many") as atlas:
+        assert atlas.depths == ("blocks.1.0", "blocks.2.0", "blocks.3.0", "blocks.4.0")
+        for view in atlas:
+            path = [layers[name] for name in atlas.depths if view.name == "conv_head"] + [layers[view.name]]
+            seen = {name: maps.mean((2, 3)) for name, maps in seen_by(model, path, dataset, 4).items()}
+            for preset, which in (("distill", "mean"), ("negative", "min")):
+                curves, best = view.path_curves(preset), view.examples(which)
+                assert curves is not None and best is not None
+                assert curves.layers == tuple(layer.name for layer in path)
+                images = torch.from_numpy(view.images(preset)[:, 0]).permute(0, 3, 1, 2).float() / 255
+                with torch.no_grad(), capture(model, path) as forward:
+                    found = {name: maps.mean((2, 3)).numpy() for name, maps in forward(images).items()}
+                for d, layer in enumerate(path):
+                    mean, sd = seen[layer.name].mean(0), seen[layer.name].std(0, ddof=1)
+                    for row, channel in enumerate(view.channels):
+                        kept = sd > 1e-3 * np.median(sd)
+                        if layer.name == view.name:
+                            kept[channel] = False
+                        z = (np.stack([found[layer.name][row], *seen[layer.name][best.index[row]]]) - mean) / sd
+                        z = z[:, kept] / np.linalg.norm(z[:, kept], axis=1, keepdims=True)
+                        cosines = z @ z.T
+                        assert curves.similarity[row, 0, d] == pytest.approx(cosines[0, 1:].mean(), abs=0.02)
+                        pairs = cosines[1:, 1:][np.triu_indices(len(z) - 1, 1)]
+                        assert curves.natural[row, d] == pytest.approx(pairs.mean(), abs=0.02)
+                numbers = view.measurements(preset)
+                assert np.allclose(numbers["path_similarity"][:, 0], curves.similarity[:, 0].mean(1), atol=1e-5)
+                ratio = numbers["path_similarity"] / numbers["path_natural"]
+                known = np.isfinite(numbers["path_ratio"])
+                assert np.allclose(numbers["path_ratio"][known], ratio[known], atol=1e-5)
 
 
 def test_a_preset_among_others_gives_the_same_pictures_as_alone(folders: Path) -> None:

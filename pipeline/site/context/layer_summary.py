@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -37,6 +37,8 @@ class PresetSummary:
         fallbacks: Why a faster variant of the network was not used.
         judged: What other networks say about the visualizations, one sentence each.
         masked: Whether the visualizations have transparency masks.
+        path_layers: Layers at which their path similarity is measured; empty if it is not known.
+        path: Their path similarity, in words; empty if it is not known.
     """
 
     key: str
@@ -57,6 +59,8 @@ class PresetSummary:
     fallbacks: tuple[str, ...] = ()
     judged: tuple[str, ...] = ()
     masked: bool = False
+    path_layers: tuple[str, ...] = ()
+    path: str = ""
 
     @property
     def pictures(self) -> int:
@@ -175,7 +179,7 @@ def _kernel_images(kernels: np.ndarray) -> tuple[str, ...]:
 
 
 def _rendered(layer: LayerView, key: str) -> PresetSummary:
-    numbers = layer.measurements(key, ("status", "steps", "seconds"))
+    numbers, curves = layer.measurements(key, ("status", "steps", "seconds")), layer.path_curves(key)
     attributes = layer.render_attributes(key)
     _, variants, height, width, _ = layer.images(key).shape
     status = numbers["status"]
@@ -201,7 +205,29 @@ def _rendered(layer: LayerView, key: str) -> PresetSummary:
         fallbacks=tuple(str(attributes.get("level_reason", "")).splitlines()),
         judged=tuple(filter(None, map(_judged, layer.judgements(key)))),
         masked=layer.masks(key) is not None,
+        path_layers=curves.layers if curves else (),
+        path=_path(layer.measurements(key, ("path_similarity", "path_natural", "path_random"))),
     )
+
+
+def _path(numbers: Mapping[str, np.ndarray]) -> str:
+    """Return the path similarity of a layer's visualizations in words; "" if it is not known.
+
+    The means over units have a much smaller error than the numbers of a single unit.
+    """
+    names = ("path_similarity", "path_natural", "path_random")
+    if not all(name in numbers for name in names):
+        return ""
+    known = np.logical_and.reduce([np.isfinite(numbers[name]) for name in names])
+    if not known.any():
+        return ""
+    own, natural, random = (float(numbers[name][known].mean()) for name in names)
+    ratio = f", the first ÷ the second {own / natural:.2f}" if natural > max(random, 0.0) else ""
+    text = (
+        f"mean path similarity: with dataset examples {own:.2f}, of dataset examples with each other {natural:.2f}, "
+        f"with random images {random:.2f}{ratio}"
+    )
+    return text.replace("-", "−")
 
 
 def _judged(judgement: Judgement) -> str:

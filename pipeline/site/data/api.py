@@ -78,7 +78,14 @@ def _layer_entry(facts: LayerSummary) -> dict[str, Any]:
         "receptive_field": facts.receptive_field,
         "input": facts.input_size,
         "presets": [
-            {"key": r.key, "preset": r.preset, "digest": r.digest, "precision": r.precisions} for r in facts.rendered
+            {
+                "key": r.key,
+                "preset": r.preset,
+                "digest": r.digest,
+                "precision": r.precisions,
+                "path": list(r.path_layers),
+            }
+            for r in facts.rendered
         ],
         "units": f"{API}/units/{facts.slug}.json",
         "page": facts.href,

@@ -186,6 +186,7 @@ def _rendered(rendered: PresetSummary, sizes: Sizes) -> dict[str, Any]:
         "sheet": [per_sheet, rendered.variants, side(per_sheet * rendered.variants), width, height],
         "stored": [rendered.height, rendered.width],
         "masked": rendered.masked,
+        "path": list(rendered.path_layers),
     }
 
 

@@ -17,7 +17,7 @@ from pipeline.site.context.layer_summary import Catalogue, LayerSummary, ShownEx
 from pipeline.site.data.js_shards import rounded_decimals, shortest_decimals
 from pipeline.site.layout import embedding
 from pipeline.site.media.kernel_images import kernel_views, layer_scale
-from pipeline.store.layer_view import Histogram, LayerView
+from pipeline.store.layer_view import Histogram, LayerView, PathCurves
 
 BARS = 64
 
@@ -122,8 +122,11 @@ class Recorder:
         self._ranks = places.own
         self._similar = similar
         self._pictures = {
-            r.key: _with_judgements(
-                _measurements(layer.measurements(r.key), layer.dataset_max(r.key)), layer.judgements(r.key)
+            r.key: _with_paths(
+                _with_judgements(
+                    _measurements(layer.measurements(r.key), layer.dataset_max(r.key)), layer.judgements(r.key)
+                ),
+                layer.path_curves(r.key),
             )
             for r in facts.rendered
         }
@@ -301,6 +304,17 @@ def _kernel_record(kernels: np.ndarray, row: int, exact: bool) -> dict[str, Any]
         "exact": exact,
         "views": [list(view) for view in kernel_views(kernel, layer_scale(kernels))],
     }
+
+
+def _with_paths(pictures: list[list[dict[str, Any]]], curves: PathCurves | None) -> list[list[dict[str, Any]]]:
+    """Return the measurements of visualizations with the path similarity at each layer; unchanged without any."""
+    if curves is None:
+        return pictures
+    similarity, natural, random = map(rounded_decimals, (curves.similarity, curves.natural, curves.random))
+    for row, variants in enumerate(pictures):
+        for v, picture in enumerate(variants):
+            picture["path"] = {"similarity": similarity[row][v], "natural": natural[row], "random": random[row]}
+    return pictures
 
 
 def example_key(pair: int, index: int) -> int:

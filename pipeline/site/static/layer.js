@@ -15,7 +15,7 @@
 
   const MEASURES = {
     max: "maximum activation", mean: "mean activation", sparsity: "sparsity", nonzero: "share above zero", ratio: "activation ratio",
-    robust_share: "robust share", margin: "margin over other channels", transfer: "transfer", agreement: "agreement of starts", spectral_distance: "spectral distance",
+    robust_share: "robust share", margin: "margin over other channels", transfer: "transfer", path_ratio: "path similarity ÷ natural", agreement: "agreement of starts", spectral_distance: "spectral distance",
     high_frequency: "high frequencies", checkerboard: "checkerboard", contrast_quantile: "contrast quantile", chroma_quantile: "chroma quantile", saturation: "saturation",
   };
   const bad = { failed: 1, missing: 1 };

@@ -468,6 +468,10 @@
     ["transfer", "transfer", number, "Similarity of the other channels’ activations for the image and for the unit’s top dataset examples. The unit’s own channel is left out. 1: identical; 0: unrelated."],
     ["transfer_ceiling", "… of dataset examples", number, "The same for each of the unit’s top dataset examples and the others: what an image can be expected to reach."],
     ["transfer_floor", "… of random images", number, "The same for random dataset images: 95 % of them are below."],
+    ["path_ratio", "path similarity ÷ natural", number, "Path similarity of the image ÷ that of the dataset examples with each other. 1: in the layers up to the unit, the image is as similar to the unit’s dataset examples as these are to each other. 0: it activates the unit in another way than they do. None if the examples are no more similar to each other than to random images."],
+    ["path_similarity", "path similarity", number, "Similarity of the image and the unit’s top dataset examples, mean over the layers up to the unit."],
+    ["path_natural", "… of dataset examples", number, "The same for the unit’s top dataset examples with each other."],
+    ["path_random", "… of random images", number, "The same for the unit’s top dataset examples with random dataset images."],
     ["agreement", "agreement of starts", number, "Similarity of the layer’s activations for the unit’s visualizations from different initial images. 1: identical; 0: as for visualizations of any two units."],
     ["spectral_distance", "spectral distance", number, "Difference of the amplitude spectrum from that of natural images, in powers of ten. Photographs: 0.04 to 0.2; white noise: 0.53."],
     ["high_frequency", "high frequencies", share, "Share of the Fourier energy in details finer than 4 pixels. Photographs: 1 to 15%; white noise: 80%."],
@@ -493,6 +497,44 @@
       make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Quality measures" }, make("table", {},
         make("thead", {}, make("tr", {}, make("th", { scope: "col", text: "measure" }), shown.map(([title]) => make("th", { scope: "col", text: title })), make("th", { scope: "col", text: "meaning" }))), make("tbody", {}, rows))),
       make("p", { class: "note" }, "Measured on the saved images; none of the measures was optimized. ", make("a", { href: root + "method.html#numbers", text: "Definitions" }), "."));
+  }
+
+  // How similar the visualization and the unit's dataset examples are in the layers up to the unit, with both baselines.
+  function path(unit) {
+    const shown = [];
+    for (const rendered of unit.facts.rendered) {
+      const all = unit.record.pictures[rendered.key] || [];
+      all.forEach((p, i) => {
+        if (p.status === "missing" || typeof p.transfer !== "number") return;
+        const title = unit.facts.rendered.length > 1 || all.length > 1 ? rendered.title + (all.length > 1 ? ", " + (i + 1) : "") : "";
+        const known = p.path && p.path.similarity.some((v) => v !== null);
+        shown.push(make("figure", {}, title ? make("figcaption", { text: title }) : null,
+          known ? pathChart(rendered.path, p.path) : make("p", { class: "note", text: "Not known: made by a version without path similarity." })));
+      });
+    }
+    if (!shown.length) return null;
+    return make("section", { class: "path" }, make("h2", { text: "Path through the network" }),
+      make("p", { class: "note" }, "Similarity of the activations of all channels, in layers up to this one, between ", make("b", { class: "curve own", text: "the visualization and the unit’s top dataset examples" }), ", ", make("b", { class: "curve natural", text: "these examples with each other" }), " and ", make("b", { class: "curve random", text: "with random dataset images" }), ". If the first curve follows the second, the visualization reaches the unit as natural images do; if it follows the third, on another path. The unit’s own channel is left out. ", make("a", { href: root + "method.html#numbers", text: "Definition" }), "."),
+      shown);
+  }
+
+  function pathChart(names, path) {
+    const [width, height, left] = [640, 120, 44];
+    const curves = [["random", path.random], ["natural", path.natural], ["own", path.similarity]];
+    const values = curves.flatMap(([, curve]) => curve).filter((v) => v !== null);
+    const [low, high] = [Math.min(0, ...values), Math.max(0.1, ...values)];
+    const x = (i) => left + ((width - left - 8) * (i + 0.5)) / names.length;
+    const y = (v) => 6 + ((height - 12) * (high - v)) / (high - low);
+    const svg = make("svg", { viewBox: "0 0 " + width + " " + (height + 16), class: "histogram path-chart", role: "img",
+      "aria-label": "Path similarity by layer: " + names.map((name, i) => name + " " + number(path.similarity[i]) + ", of dataset examples " + number(path.natural[i]) + ", of random images " + number(path.random[i])).join("; ") });
+    svg.append(make("line", { class: "zero", x1: left, x2: width, y1: y(0), y2: y(0) }), make("text", { x: left - 6, y: y(0) + 4, "text-anchor": "end", text: "0" }), make("text", { x: left - 6, y: y(high) + 6, "text-anchor": "end", text: number(high) }));
+    for (const [name, curve] of curves) {
+      const points = curve.map((v, i) => (v === null ? null : [x(i), y(v)])).filter(Boolean);
+      svg.append(make("polyline", { class: name, points: points.map((p) => p.join(",")).join(" ") }));
+      curve.forEach((v, i) => { if (v !== null) svg.append(make("rect", { class: name, x: x(i) - 2.5, y: y(v) - 2.5, width: 5, height: 5 }, make("title", { text: names[i] + ": " + number(v) }))); });
+    }
+    names.forEach((name, i) => svg.append(make("text", { x: x(i), y: height + 13, "text-anchor": "middle", text: name.length > 640 / names.length / 7 ? "…" + name.slice(-Math.floor(640 / names.length / 7)) : name }, make("title", { text: name }))));
+    return svg;
   }
 
   function provenance(unit) {
@@ -547,7 +589,7 @@
       kernel(unit),
       make("div", { class: "evidence" }, unit.facts.rendered.length ? pictures(unit) : null, make("div", { class: "beside" }, photographs)),
       make("div", { class: "two" }, drawn, make("div", {}, numbers(unit), labels(unit))),
-      quality(unit), relations(unit), provenance(unit));
+      quality(unit), path(unit), relations(unit), provenance(unit));
   }
 
   // --------------------------------------------------------------------- actions
