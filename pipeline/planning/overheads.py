@@ -191,10 +191,12 @@ def expected_second_pass_images(photographs: int, units: int, config: ExamplesCo
     1 - exp(-units * examples / n).
 
     Args:
-        images: Number of dataset images, n.
+        photographs: Number of dataset images, n.
         units: Number of units.
         config: The settings of the dataset pass.
     """
+    if not units:
+        return 0
     examples = 3 * config.k + config.per_bin * (len(config.spectrum) - 1)
     drawn = photographs * -math.expm1(-units * examples / max(photographs, 1))
     # Random images are read beside them, as far as they are no examples.

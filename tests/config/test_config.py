@@ -159,7 +159,7 @@ def test_every_default_is_a_key_of_the_composed_configuration() -> None:
         ("engine.name=slurm", "engine.name='slurm' is not one of ray, inline."),
         ("engine.gpus_per_worker=-1", "engine.gpus_per_worker=-1: use auto or a number above 0."),
         ("~render.objective", "render.objective is missing."),
-        ("render.objective=null", "render.objective needs a `name`: one of caricature, channel, "),
+        ("render.objective=null", "render.objective needs a `name`: one of auto, caricature, "),
         ("+engine.worker=3", "engine.worker is not a setting. Nearest: workers"),
     ],
 )

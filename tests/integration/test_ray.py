@@ -82,6 +82,7 @@ def test_killed_workers_change_nothing(tiny_run: list[str], tmp_path: Path) -> N
             assert np.array_equal(layer.measurements()["seed"], b[layer.name].measurements()["seed"])
 
 
+@pytest.mark.long
 def test_bad_input_on_a_worker_ends_the_run_at_once(
     tiny_run: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

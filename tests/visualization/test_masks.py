@@ -145,7 +145,7 @@ def test_no_pixel_of_any_preset_changes(
     units = [(1, variant) for variant in range(preset.variants)]
     side = SIZE + 2 * preset.margin
     images = {unit: torch.rand(3, side, side, generator=torch.Generator().manual_seed(1)) for unit in units}
-    job = RenderJob(tiny, tiny_layers["late"], preset, 0, initial_images=images)
+    job = RenderJob(tiny, tiny_layers["late"], preset, 0, initial_images=images, layer_mean=torch.ones(8))
     with_mask = render(job, units)
     monkeypatch.setattr(loop, "gradient_magnitude", lambda gradient, size: torch.zeros(()))
     for one, other in zip(with_mask, render(job, units), strict=True):

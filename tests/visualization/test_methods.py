@@ -26,7 +26,7 @@ from pipeline.visualization.batch_terms import Alignment, Diversity, gram_cosine
 from pipeline.visualization.evaluation import Visualization
 from pipeline.visualization.loop import render
 from pipeline.visualization.network_perturbations import Dropout, Ensemble, NetworkPerturbation, WeightNoise
-from pipeline.visualization.objectives import OBJECTIVES, Channel, Interpolate, Neuron
+from pipeline.visualization.objectives import OBJECTIVES, Auto, Channel, Interpolate, Neuron
 from pipeline.visualization.optimizers import Adam, Sgd
 from pipeline.visualization.preset import Preset
 from pipeline.visualization.schedules import Plateau, Stage, check, expand_schedule, is_flat
@@ -435,5 +435,5 @@ def test_every_preset_renders(tiny: Model, tiny_layers: dict[str, Layer], name: 
 def test_the_margins_and_maco_share_nothing_with_the_neuron_preset() -> None:
     """Presets are small diffs of distill: what they do not name, they inherit."""
     distill, neuron = (compose([f"render={n}"]).config.render for n in ("distill", "neuron"))
-    assert dataclasses.replace(neuron, name="distill", objective=Channel(), size="auto") == distill
+    assert dataclasses.replace(neuron, name="distill", objective=Auto(), size="auto") == distill
     assert isinstance(neuron.objective, Neuron) and isinstance(compose(["render=maco"]).config.render.canvas, Maco)
