@@ -53,7 +53,7 @@ class LayerRegularizer:
 class SeedDistance(LayerRegularizer):
     """Distance between the activations of a layer for the image and for the photograph that it started from.
 
-    Feature accentuation (Hamblin et al. 2024, arXiv 2402.10039, "Regularization"). With `distance` = `l2` it is
+    Feature accentuation (Hamblin et al. 2024, arXiv 2402.10039). With `distance` = `l2` it is
     |a - b| ÷ |b|, the Euclidean distance over all channels and positions relative to the activations b of the
     photograph, so that it means the same in every layer. With `cosine` it is 1 - cos(a, b), the mean over positions
     of the cosines over channels: the strength of the activations is then free.
