@@ -5,8 +5,9 @@ scripts/bench presets [--model NAME] [--judges NAMES] [--presets NAMES] [--out D
 Two runs with all presets: five channels in each of six layers, and twenty classes, drawn by a seed. The median of each
 number of `atlas.units()` is given for hidden units and for classes, with the share of images whose contrast and chroma
 lie between the 10th and the 90th percentile of dataset images, and the share of classes that come first in the other
-networks. Images are measured after saving in 8 bits; seconds are those of one core, in batches of 8. Results:
-presets.md, presets.csv (one row per image) and the contact sheet presets.jpg. A second call continues.
+networks. `oygard` runs without heads on hidden units. Images are measured after saving in 8 bits; seconds are those of
+one core, in batches of 8. Results in --out: NAME.md, the contact sheet NAME.jpg and two runs, with presets.csv (one
+row per image). A second call continues.
 """
 
 import argparse
@@ -123,6 +124,8 @@ def main() -> None:
     presets, judges = options.presets.split(","), options.judges.split(",")
     shared = [f"model={options.model}", f"judges=[{options.judges}]", *settings]
     tour = ["layers=tour", f"layers.count={LAYERS + 1}", f"layers.channels=spread:{UNITS}"]
+    if "oygard" in presets:  # its heads predict classes
+        tour.append("render/schedule@also.oygard.schedule=blur")
     hidden = run(options.out, f"{options.model}-units", presets, [*shared, *tour, "layers.exclude=[classifier]"])
     chosen = ",".join(map(str, classes(CLASSES)))
     of_classes = [name for name in presets if name not in NOT_OF_CLASSES]
