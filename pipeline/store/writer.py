@@ -37,6 +37,8 @@ from pipeline.store.reader import SCHEMA, SCHEMA_VERSION, open_atlas
 from pipeline.store.shards import DamagedShardError, Shard, safe_name
 
 LIBRARIES = ("neuron-atlas", "torch", "torchvision", "timm", "h5py", "numpy", "pillow")
+# Objectives whose best dataset images are not known: the examples of a unit are those with its highest activations.
+NOT_OF_ACTIVATIONS = ("energy",)
 # Separates several values in one attribute; no reason for a fallback is longer than one line.
 SEPARATOR = "\n"
 # Bytes that `verify` reads at once.
@@ -392,6 +394,13 @@ def _write_relations(
         write_array(target, "agreement", metrics.agreement(activations).numpy())
         if pass_result is None or not len(pass_result.first_pass.responses):
             continue
+        for column, name in enumerate(("contrast", "chroma")):
+            if name in target:
+                sample = pass_result.first_pass.appearance[:, column]
+                quantile = metrics.quantile_among(hdf5.read_array(target, name), sample)
+                write_array(target, f"{name}_quantile", quantile)
+        if hdf5.text_attribute(target, "objective") in NOT_OF_ACTIVATIONS:
+            continue
         statistic = hdf5.text_attribute(target, "natural")
         negative = is_minimized(statistic)
         examples = metrics.example_activations(
@@ -407,11 +416,6 @@ def _write_relations(
         write_path_similarity(target, PathUnits(layer, i, channels, statistic), pass_result)
         if not negative:  # the stored activations are maxima
             write_array(target, "margin", metrics.margin(activations, channels, natural).numpy())
-        for column, name in enumerate(("contrast", "chroma")):
-            if name in target:
-                sample = pass_result.first_pass.appearance[:, column]
-                quantile = metrics.quantile_among(hdf5.read_array(target, name), sample)
-                write_array(target, f"{name}_quantile", quantile)
 
 
 def _write_dataset(file: h5py.File, pass_result: DatasetPassResult) -> None:
