@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import functools
 import importlib
-import io
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -147,9 +146,7 @@ class UnitImage:
     details: Visualization
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        multiband.to_display_image(self.image).save(buffer, "PNG")
-        return buffer.getvalue()
+        return multiband.to_png(multiband.to_display_image(self.image))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,9 +323,8 @@ def photograph_file(image: Photograph) -> ConfigFile:
     """Return an image as a file that was read."""
     if isinstance(image, str | Path):
         return ConfigFile(str(image))
-    buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))).save(buffer, "PNG")
-    return ConfigFile("image", buffer.getvalue())
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+    return ConfigFile("image", multiband.to_png(picture))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ a level.
 """
 
 import contextlib
+import io
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -190,6 +191,13 @@ def read_tiff(file: IO[bytes], channels: int, max_pixels: int | None) -> Bands:
         if channels == 1 and levels.shape[-1] == 3:
             levels = (levels @ LUMA)[..., None]
         return Bands.of(levels, channels // levels.shape[-1])
+
+
+def to_png(image: Image.Image) -> bytes:
+    """Return an image as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def to_display_image(pixels: np.ndarray) -> Image.Image:

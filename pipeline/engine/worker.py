@@ -284,38 +284,45 @@ class Worker:
                 channels were silent, and are restarted from these images.
             layer_mean: Mean of each channel of the layer over the dataset; empty if it is not needed.
         """
-        config, layer = self.setup.config, self.layers[name]
-        variants = self.variants(layer, preset, canvas)
-        others = self.setup.others_of(preset)
-        recipe = self.model.preprocessing
-        normalizations = self.normalizations(layer, preset)
+        config = self.setup.config
+        job = self.job(name, canvas, preset, layer_mean)
         own_starts = dict(zip(channels, begins, strict=True)) if begins else {}
         restarted = bool(begins) and not preset.needs_examples
 
         def work(part: list[int]) -> list[Visualization]:
             # All variants of a channel stay together: batch terms compare them.
             own = [(c, v) for c in part for v in range(preset.variants)]
-            job = RenderJob(
-                variants.folded,
-                layer,
-                preset,
-                config.run.seed,
-                canvas,
-                self.stop,
-                step_model=variants.steps,
-                exact_model=variants.exact,
-                layers=others,
-                ensemble=self.ensemble(preset),
-                depths=self.setup.depths,
-                initial_images=initial_images.load_initial_images(preset, canvas, recipe, own, own_starts),
-                target_image=initial_images.load_target_image(preset, canvas, recipe),
-                layer_mean=torch.tensor(layer_mean, device=self.setup.device) if layer_mean else None,
-                normalizations=normalizations,
-            )
-            return restart(job, own) if restarted else render(job, own)
+            recipe = self.model.preprocessing
+            starts = initial_images.load_initial_images(preset, canvas, recipe, own, own_starts)
+            part_job = dataclasses.replace(job, initial_images=starts)
+            return restart(part_job, own) if restarted else render(part_job, own)
 
         per_batch = config.channels_per_batch(preset)
         return self._in_batches(name, list(channels), per_batch, preset.variants, work)
+
+    def job(self, name: str, canvas: tuple[int, int], preset: Preset, layer_mean: Sequence[float] = ()) -> RenderJob:
+        """Return everything that the visualizations of a layer depend on but the initial images of units.
+
+        The arguments are those of `pictures`.
+        """
+        layer = self.layers[name]
+        variants = self.variants(layer, preset, canvas)
+        return RenderJob(
+            variants.folded,
+            layer,
+            preset,
+            self.setup.config.run.seed,
+            canvas,
+            self.stop,
+            step_model=variants.steps,
+            exact_model=variants.exact,
+            layers=self.setup.others_of(preset),
+            ensemble=self.ensemble(preset),
+            depths=self.setup.depths,
+            target_image=initial_images.load_target_image(preset, canvas, self.model.preprocessing),
+            layer_mean=torch.tensor(layer_mean, device=self.setup.device) if layer_mean else None,
+            normalizations=self.normalizations(layer, preset),
+        )
 
     def _render(self, task: RenderTask) -> bytes:
         preset = self.setup.config.preset_for(task.preset, self.layers[task.layer])

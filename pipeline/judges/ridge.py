@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipeline.core.ridge import PENALTIES, KernelBasis, feature_scale
+
 FOLDS = 3
 # Fewest images for a fit; with fewer the held-out correlation says little.
 MIN_IMAGES = 60
-# Ridge penalties, in units of the mean eigenvalue of the kernel: half a decade apart.
-PENALTIES = 10.0 ** np.arange(-4, 3.01, 0.5)
 # Units with a lower held-out correlation (less than about a fifth of the variance) have no direction in the other
 # network: noise can have a high prediction then (docs/judges.md).
 MIN_CORRELATION = 0.45
@@ -47,14 +47,11 @@ class _Fold:
         self.held_out = held_out
         train = features[~held_out]
         self._low, self._high = train.min(0), train.max(0)
-        self._mean, deviation = train.mean(0), train.std(0)
         weights = np.repeat([1 / np.sqrt(max(1, size) * len(sizes)) for size in sizes], sizes)
-        constant = deviation <= 1e-6 * np.maximum(1e-12, np.abs(self._mean))
-        self._scale = np.where(constant, 0.0, weights / np.where(constant, 1.0, deviation))
+        self._mean, self._scale = feature_scale(train, weights)
         self._train = self._standardized(train)
-        eigenvalues, self._vectors = np.linalg.eigh(self._train @ self._train.T)
-        self._eigenvalues = np.maximum(eigenvalues, 0.0)
-        self._penalties = PENALTIES * max(float(self._eigenvalues.mean()), 1e-12)
+        self._basis = KernelBasis(self._train)
+        self._penalties = PENALTIES * self._basis.unit
         self._test_kernel = self._kernel(features[held_out])
 
     def _standardized(self, features: np.ndarray) -> np.ndarray:
@@ -71,13 +68,14 @@ class _Fold:
         """
         train = targets[~self.held_out]
         mean = train.mean(0)
-        rotated = self._vectors.T @ (train - mean)
+        values, vectors = self._basis.values, self._basis.vectors
+        rotated = vectors.T @ (train - mean)
         best = np.full(train.shape[1], np.inf)
         coefficients = np.zeros_like(train)
         for penalty in self._penalties:
             # Residuals are V diag(λ / (e + λ)) Vᵀ y, without the cancellation of y − H y.
-            residual = self._vectors @ (rotated * (penalty / (self._eigenvalues + penalty))[:, None])
-            leverage = np.square(self._vectors) @ (self._eigenvalues / (self._eigenvalues + penalty)) + 1 / len(train)
+            residual = vectors @ (rotated * (penalty / (values + penalty))[:, None])
+            leverage = np.square(vectors) @ (values / (values + penalty)) + 1 / len(train)
             left_out = residual / np.maximum(1 - leverage, 1e-9)[:, None]
             error = np.square(left_out).mean(0)
             better = error < best

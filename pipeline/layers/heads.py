@@ -11,13 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.core.ridge import PENALTIES, KernelBasis, feature_scale
 from pipeline.layers.finding import Layer
 
 # Names of fitted heads: the prefix and the name of the layer that they read.
 PREFIX = "head@"
-
-# Ridge penalties, in units of the mean eigenvalue of the kernel: half a decade apart.
-PENALTIES = 10.0 ** np.arange(-4, 3.01, 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,28 +124,24 @@ class _Ridge:
     """Ridge regression of (n, K) targets on (n, C) standardized features, for any penalty."""
 
     def __init__(self, features: np.ndarray, targets: np.ndarray) -> None:
-        self._center, deviation = features.mean(axis=0), features.std(axis=0)
-        constant = deviation <= 1e-6 * np.maximum(np.abs(self._center), 1e-12)
-        self._scale = np.where(constant, 0.0, 1 / np.where(constant, 1.0, deviation))
+        self._center, self._scale = feature_scale(features)
         self._train = (features - self._center) * self._scale
-        values, self._vectors = np.linalg.eigh(self._train @ self._train.T)
-        self._values = np.maximum(values, 0.0)
-        self._unit = max(float(self._values.mean()), 1e-12)
+        self._basis = KernelBasis(self._train)
         self._mean = targets.mean(axis=0)
-        self._rotated = self._vectors.T @ (targets - self._mean)
+        self._rotated = self._basis.vectors.T @ (targets - self._mean)
 
     def line(self, penalty: float) -> tuple[np.ndarray, np.ndarray]:
         """Return weight (C, K) and bias (K,) in units of the given features."""
-        weight = self._scale[:, None] * (self._train.T @ (self._vectors @ self._shrunk(penalty)))
+        weight = self._scale[:, None] * (self._train.T @ (self._basis.vectors @ self._shrunk(penalty)))
         return weight, self._mean - self._center @ weight
 
     def similarities(self, features: np.ndarray) -> np.ndarray:
         """Return products of (m, C) features with the eigenvectors of the kernel, (m, n)."""
-        return (features - self._center) * self._scale @ self._train.T @ self._vectors
+        return (features - self._center) * self._scale @ self._train.T @ self._basis.vectors
 
     def predict(self, similarities: np.ndarray, penalty: float) -> np.ndarray:
         """Return predictions from `similarities`, (m, K): those of `line`, without computing the line."""
         return similarities @ self._shrunk(penalty) + self._mean
 
     def _shrunk(self, penalty: float) -> np.ndarray:
-        return self._rotated / (self._values + penalty * self._unit)[:, None]
+        return self._rotated / (self._basis.values + penalty * self._basis.unit)[:, None]

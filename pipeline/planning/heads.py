@@ -98,13 +98,12 @@ def _resolved(
     heads: dict[str, HeadLayer],
 ) -> Preset:
     """Return a preset with the names of heads in its stages; heads that it needs are added to `heads`."""
-    if all(stage.head is None and not (stage.layer or "").startswith(PREFIX) for stage in preset.schedule):
+    if not any(_names_head(stage) for stage in preset.schedule):
         return preset
-    names = {layer.name: layer for layer in candidates}
+    names = {layer.name for layer in candidates}
     stages = []
     for stage in preset.schedule:
-        own = stage.layer in names
-        if not own and (stage.head is not None or (stage.layer or "").startswith(PREFIX)):
+        if stage.layer not in names and _names_head(stage):
             if not logits:
                 raise AtlasError(
                     f"render={preset.name} uses heads that are fitted to the logits of the network, and {model.name} "
@@ -115,6 +114,11 @@ def _resolved(
             stage = dataclasses.replace(stage, layer=PREFIX + read.name)
         stages.append(dataclasses.replace(stage, head=None))
     return dataclasses.replace(preset, schedule=tuple(stages))
+
+
+def _names_head(stage: Stage) -> bool:
+    """Return whether a stage names a fitted head, by its depth or by the layer that it reads."""
+    return stage.head is not None or (stage.layer or "").startswith(PREFIX)
 
 
 def _layer_to_read(stage: Stage, model: Model, candidates: Sequence[Layer], logits: Layer) -> Layer:

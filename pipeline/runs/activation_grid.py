@@ -22,7 +22,6 @@ from pipeline.engine.worker import Worker
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.loading import Model
 from pipeline.runs.layer_worker import layer_worker
-from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.initial_images import preprocess_photograph
 from pipeline.visualization.loop import render
 from pipeline.visualization.objectives import Directions
@@ -86,9 +85,7 @@ class ActivationGrid:
         return data
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        multiband.to_display_image(self.image).save(buffer, "PNG")
-        return buffer.getvalue()
+        return multiband.to_png(multiband.to_display_image(self.image))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,19 +191,8 @@ def _render_cells(
     """Return the images of all cells, (cells, H, W, C) uint8, and the values of their objectives, (cells,)."""
     config = worker.setup.config
     preset = config.render
-    variants = worker.variants(layer, preset, canvas)
-    job = RenderJob(
-        variants.folded,
-        layer,
-        preset,
-        config.run.seed,
-        canvas,
-        on_step,
-        step_model=variants.steps,
-        exact_model=variants.exact,
-        layers=worker.setup.others_of(preset),
-        ensemble=worker.ensemble(preset),
-    )
+    worker.stop = on_step
+    job = worker.job(layer.name, canvas, preset)
     units = [(0, cell) for cell in range(preset.variants)]
     size = config.engine.batch
     pictures = [p for start in range(0, len(units), size) for p in render(job, units[start : start + size])]

@@ -4,12 +4,12 @@ Presets with `render.canvas.source=best` and silent units need the first, `rende
 second.
 """
 
-import io
 from collections.abc import Sequence
 
 from PIL import Image
 
 from pipeline.core.errors import AtlasError
+from pipeline.data.multiband import to_png
 from pipeline.store.reader import Atlas
 from pipeline.visualization.initial_images import InitialImage
 from pipeline.visualization.preset import Preset
@@ -44,11 +44,9 @@ def best_example_image(atlas: Atlas, layer: str, channel: int) -> InitialImage |
         return None
     # Features have a size in pixels of the network's input, so the image is resized to that scale.
     image = image.resize((view.input_size[1], view.input_size[0]), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
     height, width = view.map_size
     centre = (float(examples.y[row, 0]) + 0.5) / height, (float(examples.x[row, 0]) + 0.5) / width
-    return InitialImage(buffer.getvalue(), centre)
+    return InitialImage(to_png(image), centre)
 
 
 def initial_images_of(atlas: Atlas, preset: Preset, layer: str, channels: Sequence[int]) -> tuple[InitialImage, ...]:

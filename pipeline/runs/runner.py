@@ -30,6 +30,9 @@ from pipeline.store.shards import DamagedShardError
 
 log = logging.getLogger(__name__)
 
+# Why a task is set aside although its worker reported it as done.
+NO_SHARD = "no shard was found after the work: do all workers and this driver see the run's folder?"
+
 # Exit codes.
 COMPLETE, SET_ASIDE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -156,9 +159,7 @@ class _Session:
 
     def _note_missing_shards(self) -> None:
         """Set aside tasks without a shard: reports of workers do not count, only shards that this process sees."""
-        for task in self._tasks(1):
-            reason = "no shard was found after the work: do all workers and this driver see the run's folder?"
-            self.set_aside.append(Failure(task, reason, ""))
+        self.set_aside += [Failure(task, NO_SHARD, "") for task in self._tasks(1)]
 
     def _work(self) -> None:
         """Execute rounds of tasks until none is left or a round makes no progress, then restart silent units."""
@@ -203,10 +204,8 @@ class _Session:
     def _note_missing_restarts(self, tasks: Sequence[RenderTask]) -> None:
         """Set aside restarts without a shard."""
         noted = {failure.task.path for failure in self.set_aside}
-        reason = "no shard was found after the work: do all workers and this driver see the run's folder?"
-        for task in tasks:
-            if task.path not in noted and not Path(task.path).is_file():
-                self.set_aside.append(Failure(task, reason, ""))
+        missing = [task for task in tasks if task.path not in noted and not Path(task.path).is_file()]
+        self.set_aside += [Failure(task, NO_SHARD, "") for task in missing]
 
     def _bind(self, engine: Engine) -> None:
         """Follow the engine's device if it is another kind than the plan assumed: nodes of a cluster may have GPUs."""

@@ -35,10 +35,9 @@ from pipeline.store.layer_view import LayerView
 from pipeline.store.path_relations import PATH_LAYERS, PathUnits, path_layers, stored_path, write_path_similarity
 from pipeline.store.reader import SCHEMA, SCHEMA_VERSION, open_atlas
 from pipeline.store.shards import DamagedShardError, Shard, safe_name
+from pipeline.visualization.objectives import not_of_activations
 
 LIBRARIES = ("neuron-atlas", "torch", "torchvision", "timm", "h5py", "numpy", "pillow")
-# Objectives whose best dataset images are not known: the examples of a unit are those with its highest activations.
-NOT_OF_ACTIVATIONS = ("energy",)
 # Separates several values in one attribute; no reason for a fallback is longer than one line.
 SEPARATOR = "\n"
 # Bytes that `verify` reads at once.
@@ -387,6 +386,7 @@ def _write_relations(
     The layer has number `i` and the `columns` of the dataset pass.
     """
     channels = torch.from_numpy(hdf5.read_array(group, "channels").astype(np.int64))
+    unrelated = not_of_activations()
     for target in hdf5.group(group, "render").values() if "render" in group else ():
         if "response" not in target:
             continue
@@ -399,8 +399,8 @@ def _write_relations(
                 sample = pass_result.first_pass.appearance[:, column]
                 quantile = metrics.quantile_among(hdf5.read_array(target, name), sample)
                 write_array(target, f"{name}_quantile", quantile)
-        if hdf5.text_attribute(target, "objective") in NOT_OF_ACTIVATIONS:
-            continue
+        if hdf5.text_attribute(target, "objective") in unrelated:
+            continue  # the dataset examples of a unit are those with its highest activations
         statistic = hdf5.text_attribute(target, "natural")
         negative = is_minimized(statistic)
         examples = metrics.example_activations(

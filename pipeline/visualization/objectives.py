@@ -130,6 +130,12 @@ def select_channels(maps: Tensor, channels: Tensor) -> Tensor:
     return maps[torch.arange(maps.shape[0], device=maps.device), channels]
 
 
+def not_of_activations() -> set[str]:
+    """Return the names of the objectives whose value does not grow with the unit's activation."""
+    members = {name: OBJECTIVES[name] for name in OBJECTIVES}
+    return {name for name, cls in members.items() if issubclass(cls, Objective) and not cls.raises_activation}
+
+
 @OBJECTIVES.add("channel")
 @dataclasses.dataclass(frozen=True)
 class Channel(Objective):
