@@ -115,6 +115,16 @@ def test_order_and_filter(visit):
     assert len(page.locator(".tile").first.locator(".pic").all()) == 4  # two runs with two presets each
 
 
+def test_an_order_may_change_while_its_values_load(visit):
+    page = home(visit)
+    listed = page.evaluate("""async () => {
+      const asked = ATLAS.order.parse(""), listed = ATLAS.order.list(asked);
+      asked.by = "unlike";
+      return (await listed).map((unit) => unit.layer.name + ":" + ATLAS.channelAt(unit.layer, unit.row));
+    }""")
+    assert listed == names(page)
+
+
 def test_arrows_follow_the_order_of_the_grid(visit, base):
     page = home(visit, to="index.html#by=spread&of=activation&b=2")
     order = names(page)

@@ -46,7 +46,8 @@ ATLAS.order = (function () {
   const known = (v) => v !== null && v !== undefined;
 
   // All units in order: [{layer, row, key}]. Only contenders that are comparable to contender a count for the key.
-  async function list(order) {
+  async function list(asked) {
+    const order = { ...asked }; // the caller may change its own while the values load
     const [held, unlike] = await Promise.all([values(order.of), order.by === "unlike" ? need("difference", ATLAS.index.identity) : null]);
     const alike = measure(order.of).alike[order.a];
     const found = [];

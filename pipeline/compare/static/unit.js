@@ -49,7 +49,7 @@
       draw();
       ATLAS.html.dataset.layer = now.layer.name;
       document.body.dataset.ready = nameOf(now);
-    } catch (error) { nothing(asked.unit, error.message); }
+    } catch (error) { if (turn === latest) nothing(asked.unit, error.message); }
   }
 
   // -------------------------------------------------------------------- pictures

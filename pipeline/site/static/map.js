@@ -222,6 +222,7 @@
     const text = box.value.trim();
     if (!text) { hits = null; find("#map-count").textContent = ""; draw(); return; }
     const words = await need("search", ATLAS.index.identity);
+    if (box.value.trim() !== text) return;
     const answer = ATLAS.search(text, words, 100000);
     const wanted = new Set(answer.results.filter((r) => r.layer).map((r) => r.layer.order + ":" + r.row));
     const layers = new Set(ATLAS.layersNamed(text).map((layer) => layer.order));

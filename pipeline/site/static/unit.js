@@ -45,8 +45,8 @@
     }
     try {
       const units = await Promise.all([first, second].filter((unit) => unit && unit.row >= 0).map(load));
-      if (turn !== latest) return;
       const families = ATLAS.index.families.length ? await need("families", ATLAS.index.identity) : {};
+      if (turn !== latest) return;
       now = units[0];
       document.title = units.map(nameOf).join(" | ") + " · " + ATLAS.index.title;
       place.className = units.length > 1 ? "pair" : "";
@@ -59,6 +59,7 @@
       const next = now.row + 1 < ATLAS.count(now.layer) && { ...now, row: now.row + 1 };
       if (next) window.setTimeout(() => load(next), 400);
     } catch (error) {
+      if (turn !== latest) return;
       place.replaceChildren(make("section", { class: "opening" }, make("h1", { class: "layer", text }), make("p", { class: "lead", text: error.message })));
     }
   }
