@@ -388,7 +388,8 @@ def _time_preset(networks: _Networks, rows: Sequence[PlanRow], preset: Preset) -
 
     cheapest, dearest = min(rows, key=networks.network_seconds), max(rows, key=networks.network_seconds)
     run_steps = sum(len(row.channels) for row in rows) * preset.variants * preset.steps
-    cheap_step, dear_step = (_time_step(networks, row, preset, run_steps) for row in (cheapest, dearest))
+    cheap_step = _time_step(networks, cheapest, preset, run_steps)
+    dear_step = cheap_step if dearest is cheapest else _time_step(networks, dearest, preset, run_steps)
     # Seconds of a step per pixel that do not depend on the network; at most a step in the most expensive layer.
     cheap_rest = max(cheap_step.seconds.expected - STEP_TO_FORWARD * networks.network_seconds(cheapest), 0.0)
     per_pixel = min(cheap_rest / area(cheapest), dear_step.seconds.expected / area(dearest))
@@ -416,7 +417,7 @@ def _time_step(networks: _Networks, row: PlanRow, preset: Preset, run_steps: int
     folded, lowered = networks.folded, networks.lowered
     # Two channels stand for a batch; in an expensive layer one is enough.
     count = 1 if networks.network_seconds(row) > TIME_LIMIT / 10 else 2
-    short = dataclasses.replace(preset, steps=MAX_STEPS, attempts=1, stop=Fixed())
+    short = dataclasses.replace(preset.for_layer(row.layer), steps=MAX_STEPS, attempts=1, stop=Fixed())
     units = [(channel, variant) for channel in row.channels[:count] for variant in range(short.variants)]
     gray = torch.full((folded.preprocessing.channels, *row.canvas), 0.5)
     modules = [folded.module] if lowered.module is folded.module else [folded.module, lowered.module]
@@ -439,7 +440,7 @@ def _time_step(networks: _Networks, row: PlanRow, preset: Preset, run_steps: int
             layer_mean=torch.ones(row.layer.channels, device=timer.device) if compares == "mean" else None,
             layers={layer.name: layer for layer in networks.other_layers if layer.name in preset.others},
             initial_images=dict.fromkeys(units, gray),
-            normalizations=networks.normalizations.get(row.layer.name, ()) if preset.network_penalties else (),
+            normalizations=networks.normalizations.get(row.layer.name, ()),
             ensemble=[folded] * sum(len(ensemble.checkpoints) for ensemble in ensembles),
         )
         render(job, units)

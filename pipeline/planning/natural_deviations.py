@@ -38,7 +38,7 @@ def check_normalizations(model: Model, layers: Sequence[Layer], presets: Sequenc
     Raises:
         AtlasError: If no layer has a batch normalization before it.
     """
-    comparing = [preset for preset in presets if preset.network_penalties]
+    comparing = [p for p in presets if any(penalty.layers == "all" for penalty in p.network_penalties)]
     if not comparing or not layers:
         return
     without = [layer.name for layer in layers if not normalizations_before(model, layer)]
@@ -58,6 +58,12 @@ def check_normalizations(model: Model, layers: Sequence[Layer], presets: Sequenc
         f"(render.network_penalties: {penalties}), and {model.name} has none before {', '.join(without[:3])}. Choose "
         "deeper layers of a network with batch normalization, or another preset, such as render=distill."
     )
+
+
+def compared_layers(model: Model, layers: Sequence[Layer], presets: Sequence[Preset]) -> list[Layer]:
+    """Return the layers with a visualization that is compared with the statistics of normalizations before them."""
+    comparing = [layer for layer in layers if any(preset.for_layer(layer).network_penalties for preset in presets)]
+    return [layer for layer in comparing if normalizations_before(model, layer)]
 
 
 def measure(

@@ -30,7 +30,7 @@ from pipeline.planning import execution, judging, manifest, natural_deviations
 from pipeline.planning import heads as fitted_heads
 from pipeline.planning.advice import known_rotation_numbers, linear_output_advice
 from pipeline.planning.base_run import check_same_sources, find_base_run
-from pipeline.planning.cost_model import ZERO_SPAN, PlanRow, Span, estimate, time_image_loading
+from pipeline.planning.cost_model import ZERO_SPAN, PlanRow, Span, Timings, estimate, time_image_loading
 from pipeline.planning.folder import RunFolder
 from pipeline.planning.manifest import network_digest
 from pipeline.planning.overheads import Overheads, Stopwatch, process_start
@@ -260,8 +260,9 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
     setup = execution.on_device(dataclasses.replace(setup, depths=chosen.depths), pool.device)
     if any(preset.needs_dataset_pass for preset in config.presets):
         setup = dataclasses.replace(setup, begins=examples_digest(setup, inputs.fingerprint))
-    if any(preset.network_penalties for preset in config.presets) and chosen.rendered:
-        natural = natural_deviations.measure(model, inputs.folded, inputs.dataset, chosen.rendered, inputs.fingerprint)
+    compared = natural_deviations.compared_layers(model, chosen.rendered, config.presets)
+    if compared:
+        natural = natural_deviations.measure(model, inputs.folded, inputs.dataset, compared, inputs.fingerprint)
         setup = dataclasses.replace(setup, natural=natural)
     images = len(inputs.dataset.images)
     return Plan(
@@ -287,27 +288,15 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
 def _with_estimates(plan: Plan, inputs: _Inputs, chosen: _Units) -> Plan:
     """Return the plan with the estimated seconds of its rows, its dataset pass and everything else."""
     open_rows = [row for row in plan.rows if plan.left.channels[row.layer.name, row.preset]]
-    deepest = max(open_rows, key=lambda row: row.layer.cost, default=None)
-    variants, seconds = _timed_variants(plan, inputs, deepest)
-    if variants.reason:
-        log.info("steps run on the %s network: %s", variants.level, variants.reason)
-    # A worker verifies variants for each layer, as far as that layer.
-    seconds /= max(1.0, deepest.layer.cost if deepest else 1.0)
-    images = plan.left.images + plan.left.localizations
-    norms = _normalizations(plan, inputs.model, [row.layer for row in open_rows])
-    estimated, timings = estimate(chosen.layers, open_rows, plan.config, chosen.others, variants, images, norms)
+    groups = [_estimated(plan, inputs, chosen, rows) for rows in _by_normalizations(plan, open_rows)]
     # A worker decodes images with as many threads as it has.
     reads = plan.left.images or plan.left.localizations
     read = (
         time_image_loading(inputs.dataset, inputs.model.preprocessing) * (1 / plan.pool.threads) if reads else ZERO_SPAN
     )
-    costs = Overheads(
-        inputs.start, Span.exact(inputs.loading.seconds), Span.exact(timings.warm_up), timings.forward, read
-    )
-    rows = {
-        (row.layer.name, row.preset): dataclasses.replace(row, seconds=row.seconds + seconds * row.layer.cost)
-        for row in estimated
-    }
+    warm_up = max(timings.warm_up for _, timings in groups)
+    costs = Overheads(inputs.start, Span.exact(inputs.loading.seconds), Span.exact(warm_up), groups[0][1].forward, read)
+    rows = {(row.layer.name, row.preset): row for estimated, _ in groups for row in estimated}
     return dataclasses.replace(
         plan,
         rows=tuple(rows.get((row.layer.name, row.preset), row) for row in plan.rows),
@@ -316,17 +305,54 @@ def _with_estimates(plan: Plan, inputs: _Inputs, chosen: _Units) -> Plan:
     )
 
 
-def _normalizations(plan: Plan, model: Model, layers: Sequence[Layer]) -> dict[str, list[Normalization]]:
+def _by_normalizations(plan: Plan, rows: Sequence[PlanRow]) -> list[list[PlanRow]]:
+    """Return rows whose steps read no normalizations, then those that do: the latter run on another variant.
+
+    At least one list, which may be empty: the dataset pass is timed without rows too.
+    """
+    with_them = [
+        plan.setup.natural is not None and bool(plan.config.preset_for(row.preset, row.layer).network_penalties)
+        for row in rows
+    ]
+    groups = [[row for row, reads in zip(rows, with_them, strict=True) if reads is wanted] for wanted in (False, True)]
+    return [group for group in groups if group] or [[]]
+
+
+def _estimated(plan: Plan, inputs: _Inputs, chosen: _Units, rows: Sequence[PlanRow]) -> tuple[list[PlanRow], Timings]:
+    """Return rows that run on one variant of the network with estimated seconds, and the timings of no row."""
+    deepest = max(rows, key=lambda row: row.layer.cost, default=None)
+    norms = _normalizations(plan, inputs.model, rows)
+    variants, seconds = _timed_variants(plan, inputs, deepest, norms.get(deepest.layer.name, []) if deepest else [])
+    if variants.reason:
+        log.info("steps run on the %s network: %s", variants.level, variants.reason)
+    # A worker verifies variants for each layer, as far as that layer.
+    seconds /= max(1.0, deepest.layer.cost if deepest else 1.0)
+    images = plan.left.images + plan.left.localizations
+    estimated, timings = estimate(chosen.layers, rows, plan.config, chosen.others, variants, images, norms)
+    return [dataclasses.replace(row, seconds=row.seconds + seconds * row.layer.cost) for row in estimated], timings
+
+
+def _normalizations(plan: Plan, model: Model, rows: Sequence[PlanRow]) -> dict[str, list[Normalization]]:
     """Return the normalizations that presets compare with natural images, by the name of the unit's layer."""
     natural = plan.setup.natural
     if natural is None:
         return {}
     device = str(next(model.module.parameters()).device)
+    layers = [row.layer for row in rows if plan.config.preset_for(row.preset, row.layer).network_penalties]
     return {layer.name: natural.of(normalizations_before(model, layer), device) for layer in layers}
 
 
-def _timed_variants(plan: Plan, inputs: _Inputs, deepest: PlanRow | None) -> tuple[ModelVariants, float]:
-    """Return the variants of the network for the deepest layer, and the seconds that a worker takes to verify them."""
+def _timed_variants(
+    plan: Plan, inputs: _Inputs, deepest: PlanRow | None, read: Sequence[Normalization]
+) -> tuple[ModelVariants, float]:
+    """Return the variants of the network for the deepest layer, and the seconds that a worker takes to verify them.
+
+    Args:
+        plan: The plan.
+        inputs: Its inputs.
+        deepest: Row of the deepest layer.
+        read: Normalizations that its steps read.
+    """
     device = plan.pool.device
     if device.startswith("cuda") and not torch.cuda.is_available():
         device = "cpu"
@@ -334,7 +360,6 @@ def _timed_variants(plan: Plan, inputs: _Inputs, deepest: PlanRow | None) -> tup
     precision = precision_of(plan.config.engine.precision, torch.device(device).type)
     size = deepest.canvas if deepest else None
     model = inputs.model.to(device)
-    read = [norm for found in _normalizations(plan, model, layers[:1]).values() for norm in found]
     norms = {norm.path: norm.tap for norm in read}
     verify = functools.partial(verified_variants, model, inputs.pairs, layers, precision, size, norms)
     cpus, _ = local_resources()

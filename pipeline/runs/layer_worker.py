@@ -39,8 +39,8 @@ def layer_worker(
     canvas = choose_canvas_sizes(model, [layer], config.render)[layer.name]
     pool = size_pool(dataclasses.replace(config.engine, name="inline"), [local_resources()])
     setup = Setup(config, model.digest, (layer,), Dataset((), {}), pool.threads, pool.device, others)
-    if config.render.network_penalties:
-        natural_deviations.check_normalizations(model, [layer], [config.render])
+    natural_deviations.check_normalizations(model, [layer], [config.render])
+    if natural_deviations.compared_layers(model, [layer], [config.render]):
         folded = fold(model, foldable_pairs(model))
         setup = dataclasses.replace(setup, natural=natural_deviations.measure(model, folded, setup.dataset, [layer]))
     worker = Worker(execution.on_device(setup, pool.device))

@@ -7,13 +7,13 @@ of the unit.
 import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.core.registry import Registry
+from pipeline.core.registry import ADDED_LATER, Registry
 from pipeline.layers.finding import Layer
 from pipeline.layers.tracing import Call, Trace, trace_of
 from pipeline.models.loading import Model
@@ -118,9 +118,17 @@ class NetworkPenalty:
 
     Attributes:
         weight: Factor of the penalty.
+        layers: Layers whose units have the penalty: "all", or "pooled", those without positions, such as class logits
+            and all other features behind a global pooling. "pooled" is left out where it cannot be computed (networks
+            without batch normalization, ensembles), "all" is refused there.
     """
 
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    layers: Literal["all", "pooled"] = dataclasses.field(default="all", metadata=ADDED_LATER)
+
+    def applies_to(self, layer: Layer) -> bool:
+        """Return whether units of `layer` have the penalty."""
+        return self.layers == "all" or not layer.spatial
 
     def value(self, deviation: Tensor, natural: float) -> Tensor:
         """Return the loss of one normalization, (B,), from its (B,) `Normalization.deviation` and the natural one."""
@@ -139,6 +147,7 @@ class NormalizationStatistics(NetworkPenalty):
     """
 
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    layers: Literal["all", "pooled"] = dataclasses.field(default="all", metadata=ADDED_LATER)
 
     def value(self, deviation: Tensor, natural: float) -> Tensor:
         """Return max(0, deviation - natural), (B,)."""

@@ -56,7 +56,7 @@ class Preset:
         preconditioners: Preconditioners of the gradient in pixel space, in this order.
         augmentations: Perturbations of the network.
         couplings: Terms over all variants of a unit.
-        network_penalties: Penalties on the activations of the network.
+        network_penalties: Penalties on the activations of the network; `for_layer` has those of a layer.
         schedule: Stages of the optimization; empty for a single stage with default settings.
         stop: Stopping rule.
         layer_penalties: Regularizers in the space of a layer.
@@ -119,7 +119,10 @@ class Preset:
         return bool(self.augmentations)
 
     def for_layer(self, layer: Layer) -> "Preset":
-        """Return the preset as it is for `layer`: the objective `auto` is replaced by the one that it stands for there.
+        """Return the preset as it is for `layer`.
+
+        The objective `auto` is replaced by the one that it stands for there, and penalties on activations that do not
+        apply to the layer are left out.
 
         With `energy` comes a budget of the squared distance from gray, unless the preset has a regularizer of it: the
         energy of a linear layer grows with the square of the contrast, so that without one the image is black and
@@ -127,12 +130,17 @@ class Preset:
         frequencies for which the energy is largest at that contrast.
         """
         objective = self.objective.resolved(layer.linear_in_pixels, self.negative)
-        if objective is self.objective:
+        of_network = tuple(p for p in self.network_penalties if p.applies_to(layer) and self._can_have(p))
+        if objective is self.objective and of_network == self.network_penalties:
             return self
         penalties = self.penalties
         if isinstance(objective, Energy) and not any(isinstance(penalty, L2) for penalty in penalties):
             penalties = (*penalties, L2(budget="natural"))
-        return dataclasses.replace(self, objective=objective, penalties=penalties)
+        return dataclasses.replace(self, objective=objective, penalties=penalties, network_penalties=of_network)
+
+    def _can_have(self, penalty: NetworkPenalty) -> bool:
+        """Return whether the preset can have a penalty on activations: an ensemble has no one network's statistics."""
+        return penalty.layers == "all" or not any(isinstance(a, Ensemble) for a in self.augmentations)
 
     @property
     def natural(self) -> str:
@@ -209,7 +217,8 @@ def check(preset: Preset, channels: int) -> None:
         )
     if preset.couplings and preset.variants < 2:
         raise AtlasError("render.couplings need render.variants of at least 2: they compare the variants of a unit.")
-    if preset.network_penalties and any(isinstance(a, Ensemble) for a in preset.augmentations):
+    of_all = any(penalty.layers == "all" for penalty in preset.network_penalties)
+    if of_all and any(isinstance(a, Ensemble) for a in preset.augmentations):
         raise AtlasError(
             "render.network_penalties compare with the statistics of one network, not with those of the ensemble in "
             "render.augmentations: use one of the two."

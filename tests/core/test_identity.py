@@ -14,25 +14,29 @@ from pipeline.data.datasets import Dataset
 from pipeline.engine.tasks import Setup, examples_digest, localize_digest, render_digest
 from pipeline.layers.finding import Layer
 
-# This file, run as a script with `tests` on PYTHONPATH, writes it again. A difference means that all results of earlier
-# versions are stale: raise the version of that kind of result in pipeline/engine/tasks.py and say so in CHANGELOG.md,
-# or undo the change.
+# This file, run as a script with `.:tests` as PYTHONPATH, writes it again. A difference means that results of earlier
+# versions are stale: if more than the settings of a preset changed, raise the version of that kind of result in
+# pipeline/engine/tasks.py; say so in CHANGELOG.md, or undo the change.
 PINNED = Path(__file__).parents[1] / "data" / "identity.json"
 
 PRESETS = ("naive", "distill", "lucid", "tv", "maco", "neuron", "negative", "diverse", "weight_noise", "oygard")
 
 
+HIDDEN = Layer("layer1.0", "conv", "layer1.0.bn", 1, "out", "maps", 8, 14, 14, 1.0)
+LOGITS = Layer("fc", "linear", "fc", 1, "out", "vector", 10, 1, 1, 1.0)
+
+
 def setup(preset: str, *overrides: str) -> Setup:
-    layer = Layer("layer1.0", "conv", "layer1.0.bn", 1, "output", "BCHW", 8, 14, 14, 1.0)
     config = compose([f"render={preset}", "engine.precision=float32", *overrides]).config
-    return Setup(config, "0" * 64, (layer,), Dataset((), {}), 1, "cpu")
+    return Setup(config, "0" * 64, (HIDDEN, LOGITS), Dataset((), {}), 1, "cpu")
 
 
 def identities() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for preset in PRESETS:
         made = setup(preset)
-        found[f"render {preset}"] = render_digest(made, made.layers[0], (128, 128), preset)
+        found[f"render {preset}"] = render_digest(made, HIDDEN, (128, 128), preset)
+        found[f"render {preset}, logits"] = render_digest(made, LOGITS, (128, 128), preset)
     fixed = setup("tv", "render.penalties.tv.budget=null")
     found["render tv, fixed weight"] = render_digest(fixed, fixed.layers[0], (128, 128), "tv")
     made = setup("distill")

@@ -181,6 +181,24 @@ def test_networks_without_normalizations_are_refused(tiny: Model, tiny_layers: d
         )  # fmt: skip
 
 
+def test_pooled_penalties_are_those_of_layers_without_positions(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
+    """The default: classes have the penalty, hidden units none, and nothing is refused where it cannot be computed."""
+    made = compose([]).config.render
+    assert made.name == "distill" and [p.layers for p in made.network_penalties] == ["pooled"]
+    for name, layer in tiny_layers.items():
+        assert len(made.for_layer(layer).network_penalties) == (name in ("pool", "head")), name
+    net = prepare_module(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    plain = dataclasses.replace(tiny, module=net, name="plain")
+    head = dataclasses.replace(tiny_layers["head"], module="3")
+    natural_deviations.check_normalizations(plain, [head], [made])
+    assert natural_deviations.compared_layers(plain, [head], [made]) == []
+    layers = list(tiny_layers.values())
+    assert {layer.name for layer in natural_deviations.compared_layers(tiny, layers, [made])} <= {"pool", "head"}
+    perturbed = compose(["render/augmentations=[ensemble]", "render.augmentations.ensemble.checkpoints=[a.pt]"])
+    presets.check(perturbed.config.render, 3)
+    assert perturbed.config.render.for_layer(tiny_layers["head"]).network_penalties == ()
+
+
 def test_results_depend_on_the_images_that_are_compared_with(tiny_layers: dict[str, Layer]) -> None:
     for name, count in (("natural", 2), ("distill", 1)):
         config = compose([f"render={name}", "engine.precision=float32"]).config
