@@ -85,8 +85,19 @@ def named(names: Sequence[str], chosen: np.ndarray) -> str:
     return ", ".join(found[:MAX_NAMED]) + (" …" if len(found) > MAX_NAMED else "")
 
 
-def share(count: float, total: int) -> str:
-    return f"{int(count)} of {total}" if total else ""
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """How many of all."""
+
+    count: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.count} of {self.total}" if self.total else "–"
+
+
+def share(chosen: np.ndarray) -> Share:
+    return Share(int(chosen.sum()), chosen.size)
 
 
 def median(values: np.ndarray) -> float:
@@ -104,10 +115,10 @@ def compared(names: Sequence[str], old: Values, new: Values, **extra: object) ->
         "former": median(old.value[both]),
         "present": median(new.value[both]),
         **extra,
-        "former: yes": share((old.verdict[both] == 1).sum(), int(both.sum())),
-        "present: yes": share((new.verdict[both] == 1).sum(), int(both.sum())),
-        "verdict changes": share(differs.sum(), int(both.sum())),
-        "units": named(names, differs),
+        "former: yes": share(old.verdict[both] == 1),
+        "present: yes": share(new.verdict[both] == 1),
+        "verdict changes": share(differs[both]),
+        "channels": named(names, differs),
     }
 
 
@@ -201,7 +212,7 @@ class Case:
         preset: Name of the preset.
         negative: Whether they minimize the activation.
         numbers: Measures of the atlas, (n,) by name.
-        names: Names of the visualizations: the unit, and the number of the variant if there are several.
+        names: Names of the visualizations: the channel, and the number of the variant if there are several.
     """
 
     layer: LayerView
@@ -214,7 +225,7 @@ class Case:
     def of(cls, layer: LayerView, preset: str) -> "Case":
         arrays = layer.measurements(preset)
         variants = arrays["activation"].shape[1]
-        names = [f"{layer.name}:{channel}" for channel in layer.channels.tolist() for _ in range(variants)]
+        names = [str(channel) for channel in layer.channels.tolist() for _ in range(variants)]
         if variants > 1:
             names = [f"{name} ({i % variants})" for i, name in enumerate(names)]
         negative = metric_specs.is_minimized(str(layer.render_attributes(preset).get("natural", "")))
@@ -404,18 +415,19 @@ def zero_section(run: Run) -> Section:
         verdict = np.where(old["inactive"] | (old["fired"] == 1), 1.0, 0.0)
         kept = verdict if layer.reference == "zero" else np.full(len(verdict), np.nan)
         differs = changed(verdict, kept)
-        names = [f"{layer.name}:{channel}" for channel in layer.channels.tolist()]
+        names = [str(channel) for channel in layer.channels.tolist()]
         row: Row = {"layer": layer.name, "zero is a threshold": "yes" if layer.reference == "zero" else "no"}
         row["units"] = len(names)
         for name, title in (("nonzero", "positions above zero"), ("sparsity", "sparsity")):
             row |= {f"former {title}": median(old[name]), f"present {title}": median(new[name])}
         row |= {"never active": int(old["inactive"].sum()), "active in every image": int((old["fired"] == 1).sum())}
-        row |= {"verdict withdrawn": share(differs.sum(), len(names)), "which": named(names, differs)}
+        row |= {"verdict changes": share(differs), "channels": named(names, differs)}
         rows.append(row)
     text = (
         "Former: share of positions above zero, sparsity of the rectified maxima, and the verdicts never active (no "
         "position of any image above zero) and active in every image, in every layer. Present: the same where a "
-        "rectifier reads the layer or made it; elsewhere zero is arbitrary, and they are left out. The median in place "
+        "rectifier reads the layer or made it; elsewhere zero is arbitrary, and they are left out, so that the verdict "
+        "is withdrawn. The median in place "
         "of zero would say nothing: half of all positions are above it in any channel."
     )
     return Section("Statistics against zero", text, rows, "" if run.dataset_pass else f"Left out. {NO_SHARDS}")
@@ -437,7 +449,7 @@ def label_sections(run: Run) -> list[Section]:
         low, high = (ends[columns][layer.channels] for ends in (ranges.low, ranges.high))
         best, area = former.best_labels(codes, numbers[index], low, high)
         over, lift = former.over_represented(codes, numbers[index])
-        units = [f"{layer.name}:{channel}" for channel in layer.channels.tolist()]
+        units = [str(channel) for channel in layer.channels.tolist()]
         best_rows.append(label_row(layer.name, units, (best, area), (new.best, new.auroc)))
         over_rows.append(label_row(layer.name, units, (over[:, 0], lift[:, 0]), (new.over[:, 0], new.lift[:, 0])))
     why = NO_SHARDS if run.dataset_pass is None else "Too few images of the dataset share a label."
@@ -466,13 +478,13 @@ def label_row(
     differs = old[0] != new[0]
     return {
         "layer": layer,
-        "units of the layer": len(units),
+        "units": len(units),
         "former": median(old[1]),
         "present": median(new[1]),
-        "former: a label": share((old[0] >= 0).sum(), len(units)),
-        "present: a label": share((new[0] >= 0).sum(), len(units)),
-        "verdict changes": share(differs.sum(), len(units)),
-        "units": named(units, differs),
+        "former: a label": share(old[0] >= 0),
+        "present: a label": share(new[0] >= 0),
+        "verdict changes": share(differs),
+        "channels": named(units, differs),
     }
 
 
@@ -556,7 +568,7 @@ def connectivity_rows(layer: LayerView, side: str, old: Connectivity, new: Conne
     if old.layer != new.layer or not (old.channel[:, 1:] >= 0).any():
         return []
     shared, opposite, first = overlap(old, new)
-    at, names = layer.channels, [f"{layer.name}:{channel}" for channel in layer.channels.tolist()]
+    at, names = layer.channels, [str(channel) for channel in layer.channels.tolist()]
     differs = first[at]
     return [
         {
@@ -564,11 +576,11 @@ def connectivity_rows(layer: LayerView, side: str, old: Connectivity, new: Conne
             "side": side,
             "other layer": new.layer,
             "scaled by": "deviation" if new.scale == "sd" else "nothing",
-            "units of the layer": len(names),
+            "units": len(names),
             "in both": median(shared[at]),
-            "opposite sign": share(opposite[at].sum(), int(shared[at].sum())),
-            "verdict changes": share(differs.sum(), len(names)),
-            "units": named(names, differs),
+            "opposite sign": Share(int(opposite[at].sum()), int(shared[at].sum())),
+            "verdict changes": share(differs),
+            "channels": named(names, differs),
         }
     ]
 
@@ -605,6 +617,18 @@ SECTIONS: Sequence[Callable[[Run], Section | list[Section]]] = (
 )
 
 
+def summary(sections: Sequence[Section]) -> Section:
+    """Return how many verdicts change by each measure, over all layers and presets."""
+    rows: list[Row] = []
+    for section in sections:
+        changes = [row["verdict changes"] for row in section.rows]
+        shares = [change for change in changes if isinstance(change, Share)]
+        total = Share(sum(change.count for change in shares), sum(change.total for change in shares))
+        rows.append({"measure": section.title, "verdict changes": total})
+    text = "Number of visualizations, or of units, for which another verdict follows from the present measure."
+    return Section("Changed verdicts", text, rows)
+
+
 def markdown(section: Section) -> str:
     """Return a section with its table; numbers with two decimals, small ones with four."""
     lines = [f"## {section.title}", "", section.text, ""]
@@ -622,6 +646,8 @@ def cell(value: object) -> str:
         return str(value)
     if np.isnan(value):
         return "–"
+    if 0 < abs(value) < 5e-5:
+        return "< 0.0001"
     return f"{value:.4f}" if 0 < abs(value) < 0.01 else f"{value:.2f}"
 
 
@@ -637,7 +663,7 @@ def report(folder: Path, presets: Sequence[str] = ()) -> str:
         for make in SECTIONS:
             made = make(run)
             sections += made if isinstance(made, list) else [made]
-    return "\n".join(map(markdown, sections))
+    return "\n".join(map(markdown, [summary(sections), *sections]))
 
 
 def main() -> None:

@@ -32,8 +32,10 @@ def test_a_verdict_changes_if_it_is_reversed_or_withdrawn() -> None:
     values = measures.exceeds(np.array([[2.0], [0.5], [nan]]), 1.0)
     assert np.array_equal(values.verdict, [1, 0, nan], equal_nan=True)
     row = measures.compared(["a", "b", "c"], values, measures.exceeds(np.array([0.5, 0.25, 9.0]), 1))
-    assert row["images"] == 2 and row["verdict changes"] == "1 of 2" and row["units"] == "a"
+    assert row["images"] == 2 and row["verdict changes"] == measures.Share(1, 2) and row["channels"] == "a"
     assert (row["former"], row["present"]) == (1.25, 0.375)
+    sections = [measures.Section("one", "", [row, row]), measures.Section("none", "", [])]
+    assert [str(r["verdict changes"]) for r in measures.summary(sections).rows] == ["2 of 4", "–"]
 
 
 def test_only_some_of_the_changed_units_are_named() -> None:
