@@ -39,7 +39,7 @@ from pipeline.runs.dataset_pass import gaps, without_overlap
 from pipeline.store import shards
 from pipeline.store.layer_view import LayerView
 from pipeline.store.reader import Atlas
-from pipeline.store.shards import Shard
+from pipeline.store.shards import DamagedShardError, Shard
 
 # Names of units with a changed verdict, and dataset images whose saturation is measured.
 MAX_NAMED, MAX_IMAGES = 8, 200
@@ -60,7 +60,7 @@ class Values:
 
     Attributes:
         value: (n,); NaN where there is none.
-        verdict: (n,): 1 for yes, 0 for no, NaN for none; empty if nothing follows from the measure.
+        verdict: (n,): 1 for yes, 0 for no, NaN for none.
     """
 
     value: np.ndarray
@@ -75,7 +75,7 @@ def exceeds(value: np.ndarray, bound: np.ndarray | float) -> Values:
 
 
 def changed(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Return where two verdicts differ, (n,) bool; a verdict that is no longer given differs from one that was."""
+    """Return where two verdicts differ, (n,) bool; a yes that is not given any more counts, a no does not."""
     return np.where(np.isnan(new), old == 1, (old != new) & ~np.isnan(old))
 
 
@@ -179,10 +179,24 @@ def read_pass(folder: Path, atlas: Atlas) -> DatasetPass | None:
                 continue
             order = np.argsort(np.concatenate([part["responses/index"] for part in arrays]), kind="stable")
             responses = np.concatenate([part["responses/peak"] for part in arrays])[order]
-            localized = [s for s in second if "start" in s.attributes]
             histogram = HistogramRange(**ranges.arrays())
-            return DatasetPass(tally, histogram, responses, list(parts.values()), localized, columns)
+            return DatasetPass(tally, histogram, responses, list(parts.values()), _localized(second, atlas), columns)
     return None
+
+
+def _localized(second: Sequence[Shard], atlas: Atlas) -> list[Shard]:
+    """Return those shards of one second pass that contain the best dataset examples of all units of an atlas."""
+    examples = [(f"{i}/top", layer.examples("max"), layer.examples("min")) for i, layer in enumerate(atlas)]
+    for digest in sorted({str(shard.attributes["digest"]) for shard in second if "start" in shard.attributes}):
+        shards_of_pass = [shard for shard in second if shard.attributes["digest"] == digest]
+        complete = True
+        for name, *lists in examples:
+            stored = np.concatenate([shard.get(name)[name] for shard in shards_of_pass])
+            wanted = [found.index[:, :TOP].ravel() for found in lists if found is not None]
+            complete = complete and bool(np.isin(np.concatenate(wanted), [*stored.tolist(), -1]).all())
+        if complete:
+            return shards_of_pass
+    raise AtlasError(f"{atlas.path.parent / 'shards' / 'localize'} has no complete second pass of this atlas.")
 
 
 def _shards(folder: Path) -> list[Shard]:
@@ -315,7 +329,7 @@ def left_out(run: Run, skipped: Sequence[str]) -> str:
         return ""
     if run.dataset_pass is None:
         return f"Left out. {NO_SHARDS}"
-    return f"Left out, as the atlas has no transfer of them (objective `energy`): {', '.join(skipped)}."
+    return f"Left out, as the atlas has no transfer of them (such as by the objective `energy`): {', '.join(skipped)}."
 
 
 def ratio_section(run: Run) -> Section:
@@ -674,7 +688,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         text = report(options.run, [name for name in options.presets.split(",") if name])
-    except AtlasError as error:
+    except (AtlasError, DamagedShardError) as error:
         raise SystemExit(str(error)) from error
     say(text)
     if options.out:
