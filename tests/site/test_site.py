@@ -212,7 +212,9 @@ def write_examples(group: h5py.Group, rng, name: str, count: int, side: int, bes
     over = np.full((count, 3), -1, np.int32)
     over[:, 0] = np.arange(count) % len(LABELS)
     write_array(group, "labels/over", over)
-    write_array(group, "labels/count", np.where(over >= 0, 4, 0).astype(np.int32))
+    # One source image of the first unit has its label, which is too few to name it.
+    counts = np.where(np.arange(count)[:, None] == 0, 1, 4)
+    write_array(group, "labels/count", np.where(over >= 0, counts, 0).astype(np.int32))
     write_array(group, "labels/lift", np.where(over >= 0, 2.5, np.nan).astype(np.float32))
     write_array(group, "labels/p", np.where(over >= 0, 0.25, np.nan).astype(np.float32))
     write_array(group, "labels/best", over[:, 0].copy())
@@ -434,7 +436,11 @@ def test_numbers_are_those_of_the_store(site):
                         assert tuple(entry[6:]) == (box or ()) or facts["whole"]
                         assert photos[str(entry[1])][:2] == list(atlas.dataset()[["path", "label"]].iloc[entry[1]])
                 assert labels is not None and maps is not None
-                assert unit["labels"]["over"][0] == [atlas.dataset_labels[labels.over[row, 0]], 4, 2.5, 0.25]
+                label = atlas.dataset_labels[labels.over[row, 0]]
+                assert unit["labels"]["over"][0] == [label, 1 if row == 0 else 4, 2.5, 0.25]
+                assert unit["labels"].get("name") == (None if row == 0 else label)
+                if layer.name != "head":  # its units are classes
+                    assert (grid["label"][row] < 0) == (row == 0)
                 similar = layer.similar(channel)
                 assert [s[0] for s in unit["similar"]] == similar["channel"].tolist()
                 assert [s[1] for s in unit["similar"]] == pytest.approx(similar["correlation"].tolist(), abs=1e-4)

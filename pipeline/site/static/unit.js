@@ -561,8 +561,7 @@
 
   function page(unit, families, part) {
     const name = nameOf(unit);
-    const over = unit.record.labels ? unit.record.labels.over : [];
-    const word = unit.record.class || (over.length ? over[0][0] : "");
+    const word = unit.record.class || (unit.record.labels || {}).name || "";
     const tags = (families[name] || []).map((i) => make("a", { class: "tag", href: root + ATLAS.index.families[i][1], text: ATLAS.index.families[i][0] }));
     const main = unit.facts.rendered[0];
     const failed = main && unit.record.pictures[main.key].some((p) => p.status === "failed");
