@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.core.errors import AtlasError
-from pipeline.core.metric_specs import IMAGE_METRICS, RATIO_METRICS, RELATION_METRICS
+from pipeline.core.metric_specs import IMAGE_METRICS, METRICS, RATIO_METRICS, RELATION_METRICS
 from pipeline.judges.judgement import NUMBERS, RANGES
 from pipeline.site import number_format as v
 from pipeline.site.build import build_site
@@ -39,6 +39,7 @@ from pipeline.site.hosting.serve import server
 from pipeline.site.layout import embedding
 from pipeline.site.media import size_budget
 from pipeline.site.media.chunks import Chunk, choose_showing
+from pipeline.site.pages import HERE, STATIC
 from pipeline.store.hdf5 import create_file, write_array
 from pipeline.store.layer_view import Stack
 from pipeline.store.reader import open_atlas
@@ -1152,3 +1153,18 @@ def test_crops_are_kept_where_whole_pictures_cannot_show_them(store, share, lice
     chosen = dataclasses.replace(size_budget.levels(SiteConfig())[0], per_photo=per_photo)
     showing = choose_showing(store, True, share, SiteConfig(licence=licence), chosen)
     assert (showing.celled, showing.whole_images) == (celled, whole)
+
+
+def test_the_titles_of_metrics_stand_in_their_table_only(site):
+    """Scripts and the method page take them from there: a title that is written out there can differ from it."""
+    titles = {metric.title for metric in METRICS if " " in metric.title}
+    written = [HERE / "static" / name for name in STATIC] + [HERE / "templates" / "method.html"]
+    for path in written:
+        text = path.read_text()
+        assert not [title for title in titles if f'"{title}"' in text or f"<dt>{title}</dt>" in text], path.name
+    method_page = (site / "method.html").read_text()
+    index = shard(site, "index")
+    assert {name: entry["title"] for name, entry in index["metrics"].items()} == {m.name: m.title for m in METRICS}
+    defined = [metric.title for metric in METRICS if metric.name in ("natural", "agreement", "path_similarity")]
+    assert all(f"<dt>{title}</dt>" in method_page for title in defined)
+    assert set(index["quality"]) >= set(index["grid"]) and index["quality"][0] == "peak_ratio"
