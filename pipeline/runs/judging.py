@@ -144,6 +144,8 @@ class _JudgePass:
         if kind == "unit":
             negative = self._plan.config.preset(row.preset).negative
             fit = [self._dataset_pass.digest, self._plan.recipe.size, negative, ridge.MIN_CORRELATION]
+            if not self._raises_activation(row):
+                fit.append("correlation only")
         return hashing.digest_of(
             {
                 "result": "judgement",
@@ -163,10 +165,16 @@ class _JudgePass:
         if kind == "class":
             logits = np.concatenate([self._network.class_logits(images) for images in batches])
             return np.stack(recognize(logits, channels), 1)
+        if not self._raises_activation(row):
+            return _correlations(self._match(row.layer.name), channels)
         size = self._plan.recipe.size
         features = np.concatenate([self._network.features(images, size) for images in batches])
         negative = self._plan.config.preset(row.preset).negative
         return _unit_numbers(self._match(row.layer.name), features, channels, negative)
+
+    def _raises_activation(self, row: PlanRow) -> bool:
+        """Return whether the visualizations of a row raise the activation that a judge predicts."""
+        return self._plan.config.preset_for(row.preset, row.layer).objective.raises_activation
 
     @functools.cached_property
     def _network(self) -> Judge:
@@ -238,6 +246,13 @@ def _unit_numbers(match: Match, features: np.ndarray, channels: np.ndarray, nega
     if negative:
         quantile, deviations = 1 - quantile, -deviations
     return np.stack([match.correlation[channels], quantile, deviations], 1).astype(np.float32)
+
+
+def _correlations(match: Match, channels: np.ndarray) -> np.ndarray:
+    """Return the numbers of visualizations that do not raise the activation, (n, 3): the correlation of the unit."""
+    numbers = np.full((len(channels), len(NUMBERS["unit"])), np.nan, np.float32)
+    numbers[:, NUMBERS["unit"].index("correlation")] = match.correlation[channels]
+    return numbers
 
 
 def _pictures(found: Sequence[Shard], row: PlanRow) -> list[_Picture]:

@@ -28,6 +28,7 @@ from PIL import Image
 from pipeline.core.errors import AtlasError
 from pipeline.core.metric_specs import IMAGE_METRICS, METRICS, RATIO_METRICS, RELATION_METRICS
 from pipeline.judges.judgement import NUMBERS, RANGES
+from pipeline.judges.ridge import MIN_CORRELATION
 from pipeline.site import number_format as v
 from pipeline.site.build import build_site
 from pipeline.site.config import SiteConfig
@@ -174,7 +175,8 @@ def write_judgements(group: h5py.Group, render: str, shape: tuple[int, int]) -> 
         if kind == "class":
             numbers["rank"] = rng.integers(1, 9, shape)
         else:
-            numbers["quantile"][0] = numbers["deviations"][0] = np.nan
+            numbers["correlation"] = rng.uniform(MIN_CORRELATION, 1, shape)
+            numbers["correlation"][0], numbers["quantile"][0], numbers["deviations"][0] = 0.1, np.nan, np.nan
         for name, values in numbers.items():
             write_array(group, f"{render}/judges/{safe_name(judge)}/{name}", values.astype(np.float32))
         attributes = {"judge": judge, "kind": kind, "weights_sha256": "12" * 32}

@@ -412,6 +412,7 @@
           const name = make("b", { text: judge });
           if (typeof j.rank === "number") lines.push([title, title ? "recognized by " : "Recognized by ", name, ": rank ", data(j.rank, String), ", probability ", data(j.probability), "."]);
           else if (typeof j.quantile === "number") lines.push([title, title ? "matched in " : "Matched in ", name, ": quantile ", data(j.quantile), " among dataset images, held-out correlation ", data(j.correlation), "."]);
+          else if (typeof j.correlation === "number" && rendered.objective === "energy") lines.push([title, title ? "best direction in " : "Best direction in ", name, ": held-out correlation ", data(j.correlation), ". It predicts the activation, not the energy that the image raises, so the image has no quantile."]);
           else if (typeof j.correlation === "number") lines.push([title, title ? "no matching direction in " : "No matching direction in ", name, ": held-out correlation ", data(j.correlation), "."]);
         }
       });
