@@ -313,6 +313,7 @@ def _with_estimates(plan: Plan, inputs: _Inputs, chosen: _Units) -> Plan:
         rows=tuple(rows.get((row.layer.name, row.preset), row) for row in plan.rows),
         examples_seconds=costs.image_seconds * len(inputs.dataset.images),
         overheads=costs,
+        judges=tuple(judge.timed(_local_device(plan)) for judge in plan.judges),
     )
 
 
@@ -325,11 +326,15 @@ def _normalizations(plan: Plan, model: Model, layers: Sequence[Layer]) -> dict[s
     return {layer.name: natural.of(normalizations_before(model, layer), device) for layer in layers}
 
 
+def _local_device(plan: Plan) -> str:
+    """Return the device of the workers, or the CPU if this machine has no such device."""
+    device = plan.pool.device
+    return "cpu" if device.startswith("cuda") and not torch.cuda.is_available() else device
+
+
 def _timed_variants(plan: Plan, inputs: _Inputs, deepest: PlanRow | None) -> tuple[ModelVariants, float]:
     """Return the variants of the network for the deepest layer, and the seconds that a worker takes to verify them."""
-    device = plan.pool.device
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        device = "cpu"
+    device = _local_device(plan)
     layers = [*([deepest.layer] if deepest else plan.setup.layers[-1:]), *plan.setup.others]
     precision = precision_of(plan.config.engine.precision, torch.device(device).type)
     size = deepest.canvas if deepest else None

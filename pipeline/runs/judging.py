@@ -23,13 +23,12 @@ from pipeline.judges.judgement import NUMBERS, Judgement, Kind
 from pipeline.judges.recognition import recognize
 from pipeline.judges.ridge import FeatureSpace, Match
 from pipeline.planning.cost_model import PlanRow
-from pipeline.planning.judging import PlannedJudge
+from pipeline.planning.judging import PlannedJudge, judged_as
 from pipeline.planning.plan import Plan
 from pipeline.runs.artifacts import Artifacts
 from pipeline.store import hdf5, shards
 from pipeline.store.shards import DamagedShardError, Shard
 from pipeline.store.writer import finished_rows
-from pipeline.visualization.objectives import Direction
 
 log = logging.getLogger(__name__)
 
@@ -113,16 +112,11 @@ class _JudgePass:
     def _kind(self, row: PlanRow) -> Kind | None:
         """Return which measure applies to the visualizations of a row, or None.
 
-        None applies to images of several units, and to minimized classes: to be the last of all classes is not to be
-        recognized. Hidden units need the activations of the dataset pass.
+        Hidden units need the activations of the dataset pass.
         """
         preset = self._plan.config.preset_for(row.preset, row.layer)
-        objective = preset.objective
-        if objective.per_layer or objective.units or isinstance(objective, Direction):
-            return None
-        if row.layer.name in self._plan.class_layers:
-            return None if preset.negative else "class"
-        return "unit" if self._dataset_pass.complete and self._enough_images else None
+        kind = judged_as(preset, row.layer.name in self._plan.class_layers)
+        return kind if kind != "unit" or (self._dataset_pass.complete and self._enough_images) else None
 
     @functools.cached_property
     def _enough_images(self) -> bool:
