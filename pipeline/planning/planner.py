@@ -38,7 +38,7 @@ from pipeline.planning.plan import Plan, RemainingWork, Unrendered
 from pipeline.planning.preset_inputs import with_files, with_penalty_layers
 from pipeline.planning.unit_selection import Units, select_units
 from pipeline.planning.validation import channels_to_render, choose_canvas_sizes, validate_request, with_labels
-from pipeline.visualization.network_penalties import Normalization, normalizations_before
+from pipeline.visualization.network_penalties import NaturalDeviations, Normalization, normalizations_before
 
 log = logging.getLogger(__name__)
 
@@ -261,8 +261,7 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
     if any(preset.needs_dataset_pass for preset in config.presets):
         setup = dataclasses.replace(setup, begins=examples_digest(setup, inputs.fingerprint))
     if any(preset.network_penalties for preset in config.presets) and chosen.rendered:
-        natural = natural_deviations.measure(model, inputs.folded, inputs.dataset, chosen.rendered, inputs.fingerprint)
-        setup = dataclasses.replace(setup, natural=natural)
+        setup = dataclasses.replace(setup, natural=_natural_deviations(inputs, chosen.rendered, network))
     images = len(inputs.dataset.images)
     return Plan(
         config=config,
@@ -282,6 +281,16 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
             if layer.name in chosen.reasons
         ),
     )
+
+
+def _natural_deviations(inputs: _Inputs, layers: Sequence[Layer], network: str) -> NaturalDeviations:
+    """Return the deviations of natural images as an earlier plan has them, or measure them."""
+    folders = [inputs.config.folder, *([inputs.base.path] if inputs.base else [])]
+    key = natural_deviations.identity(network, inputs.fingerprint)
+    found = natural_deviations.kept(folders, key, inputs.model, layers)
+    if found is not None:
+        return found
+    return natural_deviations.measure(inputs.model, inputs.folded, inputs.dataset, layers, inputs.fingerprint)
 
 
 def _with_estimates(plan: Plan, inputs: _Inputs, chosen: _Units) -> Plan:
