@@ -23,8 +23,8 @@ class Metric:
 
     Attributes:
         name: Name in `atlas.h5`, in tables and in the API.
-        title: Title in comparisons.
-        description: Explanation in comparisons.
+        title: Title in comparisons and on the pages of layers and units.
+        description: What it is, there.
         low: Lowest possible value.
         high: Highest possible value.
         dtype: Data type in `atlas.h5`.
@@ -43,6 +43,9 @@ class Metric:
         digits: Decimals in tables of studies.
         comparison_order: Position in comparisons; None if it describes how an image was made, not its quality.
         grid_order: Position among the numbers that the grid of a layer can be sorted by; None if it cannot.
+        unit_order: Position in the table of the quality of a unit's visualizations; None if it is not shown there.
+        percent: Whether that table shows it in percent.
+        reading: How to read its values, in sentences, in that table.
     """
 
     name: str
@@ -62,6 +65,15 @@ class Metric:
     digits: int = 2
     comparison_order: int | None = None
     grid_order: int | None = None
+    unit_order: int | None = None
+    percent: bool = False
+    reading: str = ""
+
+    @property
+    def explanation(self) -> str:
+        """The description as a sentence, and how to read the values."""
+        sentence = f"{self.description[:1].upper()}{self.description[1:]}." if self.description else ""
+        return f"{sentence} {self.reading}".strip()
 
     @property
     def is_real(self) -> bool:
@@ -126,6 +138,8 @@ METRICS = (
         numerator="peak",
         denominator=DATASET_PEAK,
         comparison_order=0,
+        reading="Above 1, the image activates the unit more than any dataset image.",
+        unit_order=0,
     ),
     Metric(
         "mean_ratio",
@@ -136,6 +150,8 @@ METRICS = (
         numerator="spatial_mean",
         denominator=DATASET_MEAN,
         comparison_order=1,
+        reading="Larger than that of peaks: a visualization fills the map with its feature, a photograph has it once.",
+        unit_order=1,
     ),
     Metric(
         "robust_share",
@@ -147,6 +163,8 @@ METRICS = (
         denominator="activation",
         comparison_order=2,
         grid_order=0,
+        reading="Far below 1, the activation depends on single pixels.",
+        unit_order=2,
     ),
     Metric("peak", "peak", "largest activation of the unit at any position of its map", unit=OBJECTIVE, source="image"),
     Metric("spatial_mean", "spatial mean", "mean of the unit’s activation map", unit=OBJECTIVE, source="image"),
@@ -161,17 +179,22 @@ METRICS = (
         digits=3,
         comparison_order=8,
         grid_order=6,
+        reading="Photographs: 1 to 15 %; white noise: 80 %.",
+        unit_order=13,
+        percent=True,
     ),
     Metric(
         "checkerboard",
         "checkerboard",
-        "Fourier energy at the frequencies of the network’s strides",
+        "Fourier energy at the frequencies of the network’s strides ÷ energy around them",
         0.0,
         better="lower",
         source="image",
         digits=1,
         comparison_order=9,
         grid_order=7,
+        reading="Photographs: 1.3 to 5; from 10, a grid is visible.",
+        unit_order=14,
     ),
     Metric(
         "total_variation",
@@ -183,6 +206,8 @@ METRICS = (
         source="image",
         digits=3,
         comparison_order=10,
+        reading="Photographs: 0.01 to 0.08; white noise: 0.33.",
+        unit_order=15,
     ),
     Metric(
         "spectral_distance",
@@ -195,6 +220,8 @@ METRICS = (
         digits=3,
         comparison_order=7,
         grid_order=5,
+        reading="In powers of ten. Photographs: 0.04 to 0.2; white noise: 0.53.",
+        unit_order=12,
     ),
     Metric(
         "saturation",
@@ -207,6 +234,9 @@ METRICS = (
         digits=3,
         comparison_order=13,
         grid_order=10,
+        reading="Photographs: 6 %.",
+        unit_order=18,
+        percent=True,
     ),
     Metric("contrast", "contrast", "standard deviation of luminance", 0.0, 0.5, source="image", digits=3),
     Metric(
@@ -227,6 +257,9 @@ METRICS = (
         source="relation",
         comparison_order=11,
         grid_order=8,
+        reading="Contrast is the standard deviation of luminance.",
+        unit_order=16,
+        percent=True,
     ),
     Metric(
         "chroma_quantile",
@@ -237,6 +270,9 @@ METRICS = (
         source="relation",
         comparison_order=12,
         grid_order=9,
+        reading="Chroma is the largest − the smallest color value.",
+        unit_order=17,
+        percent=True,
     ),
     Metric(
         "margin",
@@ -247,6 +283,8 @@ METRICS = (
         source="relation",
         comparison_order=3,
         grid_order=1,
+        reading="Standard scores are over the dataset. Negative: another channel is activated more unusually.",
+        unit_order=3,
     ),
     Metric(
         "agreement",
@@ -258,6 +296,8 @@ METRICS = (
         source="relation",
         comparison_order=4,
         grid_order=4,
+        reading="1: identical; 0: as for visualizations of any two units.",
+        unit_order=11,
     ),
     Metric(
         "transfer",
@@ -270,6 +310,8 @@ METRICS = (
         since=5,
         comparison_order=5,
         grid_order=2,
+        reading="The unit’s own channel is left out. 1: identical; 0: unrelated.",
+        unit_order=4,
     ),
     Metric(
         "transfer_ceiling",
@@ -279,6 +321,8 @@ METRICS = (
         1.0,
         per="unit",
         source="relation",
+        reading="What an image can be expected to reach.",
+        unit_order=5,
     ),
     Metric(
         "transfer_floor",
@@ -288,6 +332,7 @@ METRICS = (
         1.0,
         per="unit",
         source="relation",
+        unit_order=6,
     ),
     Metric(
         "path_ratio",
@@ -298,6 +343,10 @@ METRICS = (
         source="relation",
         comparison_order=6,
         grid_order=3,
+        reading="1: in the layers up to the unit, the image is as similar to the unit’s dataset examples as "
+        "these are to each other. 0: it activates the unit in another way than they do. None if the "
+        "examples are no more similar to each other than to random images.",
+        unit_order=7,
     ),
     Metric(
         "path_similarity",
@@ -307,6 +356,8 @@ METRICS = (
         1.0,
         better="higher",
         source="relation",
+        reading="Mean over the layers.",
+        unit_order=8,
     ),
     Metric(
         "path_natural",
@@ -316,15 +367,17 @@ METRICS = (
         1.0,
         per="unit",
         source="relation",
+        unit_order=9,
     ),
     Metric(
         "path_random",
         "path similarity of random images",
-        "the same for random dataset images",
+        "the same for the unit’s dataset examples with random dataset images",
         -1.0,
         1.0,
         per="unit",
         source="relation",
+        unit_order=10,
     ),
 )
 
@@ -340,6 +393,10 @@ RATIO_METRICS = _from_source("ratio")
 # In the order of their columns in the grid of a layer.
 GRID_METRICS = tuple(
     sorted((m for m in METRICS if m.grid_order is not None), key=lambda metric: metric.grid_order or 0)
+)
+# In the order of their rows in the table of a unit's page.
+UNIT_METRICS = tuple(
+    sorted((m for m in METRICS if m.unit_order is not None), key=lambda metric: metric.unit_order or 0)
 )
 # Names of the metrics that pages and comparisons show first: the first of them that an atlas has.
 MAIN_METRICS = ("peak_ratio", "mean_ratio")

@@ -22,6 +22,10 @@ EXAMPLES_VERSION = 3
 LOCALIZE_VERSION = 5
 RESTART_VERSION = 1
 
+# Version of visualizations by presets with regularizers in the space of a layer, beside `RENDER_VERSION`. Version 1,
+# whose weight was relative to the value of the objective, was not part of digests.
+LAYER_PENALTIES_VERSION = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
@@ -267,6 +271,7 @@ def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int], name: str
             "precision": "float32" if exact else setup.precision,
             "device": device_kind(setup.device),
             **_natural_digest(setup, own_preset),
+            **({"layer penalties": LAYER_PENALTIES_VERSION} if own_preset.layer_penalties else {}),
         }
     )
 

@@ -4,6 +4,9 @@ import dataclasses
 
 import numpy as np
 
+# A label names a unit if at least so many of its top sources have it: one source says nothing about the others.
+MIN_NAMING_SOURCES = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Association:
@@ -14,7 +17,7 @@ class Association:
             then only `over` and `count` are set.
         over: Most over-represented labels among the top 1 % of sources, (C, TOP) int32; only labels that pass the
             permutation test. With "counts": the most frequent labels among the dataset examples.
-        count: Number of sources with these labels among the top ones, (C, TOP) int32.
+        count: Number of sources with these labels among the top ones or the examples, (C, TOP) int32.
         lift: Share of the label among the top sources, divided by its share of all sources, (C, TOP) float32.
         p: Probability that any label is as significantly over-represented if labels are permuted, (C, TOP) float32.
         best: Label with the highest mean activation in both halves of the sources, (C,) int32; −1 if the halves differ.
@@ -33,6 +36,13 @@ class Association:
     chosen: np.ndarray
     selectivity: np.ndarray
     auroc: np.ndarray
+
+    @property
+    def naming(self) -> np.ndarray:
+        """The label that names each unit, (C,) int32: the first of `over` that several sources have; −1 for none."""
+        named = (self.over >= 0) & (self.count >= MIN_NAMING_SOURCES)
+        first = np.take_along_axis(self.over, named.argmax(1)[:, None], 1)[:, 0]
+        return np.where(named.any(1), first, -1)
 
     @classmethod
     def empty(cls, method: str, channels: int, top: int) -> "Association":

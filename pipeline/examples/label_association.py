@@ -164,17 +164,19 @@ class LabeledSources:
         return (1 + np.searchsorted(self.null, tails * (1 + 1e-9), "right")) / (1 + len(self.null))
 
 
-def associate_by_counts(best: np.ndarray, labels: np.ndarray) -> Association:
+def associate_by_counts(best: np.ndarray, labels: np.ndarray, sources: np.ndarray) -> Association:
     """Count the labels among the dataset examples, for datasets with few labeled images.
 
     Args:
         best: Image indices of the dataset examples, (C, k); −1 for none.
         labels: Label number of every image of the dataset, (images,); −1 for none.
+        sources: Number of the source of every image, (images,): crops of one source that have one label count once.
     """
     association = Association.empty("counts", len(best), TOP)
     for channel, indices in enumerate(best):
-        example_labels = labels[indices[indices >= 0]]
-        names, counts = np.unique(example_labels[example_labels >= 0], return_counts=True)
+        shown = indices[indices >= 0]
+        entries = np.unique(np.stack([labels[shown], sources[shown]]), axis=1)
+        names, counts = np.unique(entries[0][entries[0] >= 0], return_counts=True)
         order = np.lexsort((names, -counts))[:TOP]
         association.over[channel, : len(order)] = names[order]
         association.count[channel, : len(order)] = counts[order]

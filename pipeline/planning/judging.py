@@ -1,14 +1,27 @@
-"""Check of the setting `judges` before any work: do the networks load, and do they have the same classes?"""
+"""Check of the setting `judges` before any work: do the networks load, and do they have the same classes?
+
+And the estimate of their time.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
+
+import torch
 
 from pipeline.core import hashing
 from pipeline.core.errors import AtlasError
 from pipeline.judges.judge import Judge, load_judge
+from pipeline.judges.judgement import Kind
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import Model
+from pipeline.planning.cost_model import MIN_MEASUREMENTS, TIME_LIMIT, ZERO_SPAN, Span
+from pipeline.visualization.objectives import Direction
+from pipeline.visualization.preset import Preset
+
+# Images of a timed forward pass.
+TIMED_BATCH = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +33,57 @@ class PlannedJudge:
         config: The network.
         weights: sha256 of its weights.
         digest: Digest of everything that determines what it says about an image.
+        load: Estimated seconds to load it; zero if it was not timed.
+        forward: Estimated seconds of one image of its input size; zero if it was not timed.
     """
 
     name: str
     config: ModelConfig
     weights: str
     digest: str
+    load: Span = ZERO_SPAN
+    forward: Span = ZERO_SPAN
+
+    def timed(self, device: str) -> "PlannedJudge":
+        """Return the judge with the estimates of its time, from a few forward passes on a device."""
+        began = perf_counter()
+        judge = load_judge(self.name, self.config)
+        judge = dataclasses.replace(judge, model=judge.model.to(device))
+        load, size = perf_counter() - began, judge.model.preprocessing.size
+        images = torch.rand(TIMED_BATCH, judge.model.preprocessing.channels, *size)
+        seconds: list[float] = []
+        # The first pass is a warm-up. The results are on the CPU, so that a pass is complete when it returns.
+        while len(seconds) < 2 or (len(seconds) <= MIN_MEASUREMENTS and sum(seconds[1:]) < TIME_LIMIT):
+            began = perf_counter()
+            if judge.labels:
+                judge.class_logits(images)
+            else:
+                judge.features(images, size)
+            seconds.append(perf_counter() - began)
+        forward = Span.from_measurements(seconds[1:]) * (1 / TIMED_BATCH)
+        return dataclasses.replace(self, load=Span.exact(load), forward=forward)
+
+    def span(self, images: float) -> Span:
+        """Return the seconds to load the judge and to show it so many images of its input size; zero for no image."""
+        return self.load + self.forward * images if images else ZERO_SPAN
+
+
+def judged_as(preset: Preset, is_class_layer: bool) -> Kind | None:
+    """Return which measure of judges applies to the visualizations of a layer by a preset, or None.
+
+    None applies to images of several units, and to minimized classes: to be the last of all classes is not to be
+    recognized.
+
+    Args:
+        preset: The preset as it is for the layer.
+        is_class_layer: Whether the channels of the layer are the classes of the network.
+    """
+    objective = preset.objective
+    if objective.per_layer or objective.units or isinstance(objective, Direction):
+        return None
+    if is_class_layer:
+        return None if preset.negative else "class"
+    return "unit"
 
 
 def with_folder(judges: Mapping[str, ModelConfig], folder: Path) -> dict[str, ModelConfig]:

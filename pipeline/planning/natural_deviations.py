@@ -1,12 +1,16 @@
 """Measuring the statistics of natural images in the normalizations of a network, for presets that compare with them."""
 
+import dataclasses
+import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from pipeline.core import hashing
+from pipeline.core.atomic_io import write_atomic
 from pipeline.core.errors import AtlasError
 from pipeline.core.registry import registered_name
 from pipeline.data import datasets, image_loading
@@ -25,6 +29,12 @@ MAX_IMAGES = 64
 MIN_IMAGES = 16
 
 BATCH = 8
+
+# Name of the file in a run folder that keeps the medians for the next plan.
+FILE = "natural_deviations.json"
+
+# Raised when the same network and images give other medians than before.
+VERSION = 1
 
 
 def check_normalizations(model: Model, layers: Sequence[Layer], presets: Sequence[Preset]) -> None:
@@ -101,6 +111,46 @@ def measure(
     medians = np.median(values, axis=0)
     pairs = tuple((n.path, float(median)) for n, median in zip(normalizations, medians, strict=True))
     return NaturalDeviations(source, len(values), pairs)
+
+
+def identity(network: str, fingerprint: str) -> str:
+    """Return the digest of everything that determines the deviations of natural images.
+
+    Args:
+        network: Digest of the weights, the architecture and the preprocessing (`manifest.network_digest`).
+        fingerprint: Digest of the dataset and the preprocessing.
+    """
+    return hashing.digest_of(["natural deviations", VERSION, network, fingerprint, MAX_IMAGES, MIN_IMAGES])
+
+
+def write(folder: Path, deviations: NaturalDeviations, key: str) -> None:
+    """Keep deviations in a run folder for the next plan, under their `identity`."""
+    record = {"identity": key, **dataclasses.asdict(deviations)}
+    write_atomic(folder / FILE, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def kept(folders: Sequence[Path], key: str, model: Model, layers: Sequence[Layer]) -> NaturalDeviations | None:
+    """Return the deviations that a run folder keeps; None if none has those of all normalizations.
+
+    Args:
+        folders: The run folders.
+        key: The `identity` of the deviations.
+        model: The network, not folded.
+        layers: Layers that get visualizations.
+    """
+    needed = {n.path for layer in layers for n in normalizations_before(model, layer)}
+    for folder in folders:
+        if not (folder / FILE).is_file():
+            continue
+        try:
+            record = json.loads((folder / FILE).read_bytes())
+            medians = tuple((str(path), float(median)) for path, median in record["medians"])
+            found = NaturalDeviations(str(record["source"]), int(record["images"]), medians)
+            if record["identity"] == key and needed <= {path for path, _ in medians}:
+                return found
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            log.warning("%s cannot be read (%s); the deviations are measured again", folder / FILE, error)
+    return None
 
 
 def _drawn(dataset: Dataset) -> list[int]:

@@ -14,10 +14,13 @@ from pipeline.config.schema import Config
 from pipeline.core.registry import registered_name
 from pipeline.engine.resources import WorkerPool
 from pipeline.engine.tasks import RenderTask, Setup, SweepTask, examples_digest, render_digest
+from pipeline.judges.judgement import Kind
+from pipeline.judges.ridge import MIN_IMAGES
 from pipeline.layers.finding import Layer
 from pipeline.models.config import Preprocessing
 from pipeline.planning.cost_model import ZERO_SPAN, PlanRow, Span
-from pipeline.planning.judging import PlannedJudge
+from pipeline.planning.folder import RunFolder
+from pipeline.planning.judging import PlannedJudge, judged_as
 from pipeline.planning.manifest import Manifest
 from pipeline.planning.overheads import Amount, Overheads, expected_second_pass_images
 from pipeline.store.shards import safe_name
@@ -148,6 +151,7 @@ class Plan:
         """Estimated seconds of all remaining work, from the start of workers to the site, with their range."""
         amount = self._amount
         pictures = sum((row.span(self._left(row)) for row in self.rows), ZERO_SPAN) * (1 / self.pool.workers)
+        pictures += self.judge_span
         if self.overheads is None:
             return pictures + Span.exact(self._examples_seconds)
         costs = self.overheads
@@ -161,7 +165,50 @@ class Plan:
     @property
     def finish_seconds(self) -> float:
         """Estimated seconds of the work after the last visualization: atlas.h5 and site."""
-        return self.overheads.finish(self._amount).expected if self.overheads else 0.0
+        return self.overheads.finish(self._amount).expected + self.judge_span.expected if self.overheads else 0.0
+
+    @functools.cached_property
+    def judge_span(self) -> Span:
+        """Estimated seconds in which the judges look at the visualizations that are left and at dataset images.
+
+        They look at them in the driver, one after the other. Visualizations that exist and that they have not seen are
+        not included.
+        """
+        images = self._judged_images
+        reading = self.overheads.reading if self.overheads else ZERO_SPAN
+        total = ZERO_SPAN
+        for judge in self.judges:
+            dataset_images = self._judged_dataset_images(judge)
+            total += judge.span(images + dataset_images) + reading * dataset_images
+        return total
+
+    @property
+    def _judged_images(self) -> float:
+        """Visualizations that are left for a judge, in images of the size of the input of the network."""
+        height, width = self.recipe.size
+        total = 0.0
+        for row in self.rows:
+            kind, preset = self._judged_as(row), self.config.preset_for(row.preset, row.layer)
+            count = self._left(row) * preset.variants
+            if kind == "class":
+                total += count
+            elif kind == "unit" and preset.objective.raises_activation:
+                total += count * row.canvas[0] * row.canvas[1] / (height * width)
+        return total
+
+    def _judged_dataset_images(self, judge: PlannedJudge) -> int:
+        """Dataset images that a judge has to see: none if it has seen them, or if no hidden unit is left."""
+        if not any(self._judged_as(row) == "unit" and self._left(row) for row in self.rows):
+            return 0
+        folder = RunFolder(self.config.folder).shards / "judges" / safe_name(judge.name)
+        seen = not self.left.images and any(folder.glob("features-*.h5"))
+        return 0 if seen else min(self.config.examples.subset, len(self.setup.dataset.images))
+
+    def _judged_as(self, row: PlanRow) -> Kind | None:
+        """Return which measure of judges applies to the visualizations of a row."""
+        kind = judged_as(self.config.preset_for(row.preset, row.layer), row.layer.name in self.class_layers)
+        enough = min(self.config.examples.subset, len(self.setup.dataset.images)) >= MIN_IMAGES
+        return kind if kind != "unit" or enough else None
 
     @property
     def _amount(self) -> Amount:
@@ -214,7 +261,10 @@ class Plan:
         second = f" (second pass: {self.left.localizations:,})" if self.left.localizations else ""
         todo = f"to do: dataset pass over {self.left.images:,} images{second}, {self.pictures_left:,} visualizations; "
         size = f"{self.pool.workers} × {self.pool.threads} threads on {self.pool.device}"
-        return [*lines, f"{todo}about {self.span.text()} with {size}"]
+        lines.append(f"{todo}about {self.span.text()} with {size}")
+        if self.judge_span.expected:
+            lines.append(f"of this, judges ({', '.join(j.name for j in self.judges)}): about {self.judge_span.text()}")
+        return lines
 
     def _left(self, row: PlanRow) -> int:
         """Return the number of channels of a row without a visualization."""
@@ -229,7 +279,10 @@ class Plan:
             {"kind": "total", "units": self.work, "seconds": round(self.eta, 1)},
         ]
         if self.overheads is not None:
-            beside = self.overheads.workers(self._amount).expected + self.finish_seconds
+            judges = self.judge_span.expected
+            if judges:
+                rows.insert(0, {"kind": "judges", "units": self.units, "seconds": round(judges, 1)})
+            beside = self.overheads.workers(self._amount).expected + self.finish_seconds - judges
             rows.insert(0, {"kind": "workers, atlas.h5 and site", "units": self.units, "seconds": round(beside, 1)})
         ends = pd.DataFrame(rows)
         return pd.concat([layers, ends], ignore_index=True)

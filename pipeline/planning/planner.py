@@ -38,7 +38,7 @@ from pipeline.planning.plan import Plan, RemainingWork, Unrendered
 from pipeline.planning.preset_inputs import with_files, with_penalty_layers
 from pipeline.planning.unit_selection import Units, select_units
 from pipeline.planning.validation import channels_to_render, choose_canvas_sizes, validate_request, with_labels
-from pipeline.visualization.network_penalties import Normalization, normalizations_before
+from pipeline.visualization.network_penalties import NaturalDeviations, Normalization, normalizations_before
 
 log = logging.getLogger(__name__)
 
@@ -262,8 +262,7 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
         setup = dataclasses.replace(setup, begins=examples_digest(setup, inputs.fingerprint))
     compared = natural_deviations.compared_layers(model, chosen.rendered, config.presets)
     if compared:
-        natural = natural_deviations.measure(model, inputs.folded, inputs.dataset, compared, inputs.fingerprint)
-        setup = dataclasses.replace(setup, natural=natural)
+        setup = dataclasses.replace(setup, natural=_natural_deviations(inputs, compared, network))
     images = len(inputs.dataset.images)
     return Plan(
         config=config,
@@ -285,6 +284,16 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
     )
 
 
+def _natural_deviations(inputs: _Inputs, layers: Sequence[Layer], network: str) -> NaturalDeviations:
+    """Return the deviations of natural images as an earlier plan has them, or measure them."""
+    folders = [inputs.config.folder, *([inputs.base.path] if inputs.base else [])]
+    key = natural_deviations.identity(network, inputs.fingerprint)
+    found = natural_deviations.kept(folders, key, inputs.model, layers)
+    if found is not None:
+        return found
+    return natural_deviations.measure(inputs.model, inputs.folded, inputs.dataset, layers, inputs.fingerprint)
+
+
 def _with_estimates(plan: Plan, inputs: _Inputs, chosen: _Units) -> Plan:
     """Return the plan with the estimated seconds of its rows, its dataset pass and everything else."""
     open_rows = [row for row in plan.rows if plan.left.channels[row.layer.name, row.preset]]
@@ -302,6 +311,7 @@ def _with_estimates(plan: Plan, inputs: _Inputs, chosen: _Units) -> Plan:
         rows=tuple(rows.get((row.layer.name, row.preset), row) for row in plan.rows),
         examples_seconds=costs.image_seconds * len(inputs.dataset.images),
         overheads=costs,
+        judges=tuple(judge.timed(_local_device(plan)) for judge in plan.judges),
     )
 
 
@@ -342,6 +352,12 @@ def _normalizations(plan: Plan, model: Model, rows: Sequence[PlanRow]) -> dict[s
     return {layer.name: natural.of(normalizations_before(model, layer), device) for layer in layers}
 
 
+def _local_device(plan: Plan) -> str:
+    """Return the device of the workers, or the CPU if this machine has no such device."""
+    device = plan.pool.device
+    return "cpu" if device.startswith("cuda") and not torch.cuda.is_available() else device
+
+
 def _timed_variants(
     plan: Plan, inputs: _Inputs, deepest: PlanRow | None, read: Sequence[Normalization]
 ) -> tuple[ModelVariants, float]:
@@ -353,9 +369,7 @@ def _timed_variants(
         deepest: Row of the deepest layer.
         read: Normalizations that its steps read.
     """
-    device = plan.pool.device
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        device = "cpu"
+    device = _local_device(plan)
     layers = [*([deepest.layer] if deepest else plan.setup.layers[-1:]), *plan.setup.others]
     precision = precision_of(plan.config.engine.precision, torch.device(device).type)
     size = deepest.canvas if deepest else None

@@ -225,7 +225,9 @@ class DatasetPass:
     def _association(self, layer: Layer, start: int, chosen: TopExamples, ranges: HistogramRange) -> Association:
         """Return the association of a layer's channels with labels; `start` is its first column in the pass."""
         if not self._labeled_sources.sufficient:
-            return label_association.associate_by_counts(chosen.lists["max"][1], self._plan.setup.dataset.labels[1])
+            dataset = self._plan.setup.dataset
+            sources = np.array([image.source for image in dataset.images], np.int32)
+            return label_association.associate_by_counts(chosen.lists["max"][1], dataset.labels[1], sources)
         parts, channels = self._labeled_parts, chosen.channels
         columns = [
             shard.columns("codes/bin", start, start + layer.channels)[:, channels]

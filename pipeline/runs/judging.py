@@ -23,13 +23,12 @@ from pipeline.judges.judgement import NUMBERS, Judgement, Kind
 from pipeline.judges.recognition import recognize
 from pipeline.judges.ridge import FeatureSpace, Match
 from pipeline.planning.cost_model import PlanRow
-from pipeline.planning.judging import PlannedJudge
+from pipeline.planning.judging import PlannedJudge, judged_as
 from pipeline.planning.plan import Plan
 from pipeline.runs.artifacts import Artifacts
 from pipeline.store import hdf5, shards
 from pipeline.store.shards import DamagedShardError, Shard
 from pipeline.store.writer import finished_rows
-from pipeline.visualization.objectives import Direction
 
 log = logging.getLogger(__name__)
 
@@ -113,16 +112,11 @@ class _JudgePass:
     def _kind(self, row: PlanRow) -> Kind | None:
         """Return which measure applies to the visualizations of a row, or None.
 
-        None applies to images of several units, and to minimized classes: to be the last of all classes is not to be
-        recognized. Hidden units need the activations of the dataset pass.
+        Hidden units need the activations of the dataset pass.
         """
         preset = self._plan.config.preset_for(row.preset, row.layer)
-        objective = preset.objective
-        if objective.per_layer or objective.units or isinstance(objective, Direction):
-            return None
-        if row.layer.name in self._plan.class_layers:
-            return None if preset.negative else "class"
-        return "unit" if self._dataset_pass.complete and self._enough_images else None
+        kind = judged_as(preset, row.layer.name in self._plan.class_layers)
+        return kind if kind != "unit" or (self._dataset_pass.complete and self._enough_images) else None
 
     @functools.cached_property
     def _enough_images(self) -> bool:
@@ -144,6 +138,8 @@ class _JudgePass:
         if kind == "unit":
             negative = self._plan.config.preset(row.preset).negative
             fit = [self._dataset_pass.digest, self._plan.recipe.size, negative, ridge.MIN_CORRELATION]
+            if not self._raises_activation(row):
+                fit.append("correlation only")
         return hashing.digest_of(
             {
                 "result": "judgement",
@@ -163,10 +159,16 @@ class _JudgePass:
         if kind == "class":
             logits = np.concatenate([self._network.class_logits(images) for images in batches])
             return np.stack(recognize(logits, channels), 1)
+        if not self._raises_activation(row):
+            return _correlations(self._match(row.layer.name), channels)
         size = self._plan.recipe.size
         features = np.concatenate([self._network.features(images, size) for images in batches])
         negative = self._plan.config.preset(row.preset).negative
         return _unit_numbers(self._match(row.layer.name), features, channels, negative)
+
+    def _raises_activation(self, row: PlanRow) -> bool:
+        """Return whether the visualizations of a row raise the activation that a judge predicts."""
+        return self._plan.config.preset_for(row.preset, row.layer).objective.raises_activation
 
     @functools.cached_property
     def _network(self) -> Judge:
@@ -238,6 +240,13 @@ def _unit_numbers(match: Match, features: np.ndarray, channels: np.ndarray, nega
     if negative:
         quantile, deviations = 1 - quantile, -deviations
     return np.stack([match.correlation[channels], quantile, deviations], 1).astype(np.float32)
+
+
+def _correlations(match: Match, channels: np.ndarray) -> np.ndarray:
+    """Return the numbers of visualizations that do not raise the activation, (n, 3): the correlation of the unit."""
+    numbers = np.full((len(channels), len(NUMBERS["unit"])), np.nan, np.float32)
+    numbers[:, NUMBERS["unit"].index("correlation")] = match.correlation[channels]
+    return numbers
 
 
 def _pictures(found: Sequence[Shard], row: PlanRow) -> list[_Picture]:

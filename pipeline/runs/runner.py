@@ -14,7 +14,7 @@ from pipeline.engine.factory import open_engine
 from pipeline.engine.progress import ProgressReporter, Stage, WorkerStats, report_lines, run_report
 from pipeline.engine.tasks import Done, RangesTask, RenderTask, SweepTask, Task, device_kind
 from pipeline.layers.heads import HeadLayer
-from pipeline.planning import execution, heads, manifest
+from pipeline.planning import execution, heads, manifest, natural_deviations
 from pipeline.planning.folder import RunFolder, write_text
 from pipeline.planning.plan import Plan
 from pipeline.planning.planner import make_plan
@@ -65,6 +65,9 @@ def _record(request: Request, plan: Plan) -> None:
     write_text(folder.plan, plan.written().to_csv(index=False))
     write_text(folder.path / manifest.NAME, plan.inputs.text())
     heads.write(folder.path, [layer for layer in plan.setup.others if isinstance(layer, HeadLayer)])
+    if plan.setup.natural is not None:
+        key = natural_deviations.identity(plan.network, plan.dataset_fingerprint)
+        natural_deviations.write(folder.path, plan.setup.natural, key)
 
 
 def run(request: Request, plan: Plan, stages: tuple[str, ...] = STAGES) -> int:

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import jinja2
 
+from pipeline.core.metric_specs import METRICS
 from pipeline.site.config import SiteConfig
 from pipeline.site.context.families import Family
 from pipeline.site.context.home import Home
@@ -95,6 +96,7 @@ def environment(config: SiteConfig, *folders: Path) -> jinja2.Environment:
     templates.filters["thousands"] = lambda count: f"{count:,}"
     templates.filters["number"] = lambda value: number(value).text
     templates.globals.update(title=config.title, policy=POLICY, suffix=SUFFIX[config.format])
+    templates.globals["titles"] = {metric.name: metric.title for metric in METRICS}
     return templates
 
 

@@ -155,6 +155,8 @@ class Batch:
         channels: (A,) int64.
         variants: (A,) int64.
         multipliers: (P, A) state of `ImageRegularizer.controlled`; the weight for those without a budget.
+        balance: (D, A) factors of the regularizers in the space of a layer (`layer_regularizers.balance`); 0 before
+            the first step at which both gradients are known.
         gradient_sums: (A, h, w) sum over the steps of the mean absolute gradient of the objective over the colors of
             each pixel, at the size of the canvas without its margin.
     """
@@ -193,6 +195,7 @@ class Batch:
         self.channels, self.variants = self.all_channels, self.all_variants
         weights = torch.tensor([regularizer.weight for regularizer in preset.penalties], device=device)
         self.multipliers = weights[:, None].repeat(1, len(units))
+        self.balance = self.initial.new_zeros(len(preset.layer_penalties), len(units))
         self.gradient_sums = self.initial.new_zeros(len(units), *job.canvas_without_margin(preset.stages[0]))
         self._start_optimizer()
 
@@ -255,6 +258,7 @@ class Batch:
         self.parameters = parameters[others].requires_grad_(True)
         self.transform_random = self.transform_random[:, others]
         self.multipliers = self.multipliers[:, others]
+        self.balance = self.balance[:, others]
         self.gradient_sums = self.gradient_sums[others]
         self._state = tuple(part[others] for part in self._state)
 

@@ -24,17 +24,20 @@ class ForwardResult:
 
     Attributes:
         values: (B,) values to be maximized: those of the objective, with the opposite sign for a negative preset.
-        terms: (B,) weighted batch terms on layers minus weighted regularizers in the space of a layer and penalties on
-            activations, in units of `values`; None if there are none, or if gradients are disabled.
+        terms: (B,) weighted batch terms on layers minus weighted penalties on activations, in units of `values`; None
+            if there are none, or if gradients are disabled.
         activations: (B, C, H, W) float32 maps of the layer that the objective is computed from.
         means: (B, C) float32 spatial means by depth; a depth that the network does not compute for the images, or
             computes after the layer of the objective, is absent.
+        distances: (D, B) regularizers in the space of a layer, without weights; None if there are none, or if
+            gradients are disabled.
     """
 
     values: Tensor
     terms: Tensor | None
     activations: Tensor
     means: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    distances: Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -92,33 +95,31 @@ class ObjectiveForward:
         if not torch.is_grad_enabled():
             return ForwardResult(values, None, activations, recorded.means)
         penalties = weighted_penalties(preset.network_penalties, recorded.deviations)
-        if not (self._batch_terms or preset.layer_penalties) and penalties is None:
-            return ForwardResult(values, None, activations, recorded.means)
-        total = -self._layer_penalties(maps, compared.seeds, values)
+        distances = self._distances(maps, compared.seeds)
+        if not self._batch_terms and penalties is None:
+            return ForwardResult(values, None, activations, recorded.means, distances)
+        total = torch.zeros_like(values)
         if penalties is not None:
             total = total - penalties
         for term in self._batch_terms:
             term_maps = maps[getattr(term, "layer", None) or self._layer]
             groups = term_maps.unflatten(0, (-1, preset.variants))
             total = total + term.weight * term.value(groups).flatten()
-        return ForwardResult(values, total * values.detach().abs(), activations)
+        return ForwardResult(values, total * values.detach().abs(), activations, distances=distances)
 
     @torch.no_grad()
     def _target_maps(self, targets: Tensor | None) -> Tensor | None:
         """Return what the objective compares with: `Activations.compared`."""
         return self._layer_mean if targets is None else self._run(targets).maps[self._layer].float()
 
-    def _layer_penalties(self, maps: Mapping[str, Tensor], seeds: Tensor | None, values: Tensor) -> Tensor:
-        """Return the weighted sum of the regularizers in the space of a layer, (B,), for maps (B, C, H, W) by layer."""
-        total = torch.zeros_like(values)
+    def _distances(self, maps: Mapping[str, Tensor], seeds: Tensor | None) -> Tensor | None:
+        """Return the regularizers in the space of a layer, (D, B), for maps (B, C, H, W) by layer."""
         if not self._preset.layer_penalties or seeds is None:
-            return total
+            return None
         with torch.no_grad():
             references = self._run_seeds(seeds)
-        for term in self._preset.layer_penalties:
-            name = term.layer or self._layer
-            total = total + term.weight * term.value(maps[name], references[name].float())
-        return total
+        names = [(term, term.layer or self._layer) for term in self._preset.layer_penalties]
+        return torch.stack([term.value(maps[name], references[name].float()) for term, name in names])
 
 
 @contextlib.contextmanager

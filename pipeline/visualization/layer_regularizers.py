@@ -7,6 +7,7 @@ They keep a visualization that starts from a photograph near it as the network s
 import dataclasses
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -22,9 +23,10 @@ DEFAULT_DEPTH = 1 / 3
 class LayerRegularizer:
     """Base class of regularizers in the space of a layer.
 
-    At each step the initial image gets the same random transformations as the image. The weight is relative to the
-    objective: with weight w, the gradient of the value of the objective f is that of log f minus w times that of the
-    loss, times f. A loss of 1 is then worth as much as w times the current value of the objective.
+    At each step the initial image gets the same random transformations as the image. With the loss d and the objective
+    f, f - w b d is maximized. The factor b (`balance`) is fixed for each image at the first step at which it is known:
+    with a weight w of 1, both terms have gradients of the same size there. It does not depend on the value of f, which
+    is near 0 for most images in a layer that no rectifier follows.
 
     Attributes:
         weight: Factor of the loss.
@@ -34,6 +36,9 @@ class LayerRegularizer:
 
     weight: Annotated[float, Field(ge=0)]
     layer: str | None = None
+
+    # The loss from which `balance` is measured: the gradient of a distance says nothing at the initial image itself.
+    least: ClassVar[float] = 0.0
 
     def value(self, maps: Tensor, reference: Tensor) -> Tensor:
         """Return the loss of each image, to be minimized.
@@ -46,6 +51,23 @@ class LayerRegularizer:
             (B,) at least 0, and 0 where the activations are equal.
         """
         raise NotImplementedError
+
+
+def balance(objective: Tensor, loss: Tensor) -> Tensor:
+    """Return the factor of a loss that gives its gradient the size of that of the objective.
+
+    The ratio of the sums of absolute values, Σ|∇f| ÷ Σ|∇d|, over the parameters of one image: `accent_reg_balance` of
+    the code of Hamblin et al. 2024 (github.com/chrishamblin7/faccent, `render_vis`).
+
+    Args:
+        objective: (B, …) gradients of the objective in the parameters of the images.
+        loss: (B, …) gradients of the loss.
+
+    Returns:
+        (B,) at least 0; 0 where one of the gradients is 0.
+    """
+    sizes = [gradient.flatten(1).abs().sum(dim=1) for gradient in (objective, loss)]
+    return torch.where(sizes[1] > 0, sizes[0] / sizes[1].clamp(min=torch.finfo(sizes[1].dtype).tiny), 0.0)
 
 
 @LAYER_PENALTIES.add("seed_distance")
@@ -64,6 +86,7 @@ class SeedDistance(LayerRegularizer):
 
     # Below this distance the gradient of the norm, which has none at 0, becomes that of its square.
     softness: ClassVar[float] = 1e-3
+    least: ClassVar[float] = 2e-3
 
     def value(self, maps: Tensor, reference: Tensor) -> Tensor:
         """Return the distances, (B,)."""

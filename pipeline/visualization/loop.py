@@ -7,7 +7,7 @@ Adam's epsilon would make results depend on it.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from pipeline.images.transforms import apply_transforms, center_crop
 from pipeline.images.transparency import gradient_magnitude
 from pipeline.visualization.batch import Batch, RenderJob
 from pipeline.visualization.evaluation import RESTARTED, SILENT, Visualization, evaluate, to_pictures
-from pipeline.visualization.forward import ObjectiveForward, objective_forward
+from pipeline.visualization.forward import ForwardResult, ObjectiveForward, objective_forward
+from pipeline.visualization.layer_regularizers import balance
 from pipeline.visualization.network_perturbations import ActivePerturbation, Ensemble
 from pipeline.visualization.preset import ChannelVariant, Preset
 from pipeline.visualization.schedules import StepSettings
@@ -174,7 +175,11 @@ def _gradient(
     preset = job.preset
     canvas_images = preset.canvas.image(batch.parameters, job.canvas(job.stage(settings)))
     images = canvas_images.detach().requires_grad_(True)
-    values, gradient = _objective_gradient(job, batch, forward, step, settings, images)
+
+    def parameter_gradient(image_gradient: Tensor) -> Tensor:
+        return torch.autograd.grad(canvas_images, batch.parameters, image_gradient, retain_graph=True)[0]
+
+    values, gradient = _objective_gradient(job, batch, forward, step, settings, images, parameter_gradient)
     # The transparency mask is about the objective: regularizers and preconditioners change the gradient below.
     batch.gradient_sums += gradient_magnitude(gradient, job.canvas_without_margin(job.stage(settings)))
     multipliers = _control_multipliers(job, batch, settings, images.detach())
@@ -186,16 +191,23 @@ def _gradient(
         gradient = gradient - (scale * regularizer_gradient if relative else regularizer_gradient)
     for preconditioner in preset.preconditioners:
         gradient = preconditioner.apply(gradient, settings.gradient_blur)
-    (parameter_gradient,) = torch.autograd.grad(canvas_images, batch.parameters, gradient)
-    return values, parameter_gradient
+    return values, parameter_gradient(gradient)
 
 
 def _objective_gradient(
-    job: RenderJob, batch: Batch, forward: ObjectiveForward, step: int, settings: StepSettings, images: Tensor
+    job: RenderJob,
+    batch: Batch,
+    forward: ObjectiveForward,
+    step: int,
+    settings: StepSettings,
+    images: Tensor,
+    parameter_gradient: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Return the (A,) values of the objective under this step's transformations and its gradient in `images`.
 
-    During the first steps, images without any gradient get a second pass with redirected ReLU gradients.
+    The gradient includes that of the terms on layers. During the first steps, images without any gradient get a second
+    pass with redirected ReLU gradients. `parameter_gradient` returns the gradient in the parameters for one in the
+    images.
     """
     preset = job.preset
     canvas, view = job.canvas(job.stage(settings)), job.view(job.stage(settings))
@@ -209,6 +221,11 @@ def _objective_gradient(
         total = result.values.sum()
         if result.terms is not None:
             total = total + result.terms.sum()
+        if result.distances is not None:
+            if isinstance(rows, slice):  # all images, without redirected gradients
+                _fix_balance(preset, batch, result, images, parameter_gradient)
+            weights = batch.balance.new_tensor([term.weight for term in preset.layer_penalties])
+            total = total - (weights[:, None] * batch.balance[:, rows] * result.distances).sum()
         return result.values.detach(), torch.autograd.grad(total, images)[0]
 
     values, gradient = backward(images, slice(None))
@@ -223,6 +240,28 @@ def _objective_gradient(
     with redirected(forward.model.module):
         _, redirected_gradient = backward(images.detach()[rows].requires_grad_(True), rows)
     return values, gradient.index_put((dead,), redirected_gradient[dead[rows]])
+
+
+def _fix_balance(
+    preset: Preset,
+    batch: Batch,
+    result: ForwardResult,
+    images: Tensor,
+    parameter_gradient: Callable[[Tensor], Tensor],
+) -> None:
+    """Set `batch.balance` where it is not known yet, for terms and images that are past `LayerRegularizer.least`."""
+    assert result.distances is not None
+    least = result.distances.new_tensor([term.least for term in preset.layer_penalties])
+    pending = (batch.balance == 0) & (result.distances.detach() >= least[:, None])
+    if not bool(pending.any()):
+        return
+
+    def gradient(total: Tensor) -> Tensor:
+        return parameter_gradient(torch.autograd.grad(total, images, retain_graph=True)[0])
+
+    objective = gradient(result.values.sum())
+    measured = torch.stack([balance(objective, gradient(distance.sum())) for distance in result.distances])
+    batch.balance = torch.where(pending, measured, batch.balance)
 
 
 def _regularizer_gradients(

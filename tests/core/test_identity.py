@@ -84,6 +84,18 @@ def test_the_objective_of_a_layer_is_in_its_digest_and_an_explicit_one_wins() ->
     assert digest(setup("negative"), linear, "negative") == digest(setup("negative"), layer, "negative")
 
 
+def test_the_version_of_layer_penalties_is_in_the_digest_of_presets_that_have_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def digests() -> list[str]:
+        made = [setup(preset) for preset in ("accentuate", "distill")]
+        return [render_digest(s, s.layers[0], (128, 128), s.config.render.name) for s in made]
+
+    before = digests()
+    monkeypatch.setattr("pipeline.engine.tasks.LAYER_PENALTIES_VERSION", 99)
+    assert [old == new for old, new in zip(before, digests(), strict=True)] == [False, True]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_no_python_name_is_in_an_identity(preset: str) -> None:
     config = compose([f"render={preset}"]).config.render

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from test_site import FAMILIES, LABELS, LAYERS, build, write_atlas
 
-from pipeline.core.metric_specs import IMAGE_METRICS, RATIO_METRICS, RELATION_METRICS
+from pipeline.core.metric_specs import GRID_METRICS, IMAGE_METRICS, RATIO_METRICS, RELATION_METRICS, metric_named
 from pipeline.site.hosting.serve import server
 from pipeline.store.reader import open_atlas
 from pipeline.store.shards import safe_name
@@ -321,7 +321,8 @@ def test_measures_of_pictures_are_told_with_a_word_on_each(visit, folder):
             written = line.locator("data").evaluate_all("all => all.map(e => e.value)")
             stored = [v for preset in layer.presets for v in layer.measurements(preset)[name][row] if np.isfinite(v)]
             assert [np.float32(text) for text in written] == stored, name
-            assert len(line.locator("td").last.inner_text()) > 40
+            assert line.locator("th").inner_text() == metric_named(name).title
+            assert line.locator("td").last.inner_text() == metric_named(name).explanation and len(written) > 0
     # An atlas of before there were measures has no such table.
     assert visit("unit.html#stem:2").locator(".quality").count() == 0
 
@@ -424,10 +425,13 @@ def test_order(visit):
             page.locator("#sort").select_option(option)
             rank = dict(zip(channels, data[key], strict=True))
             assert shown(page) == sorted(channels, key=lambda c, rank=rank, sign=sign: (sign * rank[c], int(c)))
+    titles = dict(page.locator("#measure option").evaluate_all("all => all.map(e => [e.value, e.textContent])"))
+    offered = [metric for metric in GRID_METRICS if metric.name in titles]
+    assert len(offered) > 5 and all(titles[metric.name] == metric.title for metric in offered)
     page.locator("#sort").select_option("status")
     assert shown(page)[-1] == "2"
     page.locator("#sort").select_option("label")
-    words = [data["labels"][i] for i in data["label"]]
+    words = [data["labels"][i] if i >= 0 else "\uffff" for i in data["label"]]  # units without a label are last
     assert shown(page) == sorted(channels, key=lambda c: (words[channels.index(c)], int(c)))
     page.locator("#sort").select_option("channel")
     assert shown(page) == channels

@@ -13,6 +13,7 @@ import torch
 from conftest import TINY, compose
 from torch import nn
 
+from pipeline.cli.compose import compose as composed_request
 from pipeline.cli.main import main
 from pipeline.planning import cost_model, overheads, planner
 from pipeline.planning.cost_model import PlanRow, Span
@@ -323,6 +324,39 @@ def test_steps_that_read_normalizations_are_timed_apart(monkeypatch: pytest.Monk
     read = {(layer, count > 0) for layer, count in timed}
     assert read == {("blocks.1.0.conv_pwl", False), ("classifier", True), ("blocks.1.0.conv_pwl", True)}
     assert all(row.seconds > 0 for row in made.rows)
+
+
+def test_a_plan_counts_the_images_that_judges_look_at(photo_folder: Any, tmp_path: Path) -> None:
+    """Of 20 dataset images none is shown to a judge: hidden units need 60. A canvas counts by its area."""
+    judged = ["judges=[timm]", "judges.timm.name=test_efficientnet", "judges.timm.weights=null"]
+    own = [*TINY, "data=folder", f"data.root={photo_folder}", f"run.root={tmp_path}", "run.name=judged"]
+    more = ["judges.timm.input_size=64", "also=[negative]", "also.negative.steps=4"]
+    config = composed_request([*own, *judged, *more]).config
+    found = make_plan(config, timed=False)
+    classes = len({row.layer.name for row in found.rows} & set(found.class_layers))
+    assert classes == 1 and found.judge_span == cost_model.ZERO_SPAN
+    second, tenth = Span.exact(1.0), Span.exact(0.1)
+    judge = dataclasses.replace(found.judges[0], load=second, forward=tenth)
+    found = dataclasses.replace(found, judges=(judge,), overheads=Overheads(second, second, second, second, second))
+    # Three classes by the main preset; minimized classes are not judged.
+    assert found.judge_span.expected == pytest.approx(1.0 + 0.1 * 3)
+    without = dataclasses.replace(found, judges=())
+    assert found.eta - without.eta == pytest.approx(1.3)
+    assert found.finish_seconds - without.finish_seconds == pytest.approx(1.3)
+    assert not without.outlook()[1:] and found.outlook()[1] == "of this, judges (timm): about 1 s"
+    lines = found.written().set_index("kind")["seconds"]
+    assert lines["judges"] == 1.3 and lines["total"] == pytest.approx(found.eta, abs=0.1)
+    assert "judges" not in without.written()["kind"].tolist()
+    # With enough images, also hidden units: 64 images of the dataset, and a quarter of an image for each of 32 pixels.
+    images = found.setup.dataset.images * 4
+    larger = dataclasses.replace(found.setup, dataset=dataclasses.replace(found.setup.dataset, images=images[:64]))
+    hidden = [row for row in found.rows if row.layer.name not in found.class_layers]
+    raising = [row for row in hidden if not row.layer.linear_in_pixels or row.preset == "negative"]
+    assert len(hidden) > len(raising)  # those of the first convolution raise the energy
+    shown = sum(3 * row.canvas[0] * row.canvas[1] / 64**2 for row in raising)
+    many = dataclasses.replace(found, setup=larger)
+    assert many.judge_span.expected == pytest.approx(1.0 + 0.1 * (3 + shown + 64) + 64 * 1.0)
+    assert judge.timed("cpu").forward.expected > 0
 
 
 def test_a_row_costs_what_is_left_of_it() -> None:

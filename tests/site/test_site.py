@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.core.errors import AtlasError
-from pipeline.core.metric_specs import IMAGE_METRICS, RATIO_METRICS, RELATION_METRICS
+from pipeline.core.metric_specs import IMAGE_METRICS, METRICS, RATIO_METRICS, RELATION_METRICS
 from pipeline.judges.judgement import NUMBERS, RANGES
+from pipeline.judges.ridge import MIN_CORRELATION
 from pipeline.site import number_format as v
 from pipeline.site.build import build_site
 from pipeline.site.config import SiteConfig
@@ -39,6 +40,7 @@ from pipeline.site.hosting.serve import server
 from pipeline.site.layout import embedding
 from pipeline.site.media import size_budget
 from pipeline.site.media.chunks import Chunk, choose_showing
+from pipeline.site.pages import HERE, STATIC
 from pipeline.store.hdf5 import create_file, write_array
 from pipeline.store.layer_view import Stack
 from pipeline.store.reader import open_atlas
@@ -173,7 +175,8 @@ def write_judgements(group: h5py.Group, render: str, shape: tuple[int, int]) -> 
         if kind == "class":
             numbers["rank"] = rng.integers(1, 9, shape)
         else:
-            numbers["quantile"][0] = numbers["deviations"][0] = np.nan
+            numbers["correlation"] = rng.uniform(MIN_CORRELATION, 1, shape)
+            numbers["correlation"][0], numbers["quantile"][0], numbers["deviations"][0] = 0.1, np.nan, np.nan
         for name, values in numbers.items():
             write_array(group, f"{render}/judges/{safe_name(judge)}/{name}", values.astype(np.float32))
         attributes = {"judge": judge, "kind": kind, "weights_sha256": "12" * 32}
@@ -212,7 +215,9 @@ def write_examples(group: h5py.Group, rng, name: str, count: int, side: int, bes
     over = np.full((count, 3), -1, np.int32)
     over[:, 0] = np.arange(count) % len(LABELS)
     write_array(group, "labels/over", over)
-    write_array(group, "labels/count", np.where(over >= 0, 4, 0).astype(np.int32))
+    # One source image of the first unit has its label, which is too few to name it.
+    counts = np.where(np.arange(count)[:, None] == 0, 1, 4)
+    write_array(group, "labels/count", np.where(over >= 0, counts, 0).astype(np.int32))
     write_array(group, "labels/lift", np.where(over >= 0, 2.5, np.nan).astype(np.float32))
     write_array(group, "labels/p", np.where(over >= 0, 0.25, np.nan).astype(np.float32))
     write_array(group, "labels/best", over[:, 0].copy())
@@ -434,7 +439,11 @@ def test_numbers_are_those_of_the_store(site):
                         assert tuple(entry[6:]) == (box or ()) or facts["whole"]
                         assert photos[str(entry[1])][:2] == list(atlas.dataset()[["path", "label"]].iloc[entry[1]])
                 assert labels is not None and maps is not None
-                assert unit["labels"]["over"][0] == [atlas.dataset_labels[labels.over[row, 0]], 4, 2.5, 0.25]
+                label = atlas.dataset_labels[labels.over[row, 0]]
+                assert unit["labels"]["over"][0] == [label, 1 if row == 0 else 4, 2.5, 0.25]
+                assert unit["labels"].get("name") == (None if row == 0 else label)
+                if layer.name != "head":  # its units are classes
+                    assert (grid["label"][row] < 0) == (row == 0)
                 similar = layer.similar(channel)
                 assert [s[0] for s in unit["similar"]] == similar["channel"].tolist()
                 assert [s[1] for s in unit["similar"]] == pytest.approx(similar["correlation"].tolist(), abs=1e-4)
@@ -1146,3 +1155,18 @@ def test_crops_are_kept_where_whole_pictures_cannot_show_them(store, share, lice
     chosen = dataclasses.replace(size_budget.levels(SiteConfig())[0], per_photo=per_photo)
     showing = choose_showing(store, True, share, SiteConfig(licence=licence), chosen)
     assert (showing.celled, showing.whole_images) == (celled, whole)
+
+
+def test_the_titles_of_metrics_stand_in_their_table_only(site):
+    """Scripts and the method page take them from there: a title that is written out there can differ from it."""
+    titles = {metric.title for metric in METRICS if " " in metric.title}
+    written = [HERE / "static" / name for name in STATIC] + [HERE / "templates" / "method.html"]
+    for path in written:
+        text = path.read_text()
+        assert not [title for title in titles if f'"{title}"' in text or f"<dt>{title}</dt>" in text], path.name
+    method_page = (site / "method.html").read_text()
+    index = shard(site, "index")
+    assert {name: entry["title"] for name, entry in index["metrics"].items()} == {m.name: m.title for m in METRICS}
+    defined = [metric.title for metric in METRICS if metric.name in ("natural", "agreement", "path_similarity")]
+    assert all(f"<dt>{title}</dt>" in method_page for title in defined)
+    assert set(index["quality"]) >= set(index["grid"]) and index["quality"][0] == "peak_ratio"

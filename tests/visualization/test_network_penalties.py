@@ -1,11 +1,13 @@
 """Penalties on activations: statistics of normalizations against the formula, finite differences, and the fast path."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import compose, tiny_model
+from conftest import TINY, compose, tiny_model
 from PIL import Image
 from torch import Tensor, nn
 
@@ -19,6 +21,8 @@ from pipeline.engine.tasks import Setup, render_digest
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.loading import Model, prepare_module
 from pipeline.planning import natural_deviations
+from pipeline.planning.planner import make_plan
+from pipeline.runs.runner import plan_run
 from pipeline.visualization import preset as presets
 from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.loop import render
@@ -163,6 +167,43 @@ def test_natural_deviations_are_medians_over_dataset_images(
     assert found.images == 17 and dict(found.medians) == pytest.approx(expected, rel=1e-4)
     few = natural_deviations.measure(tiny, tiny, Dataset((), {}), [layer])
     assert few.images == natural_deviations.MAX_IMAGES and few.source != found.source  # the packaged images
+
+
+def test_natural_deviations_are_measured_once_in_a_run_folder(
+    tmp_path: Path, photo_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    measured, measure = [], natural_deviations.measure
+
+    def counted(*arguments: Any) -> NaturalDeviations:
+        measured.append(arguments)
+        return measure(*arguments)
+
+    monkeypatch.setattr(natural_deviations, "measure", counted)
+    own = [*TINY, "render=natural", "data=folder", f"data.root={photo_folder}", f"run.root={tmp_path}", "run.name=kept"]
+    own.append("run.update=true")
+    shallow = "layers.include=[blocks.1.0.*]"
+
+    def planned(*settings: str, recorded: bool = False) -> NaturalDeviations:
+        request = compose([*own, *settings])
+        made = plan_run(request) if recorded else make_plan(request.config, timed=False)
+        assert made.setup.natural is not None
+        return made.setup.natural
+
+    first = planned(shallow, recorded=True)
+    assert planned(shallow) == first and len(measured) == 1 and first.images == 20
+    # Fewer layers need no others; deeper ones do, other weights and a damaged file too.
+    assert planned("layers.include=[blocks.1.0.conv_pwl]") == first and len(measured) == 1
+    deep = planned("layers.include=[conv_head]", recorded=True)
+    assert len(measured) == 2 and set(dict(first.medians)) < set(dict(deep.medians)) and deep.source == first.source
+    assert planned(shallow) == deep and len(measured) == 2
+    for number, (network, fingerprint) in enumerate([("a", "b"), ("c", "b"), ("a", "d")]):
+        key = natural_deviations.identity(network, fingerprint)
+        if not number:
+            natural_deviations.write(tmp_path, deep, key)
+        assert natural_deviations.kept([tmp_path], key, tiny_model(), []) == (None if number else deep)
+    (tmp_path / "kept" / natural_deviations.FILE).write_text("{")
+    assert planned("layers.include=[conv_head]") == deep and len(measured) == 3
+    assert "cannot be read" in caplog.text
 
 
 def test_networks_without_normalizations_are_refused(tiny: Model, tiny_layers: dict[str, Layer]) -> None:

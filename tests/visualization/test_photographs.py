@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import compose
+from conftest import compose, tiny_model
 from PIL import Image
 from test_methods import PRESET, made
 from torch import Tensor
@@ -24,7 +24,7 @@ from pipeline.models.loading import Model
 from pipeline.planning.preset_inputs import default_layer
 from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.initial_images import preprocess_photograph
-from pipeline.visualization.layer_regularizers import LAYER_PENALTIES, SeedDistance
+from pipeline.visualization.layer_regularizers import LAYER_PENALTIES, SeedDistance, balance
 from pipeline.visualization.loop import render
 from pipeline.visualization.objectives import Activations, Caricature, Directions
 
@@ -101,6 +101,29 @@ def test_an_accentuation_is_the_same_in_any_batch(tiny: Model, tiny_layers: dict
     job = RenderJob(tiny, tiny_layers["late"], preset, 0, layers=tiny_layers, initial_images=starts)
     together, (alone,) = render(job, [(c, 0) for c in range(4)]), render(job, [(2, 0)])
     assert np.abs(together[2].image.astype(int) - alone.image).max() <= 1
+
+
+def test_an_accentuation_does_not_depend_on_the_value_of_the_objective() -> None:
+    """Without a rectifier an offset of the activations has no effect, also if they are zero at the photograph."""
+    images = []
+    for at_zero in (False, True):
+        model = tiny_model()
+        layers = {layer.name: layer for layer in enumerate_layers(model)}
+        start = maps_of(model, layers["late"], as_image(photograph()[4:36, 4:36]))[0, 3].mean().item()
+        if at_zero:
+            with torch.no_grad():
+                model.module.get_submodule("late").get_parameter("bias")[3] -= start
+        image, activation, distance = accentuated(model, layers, 1)
+        assert activation > (0 if at_zero else start) + 0.03 and distance > 0.05
+        images.append(image.astype(int))
+    assert np.abs(images[0] - images[1]).max() <= 1
+
+
+def test_balance_gives_the_loss_a_gradient_of_the_size_of_the_objective() -> None:
+    objective = torch.tensor([[3.0, -1.0], [5.0, 0.0], [0.0, 0.0]])
+    loss = torch.tensor([[0.5, 0.5], [0.0, 0.0], [1.0, 1.0]])
+    assert balance(objective, loss).tolist() == [4, 0, 0]
+    assert balance(7 * objective[:1], loss[:1]).tolist() == [28]
 
 
 def test_the_default_layer_is_at_a_third_of_the_computation(tiny: Model) -> None:

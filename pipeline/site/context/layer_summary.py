@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pipeline.judges.judgement import Judgement
+from pipeline.judges.ridge import MIN_CORRELATION
 from pipeline.site.config import SiteConfig
 from pipeline.site.media.kernel_images import kernel_views, layer_scale
 from pipeline.store import Atlas, LayerView
@@ -244,9 +245,10 @@ def _judged(judgement: Judgement) -> str:
     correlation, quantile = numbers["correlation"], numbers["quantile"]
     if not correlation.size:
         return ""
+    matching = int((correlation >= MIN_CORRELATION).sum())
     place = f"; those at the median quantile {np.median(quantile):.2f}" if quantile.size else ""
     return (
-        f"in {judgement.judge}: median held-out correlation {np.median(correlation):.2f}, {quantile.size} of "
+        f"in {judgement.judge}: median held-out correlation {np.median(correlation):.2f}, {matching} of "
         f"{correlation.size} visualizations with a matching direction{place}"
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.core.metric_specs import GRID_METRICS, METRICS, UNIT_METRICS
 from pipeline.site.config import SiteConfig
 from pipeline.site.context.families import Family
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, PresetSummary
@@ -104,6 +105,12 @@ def _index(inputs: IndexInputs) -> dict[str, Any]:
         "layers": [[f.name, f.slug, f.kind, runs(f.channels), digests[f.name][:8], f.total] for f in inputs.layers],
         "families": [[family.name, family.href, len(family.present)] for family in inputs.families],
         "aliases": dict(config.aliases),
+        "metrics": {
+            metric.name: {"title": metric.title, "explanation": metric.explanation, "percent": metric.percent}
+            for metric in METRICS
+        },
+        "quality": [metric.name for metric in UNIT_METRICS],
+        "grid": [metric.name for metric in GRID_METRICS],
         "sizes": {
             "shard": sizes.per_shard,
             "heat": sizes.per_heat,

@@ -61,7 +61,7 @@ def worst(status: np.ndarray) -> list[str]:
 
 
 def labels_of(layer: LayerView, facts: LayerSummary, catalogue: Catalogue) -> tuple[list[int], list[str]]:
-    """Return a word for each unit: its class in a classifier, else its most over-represented label of the dataset.
+    """Return a word for each unit: its class in a classifier, else the label of the dataset that names it.
 
     Returns:
         For each unit the index of its word, −1 for none; and the sorted list of words.
@@ -70,8 +70,8 @@ def labels_of(layer: LayerView, facts: LayerSummary, catalogue: Catalogue) -> tu
         words = [catalogue.classes[c] for c in facts.channels]
     else:
         labels = layer.labels()
-        over = labels.over[:, 0] if labels is not None else np.full(len(facts.channels), -1)
-        words = [catalogue.names[i] if 0 <= i < len(catalogue.names) else "" for i in over.tolist()]
+        naming = labels.naming if labels is not None else np.full(len(facts.channels), -1)
+        words = [catalogue.names[i] if 0 <= i < len(catalogue.names) else "" for i in naming.tolist()]
     used = sorted({word for word in words if word})
     place = {word: i for i, word in enumerate(used)}
     return [place.get(word, -1) for word in words], used
@@ -132,6 +132,7 @@ class Recorder:
         }
         self._stats = {k: v.tolist() if v.dtype == bool else shortest_decimals(v) for k, v in layer.stats().items()}
         self._labels = layer.labels()
+        self._naming = None if self._labels is None else self._labels.naming
         self._vectors = embedding.unit_vectors([layer.dataset_activations()]) if similar else None
         self._wiring = wiring_of(layer, places.others)
         self._kernels = layer.kernels()
@@ -247,6 +248,8 @@ class Recorder:
         record: dict[str, Any] = {
             "over": [[names[label], count, lift, p] for label, count, lift, p in over if label >= 0]
         }
+        if self._naming is not None and self._naming[row] >= 0:
+            record["name"] = names[self._naming[row]]
         best, chosen = int(labels.best[row]), labels.chosen[row].tolist()
         if best >= 0:
             record["best"] = names[best]

@@ -13,10 +13,9 @@
   former();
   window.addEventListener("hashchange", former);
 
-  const MEASURES = {
+  // The columns of the grid that are no metrics of the table in core/metric_specs.py.
+  const STATISTICS = {
     max: "maximum activation", mean: "mean activation", sparsity: "sparsity", nonzero: "share above zero", ratio: "activation ratio",
-    robust_share: "robust share", margin: "margin over other channels", transfer: "transfer", path_ratio: "path similarity ÷ natural", agreement: "agreement of starts", spectral_distance: "spectral distance",
-    high_frequency: "high frequencies", checkerboard: "checkerboard", contrast_quantile: "contrast quantile", chroma_quantile: "chroma quantile", saturation: "saturation",
   };
   const bad = { failed: 1, missing: 1 };
 
@@ -82,7 +81,7 @@
 
     const sort = find("#sort");
     const measure = find("#measure");
-    for (const [key, text] of Object.entries(MEASURES)) {
+    for (const [key, text] of [...Object.entries(STATISTICS), ...ATLAS.index.grid.map((name) => [name, ATLAS.index.metrics[name].title])]) {
       if (!columns[key]) continue;
       sort.append(make("option", { value: key + "-down", text: text + ", highest first" }), make("option", { value: key + "-up", text: text + ", lowest first" }));
       measure.append(make("option", { value: key, text }));

@@ -370,17 +370,18 @@
   // Statistics that compare activations with zero.
   const AGAINST_ZERO = ["nonzero", "fired", "sparsity"];
 
+  const metric = (name) => ATLAS.index.metrics[name];
+
   function numbers(unit) {
     const main = unit.facts.rendered[0];
     const p = main && unit.record.pictures[main.key][0];
     const items = [];
     const item = (name, node, hint, strong) => items.push(make("div", { class: strong ? "main" : "", title: hint }, make("dt", { text: name }), make("dd", {}, node)));
     if (p && p.status !== "missing") {
-      item("activation", data(p.activation), "Objective of the saved image, without transformations.", true);
-      item("dataset maximum", data(p.natural), "Maximum activation over the dataset, by the same objective.", true);
-      if ("peak_ratio" in p) item("activation ratio (peak)", data(p.peak_ratio), "Largest activation on the image ÷ largest activation on any dataset image. Above 1, the image activates the unit more than any dataset image.", true);
-      if ("mean_ratio" in p) item("activation ratio (mean)", data(p.mean_ratio), "The same for means over the activation map. A visualization fills the map with its feature, a photograph shows it once, so this ratio is larger.");
-      if ("robust" in p) item("robust activation", data(p.robust), "Mean activation of 16 transformed copies.", true);
+      const measured = (name, strong) => item(metric(name).title, data(p[name]), metric(name).explanation, strong);
+      measured("activation", true);
+      measured("natural", true);
+      for (const name of ["peak_ratio", "mean_ratio", "robust"]) if (name in p) measured(name, name !== "mean_ratio");
     }
     const stats = unit.record.stats || {};
     const linear = unit.facts.reference === "none";
@@ -411,6 +412,7 @@
           const name = make("b", { text: judge });
           if (typeof j.rank === "number") lines.push([title, title ? "recognized by " : "Recognized by ", name, ": rank ", data(j.rank, String), ", probability ", data(j.probability), "."]);
           else if (typeof j.quantile === "number") lines.push([title, title ? "matched in " : "Matched in ", name, ": quantile ", data(j.quantile), " among dataset images, held-out correlation ", data(j.correlation), "."]);
+          else if (typeof j.correlation === "number" && rendered.objective === "energy") lines.push([title, title ? "best direction in " : "Best direction in ", name, ": held-out correlation ", data(j.correlation), ". It predicts the activation, not the energy that the image raises, so the image has no quantile."]);
           else if (typeof j.correlation === "number") lines.push([title, title ? "no matching direction in " : "No matching direction in ", name, ": held-out correlation ", data(j.correlation), "."]);
         }
       });
@@ -461,28 +463,6 @@
     return found;
   }
 
-  const QUALITY = [
-    ["peak_ratio", "activation ratio (peak)", number, "Largest activation on the saved image ÷ largest activation on any dataset image. Above 1, the image activates the unit more than any dataset image."],
-    ["mean_ratio", "activation ratio (mean)", number, "Mean activation over the saved image ÷ largest mean over any dataset image. Larger, because a visualization fills the map with its feature."],
-    ["robust_share", "robust share", number, "Mean objective over 16 transformed copies ÷ objective of the image. Far below 1, the activation depends on single pixels."],
-    ["margin", "margin", number, "By how many standard deviations (over the dataset) the unit exceeds every other channel of its layer on this image. Negative: another channel is activated more unusually."],
-    ["transfer", "transfer", number, "Similarity of the other channels’ activations for the image and for the unit’s top dataset examples. The unit’s own channel is left out. 1: identical; 0: unrelated."],
-    ["transfer_ceiling", "… of dataset examples", number, "The same for each of the unit’s top dataset examples and the others: what an image can be expected to reach."],
-    ["transfer_floor", "… of random images", number, "The same for random dataset images: 95 % of them are below."],
-    ["path_ratio", "path similarity ÷ natural", number, "Path similarity of the image ÷ that of the dataset examples with each other. 1: in the layers up to the unit, the image is as similar to the unit’s dataset examples as these are to each other. 0: it activates the unit in another way than they do. None if the examples are no more similar to each other than to random images."],
-    ["path_similarity", "path similarity", number, "Similarity of the image and the unit’s top dataset examples, mean over the layers up to the unit."],
-    ["path_natural", "… of dataset examples", number, "The same for the unit’s top dataset examples with each other."],
-    ["path_random", "… of random images", number, "The same for the unit’s top dataset examples with random dataset images."],
-    ["agreement", "agreement of starts", number, "Similarity of the layer’s activations for the unit’s visualizations from different initial images. 1: identical; 0: as for visualizations of any two units."],
-    ["spectral_distance", "spectral distance", number, "Difference of the amplitude spectrum from that of natural images, in powers of ten. Photographs: 0.04 to 0.2; white noise: 0.53."],
-    ["high_frequency", "high frequencies", share, "Share of the Fourier energy in details finer than 4 pixels. Photographs: 1 to 15%; white noise: 80%."],
-    ["checkerboard", "checkerboard", number, "Energy at the frequencies of the network’s strides ÷ energy around them. Photographs: 1.3 to 5; from 10, a grid is visible."],
-    ["total_variation", "total variation", number, "Mean absolute difference between neighboring values in 0 to 1. Photographs: 0.01 to 0.08; white noise: 0.33."],
-    ["contrast_quantile", "contrast quantile", share, "Share of dataset images with less contrast (standard deviation of luminance)."],
-    ["chroma_quantile", "chroma quantile", share, "Share of dataset images with less chroma (largest − smallest color value)."],
-    ["saturation", "saturation", share, "Share of values within 5 % of black or white. Photographs: 6 %."],
-  ];
-
   function quality(unit) {
     const shown = [];
     for (const rendered of unit.facts.rendered) {
@@ -490,10 +470,10 @@
       all.forEach((p, i) => { if (p.status !== "missing") shown.push([rendered.title + (all.length > 1 ? ", " + (i + 1) : ""), p]); });
     }
     // Activation ratios are shown among the numbers already; the table is shown only if there are other measures.
-    const there = QUALITY.filter(([key]) => shown.some(([, p]) => typeof p[key] === "number"));
-    if (!there.some(([key]) => !key.endsWith("_ratio") && key !== "robust_share")) return null;
-    const rows = there.map(([key, name, form, says]) => make("tr", { "data-measure": key }, make("th", { scope: "row", text: name }),
-      shown.map(([, p]) => make("td", {}, typeof p[key] === "number" ? data(p[key], form) : "—")), make("td", { text: says })));
+    const there = ATLAS.index.quality.filter((key) => shown.some(([, p]) => typeof p[key] === "number"));
+    if (!there.some((key) => !key.endsWith("_ratio") && key !== "robust_share")) return null;
+    const rows = there.map((key) => make("tr", { "data-measure": key }, make("th", { scope: "row", text: metric(key).title }),
+      shown.map(([, p]) => make("td", {}, typeof p[key] === "number" ? data(p[key], metric(key).percent ? share : number) : "—")), make("td", { text: metric(key).explanation })));
     return make("section", { class: "quality" }, make("h2", { text: shown.length > 1 ? "Quality of the feature visualizations" : "Quality of the feature visualization" }),
       make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Quality measures" }, make("table", {},
         make("thead", {}, make("tr", {}, make("th", { scope: "col", text: "measure" }), shown.map(([title]) => make("th", { scope: "col", text: title })), make("th", { scope: "col", text: "meaning" }))), make("tbody", {}, rows))),
@@ -551,7 +531,7 @@
       });
     }
     if (!rows.length) return null;
-    const heads = ["visualization", "status", "activation", "robust activation", "start", "dataset maximum", "steps", "seconds", "seed", "optimization", "digest"];
+    const heads = ["visualization", "status", ...["activation", "robust", "start", "natural", "steps", "seconds", "seed"].map((name) => metric(name).title), "optimization", "digest"];
     return make("section", { class: "provenance" }, make("h2", { text: "Optimization" }),
       make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Optimization of each visualization" }, make("table", {}, make("thead", {}, make("tr", {}, heads.map((text) => make("th", { scope: "col", text })))), make("tbody", {}, rows))),
       make("p", { class: "note" }, "Activations are those of the saved 8-bit images", unit.facts.rendered[0] ? ", stored at " + unit.facts.rendered[0].stored.join(" × ") + " px" : "", ". The digest identifies all settings and inputs of a visualization; see the ", make("a", { href: root + "method.html", text: "method" }), "."));
@@ -561,8 +541,7 @@
 
   function page(unit, families, part) {
     const name = nameOf(unit);
-    const over = unit.record.labels ? unit.record.labels.over : [];
-    const word = unit.record.class || (over.length ? over[0][0] : "");
+    const word = unit.record.class || (unit.record.labels || {}).name || "";
     const tags = (families[name] || []).map((i) => make("a", { class: "tag", href: root + ATLAS.index.families[i][1], text: ATLAS.index.families[i][0] }));
     const main = unit.facts.rendered[0];
     const failed = main && unit.record.pictures[main.key].some((p) => p.status === "failed");
