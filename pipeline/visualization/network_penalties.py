@@ -143,7 +143,8 @@ class NormalizationStatistics(NetworkPenalty):
     The sum over the normalizations before the layer of max(0, d - n). d is the mean over channels of
     (m̂ - m)² / s² + (ŝ / s - 1)² with the mean m and the standard deviation s of the channel over the training images
     and m̂ and ŝ over the positions of the image; n is the median of d over natural images. Yin et al. 2020 ("Dreaming to
-    Distill", arXiv 1912.08795), eq. 4, for single images.
+    Distill", arXiv 1912.08795), eq. 4, for single images. With `layers` "pooled" only units of layers without positions
+    have the penalty, such as classes.
     """
 
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
