@@ -327,6 +327,7 @@ class Worker:
     def _render(self, task: RenderTask) -> bytes:
         preset = self.setup.config.preset_for(task.preset, self.layers[task.layer])
         pictures = self.pictures(task.layer, task.channels, task.canvas, preset, task.starts, task.layer_mean)
+        pictures = _without_example_failed(pictures, dict(zip(task.channels, task.starts, strict=False)))
         variants = self.variants(self.layers[task.layer], preset, task.canvas)
         shape = (len(task.channels), preset.variants)
 
@@ -429,6 +430,15 @@ class Worker:
             )
         )
         return shards.to_bytes({"digest": task.digest, "start": task.start, "end": task.end}, arrays, "lzf")
+
+
+def _without_example_failed(
+    pictures: Sequence[Visualization], starts: Mapping[int, InitialImage]
+) -> list[Visualization]:
+    """Return the visualizations; those that had no dataset example to start from are marked as failed."""
+    missing = {channel for channel, start in starts.items() if start.missing}
+    why = {"status": "failed", "reason": initial_images.NO_EXAMPLE}
+    return [dataclasses.replace(p, **why) if p.channel in missing else p for p in pictures]
 
 
 def _restarted_arrays(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -18,19 +18,27 @@ from pipeline.visualization.preset import Preset
 def best_example_images(atlas: Atlas, layer: str, channels: Sequence[int]) -> tuple[InitialImage, ...]:
     """Return each channel's dataset image with the largest activation, and the position of that activation.
 
+    A channel that no dataset image activates gets a gray image, `InitialImage.missing`.
+
     Raises:
-        AtlasError: If the atlas holds no such image.
+        AtlasError: If the atlas holds no images.
     """
-    images = []
-    for channel in channels:
-        image = best_example_image(atlas, layer, channel)
-        if image is None:
-            raise AtlasError(
-                f"{layer}:{channel} has no dataset example to start from: render.canvas.source=best needs a dataset "
-                "pass that stores images, and a unit with a positive activation."
-            )
-        images.append(image)
-    return tuple(images)
+    return tuple(_best_or_missing(atlas, layer, channel) for channel in channels)
+
+
+def _best_or_missing(atlas: Atlas, layer: str, channel: int) -> InitialImage:
+    view = atlas[layer]
+    image = best_example_image(atlas, layer, channel)
+    if image is not None:
+        return image
+    examples = view.examples("max")
+    if examples is None or examples.index[view.row(channel), 0] >= 0:
+        raise AtlasError(
+            f"{atlas.path} has no image of the best dataset example of {layer}:{channel}: render.canvas.source=best "
+            "needs a dataset pass that stores images (examples.store=images)."
+        )
+    gray = Image.new("RGB", (view.input_size[1], view.input_size[0]), (128, 128, 128))
+    return InitialImage(to_png(gray), (0.5, 0.5), missing=True)
 
 
 def best_example_image(atlas: Atlas, layer: str, channel: int) -> InitialImage | None:

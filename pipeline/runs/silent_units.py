@@ -18,9 +18,7 @@ from pipeline.store import hdf5, shards
 from pipeline.store.reader import Atlas
 from pipeline.store.shards import Shard
 from pipeline.visualization.evaluation import SILENT
-from pipeline.visualization.initial_images import InitialImage
-
-NO_EXAMPLE = "it has no dataset example to start from, as no dataset image activates it"
+from pipeline.visualization.initial_images import NO_EXAMPLE, InitialImage
 
 # Channels that share a shard, with that shard.
 _Part = tuple[Shard, tuple[int, ...]]

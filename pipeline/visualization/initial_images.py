@@ -15,6 +15,9 @@ from pipeline.images.parameterizations import FromImage, frame
 from pipeline.models.config import Preprocessing
 from pipeline.visualization.preset import ChannelVariant, Preset, Size
 
+# Why a unit that no dataset image activates has no visualization by a preset that starts from dataset examples.
+NO_EXAMPLE = "it has no dataset example to start from, as no dataset image activates it"
+
 # Begins a setting that names an image of the dataset by its path in it.
 DATASET_PREFIX = "dataset:"
 
@@ -29,10 +32,12 @@ class InitialImage:
     Attributes:
         png: The image, as the bytes of a PNG file.
         centre: (y, x) of the position with the highest activation, as fractions of height and width.
+        missing: Whether this is a gray image instead, because no dataset image activates the unit.
     """
 
     png: bytes
     centre: tuple[float, float]
+    missing: bool = False
 
 
 def load_initial_images(

@@ -38,14 +38,13 @@ from peer_judges import Made, dataset_values, seen
 from PIL import Image, ImageDraw
 from render import config_of, say
 
-from pipeline.acceleration.batchnorm_folding import fold, foldable_pairs
-from pipeline.acceleration.cpu_lowering import precision_of
-from pipeline.acceleration.variants import ModelVariants, verified_variants
+from pipeline.acceleration.batchnorm_folding import fold
 from pipeline.config.schema import Config
 from pipeline.core.seeds import seed_of
 from pipeline.data.config import DataConfig
 from pipeline.data.datasets import list_dataset
 from pipeline.engine.resources import local_resources, size_pool
+from pipeline.engine.worker import Worker
 from pipeline.images.transforms import ROBUSTNESS_TRANSFORMS, apply_transforms, draw_random
 from pipeline.judges.judge import load_judge
 from pipeline.kernels.allocator import retain_freed_memory
@@ -53,10 +52,9 @@ from pipeline.layers.finding import Layer, capture
 from pipeline.layers.receptive_fields import receptive_fields
 from pipeline.layers.selection import LayersConfig, list_layers, logit_layers
 from pipeline.models.loading import Model, load_model
-from pipeline.planning.validation import choose_canvas_sizes
-from pipeline.visualization.batch import RenderJob
+from pipeline.runs.layer_worker import layer_worker
 from pipeline.visualization.evaluation import Visualization
-from pipeline.visualization.loop import render
+from pipeline.visualization.preset import Preset, Size
 
 LAYERS = ("blocks.1.1", "blocks.3.1", "blocks.4.2", "blocks.5.3", "conv_head")
 # conv_head is a convolution whose activation function is in bn2: both render the same tensor.
@@ -122,40 +120,30 @@ class Lucent:
 
 
 @functools.cache
-def prepared(preset: str, name: str, threads: int) -> tuple[ModelVariants, Layer, Config, tuple[int, int]]:
-    """Return the folded and the lowered network, the layer and its canvas size, as in a worker when a task begins."""
+def prepared(preset: str, name: str, threads: int) -> tuple[Worker, Preset, Size]:
+    """Return a worker as it is when a task begins, the preset for the layer, and the canvas size."""
     retain_freed_memory()
-    torch.set_num_threads(threads)
     config = config_of(preset, MODEL)
     model = load_model(config.model)
-    (layer,) = [found for found in list_layers(model, LayersConfig(), config.model.aliases) if found.name == name]
+    candidates = list_layers(model, LayersConfig(), config.model.aliases)
+    (layer,) = [found for found in candidates if found.name == name]
     (field,) = receptive_fields(fold(model), [layer]).values()
     layer = dataclasses.replace(layer, field=field)
-    size = choose_canvas_sizes(model, [layer], config.render)[name]
-    found = verified_variants(model, foldable_pairs(model), [layer], precision_of(config.engine.precision, "cpu"), size)
-    return found, layer, config, size
+    size, worker = layer_worker(model, config, candidates, layer, model.to)
+    torch.set_num_threads(threads)
+    return worker, worker.setup.config.preset_for(preset, layer), size
 
 
 def prepare(preset: str, name: str, threads: int) -> None:
-    found, layer, config, size = prepared(preset, name, threads)
-    short = dataclasses.replace(config.render.for_layer(layer), steps=2)
-    render(RenderJob(found.folded, layer, short, 1, size, step_model=found.steps, exact_model=found.exact), [(0, 0)])
+    worker, own, size = prepared(preset, name, threads)
+    worker.pictures(name, [0], size, dataclasses.replace(own, steps=2))
 
 
 def ours(preset: str, name: str, threads: int, channels: Sequence[int]) -> tuple[list[Visualization], float, float]:
     """Render `channels` in one batch; return the visualizations and the start and end times."""
-    found, layer, config, size = prepared(preset, name, threads)
+    worker, own, size = prepared(preset, name, threads)
     began = time.monotonic()
-    job = RenderJob(
-        found.folded,
-        layer,
-        config.render.for_layer(layer),
-        config.run.seed,
-        size,
-        step_model=found.steps,
-        exact_model=found.exact,
-    )
-    pictures = render(job, [(c, 0) for c in channels])
+    pictures = worker.pictures(name, channels, size, own)
     return pictures, began, time.monotonic()
 
 

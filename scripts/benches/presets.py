@@ -7,7 +7,7 @@ number of `atlas.units()` is given for hidden units and for classes, with the sh
 lie between the 10th and the 90th percentile of dataset images, and the share of classes that come first in the other
 networks. `oygard` runs without heads on hidden units. Images are measured after saving in 8 bits; seconds are those of
 one core, in batches of 8. Results in --out: NAME.md, the contact sheet NAME.jpg and two runs, with presets.csv (one
-row per image). A second call continues.
+row per image). A second call continues, also with more presets.
 """
 
 import argparse
@@ -109,6 +109,7 @@ def sheet(folders: Sequence[Path], presets: Sequence[str], side: int = 160) -> I
 def run(out: Path, name: str, presets: Sequence[str], arguments: Sequence[str]) -> Path:
     """Make one atlas with all presets; return its folder."""
     given = [f"render={presets[0]}", f"also=[{','.join(presets[1:])}]", f"run.root={out}", f"run.name={name}"]
+    given.append("run.update=true")  # another call may add presets
     if atlas(["run", *given, *arguments]) not in (0, 1):
         raise SystemExit("atlas run failed")
     return out / name

@@ -12,6 +12,7 @@ from pipeline.cli.main import main
 from pipeline.engine.worker import _restarted_arrays
 from pipeline.store import shards
 from pipeline.visualization.evaluation import SILENT
+from pipeline.visualization.initial_images import NO_EXAMPLE
 
 # Channel 0 answers to anything, 1 only to a strong step from dark to bright, 2 to nothing. `maximum` has no gradient
 # below the threshold, and none that is redirected as that of a rectifier is.
@@ -58,6 +59,17 @@ def outcomes(folder: Path) -> pd.DataFrame:
     with pipeline.open_atlas(folder) as atlas:
         table = atlas.units()
     return table.set_index(["preset", "channel", "variant"]).sort_index()
+
+
+def test_a_preset_that_starts_from_examples_fails_only_for_units_without_one(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    """One such unit used to end the whole run."""
+    assert main(["run", *overrides, "render=image_prior"]) == 0
+    table = outcomes(tmp_path / "r").loc["image_prior"]
+    assert table.loc[(2, 0)].status == "failed" and table.loc[(2, 0)].reason == NO_EXAMPLE
+    assert (table.loc[[(0, 0), (1, 0)]].reason != NO_EXAMPLE).all()
+    assert main(["verify", str(tmp_path / "r")]) == 0
 
 
 def test_a_silent_unit_starts_from_its_best_example_and_a_dead_one_says_both(
