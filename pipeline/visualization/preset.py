@@ -124,17 +124,18 @@ class Preset:
         The objective `auto` is replaced by the one that it stands for there, and penalties on activations that do not
         apply to the layer are left out.
 
-        With `energy` comes a budget of the squared distance from gray, unless the preset has a regularizer of it: the
-        energy of a linear layer grows with the square of the contrast, so that without one the image is black and
-        white, whatever the kernel. With it, the image has the contrast of the median photograph and the colors and
-        frequencies for which the energy is largest at that contrast.
+        Two of these come with a budget of the squared distance from gray, unless the preset has a regularizer of it, so
+        that the image has the contrast of the median photograph. The `energy` of a linear layer grows with the square
+        of the contrast: without a budget the image is black and white, whatever the kernel. Penalties of "pooled"
+        layers leave the contrast free within what single photographs have in each layer: over the steps it becomes that
+        of the harshest ones.
         """
         objective = self.objective.resolved(layer.linear_in_pixels, self.negative)
         of_network = tuple(p for p in self.network_penalties if p.applies_to(layer) and self._can_have(p))
-        if objective is self.objective and of_network == self.network_penalties:
-            return self
         penalties = self.penalties
-        if isinstance(objective, Energy) and not any(isinstance(penalty, L2) for penalty in penalties):
+        to_energy = isinstance(objective, Energy) and objective is not self.objective
+        has_contrast = any(isinstance(penalty, L2) for penalty in penalties)
+        if not has_contrast and (to_energy or any(p.layers == "pooled" for p in of_network)):
             penalties = (*penalties, L2(budget="natural"))
         return dataclasses.replace(self, objective=objective, penalties=penalties, network_penalties=of_network)
 

@@ -18,6 +18,7 @@ from pipeline.data import datasets
 from pipeline.data.config import DataConfig
 from pipeline.data.datasets import Dataset
 from pipeline.engine.tasks import Setup, render_digest
+from pipeline.images.image_regularizers import L2
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.loading import Model, prepare_module
 from pipeline.planning import natural_deviations
@@ -32,6 +33,7 @@ from pipeline.visualization.network_penalties import (
     normalizations_before,
     weighted_penalties,
 )
+from pipeline.visualization.objectives import Energy
 
 
 def images(count: int = 3, side: int = 32) -> Tensor:
@@ -227,7 +229,15 @@ def test_pooled_penalties_are_those_of_layers_without_positions(tiny: Model, tin
     made = compose([]).config.render
     assert made.name == "distill" and [p.layers for p in made.network_penalties] == ["pooled"]
     for name, layer in tiny_layers.items():
-        assert len(made.for_layer(layer).network_penalties) == (name in ("pool", "head")), name
+        own = made.for_layer(layer)
+        pooled = name in ("pool", "head")
+        assert len(own.network_penalties) == pooled, name
+        # Without a budget the contrast grows with the steps to that of the harshest photographs.
+        assert [p.budget for p in own.penalties if isinstance(p, L2)] == ["natural"] * pooled, name
+        assert own.for_layer(layer) == own
+    explicit = dataclasses.replace(made, penalties=(L2(budget=0.05),), objective=Energy())
+    assert explicit.for_layer(tiny_layers["head"]).penalties == (L2(budget=0.05),)
+    assert dataclasses.replace(made, objective=Energy()).for_layer(tiny_layers["stem"]).penalties == ()
     net = prepare_module(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
     plain = dataclasses.replace(tiny, module=net, name="plain")
     head = dataclasses.replace(tiny_layers["head"], module="3")
