@@ -1,4 +1,4 @@
-"""Images of the unit page in a real browser: enlarged, saved, linked to, printed; frames and colors of dataset examples."""
+"""Images of the unit page in a real browser: enlarged, saved, linked to, printed; what marks dataset examples."""
 
 import gzip
 import re
@@ -23,7 +23,7 @@ DIALOG, STAGE = "#lightbox", "#lightbox .lens .pic"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """As for the other tests of the browser; three crops of each image, and a failed visualization of the second preset."""
+    """As for the other tests; three crops of each image, and a failed visualization of the second preset."""
     served = tmp_path_factory.mktemp("served")
     path = write_atlas(served / "somewhere/below/atlas.h5")
     with h5py.File(path, "r+") as file:
@@ -112,7 +112,7 @@ def test_a_link_opens_an_example_with_its_heat_map_value_and_place(visit, folder
     assert np.float32(page.locator(f"{DIALOG} dd data").first.get_attribute("value")) == value
     text = page.locator(f"{DIALOG} dl").inner_text()
     assert "minimum activation" in text and "row 0, column 7 of 8 × 8" in text
-    # A field of 30 pixels, 8 apart, the first from −15; the input has 64: rows −15 to 14, columns 41 to 70, of which the input has a part.
+    # Fields of 30 pixels are 8 apart, the first from −15: rows −15 to 14, columns 41 to 70, partly outside the input.
     assert "columns 41–63, rows 0–14 of the input, 64 × 64 px" in text
     assert page.locator(f"{DIALOG} .ends span").all_inner_texts() == ["−2.00", "0", "6.00"]
     # Blue below zero, orange above: zero is at a quarter of the range.
@@ -214,7 +214,7 @@ def test_the_receptive_field_is_marked_in_every_crop(visit):
     page.wait_for_selector(".spectrum .example")
     crops = page.locator(".example .frame")
     assert crops.count() >= 4 + 3 + 2 and page.locator(".example .frame .seen").count() == crops.count()
-    # A field of 20 pixels at column 7 of positions 8 apart, the first from −10: columns 46 to 65 and rows −10 to 9; crop: 16 to 64, 0 to 48.
+    # Fields of 20 pixels are 8 apart, the first from −10: columns 46 to 65, rows −10 to 9. The crop: 16 to 63, 0 to 47.
     expected = pytest.approx([30 / 48, 0, 18 / 48, 10 / 48], abs=0.02)
     for part in (".examples .row >> nth=0", ".examples .row >> nth=1", ".spectrum .row"):
         assert share(page, f"{part} >> .seen") == expected

@@ -318,10 +318,5 @@ class Catalogue:
     def of(atlas: Atlas) -> "Catalogue":
         """Read the catalogue of an atlas."""
         table = atlas.dataset()
-        return Catalogue(
-            tuple(table["path"]),
-            tuple(table["label"]),
-            atlas.dataset_labels,
-            atlas.labels,
-            int(table["source"].nunique()),
-        )
+        sources = len(set(table["source"]))
+        return Catalogue(tuple(table["path"]), tuple(table["label"]), atlas.dataset_labels, atlas.labels, sources)

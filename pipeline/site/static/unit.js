@@ -433,7 +433,9 @@
     const items = [];
     const item = (name, node, hint, strong) => items.push(make("div", { class: strong ? "main" : "", title: hint }, make("dt", { text: name }), make("dd", {}, node)));
     if (p && p.status !== "missing") {
-      const measured = (name, strong) => item(metric(name).title, data(p[name]), metric(name).explanation, strong);
+      // What the objective is, which these three numbers share; the statistics of the dataset below are of single positions.
+      const over = ["mean", "least"].includes(main.natural) ? " (mean over positions)" : "";
+      const measured = (name, strong) => item(metric(name).title + (["activation", "natural", "robust"].includes(name) ? over : ""), data(p[name]), metric(name).explanation, strong);
       measured("activation", true);
       measured("natural", true);
       for (const name of ["peak_ratio", "mean_ratio", "robust"]) if (name in p) measured(name, name !== "mean_ratio");
