@@ -27,11 +27,14 @@ def folder(tmp_path_factory) -> Path:
     served = tmp_path_factory.mktemp("served")
     path = write_atlas(served / "somewhere/below/atlas.h5")
     with h5py.File(path, "r+") as file:
-        file["dataset/source"][...] = np.arange(PHOTOS) // 3
-        status = file["layers/blocks.1.conv/render/neuron/status"]
-        assert isinstance(status, h5py.Dataset)
-        status[1, 1] = "failed"
-        file["layers/blocks.1.conv/examples/maps/range"][...] = [-2, 6]
+        for name, row, value in (
+            ("dataset/source", ..., np.arange(PHOTOS) // 3),
+            ("layers/blocks.1.conv/render/neuron/status", (1, 1), "failed"),
+            ("layers/blocks.1.conv/examples/maps/range", ..., [-2, 6]),
+        ):
+            array = file[name]
+            assert isinstance(array, h5py.Dataset)
+            array[row] = value
     build(path)
     return served
 
