@@ -259,7 +259,7 @@
         const id = exampleId(list, i);
         return { id, title: nameOf(unit) + ", " + heading.toLowerCase() + ", " + (i + 1) + " of " + entries.length, alt: "Dataset image " + (label || path) + ", " + measured + " " + number(entry[0]),
           views: able, view: (key) => exampleView(unit, entry, key), heat: () => heatOf(unit, entry), name: nameOf(unit) + "-" + list + "-" + (i + 1), link: linkOf(unit, id),
-          facts: [[measured, exact(entry[0])], height * width > 1 ? ["position on the map", "row " + entry[2] + ", column " + entry[3] + " of " + height + " × " + width + ", from 0"] : null,
+          facts: [[measured, exact(entry[0])], height * width > 1 ? ["position on the map", "row " + entry[2] + ", column " + entry[3] + " of " + height + " × " + width + ", counted from 0"] : null,
             ["receptive field", whole ? "the whole input" : "columns " + seen[0] + "–" + (seen[2] - 1) + ", rows " + seen[1] + "–" + (seen[3] - 1) + " of the input, " + w + " × " + h + " px"],
             ["dataset image", path], label ? ["label", label] : null].filter(Boolean) };
       }).filter(Boolean);
