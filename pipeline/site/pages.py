@@ -24,7 +24,10 @@ from pipeline.site.number_format import number
 from pipeline.site.output import write
 
 HERE = Path(__file__).parent
-STATIC = ("atlas.css", "core.js", "layer.js", "unit.js", "map.js", "missing.js", "icon.svg")
+STATIC = (
+    *("atlas.css", "icon.svg", "core.js", "layer.js", "map.js", "missing.js"),
+    *("magnifier.js", "pixels.js", "lightbox.js", "unit.js"),
+)
 
 
 class Pages:

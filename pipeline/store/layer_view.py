@@ -230,6 +230,16 @@ class LayerView:
         height, width = self._geometry[0]
         return (height, width) if height else None
 
+    @property
+    def receptive_field_grid(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Placement of receptive fields in input pixels: ((height, width) of the stride, (row, column) of the first).
+
+        The field of the map's position (y, x) begins at row `first[0] + y * stride[0]` and column
+        `first[1] + x * stride[1]`; with padding it may extend beyond the input.
+        """
+        _, (down, across), (row, column), _ = self._geometry
+        return (down, across), (row, column)
+
     @functools.cached_property
     def _geometry(self) -> tuple[tuple[int, ...], ...]:
         names = ("receptive_field", "receptive_field_stride", "receptive_field_offset", "input_size")

@@ -245,7 +245,7 @@ def test_a_unit_shows_what_the_store_holds(visit, folder):
     text = page.locator("article").inner_text()
     assert "Even <b>ones</b>" not in text and labels[row % len(labels)] in text
     alt = page.locator(".pictures [role=img]").get_attribute("aria-label")
-    assert alt.startswith("Feature visualization of blocks.0.conv:20, distill: activation ")
+    assert alt.startswith("Feature visualization of blocks.0.conv:20, distill: mean activation ")
     assert page.locator(".similar .near").count() == 8
 
 

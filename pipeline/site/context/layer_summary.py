@@ -305,15 +305,18 @@ class Catalogue:
         labels: Label of each dataset image.
         names: All labels of the dataset; records refer to them by index.
         classes: Class names of the network.
+        sources: Number of images that the dataset images were cropped from.
     """
 
     paths: tuple[str, ...]
     labels: tuple[str, ...]
     names: tuple[str, ...]
     classes: tuple[str, ...]
+    sources: int
 
     @staticmethod
     def of(atlas: Atlas) -> "Catalogue":
         """Read the catalogue of an atlas."""
         table = atlas.dataset()
-        return Catalogue(tuple(table["path"]), tuple(table["label"]), atlas.dataset_labels, atlas.labels)
+        sources = len(set(table["source"]))
+        return Catalogue(tuple(table["path"]), tuple(table["label"]), atlas.dataset_labels, atlas.labels, sources)

@@ -169,19 +169,23 @@ window.ATLAS = (function () {
     return element;
   }
 
-  // Call `then` once for each element, when it comes near the visible area.
+  // Call `then` once for each element, when it comes near the visible area or the page is printed.
+  const unseen = new WeakMap();
   function lazily(elements, then, margin) {
     if (!("IntersectionObserver" in window)) { elements.forEach(then); return null; }
+    const see = (element) => { watcher.unobserve(element); delete element.dataset.unseen; then(element); };
     const watcher = new IntersectionObserver((entries) => {
-      for (const entry of entries) {
-        if (!entry.isIntersecting) continue;
-        watcher.unobserve(entry.target);
-        then(entry.target);
-      }
+      for (const entry of entries) if (entry.isIntersecting) see(entry.target);
     }, { rootMargin: margin || "400px" });
-    elements.forEach((element) => watcher.observe(element));
+    for (const element of elements) {
+      element.dataset.unseen = "";
+      unseen.set(element, see);
+      watcher.observe(element);
+    }
     return watcher;
   }
+
+  window.addEventListener("beforeprint", () => { for (const element of all("[data-unseen]")) unseen.get(element)(element); });
 
   // Show the small image of the unit that an element names: <a data-unit="layer:channel">.
   function fill(inside) {
@@ -333,10 +337,25 @@ window.ATLAS = (function () {
 
   let spoken = 0;
   function say(text) {
-    const place = find("#says");
+    // An open dialog hides the message of the page.
+    const place = find("dialog[open] .says[role=status]") || find("#says");
     place.textContent = text;
     window.clearTimeout(spoken);
     spoken = window.setTimeout(() => { place.textContent = ""; }, 4000);
+  }
+
+  function copyText(text, what) {
+    const told = () => say("Copied the " + what + ".");
+    const by = () => {
+      const area = make("textarea", { class: "off", text });
+      (find("dialog[open]") || document.body).append(area);
+      area.select();
+      document.execCommand("copy");
+      area.remove();
+      told();
+    };
+    if (navigator.clipboard && window.isSecureContext) navigator.clipboard.writeText(text).then(told, by);
+    else by();
   }
 
   // Pages add their own shortcuts: keys[key] = function.
@@ -397,7 +416,7 @@ window.ATLAS = (function () {
 
   return {
     put, need, ready, indexed, make, find, all, number, share, data, remember, remembered, lazily, sprite, cell, tiny, media, fill, search,
-    rowOf, channelAt, count, linkTo, layersNamed, layerAt, keys, say, random, root, html,
+    rowOf, channelAt, count, linkTo, layersNamed, layerAt, keys, say, copyText, random, root, html,
     layer: (name) => byName.get(name), get index() { return index; },
   };
 })();

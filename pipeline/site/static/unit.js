@@ -1,8 +1,8 @@
-// The page of a unit, unit.html#layer:channel; &with=layer:channel shows a second unit beside it.
+// The page of a unit, unit.html#layer:channel; &with=layer:channel shows a second unit beside it, &image=… opens one of its images.
 (function () {
   "use strict";
 
-  const { make, find, number, share, data, need, keys, say, remember, remembered, sprite, tiny } = ATLAS;
+  const { make, find, number, share, data, need, keys, say, remember, remembered, sprite, tiny, pixels, lightbox } = ATLAS;
   const root = ATLAS.root;
   const place = find("#unit");
   let latest = 0;
@@ -19,8 +19,9 @@
   }
   function decoded(text) { try { return decodeURIComponent(text); } catch { return text; } }
   function asked() {
-    const [first, second] = window.location.hash.slice(1).split("&with=").map(decoded);
-    return { first: parse(first || ""), second: second ? parse(second) : null, text: first };
+    const [units, image] = window.location.hash.slice(1).split("&image=");
+    const [first, second] = units.split("&with=").map(decoded);
+    return { first: parse(first || ""), second: second ? parse(second) : null, text: first, image };
   }
   const nameOf = (unit) => unit.layer.name + ":" + unit.channel;
 
@@ -35,7 +36,8 @@
 
   async function show() {
     const turn = ++latest;
-    const { first, second, text } = asked();
+    const { first, second, text, image } = asked();
+    lightbox.close();
     if (!first && !text) { window.location.replace(root + "index.html#network"); return; }
     if (!first || first.row < 0) {
       place.replaceChildren(make("section", { class: "opening" }, make("h1", { class: "layer", text: text }),
@@ -55,6 +57,7 @@
       veils.forEach((draw) => draw());
       ATLAS.html.dataset.layer = now.layer.name;
       document.body.dataset.ready = nameOf(now);
+      if (image) openAsked(now, image);
       // Load the next unit in advance, because readers often go there.
       const next = now.row + 1 < ATLAS.count(now.layer) && { ...now, row: now.row + 1 };
       if (next) window.setTimeout(() => load(next), 400);
@@ -88,6 +91,10 @@
     }
     return box;
   }
+  function viewOf(unit, rendered, number_, variant, veiled) {
+    const [, , , width, height] = rendered.sheet;
+    return { cell: cellOf("p", unit, rendered, number_, variant), part: [0, 0, 1, 1], aspect: width / height, veil: veiled && rendered.masked ? cellOf("m", unit, rendered, number_, variant) : null, area: null, field: null };
+  }
 
   // -------------------------------------------------------------------- transparency
 
@@ -100,40 +107,21 @@
     veils.push(() => button.setAttribute("aria-pressed", String(transparent)));
     return make("p", { class: "masking" }, button, " ", make("a", { href: root + "method.html#transparency", text: "What is transparent?" }));
   }
-  function loaded(url) {
-    return new Promise((resolve, reject) => {
-      const image = new Image();
-      image.onload = () => resolve(image);
-      image.onerror = () => reject(new Error("The image could not be loaded."));
-      image.src = url;
-    });
-  }
-  async function pixels([url, columns, rows, at], width, height) {
-    const image = await loaded(url);
-    const [w, h] = [image.naturalWidth / columns, image.naturalHeight / rows];
-    const canvas = make("canvas", { width, height });
-    const context = canvas.getContext("2d");
-    context.drawImage(image, (at % columns) * w, Math.floor(at / columns) * h, w, h, 0, 0, width, height);
-    return [canvas, context, context.getImageData(0, 0, width, height)];
-  }
-  async function downloadTransparent(unit, rendered, number_, variant) {
-    const [, , , width, height] = rendered.sheet;
-    try {
-      const [canvas, context, shown] = await pixels(cellOf("p", unit, rendered, number_, variant), width, height);
-      const [, , opacity] = await pixels(cellOf("m", unit, rendered, number_, variant), width, height);
-      for (let i = 0; i < shown.data.length; i += 4) shown.data[i + 3] = opacity.data[i];
-      context.putImageData(shown, 0, 0);
-      const file = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
-      save(file, [nameOf(unit), rendered.title, variant ? variant + 1 : ""].filter(Boolean).join("-"), "png");
-    } catch (error) {
-      say(error.name === "SecurityError" ? "A browser reads no pixels of pages from disk: open the site with `atlas serve`, or use LayerView.transparent in Python." : error.message);
-    }
-  }
-
   // The activation ratio of peaks, in older atlases of means, as [ratio, "peak" or "mean"]; null where there is none.
   function ratioOf(p) {
     for (const kind of ["peak", "mean"]) if (typeof p[kind + "_ratio"] === "number") return [p[kind + "_ratio"], kind];
     return null;
+  }
+
+  // ---------------------------------------------------------------- images in the dialog
+
+  const exact = (value) => (value === null || value === undefined ? "—" : make("data", { value: String(value), text: String(value).replace("-", "−") }));
+  const fileName = (unit, rendered, variant) => [nameOf(unit), rendered.title, variant ? variant + 1 : ""].filter(Boolean).join("-");
+  const linkOf = (unit, id) => window.location.href.split("#")[0] + "#" + ATLAS.linkTo(unit.layer.name, unit.channel).split("#")[1] + "&image=" + id;
+  function openAsked(unit, image) {
+    const [id, first] = image.split("&view=");
+    const opener = Array.from(place.querySelectorAll("[data-image]")).find((element) => element.dataset.image === id);
+    lightbox.open(unit.items, id, MODES.some(([key]) => key === first) ? first : mode, opener);
   }
 
   function pictures(unit) {
@@ -142,14 +130,21 @@
       (unit.record.pictures[rendered.key] || []).forEach((p, variant) => {
         if (p.status === "missing") { found.push(make("figure", { class: "absent" }, make("figcaption", { text: rendered.title + ": missing" }))); return; }
         const box = picture(unit, rendered, i, variant);
+        const id = "visualization/" + encodeURIComponent(rendered.key) + "/" + (variant + 1);
+        const failed = p.status === "failed";
+        const measured = rendered.objective === "energy" ? "energy" : ["mean", "least"].includes(rendered.natural) ? "mean activation" : "activation";
         const times = ratioOf(p);
         const title = rendered.title + (unit.record.pictures[rendered.key].length > 1 ? ", " + (variant + 1) : "");
-        box.setAttribute("aria-label", "Feature visualization of " + nameOf(unit) + ", " + title + (rendered.objective === "energy" ? ": energy " : ": activation ") + number(p.activation) +
-          (times === null ? "" : ", " + times[1] + " " + number(times[0]) + " times the maximum activation over the dataset") + (p.status === "failed" ? "; failed" : ""));
-        found.push(make("figure", { class: p.status === "failed" ? "failed" : "" }, box,
-          make("figcaption", {}, make("b", { text: title }), rendered.objective === "energy" ? " · energy " : " · ", data(p.activation), times === null ? "" : [" · " + times[1] + " ", number(times[0]), " × dataset maximum"],
-            p.failed ? make("strong", { text: " failed" }) : "",
-            rendered.masked ? [" · ", make("button", { type: "button", class: "plain", text: "PNG", title: "Download with transparency (RGBA)", onclick: () => downloadTransparent(unit, rendered, i, variant) })] : "",
+        box.setAttribute("aria-label", "Feature visualization of " + nameOf(unit) + ", " + title + ": " + measured + " " + number(p.activation) +
+          (times === null ? "" : ", " + times[1] + " " + number(times[0]) + " times the maximum activation over the dataset") + (failed ? "; failed" : ""));
+        const opener = make("button", { type: "button", class: "zoomed-by", "aria-haspopup": "dialog", title: "Enlarge", "data-image": id, onclick: () => lightbox.open(unit.items, id, "", opener) }, box);
+        unit.items.push({ id, title: nameOf(unit) + ", " + title, alt: box.getAttribute("aria-label"), views: [], view: () => viewOf(unit, rendered, i, variant, transparent), heat: null, name: fileName(unit, rendered, variant), link: linkOf(unit, id),
+          facts: [[measured, exact(p.activation)], times === null ? null : [times[1] + " ÷ dataset maximum", exact(times[0])], ["status", (p.status || "—") + (p.reason ? ": " + p.reason : "")],
+            p.seed ? ["seed", String(p.seed)] : null, rendered.digest ? ["digest", make("code", { text: rendered.digest.slice(0, 12), title: rendered.digest })] : null].filter(Boolean) });
+        found.push(make("figure", { class: failed ? "failed" : "" }, opener,
+          make("figcaption", {}, make("b", { text: title }), " · " + measured + " ", data(p.activation), times === null ? "" : [" · " + times[1] + " ", number(times[0]), " × dataset maximum"],
+            failed ? make("strong", { class: "bad", text: " failed" }) : "",
+            rendered.masked ? make("span", { class: "saving" }, " · ", make("button", { type: "button", class: "plain", text: "PNG", title: "Download with transparency (RGBA)", onclick: () => pixels.savePng(pixels.canvasOf(viewOf(unit, rendered, i, variant, true)), fileName(unit, rendered, variant)) })) : "",
             p.reason ? make("strong", { class: "reason", text: " " + p.reason }) : "")));
       });
     });
@@ -172,121 +167,165 @@
   const MODES = [["crop", "Receptive field"], ["heat", "Heat map"], ["whole", "Whole image"]];
   let mode = remembered("mode") || "crop";
   const clamp = (v) => Math.min(1, Math.max(0, v));
+  // Frames around smaller receptive fields, in input pixels, would hide them in small images: a dot shows where they are.
+  const DOT = 8;
 
   // What the site stores of an example; crops, whole images or both may be missing.
   function shape(unit, entry) {
-    const [, index, , , pair, cell] = entry;
+    const [, index, y, x, pair, cell] = entry;
     const photo = unit.shard.photos[index] || ["", ""];
+    const [down, across] = unit.facts.input;
     const whole = photo.length > 2;
-    const box = entry.length > 6 ? entry.slice(6, 10) : null;
-    const [inputHeight, inputWidth] = unit.facts.input;
-    let seen = null; // receptive field as fractions of the source image: left, top, right, bottom
-    if (whole) {
-      const [l, t, r, b] = photo.slice(5);
-      seen = box ? [l + ((r - l) * box[0]) / inputWidth, t + ((b - t) * box[1]) / inputHeight, l + ((r - l) * box[2]) / inputWidth, t + ((b - t) * box[3]) / inputHeight] : [l, t, r, b];
+    // The crop, at least 48 pixels wide, and the receptive field itself, which can extend beyond the input; left, top, right, bottom in input pixels.
+    const box = entry.length > 6 ? entry.slice(6, 10) : [0, 0, across, down];
+    let field = null;
+    if (!unit.facts.whole && unit.facts.field) {
+      const [stride, first] = unit.facts.grid;
+      const [top, left] = [first[0] + y * stride[0], first[1] + x * stride[1]];
+      field = [left, top, left + unit.facts.field[1], top + unit.facts.field[0]];
     }
-    return { photo, whole, box, seen, pair, cell, index, input: [inputWidth, inputHeight] };
+    return { photo, whole, box, field, pair, cell, index, input: [across, down] };
   }
 
-  function ofPhoto(element, s, region) {
-    const [per, columns, total] = ATLAS.index.sizes.photo;
-    const [l, t, r, b] = region.map(clamp);
-    const [, , position, width, height] = s.photo;
-    const across = Math.max(0.01, r - l);
-    const down = Math.max(0.01, b - t);
-    const aspect = (across * width) / (down * height);
-    element.style.aspectRatio = String(aspect);
-    element.style[aspect >= 1 ? "width" : "height"] = "100%";
-    const start = position - (position % per);
-    const url = root + "photos/" + (per > 1 ? "s" + start : s.index) + "." + ATLAS.index.photo_suffix;
-    const rows = per > 1 ? Math.ceil(Math.min(per, total - start) / columns) : 1;
-    sprite(element, url, columns, rows, position - start, [l, t, across, down]);
-    return [l, t, across, down];
+  // The receptive field as a part of the region of the image in which the network's input lies at `area`.
+  function fieldIn(s, [left, top, width, height]) {
+    if (!s.field) return null;
+    const [w, h] = s.input;
+    const [l, t, r, b] = [clamp(s.field[0] / w), clamp(s.field[1] / h), clamp(s.field[2] / w), clamp(s.field[3] / h)];
+    return [left + width * l, top + height * t, width * (r - l), height * (b - t)];
   }
 
-  function heatOver(unit, element, s, area) {
-    const per = ATLAS.index.sizes.heat;
-    const start = unit.row - (unit.row % per);
-    need(unit.layer.slug + "/h" + start, unit.layer.version).then((heat) => {
-      const held = heat.maps[s.pair];
-      if (!held) return;
-      const [low, high, coded] = held;
-      const bytes = Uint8Array.from(window.atob(coded), (c) => c.charCodeAt(0));
-      const canvas = make("canvas", { width: heat.width, height: heat.height, class: "heat", "aria-hidden": "true" });
-      const context = canvas.getContext("2d");
-      const image = context.createImageData(heat.width, heat.height);
-      const zero = high > 0 && low < 0 ? (-low / (high - low)) * 255 : 0;
-      bytes.forEach((v, i) => {
-        const x = Math.max(0, (v - zero) / (255 - zero));
-        image.data.set([255, 70 + 150 * x, 20 + 40 * x, 225 * x], 4 * i);
-      });
-      context.putImageData(image, 0, 0);
-      const [left, top, width, height] = area;
-      Object.assign(canvas.style, { left: 100 * left + "%", top: 100 * top + "%", width: 100 * width + "%", height: 100 * height + "%" });
-      element.append(canvas);
-      element.parentNode.title += "; heat map from " + number(low) + " to " + number(high);
-    }).catch(() => {});
-  }
-
-  function frame(unit, entry) {
+  // The view of an example (see pixels.js); null if the site has no such image.
+  function exampleView(unit, entry, key) {
     const s = shape(unit, entry);
-    const [path, label] = s.photo;
-    const inner = make("span", { class: "pic" });
-    const words = (label || path) + ", activation " + number(entry[0]);
-    const outer = make("span", { class: "frame", role: "img", "aria-label": (mode === "heat" ? "Heat map on dataset image: " : "Dataset image: ") + words,
-      title: path + (Math.max(...unit.facts.map) > 1 ? " (row " + entry[2] + ", column " + entry[3] + ")" : "") }, inner);
+    const [w, h] = s.input;
     const crops = unit.facts.crops;
-    if (mode !== "crop" && s.whole) {
-      ofPhoto(inner, s, [0, 0, 1, 1]);
-      const [l, t, r, b] = s.photo.slice(5);
-      if (mode === "heat") heatOver(unit, inner, s, [l, t, r - l, b - t]);
-      if (s.seen && s.box) {
-        const [x, y, x2, y2] = s.seen.map(clamp);
-        const mark = make("span", { class: "seen" });
-        Object.assign(mark.style, { left: 100 * x + "%", top: 100 * y + "%", width: 100 * (x2 - x) + "%", height: 100 * (y2 - y) + "%" });
-        inner.append(mark);
-      }
-    } else if (s.cell >= 0 && crops) {
+    const made = (cell, part, aspect, area) => ({ cell, part, aspect, veil: null, area, field: fieldIn(s, area) });
+    const ofPhoto = ([l, t, r, b]) => {
+      const [per, columns, total] = ATLAS.index.sizes.photo;
+      const [, , position, width, height, left, top, right, bottom] = s.photo;
+      const [across, down] = [Math.max(0.01, r - l), Math.max(0.01, b - t)];
+      const start = position - (position % per);
+      const url = root + "photos/" + (per > 1 ? "s" + start : s.index) + "." + ATLAS.index.photo_suffix;
+      const rows = per > 1 ? Math.ceil(Math.min(per, total - start) / columns) : 1;
+      return made([url, columns, rows, position - start], [l, t, across, down], (across * width) / (down * height), [(left - l) / across, (top - t) / down, (right - left) / across, (bottom - top) / down]);
+    };
+    if (key !== "crop" && s.whole) return ofPhoto([0, 0, 1, 1]);
+    const [l, t, r, b] = s.box;
+    if (s.cell >= 0 && crops) {
       const [per, each, columns] = crops;
       const start = unit.row - (unit.row % per);
       const cells = Math.min(per, ATLAS.count(unit.layer) - start) * each;
-      Object.assign(inner.style, { width: "100%", aspectRatio: "1" });
-      sprite(inner, ATLAS.media(unit.layer, "x" + start, ATLAS.index.photo_suffix), columns, Math.ceil(cells / columns), (unit.row - start) * each + s.cell);
-      if (mode === "heat") {
-        const [w, h] = s.input;
-        const [l, t, r, b] = s.box || [0, 0, w, h];
-        heatOver(unit, inner, s, [-l / (r - l), -t / (b - t), w / (r - l), h / (b - t)]);
-      }
-    } else if (s.whole) {
-      ofPhoto(inner, s, s.seen);
-    } else {
-      outer.classList.add("absent");
-      outer.replaceChildren(path);
+      // Crops that are not square are in the middle of a square cell.
+      const aspect = (r - l) / (b - t);
+      const [across, down] = Math.abs(aspect - 1) > 0.02 ? [Math.min(1, aspect), Math.min(1, 1 / aspect)] : [1, 1];
+      const [sx, sy] = [across / (r - l), down / (b - t)];
+      return made([ATLAS.media(unit.layer, "x" + start, ATLAS.index.photo_suffix), columns, Math.ceil(cells / columns), (unit.row - start) * each + s.cell], [0, 0, 1, 1], 1,
+        [(1 - across) / 2 - l * sx, (1 - down) / 2 - t * sy, w * sx, h * sy]);
     }
-    return make("figure", { class: "example" }, outer, make("figcaption", {}, data(entry[0]), label ? make("span", { text: label }) : ""));
+    if (!s.whole) return null;
+    const [left, top, right, bottom] = s.photo.slice(5);
+    const [ax, ay] = [(right - left) / w, (bottom - top) / h];
+    return ofPhoto([left + l * ax, top + t * ay, left + r * ax, top + b * ay].map(clamp));
+  }
+
+  function heatOf(unit, entry) {
+    const start = unit.row - (unit.row % ATLAS.index.sizes.heat);
+    return need(unit.layer.slug + "/h" + start, unit.layer.version).then((shard) => {
+      const [height, width] = unit.facts.map;
+      const averaged = shard.height < height || shard.width < width;
+      const heat = pixels.heatMap(shard, entry[4]);
+      return heat && { ...heat, note: averaged ? "The map of " + height + " × " + width + " positions, averaged to " + shard.height + " × " + shard.width + ": single activations can lie beyond the ends." : "" };
+    });
+  }
+
+  // Lists of examples: name, heading, and what the value of an example is.
+  const LISTS = [["max", "Maximum activations", "maximum activation"], ["min", "Minimum activations", "minimum activation"], ["spectrum", "Quantile examples", "maximum activation"]];
+  const exampleId = (list, place_) => "example/" + list + "/" + (place_ + 1);
+
+  // The items of the dialog for all examples of a unit.
+  function exampleItems(unit) {
+    const able = choicesOf(unit);
+    const [height, width] = unit.facts.map;
+    return LISTS.flatMap(([list, heading, measured]) => {
+      const entries = (unit.record.examples || {})[list] || [];
+      return entries.map((entry, i) => {
+        if (!entry || !exampleView(unit, entry, "crop")) return null;
+        const s = shape(unit, entry);
+        const [path, label] = s.photo;
+        const whole = !s.field;
+        const [w, h] = s.input;
+        const seen = whole ? null : [clamp(s.field[0] / w) * w, clamp(s.field[1] / h) * h, clamp(s.field[2] / w) * w, clamp(s.field[3] / h) * h].map(Math.round);
+        const id = exampleId(list, i);
+        return { id, title: nameOf(unit) + ", " + heading.toLowerCase() + ", " + (i + 1) + " of " + entries.length, alt: "Dataset image " + (label || path) + ", " + measured + " " + number(entry[0]),
+          views: able, view: (key) => exampleView(unit, entry, key), heat: () => heatOf(unit, entry), name: nameOf(unit) + "-" + list + "-" + (i + 1), link: linkOf(unit, id),
+          facts: [[measured, exact(entry[0])], height * width > 1 ? ["position on the map", "row " + entry[2] + ", column " + entry[3] + " of " + height + " × " + width + ", counted from 0"] : null,
+            ["receptive field", whole ? "the whole input" : "columns " + seen[0] + "–" + (seen[2] - 1) + ", rows " + seen[1] + "–" + (seen[3] - 1) + " of the input, " + w + " × " + h + " px"],
+            ["dataset image", path], label ? ["label", label] : null].filter(Boolean) };
+      }).filter(Boolean);
+    });
+  }
+
+  function frame(unit, list, place_) {
+    const entry = unit.record.examples[list][place_];
+    const [path, label] = (unit.shard.photos[entry[1]] || ["", ""]);
+    const words = (label || path) + ", " + LISTS.find(([key]) => key === list)[2] + " " + number(entry[0]);
+    const view = exampleView(unit, entry, mode);
+    const caption = make("figcaption", {}, data(entry[0]), label ? make("span", { text: label, title: label }) : "");
+    const title = path + (Math.max(...unit.facts.map) > 1 ? " (row " + entry[2] + ", column " + entry[3] + ")" : "");
+    if (!view) return make("figure", { class: "example" }, make("span", { class: "frame absent", role: "img", "aria-label": "Dataset image: " + words, title, text: path }), caption);
+    const inner = pixels.element(view);
+    inner.style[view.aspect >= 1 ? "width" : "height"] = "100%";
+    const id = exampleId(list, place_);
+    const outer = make("button", { type: "button", class: "frame", "aria-haspopup": "dialog", "data-image": id, "aria-label": (mode === "heat" ? "Heat map on dataset image: " : "Dataset image: ") + words,
+      title, onclick: () => lightbox.open(unit.items, id, mode, outer) }, inner);
+    if (mode === "heat") {
+      heatOf(unit, entry).then((heat) => {
+        if (!heat) return;
+        inner.append(pixels.placed(heat.canvas, view.area));
+        outer.title += "; heat map from " + number(heat.low) + " to " + number(heat.high);
+      }).catch(() => {});
+    }
+    if (view.field) inner.append(pixels.frameOf(view.field, Math.max(...unit.facts.field) <= DOT));
+    return make("figure", { class: "example" }, outer, caption);
+  }
+
+  // The views that the site has of a unit's examples.
+  function choicesOf(unit) {
+    const able = Object.values(unit.record.examples || {}).flat().filter(Boolean).map((entry) => shape(unit, entry));
+    const shown = able.some((s) => s.whole || s.cell >= 0);
+    return MODES.filter(([key]) => shown && (key === "crop" || (key === "whole" ? able.some((s) => s.whole) : unit.facts.heat)))
+      .map(([key, text]) => [key, key === "crop" && unit.facts.field && Math.min(...unit.facts.field) < 48 ? "Receptive field, with surroundings" : text]);
+  }
+
+  // What the lists contain, and of how many images.
+  function told(unit) {
+    const { images, sources } = ATLAS.index;
+    const counted = (n) => n.toLocaleString("en-US");
+    const of = images === sources ? counted(images) + " dataset images" : counted(images) + " crops of " + counted(sources) + " dataset images, at most one of each in a list";
+    const field = unit.facts.whole || !unit.facts.field ? "" : Math.max(...unit.facts.field) <= DOT ? " The dot marks the receptive field of " + unit.facts.field.join(" × ") + " pixels." : " The frame is the receptive field.";
+    return "The largest and smallest activations at any position of the map, of " + of + "." + field;
   }
 
   function examples(unit, part, redraw) {
     const lists = unit.record.examples || {};
     const section = make("section", { class: "examples" });
     if (!lists.max && !lists.min) { section.append(make("p", { class: "note", text: "No dataset examples are stored for this unit." })); return section; }
-    const able = Object.values(lists).flat().filter(Boolean).map((entry) => shape(unit, entry));
-    const shown = able.some((s) => s.whole || s.cell >= 0);
-    const choices = MODES.filter(([key]) => shown && (key === "crop" || (key === "whole" ? able.some((s) => s.whole) : unit.facts.heat)));
+    const choices = choicesOf(unit);
     const toggle = make("div", { class: "toggle", role: "radiogroup", "aria-label": "Part of the dataset images to show" });
     for (const [key, text] of choices.length > 1 ? choices : []) {
       const id = "mode-" + part + "-" + key;
       toggle.append(make("input", { type: "radio", name: "mode-" + part, id, value: key, checked: key === mode,
         onchange: () => { mode = key; remember("mode", key); redraw(); } }), make("label", { for: id, text }));
     }
-    section.append(make("div", { class: "tools" }, make("h2", { text: "Dataset examples" }), toggle));
+    section.append(make("div", { class: "tools" }, make("h2", { text: "Dataset examples" }), toggle), make("p", { class: "note", text: told(unit) }));
     const body = make("div", {});
     section.append(body);
     section.redraw = () => {
       body.replaceChildren();
-      for (const [key, title] of [["max", "Highest activations (top-k)"], ["min", "Lowest activations"]]) {
-        const list = (lists[key] || []).filter(Boolean);
-        if (list.length) body.append(make("h3", { text: title }), make("div", { class: "row" }, list.map((entry) => frame(unit, entry))));
+      for (const [key, title] of LISTS.slice(0, 2)) {
+        const list = lists[key] || [];
+        if (list.length) body.append(make("h3", { text: title }), make("div", { class: "row" }, list.map((_, i) => frame(unit, key, i))));
         else if (key === "max") body.append(make("p", { class: "note", text: "No dataset image activated this unit above zero." }));
       }
     };
@@ -295,6 +334,21 @@
   }
 
   // -------------------------------------------------------------------- spectrum
+
+  // The largest activations on the feature visualizations, on the axis of the histogram, or at its end if they lie beyond.
+  function marksOf(unit, low, high, width, height) {
+    const marks = [];
+    for (const rendered of unit.facts.rendered) {
+      for (const p of unit.record.pictures[rendered.key] || []) {
+        if (p.status === "missing" || p.status === "failed" || typeof p.peak !== "number" || ["least", "min"].includes(rendered.natural)) continue;
+        const x = Math.min(width - 1, Math.max(1, (width * (p.peak - low)) / (high - low || 1)));
+        const beyond = p.peak > high ? " (beyond the axis)" : "";
+        marks.push(make("g", { class: "own-value" }, make("line", { x1: x, x2: x, y1: 0, y2: height }), make("text", { x: x + (x > width / 2 ? -4 : 4), y: 10 + 13 * marks.length, "text-anchor": x > width / 2 ? "end" : "start", text: rendered.title + " " + number(p.peak) + (beyond ? " →" : "") }),
+          make("title", { text: "Maximum activation on the feature visualization by " + rendered.title + ": " + number(p.peak) + beyond })));
+      }
+    }
+    return marks.slice(0, 6);
+  }
 
   function spectrum(unit) {
     const h = unit.record.histogram;
@@ -326,6 +380,7 @@
       if (count) svg.append(make("rect", { class: "bar-of", x: x(value), y: height - tall, width: Math.max(1, x(value + h.step) - x(value) - 1), height: tall }, make("title", { text: count + " dataset images from " + number(value) })));
     });
     if (low < 0 && high > 0) svg.append(make("line", { class: "zero", x1: x(0), x2: x(0), y1: 0, y2: height }), make("text", { x: x(0), y: height + 13, "text-anchor": "middle", text: "0" }));
+    svg.append(...marksOf(unit, low, high, width, height));
     svg.append(make("text", { x: 0, y: height + 13, text: number(low) }), make("text", { x: width, y: height + 13, "text-anchor": "end", text: number(high) }));
     const row = make("div", { class: "row" });
     const buttons = [];
@@ -336,8 +391,8 @@
       chosen = i;
       buttons.forEach((b, j) => b && b.setAttribute("aria-pressed", String(j === i)));
       zones.forEach((z, j) => z && z.classList.toggle("on", j === i));
-      const entries = list.slice(i * each, (i + 1) * each).filter(Boolean);
-      row.replaceChildren(...(entries.length ? entries.map((entry) => frame(unit, entry)) : [make("p", { class: "note", text: "There are no examples from this bin." })]));
+      const places = Array.from({ length: each }, (_, j) => i * each + j).filter((j) => list[j]);
+      row.replaceChildren(...(places.length ? places.map((j) => frame(unit, "spectrum", j)) : [make("p", { class: "note", text: "There are no examples from this bin." })]));
     }
     for (let i = 0; i < (each ? bins : 0); i++) {
       buttons[i] = make("button", { type: "button", "aria-pressed": "false", "data-bin": i, onclick: () => choose(i), onpointerenter: () => choose(i),
@@ -345,7 +400,7 @@
       names.append(buttons[i]);
     }
     const section = make("section", { class: "spectrum" }, make("h2", { text: "Quantile examples" }),
-      make("p", { class: "note", text: "Distribution of the maximum activation per dataset image (heights: square root of the count). Select a quantile bin to see random examples from it." }), svg, names, row);
+      make("p", { class: "note", text: "Distribution of the maximum activation per dataset image (heights: square root of the count); lines mark the maximum activation on the feature visualizations. Select a quantile bin to see random examples from it." }), svg, names, row);
     section.redraw = () => { const i = chosen; chosen = -1; choose(i < 0 ? bins - 1 : i); };
     // Load its images when it becomes visible.
     ATLAS.lazily([section], () => section.redraw(), "0px");
@@ -378,7 +433,9 @@
     const items = [];
     const item = (name, node, hint, strong) => items.push(make("div", { class: strong ? "main" : "", title: hint }, make("dt", { text: name }), make("dd", {}, node)));
     if (p && p.status !== "missing") {
-      const measured = (name, strong) => item(metric(name).title, data(p[name]), metric(name).explanation, strong);
+      // What the objective is, which these three numbers share; the statistics of the dataset below are of single positions.
+      const over = ["mean", "least"].includes(main.natural) ? " (mean over positions)" : "";
+      const measured = (name, strong) => item(metric(name).title + (["activation", "natural", "robust"].includes(name) ? over : ""), data(p[name]), metric(name).explanation, strong);
       measured("activation", true);
       measured("natural", true);
       for (const name of ["peak_ratio", "mean_ratio", "robust"]) if (name in p) measured(name, name !== "mean_ratio");
@@ -543,19 +600,21 @@
     const name = nameOf(unit);
     const word = unit.record.class || (unit.record.labels || {}).name || "";
     const tags = (families[name] || []).map((i) => make("a", { class: "tag", href: root + ATLAS.index.families[i][1], text: ATLAS.index.families[i][0] }));
-    const main = unit.facts.rendered[0];
-    const failed = main && unit.record.pictures[main.key].some((p) => p.status === "failed");
+    const failed = unit.facts.rendered.filter((rendered) => (unit.record.pictures[rendered.key] || []).some((p) => p.status === "failed"));
     const first = ATLAS.channelAt(unit.layer, unit.row - 1);
     const after = unit.row + 1 < ATLAS.count(unit.layer) ? ATLAS.channelAt(unit.layer, unit.row + 1) : -1;
     const step = (channel, text) => channel >= 0 ? make("a", { href: ATLAS.linkTo(unit.layer.name, channel), text }) : make("span", { text: "" });
     let photographs = null;
     let drawn = null;
     const redraw = () => { photographs.redraw(); if (drawn) drawn.redraw(); };
+    unit.items = [];
+    const visualizations = unit.facts.rendered.length ? pictures(unit) : null;
+    unit.items.push(...exampleItems(unit));
     photographs = examples(unit, part, redraw);
     drawn = spectrum(unit);
     const actions = make("div", { class: "actions" },
-      make("button", { type: "button", text: "Copy link", onclick: () => copy(window.location.href.split("#")[0] + "#" + ATLAS.linkTo(unit.layer.name, unit.channel).split("#")[1], "link") }),
-      make("button", { type: "button", text: "Copy citation", onclick: () => copy(citation(unit), "citation") }),
+      make("button", { type: "button", text: "Copy link", onclick: () => ATLAS.copyText(window.location.href.split("#")[0] + "#" + ATLAS.linkTo(unit.layer.name, unit.channel).split("#")[1], "link") }),
+      make("button", { type: "button", text: "Copy citation", onclick: () => ATLAS.copyText(citation(unit), "citation") }),
       make("button", { type: "button", text: "Download", title: "All numbers of this unit as JSON", onclick: () => download(unit) }),
       make("button", { type: "button", text: "Compare", title: "c", onclick: () => compare(unit) }),
       make("button", { type: "button", text: "Random", title: "r", onclick: ATLAS.random }));
@@ -564,29 +623,16 @@
         make("nav", { class: "neighbours", "aria-label": "Units" }, step(unit.row > 0 ? first : -1, "← " + first), make("a", { href: root + "layers/" + unit.layer.slug + ".html", text: unit.layer.name }), step(after, after + " →")),
         make("h1", { class: "layer" }, make("span", { text: unit.layer.name + ":" }), String(unit.channel)),
         make("p", { class: "subtitle" }, word ? make("span", { class: "class", text: word }) : "", " ", tags,
-          failed ? make("strong", { class: "flag", text: "failed" }) : "", (unit.record.stats || {}).inactive ? make("span", { class: "flag quiet", text: "never above zero" }) : ""),
+          failed.map((rendered) => make("strong", { class: "flag", text: (unit.facts.rendered.length > 1 ? rendered.title + " " : "") + "failed" })), (unit.record.stats || {}).inactive ? make("span", { class: "flag quiet", text: "never above zero" }) : ""),
         actions),
       kernel(unit),
-      make("div", { class: "evidence" }, unit.facts.rendered.length ? pictures(unit) : null, make("div", { class: "beside" }, photographs)),
+      make("div", { class: "evidence" }, visualizations, make("div", { class: "beside" }, photographs)),
       make("div", { class: "two" }, drawn, make("div", {}, numbers(unit), labels(unit))),
       quality(unit), path(unit), relations(unit), provenance(unit));
   }
 
   // --------------------------------------------------------------------- actions
 
-  function copy(text, what) {
-    const told = () => say("Copied the " + what + ".");
-    const by = () => {
-      const area = make("textarea", { class: "off", text });
-      document.body.append(area);
-      area.select();
-      document.execCommand("copy");
-      area.remove();
-      told();
-    };
-    if (navigator.clipboard && window.isSecureContext) navigator.clipboard.writeText(text).then(told, by);
-    else by();
-  }
   function citation(unit) {
     const r = unit.facts.rendered[0];
     return ATLAS.index.title + ", unit " + nameOf(unit) + " of " + ATLAS.index.model + (r && r.digest ? ", preset " + (r.preset || r.title) + " " + r.digest.slice(0, 12) : "") +
@@ -595,12 +641,7 @@
   function download(unit) {
     const photographs = Object.fromEntries(Object.entries(unit.shard.photos).map(([i, p]) => [i, { path: p[0], label: p[1] }]));
     const record = { unit: nameOf(unit), model: ATLAS.index.model, rendered: unit.facts.rendered, ...unit.record, photographs };
-    save(new Blob([JSON.stringify(record, null, 1)], { type: "application/json" }), nameOf(unit), "json");
-  }
-  function save(file, name, suffix) {
-    const url = URL.createObjectURL(file);
-    make("a", { href: url, download: name.replace(/[^A-Za-z0-9_.-]+/g, "_") + "." + suffix }).click();
-    window.setTimeout(() => URL.revokeObjectURL(url), 1000);
+    pixels.save(new Blob([JSON.stringify(record, null, 1)], { type: "application/json" }), nameOf(unit), "json");
   }
   function compare(unit) {
     const held = remembered("held");

@@ -14,6 +14,7 @@ ATLAS.magnifier = (function () {
     for (const lens of lenses) {
       for (const picture of lens.querySelectorAll(".pic")) picture.style.transform = moved;
       lens.classList.toggle("zoomed", view.scale > 1);
+      lens.style.setProperty("--zoom", view.scale); // lines drawn over an image divide their width by it
     }
     document.body.dataset.zoom = view.scale.toFixed(2);
   }
