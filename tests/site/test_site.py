@@ -957,8 +957,9 @@ def test_sizes_are_chosen_to_fit(tmp_path):
     path = write_atlas(tmp_path / "atlas.h5")
     plain = build(path, tmp_path / "plain")
     few = build(path, tmp_path / "few", dataclasses.replace(SMALL, max_files=100))
-    assert few.files < plain.files and few.files <= 120
-    assert list((tmp_path / "few/photos").glob("s*.jpg")) or few.files <= 100
+    # The images of the home page and the cards have files of their own in any case.
+    others = len(list((tmp_path / "few/wall").iterdir())) + len(list((tmp_path / "few/cards").rglob("*.jpg")))
+    assert few.files < plain.files and few.files - others <= 100
     with open_atlas(path) as atlas:
         layers = LAYERS[1:2]
         assert layers
