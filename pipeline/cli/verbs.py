@@ -30,7 +30,7 @@ from pipeline.planning.request import Request
 from pipeline.runs import maintenance, pages, runner
 from pipeline.runs.activation_grid import MAX_CELLS, GridRequest, activation_grid
 from pipeline.runs.runner import COMPLETE, SET_ASIDE
-from pipeline.site.hosting.hosts import prepare_for_host
+from pipeline.site.hosting.hosts import missing_addresses, prepare_for_host
 from pipeline.site.hosting.serve import server
 from pipeline.store.reader import open_atlas
 from pipeline.store.shards import safe_name
@@ -93,7 +93,8 @@ def publish(request: Request, options: Options) -> int:
     """Prepare the site for a host and print the command that publishes it."""
     folder = request.folder.existing()
     report, command = prepare_for_host(folder.site, options.host, request.config.site.title)
-    print("\n".join([*report.lines(), "", "Ready. The command that publishes it:", "", f"  {command}"]))
+    advice = missing_addresses(folder.site, folder.atlas)
+    print("\n".join([*report.lines(), *advice, "", "Ready. The command that publishes it:", "", f"  {command}"]))
     return COMPLETE
 
 

@@ -105,6 +105,7 @@ class Plan:
         unrendered: Layers that get dataset examples only.
         class_layers: Names of the layers whose channels are the classes in `labels`.
         judges: The other networks that visualizations are shown to.
+        network_layers: All layers that units could be chosen from, in the order of the network.
     """
 
     config: Config
@@ -121,6 +122,7 @@ class Plan:
     unrendered: tuple[Unrendered, ...] = ()
     class_layers: tuple[str, ...] = ()
     judges: tuple[PlannedJudge, ...] = ()
+    network_layers: tuple[Layer, ...] = ()
 
     @property
     def inputs(self) -> Manifest:

@@ -91,6 +91,7 @@ class _Units:
         others: Layers that presets read besides the layer of the unit.
         class_layers: Names of those whose channels are the classes that the network has names of.
         depths: Fixed depths of the network; see `layers.path_depths`.
+        candidates: All layers that units could be chosen from, in the order of the network.
     """
 
     layers: tuple[Layer, ...]
@@ -99,6 +100,7 @@ class _Units:
     others: tuple[Layer, ...]
     class_layers: tuple[str, ...] = ()
     depths: tuple[Layer, ...] = ()
+    candidates: tuple[Layer, ...] = ()
 
     @property
     def rendered(self) -> list[Layer]:
@@ -206,7 +208,7 @@ def _find_units(inputs: _Inputs, units: Units | None) -> tuple[_Inputs, _Units]:
     if unfitted:
         others = _with_fitted_heads(inputs, others, unfitted, heads[-1])
     depths = choose_depths(model, candidates, {path for pair in inputs.pairs for path in pair})
-    return inputs, _Units(tuple(layers), channels, reasons, others, class_layers, depths)
+    return inputs, _Units(tuple(layers), channels, reasons, others, class_layers, depths, tuple(candidates))
 
 
 def _with_fitted_heads(
@@ -281,6 +283,7 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
             for layer in chosen.layers
             if layer.name in chosen.reasons
         ),
+        network_layers=chosen.candidates,
     )
 
 

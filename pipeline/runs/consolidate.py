@@ -149,6 +149,7 @@ def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, 
             if (kernels := pixel_kernels(network, layer, channels)) is not None
         },
         depths=[depth.name for depth in plan.setup.depths],
+        network_layers=plan.network_layers,
     )
 
 

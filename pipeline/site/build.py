@@ -15,21 +15,25 @@ from pipeline.site.config import SiteConfig
 from pipeline.site.context import families
 from pipeline.site.context.home import Home
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, shown_lists, summarize
+from pipeline.site.context.wall import choose as choose_wall
 from pipeline.site.data import api, search_index
 from pipeline.site.data.js_shards import to_json
 from pipeline.site.hosting import hosts
 from pipeline.site.layout import embedding
+from pipeline.site.media.cards import TILES
 from pipeline.site.media.chunks import STRIP_PX, SUFFIX, Chunk, ChunkResult, choose_showing, chunks_of, image_table
 from pipeline.site.media.size_budget import Inventory, Sizes, choose, encode
 from pipeline.site.media.sprites import sheet, side
 from pipeline.site.output import BUILT, write
 from pipeline.site.pages import Pages
+from pipeline.site.sharing import Extent, Sharing, copied_bytes
 from pipeline.store.reader import Atlas
 
 # Folders of a layer that are reused unchanged if the layer has not changed.
 REUSED_FOLDERS = ("media/{slug}", "data/{slug}")
+CARD_FOLDER = "cards/{slug}"
 # Settings that affect no layer's files.
-SETTINGS_OUTSIDE_LAYERS = ("title", "families", "aliases", "workers")
+SETTINGS_OUTSIDE_LAYERS = ("title", "author", "url", "atlas_url", "copy_atlas", "families", "aliases", "workers")
 # The smallest images and the strip are encoded at this much lower quality.
 QUALITY_STEP = 8
 
@@ -114,6 +118,7 @@ class BuildContext:
         map: Map of all units, or None without stored activations.
         digests: Digests of the layers' files, by layer name.
         reused: Names of layers whose files are reused from `target`.
+        sharing: Writer of what makes the site shareable.
     """
 
     atlas: Atlas
@@ -128,6 +133,7 @@ class BuildContext:
     map: search_index.UnitMap | None
     digests: Mapping[str, str]
     reused: frozenset[str]
+    sharing: Sharing
 
     @property
     def reused_units(self) -> int:
@@ -161,15 +167,23 @@ def build_site(
     inventory = _inventory(atlas, summary, config)
     sizes = _sizes(atlas, inventory, config, previous)
     shared_digest = digest_of(
-        [dataclasses.asdict(sizes), _settings(config), package_digest(), summary.catalogue.classes]
+        [
+            dataclasses.asdict(sizes),
+            _settings(config),
+            package_digest(),
+            summary.catalogue.classes,
+            dataclasses.asdict(Extent.of(config, summary.units)),
+        ]
     )
     ranks, unit_map = _layout(atlas, summary, sizes, previous)
     digests = _digests(summary, shared_digest, ranks)
     with output.replacing(target) as root:
-        reused = _reuse_layers(summary, digests, previous, target, root)
+        reused = _reuse_layers(summary, digests, previous, _Folders(target, root, config.cards != "none"))
+        sharing = Sharing(atlas, root, config, summary.layers)
         context = BuildContext(
-            atlas, config, summary, sizes, target, root, previous, shared_digest, ranks, unit_map, digests, reused
-        )
+            atlas, config, summary, sizes, target, root, previous, shared_digest, ranks, unit_map, digests, reused,
+            sharing,
+        )  # fmt: skip
         progress(context.reused_units, summary.units)
         rebuilt_units = summary.units - context.reused_units
         with workers.open_pool(atlas.path, root, config, sizes, rebuilt_units) as pool:
@@ -248,8 +262,11 @@ def _inventory(atlas: Atlas, summary: AtlasSummary, config: SiteConfig) -> Inven
         any_whole = any_whole or showing.whole_images
         crops.append(sum(counts.get(name, 0) for name in showing.celled))
         heat_maps.append(layer.heat_maps() is not None and config.licence != "ids")
-    other_files = 40 + 5 * len(summary.layers) + len(summary.families)
-    return Inventory(summary.layers, crops, heat_maps, len(summary.used_images) if any_whole else 0, other_files)
+    extent, layers = Extent.of(config, summary.units), len(summary.layers)
+    other_files = 40 + 5 * layers + len(summary.families) + extent.files(layers, summary.units)
+    other_bytes = extent.bytes(layers, summary.units) + copied_bytes(atlas, config)
+    images = len(summary.used_images) if any_whole else 0
+    return Inventory(summary.layers, crops, heat_maps, images, other_files, other_bytes)
 
 
 def _inventory_digest(inventory: Inventory, config: SiteConfig) -> str:
@@ -258,7 +275,7 @@ def _inventory_digest(inventory: Inventory, config: SiteConfig) -> str:
         [f.name, len(f.channels), [[r.key, r.variants, r.height, r.width] for r in f.rendered]]
         for f in inventory.layers
     ]
-    counts = [inventory.crops, inventory.heat_maps, inventory.images, inventory.other_files]
+    counts = [inventory.crops, inventory.heat_maps, inventory.images, inventory.other_files, inventory.other_bytes]
     return digest_of([layers, counts, _settings(config), package_digest()])
 
 
@@ -270,21 +287,32 @@ def _sizes(atlas: Atlas, inventory: Inventory, config: SiteConfig, previous: Map
     return choose(atlas, inventory, config)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Folders:
+    """The previous site, the new one, and whether layers have cards."""
+
+    target: Path
+    root: Path
+    has_cards: bool
+
+
 def _reuse_layers(
-    summary: AtlasSummary, digests: Mapping[str, str], previous: Mapping[str, Any], target: Path, root: Path
+    summary: AtlasSummary, digests: Mapping[str, str], previous: Mapping[str, Any], folders: _Folders
 ) -> frozenset[str]:
-    """Take over the files of unchanged layers from `target` to `root`; return the names of these layers."""
+    """Take over the files of unchanged layers from the previous site; return the names of these layers."""
     previous_digests = previous.get("layers", {})
     return frozenset(
         facts.name
         for facts in summary.layers
-        if previous_digests.get(facts.name) == digests[facts.name] and _reuse_layer(target, root, facts)
+        if previous_digests.get(facts.name) == digests[facts.name] and _reuse_layer(folders, facts)
     )
 
 
-def _reuse_layer(target: Path, root: Path, facts: LayerSummary) -> bool:
+def _reuse_layer(paths: _Folders, facts: LayerSummary) -> bool:
+    target, root = paths.target, paths.root
     units = f"{api.API}/units/{facts.slug}.json"
-    folders = [folder.format(slug=facts.slug) for folder in REUSED_FOLDERS]
+    patterns = [*REUSED_FOLDERS, *([CARD_FOLDER] if paths.has_cards else [])]
+    folders = [folder.format(slug=facts.slug) for folder in patterns]
     if not (target / units).is_file() or not all((target / folder).is_dir() for folder in folders):
         return False
     write(root, units, (target / units).read_bytes())
@@ -371,7 +399,11 @@ def _write_pages(context: BuildContext) -> None:
         reused=context.reused,
     )
     search_index.write_all(root, inputs)
-    home = Home.of(atlas, context.target, config, layers, summary.catalogue)
+    wall = choose_wall(atlas, layers, SUFFIX[config.format])
+    context.sharing.write_wall(wall, context.sizes.quality)
+    home = Home.of(atlas, config, layers, summary.catalogue, wall)
+    if config.copy_atlas:
+        output.link(atlas.path, root / home.file)
     version = digest_of([sorted(digests.items()), context.shared_digest])[:8]
     pages = Pages(root, config, summary.families, version)
     pages.write_static()
@@ -380,7 +412,12 @@ def _write_pages(context: BuildContext) -> None:
         after = layers[i + 1] if i + 1 < len(layers) else None
         pages.write_layer(home, facts, before, after, context.sizes)
     pages.write_others(home, context.map is not None)
-    api.write_index(root, atlas, layers, summary.catalogue, config.title)
+    if context.sharing.extent.pages:
+        for facts in layers:
+            for text in context.sharing.texts(facts, summary.catalogue):
+                pages.write_unit(text, context.sharing.card_of(facts, text), facts, home)
+    context.sharing.write_sitemap(pages.addresses)
+    api.write_index(root, atlas, layers, summary.catalogue, config)
 
 
 def _collect_layers(context: BuildContext, pool: workers.EncoderPool, progress: Callable[[int, int], None]) -> None:
@@ -405,7 +442,10 @@ def _finish_layer(context: BuildContext, facts: LayerSummary, results: Sequence[
     """Write a layer's API file, its sheets of the smallest images in order of similarity, and its strip."""
     root, sizes, config = context.root, context.sizes, context.config
     records = [record for result in results for record in result.records]
-    api.write_units(root, facts, records, context.digests[facts.name][:12])
+    extent = context.sharing.extent
+    addresses = api.Addresses(sizes, SUFFIX[config.format], extent.pages, extent.unit_cards)
+    api.write_units(root, facts, records, context.digests[facts.name][:12], addresses)
+    context.sharing.write_layer_card(facts, spaced(list(range(len(facts.channels))), TILES))
     media, suffix = f"media/{facts.slug}", SUFFIX[config.format]
     (root / media).mkdir(parents=True, exist_ok=True)
     (root / f"data/{facts.slug}").mkdir(parents=True, exist_ok=True)

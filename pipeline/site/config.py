@@ -9,6 +9,10 @@ from pydantic import Field
 from pipeline.core.validation import Use
 
 ImageFormat = Literal["webp", "avif", "jpeg"]
+Address = Annotated[
+    Annotated[str, Field(pattern=r"^https?://[^\s/]+(/\S*)?$")] | None,
+    Use("an address that begins with https:// or http://, or null"),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +24,14 @@ class SiteConfig:
 
     Attributes:
         title: Title of the site.
+        author: Authors, as they stand in a citation, e.g. "Ada Lovelace and Charles Babbage"; None if not named.
+        url: Address of the site on its host; None if it is not known. Canonical addresses, the sitemap and absolute
+            addresses of preview images need it.
+        atlas_url: Address that the file of the atlas can be downloaded from.
+        copy_atlas: Whether the file of the atlas is a part of the site.
+        cards: Which preview images (1200 × 630 pixels) are made: `layers` (of the home page and each layer), `all` (of
+            each unit too), or `none`. Each unit has a page with an address of its own: with `all`, and with `layers` if
+            there are at most `max_files` / 3 units.
         format: File format of feature visualizations: webp, avif or jpeg.
         photo_format: File format of dataset images, which are JPEG already.
         quality: Encoder quality, 1 to 100.
@@ -42,6 +54,11 @@ class SiteConfig:
     """
 
     title: str = "Neuron Atlas"
+    author: str | None = None
+    url: Address = None
+    atlas_url: Address = None
+    copy_atlas: bool = False
+    cards: Literal["all", "layers", "none"] = "layers"
     format: ImageFormat = "webp"
     photo_format: ImageFormat = "jpeg"
     quality: Annotated[int, Field(ge=1, le=100)] = 78

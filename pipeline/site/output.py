@@ -78,7 +78,7 @@ def adopt(old: Path, new: Path, part: str) -> bool:
     """Copy the folder `part` of one site to another, by hard links if possible; return False if it does not exist."""
     if not (old / part).is_dir():
         return False
-    shutil.copytree(old / part, new / part, copy_function=_link, dirs_exist_ok=True)
+    shutil.copytree(old / part, new / part, copy_function=link, dirs_exist_ok=True)
     return True
 
 
@@ -97,7 +97,8 @@ def write(root: Path, to: str, content: str | bytes) -> None:
         path.write_bytes(data)
 
 
-def _link(source: str, target: str) -> None:
+def link(source: str | Path, target: str | Path) -> None:
+    """Make the file `target` of the content of `source`, by a hard link if possible."""
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links

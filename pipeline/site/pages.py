@@ -6,26 +6,31 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import urlsplit
 
 import jinja2
+from markupsafe import Markup
 
 from pipeline.core.metric_specs import METRICS
 from pipeline.site.config import SiteConfig
 from pipeline.site.context.families import Family
 from pipeline.site.context.home import Home
 from pipeline.site.context.layer_summary import LayerSummary
+from pipeline.site.context.unit_text import UnitText, layer_card, unit_link
+from pipeline.site.context.wall import WALL_PX
 from pipeline.site.data.api import table_name
+from pipeline.site.data.links import HOME_CARD, absolute, atlas_title
 from pipeline.site.hosting.hosts import HEADERS, POLICY
 from pipeline.site.media.chunks import STRIP_PX, SUFFIX
 from pipeline.site.media.size_budget import Sizes
 from pipeline.site.media.sprites import side
 from pipeline.site.number_format import number
 from pipeline.site.output import write
+from pipeline.site.sharing import structured_data
 
 HERE = Path(__file__).parent
 STATIC = (
-    *("atlas.css", "icon.svg", "core.js", "layer.js", "map.js", "missing.js"),
+    *("atlas.css", "icon.svg", "core.js", "layer.js", "map.js", "missing.js", "share.js"),
     *("magnifier.js", "pixels.js", "lightbox.js", "unit.js"),
 )
 
@@ -37,6 +42,7 @@ class Pages:
         self._root = root
         self._config = config
         self._groups = groups
+        self.addresses: list[str] = []
         self._environment = environment(config, HERE / "templates")
         self._environment.globals.update(
             version=_version(version),
@@ -45,6 +51,10 @@ class Pages:
             table=table_name(),
             strip_px=STRIP_PX,
             strip=config.strip,
+            url=config.url,
+            absolute=lambda path: absolute(config.url, path),
+            wall_px=WALL_PX[0],
+            home_card=HOME_CARD if config.cards != "none" else "",
         )
 
     def write_static(self) -> None:
@@ -68,20 +78,36 @@ class Pages:
             rows = math.ceil((stop - start) / side(per_sheet))
             source = f"media/{facts.slug}/a{start}.{SUFFIX[self._config.format]}"
             sheets.append((source, side(per_sheet) * px, rows * px, facts.channels[start], facts.channels[stop - 1]))
-        self._render(
-            "layer.html", facts.href, root="../", home=home, facts=facts, before=before, after=after, sheets=sheets
+        card = layer_card(facts.slug) if self._config.cards != "none" else ""
+        self._render_page(
+            "layer.html", facts.href, home=home, facts=facts, before=before, after=after, sheets=sheets, card=card
         )
 
     def write_others(self, home: Home, mapped: bool) -> None:
         """Write all other pages; `mapped` is whether the atlas has a map."""
-        self._render("index.html", "index.html", root="", home=home)
-        self._render("unit.html", "unit.html", root="", home=home)
-        self._render("map.html", "map.html", root="", home=home, mapped=mapped)
-        self._render("method.html", "method.html", root="", home=home)
-        self._render("families.html", "families.html", root="", home=home)
+        self._render_page("index.html", "index.html", home=home)
+        self._render_page("unit.html", "unit.html", home=home)
+        self._render_page("map.html", "map.html", home=home, mapped=mapped)
+        self._render_page("method.html", "method.html", home=home)
+        self._render_page("families.html", "families.html", home=home)
         for family in self._groups:
-            self._render("family.html", family.href, root="../", home=home, family=family)
-        self._render("404.html", "404.html", home=home)
+            self._render_page("family.html", family.href, home=home, family=family)
+        # Its address is known only if that of the site is.
+        base = f"{urlsplit(self._config.url).path.rstrip('/')}/" if self._config.url else None
+        self._render("404.html", "404.html", home=home, base=base)
+
+    def write_unit(self, text: UnitText, card: str, facts: LayerSummary, home: Home) -> None:
+        """Write the page of a unit that links to it can be shared from; `card` is the address of its preview image."""
+        data = structured_data(text, card, self._config, atlas_title(home.attributes, self._config))
+        self._render("share.html", text.page, unit=text, card=card, facts=facts, data=Markup(data))
+        self.addresses.append(text.page)
+
+    def _render_page(self, template: str, to: str, **context: Any) -> None:
+        """Write a page with the head that all pages share."""
+        self._render(template, to, root="../" * to.count("/"), address=to, **context)
+        # The page of all units shows nothing without the name of one.
+        if to != "unit.html":
+            self.addresses.append(to)
 
     def _render(self, template: str, to: str, **context: Any) -> None:
         write(self._root, to, self._environment.get_template(template).render(**context))
@@ -109,8 +135,3 @@ def _version(content: str) -> str:
     for name in STATIC:
         static.update((HERE / "static" / name).read_bytes())
     return static.hexdigest()[:8]
-
-
-def unit_link(layer: str, channel: int) -> str:
-    """Return the address of a unit's page, from the site's root: `unit.html#layer:channel`."""
-    return f"unit.html#{quote(layer, safe='/.:')}:{channel}"

@@ -11,6 +11,7 @@
 The site and the comparison of runs read atlases through this module only.
 """
 
+import dataclasses
 import functools
 import io
 import json
@@ -32,7 +33,27 @@ SCHEMA_VERSION = 5
 # Older files are refused; see "Versions" in docs/store.md.
 OLDEST_SCHEMA_VERSION = 2
 
+# Arrays of `/model/layers`, one entry per layer of the network.
+NETWORK_LAYER_ARRAYS = ("name", "kind", "channels", "height", "width")
+
 _BOX = ("left", "top", "right", "bottom")
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkLayer:
+    """A layer that units could be chosen from, whether or not the atlas has any of it.
+
+    Attributes:
+        name: Name of the layer.
+        kind: Kind of the layer.
+        channels: Number of its channels.
+        map_size: (height, width) of its activation map.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    map_size: tuple[int, int]
 
 
 class Atlas:
@@ -124,6 +145,17 @@ class Atlas:
         The path of a unit has those of them that lie before its layer, and the layer itself.
         """
         return tuple(hdf5.read_array(self._file, "model/depths").tolist()) if "model/depths" in self._file else ()
+
+    @property
+    def network_layers(self) -> tuple[NetworkLayer, ...]:
+        """All layers of the network that units could be chosen from, in order; empty in old files."""
+        if "model/layers" not in self._file:
+            return ()
+        columns = [hdf5.read_array(self._file, f"model/layers/{key}").tolist() for key in NETWORK_LAYER_ARRAYS]
+        return tuple(
+            NetworkLayer(name, kind, channels, (height, width))
+            for name, kind, channels, height, width in zip(*columns, strict=True)
+        )
 
     def dataset(self) -> pd.DataFrame:
         """Return the dataset, one row per image: path, label, source (equal for crops of one source image)."""

@@ -33,7 +33,7 @@ from pipeline.store import hdf5, shards
 from pipeline.store.hdf5 import write_array
 from pipeline.store.layer_view import LayerView
 from pipeline.store.path_relations import PATH_LAYERS, PathUnits, path_layers, stored_path, write_path_similarity
-from pipeline.store.reader import SCHEMA, SCHEMA_VERSION, open_atlas
+from pipeline.store.reader import NETWORK_LAYER_ARRAYS, SCHEMA, SCHEMA_VERSION, open_atlas
 from pipeline.store.shards import DamagedShardError, Shard, safe_name
 from pipeline.visualization.objectives import not_of_activations
 
@@ -67,6 +67,7 @@ class Content:
         judgements: What other networks say about the visualizations, by layer name and preset.
         kernels: Kernels of the channels of layers that are linear in the pixels, by layer name.
         depths: Names of the fixed depths of the network at which the paths of images are measured.
+        network_layers: All layers that units could be chosen from, in the order of the network.
     """
 
     run: str
@@ -87,6 +88,7 @@ class Content:
     judgements: Mapping[tuple[str, str], Sequence[Judgement]] = dataclasses.field(default_factory=dict)
     kernels: Mapping[str, PixelKernels] = dataclasses.field(default_factory=dict)
     depths: Sequence[str] = ()
+    network_layers: Sequence[Layer] = ()
 
 
 def read_identity(path: Path) -> str | None:
@@ -203,6 +205,10 @@ def _write_root(file: h5py.File, content: Content) -> None:
         write_array(file, "model/labels", np.array(content.labels, object))
     if content.depths:
         write_array(file, "model/depths", np.array(content.depths, object))
+    for key in NETWORK_LAYER_ARRAYS if content.network_layers else ():
+        values = [getattr(layer, key) for layer in content.network_layers]
+        array = np.array(values, object if isinstance(values[0], str) else np.int32)
+        write_array(file, f"model/layers/{key}", array)
 
 
 def _write_layer_attributes(group: h5py.Group, layer: Layer, order: int, input_size: tuple[int, int]) -> None:

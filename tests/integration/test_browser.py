@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from PIL import Image
 from test_site import FAMILIES, LABELS, LAYERS, build, write_atlas
 
 from pipeline.core.metric_specs import GRID_METRICS, IMAGE_METRICS, RATIO_METRICS, RELATION_METRICS, metric_named
+from pipeline.site.config import SiteConfig
 from pipeline.site.hosting.serve import server
 from pipeline.store.reader import open_atlas
 from pipeline.store.shards import safe_name
@@ -622,6 +624,9 @@ def test_what_is_not_there_is_found(browser, folder):
                 page = window.new_page()
                 page.goto(base + asked)
                 if to is None:
+                    page.get_by_text("This atlas has no page at this address. Home page").wait_for()
+                    assert "Searching" not in page.locator("body").inner_text()
+                    assert page.locator("header a").first.get_attribute("href") == base + "index.html"
                     page.locator("#found a").click()
                     page.wait_for_url(base + "index.html")
                 else:
@@ -641,3 +646,43 @@ def test_without_script(visit):
     assert not page.locator(".controls").is_visible()
     sheet = page.locator(".contact img")
     assert sheet.count() == 1 and sheet.get_attribute("alt") == "Units 0 to 38 of blocks.0.conv, row by row"
+
+
+def test_a_shared_address_leads_to_the_unit(visit, base):
+    page = visit(f"u/{safe_name('../../x')}/2.html")
+    page.wait_for_url(base + "unit.html#../../x:2")
+    arrives(page, "../../x:2")
+
+
+def test_a_shared_address_without_script_shows_the_unit(visit):
+    page = visit("u/blocks.0.conv/20.html", script=False)
+    assert page.get_by_role("heading").inner_text() == "blocks.0.conv:20"
+    assert page.locator("noscript img").count() or page.locator("main img").is_visible()
+    assert "feature visualizations" in page.locator("main").inner_text()
+
+
+def test_a_unit_of_the_wall_leads_to_its_page(visit):
+    page = visit(HOME)
+    tile = page.locator(".wall a").first
+    name = tile.inner_text().replace("\n", "")
+    assert tile.bounding_box()["y"] < 700  # on the first screen
+    tile.click()
+    arrives(page, name)
+
+
+def test_sixty_layers_are_on_one_screen(browser, tmp_path):
+    layers = tuple((f"blocks.{i}.conv", "conv", 8 + i, (0,), 64 >> (i // 15), 3, 16, 3) for i in range(60))
+    path = write_atlas(tmp_path / "atlas.h5", layers=layers, pictures=False, examples=False)
+    build(path, config=SiteConfig(cards="none"))
+    window = browser.new_context(viewport={"width": 1440, "height": 900})
+    page = window.new_page()
+    page.goto(f"file://{tmp_path}/site/index.html")
+    box = page.locator(".diagram").bounding_box()
+    assert box["width"] <= 1440 and box["height"] < 900
+    sides = page.evaluate("""() => Array.from(document.querySelectorAll(".box .name"), (e) => {
+        const box = e.getBoundingClientRect(); return [box.left, box.right, box.width]; })""")
+    assert len(sides) == 60 and min(side[0] for side in sides) >= 0 and max(side[1] for side in sides) <= 1440
+    # Names do not overlap, and stages are folded.
+    assert all(a[1] <= b[0] + 2 for a, b in itertools.pairwise(sides))
+    assert page.locator("details.stage").count() == 4 and not page.locator(".card").first.is_visible()
+    window.close()

@@ -81,6 +81,19 @@ def test_budgets_and_the_values_reached_come_back(tmp_path: Path) -> None:
         assert atlas["a/b..c"].budgets("plain") == [] and "budget_value" not in atlas["a/b..c"].measurements("tv")
 
 
+def test_all_layers_of_the_network_come_back(tmp_path: Path) -> None:
+    other = Layer("é<b>", "linear", "x", 1, "out", "vector", 10, 1, 1, 1.0)
+    whole = dataclasses.replace(content((0,)), network_layers=(LAYER, other))
+    writer.consolidate(tmp_path / "atlas.h5", whole, {})
+    with pipeline.open_atlas(tmp_path) as atlas:
+        first, second = atlas.network_layers
+    assert (first.name, first.kind, first.channels, first.map_size) == (LAYER.name, "conv", 9, (7, 7))
+    assert (second.name, second.kind, second.channels, second.map_size) == ("é<b>", "linear", 10, (1, 1))
+    writer.consolidate(tmp_path / "atlas.h5", content((0,)), {})
+    with pipeline.open_atlas(tmp_path) as atlas:
+        assert atlas.network_layers == ()
+
+
 def test_masks_come_back_and_pictures_without_one_are_opaque(tmp_path: Path) -> None:
     masks = np.random.default_rng(3).integers(0, 256, (2, 2, 16, 16), np.uint8)
     arrays = write_shard(tmp_path / "s", [4, 0], 1, variants=2, mask=masks)

@@ -3,13 +3,15 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline.site.config import SiteConfig
 from pipeline.site.context import method
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, PresetSummary
-from pipeline.site.layout.diagram import Diagram, draw
+from pipeline.site.context.wall import Wall
+from pipeline.site.data.links import bibtex
+from pipeline.site.layout.diagram import Diagram, draw, drawn_layers
+from pipeline.site.layout.stages import FOLD_ABOVE, Stage, stages_of
 from pipeline.site.number_format import Value, count, share
 from pipeline.store import Atlas
 
@@ -75,7 +77,7 @@ class Home:
         attributes: Attributes of the atlas.
         config: Configuration of the run, as YAML.
         file: File name of the atlas.
-        download: Link to the file of the atlas, or None if the site is in another folder.
+        download: Address of the file of the atlas, or None if it cannot be downloaded.
         photographs: Number of dataset images.
         layers: Facts of all layers.
         makings: How the visualizations were made, by preset.
@@ -83,6 +85,9 @@ class Home:
         diagram: Diagram of the network.
         examples: Whether the atlas has dataset examples.
         licence: What the site may show of the dataset, from its settings.
+        wall: The units that the page begins with.
+        bibtex: BibTeX entry of the atlas.
+        author: Authors, from the settings of the site.
     """
 
     attributes: dict[str, Any]
@@ -96,24 +101,34 @@ class Home:
     diagram: Diagram
     examples: bool
     licence: str
+    wall: Wall
+    bibtex: str
+    author: str | None
 
     @staticmethod
-    def of(atlas: Atlas, folder: Path, config: SiteConfig, layers: list[LayerSummary], catalogue: Catalogue) -> "Home":
-        """Return the data of the first page of a site in `folder`."""
-        beside = atlas.path.resolve().parent == folder.resolve().parent
+    def of(atlas: Atlas, config: SiteConfig, layers: list[LayerSummary], catalogue: Catalogue, wall: Wall) -> "Home":
+        """Return the data of the first page of a site."""
         return Home(
             attributes=atlas.attributes,
             config=atlas.config,
             file=atlas.path.name,
-            download=f"../{atlas.path.name}" if beside else None,
+            download=config.atlas_url or (atlas.path.name if config.copy_atlas else None),
             photographs=len(catalogue.paths),
             layers=layers,
             makings=_makings(layers),
             presets=method.describe(atlas.config),
-            diagram=draw(layers),
+            diagram=draw(drawn_layers(layers, atlas.network_layers)),
             examples=any(layer.examples("max") is not None for layer in atlas),
             licence=config.licence,
+            wall=wall,
+            bibtex=bibtex(atlas.attributes, config),
+            author=config.author,
         )
+
+    @property
+    def stages(self) -> list[Stage[LayerSummary]]:
+        """Stages of the layers, which the page folds; empty if there are so few layers that it shows all of them."""
+        return stages_of(self.layers) if len(self.layers) > FOLD_ABOVE else []
 
     @property
     def pictures(self) -> int:

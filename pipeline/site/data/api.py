@@ -1,5 +1,6 @@
 """The machine-readable form of a site: the JSON API in `api/v1/`, a table of all units, CITATION.cff."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -9,9 +10,13 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.core.metric_specs import METRICS, Metric
+from pipeline.site.config import SiteConfig
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary
+from pipeline.site.context.unit_text import layer_card, unit_card, unit_link, unit_page
 from pipeline.site.data.js_shards import to_json
-from pipeline.site.hosting.hosts import yaml_text
+from pipeline.site.data.links import citation
+from pipeline.site.media.size_budget import Sizes
+from pipeline.site.media.sprites import side
 from pipeline.site.output import write
 from pipeline.store import Atlas
 
@@ -19,7 +24,47 @@ API = "api/v1"
 SCHEMA_FILE = Path(__file__).with_name("api_schema.json")
 
 
-def write_units(root: Path, facts: LayerSummary, records: Sequence[str], build: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class Addresses:
+    """Which files the records of units refer to.
+
+    Attributes:
+        sizes: Sizes of images and numbers of units per file.
+        suffix: Suffix of the sheets of feature visualizations.
+        pages: Whether each unit has a page for sharing.
+        cards: Whether each unit has a card.
+    """
+
+    sizes: Sizes
+    suffix: str
+    pages: bool
+    cards: bool
+
+    def of(self, facts: LayerSummary, row: int) -> dict[str, Any]:
+        """Return the addresses of a unit's page, card and visualizations, from the root of the site.
+
+        The visualizations of a preset are in one file: (left, top, width, height) in pixels is the place of each.
+        """
+        channel = facts.channels[row]
+        images = {r.key: self._images(facts, number, row) for number, r in enumerate(facts.rendered)}
+        return {
+            "page": unit_page(facts.slug, channel) if self.pages else unit_link(facts.name, channel),
+            **({"card": unit_card(facts.slug, channel)} if self.cards else {}),
+            **({"images": images} if images else {}),
+        }
+
+    def _images(self, facts: LayerSummary, number: int, row: int) -> dict[str, Any]:
+        rendered = facts.rendered[number]
+        height, width = self.sizes.picture(rendered.height, rendered.width)
+        per_sheet = self.sizes.per_picture(height, width, rendered.variants)
+        columns = side(per_sheet * rendered.variants)
+        start = row - row % per_sheet
+        cells = ((row - start) * rendered.variants + variant for variant in range(rendered.variants))
+        boxes = [[cell % columns * width, cell // columns * height, width, height] for cell in cells]
+        return {"file": f"media/{facts.slug}/p{number}-{start}.{self.suffix}", "boxes": boxes}
+
+
+def write_units(root: Path, facts: LayerSummary, records: Sequence[str], build: str, addresses: Addresses) -> None:
     """Write all units of a layer to `api/v1/units/<layer>.json`.
 
     Args:
@@ -27,7 +72,9 @@ def write_units(root: Path, facts: LayerSummary, records: Sequence[str], build: 
         facts: The layer.
         records: Records of its units, as JSON.
         build: Digest of the layer's files.
+        addresses: Files that the records refer to.
     """
+    complete = [f"{to_json(addresses.of(facts, row))[:-1]},{record[1:]}" for row, record in enumerate(records)]
     head = to_json(
         {
             "layer": facts.name,
@@ -37,27 +84,31 @@ def write_units(root: Path, facts: LayerSummary, records: Sequence[str], build: 
             "digest": build,
         }
     )[:-1]
-    write(root, f"{API}/units/{facts.slug}.json", f'{head},"units":[{",".join(records)}]}}\n')
+    write(root, f"{API}/units/{facts.slug}.json", f'{head},"units":[{",".join(complete)}]}}\n')
 
 
-def write_index(root: Path, atlas: Atlas, layers: Sequence[LayerSummary], catalogue: Catalogue, title: str) -> None:
+def write_index(
+    root: Path, atlas: Atlas, layers: Sequence[LayerSummary], catalogue: Catalogue, config: SiteConfig
+) -> None:
     """Write the index of the API, the list of dataset images, the JSON Schema, the table of units and the citation."""
     attributes = atlas.attributes
     index = {
-        "title": title,
+        "title": config.title,
         "generator": f"neuron-atlas {__version__}",
         **{k: attributes.get(k) for k in ("model", "run", "created", "weights_sha256", "dataset_fingerprint")},
         "versions": attributes["versions"],
         "schema": f"{API}/schema.json",
         "photographs": f"{API}/photographs.json",
         "table": table_name(),
-        "layers": [_layer_entry(facts) for facts in layers],
+        "layers": [_layer_entry(facts, config) for facts in layers],
+        **({"url": config.url} if config.url else {}),
+        **({"atlas": config.atlas_url} if config.atlas_url else {}),
     }
     write(root, f"{API}/index.json", to_json(index) + "\n")
     photographs = [{"path": p, "label": label} for p, label in zip(catalogue.paths, catalogue.labels, strict=True)]
     write(root, f"{API}/photographs.json", to_json(photographs) + "\n")
     write(root, f"{API}/schema.json", json.dumps(schema(), indent=1) + "\n")
-    write(root, "CITATION.cff", citation(atlas, title))
+    write(root, "CITATION.cff", citation(attributes, config))
     table = atlas.units()
     if "trace" in table:
         table = table.drop(columns="trace")
@@ -67,7 +118,7 @@ def write_index(root: Path, atlas: Atlas, layers: Sequence[LayerSummary], catalo
         table.to_csv(root / table_name(), index=False)
 
 
-def _layer_entry(facts: LayerSummary) -> dict[str, Any]:
+def _layer_entry(facts: LayerSummary, config: SiteConfig) -> dict[str, Any]:
     return {
         "name": facts.name,
         "kind": facts.kind,
@@ -89,42 +140,13 @@ def _layer_entry(facts: LayerSummary) -> dict[str, Any]:
         ],
         "units": f"{API}/units/{facts.slug}.json",
         "page": facts.href,
+        **({"card": layer_card(facts.slug)} if config.cards != "none" else {}),
     }
 
 
 def table_name() -> str:
     """Return the file name of the table of units: Parquet if pyarrow is installed, else CSV."""
     return "units.parquet" if importlib.util.find_spec("pyarrow") is not None else "units.csv"
-
-
-def citation(atlas: Atlas, title: str) -> str:
-    """Return the content of CITATION.cff, which GitHub and reference managers read."""
-    attributes = atlas.attributes
-    model = str(attributes.get("model", "a vision network"))
-    lines = [
-        "cff-version: 1.2.0",
-        "message: To cite a unit, name it layer:channel and give the digest of its preset.",
-        "type: dataset",
-        f"title: {yaml_text(f'{title}: {model}')}",
-        "authors:",
-        f"  - name: {yaml_text(title)}",
-        f"version: {yaml_text(str(attributes.get('identity', ''))[:12] or '1')}",
-    ]
-    if attributes.get("created"):
-        lines.append(f"date-released: {str(attributes['created'])[:10]}")
-    lines += [
-        "references:",
-        "  - type: article",
-        "    title: Feature Visualization",
-        "    doi: 10.23915/distill.00007",
-        "    year: 2017",
-        "    journal: Distill",
-        "    authors:",
-        "      - {family-names: Olah, given-names: Chris}",
-        "      - {family-names: Mordvintsev, given-names: Alexander}",
-        "      - {family-names: Schubert, given-names: Ludwig}",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def schema() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Web hosts that a site can be published on: their limits and the files that they need."""
 
 import dataclasses
+import json
 import os
 import shlex
 from collections.abc import Callable
@@ -182,6 +183,29 @@ def prepare_for_host(folder: Path, target: str, title: str) -> tuple[Report, str
             "site.max_files=…`."
         )
     return report, host.command.format(site=shlex.quote(str(folder)))
+
+
+def missing_addresses(folder: Path, atlas: Path) -> list[str]:
+    """Return what the site in `folder` lacks for readers elsewhere, with the setting that adds it, as lines of text.
+
+    Args:
+        folder: Folder of a finished site.
+        atlas: The file of the atlas.
+    """
+    index = json.loads((folder / "api/v1/index.json").read_text(encoding="utf-8"))
+    lines = []
+    if not index.get("atlas") and not (folder / atlas.name).exists():
+        lines.append(
+            f"{atlas.name} ({atlas.stat().st_size / MB:,.0f} MB) is not a part of the site, and no page links to "
+            "it. Put it on a host of data (GitHub releases, Zenodo, Hugging Face datasets) and build the site "
+            "with site.atlas_url=ADDRESS; or include it, if it is small, with site.copy_atlas=true."
+        )
+    if not index.get("url"):
+        lines.append(
+            "The address of the site is not known: previews of shared links will lack their image, and there is no "
+            "sitemap.xml. Build the site with site.url=ADDRESS."
+        )
+    return ["", *lines] if lines else []
 
 
 def yaml_text(text: str) -> str:

@@ -17,6 +17,7 @@ from pipeline.site.config import SiteConfig
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, ShownExamples, shown_lists, summarize
 from pipeline.site.data.js_shards import shard_script, shortest_decimals, to_json
 from pipeline.site.data.unit_records import Recorder, TinyPlaces, example_key
+from pipeline.site.media.cards import CardWriter
 from pipeline.site.media.photo_crops import GREY, DatasetImages
 from pipeline.site.media.size_budget import CHUNK, Sizes, encode
 from pipeline.site.media.sprites import sheet, shrunk, side, square
@@ -114,6 +115,7 @@ class ChunkWriter:
         self._catalogue = Catalogue.of(self._atlas)
         self._images = DatasetImages(self._atlas, sizes.example_px, config.licence == "blur")
         self._table = image_table(self._atlas)
+        self._cards = CardWriter(self._atlas, root, config) if config.cards == "all" else None
         self._image_entries: dict[tuple[int, bool], str] = {}
         self._layer: _LayerInputs | None = None
 
@@ -133,6 +135,8 @@ class ChunkWriter:
         self._write_shards(layer, rows, records)
         if layer.heat_maps is not None and self._config.licence != "ids":
             self._write_heat_maps(layer, rows, layer.heat_maps)
+        if self._cards is not None:
+            self._cards.write_units(layer.view, layer.facts, rows)
         px = self._sizes.tiny_px
         tiny = np.zeros((len(thumbs), px, px, 3), np.uint8)
         for i, thumb in enumerate(thumbs):

@@ -109,6 +109,7 @@ class Inventory:
         heat_maps: Whether heat maps are stored, by layer.
         images: Number of dataset images that are stored whole.
         other_files: Number of pages and other files.
+        other_bytes: Size of files whose sizes are not chosen, in bytes.
     """
 
     layers: Sequence[LayerSummary]
@@ -116,6 +117,7 @@ class Inventory:
     heat_maps: Sequence[bool]
     images: int
     other_files: int
+    other_bytes: int = 0
 
 
 def divisor(limit: int) -> int:
@@ -231,7 +233,7 @@ def _bytes(sizes: Sizes, inventory: Inventory, sample: dict[str, list[Image.Imag
     sides = (sizes.example_px, sizes.photo_px)
     crop, photo = (_bytes_per_pixel(sample["photos"], px, config.photo_format, sizes.quality) for px in sides)
     # A whole image fills about 0.72 of a square of its longer side; pages and indices are counted as 1 MB.
-    total = inventory.images * photo * sizes.photo_px**2 * 0.72 + 1e6
+    total = inventory.images * photo * sizes.photo_px**2 * 0.72 + 1e6 + inventory.other_bytes
     for facts, crops, heat_maps in zip(inventory.layers, inventory.crops, inventory.heat_maps, strict=True):
         per_unit = thumb * sizes.thumb_px**2 + tiny * sizes.tiny_px**2 + crop * crops * sizes.example_px**2
         for rendered in facts.rendered:
