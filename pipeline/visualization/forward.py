@@ -170,11 +170,13 @@ def _recording(
     by_tap = {id(normalization.tap): normalization for normalization in normalizations}
     names, depth_names = {layer.name for layer in layers}, {depth.name for depth in depths}
     recorded = _Recorded()
+    unchanged = _Unchanged()
 
     def record(layer: Layer, maps: Tensor) -> None:
         normalization = by_tap.get(id(layer))
         if normalization is not None:
-            recorded.deviations.append((normalization.deviation(maps), normalization.natural))
+            kept = unchanged.of(id(layer), maps)
+            recorded.deviations.append((normalization.deviation(kept), normalization.natural))
             return
         if layer.name in depth_names:
             recorded.means[layer.name] = spatial_means(maps)
@@ -188,9 +190,35 @@ def _recording(
             nonlocal recorded
             recorded = _Recorded()
             forward(images)
+            unchanged.learn()
             return recorded
 
         yield run
+
+
+class _Unchanged:
+    """Returns tensors of a forward pass as the backward pass needs them: a copy of those that the network overwrites.
+
+    A residual block may add its input to the output of a normalization in place (`out += identity`, as in torchvision's
+    ResNets). Which tensors are overwritten is learnt in the first pass, in which all are copied.
+    """
+
+    def __init__(self) -> None:
+        self._overwritten: set[int] | None = None
+        self._watched: list[tuple[int, Tensor, int]] = []
+
+    def of(self, key: int, tensor: Tensor) -> Tensor:
+        """Return the tensor, or a copy; `key` names it in all passes."""
+        if self._overwritten is None:
+            self._watched.append((key, tensor, tensor._version))
+            return tensor.clone()
+        return tensor.clone() if key in self._overwritten else tensor
+
+    def learn(self) -> None:
+        """End a pass."""
+        if self._overwritten is None:
+            self._overwritten = {key for key, tensor, version in self._watched if tensor._version != version}
+            self._watched.clear()
 
 
 def _only_in_schedule(preset: Preset, layer: str) -> bool:

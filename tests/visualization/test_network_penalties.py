@@ -19,7 +19,7 @@ from pipeline.data.config import DataConfig
 from pipeline.data.datasets import Dataset
 from pipeline.engine.tasks import Setup, render_digest
 from pipeline.images.image_regularizers import L2
-from pipeline.layers.finding import Layer, capture
+from pipeline.layers.finding import Layer, capture, enumerate_layers
 from pipeline.models.loading import Model, prepare_module
 from pipeline.planning import natural_deviations
 from pipeline.planning.planner import make_plan
@@ -141,6 +141,41 @@ def test_images_come_closer_to_the_statistics(tiny: Model, tiny_layers: dict[str
         batch = torch.from_numpy(np.stack([p.image for p in pictures])).permute(0, 3, 1, 2) / 255
         totals.append(sum(values.mean() for values in deviations(tiny, tiny, layer, batch).values()))
     assert totals[0] < 0.8 * totals[1]
+
+
+class Residual(nn.Module):
+    """A residual block that adds its input to the output of a normalization, in place or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv1, self.norm1 = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2, self.norm2 = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 5)
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm1(self.conv1(x)))
+        out = self.norm2(self.conv2(x))
+        if self.in_place:
+            out += x
+        else:
+            out = out + x
+        return self.head(torch.relu(out).mean((2, 3)))
+
+
+def test_normalizations_may_be_overwritten_by_the_network(tiny: Model) -> None:
+    """As in torchvision's ResNets, where the backward pass used to fail."""
+    found = []
+    for in_place in (False, True):
+        model = dataclasses.replace(tiny, module=prepare_module(Residual(in_place)), name="residual")
+        layer = {layer.name: layer for layer in enumerate_layers(model)}["head"]
+        config = compose(["render.size=32", "render.steps=4", "render.margin=4"]).config.render.for_layer(layer)
+        normalizations = normalizations_before(model, layer)
+        assert len(normalizations) == 2 and config.network_penalties
+        job = RenderJob(model, layer, config, 0, (32, 32), normalizations=normalizations)
+        found += render(job, [(1, 0)])
+    assert np.abs(found[0].image.astype(int) - found[1].image).max() <= 1
 
 
 def test_images_do_not_depend_on_their_batch(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
