@@ -70,10 +70,22 @@ def check_normalizations(model: Model, layers: Sequence[Layer], presets: Sequenc
     )
 
 
-def compared_layers(model: Model, layers: Sequence[Layer], presets: Sequence[Preset]) -> list[Layer]:
-    """Return the layers with a visualization that is compared with the statistics of normalizations before them."""
-    comparing = [layer for layer in layers if any(preset.for_layer(layer).network_penalties for preset in presets)]
-    return [layer for layer in comparing if normalizations_before(model, layer)]
+def compared_layers(model: Model, layers: Sequence[Layer], presets: Sequence[Preset], dataset: Dataset) -> list[Layer]:
+    """Return the layers with a visualization that is compared with the statistics of normalizations before them.
+
+    Penalties of "pooled" layers are left out where there are no natural images: the packaged ones have 1 or 3 channels.
+    """
+    measurable = bool(dataset.images) or _has_packaged_images(model)
+    found = []
+    for layer in layers:
+        penalties = [penalty for preset in presets for penalty in preset.for_layer(layer).network_penalties]
+        if any(measurable or penalty.layers == "all" for penalty in penalties) and normalizations_before(model, layer):
+            found.append(layer)
+    return found
+
+
+def _has_packaged_images(model: Model) -> bool:
+    return model.preprocessing.channels in (1, 3)
 
 
 def measure(
@@ -85,7 +97,7 @@ def measure(
         model: The network, not folded.
         run: The network that the images are passed through; a folded one is faster.
         dataset: Up to `MAX_IMAGES` of its images are used, drawn by a hash of their paths; if fewer than `MIN_IMAGES`
-            can be read, the packaged sample images are used.
+            can be read, the packaged sample images are used, if they have the channels of the network.
         layers: Layers that get visualizations.
         fingerprint: Digest of the dataset and the preprocessing.
 
@@ -96,16 +108,15 @@ def measure(
     normalizations = list(found.values())
     indices = _drawn(dataset)
     values = _deviations(run, dataset, indices, normalizations)
-    if len(values) < MIN_IMAGES:
-        channels = model.preprocessing.channels
-        dataset = datasets.list_dataset(DataConfig(source="samples"), channels)
+    if len(values) < MIN_IMAGES and _has_packaged_images(model):
+        dataset = datasets.list_dataset(DataConfig(source="samples"), model.preprocessing.channels)
         indices = _drawn(dataset)
         values = _deviations(run, dataset, indices, normalizations)
         fingerprint = "packaged"
     if not len(values):
         raise AtlasError(
             "render.network_penalties compares with natural images, and none of the dataset can be read, nor of the "
-            "packaged ones: set data=folder data.root=FOLDER, or use another preset, such as render=distill."
+            "packaged ones: set data=folder data.root=FOLDER, or leave it out with render/network_penalties=[]."
         )
     source = hashing.digest_of(["natural deviations", fingerprint, [dataset.images[i].path for i in indices]])
     medians = np.median(values, axis=0)

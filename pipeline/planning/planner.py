@@ -262,7 +262,7 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
     setup = execution.on_device(dataclasses.replace(setup, depths=chosen.depths), pool.device)
     if any(preset.needs_dataset_pass for preset in config.presets):
         setup = dataclasses.replace(setup, begins=examples_digest(setup, inputs.fingerprint))
-    compared = natural_deviations.compared_layers(model, chosen.rendered, config.presets)
+    compared = natural_deviations.compared_layers(model, chosen.rendered, config.presets, inputs.dataset)
     if compared:
         setup = dataclasses.replace(setup, natural=_natural_deviations(inputs, compared, network))
     images = len(inputs.dataset.images)

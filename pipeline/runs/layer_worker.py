@@ -40,7 +40,7 @@ def layer_worker(
     pool = size_pool(dataclasses.replace(config.engine, name="inline"), [local_resources()])
     setup = Setup(config, model.digest, (layer,), Dataset((), {}), pool.threads, pool.device, others)
     natural_deviations.check_normalizations(model, [layer], [config.render])
-    if natural_deviations.compared_layers(model, [layer], [config.render]):
+    if natural_deviations.compared_layers(model, [layer], [config.render], setup.dataset):
         folded = fold(model, foldable_pairs(model))
         setup = dataclasses.replace(setup, natural=natural_deviations.measure(model, folded, setup.dataset, [layer]))
     worker = Worker(execution.on_device(setup, pool.device))

@@ -277,9 +277,12 @@ def test_pooled_penalties_are_those_of_layers_without_positions(tiny: Model, tin
     plain = dataclasses.replace(tiny, module=net, name="plain")
     head = dataclasses.replace(tiny_layers["head"], module="3")
     natural_deviations.check_normalizations(plain, [head], [made])
-    assert natural_deviations.compared_layers(plain, [head], [made]) == []
+    none = Dataset((), {})
+    assert natural_deviations.compared_layers(plain, [head], [made], none) == []
     layers = list(tiny_layers.values())
-    assert {layer.name for layer in natural_deviations.compared_layers(tiny, layers, [made])} <= {"pool", "head"}
+    assert {la.name for la in natural_deviations.compared_layers(tiny, layers, [made], none)} <= {"pool", "head"}
+    bands = dataclasses.replace(tiny, preprocessing=dataclasses.replace(tiny.preprocessing, mean=(0.5,) * 5))
+    assert natural_deviations.compared_layers(bands, layers, [made], none) == []  # the packaged images have 3 channels
     perturbed = compose(["render/augmentations=[ensemble]", "render.augmentations.ensemble.checkpoints=[a.pt]"])
     presets.check(perturbed.config.render, 3)
     assert perturbed.config.render.for_layer(tiny_layers["head"]).network_penalties == ()
