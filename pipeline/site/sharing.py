@@ -21,6 +21,7 @@ from pipeline.site.data.js_shards import to_json
 from pipeline.site.data.links import HOME_CARD, absolute
 from pipeline.site.media.cards import TILES, CardWriter, tiled_card
 from pipeline.site.media.size_budget import encode
+from pipeline.site.media.sprites import square
 from pipeline.site.output import write
 from pipeline.store.reader import Atlas
 
@@ -120,7 +121,11 @@ class Sharing:
             images.append(image)
             for px, to in zip(WALL_PX, unit.files, strict=False):
                 side = min(px, *image.size)
-                data = encode(_square(image, side), self._config.format, max(1, quality - QUALITY_STEP))
+                data = encode(
+                    square(image, side, Image.Resampling.LANCZOS),
+                    self._config.format,
+                    max(1, quality - QUALITY_STEP),
+                )
                 write(self._root, to, data)
         if self.extent.layer_cards:
             # Units at equal distances, so that the card shows the whole network.
@@ -181,9 +186,3 @@ def structured_data(text: UnitText, card: str, config: SiteConfig, dataset: str)
         **({"creator": {"@type": "Person", "name": config.author}} if config.author else {}),
     }
     return to_json(described)
-
-
-def _square(image: Image.Image, side: int) -> Image.Image:
-    short = min(image.size)
-    left, top = (image.width - short) / 2, (image.height - short) / 2
-    return image.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short))

@@ -148,7 +148,6 @@ class NormalizationStatistics(NetworkPenalty):
     """
 
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    layers: Literal["all", "pooled"] = dataclasses.field(default="all", metadata=ADDED_LATER)
 
     def value(self, deviation: Tensor, natural: float) -> Tensor:
         """Return max(0, deviation - natural), (B,)."""

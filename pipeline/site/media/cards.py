@@ -1,6 +1,7 @@
 """Preview images of shared links, 1200 × 630 pixels: of a unit, a layer and the home page."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -11,6 +12,7 @@ from pipeline.site.context.layer_summary import Catalogue, LayerSummary
 from pipeline.site.context.unit_text import SEPARATOR, UnitText, unit_texts
 from pipeline.site.media.photo_crops import DatasetImages
 from pipeline.site.media.size_budget import encode
+from pipeline.site.media.sprites import square
 from pipeline.site.output import write
 from pipeline.store.reader import Atlas, LayerView
 
@@ -62,9 +64,14 @@ class CardWriter:
     def __init__(self, atlas: Atlas, root: Path, config: SiteConfig) -> None:
         self.images = CardImages(atlas, config)
         self._root = root
-        self._catalogue = Catalogue.of(atlas)
+        self._atlas = atlas
         self._model = str(atlas.attributes.get("model", ""))
         self._texts: tuple[str, list[UnitText]] = ("", [])
+
+    @cached_property
+    def _catalogue(self) -> Catalogue:
+        """Paths and labels of the dataset, which only the texts of units need."""
+        return Catalogue.of(self._atlas)
 
     def write_units(self, layer: LayerView, facts: LayerSummary, rows: slice) -> None:
         """Write the card of each unit in `rows`."""
@@ -93,7 +100,7 @@ def unit_card(text: UnitText, image: Image.Image | None, examples: Sequence[Imag
     large = HEIGHT - 2 * MARGIN
     left = MARGIN
     if image is not None:
-        card.paste(_square(image, large), (MARGIN, MARGIN))
+        card.paste(square(image, large, Image.Resampling.BICUBIC), (MARGIN, MARGIN))
         left += large + MARGIN
     small = 184
     room = large - (2 * small + 2 * GAP) if examples else large
@@ -102,7 +109,7 @@ def unit_card(text: UnitText, image: Image.Image | None, examples: Sequence[Imag
     top = HEIGHT - MARGIN - 2 * small - GAP
     for i, example in enumerate(examples[:EXAMPLES]):
         at = (left + (i % 2) * (small + GAP), top + (i // 2) * (small + GAP))
-        card.paste(_square(example, small), at)
+        card.paste(square(example, small, Image.Resampling.BICUBIC), at)
     return card
 
 
@@ -115,7 +122,7 @@ def tiled_card(title: str, subtitle: str, tiles: Sequence[Image.Image | None]) -
     _write(draw, (MARGIN, MARGIN, WIDTH - MARGIN, MARGIN + 110), [(title, INK), (subtitle, SOFT)])
     for i, tile in enumerate(shown):
         left = MARGIN + (i % 4) * (WIDTH - 2 * MARGIN - side) // 3
-        card.paste(_square(tile, side), (left, MARGIN + 120 + (i // 4) * (side + GAP)))
+        card.paste(square(tile, side, Image.Resampling.BICUBIC), (left, MARGIN + 120 + (i // 4) * (side + GAP)))
     return card
 
 
@@ -144,10 +151,3 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
         else:
             lines.append(word)
     return lines
-
-
-def _square(image: Image.Image, px: int) -> Image.Image:
-    """Return the central square, resized to `px` on a side."""
-    short = min(image.size)
-    left, top = (image.width - short) / 2, (image.height - short) / 2
-    return image.resize((px, px), Image.Resampling.BICUBIC, box=(left, top, left + short, top + short))

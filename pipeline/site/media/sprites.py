@@ -34,9 +34,9 @@ def shrunk(pixels: np.ndarray, height: int, width: int) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def square(image: Image.Image, px: int) -> Image.Image:
+def square(image: Image.Image, px: int, resampling: Image.Resampling = Image.Resampling.BILINEAR) -> Image.Image:
     """Return the central square, resized to `px` on a side."""
     short = min(image.size)
     left, top = (image.width - short) / 2, (image.height - short) / 2
     box = (left, top, left + short, top + short)
-    return image.resize((px, px), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+    return image.resize((px, px), resampling, box=box, reducing_gap=2.0)
