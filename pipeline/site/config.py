@@ -40,6 +40,8 @@ class SiteConfig:
         example_px: Side of a crop of a dataset image.
         photo_px: Longer side of a whole dataset image.
         examples: Number of dataset examples with the highest activations per unit.
+        means: Number of dataset examples with the highest means of the activation map per unit; none if a map has one
+            position.
         least: Number of dataset examples with the lowest activations per unit.
         per_bin: Number of dataset examples per quantile bin of a unit's activations.
         similar: Number of similar units of the same layer per unit.
@@ -67,6 +69,7 @@ class SiteConfig:
     example_px: Annotated[int, Field(ge=16, le=256)] = 96
     photo_px: Annotated[int, Field(ge=32, le=1024)] = 256
     examples: Annotated[int, Field(ge=0, le=64)] = 8
+    means: Annotated[int, Field(ge=0, le=64)] = 4
     least: Annotated[int, Field(ge=0, le=64)] = 4
     per_bin: Annotated[int, Field(ge=0, le=16)] = 2
     similar: Annotated[int, Field(ge=0, le=64)] = 8

@@ -31,7 +31,7 @@ from pipeline.site.sharing import structured_data
 HERE = Path(__file__).parent
 STATIC = (
     *("atlas.css", "icon.svg", "core.js", "layer.js", "map.js", "missing.js", "share.js"),
-    *("magnifier.js", "pixels.js", "lightbox.js", "unit.js"),
+    *("magnifier.js", "pixels.js", "lightbox.js", "listing.js", "units.js", "unit.js", "pinned.js"),
 )
 
 
@@ -87,6 +87,7 @@ class Pages:
         """Write all other pages; `mapped` is whether the atlas has a map."""
         self._render_page("index.html", "index.html", home=home)
         self._render_page("unit.html", "unit.html", home=home)
+        self._render_page("pinned.html", "pinned.html", home=home)
         self._render_page("map.html", "map.html", home=home, mapped=mapped)
         self._render_page("method.html", "method.html", home=home)
         self._render_page("families.html", "families.html", home=home)
@@ -105,8 +106,8 @@ class Pages:
     def _render_page(self, template: str, to: str, **context: Any) -> None:
         """Write a page with the head that all pages share."""
         self._render(template, to, root="../" * to.count("/"), address=to, **context)
-        # The page of all units shows nothing without the name of one.
-        if to != "unit.html":
+        # These pages show nothing without the names of units.
+        if to not in ("unit.html", "pinned.html"):
             self.addresses.append(to)
 
     def _render(self, template: str, to: str, **context: Any) -> None:

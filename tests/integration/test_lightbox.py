@@ -1,6 +1,7 @@
 """Images of the unit page in a real browser: enlarged, saved, linked to, printed; what marks dataset examples."""
 
 import gzip
+import io
 import re
 from pathlib import Path
 
@@ -53,8 +54,8 @@ def focused(page) -> str:
 def test_every_image_opens_by_keyboard(visit, folder):
     page = unit(visit)
     with open_atlas(folder / "somewhere/below") as atlas:
-        lists = {name: atlas["blocks.1.conv"].examples(name) for name in ("max", "min", "spectrum")}
-        shown = {"max": 4, "min": 3, "spectrum": 6}  # of the site's settings
+        lists = {name: atlas["blocks.1.conv"].examples(name) for name in ("max", "mean", "min", "spectrum")}
+        shown = {"max": 4, "mean": 3, "min": 3, "spectrum": 6}  # of the site's settings
         examples = sum(int((held.index[1, : shown[name]] >= 0).sum()) for name, held in lists.items() if held)
     count = 3 + examples
     page.locator(".pictures button.zoomed-by").nth(1).focus()
@@ -215,13 +216,13 @@ def test_the_receptive_field_is_marked_in_every_crop(visit):
     page = unit(visit, "blocks.0.conv:20")
     page.locator(".spectrum").scroll_into_view_if_needed()
     page.wait_for_selector(".spectrum .example")
-    crops = page.locator(".example .frame")
+    crops = page.locator(".examples .row:not(.of-mean) .frame, .spectrum .frame")
     assert crops.count() >= 4 + 3 + 2 and page.locator(".example .frame .seen").count() == crops.count()
     # Fields of 20 pixels are 8 apart, the first from −10: columns 46 to 65, rows −10 to 9. The crop: 16 to 63, 0 to 47.
     expected = pytest.approx([30 / 48, 0, 18 / 48, 10 / 48], abs=0.02)
-    for part in (".examples .row >> nth=0", ".examples .row >> nth=1", ".spectrum .row"):
+    for part in (".examples .of-max", ".examples .of-min", ".spectrum .row"):
         assert share(page, f"{part} >> .seen") == expected
-    assert "The frame is the receptive field." in page.locator(".examples .note").inner_text()
+    assert "The frame is the receptive field." in page.locator(".examples .note").first.inner_text()
     page.goto(page.url.split("#")[0] + "#stem:2")
     arrives(page, "stem:2")
     left, top, width, height = share(page, ".examples .seen.dot")
@@ -233,10 +234,39 @@ def test_the_receptive_field_is_marked_in_every_crop(visit):
 
 
 @ONE_BASE
+def test_highest_means_are_those_that_ratios_divide_by_and_show_the_whole_input(visit, folder):
+    page = unit(visit)
+    with open_atlas(folder / "somewhere/below") as atlas:
+        layer = atlas["blocks.1.conv"]
+        held = layer.examples("mean")
+        best = layer.stats["best_mean"][1]
+    assert held is not None
+    row = page.locator(".examples .of-mean")
+    values = [np.float32(each.get_attribute("value")) for each in row.locator("figcaption data").all()]
+    assert values == held.value[1].tolist() and values[0] == best
+    assert row.locator(".seen").count() == 0
+    # The input is the right half of the image, square: four quarters, the upper left one red and the upper right green.
+    shown = row.locator(".frame >> nth=0").screenshot()
+    pixels = np.asarray(Image.open(io.BytesIO(shown)).convert("RGB")).astype(int)
+    height, width = pixels.shape[:2]
+    assert abs(height - width) <= 2
+    left, right = pixels[height // 4, width // 4], pixels[height // 4, width - width // 4]
+    assert left[0] > 150 > left[1] and right[1] > 150 > right[0]
+    row.locator(".frame >> nth=0").click()
+    text = page.locator(f"{DIALOG} dl").inner_text()
+    assert "mean activation" in text and "maximum at" in text and "the whole input" in text
+    page.goto(page.url.split("#")[0] + "#head:1")  # a map of one position
+    arrives(page, "head:1")
+    assert page.locator(".examples h3").all_inner_texts() == ["Maximum activations", "Minimum activations"]
+
+
+@ONE_BASE
 def test_names_and_counts_of_examples(visit):
     page = unit(visit)
-    assert page.locator(".examples h3").all_inner_texts() == ["Maximum activations", "Minimum activations"]
-    note = page.locator(".examples .note").inner_text()
+    assert page.locator(".examples h3").all_inner_texts() == [
+        "Maximum activations", "Highest mean activations", "Minimum activations"
+    ]  # fmt: skip
+    note = page.locator(".examples .note").first.inner_text()
     assert "12 crops of 4 dataset images, at most one of each in a list" in note
     captions = page.locator(".pictures figcaption").all_inner_texts()
     assert "mean activation" in captions[0] and "mean activation" not in captions[1]

@@ -186,12 +186,13 @@ def write_judgements(group: h5py.Group, render: str, shape: tuple[int, int]) -> 
 def write_examples(group: h5py.Group, rng, name: str, count: int, side: int, best: np.ndarray) -> None:
     """Lists, heat-maps, statistics, histograms, responses and labels of one layer."""
     largest = best * np.where(best > 0, 2, 0.5).astype(np.float32)
-    lists = {"max": 5, "min": 3, "spectrum": 2 * (len(EDGES) - 1)}
+    lists = {"max": 5, "min": 3, "spectrum": 2 * (len(EDGES) - 1), "mean": 3}
     first = 0
     each = sum(lists.values())
     for key, k in lists.items():
         where = f"examples/{key}"
-        write_array(group, f"{where}/value", (largest[:, None] - np.arange(k) * 0.1).astype(np.float32))
+        top = best if key == "mean" else largest
+        write_array(group, f"{where}/value", (top[:, None] - np.arange(k) * 0.1).astype(np.float32))
         index = np.stack([rng.permutation(PHOTOS)[:k] for _ in range(count)] or [np.zeros(k)]).astype(np.int32)[:count]
         if key == "max":
             index[:, 3:] = np.where(np.arange(count)[:, None] % 2, -1, index[:, 3:])
@@ -734,7 +735,7 @@ def test_with_neither_and_with_nothing(tmp_path):
 
 def test_no_examples_wanted(tmp_path):
     path = write_atlas(tmp_path / "atlas.h5")
-    build(path, config=dataclasses.replace(SMALL, examples=0, least=0, per_bin=0, similar=0))
+    build(path, config=dataclasses.replace(SMALL, examples=0, means=0, least=0, per_bin=0, similar=0))
     unit = shard(tmp_path / "site", "stem/u0")["units"][0]
     assert "examples" not in unit and "similar" not in unit and unit["stats"]
     assert not list((tmp_path / "site").rglob("x*.jpg"))

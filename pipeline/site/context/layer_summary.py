@@ -10,6 +10,7 @@ import numpy as np
 from pipeline.judges.judgement import Judgement
 from pipeline.judges.ridge import MIN_CORRELATION
 from pipeline.site.config import SiteConfig
+from pipeline.site.data.label_names import readable_labels
 from pipeline.site.media.kernel_images import kernel_views, layer_scale
 from pipeline.store import Atlas, LayerView
 from pipeline.store.shards import safe_name
@@ -258,7 +259,7 @@ class ShownExamples:
     """A list of dataset examples, cut to the examples that the site shows.
 
     Attributes:
-        name: Name of the list: "max", "min" or "spectrum".
+        name: Name of the list: "max", "mean", "min" or "spectrum".
         value: Activations, (C', k).
         index: Rows of the images in the dataset, (C', k).
         y: Row of the activation in the layer's map, (C', k).
@@ -279,11 +280,21 @@ class ShownExamples:
         return self.index.shape[1]
 
 
+def list_limits(layer: LayerView, config: SiteConfig) -> dict[str, int]:
+    """Return how many examples of each list the site shows of a unit; of `spectrum`, in each bin.
+
+    Means are left out where they are equal to the maxima, because a map has one position.
+    """
+    means = config.means if math.prod(layer.map_size) > 1 else 0
+    limits = {"max": config.examples, "mean": means, "min": config.least, "spectrum": config.per_bin}
+    return {name: limit for name, limit in limits.items() if limit}
+
+
 def shown_lists(layer: LayerView, config: SiteConfig) -> list[ShownExamples]:
-    """Return the example lists that the site shows of each unit: `max`, `min` and `spectrum`, if the atlas has them."""
+    """Return the example lists that the site shows of each unit, if the atlas has them; see `list_limits`."""
     lists = []
-    for name, limit in (("max", config.examples), ("min", config.least), ("spectrum", config.per_bin)):
-        examples = layer.examples(name) if limit else None
+    for name, limit in list_limits(layer, config).items():
+        examples = layer.examples(name)
         if examples is None:
             continue
         columns = np.arange(min(limit, examples.index.shape[1]))
@@ -302,9 +313,9 @@ class Catalogue:
 
     Attributes:
         paths: Path of each dataset image.
-        labels: Label of each dataset image.
-        names: All labels of the dataset; records refer to them by index.
-        classes: Class names of the network.
+        labels: Label of each dataset image, as pages show it.
+        names: All labels of the dataset, as pages show them; records refer to them by index.
+        classes: Class names of the network, as pages show them.
         sources: Number of images that the dataset images were cropped from.
     """
 
@@ -319,4 +330,7 @@ class Catalogue:
         """Read the catalogue of an atlas."""
         table = atlas.dataset()
         sources = len(set(table["source"]))
-        return Catalogue(tuple(table["path"]), tuple(table["label"]), atlas.dataset_labels, atlas.labels, sources)
+        names = readable_labels(atlas.dataset_labels)
+        shown = dict(zip(atlas.dataset_labels, names, strict=True)) | {"": ""}
+        labels = tuple(shown[label] for label in table["label"])
+        return Catalogue(tuple(table["path"]), labels, names, readable_labels(atlas.labels), sources)

@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.core.metric_specs import GRID_METRICS, METRICS, UNIT_METRICS
 from pipeline.site.config import SiteConfig
 from pipeline.site.context.families import Family
-from pipeline.site.context.layer_summary import Catalogue, LayerSummary, PresetSummary
+from pipeline.site.context.layer_summary import Catalogue, LayerSummary, PresetSummary, list_limits
 from pipeline.site.data.js_shards import shard_script, to_json
 from pipeline.site.data.unit_records import columns, labels_of
 from pipeline.site.media.chunks import SUFFIX, choose_showing, image_table
@@ -174,8 +174,8 @@ def _layer(
 def _example_counts(layer: LayerView, config: SiteConfig) -> dict[str, int]:
     """Return the number of examples per unit that the site shows, by list."""
     counts = {}
-    for name, limit in (("max", config.examples), ("min", config.least), ("spectrum", config.per_bin)):
-        examples = layer.examples(name) if limit else None
+    for name, limit in list_limits(layer, config).items():
+        examples = layer.examples(name)
         if examples is None:
             continue
         bins = max(1, len(layer.spectrum_edges) - 1) if name == "spectrum" else 1

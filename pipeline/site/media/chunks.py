@@ -347,7 +347,7 @@ def choose_showing(store: str, boxes: bool, share: float, config: SiteConfig, si
     if config.licence == "ids" or store == "ids":
         return Showing((), False)
     if config.licence == "crop" or store == "crops" or not boxes:
-        return Showing(("max", "min", "spectrum"), False)
+        return Showing(("max", "mean", "min", "spectrum"), False)
     # Pages cut receptive fields out of the whole images, unless they are so small that they would look coarse, or
     # whole images share files, which are slow to view one by one.
     return Showing(() if share > COARSE and sizes.per_photo == 1 else ("max", "min"), True)

@@ -242,7 +242,7 @@ def _bytes(sizes: Sizes, inventory: Inventory, sample: dict[str, list[Image.Imag
             if rendered.masked:
                 per_unit += mask * np.prod(sizes.mask(*size)) * rendered.variants
         heat_map = min(14, facts.map_size[0]) * min(14, facts.map_size[1]) * 1.4 if heat_maps else 0
-        examples = config.examples + config.least + 6 * config.per_bin
+        examples = config.examples + config.means + config.least + 6 * config.per_bin
         # A unit's numbers are stored twice, in a shard and in the API.
         total += len(facts.channels) * (per_unit + 2 * (1400 + 60 * examples) + heat_map * examples)
     return total

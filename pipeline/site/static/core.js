@@ -374,9 +374,35 @@ window.ATLAS = (function () {
       at -= count(layer);
     }
   }
-  function compare() {
+  // Pinned units are compared on a page of their own. Without local storage they last until another page is opened.
+  const PINS = 8;
+  // Sites of one host have the same local storage.
+  const pinKey = "pins " + new URL(root || "./", window.location.href).pathname;
+  let unstored = [];
+  function pinned() {
+    try { return JSON.parse(window.localStorage.getItem("neuron-atlas." + pinKey)) || []; } catch { return unstored; }
+  }
+  // Pin a unit, or unpin it if it is pinned.
+  function pin(name) {
+    const before = pinned();
+    const there = before.includes(name);
+    if (!there && before.length >= PINS) { say(PINS + " units are pinned already. Remove one of them first."); return; }
+    unstored = there ? before.filter((other) => other !== name) : [...before, name];
+    remember(pinKey, JSON.stringify(unstored));
+    showPins();
+    say(name + (there ? " is no longer pinned." : " is pinned."));
+    window.dispatchEvent(new Event("pinned"));
+  }
+  function showPins() {
+    const link = find(".pins");
+    if (!link) return;
+    const count = pinned().length;
+    link.hidden = !count;
+    find("b", link).textContent = String(count);
+  }
+  function pinFocused() {
     const now = here() !== undefined && document.activeElement && document.activeElement.dataset.name;
-    if (now) { remember("held", now); say(now + " is selected. Press c at another unit to compare them."); } else say("Go to a unit first, then press c to select it for comparison.");
+    if (now) pin(now); else say("Select a unit first, then press c to pin it.");
   }
 
   function start() {
@@ -405,10 +431,12 @@ window.ATLAS = (function () {
       else if (event.key === "/" || event.key === "g") { box.focus(); box.select(); }
       else if (event.key === "m" && mapped) window.location.assign(root + "map.html");
       else if (event.key === "r") random();
-      else if (event.key === "c") compare();
+      else if (event.key === "c") pinFocused();
       else return;
       event.preventDefault();
     });
+    showPins();
+    window.addEventListener("storage", showPins);
     indexed.then(() => { searchBox(); fill(); });
   }
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
@@ -416,7 +444,7 @@ window.ATLAS = (function () {
 
   return {
     put, need, ready, indexed, make, find, all, number, share, data, remember, remembered, lazily, sprite, cell, tiny, media, fill, search,
-    rowOf, channelAt, count, linkTo, layersNamed, layerAt, keys, say, copyText, random, root, html,
+    rowOf, channelAt, count, linkTo, layersNamed, layerAt, keys, say, copyText, random, root, html, pin, pinned, PINS,
     layer: (name) => byName.get(name), get index() { return index; },
   };
 })();

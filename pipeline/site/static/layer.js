@@ -2,7 +2,7 @@
 (function () {
   "use strict";
 
-  const { make, find, all, cell, keys, say, remember, remembered } = ATLAS;
+  const { make, find, all, cell, data, keys, say, remember, remembered, listing } = ATLAS;
   const html = ATLAS.html;
 
   // Redirect addresses of earlier versions, layers/x.html#447, to the unit.
@@ -13,10 +13,6 @@
   former();
   window.addEventListener("hashchange", former);
 
-  // The columns of the grid that are no metrics of the table in core/metric_specs.py.
-  const STATISTICS = {
-    max: "maximum activation", mean: "mean activation", sparsity: "sparsity", nonzero: "share above zero", ratio: "activation ratio",
-  };
   const bad = { failed: 1, missing: 1 };
 
   ATLAS.indexed.then(() => {
@@ -30,7 +26,7 @@
     const total = ATLAS.count(layer);
     if (!total) return;
     const [per, across] = ATLAS.index.sizes.thumb;
-    const label = (row) => (columns.label && columns.label[row] >= 0 ? columns.labels[columns.label[row]] : "");
+    const label = (row) => listing.label(columns, row);
     const tiles = [];
     for (let row = 0; row < total; row++) {
       const channel = ATLAS.channelAt(layer, row);
@@ -41,7 +37,7 @@
       const tile = make("a", {
         class: bad[status] ? "tile failed" : "tile", href: ATLAS.linkTo(layer.name, channel), title: words.filter(Boolean).join(", "),
         "data-name": layer.name + ":" + channel, "data-channel": channel, "data-row": row,
-      }, make("span", { class: "pic" }), make("span", { class: "name" }, make("b", { text: String(channel) }), bad[status] ? make("i", { text: " " + status }) : "", word ? " " + word : ""));
+      }, make("span", { class: "pic" }), make("span", { class: "name" }, make("b", { text: String(channel) }), bad[status] ? make("i", { text: " " + status }) : "", word ? " " + word : ""), make("span", { class: "values" }));
       tiles.push(make("div", { role: "listitem" }, tile));
     }
     grid.append(...tiles);
@@ -79,59 +75,52 @@
     resize();
     size.addEventListener("input", () => { resize(); remember("size", size.value); });
 
-    const sort = find("#sort");
-    const measure = find("#measure");
-    for (const [key, text] of [...Object.entries(STATISTICS), ...ATLAS.index.grid.map((name) => [name, ATLAS.index.metrics[name].title])]) {
-      if (!columns[key]) continue;
+    const controlOf = Object.fromEntries(Object.entries({ sort: "#sort", find: "#filter", status: "#status", measure: "#measure", from: "#from", to: "#to" }).map(([name, id]) => [name, find(id)]));
+    const { sort, measure, status } = controlOf;
+    for (const [key, text] of listing.measures(columns)) {
       sort.append(make("option", { value: key + "-down", text: text + ", highest first" }), make("option", { value: key + "-up", text: text + ", lowest first" }));
       measure.append(make("option", { value: key, text }));
     }
     if (columns.label) sort.append(make("option", { value: "label", text: "by label" }));
     if (columns.status) sort.append(make("option", { value: "status", text: "by status" }));
-    const order = () => {
-      const [key, direction] = sort.value.split("-");
-      const rows = tiles.map((_, row) => row);
-      const text = { label: (row) => label(row) || "\uffff", status: (row) => columns.status[row] }[key];
-      if (text) rows.sort((a, b) => (text(a) < text(b) ? -1 : text(a) > text(b) ? 1 : a - b));
-      else if (key !== "channel") {
-        const sign = direction === "down" ? -1 : 1;
-        // Units without a number come last in both directions; ties are ordered by channel.
-        const rank = (row) => (columns[key][row] === null ? Infinity : sign * columns[key][row]);
-        rows.sort((a, b) => (rank(a) === rank(b) ? a - b : rank(a) < rank(b) ? -1 : 1));
-      }
-      grid.append(...rows.map((row) => tiles[row]));
-    };
-    sort.addEventListener("change", order);
-
-    const filter = find("#filter");
-    const status = find("#status");
     for (const name of Array.from(new Set(columns.status || [])).sort()) status.append(make("option", { value: name, text: name || "unknown" }));
-    const from = find("#from");
-    const to = find("#to");
+
+    // Show the units that the controls select, in their order, with the values that decide it.
     const counted = find("#count");
-    const bound = (input, other) => { const text = input.value.trim().replace(",", ".").replace("−", "-"); return text === "" || Number.isNaN(Number(text)) ? other : Number(text); };
     const apply = () => {
-      const wanted = filter.value.trim().toLowerCase();
-      const key = measure.value;
-      find("#from-label").hidden = find("#to-label").hidden = !key;
-      const low = bound(from, -Infinity);
-      const high = bound(to, Infinity);
-      let shown = 0;
-      for (let row = 0; row < total; row++) {
-        const channel = String(ATLAS.channelAt(layer, row));
-        let match = !wanted || (/^\d+$/.test(wanted) ? channel.startsWith(wanted) : label(row).toLowerCase().includes(wanted));
-        if (match && status.value) match = columns.status[row] === status.value;
-        if (match && key) { const value = columns[key][row]; match = value !== null && value >= low && value <= high; }
-        tiles[row].hidden = !match;
-        shown += match;
+      const now = Object.fromEntries(Object.entries(controlOf).map(([name, control]) => [name, control.value]));
+      find("#from-label").hidden = find("#to-label").hidden = !now.measure;
+      const rows = listing.rows(layer, columns, now);
+      const listed = new Set(rows);
+      const deciding = listing.deciding(columns, now);
+      const address = listing.format(now);
+      tiles.forEach((item, row) => {
+        const tile = item.firstChild;
+        item.hidden = !listed.has(row);
+        tile.setAttribute("href", ATLAS.linkTo(layer.name, tile.dataset.channel) + (address ? "&" + address : ""));
+        find(".values", tile).replaceChildren(...deciding.map(([key, title]) => make("span", { title }, data(columns[key][row]))));
+      });
+      grid.append(...rows.map((row) => tiles[row]));
+      counted.textContent = rows.length < total ? rows.length ? rows.length + " of " + total : "no unit of " + total + " matches" : "";
+      return address;
+    };
+    // The address follows the controls, so that it can be sent, and so that Back finds it again.
+    const changed = () => {
+      const address = apply();
+      window.history.replaceState(null, "", window.location.pathname + window.location.search + (address ? "#" + address : ""));
+    };
+    const restore = () => {
+      const asked = listing.parse(window.location.hash.slice(1));
+      for (const [name, control] of Object.entries(controlOf)) {
+        control.value = asked[name];
+        if (control.value !== asked[name]) control.selectedIndex = 0; // the layer has no such choice
       }
-      counted.textContent = shown < total ? shown + " of " + total : "";
+      apply();
     };
     controls.addEventListener("submit", (event) => event.preventDefault());
-    for (const control of [filter, status, measure, from, to]) control.addEventListener("input", apply);
-    // Browsers restore typed text on reload without an event.
-    if (filter.value || status.value || measure.value) apply();
-    if (sort.value !== "channel") order();
+    for (const control of Object.values(controlOf)) control.addEventListener("input", changed);
+    window.addEventListener("hashchange", restore);
+    restore();
 
     const step = (by) => {
       const shown = all(".tile", grid).filter((tile) => !tile.parentNode.hidden);

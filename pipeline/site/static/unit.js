@@ -1,42 +1,42 @@
-// The page of a unit, unit.html#layer:channel; &with=layer:channel shows a second unit beside it, &image=… opens one of its images.
+// The page of a unit, unit.html#layer:channel; &with=layer:channel shows a second unit beside it, &sort=… and other parts of a
+// listing (see listing.js) say which units are before and after it, &image=… opens one of its images.
 (function () {
   "use strict";
 
-  const { make, find, number, share, data, need, keys, say, remember, remembered, sprite, tiny, pixels, lightbox } = ATLAS;
+  const { make, find, number, share, data, need, keys, say, remember, remembered, sprite, tiny, pixels, lightbox, listing } = ATLAS;
+  const { parse, decoded, fragmentOf, nameOf, load, cellOf, viewOf, LISTS, DOT, clamp, shape, exampleView, heatOf } = ATLAS.units;
   const root = ATLAS.root;
   const place = find("#unit");
   let latest = 0;
   let now = null;
+  let pinButtons = []; // redraw what says whether a unit is pinned
 
   // ------------------------------------------------------------------- address
 
-  function parse(text) {
-    const colon = text.lastIndexOf(":");
-    if (colon < 1 || !/^\d+$/.test(text.slice(colon + 1))) return null;
-    const wanted = text.slice(0, colon);
-    const layer = ATLAS.layer(wanted) || ATLAS.layersNamed(wanted)[0];
-    return layer && { layer, channel: Number(text.slice(colon + 1)), row: ATLAS.rowOf(layer, Number(text.slice(colon + 1))) };
-  }
-  function decoded(text) { try { return decodeURIComponent(text); } catch { return text; } }
   function asked() {
-    const [units, image] = window.location.hash.slice(1).split("&image=");
-    const [first, second] = units.split("&with=").map(decoded);
-    return { first: parse(first || ""), second: second ? parse(second) : null, text: first, image };
+    const [before, image] = window.location.hash.slice(1).split("&image=");
+    const [unit, ...more] = before.split("&");
+    const second = more.find((part_) => part_.startsWith("with="));
+    const text = decoded(unit);
+    return { first: parse(text), second: second ? parse(decoded(second.slice(5))) : null, text, image, listed: listing.parse(more.filter((part_) => part_ !== second).join("&")) };
   }
-  const nameOf = (unit) => unit.layer.name + ":" + unit.channel;
-
-  async function load(unit) {
-    const per = ATLAS.index.sizes.shard;
-    const start = unit.row - (unit.row % per);
-    const [facts, shard] = await Promise.all([
-      need(unit.layer.slug + "/layer", unit.layer.version), need(unit.layer.slug + "/u" + start, unit.layer.version),
-    ]);
-    return { ...unit, facts, shard, record: shard.units[unit.row - start] };
+  // The rows before and after a unit in the listing that it was reached by (−1: none), and the listing in words and as a part of
+  // addresses. In the whole layer if the listing does not contain the unit.
+  async function around(unit, listed) {
+    const total = ATLAS.count(unit.layer);
+    const whole = { before: unit.row - 1, after: unit.row + 1 < total ? unit.row + 1 : -1, address: "", words: "" };
+    const address = listing.format(listed);
+    if (!address) return whole;
+    const columns = await need(unit.layer.slug + "/grid", unit.layer.version);
+    const rows = listing.rows(unit.layer, columns, listed);
+    const at = rows.indexOf(unit.row);
+    if (at < 0) return { ...whole, address, words: "not among the units selected (" + listing.describe(columns, listed) + ")" };
+    return { before: at ? rows[at - 1] : -1, after: at + 1 < rows.length ? rows[at + 1] : -1, address, words: at + 1 + " of " + rows.length + ", " + listing.describe(columns, listed) };
   }
 
   async function show() {
     const turn = ++latest;
-    const { first, second, text, image } = asked();
+    const { first, second, text, image, listed } = asked();
     lightbox.close();
     if (!first && !text) { window.location.replace(root + "index.html#network"); return; }
     if (!first || first.row < 0) {
@@ -48,19 +48,22 @@
     try {
       const units = await Promise.all([first, second].filter((unit) => unit && unit.row >= 0).map(load));
       const families = ATLAS.index.families.length ? await need("families", ATLAS.index.identity) : {};
+      const neighbours = await around(units[0], listed);
       if (turn !== latest) return;
-      now = units[0];
+      now = units[0] = { ...units[0], around: neighbours };
+      if (units.length > 1) units[1].around = await around(units[1], listing.parse(""));
       document.title = units.map(nameOf).join(" | ") + " · " + ATLAS.index.title;
       place.className = units.length > 1 ? "pair" : "";
       veils = [];
+      pinButtons = [];
       place.replaceChildren(...units.map((unit, i) => page(unit, families, i)));
       veils.forEach((draw) => draw());
       ATLAS.html.dataset.layer = now.layer.name;
       document.body.dataset.ready = nameOf(now);
       if (image) openAsked(now, image);
       // Load the next unit in advance, because readers often go there.
-      const next = now.row + 1 < ATLAS.count(now.layer) && { ...now, row: now.row + 1 };
-      if (next) window.setTimeout(() => load(next), 400);
+      const next = neighbours.after;
+      if (next >= 0) window.setTimeout(() => load({ ...now, row: next }), 400);
     } catch (error) {
       if (turn !== latest) return;
       place.replaceChildren(make("section", { class: "opening" }, make("h1", { class: "layer", text }), make("p", { class: "lead", text: error.message })));
@@ -69,13 +72,6 @@
 
   // -------------------------------------------------------------------- pictures
 
-  // The place of a picture in its sheets, the arguments of `sprite`: kind "p" is the picture, "m" its opacity.
-  function cellOf(kind, unit, rendered, number_, variant) {
-    const [per, variants, columns] = rendered.sheet;
-    const start = unit.row - (unit.row % per);
-    const cells = Math.min(per, ATLAS.count(unit.layer) - start) * variants;
-    return [ATLAS.media(unit.layer, kind + number_ + "-" + start), columns, Math.ceil(cells / columns), (unit.row - start) * variants + variant];
-  }
   function picture(unit, rendered, number_, variant) {
     const [, , , width, height] = rendered.sheet;
     const box = make("span", { class: "pic", role: "img" });
@@ -91,11 +87,6 @@
     }
     return box;
   }
-  function viewOf(unit, rendered, number_, variant, veiled) {
-    const [, , , width, height] = rendered.sheet;
-    return { cell: cellOf("p", unit, rendered, number_, variant), part: [0, 0, 1, 1], aspect: width / height, veil: veiled && rendered.masked ? cellOf("m", unit, rendered, number_, variant) : null, area: null, field: null };
-  }
-
   // -------------------------------------------------------------------- transparency
 
   // The sheets of opacities are gray images that are blended over the pictures, which shows them on white. A CSS mask would not load from disk.
@@ -117,7 +108,7 @@
 
   const exact = (value) => (value === null || value === undefined ? "—" : make("data", { value: String(value), text: String(value).replace("-", "−") }));
   const fileName = (unit, rendered, variant) => [nameOf(unit), rendered.title, variant ? variant + 1 : ""].filter(Boolean).join("-");
-  const linkOf = (unit, id) => window.location.href.split("#")[0] + "#" + ATLAS.linkTo(unit.layer.name, unit.channel).split("#")[1] + "&image=" + id;
+  const linkOf = (unit, id) => window.location.href.split("#")[0] + "#" + fragmentOf(unit) + "&image=" + id;
   function openAsked(unit, image) {
     const [id, first] = image.split("&view=");
     const opener = Array.from(place.querySelectorAll("[data-image]")).find((element) => element.dataset.image === id);
@@ -166,81 +157,6 @@
 
   const MODES = [["crop", "Receptive field"], ["heat", "Heat map"], ["whole", "Whole image"]];
   let mode = remembered("mode") || "crop";
-  const clamp = (v) => Math.min(1, Math.max(0, v));
-  // Frames around smaller receptive fields, in input pixels, would hide them in small images: a dot shows where they are.
-  const DOT = 8;
-
-  // What the site stores of an example; crops, whole images or both may be missing.
-  function shape(unit, entry) {
-    const [, index, y, x, pair, cell] = entry;
-    const photo = unit.shard.photos[index] || ["", ""];
-    const [down, across] = unit.facts.input;
-    const whole = photo.length > 2;
-    // The crop, at least 48 pixels wide, and the receptive field itself, which can extend beyond the input; left, top, right, bottom in input pixels.
-    const box = entry.length > 6 ? entry.slice(6, 10) : [0, 0, across, down];
-    let field = null;
-    if (!unit.facts.whole && unit.facts.field) {
-      const [stride, first] = unit.facts.grid;
-      const [top, left] = [first[0] + y * stride[0], first[1] + x * stride[1]];
-      field = [left, top, left + unit.facts.field[1], top + unit.facts.field[0]];
-    }
-    return { photo, whole, box, field, pair, cell, index, input: [across, down] };
-  }
-
-  // The receptive field as a part of the region of the image in which the network's input lies at `area`.
-  function fieldIn(s, [left, top, width, height]) {
-    if (!s.field) return null;
-    const [w, h] = s.input;
-    const [l, t, r, b] = [clamp(s.field[0] / w), clamp(s.field[1] / h), clamp(s.field[2] / w), clamp(s.field[3] / h)];
-    return [left + width * l, top + height * t, width * (r - l), height * (b - t)];
-  }
-
-  // The view of an example (see pixels.js); null if the site has no such image.
-  function exampleView(unit, entry, key) {
-    const s = shape(unit, entry);
-    const [w, h] = s.input;
-    const crops = unit.facts.crops;
-    const made = (cell, part, aspect, area) => ({ cell, part, aspect, veil: null, area, field: fieldIn(s, area) });
-    const ofPhoto = ([l, t, r, b]) => {
-      const [per, columns, total] = ATLAS.index.sizes.photo;
-      const [, , position, width, height, left, top, right, bottom] = s.photo;
-      const [across, down] = [Math.max(0.01, r - l), Math.max(0.01, b - t)];
-      const start = position - (position % per);
-      const url = root + "photos/" + (per > 1 ? "s" + start : s.index) + "." + ATLAS.index.photo_suffix;
-      const rows = per > 1 ? Math.ceil(Math.min(per, total - start) / columns) : 1;
-      return made([url, columns, rows, position - start], [l, t, across, down], (across * width) / (down * height), [(left - l) / across, (top - t) / down, (right - left) / across, (bottom - top) / down]);
-    };
-    if (key !== "crop" && s.whole) return ofPhoto([0, 0, 1, 1]);
-    const [l, t, r, b] = s.box;
-    if (s.cell >= 0 && crops) {
-      const [per, each, columns] = crops;
-      const start = unit.row - (unit.row % per);
-      const cells = Math.min(per, ATLAS.count(unit.layer) - start) * each;
-      // Crops that are not square are in the middle of a square cell.
-      const aspect = (r - l) / (b - t);
-      const [across, down] = Math.abs(aspect - 1) > 0.02 ? [Math.min(1, aspect), Math.min(1, 1 / aspect)] : [1, 1];
-      const [sx, sy] = [across / (r - l), down / (b - t)];
-      return made([ATLAS.media(unit.layer, "x" + start, ATLAS.index.photo_suffix), columns, Math.ceil(cells / columns), (unit.row - start) * each + s.cell], [0, 0, 1, 1], 1,
-        [(1 - across) / 2 - l * sx, (1 - down) / 2 - t * sy, w * sx, h * sy]);
-    }
-    if (!s.whole) return null;
-    const [left, top, right, bottom] = s.photo.slice(5);
-    const [ax, ay] = [(right - left) / w, (bottom - top) / h];
-    return ofPhoto([left + l * ax, top + t * ay, left + r * ax, top + b * ay].map(clamp));
-  }
-
-  function heatOf(unit, entry) {
-    const start = unit.row - (unit.row % ATLAS.index.sizes.heat);
-    return need(unit.layer.slug + "/h" + start, unit.layer.version).then((shard) => {
-      const [height, width] = unit.facts.map;
-      const averaged = shard.height < height || shard.width < width;
-      const heat = pixels.heatMap(shard, entry[4]);
-      return heat && { ...heat, note: averaged ? "The map of " + height + " × " + width + " positions, averaged to " + shard.height + " × " + shard.width + ": single activations can lie beyond the ends." : "" };
-    });
-  }
-
-  // Lists of examples: name, heading, and what the value of an example is.
-  const LISTS = [["max", "Maximum activations", "maximum activation"], ["min", "Minimum activations", "minimum activation"], ["spectrum", "Quantile examples", "maximum activation"]];
   const exampleId = (list, place_) => "example/" + list + "/" + (place_ + 1);
 
   // The items of the dialog for all examples of a unit.
@@ -250,16 +166,17 @@
     return LISTS.flatMap(([list, heading, measured]) => {
       const entries = (unit.record.examples || {})[list] || [];
       return entries.map((entry, i) => {
-        if (!entry || !exampleView(unit, entry, "crop")) return null;
-        const s = shape(unit, entry);
+        if (!entry || !exampleView(unit, entry, "crop", list)) return null;
+        const s = shape(unit, entry, list);
         const [path, label] = s.photo;
         const whole = !s.field;
+        const at = list === "mean" ? "maximum at" : "position on the map";
         const [w, h] = s.input;
         const seen = whole ? null : [clamp(s.field[0] / w) * w, clamp(s.field[1] / h) * h, clamp(s.field[2] / w) * w, clamp(s.field[3] / h) * h].map(Math.round);
         const id = exampleId(list, i);
         return { id, title: nameOf(unit) + ", " + heading.toLowerCase() + ", " + (i + 1) + " of " + entries.length, alt: "Dataset image " + (label || path) + ", " + measured + " " + number(entry[0]),
-          views: able, view: (key) => exampleView(unit, entry, key), heat: () => heatOf(unit, entry), name: nameOf(unit) + "-" + list + "-" + (i + 1), link: linkOf(unit, id),
-          facts: [[measured, exact(entry[0])], height * width > 1 ? ["position on the map", "row " + entry[2] + ", column " + entry[3] + " of " + height + " × " + width + ", counted from 0"] : null,
+          views: able, view: (key) => exampleView(unit, entry, key, list), heat: () => heatOf(unit, entry), name: nameOf(unit) + "-" + list + "-" + (i + 1), link: linkOf(unit, id),
+          facts: [[measured, exact(entry[0])], height * width > 1 ? [at, "row " + entry[2] + ", column " + entry[3] + " of " + height + " × " + width + ", counted from 0"] : null,
             ["receptive field", whole ? "the whole input" : "columns " + seen[0] + "–" + (seen[2] - 1) + ", rows " + seen[1] + "–" + (seen[3] - 1) + " of the input, " + w + " × " + h + " px"],
             ["dataset image", path], label ? ["label", label] : null].filter(Boolean) };
       }).filter(Boolean);
@@ -270,7 +187,7 @@
     const entry = unit.record.examples[list][place_];
     const [path, label] = (unit.shard.photos[entry[1]] || ["", ""]);
     const words = (label || path) + ", " + LISTS.find(([key]) => key === list)[2] + " " + number(entry[0]);
-    const view = exampleView(unit, entry, mode);
+    const view = exampleView(unit, entry, mode, list);
     const caption = make("figcaption", {}, data(entry[0]), label ? make("span", { text: label, title: label }) : "");
     const title = path + (Math.max(...unit.facts.map) > 1 ? " (row " + entry[2] + ", column " + entry[3] + ")" : "");
     if (!view) return make("figure", { class: "example" }, make("span", { class: "frame absent", role: "img", "aria-label": "Dataset image: " + words, title, text: path }), caption);
@@ -323,9 +240,10 @@
     section.append(body);
     section.redraw = () => {
       body.replaceChildren();
-      for (const [key, title] of LISTS.slice(0, 2)) {
+      for (const [key, title] of LISTS.slice(0, 3)) {
         const list = lists[key] || [];
-        if (list.length) body.append(make("h3", { text: title }), make("div", { class: "row" }, list.map((_, i) => frame(unit, key, i))));
+        const note = key === "mean" && list.length ? make("p", { class: "note", text: "The mean over all positions of the map, so the whole input of the network counts." }) : "";
+        if (list.length) body.append(make("h3", { text: title }), note, make("div", { class: "row of-" + key }, list.map((_, i) => frame(unit, key, i))));
         else if (key === "max") body.append(make("p", { class: "note", text: "No dataset image activated this unit above zero." }));
       }
     };
@@ -601,9 +519,8 @@
     const word = unit.record.class || (unit.record.labels || {}).name || "";
     const tags = (families[name] || []).map((i) => make("a", { class: "tag", href: root + ATLAS.index.families[i][1], text: ATLAS.index.families[i][0] }));
     const failed = unit.facts.rendered.filter((rendered) => (unit.record.pictures[rendered.key] || []).some((p) => p.status === "failed"));
-    const first = ATLAS.channelAt(unit.layer, unit.row - 1);
-    const after = unit.row + 1 < ATLAS.count(unit.layer) ? ATLAS.channelAt(unit.layer, unit.row + 1) : -1;
-    const step = (channel, text) => channel >= 0 ? make("a", { href: ATLAS.linkTo(unit.layer.name, channel), text }) : make("span", { text: "" });
+    const { before, after, address, words } = unit.around;
+    const step = (row, text) => row >= 0 ? make("a", { href: ATLAS.linkTo(unit.layer.name, ATLAS.channelAt(unit.layer, row)) + (address && "&" + address), text: text(ATLAS.channelAt(unit.layer, row)) }) : make("span", { text: "" });
     let photographs = null;
     let drawn = null;
     const redraw = () => { photographs.redraw(); if (drawn) drawn.redraw(); };
@@ -613,14 +530,15 @@
     photographs = examples(unit, part, redraw);
     drawn = spectrum(unit);
     const actions = make("div", { class: "actions" },
-      make("button", { type: "button", text: "Copy link", onclick: () => ATLAS.copyText(window.location.href.split("#")[0] + "#" + ATLAS.linkTo(unit.layer.name, unit.channel).split("#")[1], "link") }),
+      make("button", { type: "button", text: "Copy link", onclick: () => ATLAS.copyText(window.location.href.split("#")[0] + "#" + fragmentOf(unit), "link") }),
       make("button", { type: "button", text: "Copy citation", onclick: () => ATLAS.copyText(citation(unit), "citation") }),
       make("button", { type: "button", text: "Download", title: "All numbers of this unit as JSON", onclick: () => download(unit) }),
-      make("button", { type: "button", text: "Compare", title: "c", onclick: () => compare(unit) }),
+      pinButton(unit),
       make("button", { type: "button", text: "Random", title: "r", onclick: ATLAS.random }));
     return make("article", { class: "unit", "data-unit-shown": name },
       make("section", { class: "opening" },
-        make("nav", { class: "neighbours", "aria-label": "Units" }, step(unit.row > 0 ? first : -1, "← " + first), make("a", { href: root + "layers/" + unit.layer.slug + ".html", text: unit.layer.name }), step(after, after + " →")),
+        make("nav", { class: "neighbours", "aria-label": "Units" }, step(before, (channel) => "← " + channel), make("a", { href: root + "layers/" + unit.layer.slug + ".html" + (address && "#" + address), text: unit.layer.name }), step(after, (channel) => channel + " →")),
+        words ? make("p", { class: "note listed" }, words, ". ", make("a", { href: "#" + fragmentOf(unit), text: "All units in the order of channels" })) : null,
         make("h1", { class: "layer" }, make("span", { text: unit.layer.name + ":" }), String(unit.channel)),
         make("p", { class: "subtitle" }, word ? make("span", { class: "class", text: word }) : "", " ", tags,
           failed.map((rendered) => make("strong", { class: "flag", text: (unit.facts.rendered.length > 1 ? rendered.title + " " : "") + "failed" })), (unit.record.stats || {}).inactive ? make("span", { class: "flag quiet", text: "never above zero" }) : ""),
@@ -643,21 +561,19 @@
     const record = { unit: nameOf(unit), model: ATLAS.index.model, rendered: unit.facts.rendered, ...unit.record, photographs };
     pixels.save(new Blob([JSON.stringify(record, null, 1)], { type: "application/json" }), nameOf(unit), "json");
   }
-  function compare(unit) {
-    const held = remembered("held");
-    if (held && held !== nameOf(unit) && parse(held)) {
-      remember("held", "");
-      window.location.hash = ATLAS.linkTo(parse(held).layer.name, parse(held).channel).split("#")[1] + "&with=" + ATLAS.linkTo(unit.layer.name, unit.channel).split("#")[1];
-    } else {
-      remember("held", nameOf(unit));
-      say(nameOf(unit) + " is selected. Press c at another unit to compare them.");
-    }
+  function pinButton(unit) {
+    const name = nameOf(unit);
+    const button = make("button", { type: "button", title: "Compare up to " + ATLAS.PINS + " pinned units side by side (c)", onclick: () => ATLAS.pin(name) });
+    const draw = () => { const there = ATLAS.pinned().includes(name); button.textContent = there ? "Pinned" : "Pin"; button.setAttribute("aria-pressed", String(there)); };
+    pinButtons.push(draw);
+    draw();
+    return button;
   }
 
-  const go = (layer, channel) => { window.location.hash = ATLAS.linkTo(layer.name, channel).split("#")[1]; };
+  const go = (layer, channel) => { window.location.hash = fragmentOf({ layer, channel }) + (now.around.address && "&" + now.around.address); };
   const step = (by) => () => {
-    const row = now ? now.row + by : -1;
-    if (now && row >= 0 && row < ATLAS.count(now.layer)) go(now.layer, ATLAS.channelAt(now.layer, row));
+    const row = now ? (by < 0 ? now.around.before : now.around.after) : -1;
+    if (row >= 0) go(now.layer, ATLAS.channelAt(now.layer, row));
   };
   const across = (by) => () => {
     const to = now && ATLAS.layerAt(now.layer.order + by);
@@ -669,8 +585,9 @@
   keys.ArrowDown = across(1);
   keys["["] = across(-1);
   keys["]"] = across(1);
-  keys.c = () => { if (now) compare(now); };
+  keys.c = () => { if (now) ATLAS.pin(nameOf(now)); };
 
+  window.addEventListener("pinned", () => pinButtons.forEach((draw) => draw()));
   let listening = false;
   ATLAS.indexed.then(() => {
     show();
