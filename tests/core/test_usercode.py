@@ -323,6 +323,7 @@ def activation(folder: Path, unit: str = "0") -> float:
     return float(units[(units["layer"] == unit) & (units["channel"] == 0)]["activation"].iloc[0])
 
 
+@pytest.mark.long
 def test_an_edited_import_is_told_by_verify_and_everything_is_made_again(
     tmp_path: Path, run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

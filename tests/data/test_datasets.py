@@ -314,6 +314,7 @@ def test_a_worker_without_a_decoder_fails_image_by_image(tmp_path: Path, without
     assert avif.reason.startswith("no decoder: AVIF (install Pillow")
 
 
+@pytest.mark.long
 def test_a_raised_limit_of_pixels_reads_what_was_refused(tiny_run: list[str], tmp_path: Path) -> None:
     """As the message says: the setting that it names, changed, gives the image."""
     root = tmp_path / "images"
@@ -408,6 +409,7 @@ def test_a_row_group_is_read_once_for_all_threads(monkeypatch: pytest.MonkeyPatc
     assert found == [0] * 8 + [1] * 8 and sorted(read) == [("t", 0, "image"), ("t", 1, "image")]
 
 
+@pytest.mark.long
 def test_a_second_run_borrows_the_pass_of_the_first(tiny_run: list[str], tmp_path: Path) -> None:
     import pipeline
 

@@ -134,7 +134,7 @@ def calls(model: Model) -> int:
 # Up to a minute each.
 LONG = (
     "inception_v3", "swin_t", "vgg16", "vit_b_16", "convnext_tiny", "alexnet", "regnet_y_400mf", "densenet121",
-    "efficientnet_b0", "mobilenet_v2", "mobilenet_v3_large", "googlenet",
+    "efficientnet_b0", "mobilenet_v2", "mobilenet_v3_large", "googlenet", "resnet50", "deit_tiny_distilled_patch16_224",
 )  # fmt: skip
 
 

@@ -213,7 +213,7 @@ PLAINER = (
 )  # fmt: skip
 
 # One of each way to fall back, or not to.
-SHORT_NETS = ("add", "depthwise", "cached", "hooked", "view", "fft", "spectral_normed", "clip", "double", "unet")
+SHORT_NETS = ("add", "depthwise", "cached", "hooked", "clip", "double", "unet")
 
 
 @pytest.fixture

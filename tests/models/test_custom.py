@@ -354,6 +354,7 @@ def test_aliases_are_names_for_globs() -> None:
         select_layers(model, layers, LayersConfig(include=("mixed4d",)))
 
 
+@pytest.mark.long
 def test_every_alias_of_the_configurations_is_a_module() -> None:
     for name in ("googlenet", "inception_v3", "alexnet", "vgg16"):
         config = compose([f"model={name}", "model.weights=null"]).config.model

@@ -182,6 +182,7 @@ def masks(run: Path) -> dict[tuple[str, int], np.ndarray]:
         return {(layer.name, int(c)): layer.mask(int(c)) for layer in atlas for c in layer.channels}
 
 
+@pytest.mark.long
 def test_a_damaged_mask_costs_its_own_picture_alone(finished: Path, tiny_run: list[str]) -> None:
     before = masks(finished)
     assert len(before) == 15 and all(mask.any() for mask in before.values())
@@ -330,6 +331,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", where], check=True)
 
 
+@pytest.mark.long
 def test_a_full_disk_while_shards_are_written(
     small_disk: Path, tiny_run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -245,6 +245,7 @@ def test_other_layers_than_the_bases_are_looked_at_in_full(
     assert "the dataset pass cannot be reused: examples.k: 3 → 2" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_base_that_is_only_begun_lends_what_it_has(
     finished: tuple[Path, list[str]], tmp_path: Path, rendered: list[tuple[str, int]]
 ) -> None:
@@ -261,6 +262,7 @@ def test_a_base_that_is_only_begun_lends_what_it_has(
     assert same(content(base), content(tmp_path / "rest"))
 
 
+@pytest.mark.long
 def test_a_compacted_base_lends_out_of_its_atlas(
     finished: tuple[Path, list[str]], tmp_path: Path, rendered: list[tuple[str, int]], no_photograph: None
 ) -> None:
@@ -281,6 +283,7 @@ def test_a_compacted_base_lends_out_of_its_atlas(
             assert all(np.array_equal(layer.image(c), old[layer.name].image(c)) for c in (1, 2))
 
 
+@pytest.mark.long
 def test_where_links_cannot_be_made_files_are_copied(
     finished: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rendered: list[tuple[str, int]]
 ) -> None:

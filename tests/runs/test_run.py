@@ -108,6 +108,7 @@ def test_another_configuration_is_refused_with_the_ways_out(
     assert "render.steps: 4 → 5" in message and "run.name=" in message and "run.update=true" in message
 
 
+@pytest.mark.long
 def test_examples_alone_then_pictures_then_site(tiny_run: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
     assert main(["examples", *tiny_run]) == 0
@@ -324,6 +325,7 @@ def test_a_damaged_shard_is_made_again(tiny_run: list[str], tmp_path: Path, caps
     assert all(np.array_equal(before[k], v) for k, v in pictures(folder).items())
 
 
+@pytest.mark.long
 def test_other_portions_of_the_dataset_give_the_same_examples(tiny_run: list[str], tmp_path: Path) -> None:
     assert main(["examples", *tiny_run]) == 0
     with pipeline.open_atlas(tmp_path / "tiny") as atlas:
@@ -356,6 +358,7 @@ def test_photographs_that_are_all_unreadable(
     assert "None of the dataset images could be read" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_file_name_that_is_no_text(tiny_run: list[str], tmp_path: Path, photo_folder: Path) -> None:
     odd = tmp_path / "odd"
     odd.mkdir()

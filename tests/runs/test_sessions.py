@@ -43,6 +43,7 @@ def test_another_precision_makes_visualizations_again_and_auto_keeps_them(
     assert precisions(tmp_path / "tiny") == {"float32"}
 
 
+@pytest.mark.long
 def test_a_run_that_began_on_a_gpu_is_not_mixed_with_cpus(
     tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,6 +79,7 @@ def test_a_run_that_was_planned_first_cannot_mix_with_another(tiny_run: list[str
         runner.run(*plans[1])
 
 
+@pytest.mark.long
 def test_the_site_follows_its_files_and_the_code(
     tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,7 +111,7 @@ def test_the_sitemap_lists_all_pages(shared):
     space = "{http://www.sitemaps.org/schemas/sitemap/0.9}"
     found = [str(entry.findtext(f"{space}loc")) for entry in tree.getroot()]
     listed = {local(shared, address).resolve() for address in found}
-    unlisted = {"404.html", "unit.html"}
+    unlisted = {"404.html", "unit.html", "pinned.html"}
     assert listed == {path for path in pages_of(shared) if path.name not in unlisted}
     assert len(found) == len(listed) and {entry.findtext(f"{space}lastmod") for entry in tree.getroot()} == {
         "2026-01-02"
@@ -173,6 +173,7 @@ def test_no_local_path_is_shared(shared):
             assert not card.getexif() and "comment" not in card.info
 
 
+@pytest.mark.long
 def test_cards_of_unchanged_layers_stay(tmp_path):
     path = write_atlas(tmp_path / "atlas.h5", layers=LAYERS[:2])
     config = dataclasses.replace(SMALL, cards="all")

@@ -398,7 +398,7 @@ window.ATLAS = (function () {
     if (!link) return;
     const count = pinned().length;
     link.hidden = !count;
-    find("b", link).textContent = String(count);
+    find(".count", link).textContent = String(count);
   }
   function pinFocused() {
     const now = here() !== undefined && document.activeElement && document.activeElement.dataset.name;
