@@ -22,7 +22,7 @@ from pipeline.site.output import write
 from pipeline.site.pages import environment, unit_link
 
 HERE = Path(__file__).parent
-SHARED_STATIC = ("atlas.css", "core.js", "magnifier.js", "icon.svg")
+SHARED_STATIC = ("atlas.css", "theme.js", "core.js", "magnifier.js", "icon.svg", "icon.png")
 COMPARE_STATIC = ("compare.css", "order.js", "grid.js", "unit.js")
 # With more contenders than this, each is compared with the first one only, because all pairs would be too many.
 MAX_PAIRED = 4

@@ -30,7 +30,7 @@ from pipeline.site.sharing import structured_data
 
 HERE = Path(__file__).parent
 STATIC = (
-    *("atlas.css", "icon.svg", "core.js", "layer.js", "map.js", "missing.js", "share.js"),
+    *("atlas.css", "icon.svg", "icon.png", "theme.js", "core.js", "layer.js", "map.js", "missing.js", "share.js"),
     *("magnifier.js", "pixels.js", "lightbox.js", "listing.js", "units.js", "unit.js", "pinned.js"),
 )
 

@@ -409,8 +409,6 @@ window.ATLAS = (function () {
     const help = find("#help");
     for (const button of all(".round")) button.hidden = false;
     find(".help-button").addEventListener("click", () => help.showModal());
-    const scheme = remembered("scheme");
-    if (scheme) html.style.colorScheme = scheme;
     find(".theme").addEventListener("click", () => {
       const dark = html.style.colorScheme ? html.style.colorScheme === "dark" : window.matchMedia("(prefers-color-scheme: dark)").matches;
       html.style.colorScheme = dark ? "light" : "dark";

@@ -8,6 +8,8 @@
   const context = canvas.getContext("2d");
   const WHOLE = 4095;
   const MANY = 1500;
+  // The middle of matplotlib's viridis: even steps of lightness, which readers with any color vision can tell apart.
+  const SCALE = [[71, 44, 122], [59, 81, 139], [44, 113, 142], [33, 144, 141], [39, 173, 129], [92, 200, 99], [170, 220, 50]];
   const sheets = new Map();
   let points = [];
   let view = null;
@@ -21,12 +23,13 @@
     const layers = ATLAS.index.layers.length;
     for (let order = 0; order < layers; order++) {
       const layer = ATLAS.layerAt(order);
-      const colour = "hsl(" + Math.round(225 - (225 * order) / Math.max(1, layers - 1)) + " 70% 52%)";
+      const colour = colorAt(order / Math.max(1, layers - 1));
       for (let row = 0; row < ATLAS.count(layer); row++, at++) {
         points.push({ layer, row, x: found.x[at], y: found.y[at], rank: found.tiny[order][row], colour });
       }
       find("#map-layer").append(make("option", { value: String(order), text: layer.name }));
     }
+    if (layers > 1) legend();
     find(".map-controls").hidden = false;
     resize();
     new ResizeObserver(resize).observe(canvas);
@@ -34,6 +37,21 @@
     window.addEventListener("hashchange", fromAddress);
     document.body.dataset.ready = "yes";
   });
+
+  // --------------------------------------------------------------------- color
+
+  function colorAt(share) {
+    const place = share * (SCALE.length - 1);
+    const at = Math.min(SCALE.length - 2, Math.floor(place));
+    const mixed = SCALE[at].map((low, i) => Math.round(low + (SCALE[at + 1][i] - low) * (place - at)));
+    return "rgb(" + mixed.join(" ") + ")";
+  }
+  function legend() {
+    const last = ATLAS.index.layers.length - 1;
+    const bar = make("span", { class: "scale", "aria-hidden": "true" });
+    bar.style.background = "linear-gradient(to right, " + SCALE.map((color) => "rgb(" + color.join(" ") + ")").join(", ") + ")";
+    find("#map-legend").replaceChildren(ATLAS.layerAt(0).name, bar, ATLAS.layerAt(last).name);
+  }
 
   // ---------------------------------------------------------------------- view
 
@@ -170,10 +188,15 @@
       }
       return;
     }
+    // One finger scrolls the page; two move and zoom the map.
+    if (event.pointerType === "touch" && fingers.size < 2) { moved += Math.hypot(x - held[0], y - held[1]); return; }
     const others = Array.from(fingers.entries()).filter(([id]) => id !== event.pointerId);
     if (others.length === 1) {
       const [ox, oy] = others[0][1];
       const before = Math.hypot(held[0] - ox, held[1] - oy);
+      // The point between the fingers moves with them.
+      view.x -= (x - held[0]) / 2 / view.scale;
+      view.y -= (y - held[1]) / 2 / view.scale;
       zoom(Math.hypot(x - ox, y - oy) / Math.max(1, before), (x + ox) / 2, (y + oy) / 2);
     } else {
       view.x -= (x - held[0]) / view.scale;
@@ -190,6 +213,7 @@
       if (p) window.location.assign(ATLAS.linkTo(p.layer.name, ATLAS.channelAt(p.layer, p.row)));
     }
   };
+  for (const kind of ["touchstart", "touchmove"]) canvas.addEventListener(kind, (event) => { if (event.touches.length > 1) event.preventDefault(); }, { passive: false });
   canvas.addEventListener("pointerup", lift);
   canvas.addEventListener("pointercancel", lift);
   canvas.addEventListener("pointerleave", () => { tip.hidden = true; });

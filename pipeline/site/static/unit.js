@@ -416,11 +416,14 @@
     return link;
   }
 
+  const SIMILAR = 0.2;
+
   function relations(unit) {
     const found = [];
-    const similar = unit.record.similar;
-    if (similar && similar.length) {
-      found.push(make("section", { class: "similar" }, make("h2", { text: "Most similar units of the layer" }), make("p", { class: "note", text: "By the correlation of their activations over the dataset." }),
+    // With a few hundred images, correlations of unrelated units are below this.
+    const similar = (unit.record.similar || []).filter(([, r]) => r >= SIMILAR);
+    if (similar.length) {
+      found.push(make("section", { class: "similar" }, make("h2", { text: "Most similar units of the layer" }), make("p", { class: "note", text: "By the correlation of their activations over the dataset, at least " + SIMILAR + "." }),
         make("div", { class: "nears" }, similar.map(([channel, r, rank]) => neighbour(unit.layer, channel, rank, r.toFixed(2).replace("-", "−"))))));
     }
     const wiring = unit.record.wiring || {};
