@@ -58,7 +58,7 @@
   const size = () => [canvas.clientWidth, canvas.clientHeight];
   function whole() {
     const [w, h] = size();
-    const scale = Math.min(w, h) / (WHOLE * 1.06);
+    const scale = Math.max(40, Math.min(w, h) - 60) / WHOLE; // images at the edge are whole
     view = { scale, x: WHOLE / 2 - w / 2 / scale, y: WHOLE / 2 - h / 2 / scale };
     draw();
   }
