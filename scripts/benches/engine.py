@@ -46,10 +46,7 @@ class Nothing:
     """A worker that finishes every task at once without rendering."""
 
     def __init__(self, setup: Any, stop: Any = None, weights: Any = None) -> None:
-        self.name = f"nothing:{id(self)}"
-
-    def hello(self) -> str:
-        return self.name
+        pass
 
     def do(self, task: RenderTask, fits: Any = None, files: Any = None) -> Done:
         return Done(task.path, 0.0)

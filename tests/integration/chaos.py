@@ -143,7 +143,7 @@ class Chaos:
             for raylet in node.all_processes.get("raylet", ()):
                 try:
                     family = psutil.Process(raylet.process.pid).children()
-                    found += [child for child in family if "ray::Worker.do" in " ".join(child.cmdline())]
+                    found += [child for child in family if "ray::VersionedActor.do" in " ".join(child.cmdline())]
                 except psutil.NoSuchProcess:
                     continue
         return found
