@@ -20,15 +20,17 @@ from typing import Any
 # Packages whose version changes results, or must be the same for driver and workers to understand each other.
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "ray")
 
-# Files of the project that results depend on: code, loops in C, packaged statistics.
+# Files of the project that results depend on: code, loops in C, packaged statistics; but not those of packages that
+# only a driver uses. (A worker that is replaced after such a file was edited may go on.)
 SOURCES = (".py", ".c", ".npz")
+OF_DRIVERS = ("api.py", "cli", "compare", "judges", "planning", "runs", "site")
 
 # Value of a package or project that is not installed.
 MISSING = "missing"
 
 
 def source_digest(package: str) -> str:
-    """Return a digest of the source files of an importable package, without importing it.
+    """Return a digest of those source files of an importable package that workers use, without importing it.
 
     Returns:
         The first 12 digits of a sha256, or "missing" if there is no such package.
@@ -39,10 +41,9 @@ def source_digest(package: str) -> str:
     root = Path(next(iter(spec.submodule_search_locations)))
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):
-        if path.suffix in SOURCES and path.is_file():
-            digest.update(
-                f"{path.relative_to(root).as_posix()}\0{hashlib.sha256(path.read_bytes()).hexdigest()}".encode()
-            )
+        name = path.relative_to(root)
+        if path.suffix in SOURCES and name.parts[0] not in OF_DRIVERS and path.is_file():
+            digest.update(f"{name.as_posix()}\0{hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
     return digest.hexdigest()[:12]
 
 

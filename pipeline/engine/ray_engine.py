@@ -39,8 +39,9 @@ from pipeline.models.loading import serialize_weights
 
 log = logging.getLogger(__name__)
 
-# Seconds between two counts of the nodes of the cluster.
+# Seconds between two counts of the nodes of the cluster, and between two looks for tasks that take too long.
 COUNT_EVERY = 2.0
+LOOK_EVERY = 1.0
 
 # If a node has room, the first worker may take this multiple of `engine.patience` to start: other work may occupy the
 # node, and importing torch from a busy disk or a network file system takes minutes.
@@ -123,7 +124,7 @@ class RayEngine:
         self._known: set[str] = set()  # nodes that have ever been there
         self._joined = time.monotonic()  # when the last of them joined
         self._watch = ConnectionWatch(ray)
-        self._counted_at = self._turned_at = float("-inf")
+        self._counted_at = self._turned_at = self._looked_at = float("-inf")
         self._calls: dict[Any, _ActorHandle] = {}  # by the reference to the result of the call in progress
         self._idle: deque[_ActorHandle] = deque()
         self._batches: dict[str, dict[str, int]] = {}  # batch sizes that fit, by layer and device
@@ -204,11 +205,15 @@ class RayEngine:
                     self._collect(reference, work)
                 self._end_late_tasks(work)
         except BaseException:
-            self.close()
+            self._stop_workers()
             raise
 
     def close(self) -> None:
         """See `engine.base.Engine.close`."""
+        self._watch.close()
+        self._stop_workers()
+
+    def _stop_workers(self) -> None:
         for handle in [*self._calls.values(), *self._idle]:
             self._stop(handle, "")
         self._calls.clear()
@@ -231,7 +236,7 @@ class RayEngine:
         """Put the setup into the object store, unless the workers already have it."""
         if self._setup is setup:
             return
-        self.close()
+        self._stop_workers()
         self._setup, pool = setup, self.pool
         log.info("%d workers, %g CPUs and %g GPUs each, on %s", pool.workers, pool.cpus, pool.gpus, pool.device)
         for module in plugins.modules():
@@ -327,19 +332,23 @@ class RayEngine:
     def _end_late_tasks(self, work: _Round) -> None:
         """Replace workers whose task has taken too long: they hang in a dead mount or in a call of the GPU."""
         now = time.monotonic()
-        standstill = max(0.0, now - self._turned_at - STANDSTILL)
-        self._turned_at = now
+        standstill, self._turned_at = now - self._turned_at, now
+        if standstill > STANDSTILL:
+            for handle in self._calls.values():
+                handle.deadline += standstill
+        if now - self._looked_at < LOOK_EVERY:
+            return
+        self._looked_at = now
         for reference, handle in list(self._calls.items()):
             task = handle.task
-            handle.deadline += standstill
             if task is None or now <= handle.deadline or self.ray.wait([reference], timeout=0)[0]:
                 continue
             del self._calls[reference]
             handle.task = None
             self._deadlines.expired(task)
             reason = (
-                f"did not end within {handle.limit:.0f} s, at an estimate of {max(task.cost, 0.0):.3g} s (engine.timeout, "
-                f"engine.timeout_seconds); its worker {handle.stats.name} hangs and is replaced"
+                f"did not end within {handle.limit:.0f} s, at an estimate of {max(task.cost, 0.0):.3g} s "
+                f"(engine.timeout, engine.timeout_seconds); its worker {handle.stats.name} hangs and is replaced"
             )
             self._failed(handle, task, _Error(reason, reason, 1.0, lost=True), work)
 
@@ -368,10 +377,12 @@ class RayEngine:
         if differing:
             message = f"The worker {answer['name']} has other versions than this driver: {', '.join(differing)}."
             if not self.config.mixed_versions:
-                raise AtlasError(
-                    f"{message} Install the same versions everywhere (the same commit of the project, and "
-                    "constraints.txt), or accept other results with engine.mixed_versions=true."
+                fix = (
+                    "Install the same versions everywhere (the same commit of the project, and constraints.txt)"
+                    if self.config.address is not None
+                    else "Its files have changed since this command started: run it again"
                 )
+                raise AtlasError(f"{message} {fix}, or accept other results with engine.mixed_versions=true.")
             log.warning("%s Its results may differ", message)
         self._failed_starts = 0
         handle.stats.name, handle.stats.versions = answer["name"], own

@@ -153,9 +153,7 @@ def test_the_address_of_a_dashboard_is_told_from_that_of_a_cluster(monkeypatch: 
 
 
 @pytest.mark.parametrize(("address", "code"), [(None, 75), ("auto", 2)])
-def test_a_bare_exception_of_ray_is_explained(
-    address: str | None, code: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bare_exception_of_ray_is_explained(address: str | None, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     def fails(**_: object) -> None:
@@ -163,8 +161,9 @@ def test_a_bare_exception_of_ray_is_explained(
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "init", fails)
-    with pytest.raises(AtlasError, match="timed out during startup") as caught, connection.connected(
-        EngineConfig(address=address)
+    with (
+        pytest.raises(AtlasError, match="timed out during startup") as caught,
+        connection.connected(EngineConfig(address=address)),
     ):
         pass
     assert caught.value.exit_code == code
@@ -172,9 +171,7 @@ def test_a_bare_exception_of_ray_is_explained(
         assert "Finished work is kept" in str(caught.value) and "engine=inline" in str(caught.value)
 
 
-def test_little_shared_memory_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_little_shared_memory_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     for free, said in ((64e6, True), (2e9, False)):
         caplog.clear()
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: types.SimpleNamespace(free=free))

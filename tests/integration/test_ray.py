@@ -248,7 +248,10 @@ def test_too_many_failures_stop_it_on_ray(tmp_path: Path) -> None:
 
     with connected(EngineConfig(workers=1, cpus_per_worker=0.5)) as ray:
         engine = RayEngine(ray, EngineConfig(workers=1, cpus_per_worker=0.5), Stillborn)
-        with pytest.raises(AtlasError, match=r"(?s)3 workers in a row could not start.*no such library"):
+        with (
+            contextlib.closing(engine),
+            pytest.raises(AtlasError, match=r"(?s)3 workers in a row could not start.*no such library"),
+        ):
             engine.execute(
                 [RenderTask("x", "d", 1.0, "layer", (0,), (8, 8), "distill")], moods()[1], lambda *_: None, lambda: None
             )
@@ -303,7 +306,7 @@ def test_workers_join_and_leave_with_their_nodes(tmp_path: Path) -> None:
         assert len(results) == 40 and all(isinstance(r, Done) for _, r in results)
         assert len(nodes) == 3 and len(engine.stats) >= 3 and sum(post.tasks for post in engine.stats) == 40
         assert any(post.end for post in engine.stats)
-        with pytest.raises(AtlasError, match=r"within 1 s \(engine\.patience\)"):
+        with pytest.raises(AtlasError, match=r"within \d+ s \(engine\.patience=1\)"):
             do_all(tmp_path, ["good"], address=cluster.address, patience=1.0, cpus_per_worker=64)
         # A node that has room but is held by others is waited for longer, and the message says why.
         with (
