@@ -1,10 +1,11 @@
-"""Kill workers, drivers and nodes of a Ray cluster at random moments, and see that nothing comes of it.
+"""Kill or stop workers, kill drivers and nodes of a Ray cluster at random moments, and see that nothing comes of it.
 
     scripts/chaos 200            # so many kills; about 8 s each on two cores
 
-Rounds of a small run on a `ray.cluster_utils.Cluster` go on under kills until each is complete. After every kill
-all shards must be readable to the last byte, and every shard that was ever seen must still be the same file. Each
-finished atlas.h5 must equal that of an undisturbed run without Ray.
+Rounds of a small run on a `ray.cluster_utils.Cluster` go on under kills until each is complete. A stopped worker
+(SIGSTOP) answers nothing, like one in a dead mount; the run must replace it by itself. After every kill all shards must
+be readable to the last byte, and every shard that was ever seen must still be the same file. Each finished atlas.h5 must
+equal that of an undisturbed run without Ray.
 """
 
 import dataclasses
@@ -39,7 +40,11 @@ SMALL = [
     "layers=convs", "layers.include=[conv_stem,blocks.1.0.*,conv_head,classifier]",
     "render.size=32", "render.margin=4", "examples.k=3", "examples.batch=4", "examples.per_task=8",
     "data=folder", "engine.batch=2", "engine.task_seconds=0.5", "engine.patience=120", "engine.max_failures=1000",
+    "engine.timeout_seconds=30", "engine.attempts=6",
 ]  # fmt: skip
+
+# How often each kind of fault is chosen.
+FAULTS = {"worker": 12, "hang": 4, "node": 3, "driver": 3}
 
 # Equal to the bit, wherever they were computed; all that is measured of a picture is as near as the picture.
 EXACT = ("channels", "seed", "status", "steps")
@@ -162,7 +167,12 @@ class Chaos:
             if not ours:
                 return False
             try:
-                self.random.choice(ours).kill()
+                chosen = self.random.choice(ours)
+                if kind == "hang" and chosen.status() != psutil.STATUS_STOPPED:
+                    chosen.suspend()
+                else:
+                    kind = "worker"
+                    chosen.kill()
             except psutil.NoSuchProcess:
                 return False
         self.outcome.kills[kind] += 1
@@ -207,7 +217,7 @@ class Chaos:
             if due == 0.0 and (self.workers() or self.random.random() < 0.002):
                 due = time.monotonic() + self.random.uniform(0.0, 8.0)
             if done < kills and due and time.monotonic() >= due:
-                kind = self.random.choices(("worker", "node", "driver"), (14, 3, 3))[0]
+                kind = self.random.choices(list(FAULTS), list(FAULTS.values()))[0]
                 if self.kill(kind, driver):
                     done += 1
                     self.say(f"{name}: kill {sum(self.outcome.kills.values())}, a {kind}; {len(self.seen)} shards")
