@@ -203,7 +203,6 @@ def simulate(plan: Path, units: int, workers: int, lost: float, spread: float) -
                     RenderTask(f"{number}/{layer}/{channel}.h5", "d", each * size, str(layer), part, (8, 8), "p")
                 )
                 channel, left = channel + size, left - each * size
-    logging.getLogger("pipeline").setLevel(logging.ERROR)
     ray, process = StubRay(workers, lost, spread), psutil.Process()
     memory, work = [process.memory_info().rss], sum(task.cost for task in tasks)
     with tempfile.TemporaryDirectory() as root:
@@ -311,6 +310,7 @@ if __name__ == "__main__":
             main(["plan", "experiment=overnight", f"run.root={root}", "run.name=plan", "engine.workers=1"])
             plan = Path(root, "plan", "plan.csv")
         if given.verb == "simulate":
+            logging.getLogger("pipeline").setLevel(logging.ERROR)  # each lost worker is a warning
             simulate(plan, given.units, given.workers, given.lost, given.spread)
         else:
             scaling(plan, getattr(given, "spread", 0.3))

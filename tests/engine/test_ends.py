@@ -1,7 +1,9 @@
 """Runs always end: time limits of tasks, versions of workers, limits of the machine, and losses of the connection."""
 
+import importlib.util
 import logging
 import shutil
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -213,3 +215,20 @@ def test_the_settings_of_time_limits_have_bounds() -> None:
     for setting in ("engine.timeout=1", "engine.timeout_seconds=0", "engine.max_workers=0"):
         with pytest.raises(AtlasError, match=setting.partition("=")[0].replace(".", r"\.")):
             compose([*TINY, setting])
+
+
+def test_the_driver_loop_distributes_thousands_of_units_a_second_in_flat_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop of a run on stub workers, of which one in a hundred is lost at each task."""
+    path = Path(__file__).resolve().parents[2] / "scripts" / "benches" / "engine.py"
+    spec = importlib.util.spec_from_file_location("bench_engine", path)
+    assert spec is not None and spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench_engine", bench)
+    spec.loader.exec_module(bench)
+    (tmp_path / "plan.csv").write_text("layer,units,seconds\nearly,64,64\nlate,640,6400\n,704,6464\n")
+    found = bench.simulate(tmp_path / "plan.csv", 20_000, 64, 0.01, 0.3)
+    assert found["units"] == 20_000 and found["workers_started"] > 64 + found["tasks"] // 200
+    assert found["units_per_second"] > 1000 and found["efficiency"] > 0.9
+    assert max(found["memory_mb"]) - found["memory_mb"][0] < 40

@@ -4,8 +4,8 @@
 
 Rounds of a small run on a `ray.cluster_utils.Cluster` go on under kills until each is complete. A stopped worker
 (SIGSTOP) answers nothing, like one in a dead mount; the run must replace it by itself. After every kill all shards must
-be readable to the last byte, and every shard that was ever seen must still be the same file. Each finished atlas.h5 must
-equal that of an undisturbed run without Ray.
+be readable to the last byte, and every shard that was ever seen must still be the same file. Each finished atlas.h5
+must equal that of an undisturbed run without Ray.
 """
 
 import dataclasses
