@@ -2,7 +2,9 @@
 
 import importlib.util
 import logging
+import os
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -232,3 +234,16 @@ def test_the_driver_loop_distributes_thousands_of_units_a_second_in_flat_memory(
     assert found["units"] == 20_000 and found["workers_started"] > 64 + found["tasks"] // 200
     assert found["units_per_second"] > 1000 and found["efficiency"] > 0.9
     assert max(found["memory_mb"]) - found["memory_mb"][0] < 40
+
+
+def test_waiting_threads_are_limited_on_every_way_into_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os, sys, pipeline.cli; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    for own, expected in (({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")):
+        environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | own
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [expected, "False"]  # before PyTorch, which reads it once
+    # Workers set it before they import anything, too.
+    monkeypatch.setenv("ATLAS_TEST_SET", "own")
+    monkeypatch.delenv("ATLAS_TEST_UNSET", raising=False)
+    handshake.VersionedActor("pipeline", [], None, {"ATLAS_TEST_SET": "3000", "ATLAS_TEST_UNSET": "3000"})
+    assert (os.environ["ATLAS_TEST_SET"], os.environ.pop("ATLAS_TEST_UNSET")) == ("own", "3000")

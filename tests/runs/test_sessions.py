@@ -104,11 +104,15 @@ def test_a_task_that_takes_down_every_node_is_set_aside() -> None:
     from pipeline.engine.ray_engine import RayEngine
 
     class ActorDiedError(Exception):
-        pass
+        preempted = False
 
     ray = types.SimpleNamespace(exceptions=types.SimpleNamespace(RayTaskError=KeyError))
     engine: Any = types.SimpleNamespace(ray=ray)
-    error = RayEngine._explained(engine, ActorDiedError("The actor died because its node has died."))
+    preempted = ActorDiedError("The actor died.")
+    preempted.preempted = True
+    for lost in (preempted, ActorDiedError("The actor died because its node has died.")):
+        error = RayEngine._explained(engine, lost)
+        assert error.weight == pytest.approx(1 / NODE_LOSSES_PER_FAILURE)
     assert error.lost and error.weight == pytest.approx(1 / NODE_LOSSES_PER_FAILURE)
     tracker, task = FailureTracker(EngineConfig(attempts=3)), RangesTask("x", "d", 1.0, (0,))
     results = [
