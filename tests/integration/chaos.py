@@ -153,8 +153,8 @@ class Chaos:
                     continue
         return found
 
-    def kill(self, kind: str, driver: subprocess.Popen[bytes]) -> bool:
-        """Whether there was one of that kind to kill."""
+    def kill(self, kind: str, driver: subprocess.Popen[bytes]) -> str:
+        """What was done; empty if there was none of that kind to kill. A worker that was stopped before is killed."""
         if kind == "driver":
             driver.kill()
             driver.wait()
@@ -165,7 +165,7 @@ class Chaos:
         else:
             ours = self.workers()
             if not ours:
-                return False
+                return ""
             try:
                 chosen = self.random.choice(ours)
                 if kind == "hang" and chosen.status() != psutil.STATUS_STOPPED:
@@ -174,9 +174,9 @@ class Chaos:
                     kind = "worker"
                     chosen.kill()
             except psutil.NoSuchProcess:
-                return False
+                return ""
         self.outcome.kills[kind] += 1
-        return True
+        return kind
 
     def check(self, folder: RunFolder) -> None:
         """All shards whole, and all that were ever there still there, untouched."""
@@ -218,9 +218,10 @@ class Chaos:
                 due = time.monotonic() + self.random.uniform(0.0, 8.0)
             if done < kills and due and time.monotonic() >= due:
                 kind = self.random.choices(list(FAULTS), list(FAULTS.values()))[0]
-                if self.kill(kind, driver):
+                made = self.kill(kind, driver)
+                if made:
                     done += 1
-                    self.say(f"{name}: kill {sum(self.outcome.kills.values())}, a {kind}; {len(self.seen)} shards")
+                    self.say(f"{name}: kill {sum(self.outcome.kills.values())}, a {made}; {len(self.seen)} shards")
                     self.check(folder)
                 due = 0.0
             time.sleep(0.05)
