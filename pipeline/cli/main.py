@@ -1,7 +1,7 @@
 """The command line: `atlas VERB [group=choice] [key=value] …`.
 
-Hydra composes the configuration. Exit codes: 0 complete, 1 some results are missing or wrong, 2 bad input, 130
-interrupted.
+Hydra composes the configuration. Exit codes: 0 complete, 1 some results are missing or wrong, 2 bad input, 70 a fault
+of this program, 75 a fault that may pass (the cluster was lost, or gave no worker), 130 interrupted.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 
 import hydra
@@ -33,7 +34,7 @@ from pipeline.cli.verbs import VERBS
 from pipeline.core import interrupts
 from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.planning.request import Request
-from pipeline.runs.runner import BAD_INPUT, COMPLETE, INTERRUPTED
+from pipeline.runs.runner import BAD_INPUT, COMPLETE, CRASHED, INTERRUPTED
 
 log = logging.getLogger("pipeline")
 
@@ -177,15 +178,22 @@ def _guarded(work: Callable[[], int]) -> int:
     try:
         return work()
     except AtlasError as error:
-        return _refuse(str(error))
+        return _refuse(str(error), error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted. Finished work is kept; the same command continues from here.\n")
         return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.write(
+            "atlas: This is a fault of Neuron Atlas, or of a library or machine below it: please report the lines "
+            "above. Finished work is kept; the same command continues from here.\n"
+        )
+        return CRASHED
     finally:
         log.removeHandler(handler)
         log.propagate = True
 
 
-def _refuse(message: str) -> int:
+def _refuse(message: str, code: int = BAD_INPUT) -> int:
     sys.stderr.write(f"atlas: {message}\n")
-    return BAD_INPUT
+    return code

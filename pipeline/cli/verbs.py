@@ -39,34 +39,31 @@ from pipeline.store.shards import safe_name
 SPECTRUM_SIDE = 128
 
 
-def _make_plan(request: Request) -> Plan:
-    """Plan a run in this process, whose allocator is set as that of the workers, so that the timed steps are theirs."""
-    retain_freed_memory()
-    return runner.plan_run(request)
-
-
 def run(request: Request, _: Options) -> int:
     """Plan, dataset pass, visualizations, atlas.h5 and site: whatever of them is missing."""
-    plan = _make_plan(request)
-    print_plan(plan)
-    return runner.run(request, plan)
+    # The allocator is set as that of the workers, so that the timed steps are theirs; also below.
+    retain_freed_memory()
+    return runner.plan_and_run(request, show=print_plan)
 
 
 def plan(request: Request, _: Options) -> int:
     """Print the table of layers and the estimated time."""
-    print_plan(_make_plan(request))
+    retain_freed_memory()
+    print_plan(runner.plan_run(request))
     runner.log.info("written to %s", request.folder.plan)
     return COMPLETE
 
 
 def examples(request: Request, _: Options) -> int:
     """The dataset pass alone."""
-    return runner.run(request, _make_plan(request), ("examples",))
+    retain_freed_memory()
+    return runner.plan_and_run(request, ("examples",))
 
 
 def render(request: Request, _: Options) -> int:
     """The visualizations alone."""
-    return runner.run(request, _make_plan(request), ("render",))
+    retain_freed_memory()
+    return runner.plan_and_run(request, ("render",))
 
 
 def site(request: Request, _: Options) -> int:

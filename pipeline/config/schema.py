@@ -14,7 +14,7 @@ from pydantic import Field
 
 from pipeline.config.unit_filter import UnitFilter
 from pipeline.core.errors import AtlasError
-from pipeline.core.validation import Keyed, Use, build
+from pipeline.core.validation import Keyed, NullMeans, Use, build
 from pipeline.data.config import DataConfig
 from pipeline.examples.sweep import ExamplesConfig
 from pipeline.layers.finding import Layer
@@ -54,6 +54,8 @@ class EngineConfig:
         name: "ray", or "inline" for one worker in this process.
         address: Address of a Ray cluster; None for a private instance on this machine.
         workers: Number of workers; "auto" for as many as there is room for.
+        max_workers: With `workers` "auto", the number of workers that an autoscaler is asked for; None uses the nodes
+            that there are.
         cpus_per_worker: CPUs of one worker.
         gpus_per_worker: GPUs of one worker; fractions share one, 0 uses none.
         device: Device of the workers, for example "cpu" or "cuda". "auto" keeps the one that the results of the run
@@ -65,7 +67,12 @@ class EngineConfig:
         batch: Number of images that are optimized together; halved where a GPU runs out of memory.
         task_seconds: Upper bound of the estimated seconds of one task.
         memory_gb: A worker that uses more is replaced; "auto" is its share of the machine.
-        patience: Seconds to wait for the first worker.
+        patience: Seconds to wait for a node with room for a worker, from the last time that a node joined.
+        timeout: A worker that takes more than this multiple of the estimated seconds of its task is replaced, and the
+            task counts as failed; in other processes only, not inline.
+        timeout_seconds: Lower bound of this time, in seconds.
+        mixed_versions: Whether workers may have other versions of the project, of libraries or of Python than the
+            driver, with a warning.
         attempts: Failures after which a task is set aside.
         max_failures: Number of consecutive tasks that are set aside before the run stops.
         progress_seconds: Seconds between two lines of progress.
@@ -74,6 +81,7 @@ class EngineConfig:
     name: Literal["ray", "inline"] = "ray"
     address: str | None = None
     workers: Annotated[Annotated[int, Field(gt=0)] | Literal["auto"], AUTO_OR_POSITIVE] = "auto"
+    max_workers: Annotated[Annotated[int, Field(ge=1)] | None, NullMeans("the nodes that there are")] = None
     cpus_per_worker: Annotated[Annotated[float, Field(gt=0)] | Literal["auto"], AUTO_OR_POSITIVE] = "auto"
     # 0: no GPUs
     gpus_per_worker: Annotated[Annotated[float, Field(ge=0)] | Literal["auto"], AUTO_OR_POSITIVE] = "auto"
@@ -84,6 +92,9 @@ class EngineConfig:
     task_seconds: Annotated[float, Field(ge=0.001)] = 120.0
     memory_gb: Annotated[Annotated[float, Field(gt=0)] | Literal["auto"], AUTO_OR_POSITIVE] = "auto"
     patience: Annotated[float, Field(ge=1)] = 60.0
+    timeout: Annotated[float, Field(ge=2)] = 10.0
+    timeout_seconds: Annotated[float, Field(ge=1)] = 600.0
+    mixed_versions: bool = False
     attempts: Annotated[int, Field(ge=1)] = 3
     max_failures: Annotated[int, Field(ge=1)] = 20
     progress_seconds: float = 5.0

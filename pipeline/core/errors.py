@@ -2,10 +2,27 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class AtlasError(Exception):
-    """Invalid input. The message states the problem and how to fix it; the command exits with status 2."""
+    """Invalid input. The message states the problem and how to fix it.
+
+    Attributes:
+        exit_code: Exit code of a command that ends with this error.
+    """
+
+    exit_code: ClassVar[int] = 2
+
+
+class TryAgainError(AtlasError):
+    """A fault outside of the input that may pass, such as the loss of the cluster.
+
+    The message states that finished work is kept: the same command continues when the fault has passed. The exit code
+    is EX_TEMPFAIL of sysexits.h.
+    """
+
+    exit_code: ClassVar[int] = 75
 
 
 def first_line(error: BaseException) -> str:

@@ -2,7 +2,8 @@
 
 A task is done when its shard exists. The driver repeats tasks: the task of a lost worker goes back to the queue and
 the worker is replaced; a task that fails `engine.attempts` times is set aside with its traceback, and the run
-continues.
+continues. A worker that takes far longer than estimated is replaced, too (`engine.deadlines`), and every loss of a
+worker or node counts as a part of a failure, so that every run ends.
 """
 
 import dataclasses
@@ -55,6 +56,17 @@ class Engine(Protocol):
 
     pool: WorkerPool
     stats: list[WorkerStats]
+
+    def await_nodes(self, on_idle: Callable[[], None]) -> None:
+        """Wait until there is room for a worker, and choose device and size of the workers from the nodes there.
+
+        Args:
+            on_idle: Called about every second; may raise to interrupt the wait.
+
+        Raises:
+            TryAgainError: If there is no room within `engine.patience`.
+        """
+        ...
 
     def execute(self, tasks: Sequence[Task], setup: Setup, on_result: OnResult, on_idle: Callable[[], None]) -> None:
         """Execute `tasks` in the order of `ordered`.

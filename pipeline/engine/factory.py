@@ -25,7 +25,8 @@ def open_engine(config: EngineConfig, worker_class: type = Worker) -> Iterator[E
             engine.close()
         return
     # Ray takes seconds to import, and inline runs do without it.
-    from pipeline.engine.ray_engine import RayEngine, connected
+    from pipeline.engine.connection import connected
+    from pipeline.engine.ray_engine import RayEngine
 
     with connected(config) as ray:
         engine = RayEngine(ray, config, worker_class)

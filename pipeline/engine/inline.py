@@ -25,6 +25,9 @@ class InlineEngine:
         self._worker: Any = None
         self._setup: Setup | None = None
 
+    def await_nodes(self, on_idle: Callable[[], None]) -> None:
+        """Return at once: this process is the worker."""
+
     def execute(self, tasks: Sequence[Task], setup: Setup, on_result: OnResult, on_idle: Callable[[], None]) -> None:
         """See `engine.base.Engine.execute`."""
         if self._worker is None or self._setup is not setup:

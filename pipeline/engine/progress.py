@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +25,7 @@ class WorkerStats:
         busy: Seconds spent on finished tasks.
         tasks: Number of finished tasks.
         end: Why it ended early; empty otherwise.
+        versions: Versions of the project and its libraries in its process; empty inline.
     """
 
     name: str
@@ -33,6 +34,7 @@ class WorkerStats:
     busy: float = 0.0
     tasks: int = 0
     end: str = ""
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def add(self, seconds: float) -> None:
         """Count a finished task that took `seconds`."""
@@ -261,7 +263,18 @@ def run_report(
             }
             for worker in workers
         ],
+        "versions": _distinct_versions(workers),
     }
+
+
+def _distinct_versions(workers: Sequence[WorkerStats]) -> list[dict[str, Any]]:
+    """Return each set of versions that workers had, with the number of workers."""
+    found: dict[tuple[tuple[str, str], ...], int] = {}
+    for worker in workers:
+        if worker.versions:
+            key = tuple(worker.versions.items())
+            found[key] = found.get(key, 0) + 1
+    return [{**dict(versions), "workers": count} for versions, count in found.items()]
 
 
 def report_lines(summary: dict[str, Any], most: int = 8) -> list[str]:

@@ -1,27 +1,27 @@
 """The engine on Ray: a private instance or an existing cluster, with workers as actors.
 
 Nodes and workers may join and leave during a run. With `engine.workers=auto` the number of workers follows the
-cluster; a number is an upper bound.
+cluster; a number is an upper bound. With `engine.max_workers` more workers are created than there is room for: an
+autoscaler sees them as demand.
 """
 
 import contextlib
 import dataclasses
 import logging
 import os
-import re
-import secrets
-import signal
-import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pipeline
 from pipeline.config.schema import EngineConfig
 from pipeline.core import plugins
 from pipeline.core.atomic_io import write_atomic
-from pipeline.core.errors import AtlasError, first_line
+from pipeline.core.errors import AtlasError, TryAgainError, first_line
+from pipeline.core.machine import SPIN_LIMIT
+from pipeline.engine import handshake
 from pipeline.engine.base import (
     LOSSES_PER_FAILURE,
     NODE_LOSSES_PER_FAILURE,
@@ -29,6 +29,8 @@ from pipeline.engine.base import (
     OnResult,
     ordered,
 )
+from pipeline.engine.connection import ConnectionWatch
+from pipeline.engine.deadlines import Deadlines
 from pipeline.engine.progress import WorkerStats
 from pipeline.engine.resources import Node, size_pool
 from pipeline.engine.tasks import Done, RenderTask, Setup, Task, layer_of
@@ -37,70 +39,24 @@ from pipeline.models.loading import serialize_weights
 
 log = logging.getLogger(__name__)
 
-# Seconds between two counts of the nodes of the cluster.
+# Seconds between two counts of the nodes of the cluster, and between two looks for tasks that take too long.
 COUNT_EVERY = 2.0
+LOOK_EVERY = 1.0
 
 # If a node has room, the first worker may take this multiple of `engine.patience` to start: other work may occupy the
 # node, and importing torch from a busy disk or a network file system takes minutes.
 SLOW_START = 5.0
 
+# Nodes that join start the patience anew, but a run without any worker ends after this multiple of it: nodes may join
+# and fail for ever.
+MAX_WAIT = 20.0
+
 # Stop after this many consecutive workers whose constructor failed.
 MAX_FAILED_STARTS = 3
 
-
-@contextlib.contextmanager
-def connected(config: EngineConfig) -> Iterator[Any]:
-    """Yield the module `ray`, connected to a private instance or to the cluster at `config.address`.
-
-    Raises:
-        AtlasError: If Ray is not installed or there is no cluster at the address.
-    """
-    if config.address is None:
-        # By default Ray writes a token to the home folder; a private instance needs none on disk.
-        if "RAY_AUTH_MODE" not in os.environ:
-            os.environ["RAY_AUTH_MODE"] = "token"
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        # Ray replaces a loopback address by the address of the machine and listens on all interfaces, unless this
-        # variable says that no cluster can be formed.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    # Hide GPUs from workers that were given none.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
-    try:
-        import ray
-    except ImportError as error:
-        raise AtlasError("Ray is not installed; use engine=inline.") from error
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if config.address is None:
-        options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-        # Ray runs workers with niceness 15: beside two busy processes on two cores they get 2 % of a core, whereas the
-        # inline engine, and the passes that the cost model times, get a third.
-        options["_system_config"] = {"worker_niceness": 0}
-    else:
-        _reachable(config.address)
-        options["address"] = config.address
-    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        ray.init(**options)
-        # Restore the handlers that end a run in order: that of Ray for SIGTERM aborts.
-        for kind, handler in handlers.items():
-            with contextlib.suppress(ValueError):  # not in the main thread
-                signal.signal(kind, handler)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise AtlasError(f"No Ray cluster at engine.address={config.address}: {error}") from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def _reachable(address: str) -> None:
-    """Raise `AtlasError` within seconds if nothing listens at `address`: Ray tries for many minutes."""
-    match = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)
-    if match:
-        try:
-            socket.create_connection((match[1], int(match[2])), timeout=10).close()
-        except OSError as error:
-            raise AtlasError(f"No Ray cluster at engine.address={address}: {error}") from error
+# If the loop of the driver stood still for longer than this many seconds (a suspended process, a slow disk), the time
+# does not count against tasks.
+STANDSTILL = 10.0
 
 
 @dataclasses.dataclass
@@ -111,11 +67,15 @@ class _ActorHandle:
         actor: The Ray actor.
         stats: Statistics of the worker.
         task: The task that it executes; None while it starts or waits.
+        limit: Seconds that the task may take.
+        deadline: Time at which they end.
     """
 
     actor: Any
     stats: WorkerStats
     task: Task | None = None
+    limit: float = 0.0
+    deadline: float = float("inf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +87,7 @@ class _Error:
         detail: Its traceback.
         weight: How much it counts as a failure of the task.
         lost: Whether the worker is gone or must be replaced.
-        in_constructor: Whether the constructor of the worker failed.
+        in_constructor: Whether the constructor of the worker failed, if it was not yet at a task.
     """
 
     reason: str
@@ -161,20 +121,31 @@ class RayEngine:
     def __init__(self, ray: Any, config: EngineConfig, worker_class: type = Worker) -> None:
         self.ray, self.config, self.worker_class = ray, config, worker_class
         self.stats: list[WorkerStats] = []
-        self.pool = size_pool(config, self._nodes())
-        self.target = self.pool.workers
-        self._counted_at = float("-inf")
+        self._known: set[str] = set()  # nodes that have ever been there
+        self._joined = time.monotonic()  # when the last of them joined
+        self._watch = ConnectionWatch(ray)
+        self._counted_at = self._turned_at = self._looked_at = float("-inf")
         self._calls: dict[Any, _ActorHandle] = {}  # by the reference to the result of the call in progress
         self._idle: deque[_ActorHandle] = deque()
         self._batches: dict[str, dict[str, int]] = {}  # batch sizes that fit, by layer and device
+        self._deadlines = Deadlines(config)
         self._failed_starts = 0
+        self._start_error = ""
         self._setup: Setup | None = None  # of the workers that run now
         self._arguments: tuple[Any, Any] | None = None
         self._actor_class: Any = None
-        self._check_room()
+        self._versions = handshake.versions(pipeline.__name__)
+        self._size()
 
-    def _check_room(self) -> None:
-        room = self.pool.room(self._nodes())
+    def _size(self) -> None:
+        """Choose device, size and number of the workers from the nodes that there are now."""
+        nodes = self._nodes()
+        self.pool = size_pool(self.config, nodes)
+        self.target, room = self.pool.workers, self.pool.room(nodes)
+        if self._scalable is not None:
+            self.target = self._scalable
+            self.pool = dataclasses.replace(self.pool, workers=self._scalable)
+            return
         size = f"a worker of {self.pool.cpus:g} CPUs and {self.pool.gpus:g} GPUs"
         private = self.config.address is None
         if room < 1 and private:
@@ -189,13 +160,38 @@ class RayEngine:
                 self.target = room
             self.pool = dataclasses.replace(self.pool, workers=room)
 
+    @property
+    def _scalable(self) -> int | None:
+        """Number of workers that an autoscaler is asked for; None if none is."""
+        asks = isinstance(self.config.workers, str) and self.config.address is not None
+        return self.config.max_workers if asks else None
+
+    def await_nodes(self, on_idle: Callable[[], None]) -> None:
+        """See `engine.base.Engine.await_nodes`."""
+        began = time.monotonic()
+        if self.pool.room(self._nodes()) >= 1:
+            return
+        # The task that waits is the demand that an autoscaler sees.
+        probe = self.ray.remote(num_cpus=self.pool.cpus, num_gpus=self.pool.gpus, max_retries=0)(handshake.nothing)
+        waiting = probe.remote()
+        try:
+            while self.pool.room(self._nodes()) < 1:
+                self._watch.check()
+                on_idle()
+                self._check_patience(began)
+                time.sleep(0.5)
+        finally:
+            self.ray.cancel(waiting, force=True)
+        self._size()
+
     def execute(self, tasks: Sequence[Task], setup: Setup, on_result: OnResult, on_idle: Callable[[], None]) -> None:
         """See `engine.base.Engine.execute`."""
         self._prepare(setup)
         work = _Round(deque(ordered(tasks)), FailureTracker(self.config), on_result)
-        last_alive = time.monotonic()
+        last_alive = self._turned_at = time.monotonic()
         try:
             while work.pending or self._busy:
+                self._watch.check()
                 self._follow_cluster()
                 self._start_workers(len(work.pending) + self._busy)
                 self._assign(work)
@@ -204,15 +200,20 @@ class RayEngine:
                 if self._idle or any(handle.stats.name for handle in self._calls.values()):
                     last_alive = time.monotonic()
                 else:
-                    self._check_patience(time.monotonic() - last_alive)
+                    self._check_patience(last_alive)
                 for reference in ready:
                     self._collect(reference, work)
+                self._end_late_tasks(work)
         except BaseException:
-            self.close()
+            self._stop_workers()
             raise
 
     def close(self) -> None:
         """See `engine.base.Engine.close`."""
+        self._watch.close()
+        self._stop_workers()
+
+    def _stop_workers(self) -> None:
         for handle in [*self._calls.values(), *self._idle]:
             self._stop(handle, "")
         self._calls.clear()
@@ -224,62 +225,86 @@ class RayEngine:
         return sum(handle.task is not None for handle in self._calls.values())
 
     def _nodes(self) -> list[Node]:
-        resources = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
-        return [(r.get("CPU", 0.0), r.get("GPU", 0.0)) for r in resources]
+        """Return (CPUs, GPUs) of the nodes that are alive, and note when one has joined."""
+        alive = {node["NodeID"]: node["Resources"] for node in self.ray.nodes() if node["Alive"]}
+        if alive.keys() - self._known:
+            self._joined = time.monotonic()
+            self._known |= alive.keys()
+        return [(r.get("CPU", 0.0), r.get("GPU", 0.0)) for r in alive.values()]
 
     def _prepare(self, setup: Setup) -> None:
         """Put the setup into the object store, unless the workers already have it."""
         if self._setup is setup:
             return
-        self.close()
+        self._stop_workers()
         self._setup, pool = setup, self.pool
         log.info("%d workers, %g CPUs and %g GPUs each, on %s", pool.workers, pool.cpus, pool.gpus, pool.device)
         for module in plugins.modules():
             # Workers on other machines may not have the user's files.
             self.ray.cloudpickle.register_pickle_by_value(module)
+        # The project of another machine may be another one: what compares them cannot be imported there.
+        self.ray.cloudpickle.register_pickle_by_value(handshake)
         # max_restarts=0: replacing a dead actor here is faster than the restarts of Ray, and observable.
         options = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "max_restarts": 0}
-        self._actor_class = self.ray.remote(**options)(self.worker_class)
+        self._actor_class = self.ray.remote(**options)(handshake.VersionedActor)
         remote = self.config.address is not None or not self.config.shared_fs
         weights = serialize_weights(setup.config.model) if remote and self.worker_class is Worker else None
         sized = dataclasses.replace(setup, threads=pool.threads, device=pool.device)
-        self._arguments = (self.ray.put(sized), self.ray.put(weights) if weights is not None else None)
+        self._arguments = (
+            self.ray.put((self.worker_class, sized)),
+            self.ray.put(weights) if weights is not None else None,
+        )
 
     def _follow_cluster(self) -> None:
         """With `engine.workers=auto`, set the number of workers to what the nodes have room for now."""
         now = time.monotonic()
-        if isinstance(self.config.workers, str) and now - self._counted_at >= COUNT_EVERY:
+        follows = isinstance(self.config.workers, str) and self._scalable is None
+        if follows and now - self._counted_at >= COUNT_EVERY:
             room = self.pool.room(self._nodes())
             if room != self.target:
                 log.info("the cluster now has room for %d workers", room)
             self.target, self._counted_at = room, now
 
-    def _check_patience(self, seconds: float) -> None:
-        """Raise `AtlasError` if there has been no worker for too long; `seconds` is since the last one."""
-        patience, size = self.config.patience, f"one takes {self.pool.cpus:g} CPUs and {self.pool.gpus:g} GPUs"
-        if seconds <= patience:
+    def _check_patience(self, since: float) -> None:
+        """Raise `TryAgainError` if there has been no worker for too long.
+
+        Args:
+            since: When the last worker was alive, or the waiting for one began.
+        """
+        now, patience = time.monotonic(), self.config.patience
+        size = f"one takes {self.pool.cpus:g} CPUs and {self.pool.gpus:g} GPUs"
+        if now - since <= patience:
             return
-        if self.pool.room(self._nodes()) < 1:
-            raise AtlasError(
-                f"No node had room for a worker within {patience:g} s (engine.patience): {size}. "
-                "Finished work is kept: run again later."
+        room = self.pool.room(self._nodes())
+        waited, settled = now - since, now - max(since, self._joined)
+        if room < 1 and (settled > patience or waited > MAX_WAIT * patience):
+            raise TryAgainError(
+                f"No node had room for a worker within {waited:.0f} s (engine.patience={patience:g}): {size}. "
+                "Finished work is kept: run again later, or raise engine.patience if nodes take longer to start."
             )
-        if seconds > SLOW_START * patience:
-            raise AtlasError(
-                f"No worker has started within {seconds:.0f} s, though a node has room: other work may occupy it "
+        if settled > SLOW_START * patience or waited > MAX_WAIT * patience:
+            last = f" The last one that tried ended with: {self._start_error}" if self._start_error else ""
+            raise TryAgainError(
+                f"No worker has started within {waited:.0f} s, though a node has room: other work may occupy it "
                 f"({size}), or its disk is slow. Finished work is kept: run again later, or raise engine.patience."
+                f"{last}"
             )
 
     def _start_workers(self, tasks: int) -> None:
         """Create the actors that are missing for `tasks` unfinished tasks."""
         assert self._arguments is not None
-        setup, weights = self._arguments
+        arguments, weights = self._arguments
+        # The variable of OpenMP replaces the limit, as on this machine.
+        environment = {} if "OMP_WAIT_POLICY" in os.environ else SPIN_LIMIT
+        expected = None if self.config.mixed_versions else self._versions
         for _ in range(min(self.target, tasks) - len(self._calls) - len(self._idle)):
-            actor = self._actor_class.remote(setup, weights=weights)
-            self._calls[actor.hello.remote()] = _ActorHandle(actor, WorkerStats("", time.monotonic()))
+            actor = self._actor_class.remote(pipeline.__name__, [arguments], weights, environment)
+            self._calls[actor.hello.remote(expected)] = _ActorHandle(actor, WorkerStats("", time.monotonic()))
 
     def _stop(self, handle: _ActorHandle, reason: str) -> None:
         handle.stats.left, handle.stats.end = time.monotonic(), reason
+        if self._watch.reason:
+            return  # without its own processes Ray would end this one
         with contextlib.suppress(Exception):
             self.ray.kill(handle.actor)
 
@@ -293,7 +318,8 @@ class RayEngine:
                 work.pending.appendleft(task)
                 self._stop(handle, first_line(error))
                 continue
-            handle.task = task
+            handle.task, handle.limit = task, self._deadlines.limit(task)
+            handle.deadline = time.monotonic() + handle.limit
             self._calls[reference] = handle
 
     def _wait(self) -> list[Any]:
@@ -302,6 +328,29 @@ class RayEngine:
             time.sleep(0.5)
             return []
         return self.ray.wait(list(self._calls), num_returns=1, timeout=1.0)[0]
+
+    def _end_late_tasks(self, work: _Round) -> None:
+        """Replace workers whose task has taken too long: they hang in a dead mount or in a call of the GPU."""
+        now = time.monotonic()
+        standstill, self._turned_at = now - self._turned_at, now
+        if standstill > STANDSTILL:
+            for handle in self._calls.values():
+                handle.deadline += standstill
+        if now - self._looked_at < LOOK_EVERY:
+            return
+        self._looked_at = now
+        for reference, handle in list(self._calls.items()):
+            task = handle.task
+            if task is None or now <= handle.deadline or self.ray.wait([reference], timeout=0)[0]:
+                continue
+            del self._calls[reference]
+            handle.task = None
+            self._deadlines.expired(task)
+            reason = (
+                f"did not end within {handle.limit:.0f} s, at an estimate of {max(task.cost, 0.0):.3g} s "
+                f"(engine.timeout, engine.timeout_seconds); its worker {handle.stats.name} hangs and is replaced"
+            )
+            self._failed(handle, task, _Error(reason, reason, 1.0, lost=True), work)
 
     def _collect(self, reference: Any, work: _Round) -> None:
         """Take the result of a finished call."""
@@ -312,17 +361,38 @@ class RayEngine:
         except self.ray.exceptions.RayError as error:
             self._failed(handle, task, self._explained(error), work)
             return
-        if isinstance(result, str):
-            self._failed_starts, handle.stats.name = 0, result
-            self.stats.append(handle.stats)
-            self._idle.append(handle)
-            return
-        assert task is not None
-        self._finished(handle, task, result, work)
+        if task is None:
+            self._greeted(handle, result)
+        else:
+            self._finished(handle, task, result, work)
+
+    def _greeted(self, handle: _ActorHandle, answer: Mapping[str, str]) -> None:
+        """Accept a worker that has started.
+
+        Raises:
+            AtlasError: If its versions differ from those of the driver, unless `engine.mixed_versions` is set.
+        """
+        own = {name: value for name, value in answer.items() if name != "name"}
+        differing = handshake.differences(self._versions, own)
+        if differing:
+            message = f"The worker {answer['name']} has other versions than this driver: {', '.join(differing)}."
+            if not self.config.mixed_versions:
+                fix = (
+                    "Install the same versions everywhere (the same commit of the project, and constraints.txt)"
+                    if self.config.address is not None
+                    else "Its files have changed since this command started: run it again"
+                )
+                raise AtlasError(f"{message} {fix}, or accept other results with engine.mixed_versions=true.")
+            log.warning("%s Its results may differ", message)
+        self._failed_starts = 0
+        handle.stats.name, handle.stats.versions = answer["name"], own
+        self.stats.append(handle.stats)
+        self._idle.append(handle)
 
     def _finished(self, handle: _ActorHandle, task: Task, done: Done, work: _Round) -> None:
         write_result(task, done)
         handle.stats.add(done.seconds)
+        self._deadlines.finished(task, done.seconds)
         if done.batch:
             self._batches.setdefault(layer_of(task), {}).update([done.batch])
         if done.restart_reason:
@@ -344,7 +414,7 @@ class RayEngine:
             if isinstance(cause, AtlasError):
                 raise cause from None
             reason = f"{type(cause).__name__}: {cause}"
-            return _Error(reason, str(error), 1.0, lost=isinstance(cause, DeviceLost))
+            return _Error(reason, str(error), 1.0, isinstance(cause, DeviceLost), in_constructor=True)
         # The actor, its node or its memory is gone. Ray has no type for the first two cases, only words.
         text = str(error)
         node_lost = getattr(error, "preempted", False) or "node has died" in text
@@ -358,6 +428,7 @@ class RayEngine:
         else:
             self._idle.append(handle)
         if task is None:
+            self._start_error = error.reason
             self._failed_starts += error.in_constructor  # a node may be lost at any time, which says nothing
             log.warning("a worker could not start: %s", error.reason)
             if self._failed_starts >= MAX_FAILED_STARTS:

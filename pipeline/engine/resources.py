@@ -1,15 +1,12 @@
 """CPUs, GPUs and memory of workers, and the number of workers that fit on machines."""
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
-import psutil
 import torch
 
 from pipeline.config.schema import EngineConfig
-from pipeline.core.machine import available_cores
+from pipeline.core.machine import available_cores, available_memory
 
 # A worker may use its share of this part of the machine's memory.
 USABLE_MEMORY = 0.9
@@ -59,7 +56,10 @@ def size_pool(config: EngineConfig, nodes: Sequence[Node], tasks: int | None = N
     """
     device = config.device
     if device == "auto":
-        device = "cuda" if sum(g for _, g in nodes) > 0 and config.gpus_per_worker != 0 else "cpu"
+        wanted = config.gpus_per_worker
+        # Workers of a cluster that take GPUs will run on them, also while there is no such node yet.
+        awaited = config.name == "ray" and config.address is not None and not isinstance(wanted, str) and wanted > 0
+        device = "cuda" if awaited or (sum(g for _, g in nodes) > 0 and wanted != 0) else "cpu"
     gpus = config.gpus_per_worker
     if isinstance(gpus, str):
         gpus = 1.0 if device.startswith("cuda") else 0.0
@@ -98,7 +98,4 @@ def memory_share(threads: int) -> float:
     It is the share of its cores among those that this process may use, of `USABLE_MEMORY` of the memory of the machine
     or of the container.
     """
-    total = psutil.virtual_memory().total
-    with contextlib.suppress(OSError, ValueError):
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return USABLE_MEMORY * total * min(1.0, threads / available_cores())
+    return USABLE_MEMORY * available_memory() * min(1.0, threads / available_cores())

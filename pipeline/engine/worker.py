@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import gc
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -91,10 +90,6 @@ class Worker:
         self._ensembles: dict[str, tuple[Model, ...]] = {}
         self._variants: tuple[tuple[Any, ...], ModelVariants] | None = None  # of one layer and preset
         self._fallbacks: set[tuple[str, str]] = set()  # (level, reason) pairs that were logged
-
-    def hello(self) -> str:
-        """Return "host:process" of this worker."""
-        return f"{os.uname().nodename}:{os.getpid()}"
 
     @functools.cached_property
     def model(self) -> Model:

@@ -6,6 +6,7 @@ import datetime
 import fcntl
 import json
 import os
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class RunFolder:
         status: status.json, read by `atlas status`.
         site: site/, the generated pages.
         lock: .lock, the file that `locked` locks.
+        holder: .lock.json, which command holds the lock.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,6 +47,7 @@ class RunFolder:
         self.status = path / "status.json"
         self.site = path / "site"
         self.lock = path / ".lock"
+        self.holder = path / ".lock.json"
 
     def existing(self) -> "RunFolder":
         """Return this folder if it holds a run.
@@ -65,12 +68,14 @@ class RunFolder:
         Raises:
             AtlasError: If another command holds the lock, or if the file system does not allow locking.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.lock)
         try:
+            created = self._create()
             lock.acquire(blocking=False)
         except Timeout as error:
-            raise AtlasError(f"Another atlas command is at work in {self.path}. Wait for it, or stop it.") from error
+            raise AtlasError(
+                f"Another atlas command is at work in {self.path}{self._holder_text()}. Wait for it, or stop it."
+            ) from error
         except OSError as error:
             raise self._lock_error(error.strerror or str(error)) from error
         try:
@@ -78,9 +83,43 @@ class RunFolder:
                 # filelock's replacement where flock is not implemented. Its lock outlives a killed process, and
                 # `at_work` cannot see it.
                 raise self._lock_error("flock is not implemented here")
+            self._note_holder()
             yield
         finally:
+            self.holder.unlink(missing_ok=True)
+            self._remove_empty(created)
             lock.release()
+
+    def _create(self) -> list[Path]:
+        """Create the folder; return the folders that were created, the outermost last."""
+        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        return missing
+
+    def _remove_empty(self, created: Sequence[Path]) -> None:
+        """Remove folders that were created for the lock, if a command ended before it wrote anything to them."""
+        if created and [path.name for path in self.path.iterdir()] == [self.lock.name]:
+            self.lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                for path in created:
+                    path.rmdir()
+
+    def _note_holder(self) -> None:
+        """Write who holds the lock, for the message of a command that cannot get it."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        record = {"host": platform.node(), "process": os.getpid(), "since": now}
+        with contextlib.suppress(OSError):  # only a message depends on it
+            self.holder.write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+    def _holder_text(self) -> str:
+        """Return who holds the lock as text: ": process 12 on node3, since …"; empty if nothing is noted."""
+        try:
+            record = json.loads(self.holder.read_text(encoding="utf-8"))
+            text = f": process {record['process']} on {record['host']}, since {record['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+        updated = self.read_status().get("updated", "")
+        return f"{text}, with progress as of {updated}" if str(updated) >= str(record["since"]) else text
 
     def _lock_error(self, reason: str) -> AtlasError:
         return AtlasError(

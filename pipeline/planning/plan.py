@@ -13,7 +13,7 @@ import pandas as pd
 from pipeline.config.schema import Config
 from pipeline.core.registry import registered_name
 from pipeline.engine.resources import WorkerPool
-from pipeline.engine.tasks import RenderTask, Setup, SweepTask, examples_digest, render_digest
+from pipeline.engine.tasks import RenderTask, Setup, SweepTask, device_kind, examples_digest, render_digest
 from pipeline.judges.judgement import Kind
 from pipeline.judges.ridge import MIN_IMAGES
 from pipeline.layers.finding import Layer
@@ -106,6 +106,7 @@ class Plan:
         class_layers: Names of the layers whose channels are the classes in `labels`.
         judges: The other networks that visualizations are shown to.
         network_layers: All layers that units could be chosen from, in the order of the network.
+        timed_on: Device that the estimates were measured on, for example "cpu"; empty if nothing was timed.
     """
 
     config: Config
@@ -123,6 +124,7 @@ class Plan:
     class_layers: tuple[str, ...] = ()
     judges: tuple[PlannedJudge, ...] = ()
     network_layers: tuple[Layer, ...] = ()
+    timed_on: str = ""
 
     @property
     def inputs(self) -> Manifest:
@@ -213,6 +215,11 @@ class Plan:
         return kind if kind != "unit" or enough else None
 
     @property
+    def _timed_elsewhere(self) -> bool:
+        """Whether the estimates were measured on another kind of device than that of the workers."""
+        return bool(self.timed_on) and device_kind(self.timed_on) != device_kind(self.pool.device)
+
+    @property
     def _amount(self) -> Amount:
         left, engine, examples = self.left, self.config.engine, self.config.examples
         total = len(self.setup.dataset.images)
@@ -263,7 +270,10 @@ class Plan:
         second = f" (second pass: {self.left.localizations:,})" if self.left.localizations else ""
         todo = f"to do: dataset pass over {self.left.images:,} images{second}, {self.pictures_left:,} visualizations; "
         size = f"{self.pool.workers} × {self.pool.threads} threads on {self.pool.device}"
-        lines.append(f"{todo}about {self.span.text()} with {size}")
+        elsewhere = f", as timed on {self.timed_on}" if self._timed_elsewhere else ""
+        if self.config.engine.address is not None:
+            elsewhere += "; the workers of the cluster may be more, and faster"
+        lines.append(f"{todo}about {self.span.text()} with {size}{elsewhere}")
         if self.judge_span.expected:
             lines.append(f"of this, judges ({', '.join(j.name for j in self.judges)}): about {self.judge_span.text()}")
         return lines
@@ -340,9 +350,9 @@ class Plan:
             # A GPU takes as long for one image as for a batch; a core does not.
             least = batch if self.pool.gpus else min(batch, math.ceil(MIN_SECONDS / cost))
             digest = render_digest(self.setup, row.layer, row.canvas, row.preset)
-            for count in portions(
-                len(channels), cost, left, workers or self.pool.workers, engine.task_seconds, batch, least
-            ):
+            # Seconds of the CPU of a head without a GPU must not divide the batches of its workers.
+            longest = max(engine.task_seconds, least * cost) if self._timed_elsewhere else engine.task_seconds
+            for count in portions(len(channels), cost, left, workers or self.pool.workers, longest, batch, least):
                 part, channels = tuple(channels[:count]), channels[count:]
                 left -= cost * count
                 name = f"{part[0]}-{part[-1]}-{count}-{digest[:12]}.h5"

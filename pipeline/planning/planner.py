@@ -314,6 +314,7 @@ def _with_estimates(plan: Plan, inputs: _Inputs, chosen: _Units) -> Plan:
         rows=tuple(rows.get((row.layer.name, row.preset), row) for row in plan.rows),
         examples_seconds=costs.image_seconds * len(inputs.dataset.images),
         overheads=costs,
+        timed_on=_local_device(plan),
         judges=tuple(judge.timed(_local_device(plan)) for judge in plan.judges),
     )
 

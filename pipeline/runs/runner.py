@@ -3,11 +3,11 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.core import atomic_io, interrupts
-from pipeline.core.errors import AtlasError
+from pipeline.core.errors import AtlasError, TryAgainError
 from pipeline.core.formatting import clock
 from pipeline.engine.base import Engine, Failure, TooManyFailures
 from pipeline.engine.factory import open_engine
@@ -33,23 +33,52 @@ log = logging.getLogger(__name__)
 # Why a task is set aside although its worker reported it as done.
 NO_SHARD = "no shard was found after the work: do all workers and this driver see the run's folder?"
 
-# Exit codes.
-COMPLETE, SET_ASIDE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+# Exit codes (docs/README.md lists them). A job that is started again by its system need not be after the first three.
+COMPLETE, SET_ASIDE, BAD_INPUT, CRASHED, TRY_AGAIN, INTERRUPTED = (
+    0,
+    1,
+    AtlasError.exit_code,
+    70,  # EX_SOFTWARE of sysexits.h
+    TryAgainError.exit_code,
+    130,
+)
 
 STAGES = ("examples", "render", "site")
 
 
 def plan_run(request: Request) -> Plan:
-    """Make the plan of a run and write plan.csv.
+    """Make the plan of a run and write plan.csv, under the lock of the run folder.
 
     Raises:
         AtlasError: If anything in the input is wrong; nothing is written then.
     """
+    with request.folder.locked():
+        return _planned(request)
+
+
+def plan_and_run(request: Request, stages: tuple[str, ...] = STAGES, show: Callable[[Plan], None] | None = None) -> int:
+    """Plan a run and execute the plan under one lock of the run folder; return the exit code.
+
+    Args:
+        request: The request.
+        stages: Stages to execute.
+        show: Called with the plan before it is executed.
+
+    Raises:
+        AtlasError: If anything in the input is wrong, or another command is at work in the folder.
+    """
+    with request.folder.locked():
+        plan = _planned(request)
+        if show is not None:
+            show(plan)
+        return _run(request, plan, stages)
+
+
+def _planned(request: Request) -> Plan:
     folder = request.folder
     folder.check_config(request.tree, request.config.run.update)
     plan = make_plan(request.config, remaining_work=lambda plan: reuse.remaining_work(plan, folder))
-    with folder.locked():
-        _record(request, plan)
+    _record(request, plan)
     return plan
 
 
@@ -75,22 +104,31 @@ def run(request: Request, plan: Plan, stages: tuple[str, ...] = STAGES) -> int:
 
     A KeyboardInterrupt stops the work and is raised again; the next call continues.
     """
+    with request.folder.locked():
+        if _recorded_text(request.folder) != request.text:
+            # Another command has planned a run in this folder in the meantime.
+            _record(request, plan)
+        return _run(request, plan, stages)
+
+
+def _recorded_text(folder: RunFolder) -> str:
+    return folder.config.read_text(encoding="utf-8") if folder.config.is_file() else ""
+
+
+def _run(request: Request, plan: Plan, stages: tuple[str, ...]) -> int:
+    """Execute a plan that is recorded in its folder, whose lock is held."""
     folder = request.folder
     if plan.setup.begins and "render" in stages:
         # Visualizations start from the best dataset examples, so the dataset pass comes first.
         if "examples" not in stages and not Artifacts(plan, folder, read_only=True).dataset_pass.covered:
             setting = "render.canvas.source=best" if _needs_examples(plan) else "render.objective.target=mean"
             raise AtlasError(f"{setting} needs the dataset pass first: `atlas examples` or `atlas run`.")
-        if run(request, plan, ("examples",)) != COMPLETE:
+        if _run(request, plan, ("examples",)) != COMPLETE:
             return SET_ASIDE
-    with folder.locked():
-        if not folder.config.is_file() or folder.config.read_text(encoding="utf-8") != request.text:
-            # Another command has planned a run in this folder in the meantime.
-            _record(request, plan)
-        atomic_io.remove_temporary_files(folder.path)
-        maintenance.set_aside_unreadable_atlas(folder)
-        reuse.reuse_results(plan, folder, stages)
-        return _Session(request, plan, stages).run()
+    atomic_io.remove_temporary_files(folder.path)
+    maintenance.set_aside_unreadable_atlas(folder)
+    reuse.reuse_results(plan, folder, stages)
+    return _Session(request, plan, stages).run()
 
 
 def _needs_examples(plan: Plan) -> bool:
@@ -174,6 +212,7 @@ class _Session:
                 return
         with open_engine(self.plan.config.engine) as engine:
             engine.stats = self.stats
+            engine.await_nodes(interrupts.raise_if_interrupted)
             self._bind(engine)
             while tasks := self._tasks(engine.pool.workers):
                 before = len(self.set_aside)
@@ -211,8 +250,12 @@ class _Session:
         self.set_aside += [Failure(task, NO_SHARD, "") for task in missing]
 
     def _bind(self, engine: Engine) -> None:
-        """Follow the engine's device if it is another kind than the plan assumed: nodes of a cluster may have GPUs."""
+        """Let the plan follow the workers that there are, not those that it assumed: nodes of a cluster may have GPUs.
+
+        Device and precision are part of the identity of results, and tasks are cut by the size and number of workers.
+        """
         device = engine.pool.device
+        self.plan = dataclasses.replace(self.plan, pool=engine.pool)
         if device_kind(device) != device_kind(self.plan.setup.device):
             log.info("workers run on %s, not on %s as planned", device, self.plan.setup.device)
             self.plan = dataclasses.replace(self.plan, setup=execution.on_device(self.plan.setup, device))

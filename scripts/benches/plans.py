@@ -129,7 +129,7 @@ def parts() -> None:
 def timed(overrides: Sequence[str]) -> None:
     """Do one run in this process and print the time of each stage to stderr."""
     from pipeline.cli.main import main
-    from pipeline.engine import inline, ray_engine
+    from pipeline.engine import connection, inline, ray_engine
     from pipeline.planning import overheads
     from pipeline.runs import runner
 
@@ -158,7 +158,7 @@ def timed(overrides: Sequence[str]) -> None:
     from pipeline.planning import planner
 
     planner.process_start = started
-    connected = ray_engine.connected
+    connected = connection.connected
 
     @contextlib.contextmanager
     def connecting(config: object) -> Iterator[object]:
@@ -169,7 +169,7 @@ def timed(overrides: Sequence[str]) -> None:
             began = time.perf_counter()
         laps["CLOSE"] = [time.perf_counter() - began]
 
-    ray_engine.connected = connecting  # type: ignore[assignment]
+    connection.connected = connecting  # type: ignore[assignment]
     execute = ray_engine.RayEngine.execute
 
     def executing(self: ray_engine.RayEngine, tasks: object, setup: object, finished: object, idle: object) -> None:

@@ -1,10 +1,11 @@
-"""Kill workers, drivers and nodes of a Ray cluster at random moments, and see that nothing comes of it.
+"""Kill or stop workers, kill drivers and nodes of a Ray cluster at random moments, and see that nothing comes of it.
 
     scripts/chaos 200            # so many kills; about 8 s each on two cores
 
-Rounds of a small run on a `ray.cluster_utils.Cluster` go on under kills until each is complete. After every kill
-all shards must be readable to the last byte, and every shard that was ever seen must still be the same file. Each
-finished atlas.h5 must equal that of an undisturbed run without Ray.
+Rounds of a small run on a `ray.cluster_utils.Cluster` go on under kills until each is complete. A stopped worker
+(SIGSTOP) answers nothing, like one in a dead mount; the run must replace it by itself. After every kill all shards must
+be readable to the last byte, and every shard that was ever seen must still be the same file. Each finished atlas.h5
+must equal that of an undisturbed run without Ray.
 """
 
 import dataclasses
@@ -39,7 +40,11 @@ SMALL = [
     "layers=convs", "layers.include=[conv_stem,blocks.1.0.*,conv_head,classifier]",
     "render.size=32", "render.margin=4", "examples.k=3", "examples.batch=4", "examples.per_task=8",
     "data=folder", "engine.batch=2", "engine.task_seconds=0.5", "engine.patience=120", "engine.max_failures=1000",
+    "engine.timeout_seconds=30", "engine.attempts=6",
 ]  # fmt: skip
+
+# How often each kind of fault is chosen.
+FAULTS = {"worker": 12, "hang": 4, "node": 3, "driver": 3}
 
 # Equal to the bit, wherever they were computed; all that is measured of a picture is as near as the picture.
 EXACT = ("channels", "seed", "status", "steps")
@@ -143,13 +148,13 @@ class Chaos:
             for raylet in node.all_processes.get("raylet", ()):
                 try:
                     family = psutil.Process(raylet.process.pid).children()
-                    found += [child for child in family if "ray::Worker.do" in " ".join(child.cmdline())]
+                    found += [child for child in family if "ray::VersionedActor.do" in " ".join(child.cmdline())]
                 except psutil.NoSuchProcess:
                     continue
         return found
 
-    def kill(self, kind: str, driver: subprocess.Popen[bytes]) -> bool:
-        """Whether there was one of that kind to kill."""
+    def kill(self, kind: str, driver: subprocess.Popen[bytes]) -> str:
+        """What was done; empty if there was none of that kind to kill. A worker that was stopped before is killed."""
         if kind == "driver":
             driver.kill()
             driver.wait()
@@ -160,13 +165,18 @@ class Chaos:
         else:
             ours = self.workers()
             if not ours:
-                return False
+                return ""
             try:
-                self.random.choice(ours).kill()
+                chosen = self.random.choice(ours)
+                if kind == "hang" and chosen.status() != psutil.STATUS_STOPPED:
+                    chosen.suspend()
+                else:
+                    kind = "worker"
+                    chosen.kill()
             except psutil.NoSuchProcess:
-                return False
+                return ""
         self.outcome.kills[kind] += 1
-        return True
+        return kind
 
     def check(self, folder: RunFolder) -> None:
         """All shards whole, and all that were ever there still there, untouched."""
@@ -207,10 +217,11 @@ class Chaos:
             if due == 0.0 and (self.workers() or self.random.random() < 0.002):
                 due = time.monotonic() + self.random.uniform(0.0, 8.0)
             if done < kills and due and time.monotonic() >= due:
-                kind = self.random.choices(("worker", "node", "driver"), (14, 3, 3))[0]
-                if self.kill(kind, driver):
+                kind = self.random.choices(list(FAULTS), list(FAULTS.values()))[0]
+                made = self.kill(kind, driver)
+                if made:
                     done += 1
-                    self.say(f"{name}: kill {sum(self.outcome.kills.values())}, a {kind}; {len(self.seen)} shards")
+                    self.say(f"{name}: kill {sum(self.outcome.kills.values())}, a {made}; {len(self.seen)} shards")
                     self.check(folder)
                 due = 0.0
             time.sleep(0.05)

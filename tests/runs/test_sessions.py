@@ -1,5 +1,8 @@
 """Whole runs: what is kept, made again or refused when settings, files or other commands change."""
 
+import dataclasses
+import os
+import platform
 import types
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,12 @@ import pipeline
 from pipeline.cli.main import main
 from pipeline.config.schema import EngineConfig
 from pipeline.core import machine
-from pipeline.core.errors import AtlasError
+from pipeline.core.errors import AtlasError, TryAgainError
 from pipeline.engine.base import NODE_LOSSES_PER_FAILURE, Failure, FailureTracker
-from pipeline.engine.resources import memory_share
+from pipeline.engine.resources import WorkerPool, memory_share
 from pipeline.engine.tasks import RangesTask
 from pipeline.engine.worker import Worker
+from pipeline.planning.planner import make_plan
 from pipeline.runs import pages, runner
 
 ONE_LAYER = ["layers.include=[conv_stem]"]
@@ -102,11 +106,15 @@ def test_a_task_that_takes_down_every_node_is_set_aside() -> None:
     from pipeline.engine.ray_engine import RayEngine
 
     class ActorDiedError(Exception):
-        pass
+        preempted = False
 
     ray = types.SimpleNamespace(exceptions=types.SimpleNamespace(RayTaskError=KeyError))
     engine: Any = types.SimpleNamespace(ray=ray)
-    error = RayEngine._explained(engine, ActorDiedError("The actor died because its node has died."))
+    preempted = ActorDiedError("The actor died.")
+    preempted.preempted = True
+    for lost in (preempted, ActorDiedError("The actor died because its node has died.")):
+        error = RayEngine._explained(engine, lost)
+        assert error.weight == pytest.approx(1 / NODE_LOSSES_PER_FAILURE)
     assert error.lost and error.weight == pytest.approx(1 / NODE_LOSSES_PER_FAILURE)
     tracker, task = FailureTracker(EngineConfig(attempts=3)), RangesTask("x", "d", 1.0, (0,))
     results = [
@@ -120,3 +128,69 @@ def test_a_container_of_two_cores_shares_its_memory_by_two(monkeypatch: pytest.M
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.setattr(machine.os, "cpu_count", lambda: 64)
     assert memory_share(1) == pytest.approx(memory_share(2) / 2)
+
+
+def test_the_lock_is_held_over_plan_and_run(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second command is refused while the first one still plans, and is told who holds the lock."""
+    overrides, whole, codes = [*tiny_run, *ONE_LAYER], runner.make_plan, []
+
+    def planning(*arguments: Any, **more: Any) -> Any:
+        if not codes:
+            codes.append(main(["render", *overrides, "render.steps=7"]))
+        return whole(*arguments, **more)
+
+    monkeypatch.setattr(runner, "make_plan", planning)
+    assert main(["render", *overrides]) == 0
+    error = capsys.readouterr().err
+    assert codes == [2] and "steps: 4" in (tmp_path / "tiny" / "config.yaml").read_text()
+    assert f"at work in {tmp_path / 'tiny'}: process {os.getpid()} on {platform.node()}, since 20" in error
+    assert not (tmp_path / "tiny" / ".lock.json").exists()
+
+
+def test_bad_input_leaves_no_folder(tiny_run: list[str], tmp_path: Path) -> None:
+    root = tmp_path / "not" / "there"
+    assert main(["run", *tiny_run, f"run.root={root}", "layers.include=[nothing]"]) == 2
+    assert not (tmp_path / "not").exists()
+
+
+def test_a_run_that_cannot_be_written_ends_before_it_is_planned(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "make_plan", lambda *_, **__: pytest.fail("planned"))
+    (tmp_path / "file").write_text("")
+    assert main(["run", *tiny_run, f"run.root={tmp_path / 'file'}"]) == 2
+    assert "The run can't be locked: Not a directory" in capsys.readouterr().err
+
+
+def test_every_end_has_its_exit_code(
+    tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error, code, text in (
+        (AtlasError("wrong setting"), 2, "atlas: wrong setting"),
+        (TryAgainError("no cluster any more"), 75, "atlas: no cluster any more"),
+        (KeyError("layer"), 70, "KeyError: 'layer'"),
+        (OSError(5, "Input/output error"), 70, "Finished work is kept"),
+        (KeyboardInterrupt(), 130, "Interrupted"),
+    ):
+
+        def fails(*_: object, error: BaseException = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(runner, "make_plan", fails)
+        assert main(["run", *tiny_run]) == code
+        assert text in capsys.readouterr().err
+
+
+def test_the_batches_of_gpu_workers_are_not_divided_by_the_seconds_of_a_head_without_one(
+    tiny_run: list[str], tmp_path: Path
+) -> None:
+    plan = make_plan(compose([*tiny_run, *ONE_LAYER, "engine.batch=16", "layers.channels='0:32'"]).config, timed=False)
+    slow = tuple(dataclasses.replace(row, seconds=60.0 * len(row.channels)) for row in plan.rows)
+    gpu = WorkerPool(2, 8.0, 1.0, "cuda")
+    for timed_on, sizes in (("cuda", {2}), ("cpu", {16, 8})):  # 24 channels
+        own = dataclasses.replace(plan, rows=slow, pool=gpu, timed_on=timed_on)
+        tasks = own.render_tasks(tmp_path, {row: set() for row in slow}, 2)
+        assert {task.size for task in tasks} == sizes
+    assert "as timed on cpu" in dataclasses.replace(plan, pool=gpu, timed_on="cpu").outlook()[-1]
