@@ -8,10 +8,8 @@ import contextlib
 import dataclasses
 import logging
 import os
-import re
 import secrets
 import signal
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +27,7 @@ from pipeline.engine.base import (
     OnResult,
     ordered,
 )
+from pipeline.engine.cluster_address import check_address, refusal
 from pipeline.engine.progress import WorkerStats
 from pipeline.engine.resources import Node, size_pool
 from pipeline.engine.tasks import Done, RenderTask, Setup, Task, layer_of
@@ -76,7 +75,7 @@ def connected(config: EngineConfig) -> Iterator[Any]:
         # inline engine, and the passes that the cost model times, get a third.
         options["_system_config"] = {"worker_niceness": 0}
     else:
-        _reachable(config.address)
+        check_address(config.address)
         options["address"] = config.address
     handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -86,21 +85,11 @@ def connected(config: EngineConfig) -> Iterator[Any]:
             with contextlib.suppress(ValueError):  # not in the main thread
                 signal.signal(kind, handler)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise AtlasError(f"No Ray cluster at engine.address={config.address}: {error}") from error
+        raise AtlasError(refusal(config.address, error)) from error
     try:
         yield ray
     finally:
         ray.shutdown()
-
-
-def _reachable(address: str) -> None:
-    """Raise `AtlasError` within seconds if nothing listens at `address`: Ray tries for many minutes."""
-    match = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)
-    if match:
-        try:
-            socket.create_connection((match[1], int(match[2])), timeout=10).close()
-        except OSError as error:
-            raise AtlasError(f"No Ray cluster at engine.address={address}: {error}") from error
 
 
 @dataclasses.dataclass

@@ -130,80 +130,61 @@ def tool(folder: Path, name: str, text: str) -> None:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
-    """A Slurm of one machine: the tools that the script calls, and the variables it finds."""
-    bin = tmp_path / "tools"
-    tool(bin, "scontrol", "echo node1; echo node2\n")
-    # Options go, the command stays; what was asked for is kept to look at.
-    tool(bin, "srun", """
-        echo "srun $*" >> "$STUB_LOG"
-        while [[ "$1" == --* ]]; do shift; done
-        if [ "$1" = hostname ]; then echo "127.0.0.1 10.9.9.9"; exit 0; fi
-        exec $STUB_WRAP "$@"
+    """The environment of a job on one node; Ray and Python are stubs in the folder of the variable ATLAS_BIN.
+
+    tests/integration/test_slurm.py runs the script on two nodes with real ones.
+    """
+    bin, tools = tmp_path / "bin", tmp_path / "tools"
+    tool(tools, "scontrol", 'if [ "$1 $2" = "show hostnames" ]; then echo node1; fi; echo "$*" >> "$STUB_LOG"\n')
+    tool(bin, "ray", """
+        [ -n "$NO_START" ] && exit 0
+        echo "ray $* $(stat -c %a "$RAY_AUTH_TOKEN_PATH") $(wc -c < "$RAY_AUTH_TOKEN_PATH")" >> "$STUB_LOG"
+        echo "Ray runtime started."
+        exec sleep 60
     """)  # fmt: skip
-    return os.environ | {
-        "PATH": f"{bin}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_CPUS_ON_NODE": "1", "SLURM_SUBMIT_DIR": str(ROOT), "STUB_LOG": str(tmp_path / "srun.log"),
-        "STUB_WRAP": "", "ATLAS_BIN": str(Path(sys.executable).parent),
+    tool(bin, "python", 'echo "python $* $RAY_AUTH_MODE $(command -v ray)" >> "$STUB_LOG"; exit "$RUN_CODE"\n')
+    return {
+        "PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_NODELIST": "node1", "SLURMD_NODENAME": "node1", "SLURM_CPUS_ON_NODE": "3",
+        "SLURM_SUBMIT_DIR": str(ROOT), "STUB_LOG": str(tmp_path / "log"), "ATLAS_BIN": str(bin),
+        "ATLAS_TMP": str(tmp_path), "ATLAS_ADDRESS": "127.0.0.1", "NO_START": "", "RUN_CODE": "0",
     }  # fmt: skip
 
 
 def test_the_slurm_script_ends_as_the_run_ended(tmp_path: Path, slurm: dict[str, str]) -> None:
-    """With a Ray that does what symmetric-run does wrong: 0 when it could not start, and errors on other nodes."""
-    bin = tmp_path / "bin"
-    tool(bin, "ray", """
-        [ -n "$NO_START" ] && exit 0
-        echo "$RAY_AUTH_MODE $(stat -c %a "$RAY_AUTH_TOKEN_PATH") $(wc -c < "$RAY_AUTH_TOKEN_PATH")" >> "$STUB_LOG"
-        while [ "$1" != -- ]; do shift; done
-        shift; "$@"; exit 1
-    """)  # fmt: skip
-    tool(bin, "python", 'echo "python $*" >> "$STUB_LOG"; exit "$RUN_CODE"\n')
-    own = slurm | {"ATLAS_BIN": str(bin), "SLURM_JOB_NUM_NODES": "4", "NO_START": "", "RUN_CODE": "0"}
     runs = tmp_path / "runs"
-    command = [str(JOBS / "slurm.sh"), f"run.root={runs}", "run.name=a", "layers.channels='0:3'"]
-    for code in ("0", "1", "130"):
-        assert subprocess.run(command, env=own | {"RUN_CODE": code}).returncode == int(code)
-    log = (tmp_path / "srun.log").read_text()
-    assert "--nodes=4 --ntasks=4 --ntasks-per-node=1" in log and "--min-nodes 4" in log and "token 600 64" in log
-    assert (
-        f"python -m pipeline run engine.address=127.0.0.1:24711 run.root={runs} run.name=a layers.channels='0:3'" in log
-    )
+    command = ["bash", str(JOBS / "slurm.sh"), f"run.root={runs}", "run.name=a", "layers.channels='0:3'"]
+    for code in ("0", "2", "130"):
+        assert subprocess.run(command, env=slurm | {"RUN_CODE": code}).returncode == int(code)
+    log = (tmp_path / "log").read_text()
+    assert "--num-cpus=3 --num-gpus=0" in log and "600 64" in log and "requeue" not in log
+    settings = f"run.root={runs} run.name=a layers.channels='0:3'"
+    assert f"python -m pipeline run engine.address=127.0.0.1:24711 {settings} token {tmp_path}/bin/ray" in log
     # Ray that never started is no success, although it says so; and nothing is left behind.
-    done = subprocess.run(command, env=own | {"NO_START": "1"}, capture_output=True, text=True)
-    assert done.returncode == 1 and "submit it again" in done.stderr
+    done = subprocess.run(command, env=slurm | {"NO_START": "1"}, capture_output=True, text=True)
+    assert done.returncode == 75 and "Submit the job again" in done.stderr
     assert list(runs.iterdir()) == []
 
 
-def isolated() -> bool:
-    """Whether a process tree of its own can be had: `ray stop` would end every Ray of this machine."""
-    try:
-        return subprocess.run(["unshare", "-p", "-f", "--mount-proc", "true"], capture_output=True).returncode == 0
-    except OSError:
-        return False
+def test_the_slurm_script_counts_allocated_gpus_and_warns_of_others(tmp_path: Path, slurm: dict[str, str]) -> None:
+    tool(tmp_path / "tools", "nvidia-smi", 'echo "GPU 0: made up"\n')
+    command = ["bash", str(JOBS / "slurm.sh"), f"run.root={tmp_path / 'runs'}"]
+    for variables, gpus in (
+        ({"SLURM_GPUS_ON_NODE": "2"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,3"}, 3),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, 0),
+    ):
+        done = subprocess.run(command, env=slurm | variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f"--num-gpus={gpus} " in (tmp_path / "log").read_text().splitlines()[-2]
+        assert ("has GPUs that are not allocated" in done.stderr) == (gpus == 0)
 
 
-@pytest.mark.long
-@pytest.mark.skipif(not isolated(), reason="needs unshare, so that `ray stop` finds only its own")
-def test_the_slurm_script_with_the_real_symmetric_run(
-    tmp_path: Path, slurm: dict[str, str], tiny_run: list[str]
-) -> None:
-    short = tempfile.mkdtemp(prefix="at-")  # Unix sockets have short names
-    own = slurm | {"STUB_WRAP": "unshare -p -f --mount-proc --kill-child", "ATLAS_TMP": short}
-    settings = [o for o in tiny_run if not o.startswith("engine=")]
-    try:
-        done = subprocess.run(
-            [str(JOBS / "slurm.sh"), *settings, "engine.workers=1"],
-            env=own,
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    finally:
-        shutil.rmtree(short, ignore_errors=True)
-    assert "is complete" in done.stdout + done.stderr
-    with pipeline.open_atlas(tmp_path / "tiny") as atlas:
-        assert len(atlas.units()) == 15
+def test_the_slurm_script_says_what_to_install(tmp_path: Path, slurm: dict[str, str]) -> None:
+    environment = slurm | {"ATLAS_BIN": str(tmp_path / "nothing")}
+    command = ["bash", str(JOBS / "slurm.sh"), f"run.root={tmp_path / 'runs'}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "run scripts/setup" in done.stderr
 
 
 def free_port() -> int:
