@@ -56,7 +56,7 @@ def _token_hint() -> str:
     mode = os.environ.get("RAY_AUTH_MODE", "not set")
     token = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else os.environ.get("RAY_AUTH_TOKEN_PATH", "not set")
     return (
-        "If the cluster demands a token, RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH must have the values of its `ray start` in "
-        f"the shell of this command (now: mode {mode}, token {token}): export RAY_AUTH_MODE=token "
+        "If the cluster demands a token, RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH must have the values of its `ray start` "
+        f"in the shell of this command (now: mode {mode}, token {token}): export RAY_AUTH_MODE=token "
         "RAY_AUTH_TOKEN_PATH=FILE, or RAY_AUTH_MODE=disabled for a cluster without."
     )

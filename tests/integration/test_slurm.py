@@ -12,49 +12,22 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+from machines import Machine, available, installed_project, processes_of, running, wait_for
 
 import pipeline
 
-ROOT = Path(__file__).resolve().parents[2]
 JOB = "4711"
-ADDRESSES = {"node1": "10.77.0.1", "node2": "10.77.0.2"}
-REQUIRED = ("unshare", "nsenter", "ip", "mount")
-
-
-def namespaces() -> bool:
-    """Whether nodes with networks of their own can be made here."""
-    if any(shutil.which(program) is None for program in REQUIRED):
-        return False
-    command = [
-        "unshare",
-        "--net",
-        "--pid",
-        "--mount",
-        "--uts",
-        "--fork",
-        "--mount-proc",
-        "ip",
-        "link",
-        "set",
-        "lo",
-        "up",
-    ]
-    return subprocess.run(command, capture_output=True).returncode == 0
-
-
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(not namespaces(), reason="needs namespaces: root, unshare, nsenter and ip"),
+    pytest.mark.skipif(not available(), reason="needs namespaces: root, unshare, nsenter and ip"),
 ]
 
 # Executes the command on the node in --nodelist, as a task of a step, and sends a signal on to it, as srun does.
@@ -114,104 +87,21 @@ class Slurm:
         return (self.folder / "scontrol.log").read_text().splitlines().count(f"scontrol requeue {JOB}")
 
 
-@contextlib.contextmanager
-def node(name: str, folder: Path, local: Path) -> Iterator[psutil.Process]:
-    """Start a node; yield its first process, with which all others of the second node end."""
-    peer = {"node1": "node2", "node2": "node1"}[name]
-    # As Debian writes it: the own name is a loopback address.
-    (folder / f"{name}.hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{ADDRESSES[peer]} {peer}\n")
-    begin = f"""
-        hostname {name}
-        mount --bind {folder}/{name}.hosts /etc/hosts
-        mount -t tmpfs none {local}
-        ip link set lo up
-        touch {folder}/{name}.up
-        exec sleep 3600
-    """
-    options = [
-        "--net",
-        "--mount",
-        "--uts",
-        *(["--pid", "--mount-proc"] if name == "node2" else []),
-        "--fork",
-        "--kill-child",
-    ]
-    process = subprocess.Popen(["unshare", *options, "bash", "-ec", begin])
-    wait_for(lambda: (folder / f"{name}.up").exists(), 20)
-    first = psutil.Process(process.pid).children()[0]
-    (folder / f"{name}.pid").write_text(str(first.pid))
-    try:
-        yield first
-    finally:
-        if first.is_running():
-            for one in [*processes_of(first), first]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
-        process.wait()
-
-
-def wait_for(condition: Callable[[], Any], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def connected(nodes: dict[str, psutil.Process]) -> Iterator[None]:
-    """A switch with a cable to each node: when a node ends, the others keep their interfaces."""
-    switch = subprocess.Popen(["unshare", "--net", "--kill-child", "--fork", "sleep", "3600"])
-    try:
-        wait_for(lambda: psutil.Process(switch.pid).children(), 20)
-        inside = psutil.Process(switch.pid).children()[0].pid
-
-        def ip(pid: int, *command: str) -> None:
-            subprocess.run(["nsenter", "--target", str(pid), "--net", "ip", *command], check=True)
-
-        ip(inside, "link", "add", "switch", "type", "bridge")
-        ip(inside, "link", "set", "switch", "up")
-        for name, first in nodes.items():
-            end = ["name", "eth0", "netns", str(first.pid)]
-            ip(inside, "link", "add", name, "type", "veth", "peer", *end)
-            ip(inside, "link", "set", name, "master", "switch", "up")
-            ip(first.pid, "addr", "add", f"{ADDRESSES[name]}/24", "dev", "eth0")
-            ip(first.pid, "link", "set", "eth0", "up")
-        yield
-    finally:
-        switch.kill()
-        switch.wait()
-
-
 @pytest.fixture
 def slurm(tmp_path: Path) -> Iterator[Slurm]:
-    folder, project = tmp_path / "slurm", tmp_path / "project"
+    folder = tmp_path / "slurm"
     local = Path(tempfile.mkdtemp(prefix="at-"))  # names of Unix sockets are short
     tool(folder / "bin" / "srun", SRUN, folder)
     tool(folder / "bin" / "scontrol", SCONTROL, folder)
-    # The project's folder as after scripts/setup.
-    project.mkdir()
-    for name in ("pipeline", "conf", "jobs"):
-        (project / name).symlink_to(ROOT / name)
-    (project / ".venv").symlink_to(sys.prefix)
+    project = installed_project(tmp_path / "project")
+    # `srun` on the first node reaches the second one by its process number, so that the first has no tree of its own.
+    one = Machine("node1", "10.77.0.1", processes=False, empty=(local,))
+    two = Machine("node2", "10.77.0.2", empty=(local,))
     try:
-        with node("node1", folder, local) as one, node("node2", folder, local) as two:
-            nodes = {"node1": one, "node2": two}
-            with connected(nodes):
-                yield Slurm(folder, project, local, nodes)
+        with running([one, two], folder) as nodes:
+            yield Slurm(folder, project, local, nodes)
     finally:
         shutil.rmtree(local, ignore_errors=True)
-
-
-def processes_of(first: psutil.Process, title: str = "") -> list[psutil.Process]:
-    """The processes in a node's network, but its first; only those whose command line contains `title`."""
-    found = []
-    network = Path(f"/proc/{first.pid}/ns/net").readlink()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            here = process.pid != first.pid and Path(f"/proc/{process.pid}/ns/net").readlink() == network
-            if here and title in " ".join(process.cmdline()):
-                found.append(process)
-    return found
 
 
 def settings_of(tiny_run: Sequence[str], *more: str) -> list[str]:
@@ -231,6 +121,14 @@ def units_of(run: Path) -> int:
         return len(atlas.units())
 
 
+def nothing_left(slurm: Slurm) -> None:
+    """No process of the job is left on the nodes; some of Ray's take a while to see that their node is gone."""
+    deadline = time.monotonic() + 60
+    while left := [p for first in slurm.nodes.values() for p in processes_of(first)]:
+        assert time.monotonic() < deadline, [" ".join(p.cmdline())[:200] for p in left if p.is_running()]
+        time.sleep(0.5)
+
+
 def test_two_nodes_share_a_run(tmp_path: Path, slurm: Slurm, tiny_run: list[str]) -> None:
     process = slurm.sbatch(*settings_of(tiny_run, "engine.task_seconds=1", "render.steps=150"))
     output, _ = process.communicate(timeout=240)
@@ -240,8 +138,7 @@ def test_two_nodes_share_a_run(tmp_path: Path, slurm: Slurm, tiny_run: list[str]
     assert tasks.keys() == {"node1", "node2"} and min(tasks.values()) > 0, tasks
     calls = (slurm.folder / "srun.log").read_text()
     assert "--nodelist=node2" in calls and "--cpu-bind=none" in calls and "--nodelist=node1" not in calls
-    # Nothing is left: no process (some of Ray's take a while to see that their node is gone), no token, no requeue.
-    wait_for(lambda: not any(processes_of(first) for first in slurm.nodes.values()), 60)
+    nothing_left(slurm)
     assert not list(tmp_path.glob(".r*")) and slurm.requeued() == 0
 
 
@@ -284,7 +181,7 @@ def test_near_the_time_limit_the_job_is_requeued_and_continues(
     assert process.returncode == 75, output
     assert "Finished work is kept" in output and "requeued job" in output
     assert slurm.requeued() == 1
-    wait_for(lambda: not any(processes_of(first) for first in slurm.nodes.values()), 60)
+    nothing_left(slurm)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("tiny/shards/render/**/*.h5")}
     again = slurm.sbatch(*settings, SLURM_RESTART_COUNT="1")
     output, _ = again.communicate(timeout=240)
