@@ -17,7 +17,7 @@
 #   ATLAS_TMP        local folder for Ray's files on each node; default: /tmp
 #   ATLAS_ADDRESS    IPv4 address of the first node in the network to use; default: that of its name
 #   ATLAS_GRACE      seconds to stop the run before it is killed; default: 90
-#   ATLAS_RETRY      seconds between two attempts of a node to join, or to reach the first node; default: 10
+#   ATLAS_RETRY      seconds between two checks of a node whether it and the first node are there; default: 15
 #SBATCH --job-name=atlas
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -84,11 +84,11 @@ start_ray() {
 }
 
 # Executed on every node but the first: keep a Ray node that belongs to the head at `ADDRESS PORT`. A node that is lost is
-# started again. If the head is gone and has not ended this step, the first node has failed, on which the script of the job
-# ran: requeue the job, as nobody else does.
+# started again. If the head cannot be reached for minutes and has not ended this step, the first node has failed, on which
+# the script of the job ran: requeue the job, as nobody else does. (Ray itself takes longer to miss a silent head.)
 # shellcheck disable=SC2329  # called by another shell
 join_head() {
-    local child="" source head="$1" port="$2" job="$3" mark="$4"
+    local child="" source tries=0 misses=0 head="$1" port="$2" job="$3" mark="$4"
     leave() {
         trap - TERM
         if [ -n "$child" ]; then
@@ -103,23 +103,26 @@ join_head() {
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 s.connect((sys.argv[1], 9))
 print(s.getsockname()[0])' "$head")"
-    for attempt in 1 2 3 4 5; do
-        (start_ray "$source" --address="$head:$port") &
-        child=$!
-        wait "$child" || true
-        child=""
-        echo "jobs/slurm.sh: the Ray node of ${SLURMD_NODENAME:-$HOSTNAME} has ended (start $attempt of 5)" >&2
-        for _ in 1 2 3 4 5 6; do
-            sleep "${ATLAS_RETRY:-10}" & wait $!
-            if timeout 5 bash -c ": < /dev/tcp/$head/$port" 2> /dev/null; then continue 2; fi
-        done
-        # One of the nodes left makes this folder; it requeues the job.
-        if mkdir "$mark" 2> /dev/null; then
-            echo "jobs/slurm.sh: the first node does not answer any more: requeueing the job" >&2
-            scontrol requeue "$job"
+    while [ "$misses" -lt 12 ]; do
+        if [ -z "$child" ] || ! kill -0 "$child" 2> /dev/null; then
+            if [ "$tries" -gt 0 ]; then
+                echo "jobs/slurm.sh: the Ray node of ${SLURMD_NODENAME:-$HOSTNAME} has ended ($tries of 5 starts)" >&2
+            fi
+            if [ "$tries" = 5 ]; then exit 1; fi
+            tries=$((tries + 1))
+            (start_ray "$source" --address="$head:$port") > /dev/null &
+            child=$!
         fi
-        exit 75
+        sleep "${ATLAS_RETRY:-15}" & wait $!
+        misses=$((misses + 1))
+        if timeout 5 bash -c ": < /dev/tcp/$head/$port" 2> /dev/null; then misses=0; fi
     done
+    # One of the nodes left makes this folder; it requeues the job.
+    if mkdir "$mark" 2> /dev/null; then
+        echo "jobs/slurm.sh: the first node does not answer any more: requeueing the job" >&2
+        scontrol requeue "$job"
+    fi
+    leave
 }
 
 # Print the first IPv4 address of a node's name that other nodes can use.

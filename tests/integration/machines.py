@@ -139,12 +139,12 @@ def running(machines: Sequence[Machine], folder: Path) -> Iterator[dict[str, psu
 
 
 def processes_of(first: psutil.Process, title: str = "") -> list[psutil.Process]:
-    """The processes in a machine's network, but its first; only those whose command line contains `title`."""
-    found = []
+    """The processes on a machine, but those that make it; only those whose command line contains `title`."""
+    found, makers = [], (first.pid, first.ppid())
     own = Path(f"/proc/{first.pid}/ns/net").readlink()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            here = process.pid != first.pid and Path(f"/proc/{process.pid}/ns/net").readlink() == own
+            here = process.pid not in makers and Path(f"/proc/{process.pid}/ns/net").readlink() == own
             if here and title in " ".join(process.cmdline()):
                 found.append(process)
     return found

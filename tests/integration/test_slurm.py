@@ -190,24 +190,21 @@ def test_near_the_time_limit_the_job_is_requeued_and_continues(
     assert kept and all(path.stat().st_mtime_ns == made for path, made in kept.items())
 
 
-def test_the_job_is_requeued_by_the_other_nodes_if_the_first_fails(
-    tmp_path: Path, slurm: Slurm, tiny_run: list[str]
-) -> None:
+def test_the_job_is_requeued_by_the_other_nodes_if_the_first_fails(slurm: Slurm, tiny_run: list[str]) -> None:
     """Slurm keeps a job with --no-kill whose first node failed, although nothing runs its script any more."""
-    process = slurm.sbatch(
-        *settings_of(tiny_run, "engine.task_seconds=1", "render.steps=600"), RAY_gcs_rpc_server_reconnect_timeout_s="5"
-    )
-    wait_for(lambda: at_work(slurm, "node2"), 120)
-    # The task of the step on the other node outlives `srun`, as with Slurm.
-    for one in processes_of(slurm.nodes["node1"]):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    subprocess.run(
-        ["nsenter", "--target", str(slurm.nodes["node1"].pid), "--net", "ip", "link", "del", "eth0"], check=True
-    )
-    process.wait(timeout=30)
-    wait_for(lambda: slurm.requeued() == 1, 120)
-    wait_for(lambda: not processes_of(slurm.nodes["node2"], "raylet"), 60)
+    settings = settings_of(tiny_run, "engine.task_seconds=1", "render.steps=600")
+    with slurm.sbatch(*settings):
+        wait_for(lambda: at_work(slurm, "node2"), 150)
+        # The task of the step on the other node outlives `srun`, as with Slurm.
+        for one in processes_of(slurm.nodes["node1"]):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        cable = ["nsenter", "--target", str(slurm.nodes["node1"].pid), "--net", "ip", "link", "set", "eth0", "down"]
+        subprocess.run(cable, check=True)
+        wait_for(lambda: slurm.requeued() == 1, 150)
+        wait_for(lambda: not processes_of(slurm.nodes["node2"], "raylet"), 60)
+        for first in slurm.nodes.values():
+            first.kill()
 
 
 def test_bad_settings_end_the_job_with_their_exit_code(slurm: Slurm, tiny_run: list[str]) -> None:
