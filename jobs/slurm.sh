@@ -80,7 +80,7 @@ start_ray() {
             "used: submit with --gpus-per-node." >&2
     fi
     exec ray start --block --node-ip-address="$1" --num-cpus="${SLURM_CPUS_ON_NODE:-$(nproc)}" --num-gpus="$gpus" \
-        --temp-dir="$ATLAS_RAY_TEMP" --disable-usage-stats "${@:2}"
+        --temp-dir="$ATLAS_RAY_TEMP" --disable-usage-stats --include-log-monitor=false "${@:2}"
 }
 
 # Executed on every node but the first: keep a Ray node that belongs to the head at `ADDRESS PORT`. A node that is lost is
@@ -201,7 +201,7 @@ until grep -q "Ray runtime started" "$log" 2> /dev/null; do
             exit "$try_again"
         fi
         tries=$((tries + 1))
-        (start_ray "$head" --head --port="$port" --include-dashboard=false) > "$log" &
+        (start_ray "$head" --head --port="$port" --include-dashboard=false --no-monitor) > "$log" &
         ray=$!
     fi
     pause 0.2

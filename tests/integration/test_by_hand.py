@@ -14,6 +14,7 @@ import pipeline
 
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not available(), reason="needs namespaces: root, unshare, nsenter and ip"),
 ]
 
@@ -42,7 +43,7 @@ def test_a_cluster_started_by_hand(tmp_path: Path, tiny_run: list[str]) -> None:
                 variables = ["PATH=/usr/bin:/bin", f"HOME={folder}", "LANG=C.UTF-8"]
                 done = subprocess.run(
                     [*enter, "env", "-i", *variables, "bash", "-ec", f"cd {project}; {exports}\n{command}"],
-                    stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=280,
+                    stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=400,
                 )  # fmt: skip
                 assert done.returncode == 0, done.stdout + done.stderr
                 return done

@@ -27,6 +27,7 @@ import pipeline
 JOB = "4711"
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not available(), reason="needs namespaces: root, unshare, nsenter and ip"),
 ]
 
@@ -131,7 +132,7 @@ def nothing_left(slurm: Slurm) -> None:
 
 def test_two_nodes_share_a_run(tmp_path: Path, slurm: Slurm, tiny_run: list[str]) -> None:
     process = slurm.sbatch(*settings_of(tiny_run, "engine.task_seconds=1", "render.steps=150"))
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     assert units_of(tmp_path / "tiny") == 15
     tasks = tasks_by_node(tmp_path / "tiny")
@@ -152,9 +153,9 @@ def test_a_node_lost_in_the_middle_costs_only_time(tmp_path: Path, slurm: Slurm,
         *settings_of(tiny_run, "engine.task_seconds=1", "render.steps=200"),
         RAY_health_check_period_ms="1000", RAY_health_check_failure_threshold="3", RAY_health_check_timeout_ms="2000",
     )  # fmt: skip
-    wait_for(lambda: at_work(slurm, "node2"), 120)
+    wait_for(lambda: at_work(slurm, "node2"), 250)
     slurm.nodes["node2"].kill()  # the kernel ends all of its processes; its network is gone
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     assert "is complete" in output and units_of(tmp_path / "tiny") == 15
     assert slurm.requeued() == 0
@@ -163,7 +164,7 @@ def test_a_node_lost_in_the_middle_costs_only_time(tmp_path: Path, slurm: Slurm,
 def test_a_node_that_does_not_start_is_done_without(tmp_path: Path, slurm: Slurm, tiny_run: list[str]) -> None:
     (slurm.folder / "node2.bad").touch()
     process = slurm.sbatch(*settings_of(tiny_run), ATLAS_ADDRESS="10.77.0.1")
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     assert "Task launch failed on node node2" in output
     assert tasks_by_node(tmp_path / "tiny").keys() == {"node1"} and units_of(tmp_path / "tiny") == 15
@@ -174,17 +175,17 @@ def test_near_the_time_limit_the_job_is_requeued_and_continues(
 ) -> None:
     settings = settings_of(tiny_run, "engine.task_seconds=1", "render.steps=600")
     process = slurm.sbatch(*settings)
-    wait_for(lambda: at_work(slurm, "node2") and list(tmp_path.glob("tiny/shards/render/**/*.h5")), 150)
+    wait_for(lambda: at_work(slurm, "node2") and list(tmp_path.glob("tiny/shards/render/**/*.h5")), 250)
     # As --signal=B:USR1@180: to the batch shell alone, not to its children.
     os.kill(process.pid, signal.SIGUSR1)
-    output, _ = process.communicate(timeout=90)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 75, output
     assert "Finished work is kept" in output and "requeued job" in output
     assert slurm.requeued() == 1
     nothing_left(slurm)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("tiny/shards/render/**/*.h5")}
     again = slurm.sbatch(*settings, SLURM_RESTART_COUNT="1")
-    output, _ = again.communicate(timeout=240)
+    output, _ = again.communicate(timeout=400)
     assert again.returncode == 0, output
     assert units_of(tmp_path / "tiny") == 15
     assert kept and all(path.stat().st_mtime_ns == made for path, made in kept.items())
@@ -194,14 +195,14 @@ def test_the_job_is_requeued_by_the_other_nodes_if_the_first_fails(slurm: Slurm,
     """Slurm keeps a job with --no-kill whose first node failed, although nothing runs its script any more."""
     settings = settings_of(tiny_run, "engine.task_seconds=1", "render.steps=600")
     with slurm.sbatch(*settings):
-        wait_for(lambda: at_work(slurm, "node2"), 150)
+        wait_for(lambda: at_work(slurm, "node2"), 250)
         # The task of the step on the other node outlives `srun`, as with Slurm.
         for one in processes_of(slurm.nodes["node1"]):
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
         cable = ["nsenter", "--target", str(slurm.nodes["node1"].pid), "--net", "ip", "link", "set", "eth0", "down"]
         subprocess.run(cable, check=True)
-        wait_for(lambda: slurm.requeued() == 1, 150)
+        wait_for(lambda: slurm.requeued() == 1, 250)
         wait_for(lambda: not processes_of(slurm.nodes["node2"], "raylet"), 60)
         for first in slurm.nodes.values():
             first.kill()
@@ -209,6 +210,6 @@ def test_the_job_is_requeued_by_the_other_nodes_if_the_first_fails(slurm: Slurm,
 
 def test_bad_settings_end_the_job_with_their_exit_code(slurm: Slurm, tiny_run: list[str]) -> None:
     process = slurm.sbatch(*settings_of(tiny_run, "render.stepz=4"))
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 2, output
     assert "stepz" in output and slurm.requeued() == 0

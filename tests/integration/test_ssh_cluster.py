@@ -22,6 +22,7 @@ SERVER = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin")
 
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(
         not (SERVER and all(map(shutil.which, PROGRAMS)) and available()),
         reason="needs namespaces, sshd, ssh, rsync and pkill",
@@ -37,7 +38,7 @@ class Cluster:
     firsts: dict[str, psutil.Process]
     file: Path
 
-    def shell(self, command: str, seconds: float = 250) -> subprocess.CompletedProcess[str]:
+    def shell(self, command: str, seconds: float = 400) -> subprocess.CompletedProcess[str]:
         """Execute a command on the user's machine, with only the environment of Ray on PATH."""
         home = self.file.parent / "client"
         variables = [f"HOME={home}", f"PATH={sys.prefix}/bin:/usr/bin:/bin", "LANG=C.UTF-8", "USER=root"]
@@ -125,11 +126,11 @@ def test_the_cluster_of_ssh_machines(tmp_path: Path, cluster: Cluster, tiny_run:
 
     up = cluster.shell(documented(cluster, "ray up"))
     assert up.returncode == 0, up.stdout + up.stderr
-    wait_for(lambda: cluster.processes("node2", "raylet --"), 120)
+    wait_for(lambda: cluster.processes("node2", "raylet --"), 250)
     command = documented(cluster, "ray exec jobs/ssh.yaml 'export")
     given = command.index(" run.root=")
     settings = " ".join(o for o in tiny_run if not o.startswith("engine=")).replace("'", "'\\''")
-    run = cluster.shell(f"{command[:given]} {settings} engine.cpus_per_worker=1'", 280)
+    run = cluster.shell(f"{command[:given]} {settings} engine.cpus_per_worker=1'", 500)
     assert run.returncode == 0, run.stdout + run.stderr
     with pipeline.open_atlas(tmp_path / "tiny") as atlas:
         assert len(atlas.units()) == 15
@@ -140,7 +141,7 @@ def test_the_cluster_of_ssh_machines(tmp_path: Path, cluster: Cluster, tiny_run:
     assert down.returncode == 0, down.stdout + down.stderr
     wait_for(lambda: {p.pid for p in cluster.processes("node1", "gcs_server")} == others, 60)
     # The other nodes end when they miss the head.
-    wait_for(lambda: not cluster.processes("node2", "raylet --"), 120)
+    wait_for(lambda: not cluster.processes("node2", "raylet --"), 250)
 
 
 def test_the_file_is_read_as_written(cluster: Cluster) -> None:

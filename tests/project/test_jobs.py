@@ -361,6 +361,7 @@ def test_a_job_uploads_code_and_configuration_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_real_job_on_a_real_cluster(tmp_path: Path, head: dict[str, str], tiny_run: list[str]) -> None:
     pytest.importorskip("aiohttp", reason="needs the cluster extra")
     project = installed_project(tmp_path / "project")
@@ -399,6 +400,7 @@ def test_a_real_job_on_a_real_cluster(tmp_path: Path, head: dict[str, str], tiny
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_run_joins_a_cluster_by_its_address_and_token(
     tmp_path: Path, head: dict[str, str], tiny_run: list[str]
 ) -> None:
