@@ -30,7 +30,7 @@ def test_only_an_answering_port_is_tried(listening: str, monkeypatch: pytest.Mon
     check_address(f"ray://{listening}")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     check_address("auto")  # Ray looks for a cluster on this machine
-    with pytest.raises(AtlasError, match="No Ray cluster at engine.address=127.0.0.1:1"):
+    with pytest.raises(AtlasError, match=r"No Ray cluster at engine\.address=127\.0\.0\.1:1"):
         check_address("127.0.0.1:1")
 
 

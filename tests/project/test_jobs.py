@@ -360,6 +360,33 @@ def test_a_job_uploads_code_and_configuration_only(tmp_path: Path) -> None:
     assert not [n for n in names if n.startswith(("photos", "runs", "best", "a.zip", ".", "shared"))]
 
 
+def test_the_runtime_environment_names_files_that_are_uploaded(tmp_path: Path) -> None:
+    """Also with the line for missing libraries, which is a comment."""
+    from ray.runtime_env import RuntimeEnv
+
+    text = (JOBS / "runtime_env.yaml").read_text()
+    assert "\n# pip: " in text
+    environment = yaml.safe_load(text.replace("\n# pip: ", "\npip: "))
+    packages = RuntimeEnv(**environment).pip_config()["packages"]
+    project = installed_project(tmp_path / "project")
+    placed = [p.replace("${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}", str(project)) for p in packages]
+    assert placed == [f"--constraint {project}/constraints.txt", str(project)]
+    assert (project / "constraints.txt").exists() and (project / "pyproject.toml").exists()
+    # pip resolves the project from there (the libraries are installed: only the project is looked at).
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--no-deps",
+        "--no-build-isolation",
+        *placed[0].split(),
+    ]
+    done = subprocess.run([*command, placed[1]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_real_job_on_a_real_cluster(tmp_path: Path, head: dict[str, str], tiny_run: list[str]) -> None:
