@@ -26,7 +26,7 @@ def blocks(section: str) -> list[str]:
 
 
 def test_a_cluster_started_by_hand(tmp_path: Path, tiny_run: list[str]) -> None:
-    exports, head, node, run = blocks("By hand")
+    exports, head, node, run, end = blocks("By hand")
     folder, own = Path(tempfile.mkdtemp(prefix="at-")), Path("/tmp/ray-atlas")
     made = not own.exists()
     own.mkdir(exist_ok=True)
@@ -53,8 +53,8 @@ def test_a_cluster_started_by_hand(tmp_path: Path, tiny_run: list[str]) -> None:
             shell("second", node.replace("ray start", "ray start --num-cpus=1"))
             shell("first", f"{run.rstrip()} engine.cpus_per_worker=1 render.steps=100 engine.task_seconds=1")
             for name in machines:
-                shell(name, "pkill -f '[/]tmp/ray-atlas/'")
-            wait_for(lambda: not any(processes_of(first, "ray-atlas") for first in firsts.values()), 60)
+                shell(name, end)
+            wait_for(lambda: not any(processes_of(first) for first in firsts.values()), 60)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if made:
