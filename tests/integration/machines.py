@@ -141,7 +141,10 @@ def running(machines: Sequence[Machine], folder: Path) -> Iterator[dict[str, psu
 def processes_of(first: psutil.Process, title: str = "") -> list[psutil.Process]:
     """The processes on a machine, but those that make it; only those whose command line contains `title`."""
     found, makers = [], (first.pid, first.ppid())
-    own = Path(f"/proc/{first.pid}/ns/net").readlink()
+    try:
+        own = Path(f"/proc/{first.pid}/ns/net").readlink()
+    except OSError:  # the machine has ended
+        return []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             here = process.pid not in makers and Path(f"/proc/{process.pid}/ns/net").readlink() == own

@@ -204,8 +204,6 @@ def test_the_job_is_requeued_by_the_other_nodes_if_the_first_fails(slurm: Slurm,
         subprocess.run(cable, check=True)
         wait_for(lambda: slurm.requeued() == 1, 250)
         wait_for(lambda: not processes_of(slurm.nodes["node2"], "raylet"), 60)
-        for first in slurm.nodes.values():
-            first.kill()
 
 
 def test_bad_settings_end_the_job_with_their_exit_code(slurm: Slurm, tiny_run: list[str]) -> None:
