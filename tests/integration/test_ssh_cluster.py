@@ -130,7 +130,9 @@ def test_the_cluster_of_ssh_machines(tmp_path: Path, cluster: Cluster, tiny_run:
     command = documented(cluster, "ray exec jobs/ssh.yaml 'export")
     given = command.index(" run.root=")
     settings = " ".join(o for o in tiny_run if not o.startswith("engine=")).replace("'", "'\\''")
-    run = cluster.shell(f"{command[:given]} {settings} engine.cpus_per_worker=1'", 500)
+    # One worker a node, and work for both.
+    settings += f" engine.cpus_per_worker={psutil.cpu_count()} engine.task_seconds=1 render.steps=200"
+    run = cluster.shell(f"{command[:given]} {settings}'", 500)
     assert run.returncode == 0, run.stdout + run.stderr
     with pipeline.open_atlas(tmp_path / "tiny") as atlas:
         assert len(atlas.units()) == 15
