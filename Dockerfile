@@ -1,33 +1,54 @@
-# Neuron Atlas in a container. The command `atlas` is the entry point.
+# Neuron Atlas in a container: for workstations, Kubernetes (jobs/kuberay.yaml) and Slurm sites with Apptainer.
 #
-# Build:
-#   docker build -t neuron-atlas:0.1.0 .
-#   docker build --build-arg EXTRAS=cluster -t neuron-atlas:0.1.0 .    # with Ray's dashboard and Jobs API: jobs/kuberay.yaml
+#   docker build --build-arg COMMIT="$(git rev-parse HEAD)" -t neuron-atlas:0.1.0 .
 #
-# Run the default atlas; results are written to ./runs:
+# The default has PyTorch with CUDA, which also runs on CPUs. A third of its size is the image for CPUs only, from the index of
+# PyTorch's CPU wheels (its address is on https://pytorch.org/get-started):
+#
+#   docker build --build-arg TORCH_INDEX=ADDRESS -t neuron-atlas:0.1.0-cpu .
+#
+# Run the default atlas; results are written to ./runs, which must belong to user 1000 (or add --user "$(id -u)"):
+#
 #   docker run --rm --shm-size=4g -v "$PWD/runs:/work/runs" neuron-atlas:0.1.0 run
 #
 # With GPUs (needs the NVIDIA Container Toolkit) and a mounted dataset, read-only:
+#
 #   docker run --rm --gpus all --shm-size=4g -v "$PWD/runs:/work/runs" -v /path/to/images:/data:ro neuron-atlas:0.1.0 \
 #       run experiment=overnight data=folder data.root=/data
 #
 # --shm-size is the memory for Ray's object store; Docker's default of 64 MB is too small. engine=inline needs none.
-FROM python:3.11-slim
+ARG PYTHON=3.11.13-slim-bookworm
+FROM python:${PYTHON}
 
-# The C loops of pipeline/kernels are compiled at run time for the processor of the machine. Without a compiler they are
-# replaced by slower PyTorch code.
+# gcc and libgomp: the C loops of pipeline/kernels are compiled at run time for the processor of the machine; without, slower
+# PyTorch code replaces them. bash and wget: KubeRay's start commands and probes call them. procps: jobs/ssh.yaml calls pkill.
+# hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/*
+    && apt-get install -y --no-install-recommends bash gcc libc6-dev libgomp1 procps wget \
+    && rm -rf /var/lib/apt/lists/* \
+    && groupadd --gid 1000 atlas \
+    && useradd --uid 1000 --gid 1000 --create-home --shell /bin/bash atlas \
+    && mkdir /app /work \
+    && chown atlas:atlas /app /work
 
-# Optional dependencies of pyproject.toml, for example "cluster" or "cluster,heic".
-ARG EXTRAS=""
+USER 1000:1000
 WORKDIR /app
-COPY . .
-RUN pip install --no-cache-dir --constraint constraints.txt ".${EXTRAS:+[$EXTRAS]}"
+COPY --chown=1000:1000 . .
+
+# Installed as on users' machines: all libraries in the versions of constraints.txt, into /app/.venv.
+# EXTRAS: optional dependencies of pyproject.toml. "cluster" has Ray's dashboard and Jobs API, which jobs/kuberay.yaml needs.
+ARG EXTRAS=cluster
+ARG TORCH_INDEX=""
+RUN PIP_NO_CACHE_DIR=1 PIP_EXTRA_INDEX_URL="${TORCH_INDEX}" scripts/setup "${EXTRAS}" \
+    && .venv/bin/atlas --version
 
 # As in scripts/atlas: threads of PyTorch that wait for each other keep their core busy for a short time only.
-ENV GOMP_SPINCOUNT=3000 PYTHONUNBUFFERED=1
+ENV PATH=/app/.venv/bin:$PATH GOMP_SPINCOUNT=3000 PYTHONUNBUFFERED=1
+
+ARG COMMIT=unknown
+LABEL org.opencontainers.image.title="Neuron Atlas" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.revision="${COMMIT}"
 
 # Relative paths, such as run.root=runs, are relative to this folder.
 WORKDIR /work

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -20,6 +19,7 @@ import psutil
 from pipeline.config.schema import EngineConfig
 from pipeline.core.errors import AtlasError, TryAgainError, first_line
 from pipeline.core.machine import available_cores
+from pipeline.engine.cluster_address import check_address, refusal
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,11 @@ def connected(config: EngineConfig) -> Iterator[Any]:
         AtlasError: If Ray is not installed or there is no cluster at the address.
         TryAgainError: If a private instance does not start.
     """
-    options = _private_options() if config.address is None else _cluster_options(config.address)
+    if config.address is None:
+        options: dict[str, Any] = _private_options()
+    else:
+        check_address(config.address)
+        options = {"address": config.address}
     # Hide GPUs from workers that were given none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     try:
@@ -109,34 +113,6 @@ def _warn_of_little_shared_memory() -> None:
             )
 
 
-def _cluster_options(address: str) -> dict[str, Any]:
-    """Return the arguments of `ray.init` for the cluster at `address`.
-
-    Raises:
-        AtlasError: If the address is that of a dashboard, or nothing listens there.
-    """
-    variable = os.environ.get("RAY_ADDRESS", "") if address == "auto" else ""
-    for where, value in (("RAY_ADDRESS", variable), ("engine.address", address)):
-        if re.match(r"https?://", value):
-            raise AtlasError(
-                f"{where}={value} is the address of Ray's dashboard, which only `ray job submit` and jobs/submit use. "
-                + ("Unset RAY_ADDRESS, or set" if where == "RAY_ADDRESS" else "Set")
-                + " engine.address to that of the cluster: HOST:6379, or auto on one of its nodes."
-            )
-    _reachable(address)
-    return {"address": address}
-
-
-def _reachable(address: str) -> None:
-    """Raise `AtlasError` within seconds if nothing listens at `address`: Ray tries for many minutes."""
-    match = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)
-    if match:
-        try:
-            socket.create_connection((match[1], int(match[2])), timeout=10).close()
-        except OSError as error:
-            raise AtlasError(f"No Ray cluster at engine.address={address}: {error}") from error
-
-
 def _explained(address: str | None, error: Exception) -> AtlasError:
     """Return the error of a connection that failed, with what can be done about it."""
     if isinstance(error, AtlasError):
@@ -151,11 +127,7 @@ def _explained(address: str | None, error: Exception) -> AtlasError:
             f"The cluster at engine.address={address} has another version of Ray or Python than this command: "
             f"{' '.join(str(error).split())} Install the same versions everywhere (constraints.txt)."
         )
-    token = "" if os.environ.get("RAY_AUTH_MODE") else (
-        " If the cluster was started with a token, this command needs it, too: "
-        "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE."
-    )  # fmt: skip
-    return AtlasError(f"No Ray cluster at engine.address={address}: {error}{token}")
+    return AtlasError(refusal(address, error))
 
 
 class ConnectionWatch:

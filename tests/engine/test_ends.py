@@ -145,12 +145,12 @@ def test_limits_of_the_first_version_of_control_groups_count(cgroups: Path) -> N
 def test_the_address_of_a_dashboard_is_told_from_that_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     with (
-        pytest.raises(AtlasError, match=r"RAY_ADDRESS=http://head:8265 is the address of Ray's dashboard.*Unset"),
+        pytest.raises(AtlasError, match=r"RAY_ADDRESS=http://head:8265 is the address of a dashboard.*unset"),
         connection.connected(EngineConfig(address="auto")),
     ):
         pass
     with (
-        pytest.raises(AtlasError, match=r"engine\.address=http://head:8265 is the address of Ray's dashboard"),
+        pytest.raises(AtlasError, match=r"engine\.address=http://head:8265 is the address of a dashboard"),
         connection.connected(EngineConfig(address="http://head:8265")),
     ):
         pass
