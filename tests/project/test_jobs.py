@@ -282,6 +282,15 @@ def test_the_slurm_script_counts_allocated_gpus_and_warns_of_others(tmp_path: Pa
         assert ("has GPUs that are not allocated" in done.stderr) == (gpus == 0)
 
 
+def test_the_slurm_directives_stand_before_the_first_command() -> None:
+    """Slurm reads none after it. All memory, a signal to the batch shell alone, and no end with a lost node."""
+    head, _, rest = (JOBS / "slurm.sh").read_text().partition("set -euo pipefail")
+    found = {line.removeprefix("#SBATCH ") for line in head.splitlines() if line.startswith("#SBATCH ")}
+    wanted = {"--mem=0", "--exclusive", "--ntasks-per-node=1", "--signal=B:USR1@180", "--requeue", "--no-kill"}
+    assert wanted <= found and "#SBATCH" not in rest
+    assert all(line.startswith("#") for line in head.splitlines())
+
+
 def test_the_slurm_script_says_what_to_install(tmp_path: Path, slurm: dict[str, str]) -> None:
     environment = slurm | {"ATLAS_BIN": str(tmp_path / "nothing")}
     command = ["bash", str(JOBS / "slurm.sh"), f"run.root={tmp_path / 'runs'}"]
