@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from pipeline.core.errors import AtlasError, first_line, nearest_names
 from pipeline.data import multiband
 from pipeline.data.config import MAX_PIXELS, DataConfig
 from pipeline.data.readers import folder, huggingface, samples, webdataset
-from pipeline.data.readers.base import DatasetImage, Listing
+from pipeline.data.readers.base import MISSING, DatasetImage, Listing
 from pipeline.models.config import Preprocessing
 
 # Image files with these suffixes have 8 bits per channel, so that no version has ever scaled their pixel values.
@@ -46,6 +46,7 @@ class Dataset:
         copied: Whether the images were copied to this machine: each is then a file of its own below `roots[""]`, named
             by `DatasetImage.source_path`.
         max_pixels: Images with more pixels are not decoded; None sets no limit.
+        unreadable: Why images can't be read, by source path, as far as it is known without opening them.
     """
 
     images: tuple[DatasetImage, ...]
@@ -53,6 +54,7 @@ class Dataset:
     column: str = ""
     copied: bool = False
     max_pixels: int | None = MAX_PIXELS
+    unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def locate(self, photo: DatasetImage) -> Path:
         """Return the file that contains an image."""
@@ -89,7 +91,8 @@ class Dataset:
         A table from an untrusted source must not be able to open any file of this machine, or to send it to workers.
 
         Raises:
-            ValueError: If the path is absolute, or leads out of the root, be it through a symbolic link.
+            ValueError: If the path is absolute, leads out of the root, be it through a symbolic link, or if there is no
+                such file.
         """
         root = Path(self.roots[""]).resolve()
         candidates = [(folder / name).resolve() for folder in (table.parent, root)]
@@ -97,7 +100,9 @@ class Dataset:
         existing = [path for path in inside if path.exists()]
         if Path(name).is_absolute() or not (existing or inside == candidates):
             raise ValueError(f"outside the dataset: the path {name!r} must be relative and lie below data.root")
-        return [*existing, *inside][0]
+        if not existing:
+            raise ValueError(MISSING)
+        return existing[0]
 
     def content(self, photo: DatasetImage) -> bytes:
         """Return the bytes of an encoded image, to send to workers that can't read its file.
@@ -154,7 +159,13 @@ def _limited(listed: Listing, config: DataConfig) -> Dataset:
     """Return the dataset of a listing, with the limit and the labels of the configuration."""
     if not isinstance(listed, Listing):
         raise AtlasError(f"data.source={config.source} must return a pipeline.data.readers.base.Listing.")
-    dataset = Dataset(listed.photos[: config.limit], listed.roots, listed.column, max_pixels=config.max_pixels)
+    dataset = Dataset(
+        listed.photos[: config.limit],
+        listed.roots,
+        listed.column,
+        max_pixels=config.max_pixels,
+        unreadable=listed.unreadable,
+    )
     if not dataset.images:
         raise AtlasError(f"data={config.source}: no image at all.")
     return _with_labels(dataset, Path(config.labels).expanduser()) if config.labels else dataset

@@ -19,7 +19,8 @@ def list_images(config: DataConfig) -> Listing:
     """
     import pyarrow as pa
 
-    root, files, _ = list_files(config, frozenset({".parquet", ".arrow"}))
+    listed = list_files(config, frozenset({".parquet", ".arrow"}))
+    root, files = listed.root, listed.paths
     if not files:
         raise AtlasError(f"data.root={config.root}: no .parquet or .arrow file there.")
     photos: list[DatasetImage] = []
