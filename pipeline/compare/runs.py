@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.core.config_files import load_yaml
 from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.core.metric_specs import is_minimized
 from pipeline.store.reader import Atlas, open_atlas
@@ -201,8 +202,8 @@ def _contender(atlas: Atlas, preset: str, label: str) -> Contender:
 def _settings(config: str, preset: str) -> dict[str, str]:
     """Return the settings of one preset and the run's seed; empty if the YAML does not contain them."""
     try:
-        tree = yaml.safe_load(config)
-    except yaml.YAMLError:
+        tree = load_yaml(config, "provenance/config")
+    except AtlasError:
         return {}
     if not isinstance(tree, Mapping):
         return {}
