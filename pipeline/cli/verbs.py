@@ -5,11 +5,10 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
 from pipeline import compare
 from pipeline.cli.overrides import Options
 from pipeline.cli.tables import console, print_pairs, print_plan
+from pipeline.cli.trust import untrusted_note
 from pipeline.compare.build import build as build_comparison
 from pipeline.compare.console import print_comparison
 from pipeline.config.schema import Config, from_tree
@@ -126,9 +125,14 @@ def verify(request: Request, _: Options) -> int:
     """Check the files of a run, and some visualizations by making them again."""
     folder = request.folder.existing()
     sample = request.config.run.check
+    # Only the command line can give this permission: the stored configuration may be a stranger's.
+    trusted = sample > 0 and request.config.run.trust
     # The plan cannot be made again with another network, which may not have its layers.
-    faults = maintenance.check_network(folder, _stored_config(folder).model) if sample else []
-    faults += maintenance.verify(folder, _stored_plan(request) if sample and not faults else None, sample)
+    faults = maintenance.check_network(folder, _stored_config(folder).model) if trusted else []
+    faults += maintenance.verify(folder, _stored_plan(folder) if trusted and not faults else None, sample)
+    if sample and not trusted:
+        with contextlib.suppress(AtlasError):  # a config.yaml that can't be read is one of the faults
+            runner.log.info("%s", untrusted_note(folder.read_config()))
     if not faults:
         print(f"{folder.path}: intact")
         return COMPLETE
@@ -152,9 +156,8 @@ def repair(request: Request, _: Options) -> int:
 def compact(request: Request, _: Options) -> int:
     """Delete the shards whose content atlas.h5 has."""
     folder = request.folder.existing()
-    stored = _stored_plan(request)
     with folder.locked():
-        result = maintenance.compact(folder, stored)
+        result = maintenance.compact(folder)
     print(
         f"{folder.path}: {result.removed_shards} shards deleted, {result.bytes / 1e6:.1f} MB; "
         f"{result.remaining_shards} kept"
@@ -239,16 +242,19 @@ def grid(request: Request, options: Options) -> int:
 
 
 def _stored_config(folder: RunFolder) -> Config:
-    """Return the configuration of an existing run."""
-    return from_tree(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+    """Return the configuration of an existing run that the user trusts: it may import code."""
+    return from_tree(folder.read_config())
 
 
-def _stored_plan(request: Request) -> Plan:
-    """Return the plan of an existing run from its stored configuration; nothing is timed and no base run is read."""
-    folder = request.folder.existing()
+def _stored_plan(folder: RunFolder) -> Plan:
+    """Return the plan of an existing run that the user trusts, from its stored configuration.
+
+    Nothing is timed, no base run is read, and the dataset is the recorded one: its files may be elsewhere.
+    """
     config = _stored_config(folder)
     units = {name: tuple(channels) for name, channels in folder.planned_channels().items()}
-    return make_plan(dataclasses.replace(config, base=None, only=None, judges={}), timed=False, units=units or None)
+    config = dataclasses.replace(config, base=None, only=None, judges={})
+    return make_plan(config, timed=False, units=units or None, listed=maintenance.recorded_dataset(folder.atlas))
 
 
 @dataclasses.dataclass(frozen=True)

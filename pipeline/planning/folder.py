@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from filelock import FileLock, SoftFileLock, Timeout
 
 from pipeline.config.defaults import complete_preset
 from pipeline.config.schema import FREE_SECTIONS, differences
 from pipeline.core.atomic_io import atomic_path
+from pipeline.core.config_files import decode_text, load_yaml
 from pipeline.core.errors import AtlasError
+
+# The way out of a damaged config.yaml.
+_RESTORE = (
+    "`atlas run` with the settings of this run and run.update=true writes it again, and keeps the results that agree "
+    "with them; atlas.h5 has a copy of the settings, provenance/config."
+)
 
 
 class RunFolder:
@@ -57,6 +63,35 @@ class RunFolder:
             hint = f"Runs in {self.path.parent}: {', '.join(runs)}." if runs else "`atlas run` makes one."
             raise AtlasError(f"There is no run at {self.path}. {hint}")
         return self
+
+    def read_config(self) -> dict[str, Any]:
+        """Return config.yaml as plain data.
+
+        Raises:
+            AtlasError: If it can't be read, or is not a mapping of settings.
+        """
+        try:
+            tree = load_yaml(decode_text(self.config.read_bytes(), str(self.config)), str(self.config))
+        except OSError as error:
+            raise AtlasError(f"{self.config} can't be read: {error.strerror or error}.") from error
+        except AtlasError as error:
+            raise AtlasError(f"{error} {_RESTORE}") from None
+        if not isinstance(tree, dict):
+            raise AtlasError(f"{self.config} holds no settings. {_RESTORE}")
+        return tree
+
+    def check_writable(self) -> None:
+        """Check that this folder can be written to, or made, before any work.
+
+        Raises:
+            AtlasError: If it can't be.
+        """
+        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+            raise AtlasError(
+                f"{existing} can't be written to, so that there is no place for the run {self.path}: choose another "
+                "folder, run.root=…"
+            )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -116,7 +151,7 @@ class RunFolder:
         unused = next(self.shards.rglob("*.h5"), None) is None and not self.atlas.is_file()
         if update or unused or not self.config.is_file():
             return
-        before, now = (_completed(settings) for settings in (yaml.safe_load(self.config.read_text()), tree))
+        before, now = (_completed(settings) for settings in (self.read_config(), tree))
         changed = differences(result_settings(before), result_settings(now))
         if changed:
             listed = "\n  ".join(changed)

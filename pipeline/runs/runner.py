@@ -46,6 +46,7 @@ def plan_run(request: Request) -> Plan:
         AtlasError: If anything in the input is wrong; nothing is written then.
     """
     folder = request.folder
+    folder.check_writable()
     folder.check_config(request.tree, request.config.run.update)
     plan = make_plan(request.config, remaining_work=lambda plan: reuse.remaining_work(plan, folder))
     with folder.locked():
@@ -89,6 +90,8 @@ def run(request: Request, plan: Plan, stages: tuple[str, ...] = STAGES) -> int:
             _record(request, plan)
         atomic_io.remove_temporary_files(folder.path)
         maintenance.set_aside_unreadable_atlas(folder)
+        maintenance.set_aside_unreadable_shards(folder)
+        maintenance.set_aside_outdated_pass(plan, folder)
         reuse.reuse_results(plan, folder, stages)
         return _Session(request, plan, stages).run()
 

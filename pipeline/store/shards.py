@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 
 from pipeline.core.atomic_io import is_full_disk, write_atomic
+from pipeline.data.storage_errors import is_storage_error
 from pipeline.store import hdf5
 
 SHARD_VERSION = 2
@@ -125,6 +126,19 @@ def read(path: Path) -> Shard | None:
     if attributes.get("complete") is not True or attributes.get("shard_version") != SHARD_VERSION:
         return None
     return Shard(path, attributes)
+
+
+def is_damaged(path: Path) -> bool:
+    """Return whether a file can't be opened as HDF5; a shard of another version can, and is not damaged.
+
+    Storage that fails says nothing about the file.
+    """
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            hdf5.all_attributes(file)
+    except (OSError, KeyError, RuntimeError) as error:
+        return not (is_storage_error(error) or isinstance(error, FileNotFoundError))
+    return False
 
 
 def find(folder: Path, digest: str) -> list[Shard]:

@@ -68,6 +68,7 @@ class Content:
         kernels: Kernels of the channels of layers that are linear in the pixels, by layer name.
         depths: Names of the fixed depths of the network at which the paths of images are measured.
         network_layers: All layers that units could be chosen from, in the order of the network.
+        dataset_pass: Digest of the first pass over the dataset; "" without one.
     """
 
     run: str
@@ -89,6 +90,7 @@ class Content:
     kernels: Mapping[str, PixelKernels] = dataclasses.field(default_factory=dict)
     depths: Sequence[str] = ()
     network_layers: Sequence[Layer] = ()
+    dataset_pass: str = ""
 
 
 def read_identity(path: Path) -> str | None:
@@ -200,6 +202,7 @@ def _write_root(file: h5py.File, content: Content) -> None:
     file.attrs["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     file.attrs["failures"] = content.failures
     file.attrs["identity"] = content.identity
+    file.attrs["dataset_pass"] = content.dataset_pass
     file.create_dataset("provenance/config", data=content.config_yaml, dtype=h5py.string_dtype())
     if content.labels:
         write_array(file, "model/labels", np.array(content.labels, object))
@@ -522,7 +525,7 @@ def verify(path: Path, planned: Mapping[str, Sequence[int]]) -> list[tuple[str, 
     with atlas, h5py.File(path, "r", locking=False) as file:
         unreadable = [name for name in hdf5.dataset_names(file) if not _is_readable(hdf5.dataset(file, name))]
         if unreadable:
-            fault = "can't be read; remove atlas.h5 and `atlas run` writes it again from the shards"
+            fault = "can't be read; `atlas repair` keeps everything else, `atlas run` makes the rest again"
             return [(name, fault) for name in unreadable]
         faults = [(name, "planned, but not in the atlas") for name in planned if name not in atlas.layers]
         dataset_images = len(atlas.dataset())
