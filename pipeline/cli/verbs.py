@@ -31,7 +31,7 @@ from pipeline.runs.activation_grid import MAX_CELLS, GridRequest, activation_gri
 from pipeline.runs.runner import COMPLETE, SET_ASIDE
 from pipeline.site.hosting.hosts import missing_addresses, prepare_for_host
 from pipeline.site.hosting.serve import server
-from pipeline.store.reader import open_atlas
+from pipeline.store.reader import check_structure, open_atlas
 from pipeline.store.shards import safe_name
 
 # Side of the squares that `atlas spectrum` measures, in pixels.
@@ -71,6 +71,7 @@ def render(request: Request, _: Options) -> int:
 def site(request: Request, _: Options) -> int:
     """Build the site again from atlas.h5: only what changed."""
     folder = request.folder.existing()
+    check_structure(folder.path)
     with folder.locked():
         pages.build_site(request, folder)
     return COMPLETE
@@ -168,6 +169,7 @@ def compact(request: Request, _: Options) -> int:
 def export(request: Request, options: Options) -> int:
     """Write the table of units to a file."""
     folder = request.folder.existing()
+    check_structure(folder.path)
     with open_atlas(folder.path) as atlas:
         units = atlas.units()
     kind = "csv" if "csv" in options.flags else "parquet"

@@ -330,8 +330,10 @@ def _loaded(
     photo = dataset.images[index]
     try:
         file = dataset.open(photo)
-        if (file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())) == 0:
+        size = file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
+        if size == 0:
             return Loaded(index, None, "empty file")
+        dataset.check_size(size)
         with _pillow_settings:
             image = read_image(file, recipe.channels, dataset.max_pixels)
             return Loaded(index, preprocess(image, recipe, photo.box), extra=extra and extra(index, image))

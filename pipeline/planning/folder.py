@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import datetime
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from filelock import FileLock, SoftFileLock, Timeout
 
 from pipeline.config.defaults import complete_preset
 from pipeline.config.schema import FREE_SECTIONS, differences
 from pipeline.core.atomic_io import atomic_path
 from pipeline.core.config_files import decode_text, load_yaml
 from pipeline.core.errors import AtlasError
+from pipeline.data.config import MAX_BYTES
+from pipeline.store import run_lock
+from pipeline.store.run_lock import LockedError
 
 # The way out of a damaged config.yaml.
 _RESTORE = (
@@ -98,42 +99,33 @@ class RunFolder:
         """Hold the lock of the run: two commands that write to one folder would undo each other's work.
 
         Raises:
-            AtlasError: If another command holds the lock, or if the file system does not allow locking.
+            AtlasError: If another command holds the lock, or if this folder can't be written to.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.lock)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout as error:
-            raise AtlasError(f"Another atlas command is at work in {self.path}. Wait for it, or stop it.") from error
-        except OSError as error:
-            raise self._lock_error(error.strerror or str(error)) from error
-        try:
-            if isinstance(lock, SoftFileLock):
-                # filelock's replacement where flock is not implemented. Its lock outlives a killed process, and
-                # `at_work` cannot see it.
-                raise self._lock_error("flock is not implemented here")
+        with contextlib.ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(run_lock.held(self.lock))
+            except LockedError as error:
+                holder = f" ({error})" if str(error) else ""
+                raise AtlasError(
+                    f"Another atlas command is at work in {self.path}{holder}. Wait for it, or stop it."
+                ) from error
+            except OSError as error:
+                raise AtlasError(
+                    f"The run can't be locked: {error.strerror or error}. {self.lock} must be writable, so that no "
+                    "second command writes to this run. Choose a folder that is writable: run.root=…"
+                ) from error
             yield
-        finally:
-            lock.release()
-
-    def _lock_error(self, reason: str) -> AtlasError:
-        return AtlasError(
-            f"The run can't be locked: {reason}. Tried to open {self.lock} for writing and to lock it with flock, so "
-            "that no second command writes to this run. Choose a folder that is writable and on a file system with "
-            "file locks: run.root=…"
-        )
 
     def is_running(self) -> bool:
-        """Return whether a command on this machine holds the lock of this run."""
-        # A shared lock needs read permission only, which `FileLock` does not offer: `atlas status` also works on runs
-        # of other users and on read-only file systems.
-        with contextlib.suppress(OSError), self.lock.open() as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        """Return whether a command holds the lock of this run, as far as this machine can tell."""
+        # Read permission suffices: `atlas status` also works on runs of other users and on read-only file systems.
+        return run_lock.is_held(self.lock)
+
+    @property
+    def unused(self) -> bool:
+        """Whether this folder has no finished work."""
+        return next(self.shards.rglob("*.h5"), None) is None and not self.atlas.is_file()
 
     def check_config(self, tree: Mapping[str, Any], update: bool) -> None:
         """Check that a configuration agrees with the one that the results in this folder were computed with.
@@ -148,11 +140,12 @@ class RunFolder:
         Raises:
             AtlasError: If a setting that changes results differs; the message lists the differences.
         """
-        unused = next(self.shards.rglob("*.h5"), None) is None and not self.atlas.is_file()
-        if update or unused or not self.config.is_file():
+        if update or self.unused or not self.config.is_file():
             return
         before, now = (_completed(settings) for settings in (self.read_config(), tree))
         changed = differences(result_settings(before), result_settings(now))
+        # Images may have moved: what they are is identified by their paths below it (`manifest.dataset`).
+        changed = [line for line in changed if not line.startswith("data.root: ")]
         if changed:
             listed = "\n  ".join(changed)
             raise AtlasError(
@@ -210,6 +203,8 @@ def result_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _completed(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration with the defaults of all members, which an older version may not have stored."""
     completed = {**tree, "render": complete_preset(tree.get("render"))}
+    if isinstance(tree.get("data"), Mapping):
+        completed["data"] = {"max_bytes": MAX_BYTES} | dict(tree["data"])
     if tree.get("also"):
         completed["also"] = {key: complete_preset(preset) for key, preset in tree["also"].items()}
     return completed

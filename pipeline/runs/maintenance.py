@@ -38,7 +38,7 @@ from pipeline.runs.dataset_pass import (
     without_overlap,
 )
 from pipeline.store import hdf5, shards, writer
-from pipeline.store.reader import open_atlas
+from pipeline.store.reader import open_atlas, structural_faults
 from pipeline.store.shards import DamagedShardError, Shard
 from pipeline.visualization.evaluation import RESTARTED, SILENT, target_view
 from pipeline.visualization.initial_images import InitialImage, load_target_image
@@ -90,7 +90,8 @@ def verify(folder: RunFolder, plan: Plan | None = None, sample: int = 0) -> list
     problems: list[Finding] = []
     if folder.atlas.is_file():
         problems += writer.verify(folder.atlas, folder.planned_channels())
-        problems += [(part.group_path.strip("/"), what) for part, what in _damaged_parts(folder.atlas)]
+        if not (problems and structural_faults(folder.atlas)):  # only what this program wrote has digests to compare
+            problems += [(part.group_path.strip("/"), what) for part, what in _damaged_parts(folder.atlas)]
     elif next(folder.shards.rglob("*.h5"), None) is None:
         raise AtlasError(f"{folder.path} has no finished work yet; start it with `atlas run`.")
     else:
@@ -162,6 +163,9 @@ def _damaged_parts(atlas: Path) -> list[tuple[Shard, str]]:
             intact, total = len(_intact_images(part)), int((part.get("status")["status"] != "missing").sum())
         except DamagedShardError as error:
             damaged.append((part, first_line(error)))
+            continue
+        except (TypeError, ValueError, IndexError, AttributeError) as error:  # not written by this program
+            damaged.append((part, f"is not as docs/store.md describes it: {first_line(error)}"))
             continue
         if intact < total:
             what = (
@@ -424,14 +428,18 @@ def repair(folder: RunFolder) -> list[Finding]:
         set_aside_unreadable_atlas(folder)
         if not folder.atlas.is_file():
             done.append((folder.atlas.name, "can't be read; set aside"))
-        elif _damaged_parts(folder.atlas) or _has_unreadable_parts(folder.atlas):
+        elif _is_damaged(folder.atlas):
             count = rescue(Shard(folder.atlas, {}, "/"), folder)
             done.append((folder.atlas.name, f"set aside; {count} visualizations that no shard holds were kept"))
     return done
 
 
-def _has_unreadable_parts(atlas: Path) -> bool:
-    return any("can't be" in what for _, what in writer.verify(atlas, {}))
+def _is_damaged(atlas: Path) -> bool:
+    """Return whether a part of an atlas can't be read, or does not have its digest."""
+    if any("can't be" in what for _, what in writer.verify(atlas, {})):
+        return True
+    # An atlas of another structure was not written by this program, and has nothing that could be copied.
+    return not structural_faults(atlas) and bool(_damaged_parts(atlas))
 
 
 @dataclasses.dataclass(frozen=True)

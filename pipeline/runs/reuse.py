@@ -152,12 +152,23 @@ def candidate_runs(plan: Plan) -> Iterator[RunFolder]:
     folder = plan.config.folder.resolve()
     base = find_base_run(plan.config)
     bases = [base] if base is not None else []
-    siblings = [RunFolder(path.parent) for path in sorted(folder.parent.glob("*/shards"))]
+    # Whoever may write beside this run could offer files with the right digests: only those of the same owner count.
+    owners = {os.geteuid(), _owner(folder)} - {None}
+    paths = [path for path in sorted(folder.parent.glob("*/shards")) if _owner(path) in owners]
+    siblings = [RunFolder(path.parent) for path in paths]
     visited = {folder}
     for candidate in [*bases, *siblings]:
         if candidate.path.resolve() not in visited:
             visited.add(candidate.path.resolve())
             yield candidate
+
+
+def _owner(path: Path) -> int | None:
+    """Return the owner of a file or folder; None if there is none."""
+    try:
+        return path.stat().st_uid
+    except OSError:
+        return None
 
 
 def _reusable_pass(

@@ -49,9 +49,28 @@ def plan_run(request: Request) -> Plan:
     folder.check_writable()
     folder.check_config(request.tree, request.config.run.update)
     plan = make_plan(request.config, remaining_work=lambda plan: reuse.remaining_work(plan, folder))
+    _check_same_dataset(request, plan)
     with folder.locked():
         _record(request, plan)
     return plan
+
+
+def _check_same_dataset(request: Request, plan: Plan) -> None:
+    """Check that images which have moved are those that the run was made with.
+
+    Raises:
+        AtlasError: If they are others.
+    """
+    folder, recorded = request.folder, manifest.read(request.folder.path)
+    if request.config.run.update or recorded is None or not folder.config.is_file() or folder.unused:
+        return
+    before = (folder.read_config().get("data") or {}).get("root")
+    if before != request.config.data.root and recorded.dataset != plan.dataset_fingerprint:
+        raise AtlasError(
+            f"{folder.path} was made with other images: data.root={before}, and those of {request.config.data.root} "
+            "have other paths or sizes. Give the new run another name (run.name=…), or continue this one with the new "
+            "images (run.update=true)."
+        )
 
 
 def _record(request: Request, plan: Plan) -> None:

@@ -134,3 +134,21 @@ def test_verify_and_compact_need_no_photographs(finished: Path, capsys: pytest.C
     assert "intact" in printed(capsys)
     assert main(["compact", str(finished)]) == 0
     assert len(list((finished / "shards" / "examples").glob("*.h5"))) == 1
+
+
+def test_images_may_move_but_not_become_others(
+    finished: Path, tiny_run: list[str], photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = Path(shutil.copytree(photo_folder, tmp_path / "moved"))
+    assert main(["plan", *tiny_run, f"data.root={moved}"]) == 0
+    fewer = Path(shutil.copytree(moved, tmp_path / "fewer"))
+    next(fewer.rglob("*.png")).unlink()
+    assert main(["plan", *tiny_run, f"data.root={fewer}"]) == 2
+    assert "was made with other images" in capsys.readouterr().err
+
+
+def test_a_run_of_another_owner_offers_nothing(plan_beside: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can write beside a run could offer files with the right digests."""
+    assert [run.path.name for run in reuse.candidate_runs(plan_beside)] == ["tiny"]
+    monkeypatch.setattr(reuse, "_owner", lambda path: 12345 if path.name == "shards" else None)
+    assert list(reuse.candidate_runs(plan_beside)) == []

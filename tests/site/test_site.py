@@ -1172,6 +1172,19 @@ def test_a_site_is_built_without_links_in_the_one_before(tmp_path):
     assert not output.adopt(tmp_path / "old", tmp_path / "newer", "media") and not (tmp_path / "newer").exists()
 
 
+def test_authors_are_named_where_their_images_are_shown(tmp_path):
+    path = write_atlas(tmp_path / "atlas.h5", layers=LAYERS[:1])
+    build(path)
+    assert "CC BY 2.0" not in (tmp_path / "site/method.html").read_text()
+    with h5py.File(path, "r+") as file:
+        file["dataset/path"][0] = "sklearn/china.jpg#0,0,9,9"
+        file["provenance/config"][()] = "model: {source: package, weights: default}\ndata: {root: /home/somebody/x}"
+    build(path)
+    page = (tmp_path / "site/method.html").read_text()
+    assert "danielbuechele" in page and "CC BY 2.0" in page and "vultilion" not in page
+    assert "ML Illustrated, Apache License 2.0" in page and "somebody" not in page
+
+
 # ------------------------------------------------------------------------------------------------- families
 
 

@@ -52,7 +52,11 @@ def list_images(config: DataConfig) -> Listing:
             if is_storage_error(error):
                 raise AtlasError(f"{root / file} can't be listed, so that images would be missing: {error}") from error
             log.warning("%s is damaged (%s): using the %d images before the damage", file, error, len(shard.images))
+        length = (root / file).stat().st_size
         for name, offset, size in shard.images:
+            if offset + size > length:
+                log.warning("%s ends before %s does, which is left out", file, name)
+                continue
             folder, _, last = name.rpartition("/")
             label = shard.labels.get(f"{folder}/{last.partition('.')[0]}", folder.partition("/")[0])
             photos.append(DatasetImage(f"{file}#{name}", label, len(photos), file=file, position=(offset, size)))
