@@ -248,10 +248,13 @@ def test_an_installed_wheel_works_from_any_folder(tmp_path: Path) -> None:
     assert Path(done.stdout.strip()) == tmp_path / "site/pipeline/conf"
 
 
+@pytest.mark.long
 def test_a_reader_of_the_output_may_go_away() -> None:
     """As in `atlas --help | head -1`: no traceback."""
     script = "import sys; from pipeline.cli.main import main; sys.exit(main(['--help']))"
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", script]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     with process.stderr as errors:
