@@ -251,12 +251,15 @@ def _stored_config(folder: RunFolder) -> Config:
 def _stored_plan(folder: RunFolder) -> Plan:
     """Return the plan of an existing run that the user trusts, from its stored configuration.
 
-    Nothing is timed, no base run is read, and the dataset is the recorded one: its files may be elsewhere.
+    Nothing is timed, and no base run is read. If the files of the dataset are elsewhere, it is the recorded one.
     """
     config = _stored_config(folder)
     units = {name: tuple(channels) for name, channels in folder.planned_channels().items()}
     config = dataclasses.replace(config, base=None, only=None, judges={})
-    return make_plan(config, timed=False, units=units or None, listed=maintenance.recorded_dataset(folder.atlas))
+    root = config.data.root
+    here = root is None or Path(root).expanduser().exists()
+    listed = None if here else maintenance.recorded_dataset(folder.atlas)
+    return make_plan(config, timed=False, units=units or None, listed=listed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,7 +103,8 @@ class DatasetPass:
         first = [self.histogram_ranges.path] if self.histogram_ranges else []
         index = self.path("localize", "index", self.localize_digest)
         parts = [*self.swept_ranges.values(), *self.localized_ranges.values()]
-        return [*first, *(s.path for s in parts), *([index] if index.is_file() else [])]
+        stale = bool(self.outdated) or index in self._ignored
+        return [*first, *(s.path for s in parts), *([index] if index.is_file() and not stale else [])]
 
     @property
     def covered(self) -> bool:

@@ -334,7 +334,8 @@ def copy_visualizations(shard: Shard, folder: RunFolder, channels: Collection[in
     Returns:
         The number of copied visualizations.
     """
-    if "layer" not in shard.attributes:  # A shard of the dataset pass can't be used in part.
+    # A shard of the dataset pass can't be used in part.
+    if "layer" not in shard.attributes or (not shard.group_path and shard.structural_fault()):
         return 0
     try:
         names = _names(shard)

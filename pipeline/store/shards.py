@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.core.atomic_io import is_full_disk, write_atomic
 from pipeline.data.storage_errors import is_storage_error
-from pipeline.store import hdf5
+from pipeline.store import hdf5, structure
 
 SHARD_VERSION = 2
 
@@ -92,8 +92,23 @@ class Shard:
         with self.opened() as opened:
             return np.asarray(hdf5.dataset(opened, name)[:, start:end])
 
+    def structural_fault(self) -> str:
+        """Return why the file may not be read, because this program did not write it so; "" for any other file.
+
+        A file of a stranger may link to others, or declare arrays that no memory holds.
+        """
+        try:
+            with h5py.File(self.path, "r", locking=False) as file:
+                faults = structure.links(file) or structure.arrays(file)
+        except (OSError, KeyError, RuntimeError, ValueError):
+            return ""
+        return f"{faults[0][0]} {faults[0][1]}" if faults else ""
+
     def damage(self) -> str:
         """Read everything and return what is wrong with the shard; "" if it is intact."""
+        fault = self.structural_fault()
+        if fault:
+            return f"{self.path}: {fault}"
         try:
             arrays = self.arrays()
         except DamagedShardError as error:

@@ -59,7 +59,7 @@ def faults(file: h5py.File) -> list[Fault]:
     found = links(file)
     if found:
         return found
-    found = _arrays(file)
+    found = arrays(file)
     return found or list(_members(file))
 
 
@@ -75,7 +75,7 @@ def links(file: h5py.File) -> list[Fault]:
     return found
 
 
-def _arrays(file: h5py.File) -> list[Fault]:
+def arrays(file: h5py.File) -> list[Fault]:
     """Return arrays that are stored elsewhere, of a type that no array of an atlas has, or larger than they can be."""
     found: list[Fault] = []
 

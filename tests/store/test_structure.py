@@ -146,3 +146,18 @@ def test_files_of_atlases_have_the_permissions_that_the_user_wants(tmp_path: Pat
     finally:
         os.umask(before)
     assert (tmp_path / "atlas.h5").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("change", [external_link, soft_loop, virtual])
+def test_a_hostile_shard_is_set_aside_and_nothing_of_it_is_read(run: Path, change: Callable[[h5py.File], None]) -> None:
+    folder = run / "shards" / "render" / "x"
+    write_shard(folder, [2], 3)
+    (path,) = folder.glob("*.h5")
+    with h5py.File(path, "r+") as file:
+        del file["robust"]
+        file.create_group(PLACE)
+        change(file)
+    (shard,) = shards.find(folder, "d")
+    assert shard.structural_fault() and shard.damage()
+    ((where, _),) = maintenance.repair(RunFolder(run))
+    assert where.endswith(path.name) and not list(run.rglob("*copied*")) and list(folder.glob("*.damaged"))
