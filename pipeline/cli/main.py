@@ -6,6 +6,7 @@ of this program, 75 a fault that may pass (the cluster was lost, or gave no work
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -33,6 +34,7 @@ from pipeline.cli.overrides import (
 from pipeline.cli.verbs import VERBS
 from pipeline.core import interrupts
 from pipeline.core.errors import AtlasError, nearest_names
+from pipeline.data.storage_errors import StorageError
 from pipeline.planning.request import Request
 from pipeline.runs.runner import BAD_INPUT, COMPLETE, CRASHED, INTERRUPTED
 
@@ -42,6 +44,13 @@ EPILOG = (
     "`atlas run --help` lists all settings. The verbs from site to export also take the folder of a run: "
     "atlas verify runs/NAME."
 )
+
+
+# Errors of places where this user, or nobody, may write.
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+# Exit code of a process whose output nobody reads: 128 + SIGPIPE, as of other programs.
+BROKEN_PIPE = 141
 
 
 class _Stderr(logging.Handler):
@@ -54,6 +63,19 @@ class _Stderr(logging.Handler):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the console script `atlas` and return its exit code."""
+    try:
+        code = _main(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of the output has gone, as in `atlas --help | head -1`. Python would report it again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return code
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    if os.name == "nt":
+        return _refuse("Windows is supported through WSL only: https://learn.microsoft.com/windows/wsl/install")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "-sc" in arguments:
         if _complete_verb(arguments):
@@ -179,6 +201,12 @@ def _guarded(work: Callable[[], int]) -> int:
         return work()
     except AtlasError as error:
         return _refuse(str(error), error.exit_code)
+    except StorageError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        if error.errno not in UNWRITABLE or error.filename is None:
+            raise
+        return _refuse(f"{error.filename}: {error.strerror}. Choose a folder that is writable: run.root=…")
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted. Finished work is kept; the same command continues from here.\n")
         return INTERRUPTED

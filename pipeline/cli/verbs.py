@@ -5,11 +5,10 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
 from pipeline import compare
 from pipeline.cli.overrides import Options
 from pipeline.cli.tables import console, print_pairs, print_plan
+from pipeline.cli.trust import untrusted_note
 from pipeline.compare.build import build as build_comparison
 from pipeline.compare.console import print_comparison
 from pipeline.config.schema import Config, from_tree
@@ -32,7 +31,7 @@ from pipeline.runs.activation_grid import MAX_CELLS, GridRequest, activation_gri
 from pipeline.runs.runner import COMPLETE, SET_ASIDE
 from pipeline.site.hosting.hosts import missing_addresses, prepare_for_host
 from pipeline.site.hosting.serve import server
-from pipeline.store.reader import open_atlas
+from pipeline.store.reader import check_structure, open_atlas
 from pipeline.store.shards import safe_name
 
 # Side of the squares that `atlas spectrum` measures, in pixels.
@@ -69,6 +68,7 @@ def render(request: Request, _: Options) -> int:
 def site(request: Request, _: Options) -> int:
     """Build the site again from atlas.h5: only what changed."""
     folder = request.folder.existing()
+    check_structure(folder.path)
     with folder.locked():
         pages.build_site(request, folder)
     return COMPLETE
@@ -123,9 +123,14 @@ def verify(request: Request, _: Options) -> int:
     """Check the files of a run, and some visualizations by making them again."""
     folder = request.folder.existing()
     sample = request.config.run.check
+    # Only the command line can give this permission: the stored configuration may be a stranger's.
+    trusted = sample > 0 and request.config.run.trust
     # The plan cannot be made again with another network, which may not have its layers.
-    faults = maintenance.check_network(folder, _stored_config(folder).model) if sample else []
-    faults += maintenance.verify(folder, _stored_plan(request) if sample and not faults else None, sample)
+    faults = maintenance.check_network(folder, _stored_config(folder).model) if trusted else []
+    faults += maintenance.verify(folder, _stored_plan(folder) if trusted and not faults else None, sample)
+    if sample and not trusted:
+        with contextlib.suppress(AtlasError):  # a config.yaml that can't be read is one of the faults
+            runner.log.info("%s", untrusted_note(folder.read_config()))
     if not faults:
         print(f"{folder.path}: intact")
         return COMPLETE
@@ -149,9 +154,8 @@ def repair(request: Request, _: Options) -> int:
 def compact(request: Request, _: Options) -> int:
     """Delete the shards whose content atlas.h5 has."""
     folder = request.folder.existing()
-    stored = _stored_plan(request)
     with folder.locked():
-        result = maintenance.compact(folder, stored)
+        result = maintenance.compact(folder)
     print(
         f"{folder.path}: {result.removed_shards} shards deleted, {result.bytes / 1e6:.1f} MB; "
         f"{result.remaining_shards} kept"
@@ -162,6 +166,7 @@ def compact(request: Request, _: Options) -> int:
 def export(request: Request, options: Options) -> int:
     """Write the table of units to a file."""
     folder = request.folder.existing()
+    check_structure(folder.path)
     with open_atlas(folder.path) as atlas:
         units = atlas.units()
     kind = "csv" if "csv" in options.flags else "parquet"
@@ -236,16 +241,22 @@ def grid(request: Request, options: Options) -> int:
 
 
 def _stored_config(folder: RunFolder) -> Config:
-    """Return the configuration of an existing run."""
-    return from_tree(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+    """Return the configuration of an existing run that the user trusts: it may import code."""
+    return from_tree(folder.read_config())
 
 
-def _stored_plan(request: Request) -> Plan:
-    """Return the plan of an existing run from its stored configuration; nothing is timed and no base run is read."""
-    folder = request.folder.existing()
+def _stored_plan(folder: RunFolder) -> Plan:
+    """Return the plan of an existing run that the user trusts, from its stored configuration.
+
+    Nothing is timed, and no base run is read. If the files of the dataset are elsewhere, it is the recorded one.
+    """
     config = _stored_config(folder)
     units = {name: tuple(channels) for name, channels in folder.planned_channels().items()}
-    return make_plan(dataclasses.replace(config, base=None, only=None, judges={}), timed=False, units=units or None)
+    config = dataclasses.replace(config, base=None, only=None, judges={})
+    root = config.data.root
+    here = root is None or Path(root).expanduser().exists()
+    listed = None if here else maintenance.recorded_dataset(folder.atlas)
+    return make_plan(config, timed=False, units=units or None, listed=listed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
+from pipeline.core.config_files import load_yaml
 from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.core.metric_specs import is_minimized
-from pipeline.store.reader import Atlas, open_atlas
+from pipeline.store.reader import Atlas, check_structure, open_atlas
 
 # Attributes that must be equal for the numbers of two runs to be comparable, with their names on pages and in messages.
 SHARED = {"model": "model", "weights_sha256": "weights", "dataset_fingerprint": "dataset"}
@@ -113,6 +114,8 @@ def open_runs(runs: Sequence[str], presets: Sequence[str] = (), root: Path = Pat
     """
     paths = list(dict.fromkeys(find_atlas(name, root).resolve() for name in runs))
     with contextlib.ExitStack() as stack:
+        for path in paths:
+            check_structure(path)
         atlases = [stack.enter_context(open_atlas(path)) for path in paths]
         for atlas in atlases[1:]:
             _check_comparable(atlases[0], atlas)
@@ -201,8 +204,8 @@ def _contender(atlas: Atlas, preset: str, label: str) -> Contender:
 def _settings(config: str, preset: str) -> dict[str, str]:
     """Return the settings of one preset and the run's seed; empty if the YAML does not contain them."""
     try:
-        tree = yaml.safe_load(config)
-    except yaml.YAMLError:
+        tree = load_yaml(config, "provenance/config")
+    except AtlasError:
         return {}
     if not isinstance(tree, Mapping):
         return {}

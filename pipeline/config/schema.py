@@ -37,6 +37,8 @@ class RunConfig:
         seed: Seed of visualizations.
         update: Whether an existing run folder may continue with another configuration: only what changed is made again.
         check: Number of visualizations that `atlas verify` makes again.
+        trust: Whether `atlas verify` may load the network, code and checkpoints that the config.yaml of a run folder
+            names. Only what is typed counts, never what a run folder has stored.
     """
 
     name: str
@@ -44,6 +46,7 @@ class RunConfig:
     seed: int = 0
     update: bool = False
     check: int = 4
+    trust: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import yaml
 from pydantic_core import CoreSchema, core_schema
 
 from pipeline.core.errors import AtlasError, first_line
@@ -41,6 +42,41 @@ def decode_text(content: bytes, where: str) -> str:
             f"{where} is not UTF-8 text: line {line} holds the byte 0x{byte:02x}. Save it as UTF-8, in an editor or "
             "with iconv -f latin1 -t utf-8."
         ) from None
+
+
+# A file of settings is refused if it is longer, or if its aliases stand for more values than this.
+MAX_YAML_BYTES, MAX_YAML_VALUES = 8_000_000, 1_000_000
+
+
+def load_yaml(text: str, where: str) -> Any:
+    """Return the content of YAML text as plain data.
+
+    Aliases let a kilobyte stand for more values than memory holds, so that their number is limited.
+
+    Args:
+        text: The text.
+        where: File or setting, for the error message.
+
+    Raises:
+        AtlasError: If it is not valid, or too large.
+    """
+    if len(text) > MAX_YAML_BYTES:
+        raise AtlasError(f"{where} is too large: {len(text):,} characters, {MAX_YAML_BYTES:,} at most.")
+    try:
+        tree = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise AtlasError(f"{where} is not valid YAML: {first_line(error)}") from None
+    pending, values = [tree], 0
+    while pending:
+        item = pending.pop()
+        values += 1
+        if values + len(pending) > MAX_YAML_VALUES:
+            raise AtlasError(f"{where} stands for more than {MAX_YAML_VALUES:,} values, by its aliases.")
+        if isinstance(item, dict):
+            pending += item.values()
+        elif isinstance(item, list):
+            pending += item
+    return tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Handling of Ctrl-C and SIGTERM: raise at once, and keep a flag in case the exception is lost.
+"""Handling of Ctrl-C, SIGTERM and SIGHUP: raise at once, and keep a flag in case the exception is lost.
 
 Python discards an exception that a signal handler raises inside a destructor or a callback of a C library, and the
 program would continue. Long-running code therefore calls `check` regularly.
@@ -9,6 +9,9 @@ from typing import Any
 
 _interrupted = False
 
+# The terminal or the connection was closed; Windows has no such signal.
+_HANGUP = tuple(getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name))
+
 
 def raise_if_interrupted() -> None:
     """Raise KeyboardInterrupt if a signal arrived since `InterruptHandlers` was entered."""
@@ -17,7 +20,10 @@ def raise_if_interrupted() -> None:
 
 
 class InterruptHandlers:
-    """Context manager that handles SIGTERM like Ctrl-C and records both for `check`; for the main thread only."""
+    """Context manager that handles SIGTERM and SIGHUP like Ctrl-C, and records them for `raise_if_interrupted`.
+
+    For the main thread only.
+    """
 
     def __enter__(self) -> None:
         global _interrupted
@@ -29,7 +35,9 @@ class InterruptHandlers:
             _interrupted = True
             raise KeyboardInterrupt
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, *_HANGUP):
+            if number in _HANGUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: the work goes on without a terminal
             try:
                 self.previous[number] = signal.signal(number, stop)
             except ValueError:  # not the main thread: a notebook or a test has its own handlers

@@ -10,6 +10,9 @@ from pipeline.core.validation import NullMeans
 # Default of `data.max_pixels`. Larger images are refused before decoding: a small file can decompress to gigabytes.
 MAX_PIXELS = 64_000_000
 
+# Default of `data.max_bytes`: a part of an archive of this program's users is a photograph, and not a disk image.
+MAX_BYTES = 256 * 2**20
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -23,6 +26,7 @@ class DataConfig:
         image: Column of a table that holds the images. None: the first column of a binary type.
         label: Column of a table that holds the labels. None: `label` or `labels`, if there is one.
         max_pixels: Images with more pixels are refused before they are decoded; None sets no limit.
+        max_bytes: Encoded images of more bytes are refused before they are read; None sets no limit.
     """
 
     source: str = "samples"
@@ -32,3 +36,4 @@ class DataConfig:
     image: str | None = None
     label: str | None = None
     max_pixels: Annotated[Annotated[int, Field(ge=1)] | None, NullMeans("no limit")] = MAX_PIXELS
+    max_bytes: Annotated[Annotated[int, Field(ge=1)] | None, NullMeans("no limit")] = MAX_BYTES

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,16 @@ from pipeline.core import plugins
 from pipeline.core.config_files import decode_text
 from pipeline.core.errors import AtlasError, first_line, nearest_names
 from pipeline.data import multiband
-from pipeline.data.config import MAX_PIXELS, DataConfig
+from pipeline.data.config import MAX_BYTES, MAX_PIXELS, DataConfig
 from pipeline.data.readers import folder, huggingface, samples, webdataset
-from pipeline.data.readers.base import DatasetImage, Listing
+from pipeline.data.readers.base import MISSING, DatasetImage, Listing
 from pipeline.models.config import Preprocessing
 
 # Image files with these suffixes have 8 bits per channel, so that no version has ever scaled their pixel values.
 EIGHT_BIT_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"})
+
+# A row group of a table is read at once: so many times `data.max_bytes` is its limit.
+GROUP_IMAGES = 16
 
 # Readers by the name that `data.source` gives.
 READERS: dict[str, Callable[[DataConfig], Listing]] = {
@@ -46,6 +49,8 @@ class Dataset:
         copied: Whether the images were copied to this machine: each is then a file of its own below `roots[""]`, named
             by `DatasetImage.source_path`.
         max_pixels: Images with more pixels are not decoded; None sets no limit.
+        max_bytes: Encoded images of more bytes are not read; None sets no limit.
+        unreadable: Why images can't be read, by source path, as far as it is known without opening them.
     """
 
     images: tuple[DatasetImage, ...]
@@ -53,6 +58,8 @@ class Dataset:
     column: str = ""
     copied: bool = False
     max_pixels: int | None = MAX_PIXELS
+    unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    max_bytes: int | None = MAX_BYTES
 
     def locate(self, photo: DatasetImage) -> Path:
         """Return the file that contains an image."""
@@ -73,15 +80,28 @@ class Dataset:
         if photo.position is None or self.copied:
             return path
         if not self.column:
+            self.check_size(photo.position[1])
             return webdataset.read_member(path, *photo.position)
         group, row = photo.position
+        # Cells are read together, so that their size is not known before.
+        self.check_size(huggingface.group_bytes(str(path), group, self.column), GROUP_IMAGES)
         value = huggingface.image_cells(str(path), group, self.column)[row].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if content is None and isinstance(value, dict) and value.get("path"):
             return self._resolve_cell_path(path, str(value["path"]))
         if not isinstance(content, bytes):
             raise ValueError("an empty cell")
+        self.check_size(len(content))
         return io.BytesIO(content)
+
+    def check_size(self, size: int, images: int = 1) -> None:
+        """Check the size of an encoded image, or of several that are read together.
+
+        Raises:
+            ValueError: If it is above `max_bytes` for each.
+        """
+        if self.max_bytes is not None and size > self.max_bytes * images:
+            raise ValueError(f"too large: {size:,} bytes; data.max_bytes allows {self.max_bytes * images:,}")
 
     def _resolve_cell_path(self, table: Path, name: str) -> Path:
         """Return the file that a table cell names, relative to the table's folder or to the root.
@@ -89,7 +109,8 @@ class Dataset:
         A table from an untrusted source must not be able to open any file of this machine, or to send it to workers.
 
         Raises:
-            ValueError: If the path is absolute, or leads out of the root, be it through a symbolic link.
+            ValueError: If the path is absolute, leads out of the root, be it through a symbolic link, or if there is no
+                such file.
         """
         root = Path(self.roots[""]).resolve()
         candidates = [(folder / name).resolve() for folder in (table.parent, root)]
@@ -97,7 +118,9 @@ class Dataset:
         existing = [path for path in inside if path.exists()]
         if Path(name).is_absolute() or not (existing or inside == candidates):
             raise ValueError(f"outside the dataset: the path {name!r} must be relative and lie below data.root")
-        return [*existing, *inside][0]
+        if not existing:
+            raise ValueError(MISSING)
+        return existing[0]
 
     def content(self, photo: DatasetImage) -> bytes:
         """Return the bytes of an encoded image, to send to workers that can't read its file.
@@ -107,6 +130,8 @@ class Dataset:
             ValueError: As `open`.
         """
         file = self.open(photo)
+        if isinstance(file, Path):
+            self.check_size(file.stat().st_size)
         return file.read_bytes() if isinstance(file, Path) else file.getvalue()
 
     @functools.cached_property
@@ -154,7 +179,14 @@ def _limited(listed: Listing, config: DataConfig) -> Dataset:
     """Return the dataset of a listing, with the limit and the labels of the configuration."""
     if not isinstance(listed, Listing):
         raise AtlasError(f"data.source={config.source} must return a pipeline.data.readers.base.Listing.")
-    dataset = Dataset(listed.photos[: config.limit], listed.roots, listed.column, max_pixels=config.max_pixels)
+    dataset = Dataset(
+        listed.photos[: config.limit],
+        listed.roots,
+        listed.column,
+        max_pixels=config.max_pixels,
+        unreadable=listed.unreadable,
+        max_bytes=config.max_bytes,
+    )
     if not dataset.images:
         raise AtlasError(f"data={config.source}: no image at all.")
     return _with_labels(dataset, Path(config.labels).expanduser()) if config.labels else dataset
@@ -163,7 +195,7 @@ def _limited(listed: Listing, config: DataConfig) -> Dataset:
 def fingerprint(dataset: Dataset, recipe: Preprocessing) -> list[object]:
     """Return what identifies the network inputs: paths, labels, crops, file sizes and the preprocessing.
 
-    The pixel limit is included where it is not the default, because it determines which images are read.
+    The limits of pixels and bytes are included where they are not the defaults: they determine which images are read.
     """
     sizes = {}
     for photo in dataset.images:
@@ -180,6 +212,8 @@ def fingerprint(dataset: Dataset, recipe: Preprocessing) -> list[object]:
         options.append("levels by type")  # earlier versions scaled pixels by the values of each image
     if dataset.max_pixels != MAX_PIXELS:
         options.append(["max_pixels", dataset.max_pixels])
+    if dataset.max_bytes != MAX_BYTES:
+        options.append(["max_bytes", dataset.max_bytes])
     return [photos, dataset.column, dataclasses.asdict(recipe), *options]
 
 

@@ -1,8 +1,12 @@
-"""From image files to network inputs: decode, rotate upright, resize, crop. Broken files are reported, not raised."""
+"""From image files to network inputs: decode, rotate upright, resize, crop.
+
+Broken files are reported, not raised. Errors of the storage are raised, after some pauses and attempts.
+"""
 
 import contextlib
 import dataclasses
 import io
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +20,8 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from pipeline.data import image_formats, multiband
 from pipeline.data.config import MAX_PIXELS
 from pipeline.data.datasets import Dataset
+from pipeline.data.readers.base import MISSING
+from pipeline.data.storage_errors import StorageError, is_storage_error, names_storage_error
 from pipeline.models.config import INTERPOLATIONS, Preprocessing
 
 RESAMPLE = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
@@ -28,7 +34,14 @@ REASONS = (
     "unsupported values",
     "no decoder",
     "outside the dataset",
+    MISSING,
 )
+
+# This reason is recorded, but tried again by the next run if the file is readable then.
+NO_PERMISSION = "no permission"
+
+# Seconds before a second and a third attempt to read an image after an error of the storage.
+RETRY_PAUSES = (1.0, 5.0)
 
 # Resized sides beyond this are refused (`input_box`).
 MAX_SIDE = 65_000
@@ -239,8 +252,8 @@ def failure_reason(error: Exception) -> str:
     text = str(error)
     if isinstance(error, ValueError) and text.partition(":")[0] in REASONS:
         return text
-    if isinstance(error, FileNotFoundError):
-        return "missing, or a broken link"
+    if isinstance(error, PermissionError):
+        return f"{NO_PERMISSION}: {error.strerror}"
     if isinstance(error, UnidentifiedImageError):
         return "not a picture"
     if any(word in text.lower() for word in ("truncated", "broken data stream", "unexpected end", "eof")):
@@ -268,29 +281,99 @@ def load_images(
 
     Yields:
         One `Loaded` per index. Images that can't be read have a reason and no array.
+
+    Raises:
+        StorageError: If an image can't be read because of its storage, in several attempts.
     """
+    closed = threading.Event()
 
     def load_one(index: int) -> Loaded:
         photo = dataset.images[index]
-        try:
-            file = dataset.open(photo)
-            if (file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())) == 0:
-                return Loaded(index, None, "empty file")
-            with _pillow_settings:
-                image = read_image(file, recipe.channels, dataset.max_pixels)
-                return Loaded(index, preprocess(image, recipe, photo.box), extra=extra and extra(index, image))
-        except Exception as error:
-            # Decoders raise almost any exception on broken files; one such file must not end the pass.
-            return Loaded(index, None, failure_reason(error))
+        known = dataset.unreadable.get(photo.source_path)
+        if known is not None:
+            return Loaded(index, None, known)
+        # A file that the driver should have sent does not appear later.
+        pauses = () if dataset.copied else RETRY_PAUSES
+        for pause in (*pauses, None):
+            try:
+                return _loaded(dataset, index, recipe, extra)
+            except OSError as error:
+                if pause is None or closed.wait(pause):
+                    raise StorageError(f"{photo.path!r} could not be read because of its storage: {error}") from error
+        raise AssertionError("not reached")
 
     with ThreadPoolExecutor(threads) as pool:
         pending: list[Future[Loaded]] = []
-        for index in indices:
-            pending.append(pool.submit(load_one, index))
-            if len(pending) > 4 * threads:
-                yield pending.pop(0).result()
-        for future in pending:
-            yield future.result()
+        try:
+            for index in indices:
+                pending.append(pool.submit(load_one, index))
+                if len(pending) > 4 * threads:
+                    yield pending.pop(0).result()
+            for future in pending:
+                yield future.result()
+        finally:
+            closed.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _loaded(
+    dataset: Dataset,
+    index: int,
+    recipe: Preprocessing,
+    extra: Callable[[int, Image.Image | multiband.Bands], Any] | None,
+) -> Loaded:
+    """Load one image; the arguments are those of `load_images`.
+
+    Raises:
+        OSError: If the storage fails. Other errors are returned as the reason.
+    """
+    photo = dataset.images[index]
+    try:
+        file = dataset.open(photo)
+        size = file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
+        if size == 0:
+            return Loaded(index, None, "empty file")
+        dataset.check_size(size)
+        with _pillow_settings:
+            image = read_image(file, recipe.channels, dataset.max_pixels)
+            return Loaded(index, preprocess(image, recipe, photo.box), extra=extra and extra(index, image))
+    except Exception as error:
+        # A file that was listed has vanished: broken links are known from the listing.
+        if is_storage_error(error) or isinstance(error, FileNotFoundError):
+            raise
+        # Decoders raise almost any exception on broken files; one such file must not end the pass.
+        return Loaded(index, None, failure_reason(error))
+
+
+def encoded_images(dataset: Dataset, indices: Iterable[int]) -> dict[str, bytes | str]:
+    """Return the encoded images to send to workers that can't read the dataset, by source path.
+
+    An image that can't be read has the reason as text instead. One whose storage fails is left out: the worker then
+    fails the task, which is repeated.
+    """
+    files: dict[str, bytes | str] = {}
+    for photo in (dataset.images[i] for i in indices):
+        if photo.source_path in files or photo.source_path in dataset.unreadable:
+            continue
+        try:
+            files[photo.source_path] = dataset.content(photo)
+        except (OSError, ValueError) as error:
+            if not (is_storage_error(error) or isinstance(error, FileNotFoundError)):
+                files[photo.source_path] = failure_reason(error)
+    return files
+
+
+def may_be_readable(dataset: Dataset, index: int, reason: str) -> bool:
+    """Return whether an image that was recorded as unreadable should be tried again.
+
+    That is so for errors of the storage, which earlier versions recorded, and if the permission to read it was missing
+    and is there now.
+    """
+    if names_storage_error(reason):
+        return True
+    return reason.startswith((NO_PERMISSION, "unreadable: PermissionError")) and os.access(
+        dataset.locate(dataset.images[index]), os.R_OK
+    )
 
 
 def batches(

@@ -21,6 +21,7 @@ from pipeline.core import plugins
 from pipeline.core.atomic_io import write_atomic
 from pipeline.core.errors import AtlasError, TryAgainError, first_line
 from pipeline.core.machine import SPIN_LIMIT
+from pipeline.data import image_loading
 from pipeline.engine import handshake
 from pipeline.engine.base import (
     LOSSES_PER_FAILURE,
@@ -448,13 +449,7 @@ class RayEngine:
         if self.config.shared_fs or isinstance(task, RenderTask):
             return None
         assert self._setup is not None
-        dataset = self._setup.dataset
-        files = {}
-        for photo in (dataset.images[i] for i in task.images):
-            # The worker reports a file that cannot be read, like any other unreadable image.
-            with contextlib.suppress(OSError, ValueError):
-                if photo.source_path not in files:
-                    files[photo.source_path] = dataset.content(photo)
+        files = image_loading.encoded_images(self._setup.dataset, task.images)
         return self.ray.put(files)
 
 

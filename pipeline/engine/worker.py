@@ -65,6 +65,9 @@ MAX_GROWTH = 1.5
 
 T = TypeVar("T")
 
+# Dataset images by path, or why they cannot be read.
+ImageFiles = Mapping[str, bytes | str]
+
 
 class DeviceLost(Exception):
     """The CUDA context of this process is lost: the worker must be replaced."""
@@ -163,13 +166,13 @@ class Worker:
             self._ensembles[preset.name] = tuple(verified_fold(m, foldable_pairs(m), layers) for m in members)
         return self._ensembles[preset.name]
 
-    def do(self, task: Task, fits: Mapping[str, int] | None = None, files: Mapping[str, bytes] | None = None) -> Done:
+    def do(self, task: Task, fits: Mapping[str, int] | None = None, files: ImageFiles | None = None) -> Done:
         """Execute one task and write its shard.
 
         Args:
             task: The task.
             fits: Batch sizes for this layer that fitted into memory, by device name, learnt by other workers.
-            files: Dataset images by path, if this worker cannot read the dataset itself.
+            files: Dataset images by path, or why they can't be read, if this worker cannot read the dataset itself.
 
         Raises:
             DeviceLost: If this process must be replaced.
@@ -205,19 +208,25 @@ class Worker:
                 return self._localize(task)
 
     @contextlib.contextmanager
-    def _dataset_files(self, files: Mapping[str, bytes] | None) -> Iterator[None]:
+    def _dataset_files(self, files: ImageFiles | None) -> Iterator[None]:
         """Write dataset images that were sent to a temporary folder of this machine, for the time of one task."""
         if files is None:
             yield
             return
         with tempfile.TemporaryDirectory(prefix="neuron-atlas-") as folder:
+            unreadable = dict(self.setup.dataset.unreadable)
             for name, data in files.items():
+                if isinstance(data, str):
+                    unreadable[name] = data
+                    continue
                 path = Path(folder, name)
                 if not path.resolve().is_relative_to(Path(folder).resolve()):
                     raise AtlasError(f"{name!r} leads out of its folder.")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
-            self.dataset = dataclasses.replace(self.setup.dataset, roots={"": folder}, copied=True)
+            self.dataset = dataclasses.replace(
+                self.setup.dataset, roots={"": folder}, copied=True, unreadable=unreadable
+            )
             yield
 
     def _restart_reason(self) -> str:

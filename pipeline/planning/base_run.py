@@ -4,8 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.config.schema import Config, differences, from_tree
 from pipeline.core import plugins
 from pipeline.core.errors import AtlasError
@@ -102,6 +100,6 @@ def read_config(base: RunFolder) -> Config | None:
     """Return the configuration of a run; None if this version can't parse it."""
     try:
         with plugins.forbidden():
-            return from_tree(yaml.safe_load(base.config.read_text(encoding="utf-8")))
-    except (AtlasError, OSError, yaml.YAMLError, TypeError, KeyError):
+            return from_tree(base.read_config())
+    except (AtlasError, TypeError, KeyError):
         return None

@@ -3,22 +3,28 @@
 import contextlib
 import csv
 import datetime
-import fcntl
 import json
 import os
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
-from filelock import FileLock, SoftFileLock, Timeout
 
 from pipeline.config.defaults import complete_preset
 from pipeline.config.schema import FREE_SECTIONS, differences
 from pipeline.core.atomic_io import atomic_path
+from pipeline.core.config_files import decode_text, load_yaml
 from pipeline.core.errors import AtlasError
+from pipeline.data.config import MAX_BYTES
+from pipeline.store import run_lock
+from pipeline.store.run_lock import LockedError
+
+# The way out of a damaged config.yaml.
+_RESTORE = (
+    "`atlas run` with the settings of this run and run.update=true writes it again, and keeps the results that agree "
+    "with them; atlas.h5 has a copy of the settings, provenance/config."
+)
 
 
 class RunFolder:
@@ -34,7 +40,6 @@ class RunFolder:
         status: status.json, read by `atlas status`.
         site: site/, the generated pages.
         lock: .lock, the file that `locked` locks.
-        holder: .lock.json, which command holds the lock.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +52,6 @@ class RunFolder:
         self.status = path / "status.json"
         self.site = path / "site"
         self.lock = path / ".lock"
-        self.holder = path / ".lock.json"
 
     def existing(self) -> "RunFolder":
         """Return this folder if it holds a run.
@@ -61,34 +65,60 @@ class RunFolder:
             raise AtlasError(f"There is no run at {self.path}. {hint}")
         return self
 
+    def read_config(self) -> dict[str, Any]:
+        """Return config.yaml as plain data.
+
+        Raises:
+            AtlasError: If it can't be read, or is not a mapping of settings.
+        """
+        try:
+            tree = load_yaml(decode_text(self.config.read_bytes(), str(self.config)), str(self.config))
+        except OSError as error:
+            raise AtlasError(f"{self.config} can't be read: {error.strerror or error}.") from error
+        except AtlasError as error:
+            raise AtlasError(f"{error} {_RESTORE}") from None
+        if not isinstance(tree, dict):
+            raise AtlasError(f"{self.config} holds no settings. {_RESTORE}")
+        return tree
+
+    def check_writable(self) -> None:
+        """Check that this folder can be written to, or made, before any work.
+
+        Raises:
+            AtlasError: If it can't be.
+        """
+        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+            raise AtlasError(
+                f"{existing} can't be written to, so that there is no place for the run {self.path}: choose another "
+                "folder, run.root=…"
+            )
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock of the run: two commands that write to one folder would undo each other's work.
 
         Raises:
-            AtlasError: If another command holds the lock, or if the file system does not allow locking.
+            AtlasError: If another command holds the lock, or if this folder can't be written to.
         """
-        lock = FileLock(self.lock)
-        try:
-            created = self._create()
-            lock.acquire(blocking=False)
-        except Timeout as error:
-            raise AtlasError(
-                f"Another atlas command is at work in {self.path}{self._holder_text()}. Wait for it, or stop it."
-            ) from error
-        except OSError as error:
-            raise self._lock_error(error.strerror or str(error)) from error
-        try:
-            if isinstance(lock, SoftFileLock):
-                # filelock's replacement where flock is not implemented. Its lock outlives a killed process, and
-                # `at_work` cannot see it.
-                raise self._lock_error("flock is not implemented here")
-            self._note_holder()
-            yield
-        finally:
-            self.holder.unlink(missing_ok=True)
-            self._remove_empty(created)
-            lock.release()
+        with contextlib.ExitStack() as stack:
+            try:
+                created = self._create()
+                stack.enter_context(run_lock.held(self.lock))
+            except LockedError as error:
+                holder = self._holder_text(error)
+                raise AtlasError(
+                    f"Another atlas command is at work in {self.path}{holder}. Wait for it, or stop it."
+                ) from error
+            except OSError as error:
+                raise AtlasError(
+                    f"The run can't be locked: {error.strerror or error}. {self.lock} must be writable, so that no "
+                    "second command writes to this run. Choose a folder that is writable: run.root=…"
+                ) from error
+            try:
+                yield
+            finally:
+                self._remove_empty(created)
 
     def _create(self) -> list[Path]:
         """Create the folder; return the folders that were created, the outermost last."""
@@ -104,40 +134,21 @@ class RunFolder:
                 for path in created:
                     path.rmdir()
 
-    def _note_holder(self) -> None:
-        """Write who holds the lock, for the message of a command that cannot get it."""
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        record = {"host": platform.node(), "process": os.getpid(), "since": now}
-        with contextlib.suppress(OSError):  # only a message depends on it
-            self.holder.write_text(json.dumps(record) + "\n", encoding="utf-8")
-
-    def _holder_text(self) -> str:
-        """Return who holds the lock as text: ": process 12 on node3, since …"; empty if nothing is noted."""
-        try:
-            record = json.loads(self.holder.read_text(encoding="utf-8"))
-            text = f": process {record['process']} on {record['host']}, since {record['since']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return ""
+    def _holder_text(self, error: LockedError) -> str:
+        """Return who holds the lock as text, and how far that command is; empty if nothing is known."""
         updated = self.read_status().get("updated", "")
-        return f"{text}, with progress as of {updated}" if str(updated) >= str(record["since"]) else text
-
-    def _lock_error(self, reason: str) -> AtlasError:
-        return AtlasError(
-            f"The run can't be locked: {reason}. Tried to open {self.lock} for writing and to lock it with flock, so "
-            "that no second command writes to this run. Choose a folder that is writable and on a file system with "
-            "file locks: run.root=…"
-        )
+        progress = f", with progress as of {updated}" if error.since and str(updated) >= error.since else ""
+        return f": {error}{progress}" if str(error) else ""
 
     def is_running(self) -> bool:
-        """Return whether a command on this machine holds the lock of this run."""
-        # A shared lock needs read permission only, which `FileLock` does not offer: `atlas status` also works on runs
-        # of other users and on read-only file systems.
-        with contextlib.suppress(OSError), self.lock.open() as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        """Return whether a command holds the lock of this run, as far as this machine can tell."""
+        # Read permission suffices: `atlas status` also works on runs of other users and on read-only file systems.
+        return run_lock.is_held(self.lock)
+
+    @property
+    def unused(self) -> bool:
+        """Whether this folder has no finished work."""
+        return next(self.shards.rglob("*.h5"), None) is None and not self.atlas.is_file()
 
     def check_config(self, tree: Mapping[str, Any], update: bool) -> None:
         """Check that a configuration agrees with the one that the results in this folder were computed with.
@@ -152,11 +163,12 @@ class RunFolder:
         Raises:
             AtlasError: If a setting that changes results differs; the message lists the differences.
         """
-        unused = next(self.shards.rglob("*.h5"), None) is None and not self.atlas.is_file()
-        if update or unused or not self.config.is_file():
+        if update or self.unused or not self.config.is_file():
             return
-        before, now = (_completed(settings) for settings in (yaml.safe_load(self.config.read_text()), tree))
+        before, now = (_completed(settings) for settings in (self.read_config(), tree))
         changed = differences(result_settings(before), result_settings(now))
+        # Images may have moved: what they are is identified by their paths below it (`manifest.dataset`).
+        changed = [line for line in changed if not line.startswith("data.root: ")]
         if changed:
             listed = "\n  ".join(changed)
             raise AtlasError(
@@ -214,6 +226,8 @@ def result_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _completed(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration with the defaults of all members, which an older version may not have stored."""
     completed = {**tree, "render": complete_preset(tree.get("render"))}
+    if isinstance(tree.get("data"), Mapping):
+        completed["data"] = {"max_bytes": MAX_BYTES} | dict(tree["data"])
     if tree.get("also"):
         completed["also"] = {key: complete_preset(preset) for key, preset in tree["also"].items()}
     return completed

@@ -113,6 +113,7 @@ def make_plan(
     timed: bool = True,
     remaining_work: Callable[[Plan], RemainingWork] | None = None,
     units: Units | None = None,
+    listed: tuple[Dataset, str] | None = None,
 ) -> Plan:
     """Load the network, find and choose layers, list the dataset and estimate the time.
 
@@ -121,13 +122,14 @@ def make_plan(
         timed: Whether to estimate times by timing a few steps. Without it each visualization costs one second.
         remaining_work: Returns the work that existing results leave; only this is timed. Without it, all work is left.
         units: Channels of each layer, instead of those that the configuration chooses.
+        listed: Dataset and its fingerprint, where they are known: then nothing is listed.
 
     Raises:
         AtlasError: If anything in the input is wrong.
     """
     cpus, gpus = local_resources()
     with _threads(cpus):
-        inputs, chosen = _find_units(_load_inputs(config), units)
+        inputs, chosen = _find_units(_load_inputs(config, listed), units)
         config = inputs.config
         judges = judging.check_judges(config.judges, inputs.model, chosen.class_layers)
         visualizations = sum(len(chosen.channels[layer.name]) for layer in chosen.rendered) * len(config.presets)
@@ -152,7 +154,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _load_inputs(config: Config) -> _Inputs:
+def _load_inputs(config: Config, listed: tuple[Dataset, str] | None = None) -> _Inputs:
     """Load the network and list the dataset; check that the base run is about the same."""
     if config.model.folder is None:
         # Workers may have another working directory.
@@ -161,8 +163,11 @@ def _load_inputs(config: Config) -> _Inputs:
     start, loading = process_start(), Stopwatch()
     with loading:
         model = load_model(config.model).to("cpu")
-    dataset = datasets.list_dataset(config.data, model.preprocessing.channels)
-    fingerprint = hashing.digest_of(datasets.fingerprint(dataset, model.preprocessing))
+    if listed is None:
+        dataset = datasets.list_dataset(config.data, model.preprocessing.channels)
+        fingerprint = hashing.digest_of(datasets.fingerprint(dataset, model.preprocessing))
+    else:
+        dataset, fingerprint = listed
     base = find_base_run(config)
     if base is not None:
         check_same_sources(base, config, model, fingerprint)

@@ -1,6 +1,7 @@
 """Results of a plan that exist in a run folder: its shards, and what atlas.h5 contains of shards that are gone."""
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ class Artifacts:
         folder: The run folder.
         previous: Artifacts of the same folder at an earlier time: what they have read is not read again.
         read_only: Whether nothing may be written there: in the folders of other runs, and without the run's lock.
+        ignored: Damaged files of the dataset pass, which count as absent.
 
     Attributes:
         dataset_pass: State of the dataset pass.
@@ -37,13 +39,18 @@ class Artifacts:
     """
 
     def __init__(
-        self, plan: Plan, folder: RunFolder, previous: "Artifacts | None" = None, read_only: bool = False
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        previous: "Artifacts | None" = None,
+        read_only: bool = False,
+        ignored: Collection[Path] = frozenset(),
     ) -> None:
         self.folder, self._read_only = folder, read_only
         self._restarts: dict[PlanRow, str] = {}
         self.total = len(plan.setup.dataset.images)
         self._small: dict[tuple[Path, str], dict[str, np.ndarray]] = dict(previous._small) if previous else {}
-        self.dataset_pass = DatasetPass(plan, folder.shards, read_only)
+        self.dataset_pass = DatasetPass(plan, folder.shards, read_only, ignored)
         self.visualizations: dict[PlanRow, list[Shard]] = {}
         in_atlas = writer.render_groups(folder.atlas)
         for row in plan.rows:
@@ -126,6 +133,9 @@ def put_aside(path: Path) -> Path:
 
     It is not removed: the cause may be a temporary fault of the file system.
     """
-    aside = path.with_name(f"{path.name}.damaged")
+    aside, number = path.with_name(f"{path.name}.damaged"), 1
+    while aside.exists():  # an earlier one may hold what the later one lacks
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{number}")
     path.replace(aside)
     return aside

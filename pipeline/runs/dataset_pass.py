@@ -8,12 +8,13 @@ before. Within a round, the order and the size of the tasks do not change the me
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.core import hashing
+from pipeline.data import image_loading
 from pipeline.engine.tasks import DatasetTask, LocalizeTask, RangesTask, SweepTask, Task, localize_digest
 from pipeline.examples import label_association, localize
 from pipeline.examples import sweep as examples
@@ -26,7 +27,7 @@ from pipeline.examples.sweep import ImageSubsets, PassResult
 from pipeline.layers.finding import Layer
 from pipeline.planning.plan import Plan
 from pipeline.store import shards
-from pipeline.store.shards import Shard
+from pipeline.store.shards import DamagedShardError, Shard
 
 
 class DatasetPass:
@@ -36,9 +37,11 @@ class DatasetPass:
         plan: The plan.
         folder: Folder of the shards of a run.
         read_only: Whether nothing may be written there: in the folders of other runs, and without the run's lock.
+        ignored: Damaged files, which count as absent.
 
     Attributes:
         total: Number of dataset images.
+        outdated: Parts of the first pass that lack an image that may be readable now; they count as absent.
         digest: Digest of the first pass.
         ranges_digest: Digest of the histogram ranges.
         localize_digest: Digest of the second pass.
@@ -47,23 +50,48 @@ class DatasetPass:
         localized_ranges: Shards of the second pass by (start, end), without overlap.
     """
 
-    def __init__(self, plan: Plan, folder: Path, read_only: bool = False) -> None:
-        self._plan, self.folder, self._read_only = plan, folder, read_only
+    def __init__(
+        self, plan: Plan, folder: Path, read_only: bool = False, ignored: Collection[Path] = frozenset()
+    ) -> None:
+        self._plan, self.folder, self._read_only, self._ignored = plan, folder, read_only, ignored
         self._config = plan.config.examples
         self.total = len(plan.setup.dataset.images)
         self.digest = plan.examples_digest
         self.layers = plan.layers
-        self.ranges_digest = hashing.digest_of(["ranges", self.digest])
+        self.ranges_digest = ranges_digest(self.digest)
         self.localize_digest = localize_digest(plan.setup, self.digest, [channels for _, channels in plan.layers])
-        self.histogram_ranges = shards.read(self.path("ranges", "ranges", self.ranges_digest))
-        parts = shards.find(folder / "examples", self.digest) if self.histogram_ranges else []
+        path = self.path("ranges", "ranges", self.ranges_digest)
+        self.histogram_ranges = None if path in ignored else shards.read(path)
+        parts = self._found("examples", self.digest) if self.histogram_ranges else []
+        self.outdated = [shard for shard in parts if self._is_outdated(shard)]
         # Parts with other histogram ranges cannot be merged with these.
-        self.swept_ranges = without_overlap(s for s in parts if s.attributes.get("ranges") == self.content)
-        self.localized_ranges = without_overlap(shards.find(folder / "localize", self.localize_digest))
+        self.swept_ranges = without_overlap(
+            s for s in parts if s.attributes.get("ranges") == self.content and s not in self.outdated
+        )
+        second = self._found("localize", self.localize_digest) if not self.outdated else []
+        self.localized_ranges = without_overlap(second)
+
+    def _found(self, kind: str, digest: str) -> list[Shard]:
+        return [shard for shard in shards.find(self.folder / kind, digest) if shard.path not in self._ignored]
+
+    def _is_outdated(self, shard: Shard) -> bool:
+        """Return whether a part of the first pass lacks an image that may be readable now."""
+        dataset = self._plan.setup.dataset
+        return any(
+            image_loading.may_be_readable(dataset, int(index), reason) for index, reason in unreadable_images(shard)
+        )
+
+    def paths_of_outdated(self) -> list[Path]:
+        """Return the outdated parts of the first pass, and all of the second pass, which depends on them."""
+        if not self.outdated:
+            return []
+        index = self.path("localize", "index", self.localize_digest)
+        second = [shard.path for shard in self._found("localize", self.localize_digest)]
+        return [*(shard.path for shard in self.outdated), *second, *([index] if index.is_file() else [])]
 
     def path(self, kind: str, name: str, digest: str) -> Path:
         """Return the path of a shard; `kind` is "ranges", "examples" or "localize"."""
-        return self.folder / kind / f"{name}-{digest[:12]}.h5"
+        return shard_path(self.folder, kind, name, digest)
 
     @property
     def content(self) -> str:
@@ -75,7 +103,8 @@ class DatasetPass:
         first = [self.histogram_ranges.path] if self.histogram_ranges else []
         index = self.path("localize", "index", self.localize_digest)
         parts = [*self.swept_ranges.values(), *self.localized_ranges.values()]
-        return [*first, *(s.path for s in parts), *([index] if index.is_file() else [])]
+        stale = bool(self.outdated) or index in self._ignored
+        return [*first, *(s.path for s in parts), *([index] if index.is_file() and not stale else [])]
 
     @property
     def covered(self) -> bool:
@@ -86,7 +115,7 @@ class DatasetPass:
     def index(self) -> SecondPassIndex:
         """The images of the second pass, stored so that later runs need not merge the first pass to find them."""
         path = self.path("localize", "index", self.localize_digest)
-        shard = shards.read(path)
+        shard = shards.read(path) if path not in self._ignored and not self.outdated else None
         if shard is not None:
             return SecondPassIndex.from_arrays(shard.arrays())
         index = SecondPassIndex.of(self.chosen, localize.path_sample(self._plan.setup.dataset))
@@ -163,16 +192,8 @@ class DatasetPass:
     @functools.cached_property
     def sweep(self) -> PassResult:
         """The merged first pass, without the histogram bins of single images, which may be too large for memory."""
-        empty = {"codes/index": np.zeros(0, np.int32), "codes/bin": np.zeros((0, self._channels), np.uint8)}
-        parts = (
-            PassResult.from_arrays(shard.arrays(but=tuple(empty)) | empty)
-            for _, shard in sorted(self.swept_ranges.items())
-        )
-        return examples.merge(parts, self._config.k, self._plan.setup.dataset.sources)
-
-    @property
-    def _channels(self) -> int:
-        return sum(layer.channels for layer in self._plan.setup.layers)
+        pieces = [shard for _, shard in sorted(self.swept_ranges.items())]
+        return merged(pieces, self._config.k, self._plan.setup.dataset.sources)
 
     @functools.cached_property
     def chosen(self) -> list[TopExamples]:
@@ -237,6 +258,54 @@ class DatasetPass:
         codes = np.concatenate(columns)[np.argsort(np.concatenate(parts), kind="stable")]
         low, high = ranges.low[start + channels], ranges.high[start + channels]
         return label_association.associate_by_activations(codes, self._labeled_sources, low, high, layer.rectified)
+
+
+def ranges_digest(digest: str) -> str:
+    """Return the digest of the histogram ranges of the first pass with this digest."""
+    return hashing.digest_of(["ranges", digest])
+
+
+def shard_path(folder: Path, kind: str, name: str, digest: str) -> Path:
+    """Return the path of a shard of the dataset pass below `folder`."""
+    return folder / kind / f"{name}-{digest[:12]}.h5"
+
+
+def merged(pieces: Sequence[Shard], k: int, sources: np.ndarray | None) -> PassResult:
+    """Return parts of the first pass as one, without the histogram bins of single images.
+
+    Args:
+        pieces: Parts in the order of their images.
+        k: Length of the lists.
+        sources: Source of every image of the dataset; None if each image is its own source.
+
+    Raises:
+        DamagedShardError: If a part can't be read.
+    """
+    bins = ("codes/index", "codes/bin")
+
+    def part(shard: Shard) -> PassResult:
+        arrays = shard.arrays(but=bins)
+        empty = np.zeros((0, len(arrays["tops/max"])), np.uint8)
+        return PassResult.from_arrays(arrays | {"codes/index": np.zeros(0, np.int32), "codes/bin": empty})
+
+    return examples.merge(map(part, pieces), k, sources)
+
+
+def unreadable_images(shard: Shard) -> list[tuple[int, str]]:
+    """Return (index, reason) of the images that a part of the first pass could not read; empty for other shards."""
+    if not {"start", "ranges"} <= shard.attributes.keys():
+        return []
+    try:
+        return list(_recorded_failures(shard.path, shard.path.stat().st_mtime_ns))
+    except (OSError, DamagedShardError):
+        return []  # found where all of it is read
+
+
+@functools.lru_cache(maxsize=65536)
+def _recorded_failures(path: Path, _: int) -> tuple[tuple[int, str], ...]:
+    """Return the failures of a shard, which are read once for each time of modification."""
+    failed = Shard(path, {}).get("failed/index", "failed/reason")
+    return tuple(zip(failed["failed/index"].tolist(), map(str, failed["failed/reason"].tolist()), strict=True))
 
 
 def _concatenated(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ shard of their own, and shards are deleted only after every pixel of them was fo
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 
 from pipeline.core import atomic_io
 from pipeline.core.errors import AtlasError, first_line
+from pipeline.data.datasets import Dataset
+from pipeline.data.readers.base import DatasetImage
 from pipeline.engine.tasks import Setup, render_digest
 from pipeline.engine.worker import Worker
 from pipeline.layers.finding import capture
@@ -24,9 +27,18 @@ from pipeline.planning.cost_model import PlanRow
 from pipeline.planning.folder import RunFolder
 from pipeline.planning.plan import Plan
 from pipeline.runs import best_examples
-from pipeline.runs.artifacts import Artifacts, put_aside
+from pipeline.runs.artifacts import put_aside
+from pipeline.runs.dataset_pass import (
+    DatasetPass,
+    gaps,
+    merged,
+    ranges_digest,
+    shard_path,
+    unreadable_images,
+    without_overlap,
+)
 from pipeline.store import hdf5, shards, writer
-from pipeline.store.reader import open_atlas
+from pipeline.store.reader import open_atlas, structural_faults
 from pipeline.store.shards import DamagedShardError, Shard
 from pipeline.visualization.evaluation import RESTARTED, SILENT, target_view
 from pipeline.visualization.initial_images import InitialImage, load_target_image
@@ -78,21 +90,45 @@ def verify(folder: RunFolder, plan: Plan | None = None, sample: int = 0) -> list
     problems: list[Finding] = []
     if folder.atlas.is_file():
         problems += writer.verify(folder.atlas, folder.planned_channels())
-        problems += [(part.group_path.strip("/"), what) for part, what in _damaged_parts(folder.atlas)]
+        if not (problems and structural_faults(folder.atlas)):  # only what this program wrote has digests to compare
+            problems += [(part.group_path.strip("/"), what) for part, what in _damaged_parts(folder.atlas)]
     elif next(folder.shards.rglob("*.h5"), None) is None:
         raise AtlasError(f"{folder.path} has no finished work yet; start it with `atlas run`.")
     else:
         problems.append((folder.atlas.name, "does not exist; `atlas run` writes it from the shards"))
+    try:
+        folder.read_config()
+    except AtlasError as error:
+        problems.append((folder.config.name, str(error)))
     for path in sorted(folder.shards.rglob("*.h5")):
         shard = shards.read(path)
+        where = str(path.relative_to(folder.path))
         if shard is None or shard.damage():
-            where = str(path.relative_to(folder.path))
             problems.append((where, "is damaged; `atlas repair` keeps its intact parts, `atlas run` makes the others"))
-    for path in sorted(folder.path.rglob("*.damaged")):
+        elif unread := unreadable_images(shard):
+            kinds = Counter(reason.partition(":")[0] for _, reason in unread)
+            log.info("%s: %d images could not be read: %s", where, len(unread), ", ".join(map(_counted, kinds.items())))
+    for path in sorted(folder.path.rglob("*.damaged*")):
         log.info("%s was set aside; delete it when it is no longer needed", path.relative_to(folder.path))
     if not problems and plan is not None and sample:
         problems += _render_again(folder.atlas, plan, sample)
     return problems
+
+
+def _counted(item: tuple[str, int]) -> str:
+    return f"{item[0]} {item[1]}"
+
+
+def recorded_dataset(atlas: Path) -> tuple[Dataset, str] | None:
+    """Return the dataset that an atlas was made from, without its files, and its fingerprint; None if it has none."""
+    if writer.read_identity(atlas) is None:
+        return None
+    with open_atlas(atlas) as opened:
+        table, fingerprint = opened.dataset(), str(opened.attributes.get("dataset_fingerprint", ""))
+    if not fingerprint or table.empty:
+        return None
+    rows = zip(table["path"].tolist(), table["label"].tolist(), table["source"].tolist(), strict=True)
+    return Dataset(tuple(DatasetImage(*row) for row in rows), {"": str(atlas.parent)}), fingerprint
 
 
 def check_network(folder: RunFolder, config: ModelConfig) -> list[Finding]:
@@ -127,6 +163,9 @@ def _damaged_parts(atlas: Path) -> list[tuple[Shard, str]]:
             intact, total = len(_intact_images(part)), int((part.get("status")["status"] != "missing").sum())
         except DamagedShardError as error:
             damaged.append((part, first_line(error)))
+            continue
+        except (TypeError, ValueError, IndexError, AttributeError) as error:  # not written by this program
+            damaged.append((part, f"is not as docs/store.md describes it: {first_line(error)}"))
             continue
         if intact < total:
             what = (
@@ -295,7 +334,8 @@ def copy_visualizations(shard: Shard, folder: RunFolder, channels: Collection[in
     Returns:
         The number of copied visualizations.
     """
-    if "layer" not in shard.attributes:  # A shard of the dataset pass can't be used in part.
+    # A shard of the dataset pass can't be used in part.
+    if "layer" not in shard.attributes or (not shard.group_path and shard.structural_fault()):
         return 0
     try:
         names = _names(shard)
@@ -340,9 +380,33 @@ def _names(shard: Shard) -> list[str]:
 
 
 def set_aside_unreadable_atlas(folder: RunFolder) -> None:
-    """Rename an atlas.h5 that can't be opened, so that no smaller one overwrites it."""
-    if folder.atlas.is_file() and writer.read_identity(folder.atlas) is None:
-        log.warning("atlas.h5 can't be read and was set aside as %s", put_aside(folder.atlas).name)
+    """Rename an atlas.h5 that can't be opened or is of an unknown version, so that no smaller one overwrites it."""
+    if not folder.atlas.is_file():
+        return
+    try:
+        open_atlas(folder.atlas).close()
+        reason = "" if writer.read_identity(folder.atlas) is not None else "it is not complete"
+    except AtlasError as error:
+        reason = str(error)
+    if reason:
+        log.warning("atlas.h5 was set aside as %s: %s", put_aside(folder.atlas).name, reason)
+
+
+def set_aside_unreadable_shards(folder: RunFolder) -> None:
+    """Rename shards that can't be opened: their work is done again, and `verify` finds nothing more to tell."""
+    for path in sorted(folder.shards.rglob("*.h5")):
+        if shards.is_damaged(path):
+            log.warning("%s is damaged and was set aside as %s", path, put_aside(path).name)
+
+
+def set_aside_outdated_pass(plan: Plan, folder: RunFolder) -> None:
+    """Rename the parts of a dataset pass that lack images which may be readable now, and what depends on them."""
+    dataset_pass = DatasetPass(plan, folder.shards)
+    outdated = dataset_pass.paths_of_outdated()
+    if outdated:
+        log.warning("%d parts of the dataset pass lack images that are read again now", len(dataset_pass.outdated))
+    for path in outdated:
+        put_aside(path)
 
 
 def repair(folder: RunFolder) -> list[Finding]:
@@ -362,17 +426,21 @@ def repair(folder: RunFolder) -> list[Finding]:
             count = rescue(shard, folder)
             done.append((str(path.relative_to(folder.path)), f"set aside; {count} intact visualizations kept"))
     if folder.atlas.is_file():
-        if writer.read_identity(folder.atlas) is None:
-            set_aside_unreadable_atlas(folder)
+        set_aside_unreadable_atlas(folder)
+        if not folder.atlas.is_file():
             done.append((folder.atlas.name, "can't be read; set aside"))
-        elif _damaged_parts(folder.atlas) or _has_unreadable_parts(folder.atlas):
+        elif _is_damaged(folder.atlas):
             count = rescue(Shard(folder.atlas, {}, "/"), folder)
             done.append((folder.atlas.name, f"set aside; {count} visualizations that no shard holds were kept"))
     return done
 
 
-def _has_unreadable_parts(atlas: Path) -> bool:
-    return any("can't be" in what for _, what in writer.verify(atlas, {}))
+def _is_damaged(atlas: Path) -> bool:
+    """Return whether a part of an atlas can't be read, or does not have its digest."""
+    if any("can't be" in what for _, what in writer.verify(atlas, {})):
+        return True
+    # An atlas of another structure was not written by this program, and has nothing that could be copied.
+    return not structural_faults(atlas) and bool(_damaged_parts(atlas))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,10 +458,10 @@ class Compacted:
     remaining_shards: int
 
 
-def compact(folder: RunFolder, plan: Plan) -> Compacted:
+def compact(folder: RunFolder) -> Compacted:
     """Delete shards whose visualizations are all in atlas.h5, and merge the shards of the dataset pass into one.
 
-    Shards of other settings, which are not in atlas.h5, remain.
+    Shards of other settings, which are not in atlas.h5, remain. Neither the network nor the dataset is read.
 
     Raises:
         AtlasError: If there is no atlas.h5, or if `verify` finds a problem.
@@ -405,7 +473,7 @@ def compact(folder: RunFolder, plan: Plan) -> Compacted:
         where, what = problems[0]
         more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
         raise AtlasError(f"Not compacted: {where} {what}{more}")
-    removable = [shard.path for shard in merge_pass_shards(folder, plan)]
+    removable = [shard.path for shard in merge_pass_shards(folder)]
     removable += _shards_in_atlas(folder)
     size = sum(path.stat().st_size for path in removable)
     for path in removable:
@@ -447,29 +515,34 @@ def _holds_variants(small: Mapping[str, np.ndarray], row: int, part: Mapping[str
     return bool((same | silent & (part["status"][atlas_row] == RESTARTED)).all())
 
 
-def merge_pass_shards(folder: RunFolder, plan: Plan) -> list[Shard]:
-    """Write one shard with the content of all shards of a complete dataset pass.
+def merge_pass_shards(folder: RunFolder) -> list[Shard]:
+    """Write one shard with the content of all shards of the dataset pass that atlas.h5 has the results of.
 
     Returns:
-        The shards that the new one replaces; none if the pass is incomplete or is one shard already.
+        The shards that the new one replaces; none if the pass is incomplete or is one shard already, or if atlas.h5 is
+        of a version that does not name its pass.
 
     Raises:
         AtlasError: If the new shard does not hold what was written to it.
     """
-    dataset_pass = Artifacts(plan, folder).dataset_pass
-    pieces = list(dataset_pass.swept_ranges.values())
-    if not dataset_pass.covered or len(pieces) < 2:
+    with open_atlas(folder.atlas) as atlas:
+        digest = str(atlas.attributes.get("dataset_pass", ""))
+        sources = atlas.dataset()["source"].to_numpy(np.int32)
+    histogram_ranges = shards.read(shard_path(folder.shards, "ranges", "ranges", ranges_digest(digest)))
+    if not digest or histogram_ranges is None:
         return []
-    arrays = dataset_pass.sweep.arrays()
+    content = str(histogram_ranges.attributes["content"])
+    found = shards.find(folder.shards / "examples", digest)
+    ranges = without_overlap(piece for piece in found if piece.attributes.get("ranges") == content)
+    pieces = list(ranges.values())
+    if gaps(ranges, len(sources)) or len(pieces) < 2:
+        return []
+    k = pieces[0].get("tops/max")["tops/max"].shape[1]
+    arrays = merged(pieces, k, sources if len(np.unique(sources)) < len(sources) else None).arrays()
     # The pieces cover rising ranges of images, so that their indices rise from piece to piece.
     arrays["codes/index"] = np.concatenate([piece.get("codes/index")["codes/index"] for piece in pieces])
-    path = folder.shards / "examples" / f"0-{dataset_pass.total}-{dataset_pass.digest[:12]}.h5"
-    attributes = {
-        "digest": dataset_pass.digest,
-        "start": 0,
-        "end": dataset_pass.total,
-        "ranges": dataset_pass.content,
-    }
+    path = shard_path(folder.shards, "examples", f"0-{len(sources)}", digest)
+    attributes = {"digest": digest, "start": 0, "end": len(sources), "ranges": content}
     _write_merged(path, attributes, arrays, pieces)
     if not _holds(path, arrays, pieces):
         path.unlink()

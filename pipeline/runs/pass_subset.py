@@ -6,7 +6,8 @@ the smaller run up to the rounding of a network that is folded for other layers.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -66,8 +67,8 @@ class PassSubset:
         )
 
     @classmethod
-    def of(cls, plan: Plan, folder: RunFolder) -> "PassSubset | None":
-        """Return the subset of the dataset pass of the run in `folder`.
+    def of(cls, plan: Plan, folder: RunFolder, ignored: Collection[Path] = frozenset()) -> "PassSubset | None":
+        """Return the subset of the dataset pass of the run in `folder`, without the damaged files `ignored`.
 
         Returns:
             None if the weights, the dataset or a layer of the plan differ, or if the run has no manifest.
@@ -82,7 +83,7 @@ class PassSubset:
         rows = tuple(PlanRow(layer, channels, (0, 0), 0.0, main) for layer, channels in source.layers)
         setup = dataclasses.replace(plan.setup, layers=tuple(layer for layer, _ in source.layers))
         source_plan = dataclasses.replace(plan, rows=rows, setup=setup)
-        return cls(plan, DatasetPass(source_plan, folder.shards, read_only=True))
+        return cls(plan, DatasetPass(source_plan, folder.shards, True, ignored))
 
     def can_copy_first_pass(self, target: DatasetPass) -> bool:
         """Return whether the source has a complete first pass and `target` none with other histogram ranges."""

@@ -9,8 +9,9 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from pipeline.config.schema import differences
 from pipeline.core.registry import canonical
@@ -23,8 +24,11 @@ from pipeline.runs.artifacts import Artifacts
 from pipeline.runs.dataset_pass import DatasetPass, gaps
 from pipeline.runs.pass_subset import PassSubset
 from pipeline.store import shards
+from pipeline.store.shards import DamagedShardError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 HERE = "here already"
 
@@ -37,9 +41,29 @@ def remaining_work(plan: Plan, folder: RunFolder) -> RemainingWork:
 
     The number of images of the second pass is 0 until the first pass is complete.
     """
-    artifacts = Artifacts(plan, folder, read_only=True)
+    return without_damaged(lambda ignored: _remaining_work(plan, folder, ignored))
+
+
+def without_damaged(work: Callable[[Collection[Path]], T]) -> T:
+    """Return the result of `work`, which is called with the damaged files that it shall leave out, none at first.
+
+    A damaged file, above all of another run, must not stop this one: its work counts as not done.
+    """
+    ignored: set[Path] = set()
+    while True:
+        try:
+            return work(frozenset(ignored))
+        except DamagedShardError as error:
+            if error.shard.path in ignored:
+                raise
+            log.warning("%s; it is left out", error)
+            ignored.add(error.shard.path)
+
+
+def _remaining_work(plan: Plan, folder: RunFolder, ignored: Collection[Path]) -> RemainingWork:
+    artifacts = Artifacts(plan, folder, read_only=True, ignored=ignored)
     base = find_base_run(plan.config)
-    existing_images, missing, second_pass = _remaining_pass(plan, artifacts.dataset_pass)
+    existing_images, missing, second_pass = _remaining_pass(plan, artifacts.dataset_pass, ignored)
     channels, existing_visualizations = _remaining_channels(plan, artifacts, base)
     sources = dict.fromkeys([*existing_images, *existing_visualizations])
     counts = {source: (existing_images.get(source, 0), existing_visualizations.get(source, 0)) for source in sources}
@@ -50,7 +74,9 @@ def remaining_work(plan: Plan, folder: RunFolder) -> RemainingWork:
     return RemainingWork(channels, missing, second_pass, existing, reason)
 
 
-def _remaining_pass(plan: Plan, dataset_pass: DatasetPass) -> tuple[dict[str, int], int, int]:
+def _remaining_pass(
+    plan: Plan, dataset_pass: DatasetPass, ignored: Collection[Path]
+) -> tuple[dict[str, int], int, int]:
     """Return the existing images of the first pass by source, and the missing images of the first and second pass."""
     total = len(plan.setup.dataset.images)
     existing = {HERE: dataset_pass.swept}
@@ -59,7 +85,7 @@ def _remaining_pass(plan: Plan, dataset_pass: DatasetPass) -> tuple[dict[str, in
     for candidate in candidate_runs(plan):
         if not missing and not second_pass:
             break
-        same_pass, subset = _reusable_pass(plan, dataset_pass, candidate)
+        same_pass, subset = _reusable_pass(plan, dataset_pass, candidate, ignored)
         if subset is not None and subset.can_copy_first_pass(dataset_pass):
             still_missing = 0
         else:
@@ -115,7 +141,7 @@ def _reuse_blocker(plan: Plan, base: RunFolder) -> str:
 def reuse_results(plan: Plan, folder: RunFolder, stages: tuple[str, ...]) -> None:
     """Link or copy reusable results of other runs for `stages` into `folder`, whose lock the caller holds."""
     if "examples" in stages:
-        _reuse_pass(plan, folder)
+        without_damaged(lambda ignored: _reuse_pass(plan, folder, ignored))
     base = find_base_run(plan.config)
     if "render" in stages and base is not None:
         _reuse_visualizations(plan, folder, base)
@@ -126,7 +152,10 @@ def candidate_runs(plan: Plan) -> Iterator[RunFolder]:
     folder = plan.config.folder.resolve()
     base = find_base_run(plan.config)
     bases = [base] if base is not None else []
-    siblings = [RunFolder(path.parent) for path in sorted(folder.parent.glob("*/shards"))]
+    # Whoever may write beside this run could offer files with the right digests: only those of the same owner count.
+    owners = {os.geteuid(), _owner(folder)} - {None}
+    paths = [path for path in sorted(folder.parent.glob("*/shards")) if _owner(path) in owners]
+    siblings = [RunFolder(path.parent) for path in paths]
     visited = {folder}
     for candidate in [*bases, *siblings]:
         if candidate.path.resolve() not in visited:
@@ -134,37 +163,45 @@ def candidate_runs(plan: Plan) -> Iterator[RunFolder]:
             yield candidate
 
 
+def _owner(path: Path) -> int | None:
+    """Return the owner of a file or folder; None if there is none."""
+    try:
+        return path.stat().st_uid
+    except OSError:
+        return None
+
+
 def _reusable_pass(
-    plan: Plan, dataset_pass: DatasetPass, candidate: RunFolder
+    plan: Plan, dataset_pass: DatasetPass, candidate: RunFolder, ignored: Collection[Path]
 ) -> tuple[DatasetPass | None, PassSubset | None]:
     """Return the candidate's dataset pass if it is the plan's, and the plan's subset of it if it is the base run."""
-    same_pass: DatasetPass | None = DatasetPass(plan, candidate.shards, read_only=True)
+    same_pass: DatasetPass | None = DatasetPass(plan, candidate.shards, True, ignored)
     if not same_pass.swept_ranges or (dataset_pass.content and dataset_pass.content != same_pass.content):
         same_pass = None
     base = find_base_run(plan.config)
     if base is None or base.path != candidate.path:
         return same_pass, None
-    subset = PassSubset.of(plan, candidate)
+    subset = PassSubset.of(plan, candidate, ignored)
     if subset is not None and not subset.source.complete:
         subset = None
     return same_pass, subset
 
 
-def _reuse_pass(plan: Plan, folder: RunFolder) -> None:
+def _reuse_pass(plan: Plan, folder: RunFolder, ignored: Collection[Path]) -> None:
     """Link shards of the same dataset pass of other runs, and copy the subset of the base run's."""
     for candidate in candidate_runs(plan):
-        dataset_pass = DatasetPass(plan, folder.shards)
+        dataset_pass = DatasetPass(plan, folder.shards, ignored=ignored)
         if dataset_pass.complete:
             break
-        same_pass, subset = _reusable_pass(plan, dataset_pass, candidate)
+        same_pass, subset = _reusable_pass(plan, dataset_pass, candidate, ignored)
         count = 0
         if same_pass is not None:
             count = sum(_link(path, folder.shards / path.relative_to(same_pass.folder)) for path in same_pass.paths())
-            dataset_pass = DatasetPass(plan, folder.shards)
+            dataset_pass = DatasetPass(plan, folder.shards, ignored=ignored)
         if subset is not None and not dataset_pass.complete:
             if not dataset_pass.covered and subset.can_copy_first_pass(dataset_pass):
                 count += subset.write_first_pass(dataset_pass)
-                dataset_pass = DatasetPass(plan, folder.shards)
+                dataset_pass = DatasetPass(plan, folder.shards, ignored=ignored)
             if dataset_pass.covered and subset.covers_channels:
                 count += subset.write_second_pass(dataset_pass)
         if count:

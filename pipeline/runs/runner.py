@@ -52,6 +52,7 @@ def plan_run(request: Request) -> Plan:
     Raises:
         AtlasError: If anything in the input is wrong; nothing is written then.
     """
+    request.folder.check_writable()
     with request.folder.locked():
         return _planned(request)
 
@@ -67,6 +68,7 @@ def plan_and_run(request: Request, stages: tuple[str, ...] = STAGES, show: Calla
     Raises:
         AtlasError: If anything in the input is wrong, or another command is at work in the folder.
     """
+    request.folder.check_writable()
     with request.folder.locked():
         plan = _planned(request)
         if show is not None:
@@ -78,8 +80,27 @@ def _planned(request: Request) -> Plan:
     folder = request.folder
     folder.check_config(request.tree, request.config.run.update)
     plan = make_plan(request.config, remaining_work=lambda plan: reuse.remaining_work(plan, folder))
+    _check_same_dataset(request, plan)
     _record(request, plan)
     return plan
+
+
+def _check_same_dataset(request: Request, plan: Plan) -> None:
+    """Check that images which have moved are those that the run was made with.
+
+    Raises:
+        AtlasError: If they are others.
+    """
+    folder, recorded = request.folder, manifest.read(request.folder.path)
+    if request.config.run.update or recorded is None or not folder.config.is_file() or folder.unused:
+        return
+    before = (folder.read_config().get("data") or {}).get("root")
+    if before != request.config.data.root and recorded.dataset != plan.dataset_fingerprint:
+        raise AtlasError(
+            f"{folder.path} was made with other images: data.root={before}, and those of {request.config.data.root} "
+            "have other paths or sizes. Give the new run another name (run.name=…), or continue this one with the new "
+            "images (run.update=true)."
+        )
 
 
 def _record(request: Request, plan: Plan) -> None:
@@ -127,6 +148,8 @@ def _run(request: Request, plan: Plan, stages: tuple[str, ...]) -> int:
             return SET_ASIDE
     atomic_io.remove_temporary_files(folder.path)
     maintenance.set_aside_unreadable_atlas(folder)
+    maintenance.set_aside_unreadable_shards(folder)
+    maintenance.set_aside_outdated_pass(plan, folder)
     reuse.reuse_results(plan, folder, stages)
     return _Session(request, plan, stages).run()
 

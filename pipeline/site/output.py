@@ -75,8 +75,12 @@ def built(folder: Path) -> dict[str, Any]:
 
 
 def adopt(old: Path, new: Path, part: str) -> bool:
-    """Copy the folder `part` of one site to another, by hard links if possible; return False if it does not exist."""
-    if not (old / part).is_dir():
+    """Copy the folder `part` of one site to another, by hard links if possible; return False if it does not exist.
+
+    Nor is a folder copied that holds a link: this program makes none, and it may lead to any file of this machine.
+    """
+    folder = old / part
+    if not folder.is_dir() or any(path.is_symlink() for path in (folder, *folder.rglob("*"))):
         return False
     shutil.copytree(old / part, new / part, copy_function=link, dirs_exist_ok=True)
     return True

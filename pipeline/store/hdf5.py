@@ -29,7 +29,7 @@ class _FullDiskSink(io.RawIOBase):
 
     def __init__(self, path: Path) -> None:
         self.failure: OSError | None = None
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         self._unwritten: dict[int, bytes] = {}  # blocks by offset, in the order of their writes
         self._position = 0
 

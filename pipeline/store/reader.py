@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,13 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
+import yaml
 from PIL import Image
 
-from pipeline.core.errors import AtlasError, nearest_names
-from pipeline.store import hdf5
+from pipeline.core.config_files import load_yaml
+from pipeline.core.errors import AtlasError, first_line, nearest_names
+from pipeline.data.readers.samples import credits_of
+from pipeline.store import hdf5, structure
 from pipeline.store.layer_view import LayerView, ShownImage
 
 SCHEMA = "neuron-atlas"
@@ -74,22 +78,33 @@ class Atlas:
             self._file = h5py.File(path, "r", locking=False)
         except OSError as error:
             raise AtlasError(f"{path} can't be opened as HDF5: {error}") from error
+        try:
+            self._open(path)
+        except AtlasError:
+            self.close()
+            raise
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            self.close()
+            raise AtlasError(f"{path} is not a complete atlas: {first_line(error)}") from error
+
+    def _open(self, path: Path) -> None:
+        """Check the root of the file, and find the layers."""
         root = hdf5.all_attributes(self._file)
         if root.get("schema") != SCHEMA:
-            self.close()
             raise AtlasError(f"{path} is not a neuron atlas.")
         version = int(root["schema_version"])
         if version > SCHEMA_VERSION:
-            self.close()
             raise AtlasError(
                 f"{path} has schema version {version}; this program reads up to {SCHEMA_VERSION}. Update it."
             )
         if version < OLDEST_SCHEMA_VERSION:
-            self.close()
             raise AtlasError(
                 f"{path} has schema version {version}; this program reads {OLDEST_SCHEMA_VERSION} to {SCHEMA_VERSION}. "
                 "Read it with the version that wrote it, or make it again with `atlas run`."
             )
+        links = structure.links(self._file)
+        if links:
+            raise AtlasError(f"{path} is refused: {links[0][0]} {links[0][1]}.")
         parent = hdf5.group(self._file, "layers")
         groups = [hdf5.group(parent, name) for name in hdf5.member_names(parent)]
         groups.sort(key=lambda group: hdf5.integer_attribute(group, "order"))
@@ -130,8 +145,9 @@ class Atlas:
 
     @property
     def config(self) -> str:
-        """The configuration of the run, as YAML."""
-        return str(hdf5.dataset(self._file, "provenance/config").asstr()[()])
+        """The configuration of the run, as YAML, without the places of the machine that it was made on."""
+        # Earlier versions wrote those, too.
+        return published(str(hdf5.dataset(self._file, "provenance/config").asstr()[()]))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -162,6 +178,13 @@ class Atlas:
         if "dataset/path" not in self._file:
             return pd.DataFrame({"path": [], "label": [], "source": []})
         return pd.DataFrame({key: hdf5.read_array(self._file, f"dataset/{key}") for key in ("path", "label", "source")})
+
+    @property
+    def credits(self) -> tuple[str, ...]:
+        """Authors who must be named where the dataset images are shown."""
+        if "dataset/credits" in self._file:
+            return tuple(hdf5.read_array(self._file, "dataset/credits").tolist())
+        return credits_of(self.dataset()["path"])  # an atlas of an earlier version
 
     @property
     def dataset_labels(self) -> tuple[str, ...]:
@@ -282,3 +305,47 @@ def open_atlas(path: str | Path) -> Atlas:
     if not path.is_file():
         raise AtlasError(f"There is no atlas at {path}; `atlas run` makes one.")
     return Atlas(path)
+
+
+def published(config: str) -> str:
+    """Return a configuration (YAML) without places of this machine: of paths to them only the last part remains.
+
+    An atlas and its site are published; names of users and mounts are nobody's business. Empty for invalid YAML.
+    """
+    try:
+        tree = load_yaml(config, "config.yaml")
+    except AtlasError:
+        return ""
+    return yaml.safe_dump(_without_places(tree), sort_keys=False, allow_unicode=True)
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_places(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_places(item) for item in value]
+    if isinstance(value, str) and re.match(r"/|~|\.\.[/\\]|[A-Za-z]:[/\\]|\\\\", value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value
+
+
+def check_structure(path: str | Path) -> None:
+    """Check an atlas that somebody else may have made: its members, types, shapes and sizes (`store.structure`).
+
+    Raises:
+        AtlasError: If there is no atlas, or if it cannot be read safely.
+    """
+    with open_atlas(path) as atlas:
+        faults = structural_faults(atlas.path)
+    if faults:
+        more = f" (and {len(faults) - 1} more; `atlas verify` lists them)" if faults[1:] else ""
+        raise AtlasError(f"{atlas.path} is refused: {faults[0][0]} {faults[0][1]}{more}.")
+
+
+def structural_faults(path: Path) -> list[tuple[str, str]]:
+    """Return what is wrong with the structure of an atlas as (place, description); see `store.structure`."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return structure.faults(file)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        return [(path.name, f"can't be read: {first_line(error)}")]

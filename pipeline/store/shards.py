@@ -16,7 +16,8 @@ import h5py
 import numpy as np
 
 from pipeline.core.atomic_io import is_full_disk, write_atomic
-from pipeline.store import hdf5
+from pipeline.data.storage_errors import is_storage_error
+from pipeline.store import hdf5, structure
 
 SHARD_VERSION = 2
 
@@ -91,8 +92,23 @@ class Shard:
         with self.opened() as opened:
             return np.asarray(hdf5.dataset(opened, name)[:, start:end])
 
+    def structural_fault(self) -> str:
+        """Return why the file may not be read, because this program did not write it so; "" for any other file.
+
+        A file of a stranger may link to others, or declare arrays that no memory holds.
+        """
+        try:
+            with h5py.File(self.path, "r", locking=False) as file:
+                faults = structure.links(file) or structure.arrays(file)
+        except (OSError, KeyError, RuntimeError, ValueError):
+            return ""
+        return f"{faults[0][0]} {faults[0][1]}" if faults else ""
+
     def damage(self) -> str:
         """Read everything and return what is wrong with the shard; "" if it is intact."""
+        fault = self.structural_fault()
+        if fault:
+            return f"{self.path}: {fault}"
         try:
             arrays = self.arrays()
         except DamagedShardError as error:
@@ -125,6 +141,19 @@ def read(path: Path) -> Shard | None:
     if attributes.get("complete") is not True or attributes.get("shard_version") != SHARD_VERSION:
         return None
     return Shard(path, attributes)
+
+
+def is_damaged(path: Path) -> bool:
+    """Return whether a file can't be opened as HDF5; a shard of another version can, and is not damaged.
+
+    Storage that fails says nothing about the file.
+    """
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            hdf5.all_attributes(file)
+    except (OSError, KeyError, RuntimeError) as error:
+        return not (is_storage_error(error) or isinstance(error, FileNotFoundError))
+    return False
 
 
 def find(folder: Path, digest: str) -> list[Shard]:

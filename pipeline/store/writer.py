@@ -1,6 +1,6 @@
 """`atlas.h5`: combine all shards of a run in one file, and verify such a file.
 
-The schema (version 3) is described in docs/store.md. The compressed chunks of images and masks are copied without
+The schema is described in docs/store.md. The compressed chunks of images and masks are copied without
 recompression. The file is written under a temporary name and then renamed, so that no reader sees an incomplete one.
 """
 
@@ -16,10 +16,11 @@ import h5py
 import numpy as np
 import torch
 
-from pipeline.core.errors import AtlasError
+from pipeline.core.errors import AtlasError, first_line
 from pipeline.core.metric_specs import IMAGE_METRICS, METRICS, RENDER_METRICS, Metric, is_minimized
 from pipeline.core.seeds import seed_of
 from pipeline.data.readers.base import DatasetImage
+from pipeline.data.readers.samples import credits_of
 from pipeline.examples.channel_stats import channel_statistics
 from pipeline.examples.localize import TopExamples
 from pipeline.examples.results import DatasetPassResult
@@ -29,11 +30,11 @@ from pipeline.judges.judgement import RANGES, Judgement
 from pipeline.layers.connectivity import Connectivity
 from pipeline.layers.finding import Layer
 from pipeline.layers.pixel_kernels import PixelKernels
-from pipeline.store import hdf5, shards
+from pipeline.store import hdf5, shards, structure
 from pipeline.store.hdf5 import write_array
 from pipeline.store.layer_view import LayerView
 from pipeline.store.path_relations import PATH_LAYERS, PathUnits, path_layers, stored_path, write_path_similarity
-from pipeline.store.reader import NETWORK_LAYER_ARRAYS, SCHEMA, SCHEMA_VERSION, open_atlas
+from pipeline.store.reader import NETWORK_LAYER_ARRAYS, SCHEMA, SCHEMA_VERSION, open_atlas, published, structural_faults
 from pipeline.store.shards import DamagedShardError, Shard, safe_name
 from pipeline.visualization.objectives import not_of_activations
 
@@ -68,6 +69,7 @@ class Content:
         kernels: Kernels of the channels of layers that are linear in the pixels, by layer name.
         depths: Names of the fixed depths of the network at which the paths of images are measured.
         network_layers: All layers that units could be chosen from, in the order of the network.
+        dataset_pass: Digest of the first pass over the dataset; "" without one.
     """
 
     run: str
@@ -89,6 +91,7 @@ class Content:
     kernels: Mapping[str, PixelKernels] = dataclasses.field(default_factory=dict)
     depths: Sequence[str] = ()
     network_layers: Sequence[Layer] = ()
+    dataset_pass: str = ""
 
 
 def read_identity(path: Path) -> str | None:
@@ -117,6 +120,8 @@ def render_groups(path: Path) -> dict[tuple[str, str], Shard]:
     groups: dict[tuple[str, str], Shard] = {}
     try:
         with h5py.File(path, "r", locking=False) as file:
+            if structure.links(file):  # they would be followed, also into other files
+                return {}
             for layer in hdf5.group(file, "layers").values():
                 for group in layer["render"].values() if "render" in layer else ():
                     if "images_sha256" in group:
@@ -124,7 +129,7 @@ def render_groups(path: Path) -> dict[tuple[str, str], Shard]:
                         groups[hdf5.text_attribute(layer, "name"), attributes["digest"]] = Shard(
                             path, attributes, group.name
                         )
-    except (OSError, KeyError, RuntimeError):
+    except (OSError, KeyError, RuntimeError, AttributeError, TypeError, ValueError):
         return {}
     return groups
 
@@ -178,6 +183,9 @@ def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str],
             write_array(file, "dataset/path", np.array([p.path for p in content.photos], object))
             write_array(file, "dataset/label", np.array([p.label for p in content.photos], object))
             write_array(file, "dataset/source", np.array([p.source for p in content.photos], np.int32))
+            credits = credits_of(p.path for p in content.photos)
+            if credits:
+                write_array(file, "dataset/credits", np.array(credits, object))
         layers = [layer for layer, _ in content.layers]
         groups = [hdf5.group(file, f"layers/{safe_name(layer.name)}") for layer in layers]
         if content.examples is not None:
@@ -200,7 +208,8 @@ def _write_root(file: h5py.File, content: Content) -> None:
     file.attrs["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     file.attrs["failures"] = content.failures
     file.attrs["identity"] = content.identity
-    file.create_dataset("provenance/config", data=content.config_yaml, dtype=h5py.string_dtype())
+    file.attrs["dataset_pass"] = content.dataset_pass
+    file.create_dataset("provenance/config", data=published(content.config_yaml), dtype=h5py.string_dtype())
     if content.labels:
         write_array(file, "model/labels", np.array(content.labels, object))
     if content.depths:
@@ -519,25 +528,38 @@ def verify(path: Path, planned: Mapping[str, Sequence[int]]) -> list[tuple[str, 
         atlas = open_atlas(path)
     except AtlasError as error:
         return [(path.name, str(error))]
+    faults = structural_faults(path)
+    if faults:
+        atlas.close()
+        return faults
     with atlas, h5py.File(path, "r", locking=False) as file:
         unreadable = [name for name in hdf5.dataset_names(file) if not _is_readable(hdf5.dataset(file, name))]
         if unreadable:
-            fault = "can't be read; remove atlas.h5 and `atlas run` writes it again from the shards"
+            fault = "can't be read; `atlas repair` keeps everything else, `atlas run` makes the rest again"
             return [(name, fault) for name in unreadable]
-        faults = [(name, "planned, but not in the atlas") for name in planned if name not in atlas.layers]
+        faults += [(name, "planned, but not in the atlas") for name in planned if name not in atlas.layers]
         dataset_images = len(atlas.dataset())
         for layer in atlas:
             absent = sorted(set(planned.get(layer.name, ())) - set(map(int, layer.channels)))
             if absent:
                 faults.append((layer.name, f"{len(absent)} planned channels are not in the atlas, e.g. {absent[:3]}"))
-            for preset in layer.presets:
-                faults += [(f"{layer.name}/{preset}", fault) for fault in _measurement_faults(layer, preset)]
-                faults += [(f"{layer.name}/{preset}", fault) for fault in _judgement_faults(layer, preset)]
-            if planned and not layer.presets:
-                faults.append((layer.name, "has no feature visualizations; `atlas run` or `atlas render` makes them"))
-            best = layer.examples("max")
-            if best is not None and dataset_images and int(best.index.max()) >= dataset_images:
-                faults.append((layer.name, "the index of an example is beyond the end of the dataset"))
+            try:
+                faults += _layer_faults(layer, bool(planned), dataset_images)
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+                faults.append((layer.name, f"is not as docs/store.md describes it: {first_line(error)}"))
+    return faults
+
+
+def _layer_faults(layer: LayerView, planned: bool, dataset_images: int) -> list[tuple[str, str]]:
+    faults: list[tuple[str, str]] = []
+    for preset in layer.presets:
+        faults += [(f"{layer.name}/{preset}", fault) for fault in _measurement_faults(layer, preset)]
+        faults += [(f"{layer.name}/{preset}", fault) for fault in _judgement_faults(layer, preset)]
+    if planned and not layer.presets:
+        faults.append((layer.name, "has no feature visualizations; `atlas run` or `atlas render` makes them"))
+    best = layer.examples("max")
+    if best is not None and dataset_images and best.index.size and int(best.index.max()) >= dataset_images:
+        faults.append((layer.name, "the index of an example is beyond the end of the dataset"))
     return faults
 
 
@@ -574,6 +596,6 @@ def _is_readable(dataset: h5py.Dataset) -> bool:
         rows = max(1, READ_BYTES // max(1, row_bytes))
         for start in range(0, dataset.shape[0], rows):
             dataset[start : start + rows]
-    except OSError:
+    except (OSError, RuntimeError, ValueError, TypeError):
         return False
     return True

@@ -2,8 +2,10 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from conftest import TINY, compose
 
 from pipeline.cli.main import main
 from pipeline.cli.overrides import split_compare
+from pipeline.core.interrupts import InterruptHandlers, raise_if_interrupted
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -243,3 +246,35 @@ def test_an_installed_wheel_works_from_any_folder(tmp_path: Path) -> None:
     where = [sys.executable, "-c", "from pipeline.cli.overrides import conf_folder; print(conf_folder())"]
     done = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()) == tmp_path / "site/pipeline/conf"
+
+
+@pytest.mark.long
+def test_a_reader_of_the_output_may_go_away() -> None:
+    """As in `atlas --help | head -1`: no traceback."""
+    script = "import sys; from pipeline.cli.main import main; sys.exit(main(['--help']))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", script]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    with process.stderr as errors:
+        assert errors.read() == b""
+    assert process.wait() == 141
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP])
+def test_a_closed_connection_ends_a_run_in_order(kind: signal.Signals) -> None:
+    with pytest.raises(KeyboardInterrupt), InterruptHandlers():
+        os.kill(os.getpid(), kind)
+        time.sleep(5)
+
+
+def test_a_run_under_nohup_goes_on() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with InterruptHandlers():
+            os.kill(os.getpid(), signal.SIGHUP)
+            raise_if_interrupted()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

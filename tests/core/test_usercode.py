@@ -335,10 +335,10 @@ def test_an_edited_import_is_told_by_verify_and_everything_is_made_again(
     edit(tmp_path / "blocks.py", "import SCALE", "import SCALE, PADDING")
     assert main(["run", *run]) == 0
     before = activation(tmp_path / "mine", "3")
-    assert main(["verify", str(tmp_path / "mine")]) == 0
+    assert main(["verify", str(tmp_path / "mine"), "run.trust=true"]) == 0
     capsys.readouterr()
     edit(tmp_path / "scales.py", "1.0", "5.0")
-    assert main(["verify", str(tmp_path / "mine")]) == 1
+    assert main(["verify", str(tmp_path / "mine"), "run.trust=true"]) == 1
     printed = " ".join(capsys.readouterr().out.split())
     assert (
         "network" in printed and "its weights or its code differ from those that the atlas was computed from" in printed
@@ -347,7 +347,7 @@ def test_an_edited_import_is_told_by_verify_and_everything_is_made_again(
     assert main(["run", *run]) == 0
     assert "Nothing is missing" not in capsys.readouterr().err
     assert activation(tmp_path / "mine", "3") != before
-    assert main(["verify", str(tmp_path / "mine")]) == 0
+    assert main(["verify", str(tmp_path / "mine"), "run.trust=true"]) == 0
 
 
 def test_verify_of_a_network_that_has_lost_its_layers(
@@ -358,7 +358,7 @@ def test_verify_of_a_network_that_has_lost_its_layers(
     edit(tmp_path / "blocks.py", "self.conv", "self.renamed")
     edit(tmp_path / "blocks.py", "= nn.Conv2d", " = nn.Conv2d")
     capsys.readouterr()
-    assert main(["verify", str(tmp_path / "mine")]) == 1
+    assert main(["verify", str(tmp_path / "mine"), "run.trust=true"]) == 1
     assert "its code differ from those" in " ".join(capsys.readouterr().out.split())
 
 
@@ -371,11 +371,11 @@ def test_verify_computes_activations_again(tmp_path: Path, run: list[str], capsy
     (tmp_path / "scales.json").write_text("1.0")
     run = [*run, "layers=all", "layers.include=['0']", "run.check=2"]
     assert main(["run", *run]) == 0
-    assert main(["verify", str(tmp_path / "mine"), "run.check=2"]) == 0
+    assert main(["verify", str(tmp_path / "mine"), "run.check=2", "run.trust=true"]) == 0
     capsys.readouterr()
     (tmp_path / "scales.json").write_text("1.03")
     for name in [n for n in sys.modules if n == "scales" or n == "blocks" or n.startswith("atlas_target_")]:
         del sys.modules[name]  # another process
-    assert main(["verify", str(tmp_path / "mine"), "run.check=2"]) == 1
+    assert main(["verify", str(tmp_path / "mine"), "run.check=2", "run.trust=true"]) == 1
     printed = " ".join(capsys.readouterr().out.split())
     assert "0:0 the network's activation on the stored image is" in printed, printed

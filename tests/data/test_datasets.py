@@ -24,7 +24,7 @@ from pipeline.cli.main import main
 from pipeline.core.errors import AtlasError
 from pipeline.data import datasets, image_formats, image_loading
 from pipeline.data.config import MAX_PIXELS, DataConfig
-from pipeline.data.readers import huggingface
+from pipeline.data.readers import huggingface, samples
 from pipeline.data.readers.base import DatasetImage
 from pipeline.models.config import Preprocessing
 from pipeline.planning.planner import make_plan
@@ -446,3 +446,44 @@ def test_a_second_run_borrows_the_pass_of_the_first(tiny_run: list[str], tmp_pat
     # Another input recipe is another pass.
     plans = [make_plan(compose([*tiny_run, *more]).config, timed=False) for more in ([], ["model.resize=70"])]
     assert plans[0].examples_digest != plans[1].examples_digest
+
+
+def test_what_is_too_large_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member of an archive may claim gigabytes, of which each decoding thread would read its own."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "0.png").write_bytes(png(0))
+    (tmp_path / "folder" / "1.png").write_bytes(png(1) + bytes(2000))
+    write_tar(tmp_path / "a.tar", {"0.png": png(0), "1.png": png(1) + bytes(2000)})
+    cells = pa.table({"image": [png(0), png(1) + bytes(2000)]})
+    pq.write_table(cells, tmp_path / "a.parquet")
+    reason = f"too large: {len(png(1)) + 2000:,} bytes; data.max_bytes allows 1,000"
+    for config in (
+        DataConfig("folder", str(tmp_path / "folder"), max_bytes=1000),
+        DataConfig("webdataset", str(tmp_path / "a.tar"), max_bytes=1000),
+        DataConfig("huggingface", str(tmp_path / "a.parquet"), max_bytes=1000),
+    ):
+        dataset = datasets.list_dataset(config)
+        good, large = image_loading.load_images(dataset, range(2), RECIPE)
+        assert good.array is not None and (large.array, large.reason) == (None, reason), config.source
+        assert image_loading.encoded_images(dataset, [1]) == {dataset.images[1].source_path: reason}
+        assert datasets.fingerprint(dataset, RECIPE)[-1] == ["max_bytes", 1000]
+    # A row group is read at once, whatever the sizes of its cells.
+    group = DataConfig("huggingface", str(tmp_path / "a.parquet"), max_bytes=100)
+    monkeypatch.setattr(huggingface, "image_cells", lambda *_: pytest.fail("the group was read"))
+    assert next(image_loading.load_images(datasets.list_dataset(group), [0], RECIPE)).reason.startswith("too large")
+    assert compose(["data=samples"]).config.data.max_bytes == 256 * 2**20
+
+
+def test_a_tar_member_beyond_the_end_of_its_file_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tar(tmp_path / "a.tar", {"0.png": png(0), "1.png": png(1) + bytes(5000)})
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:3000])
+    dataset = datasets.list_dataset(DataConfig("webdataset", str(tmp_path)))
+    assert [image.path for image in dataset.images] == ["a.tar#0.png"]
+    assert "1.png" in caplog.text or "damaged" in caplog.text
+
+
+def test_authors_of_sample_images_are_named() -> None:
+    listed = datasets.list_dataset(DataConfig("samples"))
+    named = samples.credits_of(image.path for image in listed.images)
+    assert len(named) == 2 and all("CC BY 2.0" in line and "flickr.com" in line for line in named)
+    assert samples.credits_of(["skimage/astronaut.png#0,0,9,9", "china.jpg", "sklearn/other.jpg#0,0,1,1"]) == ()

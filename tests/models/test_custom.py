@@ -388,7 +388,7 @@ def test_small_networks_go_the_whole_way(channels: int, tmp_path: Path, photo_fo
         f"model.channels={channels}", "data=folder", f"data.root={folder}", f"run.root={tmp_path}",
     ]  # fmt: skip
     assert main(["run", *arguments]) == 0
-    assert main(["verify", str(tmp_path / "mine")]) == 0
+    assert main(["verify", str(tmp_path / "mine"), "run.trust=true"]) == 0
     with pipeline.open_atlas(tmp_path / "mine") as atlas:
         assert len(atlas.layers) == 3
         layer = atlas[atlas.layers[1]]

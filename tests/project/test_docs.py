@@ -12,6 +12,7 @@ from conftest import compose
 from pipeline.cli.main import main
 from pipeline.cli.overrides import split_options, to_overrides
 from pipeline.cli.verbs import VERBS
+from pipeline.store.reader import SCHEMA_VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "jobs").rglob("*.md")])
@@ -105,3 +106,22 @@ def test_your_own_network_in_five_minutes(
     out = capsys.readouterr().out
     assert "0.2.0" in out and "body" not in out
     assert (tmp_path / "runs" / "my_net-distill" / "site" / "index.html").is_file()
+
+
+def test_each_line_of_the_threat_model_has_its_test() -> None:
+    rows = [
+        line for line in (ROOT / "docs" / "security.md").read_text(encoding="utf-8").splitlines() if "tests/" in line
+    ]
+    assert len(rows) > 20
+    for row in rows:
+        proof = row.rstrip(" |").rpartition("| ")[2]
+        for part in proof.split("tests/")[1:]:
+            path = ROOT / "tests" / part.partition(".py")[0].strip()
+            source = path.with_suffix(".py").read_text(encoding="utf-8")
+            for name in re.findall(r"`(\w+)`", part):
+                assert re.search(rf"def test_\w*{name}", source), (path.name, name)
+
+
+def test_the_changelog_names_the_schema_version_that_is_written() -> None:
+    for page in ("CHANGELOG.md", "docs/store.md"):
+        assert f"schema version {SCHEMA_VERSION}" in (ROOT / page).read_text(encoding="utf-8"), page

@@ -69,7 +69,7 @@ def images_of(layer: str) -> str:
 
 
 def test_verify_reads_compares_and_renders_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(finished), "run.check=2"]) == 0
+    assert main(["verify", str(finished), "run.check=2", "run.trust=true"]) == 0
     printed = capsys.readouterr()
     assert "intact" in printed.out and printed.err.count("rendered again: ") == 2
     # Every kind of damage is told, in one table.
@@ -80,7 +80,7 @@ def test_verify_reads_compares_and_renders_again(finished: Path, capsys: pytest.
     another_picture(another, "images")
     sweep = sorted((finished / "shards" / "examples").glob("*.h5"))[0]
     sweep.write_bytes(sweep.read_bytes()[:3000])
-    assert main(["verify", str(finished)]) == 1
+    assert main(["verify", str(finished), "run.trust=true"]) == 1
     printed = capsys.readouterr().out
     for name in ("conv_stem", shard.name, another.name, sweep.name):
         assert name in printed.replace("\n", ""), name
@@ -104,7 +104,7 @@ def test_a_picture_that_cannot_be_rendered_again_is_told(
         return whole(dataclasses.replace(job, seed=99), units)
 
     monkeypatch.setattr(worker, "render", otherwise)
-    assert main(["verify", str(finished), "run.check=1"]) == 1
+    assert main(["verify", str(finished), "run.check=1", "run.trust=true"]) == 1
     assert "levels of 255 from the stored visualization" in " ".join(capsys.readouterr().out.split())
 
 
@@ -206,7 +206,7 @@ def test_repair_saves_what_is_whole_of_a_compacted_atlas(
     assert main(["compact", str(finished)]) == 0
     flip(finished / "atlas.h5", images_of("conv_stem"), 1)
     another_picture(finished / "atlas.h5", images_of("classifier"))
-    assert main(["verify", str(finished)]) == 1
+    assert main(["verify", str(finished), "run.trust=true"]) == 1
     capsys.readouterr()
     assert main(["repair", str(finished)]) == 0
     assert "13 visualizations that no shard holds were kept" in " ".join(capsys.readouterr().out.split())
@@ -216,7 +216,7 @@ def test_repair_saves_what_is_whole_of_a_compacted_atlas(
     fresh = set(shard_times(finished)) - set(kept)
     assert sum(int(name.split("-")[2]) for name in fresh) == 2  # only the two that were lost
     assert all(np.array_equal(before[k], v) for k, v in pictures(finished).items())
-    assert main(["verify", str(finished)]) == 0
+    assert main(["verify", str(finished), "run.trust=true"]) == 0
     assert main(["repair", str(finished)]) == 0 and "nothing is damaged" in capsys.readouterr().out
 
 
@@ -250,7 +250,7 @@ def test_an_activation_that_is_not_the_images_is_told(finished: Path, capsys: py
     with h5py.File(finished / "atlas.h5", "r+") as file:
         numbers = hdf5.dataset(file, "layers/conv_stem/render/distill/activation")
         numbers[...] = numbers[...] * 1.5
-    assert main(["verify", str(finished), "run.check=15"]) == 1
+    assert main(["verify", str(finished), "run.check=15", "run.trust=true"]) == 1
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count("the network's activation on the stored image is") == 3 and "levels of 255" not in printed
     assert all(f"conv_stem:{channel}" in printed for channel in range(3))

@@ -328,7 +328,7 @@ def test_a_base_is_free_and_not_needed_any_more(
     mine = [*settings, f"run.root={tmp_path}", "run.name=mine"]
     assert main(["run", *mine, f"base={copy}", "only=below:1e9"]) == 0
     shutil.rmtree(copy)
-    assert main(["verify", str(tmp_path / "mine"), "run.check=1"]) == 0
+    assert main(["verify", str(tmp_path / "mine"), "run.check=1", "run.trust=true"]) == 0
     assert main(["compact", str(tmp_path / "mine")]) == 0
     whole = [*settings, f"run.root={tmp_path}", "run.name=whole"]
     assert main(["run", *whole, f"base={base}"]) == 0

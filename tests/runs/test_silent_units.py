@@ -69,7 +69,7 @@ def test_a_preset_that_starts_from_examples_fails_only_for_units_without_one(
     table = outcomes(tmp_path / "r").loc["image_prior"]
     assert table.loc[(2, 0)].status == "failed" and table.loc[(2, 0)].reason == NO_EXAMPLE
     assert (table.loc[[(0, 0), (1, 0)]].reason != NO_EXAMPLE).all()
-    assert main(["verify", str(tmp_path / "r")]) == 0
+    assert main(["verify", str(tmp_path / "r"), "run.trust=true"]) == 0
 
 
 def test_a_silent_unit_starts_from_its_best_example_and_a_dead_one_says_both(
@@ -109,14 +109,14 @@ def test_a_second_run_and_one_after_compaction_make_nothing_again(
     told = capsys.readouterr().err
     assert "Nothing is missing" in told and "once more" not in told
     assert (folder / "atlas.h5").read_bytes() == before
-    assert main(["verify", str(folder), "run.check=3"]) == 0
+    assert main(["verify", str(folder), "run.check=3", "run.trust=true"]) == 0
 
     # After compaction nothing is made again, and no shard is left of the attempts that were replaced.
     assert main(["compact", str(folder)]) == 0
     assert not list((folder / "shards" / "render").rglob("*.h5"))
     assert main(["run", *overrides]) == 0
     pd.testing.assert_frame_equal(outcomes(folder).loc["distill"], table)
-    assert main(["verify", str(folder), "run.check=3"]) == 0
+    assert main(["verify", str(folder), "run.check=3", "run.trust=true"]) == 0
 
 
 @pytest.mark.long

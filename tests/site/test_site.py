@@ -1,13 +1,19 @@
 """The site without a browser: files, links, numbers, hostile names, and builds that are cut short."""
 
 import base64
+import contextlib
 import csv
 import dataclasses
 import gzip
+import http.client
 import io
 import itertools
 import json
+import os
 import re
+import shlex
+import socket
+import subprocess
 import threading
 import urllib.error
 import urllib.parse
@@ -30,12 +36,13 @@ from pipeline.core.metric_specs import IMAGE_METRICS, METRICS, RATIO_METRICS, RE
 from pipeline.judges.judgement import NUMBERS, RANGES
 from pipeline.judges.ridge import MIN_CORRELATION
 from pipeline.site import number_format as v
+from pipeline.site import output
 from pipeline.site.build import build_site
 from pipeline.site.config import SiteConfig
 from pipeline.site.context import families, method
 from pipeline.site.context.layer_summary import summarize
 from pipeline.site.data import api, js_shards
-from pipeline.site.hosting import hosts
+from pipeline.site.hosting import hosts, serve
 from pipeline.site.hosting.serve import server
 from pipeline.site.layout import embedding
 from pipeline.site.media import size_budget
@@ -1054,6 +1061,133 @@ def test_serve(site, tmp_path):
         finally:
             found.shutdown()
             thread.join()
+
+
+@pytest.fixture
+def served(site):
+    """The address of a site that is served."""
+    with server(site, 0) as found:
+        thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield found.server_port
+        found.shutdown()
+        thread.join()
+
+
+def asked(port: int, path: str, **headers: str) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection.putrequest("GET", path, skip_host="Host" in headers)
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    with contextlib.closing(connection):
+        response = connection.getresponse()
+        response.body = response.read()  # type: ignore[attr-defined]
+        return response
+
+
+def test_serve_answers_to_its_own_names_only(served):
+    """A page of another site reaches the server under a name of its own, and must learn nothing."""
+    for host in (f"127.0.0.1:{served}", f"localhost:{served}", f"[::1]:{served}"):
+        assert asked(served, "/index.html", Host=host).status == 200, host
+    for host in ("evil.example", f"evil.example:{served}", "127.0.0.1:1", f"127.0.0.1.evil.example:{served}", ""):
+        answer = asked(served, "/index.html", Host=host)
+        assert answer.status == 421 and b"atlas" not in answer.body, host
+
+
+def test_serve_sends_files_of_the_site_alone(served, site, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    links = [site / "link.txt", site / "door"]
+    links[0].symlink_to(tmp_path / "secret")
+    links[1].symlink_to(tmp_path)
+    try:
+        for path in (
+            "/link.txt",
+            "/door/secret",
+            "/.build.json",
+            "/media/",
+            "/media",
+            "/..%2fatlas.h5",
+            "/%2e%2e/atlas.h5",
+            "/a%00b",
+        ):
+            answer = asked(served, path)
+            assert answer.status == 404 and b"secret" not in answer.body, path
+    finally:
+        for link in links:
+            link.unlink()
+    answer = asked(served, "/index.html")
+    assert answer.headers["X-Content-Type-Options"] == "nosniff" and answer.headers["Referrer-Policy"] == "no-referrer"
+    assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
+    assert asked(served, "/").body == answer.body == (site / "index.html").read_bytes()
+
+
+def test_serve_sends_parts_of_files(served, site):
+    whole = (site / "index.html").read_bytes()
+    for asked_for, part in (("0-9", whole[:10]), ("10-", whole[10:]), ("-7", whole[-7:]), ("5-9999999", whole[5:])):
+        answer = asked(served, "/index.html", Range=f"bytes={asked_for}")
+        assert answer.status == 206 and answer.body == part, asked_for
+        assert answer.headers["Content-Range"].endswith(f"/{len(whole)}")
+    assert asked(served, "/index.html", Range=f"bytes={len(whole)}-").status == 416
+    assert asked(served, "/index.html", Range="bytes=0-1,4-5").body == whole
+
+
+def test_serve_is_not_held_up_by_connections_that_say_nothing(site, monkeypatch, capfd):
+    monkeypatch.setattr(serve._Handler, "timeout", 0.3)
+    with server(site, 0) as found:
+        thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        silent = [socket.create_connection(("127.0.0.1", found.server_port)) for _ in range(100)]
+        try:
+            assert asked(found.server_port, "/index.html").status == 200
+            assert threading.active_count() < 100
+        finally:
+            for connection in silent:
+                connection.close()
+            found.shutdown()
+            thread.join()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_publish_leaves_no_file_of_another_host(tmp_path):
+    folder = tmp_path / "it's here; touch X"
+    folder.mkdir()
+    build(write_atlas(folder / "atlas.h5", layers=LAYERS[:1]))
+    target = folder / "site"
+    for host, name in (("gitlab", ".gitlab-ci.yml"), ("huggingface", "README.md"), ("bucket", "")):
+        _, command = hosts.prepare_for_host(target, host, "x")
+        left = {file.name for file in target.iterdir()} & set(hosts.EXTRA_FILES.values())
+        assert left == ({name} if name else set()), host
+        assert str(target) in shlex.split(command), host
+    assert "--exclude '.*'" in command
+    # The commands for GitHub publish again, also if nothing has changed, up to the push.
+    commands = hosts.prepare_for_host(target, "github", "x")[1].rpartition("&& git push")[0]
+    user = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b"}
+    for _ in range(2):
+        subprocess.run(["sh", "-c", commands], check=True, env={**os.environ, **user})
+
+
+def test_a_site_is_built_without_links_in_the_one_before(tmp_path):
+    """The folder of a run that somebody else made may hold links to files of this machine."""
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "old" / "media").mkdir(parents=True)
+    (tmp_path / "old" / "media" / "1.webp").write_text("image")
+    assert output.adopt(tmp_path / "old", tmp_path / "new", "media") and (tmp_path / "new/media/1.webp").exists()
+    (tmp_path / "old" / "media" / "2.webp").symlink_to(tmp_path / "secret")
+    assert not output.adopt(tmp_path / "old", tmp_path / "newer", "media") and not (tmp_path / "newer").exists()
+
+
+def test_authors_are_named_where_their_images_are_shown(tmp_path):
+    path = write_atlas(tmp_path / "atlas.h5", layers=LAYERS[:1])
+    build(path)
+    assert "CC BY 2.0" not in (tmp_path / "site/method.html").read_text()
+    with h5py.File(path, "r+") as file:
+        file["dataset/path"][0] = "sklearn/china.jpg#0,0,9,9"
+        file["provenance/config"][()] = "model: {source: package, weights: default}\ndata: {root: /home/somebody/x}"
+    build(path)
+    page = (tmp_path / "site/method.html").read_text()
+    assert "danielbuechele" in page and "CC BY 2.0" in page and "vultilion" not in page
+    assert "ML Illustrated, Apache License 2.0" in page and "somebody" not in page
 
 
 # ------------------------------------------------------------------------------------------------- families

@@ -315,7 +315,7 @@ def test_a_run_holds_caricatures_and_accentuations_and_verifies(
     small = [*tiny_run, "layers.include=[conv_stem,blocks.1.0.*]", "layers.channels='0:1'"]
     also = ["also=[accentuate]", "also.accentuate.steps=3", "render=caricature", "run.check=6"]
     assert main(["run", *small, *also]) == 0
-    assert main(["verify", str(tmp_path / "tiny")]) == 0
+    assert main(["verify", str(tmp_path / "tiny"), "run.trust=true"]) == 0
     with pipeline.open_atlas(tmp_path / "tiny") as atlas:
         layer = atlas["conv_stem"]
         mean = layer.layer_mean()
@@ -329,7 +329,7 @@ def test_a_run_holds_caricatures_and_accentuations_and_verifies(
         "run.check=2",
     ]
     assert main(["run", *again]) == 0
-    assert main(["verify", str(tmp_path / "one")]) == 0
+    assert main(["verify", str(tmp_path / "one"), "run.trust=true"]) == 0
     capsys.readouterr()
     assert main(["run", *again]) == 0
     assert "Nothing is missing" in capsys.readouterr().err

@@ -1,16 +1,22 @@
 """Records of listed images, and the search for files that all readers share."""
 
 import dataclasses
+import errno
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pipeline.core.errors import AtlasError
 from pipeline.data import image_formats
 from pipeline.data.config import DataConfig
+from pipeline.data.storage_errors import is_storage_error
 
 log = logging.getLogger(__name__)
+
+# Why an image can't be read if there is no file.
+MISSING = "missing, or a broken link"
 
 # Under this name files without a suffix are counted.
 NO_SUFFIX = "(no suffix)"
@@ -54,16 +60,33 @@ class Listing:
         photos: All images, in an order that is the same on every machine.
         roots: Absolute folders by the first part of a path; "" for all other paths.
         column: Image column of a table; "" for other sources.
+        unreadable: Why images can't be read, by source path, as far as the listing knows.
     """
 
     photos: tuple[DatasetImage, ...]
     roots: dict[str, str]
     column: str = ""
+    unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def list_files(
-    config: DataConfig, suffixes: frozenset[str], detect_by_content: bool = False
-) -> tuple[Path, list[str], Counter[str]]:
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """The files below a folder.
+
+    Attributes:
+        root: The folder.
+        paths: Relative POSIX paths, sorted as text: the same order on every file system.
+        skipped: Number of skipped files by suffix.
+        broken: Paths that are links to nothing.
+    """
+
+    root: Path
+    paths: list[str]
+    skipped: Counter[str]
+    broken: frozenset[str] = frozenset()
+
+
+def list_files(config: DataConfig, suffixes: frozenset[str], detect_by_content: bool = False) -> Files:
     """List the files below `data.root` that have one of the given suffixes.
 
     Args:
@@ -71,12 +94,8 @@ def list_files(
         suffixes: Suffixes in lower case, with the dot.
         detect_by_content: Also list files without a suffix whose first bytes are those of an image.
 
-    Returns:
-        The root, the relative POSIX paths sorted as text (the same order on every file system), and the number of
-        skipped files by suffix.
-
     Raises:
-        AtlasError: If `data.root` is not set or does not exist.
+        AtlasError: If `data.root` is not set or does not exist, or if a folder below it can't be listed.
     """
     if not config.root:
         raise AtlasError(f"data={config.source} needs data.root=<folder>.")
@@ -87,26 +106,68 @@ def list_files(
 
     root = Path(config.root).expanduser().absolute()
     if root.is_file() and is_listed(root):
-        return root.parent, [root.name], Counter()
+        return Files(root.parent, [root.name], Counter())
     if not root.is_dir():
         raise AtlasError(f"data.root={config.root}: there is no such folder.")
     files: list[Path] = []
+    links: list[Path] = []
     skipped: Counter[str] = Counter()
-    visited: set[str] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for path, is_link in _files_below(root):
+        if is_listed(path):
+            files.append(path.relative_to(root))
+            if is_link:
+                links.append(path)
+        else:
+            skipped[path.suffix.lower() or NO_SUFFIX] += 1
+    broken = frozenset(path.relative_to(root).as_posix() for path in links if _is_broken(path))
+    return Files(root, sorted(path.as_posix() for path in files), skipped, broken)
+
+
+def _files_below(root: Path) -> Iterator[tuple[Path, bool]]:
+    """Yield all files below a folder, also those in linked folders, and whether they are symbolic links.
+
+    Raises:
+        AtlasError: If a folder can't be listed: a part of the dataset would be missing.
+    """
+    pending, visited = [str(root)], set[str]()
+    while pending:
+        folder = pending.pop()
         # A symbolic link may point to a parent folder: visit each real folder once.
         real = os.path.realpath(folder)
         if real in visited:
-            subfolders.clear()
             continue
         visited.add(real)
-        subfolders.sort()
-        for path in (Path(folder, name) for name in names):
-            if is_listed(path):
-                files.append(path.relative_to(root))
-            else:
-                skipped[path.suffix.lower() or NO_SUFFIX] += 1
-    return root, sorted(path.as_posix() for path in files), skipped
+        subfolders = []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if _is_folder(entry):
+                        subfolders.append(entry.path)
+                    else:
+                        yield Path(entry.path), entry.is_symlink()
+        except PermissionError as error:
+            log.warning("%s is left out: %s", folder, error.strerror)
+        except OSError as error:
+            raise AtlasError(f"{folder} can't be listed, so that images would be missing: {error}") from error
+        pending += sorted(subfolders, reverse=True)
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # for example a link that leads to itself
+        if is_storage_error(error):
+            raise
+        return False
+
+
+def _is_broken(link: Path) -> bool:
+    """Return whether a link leads to nothing. Storage that fails says nothing about it."""
+    try:
+        link.stat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno == errno.ELOOP
+    return False
 
 
 def _is_image_file(path: Path) -> bool:
@@ -116,7 +177,9 @@ def _is_image_file(path: Path) -> bool:
             return False
         with path.open("rb") as handle:
             return starts_like_image(handle.read(image_formats.HEAD))
-    except OSError:
+    except OSError as error:
+        if is_storage_error(error):
+            raise AtlasError(f"{path} can't be read, so that an image might be missing: {error}") from error
         return False
 
 

@@ -2,7 +2,7 @@
 
 from pipeline.data import image_formats
 from pipeline.data.config import DataConfig
-from pipeline.data.readers.base import DatasetImage, Listing, list_files, report_skipped
+from pipeline.data.readers.base import MISSING, DatasetImage, Listing, list_files, report_skipped
 
 
 def list_images(config: DataConfig, suffixes: frozenset[str] | None = None) -> Listing:
@@ -14,7 +14,9 @@ def list_images(config: DataConfig, suffixes: frozenset[str] | None = None) -> L
             suffix whose content is an image.
     """
     listed_suffixes = image_formats.suffixes() if suffixes is None else suffixes
-    root, files, skipped = list_files(config, listed_suffixes, detect_by_content=suffixes is None)
-    report_skipped(config, bool(files), skipped, listed_suffixes)
-    photos = [DatasetImage(path, path.partition("/")[0] if "/" in path else "", i) for i, path in enumerate(files)]
-    return Listing(tuple(photos), {"": str(root)})
+    files = list_files(config, listed_suffixes, detect_by_content=suffixes is None)
+    report_skipped(config, bool(files.paths), files.skipped, listed_suffixes)
+    photos = [
+        DatasetImage(path, path.partition("/")[0] if "/" in path else "", i) for i, path in enumerate(files.paths)
+    ]
+    return Listing(tuple(photos), {"": str(files.root)}, unreadable=dict.fromkeys(sorted(files.broken), MISSING))

@@ -19,7 +19,8 @@ def list_images(config: DataConfig) -> Listing:
     """
     import pyarrow as pa
 
-    root, files, _ = list_files(config, frozenset({".parquet", ".arrow"}))
+    listed = list_files(config, frozenset({".parquet", ".arrow"}))
+    root, files = listed.root, listed.paths
     if not files:
         raise AtlasError(f"data.root={config.root}: no .parquet or .arrow file there.")
     photos: list[DatasetImage] = []
@@ -127,3 +128,12 @@ def image_cells(path: str, group: int, column: str) -> Any:
     """
     with _locks[hash((path, group, column)) % len(_locks)]:
         return _cached_column(path, group, column)
+
+
+def group_bytes(path: str, group: int, column: str) -> int:
+    """Return the number of bytes that reading the column of a row group takes; 0 for Arrow files, which are mapped."""
+    if path.endswith(".arrow"):
+        return 0
+    rows = _parquet(path).metadata.row_group(group)
+    columns = (rows.column(i) for i in range(rows.num_columns))
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] == column)

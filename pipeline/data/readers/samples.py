@@ -1,7 +1,7 @@
 """Sample images from the wheels of scikit-image and scikit-learn, as crops at several scales."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -20,6 +20,18 @@ SAMPLES = {
     ),
     "sklearn/datasets/images": ("china.jpg", "flower.jpg"),
 }  # fmt: skip
+
+# Images whose licence demands that their author is named wherever they are shown. The others have no such condition.
+CREDITS = {
+    "sklearn/china.jpg": (
+        "china.jpg by danielbuechele (https://www.flickr.com/photos/danielbuechele/6061409035/), CC BY 2.0 "
+        "(https://creativecommons.org/licenses/by/2.0/), cropped"
+    ),
+    "sklearn/flower.jpg": (
+        "flower.jpg by vultilion (https://www.flickr.com/photos/vultilion/6056698931/), CC BY 2.0 "
+        "(https://creativecommons.org/licenses/by/2.0/), cropped"
+    ),
+}
 
 # Grids of square crops: (side as a share of the shorter side, rows, columns), from the whole image to close views.
 GRID = ((1.0, 1, 2), (0.6, 2, 3), (0.35, 3, 4))
@@ -63,3 +75,9 @@ def grid_boxes(width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
                 if box not in yielded:
                     yielded.add(box)
                     yield box
+
+
+def credits_of(paths: Iterable[str]) -> tuple[str, ...]:
+    """Return a line for each author who must be named where images with these paths are shown."""
+    sources = {path.rpartition("#")[0] for path in paths if path.startswith("sklearn/")}
+    return tuple(credit for source, credit in CREDITS.items() if source in sources)

@@ -15,10 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pipeline.core.config_files import decode_text
-from pipeline.core.errors import AtlasError, first_line
+from pipeline.core.config_files import decode_text, load_yaml
+from pipeline.core.errors import AtlasError
 from pipeline.core.units import Unit
 from pipeline.store.shards import safe_name
 
@@ -90,11 +88,10 @@ def read_families(path: Path | None, units: Mapping[str, frozenset[int]]) -> tup
     if path is None:
         return ()
     try:
-        tree = yaml.safe_load(decode_text(path.read_bytes(), f"site.families={str(path)!r}"))
+        text = decode_text(path.read_bytes(), f"site.families={str(path)!r}")
     except OSError as error:
         raise AtlasError(f"site.families={str(path)!r} can't be read: {error.strerror or error}.") from None
-    except yaml.YAMLError as error:
-        raise AtlasError(f"{path} is not valid YAML: {first_line(error)}") from None
+    tree = load_yaml(text, str(path))
     entries = tree.get("families") if isinstance(tree, Mapping) else None
     if not isinstance(entries, list):
         raise AtlasError(f"{path} must contain `families:` followed by a list of groups; see docs/site.md.")

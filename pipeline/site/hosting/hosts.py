@@ -39,12 +39,12 @@ class Host:
 HOSTS = (
     Host(
         "github", "GitHub Pages", 1000 * MB, 0, 100 * MB, 0,
-        "cd {site} && git init -q -b gh-pages && git add -A && git commit -qm Atlas "
+        "cd {site} && git init -q -b gh-pages && git add -A && git commit -q --allow-empty -m Atlas "
         "&& git push -f git@github.com:USER/REPOSITORY.git gh-pages",
     ),
     Host(
         "gitlab", "GitLab Pages", 1000 * MB, 200_000, 0, 0,
-        "cd {site} && git init -q -b pages && git add -A && git commit -qm Atlas "
+        "cd {site} && git init -q -b pages && git add -A && git commit -q --allow-empty -m Atlas "
         "&& git push -f git@gitlab.com:USER/REPOSITORY.git pages",
     ),
     Host(
@@ -53,9 +53,12 @@ HOSTS = (
     ),
     Host(
         "huggingface", "Hugging Face", 1000 * MB, 100_000, 0, 10_000,
-        "hf upload USER/NAME {site} . --repo-type space",
+        "hf upload USER/NAME {site} . --repo-type space --exclude '.git/*'",
     ),
-    Host("bucket", "a plain bucket", 0, 0, 0, 0, "aws s3 sync {site} s3://BUCKET/PATH --delete"),
+    Host(
+        "bucket", "a plain bucket", 0, 0, 0, 0,
+        "aws s3 sync {site} s3://BUCKET/PATH --delete --exclude '.*'",
+    ),
 )  # fmt: skip
 
 
@@ -145,6 +148,10 @@ HEADERS = f"""/*
 """
 
 
+# Files that hosts need beside the site.
+EXTRA_FILES = {"gitlab": ".gitlab-ci.yml", "huggingface": "README.md"}
+
+
 def prepare_for_host(folder: Path, target: str, title: str) -> tuple[Report, str]:
     """Prepare a finished site for a web host.
 
@@ -173,8 +180,11 @@ def prepare_for_host(folder: Path, target: str, title: str) -> tuple[Report, str
             f"---\ntitle: {yaml_text(title)}\nsdk: static\napp_file: index.html\npinned: false\n---\n"
         ),
     }
-    if target in extras:
-        write(folder, {"gitlab": ".gitlab-ci.yml", "huggingface": "README.md"}[target], extras[target]())
+    for key, name in EXTRA_FILES.items():
+        if key == target:
+            write(folder, name, extras[key]())
+        else:  # a file for another host would be published, too
+            (folder / name).unlink(missing_ok=True)
     report = weighed(folder)
     reason = report.why_not(host)
     if reason:
