@@ -109,7 +109,7 @@ def verify(folder: RunFolder, plan: Plan | None = None, sample: int = 0) -> list
             kinds = Counter(reason.partition(":")[0] for _, reason in unread)
             log.info("%s: %d images could not be read: %s", where, len(unread), ", ".join(map(_counted, kinds.items())))
     for path in sorted(folder.path.rglob("*.damaged*")):
-        log.info("%s was set aside; delete it when it is no longer needed", path.relative_to(folder.path))
+        log.info("%s was set aside, and no command reads it", path.relative_to(folder.path))
     if not problems and plan is not None and sample:
         problems += _render_again(folder.atlas, plan, sample)
     return problems
