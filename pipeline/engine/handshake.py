@@ -53,7 +53,7 @@ def versions(package: str) -> dict[str, str]:
     Args:
         package: Name of the project's package.
     """
-    found = {package: source_digest(package)}
+    found = {"project": source_digest(package)}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

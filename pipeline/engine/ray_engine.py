@@ -124,7 +124,6 @@ class RayEngine:
         self.stats: list[WorkerStats] = []
         self._known: set[str] = set()  # nodes that have ever been there
         self._joined = time.monotonic()  # when the last of them joined
-        self._watch = ConnectionWatch(ray)
         self._counted_at = self._turned_at = self._looked_at = float("-inf")
         self._calls: dict[Any, _ActorHandle] = {}  # by the reference to the result of the call in progress
         self._idle: deque[_ActorHandle] = deque()
@@ -137,16 +136,13 @@ class RayEngine:
         self._actor_class: Any = None
         self._versions = handshake.versions(pipeline.__name__)
         self._size()
+        self._watch = ConnectionWatch(ray)  # last: it must be closed
 
     def _size(self) -> None:
         """Choose device, size and number of the workers from the nodes that there are now."""
         nodes = self._nodes()
         self.pool = size_pool(self.config, nodes)
         self.target, room = self.pool.workers, self.pool.room(nodes)
-        if self._scalable is not None:
-            self.target = self._scalable
-            self.pool = dataclasses.replace(self.pool, workers=self._scalable)
-            return
         size = f"a worker of {self.pool.cpus:g} CPUs and {self.pool.gpus:g} GPUs"
         private = self.config.address is None
         if room < 1 and private:
@@ -155,7 +151,10 @@ class RayEngine:
             )
         if room < 1:
             log.warning("No node of the cluster has room for %s yet: waiting %g s for one", size, self.config.patience)
-        elif room < self.target:
+        if self._scalable is not None:
+            self.target = self._scalable
+            self.pool = dataclasses.replace(self.pool, workers=self._scalable)
+        elif 1 <= room < self.target:
             log.warning("engine.workers=%d, but the cluster has room for %d: using those", self.target, room)
             if private:
                 self.target = room
@@ -182,7 +181,8 @@ class RayEngine:
                 self._check_patience(began)
                 time.sleep(0.5)
         finally:
-            self.ray.cancel(waiting, force=True)
+            if not self._watch.reason:
+                self.ray.cancel(waiting, force=True)
         self._size()
 
     def execute(self, tasks: Sequence[Task], setup: Setup, on_result: OnResult, on_idle: Callable[[], None]) -> None:

@@ -67,16 +67,16 @@ def test_a_changed_source_is_another_version_and_a_changed_page_is_not(
     folder = package(tmp_path, "raise ImportError('not imported for its digest')")
     monkeypatch.syspath_prepend(str(tmp_path))
     before = handshake.versions("some_project")
-    assert len(before["some_project"]) == 12 and before["torch"][0].isdigit()
-    assert before.keys() == {"some_project", *handshake.PACKAGES, "python", "platform"}
+    assert len(before["project"]) == 12 and before["torch"][0].isdigit()
+    assert before.keys() == {"project", *handshake.PACKAGES, "python", "platform"}
     (folder / "page.html").write_text("<p>another")
     assert handshake.differences(before, handshake.versions("some_project")) == []
     (folder / "loop.c").write_text("int y;")
     after = handshake.versions("some_project")
     (text,) = handshake.differences(before, after)
-    assert text == f"some_project {after['some_project']} (driver: {before['some_project']})"
+    assert text == f"project {after['project']} (driver: {before['project']})"
     assert handshake.differences(before, {**before, "torch": "1.0"}) == [f"torch 1.0 (driver: {before['torch']})"]
-    assert handshake.versions("no_such_project")["no_such_project"] == handshake.MISSING
+    assert handshake.versions("no_such_project")["project"] == handshake.MISSING
 
 
 def test_the_report_lists_what_workers_had() -> None:
