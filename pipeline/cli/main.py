@@ -203,14 +203,12 @@ def _guarded(work: Callable[[], int]) -> int:
         return _refuse(str(error), error.exit_code)
     except StorageError as error:
         return _refuse(str(error))
-    except OSError as error:
-        if error.errno not in UNWRITABLE or error.filename is None:
-            raise
-        return _refuse(f"{error.filename}: {error.strerror}. Choose a folder that is writable: run.root=…")
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted. Finished work is kept; the same command continues from here.\n")
         return INTERRUPTED
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename is not None:
+            return _refuse(f"{error.filename}: {error.strerror}. Choose a folder that is writable: run.root=…")
         traceback.print_exc()
         sys.stderr.write(
             "atlas: This is a fault of Neuron Atlas, or of a library or machine below it: please report the lines "
