@@ -33,7 +33,7 @@ from pipeline.cli.overrides import (
 )
 from pipeline.cli.verbs import VERBS
 from pipeline.core import interrupts
-from pipeline.core.errors import AtlasError, nearest_names
+from pipeline.core.errors import AtlasError, TryAgainError, nearest_names
 from pipeline.data.storage_errors import StorageError
 from pipeline.planning.request import Request
 from pipeline.runs.runner import BAD_INPUT, COMPLETE, CRASHED, INTERRUPTED
@@ -202,7 +202,7 @@ def _guarded(work: Callable[[], int]) -> int:
     except AtlasError as error:
         return _refuse(str(error), error.exit_code)
     except StorageError as error:
-        return _refuse(str(error))
+        return _refuse(str(error), TryAgainError.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted. Finished work is kept; the same command continues from here.\n")
         return INTERRUPTED
