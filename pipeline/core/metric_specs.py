@@ -42,7 +42,7 @@ class Metric:
             it in older files.
         digits: Decimals in tables of studies.
         comparison_order: Position in comparisons; None if it describes how an image was made, not its quality.
-        grid_order: Position among the numbers that the grid of a layer can be sorted by; None if it cannot.
+        grid_order: Position of the measure in the list that a layer's grid can be sorted by; None if it is not listed.
         unit_order: Position in the table of the quality of a unit's visualizations; None if it is not shown there.
         percent: Whether that table shows it in percent.
         reading: How to read its values, in sentences, in that table.

@@ -74,7 +74,7 @@ class Engine(Protocol):
         Args:
             tasks: The tasks.
             setup: Everything else that workers need.
-            on_result: Called with each task and its result.
+            on_result: Function that is called with each finished task and its result.
             on_idle: Called about every second; may raise to interrupt the work. Finished shards stay.
 
         Raises:

@@ -297,7 +297,7 @@ def reduce_batches(
         centre: Center of each channel, (C,), which the reduction subtracts.
         reducer: The reduction.
         failed: The (index, reason) of every image that could not be read is appended to this list.
-        observe: Called with the indices and the images, (n, C, H, W) in [0, 1], of each batch.
+        observe: Function that is called for each batch with the indices and the images, (n, C, H, W) in [0, 1].
 
     Yields:
         Indices (n,) and reduced activations (5, n, C) float32 of each batch. On the CPU the latter are a view of a

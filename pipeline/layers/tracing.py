@@ -105,7 +105,7 @@ class Call:
         inputs: Tensors of its input.
         output: The first tensor of its output.
         cost: Multiply-adds of the pass up to the end of this call.
-        sample: Some values of the output (`_subsample`); None in a trace of two images.
+        sample: Some values of the module's output, chosen by `_subsample`; None in a trace of two images.
         batch: The axis that is twice as long for two images as for one; None unless the trace is of two images.
         same: Whether the output for the first of two images equals that of a pass with this image alone.
         finite: Whether the output contains neither infinity nor NaN.

@@ -135,7 +135,8 @@ def check_network(folder: RunFolder, config: ModelConfig) -> list[Finding]:
     """Check that `config` still gives the network that the atlas was computed from.
 
     Returns:
-        One problem if it gives another network; nothing if it gives the same, or if there is no atlas.
+        One problem if the configuration gives another network than the atlas has; none if it gives the same network, or
+        if there is no atlas.
 
     Raises:
         AtlasError: If the network can't be loaded.

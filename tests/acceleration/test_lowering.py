@@ -251,7 +251,8 @@ def test_the_precision_is_chosen_by_the_processor(monkeypatch: pytest.MonkeyPatc
         compose(["engine.precision=half"])
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_an_atlas_says_what_its_steps_were_computed_in(
     tiny_run: list[str], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -220,6 +220,7 @@ def test_scripts_are_sound(script: str) -> None:
 
 
 @pytest.mark.skipif(not (ROOT / ".venv" / ".installed").exists(), reason="this checkout has no .venv of its own")
+@pytest.mark.long
 def test_scripts_atlas_works_from_any_folder_without_pip(tmp_path: Path) -> None:
     # The first call may install what changed since; the second finds nothing to do.
     for _ in range(2):
@@ -264,9 +265,13 @@ def test_a_reader_of_the_output_may_go_away() -> None:
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP])
 def test_a_closed_connection_ends_a_run_in_order(kind: signal.Signals) -> None:
-    with pytest.raises(KeyboardInterrupt), InterruptHandlers():
-        os.kill(os.getpid(), kind)
-        time.sleep(5)
+    before = signal.signal(kind, signal.SIG_DFL)  # the tests themselves may run under nohup
+    try:
+        with pytest.raises(KeyboardInterrupt), InterruptHandlers():
+            os.kill(os.getpid(), kind)
+            time.sleep(5)
+    finally:
+        signal.signal(kind, before)
 
 
 def test_a_run_under_nohup_goes_on() -> None:

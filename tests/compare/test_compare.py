@@ -449,6 +449,7 @@ def test_a_site_of_many_units_fits(tmp_path: Path) -> None:
     assert plot.links[-1][2].startswith("wide:")
 
 
+@pytest.mark.long
 def test_the_command(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -121,6 +121,7 @@ def test_code_named_in_another_runs_folder_is_not_loaded(file: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # those of Ray
+@pytest.mark.long
 def test_a_run_with_a_class_of_the_user(tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Named as in the documentation, by a file in the working directory; workers of Ray get the class, not the file."""
     home = tmp_path / "home"

@@ -33,7 +33,7 @@ MORE = {
 
 
 # Networks of the short suite; the others take a quarter of a minute each.
-SHORT = ("efficientnet_lite0", "resnet18")
+SHORT = ("efficientnet_lite0",)
 SHORT_MORE = ("squeezenet1_1", "test_resnet", "test_vit")
 
 
@@ -213,7 +213,7 @@ PLAINER = (
 )  # fmt: skip
 
 # One of each way to fall back, or not to.
-SHORT_NETS = ("add", "depthwise", "cached", "hooked", "clip", "double", "unet")
+SHORT_NETS = ("add", "depthwise", "hooked", "clip", "double", "unet")
 
 
 @pytest.fixture
@@ -250,6 +250,7 @@ def test_wrappers_leave_no_trace_in_the_names(nets: Path) -> None:
     assert names["add"] == names["compiled"] == names["parallel"] and "conv" in names["add"]
 
 
+@pytest.mark.long
 def test_the_comparison_finds_a_wrong_network(nets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A convolution that is lowered wrongly in one corner falls back by itself, and is found out where it does not."""
     from pipeline.acceleration import cpu_lowering, variants

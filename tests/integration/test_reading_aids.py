@@ -27,6 +27,7 @@ def gesture(page, *steps: list[tuple[float, float]]) -> None:
 
 
 @ONE_BASE
+@pytest.mark.long
 def test_one_finger_scrolls_the_page_and_two_zoom_the_map(browser, base):
     window = browser.new_context(viewport={"width": 390, "height": 700}, has_touch=True, is_mobile=True)
     page = window.new_page()
@@ -52,6 +53,7 @@ def test_one_finger_scrolls_the_page_and_two_zoom_the_map(browser, base):
 
 
 @ONE_BASE
+@pytest.mark.long
 def test_controls_are_large_enough_for_fingers(browser, base):
     window = browser.new_context(viewport={"width": 390, "height": 700}, has_touch=True, is_mobile=True)
     page = window.new_page()

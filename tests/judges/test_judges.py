@@ -212,6 +212,7 @@ def judge_shards(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in (folder / "shards" / "judges").rglob("*.h5")}
 
 
+@pytest.mark.long
 def test_a_run_shows_its_visualizations_to_a_judge_once(
     tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,7 +56,9 @@ def measure(setting: str) -> tuple[int, int]:
 
 
 @glibc
-@pytest.mark.parametrize("before", ["import torch", OLDER_GLIBC], ids=["this glibc", "older glibc"])
+@pytest.mark.parametrize(
+    "before", [pytest.param("import torch", marks=pytest.mark.long), OLDER_GLIBC], ids=["this glibc", "older glibc"]
+)
 def test_what_is_freed_is_not_returned_to_the_kernel(before: str) -> None:
     pages, faults = measure(f"{before}\nretain_freed_memory()")
     assert faults < 100

@@ -371,9 +371,8 @@ SMALL = [
 
 
 # With 3 channels docs/models.md does it, in tests/project/test_docs.py.
-@pytest.mark.parametrize(
-    "channels", [pytest.param(3, marks=pytest.mark.long), 1, pytest.param(5, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("channels", [3, 1, 5])
+@pytest.mark.long
 def test_small_networks_go_the_whole_way(channels: int, tmp_path: Path, photo_folder: Path) -> None:
     (tmp_path / "cifar.py").write_text(CIFAR_NET)
     folder = photo_folder

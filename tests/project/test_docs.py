@@ -85,6 +85,7 @@ def test_the_first_screen_says_how() -> None:
     assert "scripts/atlas run" in text and "scripts/test" in text and "docs/images/home.jpg" in text
 
 
+@pytest.mark.long
 def test_your_own_network_in_five_minutes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

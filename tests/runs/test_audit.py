@@ -108,6 +108,7 @@ def test_a_picture_that_cannot_be_rendered_again_is_told(
     assert "levels of 255 from the stored visualization" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.long
 def test_compact_leaves_what_atlas_h5_holds_and_nothing_is_made_again(
     finished: Path, tiny_run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -189,7 +189,8 @@ def test_only_what_is_missing_is_timed(
     assert costs and all(cost > 0 for cost in costs)
 
 
-@pytest.mark.parametrize("store", [pytest.param("images", marks=pytest.mark.long), "crops"])
+@pytest.mark.parametrize("store", ["images", "crops"])
+@pytest.mark.long
 def test_fewer_layers_and_channels_are_cut_out_of_the_base(
     finished: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
 ) -> None:
@@ -411,6 +412,7 @@ def test_units_from_a_table(finished: tuple[Path, list[str]], tmp_path: Path, ki
     assert [la.name for la, _ in planner.make_plan(narrowed, timed=False).layers] == ["conv_stem"]
 
 
+@pytest.mark.long
 def test_only_units_whose_pictures_were_not_good_enough(
     finished: tuple[Path, list[str]],
     tmp_path: Path,

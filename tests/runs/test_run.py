@@ -228,7 +228,8 @@ def test_a_lock_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("kind", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.long
 def test_an_interrupted_run_stops_soon_and_goes_on_later(
     tiny_run: list[str], tmp_path: Path, kind: signal.Signals
 ) -> None:
@@ -327,6 +328,7 @@ def test_shards_that_nobody_sees_are_no_success(
     assert "do all workers and this driver see the run's folder" in (tmp_path / "tiny" / "failures.csv").read_text()
 
 
+@pytest.mark.long
 def test_photographs_that_are_all_unreadable(
     tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

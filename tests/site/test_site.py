@@ -792,6 +792,7 @@ def test_same_atlas_same_bytes(site, tmp_path):
     assert contents(tmp_path / "site") == first == contents(site)
 
 
+@pytest.mark.long
 def test_only_what_changed_is_made_again(tmp_path):
     path = write_atlas(tmp_path / "atlas.h5")
     report = build(path)

@@ -382,6 +382,7 @@ def test_presets_without_sense_are_refused(overrides: list[str], why: str) -> No
         preset.check(load_config_files(compose(overrides).config.render, "render"), 3)
 
 
+@pytest.mark.long
 def test_oygard_goes_through_the_heads_of_googlenet() -> None:
     """Its auxiliary classifiers run in eval mode, and the steps on each of them move the picture."""
     request = compose(
