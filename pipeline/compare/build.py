@@ -83,7 +83,7 @@ def build(
         inputs: The open runs.
         out: Folder to write.
         config: Configuration of the site.
-        progress: Called with (units done, units in all).
+        progress: Function that is called with (units done, units in all) as the site is built.
 
     Raises:
         AtlasError: If `out` contains files that are not a site of this program.

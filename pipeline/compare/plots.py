@@ -12,7 +12,7 @@ from pipeline.site.number_format import number
 
 # A measure with only positive values has a logarithmic axis if its values span more than this factor.
 LOG_RANGE = 12.0
-# Number of points that are links, for the units that differ most; the other points are one path.
+# Number of points of a scatter plot that link to a unit: those of the units that differ most. The others are one path.
 LINKED = 300
 # Side of a scatter plot; height of the profile, distance between its layers, and its left margin.
 SIDE = 300.0

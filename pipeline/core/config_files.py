@@ -28,7 +28,7 @@ def decode_text(content: bytes, where: str) -> str:
 
     Args:
         content: The bytes of the file. A byte-order mark is removed.
-        where: Setting and file, for the error message.
+        where: Name of the setting and of the file, for the error message.
 
     Raises:
         AtlasError: If the file has another encoding.

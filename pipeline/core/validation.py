@@ -99,7 +99,7 @@ def keyed_schema(build_one: Callable[[Any], Any], prepare: Callable[[Any], Any])
 
     Args:
         build_one: Builds a member from a value of the mapping.
-        prepare: Called with the mapping before; may complete it.
+        prepare: Function that is called with the mapping before it is checked, and may complete it.
     """
     one = core_schema.no_info_plain_validator_function(build_one)
     mapping = core_schema.dict_schema(core_schema.str_schema(), one)

@@ -171,7 +171,7 @@ def _along(
         pending = [layer for layer in pending if layer.name not in fitting]
         if growing is None:
             break
-        # Add a multiple of the longest stride: some networks pad depending on the remainder of the size.
+        # The image grows by a multiple of the longest stride: some networks pad depending on the remainder of the size.
         longest = max(strides.values())
         length += longest * max(1, round(length / longest))
     if pending or irregular:

@@ -51,7 +51,7 @@ def list_layers(model: Model, config: LayersConfig, aliases: Mapping[str, str] |
         aliases: Module paths by the names that the literature uses.
 
     Raises:
-        AtlasError: If a setting is invalid, or as in `enumerate_layers`.
+        AtlasError: If a setting is invalid, or if the layers can't be found; see `enumerate_layers`.
     """
     part = next((part for part in get_args(Part) if part == config.tokens), None)
     if part is None:

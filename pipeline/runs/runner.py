@@ -63,7 +63,7 @@ def plan_and_run(request: Request, stages: tuple[str, ...] = STAGES, show: Calla
     Args:
         request: The request.
         stages: Stages to execute.
-        show: Called with the plan before it is executed.
+        show: Function that is called with the plan before the plan is executed.
 
     Raises:
         AtlasError: If anything in the input is wrong, or another command is at work in the folder.

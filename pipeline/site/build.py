@@ -156,7 +156,7 @@ def build_site(
         atlas: The atlas to show.
         target: Folder of the site.
         config: Configuration of the site.
-        progress: Called with (units done, units in all).
+        progress: Function that is called with (units done, units in all) as the site is built.
 
     Raises:
         AtlasError: If `target` contains files that are not a site of this program, or the families file is invalid.

@@ -145,7 +145,7 @@ def test_two_nodes_share_a_run(tmp_path: Path, slurm: Slurm, tiny_run: list[str]
 
 def at_work(slurm: Slurm, name: str) -> bool:
     """Whether a worker on the node executes a task now; Ray shows it in a process's title."""
-    return bool(processes_of(slurm.nodes[name], "ray::Worker.do"))
+    return bool(processes_of(slurm.nodes[name], "ray::VersionedActor.do"))
 
 
 def test_a_node_lost_in_the_middle_costs_only_time(tmp_path: Path, slurm: Slurm, tiny_run: list[str]) -> None:
