@@ -310,8 +310,8 @@ def sparsity(total: np.ndarray, squares: np.ndarray, count: np.ndarray | float) 
     It is 0 if all rates are equal, 1 if only one rate is positive, and NaN if none is.
 
     Args:
-        total: Σr of the rates r ≥ 0.
-        squares: Σr².
+        total: Sum of the rates r ≥ 0 of a channel.
+        squares: Sum of the squares of these rates.
         count: Number n of rates.
     """
     with np.errstate(divide="ignore", invalid="ignore"):

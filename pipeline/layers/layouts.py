@@ -143,7 +143,8 @@ def _layouts(
     Args:
         trace: One image of the network's own input size.
         double: Two images.
-        resized_calls: Calls for one image of another size; empty if the network accepts one size only.
+        resized_calls: Calls of modules in the trace of an image of another size; empty if the network accepts one size
+            only.
         resized: (height, width) of that image.
     """
     growth = resized[0] / trace.size[0], resized[0] * resized[1] / (trace.size[0] * trace.size[1])

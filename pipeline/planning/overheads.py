@@ -23,7 +23,7 @@ from pipeline.planning.cost_model import ZERO_SPAN, Span
 # starts in 8.0 s, Ray took 6.1 s and 1.5 s, and a worker 6.0 s to 7.1 s.
 CONNECT, CLOSE, WORKER = 0.8, 0.2, 0.85
 
-# The first dataset images that a process reduces: a loop in C is compiled.
+# What the first dataset images of a process take longer, because a loop in C is compiled.
 FIRST_IMAGES = 0.15
 
 # Forward pass with the reduction of its maps, as a multiple of the forward pass alone.
