@@ -21,7 +21,8 @@ each unit is NaN, and the smallest receptive field that contains those of all un
 **What makes it fast.**
 
 * Both shifts of the rows of NaN are found by bisection within one stride, for all layers and both ends in the same
-  forward passes (`_SlidingBlock`). Where another layer or the other axis suggests a position, only its two sides are tested.
+  forward passes (`_SlidingBlock`). Where another layer or the other axis suggests a position, only its two sides are
+  tested.
 * Probes are as narrow as the network accepts, down to 32 pixels (`_narrowest`).
 * Probes start at the length of the network's own input, and grow up to `MAX_LENGTH` for the layers of which a NaN unit
   lies at the border (`_along`): a receptive field can be larger than the input.
