@@ -1,6 +1,7 @@
 """Small real things that many tests share: a tiny network, a folder of photographs, a composed request."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from pipeline.cli.compose import request_of
+from pipeline.cli.main import main
 from pipeline.cli.overrides import composed
 from pipeline.layers.finding import Layer, enumerate_layers
 from pipeline.models.config import Preprocessing
@@ -111,3 +113,17 @@ def compose(overrides: list[str]) -> Request:
 def tiny_run(tmp_path: Path, photo_folder: Path) -> list[str]:
     """Overrides of a small whole run in a folder of its own."""
     return [*TINY, "data=folder", f"data.root={photo_folder}", f"run.root={tmp_path}", "run.name=tiny"]
+
+
+@pytest.fixture(scope="session")
+def tiny_result(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> Path:
+    """The folder of a finished small run, which tests copy."""
+    root = tmp_path_factory.mktemp("result")
+    assert main(["run", *TINY, "data=folder", f"data.root={photo_folder}", f"run.root={root}", "run.name=tiny"]) == 0
+    return root / "tiny"
+
+
+@pytest.fixture
+def finished(tiny_result: Path, tmp_path: Path, tiny_run: list[str]) -> Path:
+    """A finished run of its own, which `tiny_run` goes on with."""
+    return Path(shutil.copytree(tiny_result, tmp_path / "tiny"))

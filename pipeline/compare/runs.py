@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.core.config_files import load_yaml
+from pipeline.core.config_files import stored_settings
 from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.core.metric_specs import is_minimized
 from pipeline.store.reader import Atlas, check_structure, open_atlas
@@ -203,12 +203,7 @@ def _contender(atlas: Atlas, preset: str, label: str) -> Contender:
 
 def _settings(config: str, preset: str) -> dict[str, str]:
     """Return the settings of one preset and the run's seed; empty if the YAML does not contain them."""
-    try:
-        tree = load_yaml(config, "provenance/config")
-    except AtlasError:
-        return {}
-    if not isinstance(tree, Mapping):
-        return {}
+    tree = stored_settings(config)
     also = tree.get("also")
     sections = [tree.get("render"), *(also.values() if isinstance(also, Mapping) else ())]
     presets = [section for section in sections if isinstance(section, Mapping)]

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib.resources
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,6 +78,15 @@ def load_yaml(text: str, where: str) -> Any:
         elif isinstance(item, list):
             pending += item
     return tree
+
+
+def stored_settings(config: str) -> Mapping[str, Any]:
+    """Return the settings of a stored configuration (YAML); empty if it is not a valid mapping."""
+    try:
+        tree = load_yaml(config, "provenance/config")
+    except AtlasError:
+        return {}
+    return tree if isinstance(tree, Mapping) else {}
 
 
 @dataclasses.dataclass(frozen=True)

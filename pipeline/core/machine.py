@@ -55,7 +55,7 @@ def _memory_limits() -> Iterator[int]:
 
 
 def _groups(controller: str) -> Iterator[Path]:
-    """Yield the folders of the control groups of this process, from its own to the root.
+    """Yield the folders of the control groups of this process, from its innermost to the root.
 
     Inside a container the path in `OWN_CGROUPS` may be that on the host, which is not visible: the root is always
     tried.
@@ -66,6 +66,6 @@ def _groups(controller: str) -> Iterator[Path]:
             if controllers and controller not in controllers.split(","):
                 continue
             root = CGROUPS / controller if controllers else CGROUPS
-            own = root / path.lstrip("/")
-            yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
+            innermost = root / path.lstrip("/")
+            yield from (folder for folder in (innermost, *innermost.parents) if folder.is_relative_to(root))
     yield CGROUPS

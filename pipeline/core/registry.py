@@ -145,8 +145,8 @@ class Member:
 class Members:
     """Annotation of a field that holds a tuple of members of a registry, given as a mapping of their settings by key.
 
-    The order of the mapping is kept. One member of the registry can
-    occur several times, under different keys: `jitter_after: {name: jitter}`.
+    The order of the mapping is kept. One member of the registry can occur several times, under different keys:
+    `jitter_after: {name: jitter}`.
     """
 
     registry: Registry

@@ -10,7 +10,7 @@ from pipeline.core.validation import NullMeans
 # Default of `data.max_pixels`. Larger images are refused before decoding: a small file can decompress to gigabytes.
 MAX_PIXELS = 64_000_000
 
-# Default of `data.max_bytes`: a part of an archive of this program's users is a photograph, and not a disk image.
+# Default of `data.max_bytes`. No photograph is larger; a member of an archive that is would fill the memory.
 MAX_BYTES = 256 * 2**20
 
 

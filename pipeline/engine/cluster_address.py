@@ -16,19 +16,17 @@ def check_address(address: str) -> None:
     Raises:
         AtlasError: If there is no answer, or if the address is that of a dashboard, which speaks HTTP.
     """
-    named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    named = _named(address)
     if re.match(r"https?://", named):
         source = "RAY_ADDRESS" if address == "auto" else "engine.address"
         raise AtlasError(
             f"{source}={named} is the address of a dashboard, which only jobs/submit and `ray job` use: set "
             f"engine.address=HOST:PORT, as in `ray start --address`{', or unset RAY_ADDRESS' * (address == 'auto')}."
         )
-    host, port = _split(named)
-    if host:
-        try:
-            socket.create_connection((host, port), timeout=TIMEOUT).close()
-        except OSError as error:
-            raise AtlasError(f"No Ray cluster at engine.address={address}: {error}") from error
+    try:
+        _connect(named)
+    except OSError as error:
+        raise AtlasError(f"No Ray cluster at engine.address={address}: {error}") from error
 
 
 def refusal(address: str | None, error: Exception) -> str:
@@ -36,19 +34,27 @@ def refusal(address: str | None, error: Exception) -> str:
     message = f"No Ray cluster at engine.address={address}: {error}"
     if address is None:
         return message
-    host, port = _split(os.environ.get("RAY_ADDRESS", "") if address == "auto" else address)
     try:
-        if host:
-            socket.create_connection((host, port), timeout=TIMEOUT).close()
+        _connect(_named(address))
     except OSError:
         return message
     return f"{message}\n{_token_hint()}"
 
 
-def _split(address: str) -> tuple[str, int]:
-    """Return host and port; an empty host if `address` has another form."""
-    match = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)
-    return (match[1], int(match[2])) if match else ("", 0)
+def _named(address: str) -> str:
+    """Return the address that Ray would use; empty if Ray would look for a cluster on this machine."""
+    return os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+
+
+def _connect(named: str) -> None:
+    """Connect to HOST:PORT and disconnect; do nothing for an address of another form.
+
+    Raises:
+        OSError: If nothing answers.
+    """
+    match = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", named)
+    if match:
+        socket.create_connection((match[1], int(match[2])), timeout=TIMEOUT).close()
 
 
 def _token_hint() -> str:

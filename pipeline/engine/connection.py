@@ -115,8 +115,6 @@ def _warn_of_little_shared_memory() -> None:
 
 def _explained(address: str | None, error: Exception) -> AtlasError:
     """Return the error of a connection that failed, with what can be done about it."""
-    if isinstance(error, AtlasError):
-        return error
     if address is None:
         return TryAgainError(
             f"Ray could not start on this machine: {first_line(error)} Its logs are in /tmp/ray/session_latest/logs. "
@@ -204,8 +202,8 @@ def _alive(process: psutil.Process) -> bool:
 def _local_raylet(ray: Any) -> psutil.Process | None:
     """Return the process of this node's raylet; None if it cannot be seen from here."""
     with contextlib.suppress(Exception):
-        own = ray.get_runtime_context().get_node_id()
-        sockets = [node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == own]
+        here = ray.get_runtime_context().get_node_id()
+        sockets = [node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == here]
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.name() == "raylet" and any(

@@ -53,15 +53,15 @@ def versions(package: str) -> dict[str, str]:
     Args:
         package: Name of the project's package.
     """
-    found = {"project": source_digest(package)}
+    result = {"project": source_digest(package)}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            result[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = MISSING
-    found["python"] = platform.python_version()
-    found["platform"] = f"{platform.system()} {platform.machine()}"
-    return found
+            result[name] = MISSING
+    result["python"] = platform.python_version()
+    result["platform"] = f"{platform.system()} {platform.machine()}"
+    return result
 
 
 def differences(driver: Mapping[str, str], worker: Mapping[str, str]) -> list[str]:
@@ -105,14 +105,14 @@ class VersionedActor:
         Returns:
             The `versions`, and under "name" "host:process".
         """
-        own = versions(self.package)
-        if expected is None or not differences(expected, own):
+        present = versions(self.package)
+        if expected is None or not differences(expected, present):
             import ray
 
             worker_class, setup = ray.get(self.arguments[0])
             self.worker = worker_class(setup, weights=self.weights)
             self.weights = None
-        return {**own, "name": f"{os.uname().nodename}:{os.getpid()}"}
+        return {**present, "name": f"{os.uname().nodename}:{os.getpid()}"}
 
     def do(self, *arguments: Any) -> Any:
         """Execute a task; see `engine.worker.Worker.do`."""

@@ -269,12 +269,12 @@ def run_report(
 
 def _distinct_versions(workers: Sequence[WorkerStats]) -> list[dict[str, Any]]:
     """Return each set of versions that workers had, with the number of workers."""
-    found: dict[tuple[tuple[str, str], ...], int] = {}
+    workers_by_versions: dict[tuple[tuple[str, str], ...], int] = {}
     for worker in workers:
         if worker.versions:
             key = tuple(worker.versions.items())
-            found[key] = found.get(key, 0) + 1
-    return [{**dict(versions), "workers": count} for versions, count in found.items()]
+            workers_by_versions[key] = workers_by_versions.get(key, 0) + 1
+    return [{**dict(versions), "workers": count} for versions, count in workers_by_versions.items()]
 
 
 def report_lines(summary: dict[str, Any], most: int = 8) -> list[str]:

@@ -373,8 +373,8 @@ class RayEngine:
         Raises:
             AtlasError: If its versions differ from those of the driver, unless `engine.mixed_versions` is set.
         """
-        own = {name: value for name, value in answer.items() if name != "name"}
-        differing = handshake.differences(self._versions, own)
+        versions = {name: value for name, value in answer.items() if name != "name"}
+        differing = handshake.differences(self._versions, versions)
         if differing:
             message = f"The worker {answer['name']} has other versions than this driver: {', '.join(differing)}."
             if not self.config.mixed_versions:
@@ -386,7 +386,7 @@ class RayEngine:
                 raise AtlasError(f"{message} {fix}, or accept other results with engine.mixed_versions=true.")
             log.warning("%s Its results may differ", message)
         self._failed_starts = 0
-        handle.stats.name, handle.stats.versions = answer["name"], own
+        handle.stats.name, handle.stats.versions = answer["name"], versions
         self.stats.append(handle.stats)
         self._idle.append(handle)
 

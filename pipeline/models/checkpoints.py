@@ -54,8 +54,8 @@ class Candidate:
         stem: Common prefix of the network's names that the names of the file lack.
         entries: Tensors of the file, by the network's names.
         exact: Names that match without ignoring the parts that wrappers insert.
-        rank: Sort key, smallest first. Candidates whose keys agree in the first three values are
-            equally good.
+        rank: Sort key, smallest first. Candidates whose keys agree in the first three values are equally
+            good.
     """
 
     place: Place

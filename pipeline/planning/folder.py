@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import datetime
 import json
 import os
@@ -16,7 +17,7 @@ from pipeline.config.schema import FREE_SECTIONS, differences
 from pipeline.core.atomic_io import atomic_path
 from pipeline.core.config_files import decode_text, load_yaml
 from pipeline.core.errors import AtlasError
-from pipeline.data.config import MAX_BYTES
+from pipeline.data.config import DataConfig
 from pipeline.store import run_lock
 from pipeline.store.run_lock import LockedError
 
@@ -227,7 +228,7 @@ def _completed(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration with the defaults of all members, which an older version may not have stored."""
     completed = {**tree, "render": complete_preset(tree.get("render"))}
     if isinstance(tree.get("data"), Mapping):
-        completed["data"] = {"max_bytes": MAX_BYTES} | dict(tree["data"])
+        completed["data"] = dataclasses.asdict(DataConfig()) | dict(tree["data"])
     if tree.get("also"):
         completed["also"] = {key: complete_preset(preset) for key, preset in tree["also"].items()}
     return completed

@@ -76,12 +76,12 @@ def compared_layers(model: Model, layers: Sequence[Layer], presets: Sequence[Pre
     Penalties of "pooled" layers are left out where there are no natural images: the packaged ones have 1 or 3 channels.
     """
     measurable = bool(dataset.images) or _has_packaged_images(model)
-    found = []
+    compared = []
     for layer in layers:
         penalties = [penalty for preset in presets for penalty in preset.for_layer(layer).network_penalties]
         if any(measurable or penalty.layers == "all" for penalty in penalties) and normalizations_before(model, layer):
-            found.append(layer)
-    return found
+            compared.append(layer)
+    return compared
 
 
 def _has_packaged_images(model: Model) -> bool:

@@ -533,8 +533,8 @@ def merge_pass_shards(folder: RunFolder) -> list[Shard]:
     if not digest or histogram_ranges is None:
         return []
     content = str(histogram_ranges.attributes["content"])
-    found = shards.find(folder.shards / "examples", digest)
-    ranges = without_overlap(piece for piece in found if piece.attributes.get("ranges") == content)
+    parts = shards.find(folder.shards / "examples", digest)
+    ranges = without_overlap(piece for piece in parts if piece.attributes.get("ranges") == content)
     pieces = list(ranges.values())
     if gaps(ranges, len(sources)) or len(pieces) < 2:
         return []

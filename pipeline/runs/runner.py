@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.core import atomic_io, interrupts
-from pipeline.core.errors import AtlasError, TryAgainError
+from pipeline.core.errors import AtlasError
 from pipeline.core.formatting import clock
 from pipeline.engine.base import Engine, Failure, TooManyFailures
 from pipeline.engine.factory import open_engine
@@ -34,14 +34,8 @@ log = logging.getLogger(__name__)
 NO_SHARD = "no shard was found after the work: do all workers and this driver see the run's folder?"
 
 # Exit codes (docs/README.md lists them). A job that is started again by its system need not be after the first three.
-COMPLETE, SET_ASIDE, BAD_INPUT, CRASHED, TRY_AGAIN, INTERRUPTED = (
-    0,
-    1,
-    AtlasError.exit_code,
-    70,  # EX_SOFTWARE of sysexits.h
-    TryAgainError.exit_code,
-    130,
-)
+# 75 is `TryAgainError.exit_code`; 70 is EX_SOFTWARE of sysexits.h.
+COMPLETE, SET_ASIDE, BAD_INPUT, CRASHED, INTERRUPTED = 0, 1, AtlasError.exit_code, 70, 130
 
 STAGES = ("examples", "render", "site")
 
@@ -139,19 +133,22 @@ def _recorded_text(folder: RunFolder) -> str:
 def _run(request: Request, plan: Plan, stages: tuple[str, ...]) -> int:
     """Execute a plan that is recorded in its folder, whose lock is held."""
     folder = request.folder
-    if plan.setup.begins and "render" in stages:
-        # Visualizations start from the best dataset examples, so the dataset pass comes first.
-        if "examples" not in stages and not Artifacts(plan, folder, read_only=True).dataset_pass.covered:
-            setting = "render.canvas.source=best" if _needs_examples(plan) else "render.objective.target=mean"
-            raise AtlasError(f"{setting} needs the dataset pass first: `atlas examples` or `atlas run`.")
-        if _run(request, plan, ("examples",)) != COMPLETE:
-            return SET_ASIDE
+    # Visualizations that start from the best dataset examples need the dataset pass first.
+    begins = bool(plan.setup.begins) and "render" in stages
+    if begins and "examples" not in stages and not Artifacts(plan, folder, read_only=True).dataset_pass.covered:
+        setting = "render.canvas.source=best" if _needs_examples(plan) else "render.objective.target=mean"
+        raise AtlasError(f"{setting} needs the dataset pass first: `atlas examples` or `atlas run`.")
     atomic_io.remove_temporary_files(folder.path)
     maintenance.set_aside_unreadable_atlas(folder)
     maintenance.set_aside_unreadable_shards(folder)
     maintenance.set_aside_outdated_pass(plan, folder)
-    reuse.reuse_results(plan, folder, stages)
-    return _Session(request, plan, stages).run()
+    code = COMPLETE
+    for part in [("examples",), stages] if begins else [stages]:
+        if code != COMPLETE:
+            return SET_ASIDE
+        reuse.reuse_results(plan, folder, part)
+        code = _Session(request, plan, part).run()
+    return code
 
 
 def _needs_examples(plan: Plan) -> bool:

@@ -56,37 +56,37 @@ def faults(file: h5py.File) -> list[Fault]:
 
     No data is read, and no link to another place or file is followed.
     """
-    found = links(file)
-    if found:
-        return found
-    found = arrays(file)
-    return found or list(_members(file))
+    result = links(file)
+    if result:
+        return result
+    result = arrays(file)
+    return result or list(_members(file))
 
 
 def links(file: h5py.File) -> list[Fault]:
     """Return the links that are not hard links: h5py would follow them, also into other files."""
-    found: list[Fault] = []
+    result: list[Fault] = []
 
     def visit(name: bytes, info: Any) -> None:
         if info.type != HARD_LINK:
-            found.append((name.decode("utf-8", "replace"), "is a link, which an atlas does not have"))
+            result.append((name.decode("utf-8", "replace"), "is a link, which an atlas does not have"))
 
     file.id.links.visit(visit, info=True)
-    return found
+    return result
 
 
 def arrays(file: h5py.File) -> list[Fault]:
     """Return arrays that are stored elsewhere, of a type that no array of an atlas has, or larger than they can be."""
-    found: list[Fault] = []
+    result: list[Fault] = []
 
     def visit(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
             reason = _array_fault(name, item)
             if reason:
-                found.append((name, reason))
+                result.append((name, reason))
 
     file.visititems(visit)
-    return found
+    return result
 
 
 def _array_fault(name: str, array: h5py.Dataset) -> str:
@@ -141,8 +141,8 @@ def _presets(parent: Any, place: str, count: int) -> Iterator[Fault]:
             continue
         shape = hdf5.dataset(group, "images").shape[:2]
         for key in (*RENDER_ARRAYS, *RENDER_OPTIONAL):
-            if key in group and (own := hdf5.dataset(group, key).shape[:2]) != shape:
-                yield f"{place}/{name}/{key}", f"has {own} values beside {shape} images"
+            if key in group and (size := hdf5.dataset(group, key).shape[:2]) != shape:
+                yield f"{place}/{name}/{key}", f"has {size} values beside {shape} images"
         if shape[0] != count:
             yield f"{place}/{name}/images", f"has {shape[0]} rows for {count} channels"
 

@@ -220,7 +220,7 @@ def simulate(plan: Path, units: int, workers: int, lost: float, spread: float) -
             seconds = time.monotonic() - began
         engine.close()
     memory.append(process.memory_info().rss)
-    found = {
+    figures = {
         "units": stage.done,
         "tasks": len(tasks),
         "workers": workers,
@@ -231,8 +231,8 @@ def simulate(plan: Path, units: int, workers: int, lost: float, spread: float) -
         "simulated_hours": round(ray.clock / 3600, 2),
         "efficiency": round(work / (workers * ray.clock), 4),
     }
-    say(str(found))
-    return found
+    say(str(figures))
+    return figures
 
 
 def scaling(plan: Path, spread: float) -> list[dict[str, float]]:

@@ -45,21 +45,8 @@ def available() -> bool:
     """Whether machines can be made here."""
     if any(shutil.which(program) is None for program in REQUIRED):
         return False
-    command = [
-        "unshare",
-        "--net",
-        "--pid",
-        "--mount",
-        "--uts",
-        "--fork",
-        "--mount-proc",
-        "ip",
-        "link",
-        "set",
-        "lo",
-        "up",
-    ]
-    return subprocess.run(command, capture_output=True).returncode == 0
+    isolated = ["unshare", "--net", "--pid", "--mount", "--uts", "--fork", "--mount-proc"]
+    return subprocess.run([*isolated, "ip", "link", "set", "lo", "up"], capture_output=True).returncode == 0
 
 
 def wait_for(condition: Callable[[], Any], seconds: float) -> None:
@@ -140,17 +127,17 @@ def running(machines: Sequence[Machine], folder: Path) -> Iterator[dict[str, psu
 
 def processes_of(first: psutil.Process, title: str = "") -> list[psutil.Process]:
     """The processes on a machine, but those that make it; only those whose command line contains `title`."""
-    found, makers = [], (first.pid, first.ppid())
+    processes, makers = [], (first.pid, first.ppid())
     try:
-        own = Path(f"/proc/{first.pid}/ns/net").readlink()
+        network_of_machine = Path(f"/proc/{first.pid}/ns/net").readlink()
     except OSError:  # the machine has ended
         return []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            here = process.pid not in makers and Path(f"/proc/{process.pid}/ns/net").readlink() == own
+            here = process.pid not in makers and Path(f"/proc/{process.pid}/ns/net").readlink() == network_of_machine
             if here and title in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def installed_project(folder: Path) -> Path:

@@ -2,7 +2,9 @@
 
 import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import test_browser
@@ -14,6 +16,14 @@ from pipeline.site.pages import STATIC
 browser, base, folder, visit = test_browser.browser, test_browser.base, test_browser.folder, test_browser.visit
 ONE_BASE = pytest.mark.parametrize("base", ["disk"], indirect=True)
 UNIT = "unit.html#blocks.1.conv:5"
+
+
+@pytest.fixture
+def telephone(browser) -> Iterator[Any]:
+    """A page on a narrow touch screen."""
+    window = browser.new_context(viewport={"width": 390, "height": 700}, has_touch=True, is_mobile=True)
+    yield window.new_page()
+    window.close()
 
 
 def gesture(page, *steps: list[tuple[float, float]]) -> None:
@@ -28,9 +38,8 @@ def gesture(page, *steps: list[tuple[float, float]]) -> None:
 
 @ONE_BASE
 @pytest.mark.long
-def test_one_finger_scrolls_the_page_and_two_zoom_the_map(browser, base):
-    window = browser.new_context(viewport={"width": 390, "height": 700}, has_touch=True, is_mobile=True)
-    page = window.new_page()
+def test_one_finger_scrolls_the_page_and_two_zoom_the_map(telephone, base):
+    page = telephone
     page.goto(base + MAP)
     page.wait_for_function("() => Number(document.querySelector('#map').dataset.shown) > 10")
     near = page.locator("#map").get_attribute("data-near")
@@ -49,14 +58,12 @@ def test_one_finger_scrolls_the_page_and_two_zoom_the_map(browser, base):
     page.wait_for_function(
         "near => Number(document.querySelector('#map').dataset.near) < Number(near)", arg=near, timeout=5000
     )
-    window.close()
 
 
 @ONE_BASE
 @pytest.mark.long
-def test_controls_are_large_enough_for_fingers(browser, base):
-    window = browser.new_context(viewport={"width": 390, "height": 700}, has_touch=True, is_mobile=True)
-    page = window.new_page()
+def test_controls_are_large_enough_for_fingers(telephone, base):
+    page = telephone
     for address in (STEM, UNIT):
         page.goto(base + address)
         page.wait_for_function("() => document.body.dataset.ready")
@@ -68,7 +75,6 @@ def test_controls_are_large_enough_for_fingers(browser, base):
         )
         assert small == []
         assert page.evaluate("document.documentElement.scrollWidth <= 390")
-    window.close()
 
 
 @ONE_BASE

@@ -13,26 +13,12 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import TINY
 from test_run import pictures, shard_times
 
 import pipeline
 from pipeline.cli.main import main
 from pipeline.core.errors import AtlasError
 from pipeline.store import hdf5, shards
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> Path:
-    root = tmp_path_factory.mktemp("made")
-    assert main(["run", *TINY, "data=folder", f"data.root={photo_folder}", f"run.root={root}", "run.name=tiny"]) == 0
-    return root / "tiny"
-
-
-@pytest.fixture
-def finished(made: Path, tmp_path: Path, tiny_run: list[str]) -> Path:
-    """A finished run of its own, which `tiny_run` goes on with."""
-    return Path(shutil.copytree(made, tmp_path / "tiny"))
 
 
 def flip(path: Path, inside: str, chunk: int = 0) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import h5py
 import pytest
-from conftest import TINY, compose
+from conftest import compose
 from test_audit import a_chunked_dataset, flip, images_of
 
 import pipeline
@@ -17,19 +17,6 @@ from pipeline.runs import maintenance, reuse
 from pipeline.runs.artifacts import put_aside
 from pipeline.store import shards
 from pipeline.store.reader import SCHEMA_VERSION
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> Path:
-    root = tmp_path_factory.mktemp("made")
-    assert main(["run", *TINY, "data=folder", f"data.root={photo_folder}", f"run.root={root}", "run.name=tiny"]) == 0
-    return root / "tiny"
-
-
-@pytest.fixture
-def finished(made: Path, tmp_path: Path, tiny_run: list[str]) -> Path:
-    """A finished run of its own, which `tiny_run` goes on with."""
-    return Path(shutil.copytree(made, tmp_path / "tiny"))
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> str:

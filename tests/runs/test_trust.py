@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TINY
 
 from pipeline.cli.main import main
 from pipeline.models import zoo
@@ -27,13 +26,6 @@ COMMANDS: dict[str, Callable[[Path], list[str]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> Path:
-    root = tmp_path_factory.mktemp("made")
-    assert main(["run", *TINY, "data=folder", f"data.root={photo_folder}", f"run.root={root}", "run.name=tiny"]) == 0
-    return root / "tiny"
-
-
 class Evil:
     """A pickle that makes a file when it is loaded."""
 
@@ -44,9 +36,8 @@ class Evil:
         return Path.touch, (self.mark,)
 
 
-def foreign(made: Path, tmp_path: Path, model: dict[str, Any]) -> Path:
+def foreign(run: Path, tmp_path: Path, model: dict[str, Any]) -> Path:
     """A copy of a run whose configuration names the network of a stranger, and says that it is trusted."""
-    run = Path(shutil.copytree(made, tmp_path / "tiny"))
     tree = yaml.safe_load((run / "config.yaml").read_text())
     tree["model"] |= model
     tree["run"]["trust"] = True
@@ -72,10 +63,10 @@ def hostile_networks(tmp_path: Path) -> dict[str, dict[str, Any]]:
     [*(("code", command) for command in COMMANDS), ("shell", "verify"), ("pickle", "verify"), ("pickle", "compact")],
 )
 def test_no_command_on_a_run_folder_executes_what_it_names(
-    made: Path, tmp_path: Path, network: str, command: str, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, network: str, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the code of a configuration, nor any network at all: looking at results needs none."""
-    run = foreign(made, tmp_path, hostile_networks(tmp_path)[network])
+    run = foreign(finished, tmp_path, hostile_networks(tmp_path)[network])
     shutil.copytree(run, tmp_path / "other")
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -89,9 +80,9 @@ def test_no_command_on_a_run_folder_executes_what_it_names(
 
 
 def test_verify_says_what_it_left_out_and_what_that_would_execute(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = foreign(made, tmp_path, hostile_networks(tmp_path)["shell"])
+    run = foreign(finished, tmp_path, hostile_networks(tmp_path)["shell"])
     assert main(["verify", str(run)]) == 0
     told = capsys.readouterr().err
     for what in (
@@ -107,15 +98,17 @@ def test_verify_says_what_it_left_out_and_what_that_would_execute(
     assert "run.trust" not in capsys.readouterr().err
 
 
-def test_code_is_executed_once_the_user_says_so(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = foreign(made, tmp_path, {"source": "custom", "target": f"{tmp_path / 'evil.py'}:build"})
+def test_code_is_executed_once_the_user_says_so(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = foreign(finished, tmp_path, {"source": "custom", "target": f"{tmp_path / 'evil.py'}:build"})
     assert main(["verify", str(run), "run.trust=true"]) == 2
     assert (tmp_path / "ran").exists()
 
 
-def test_the_run_that_a_base_names_executes_nothing(made: Path, tmp_path: Path) -> None:
+def test_the_run_that_a_base_names_executes_nothing(finished: Path, tmp_path: Path) -> None:
     """Nor does one beside it, whose dataset pass is looked at."""
-    run = foreign(made, tmp_path, {"source": "custom", "target": f"{tmp_path / 'evil.py'}:build"})
+    run = foreign(finished, tmp_path, {"source": "custom", "target": f"{tmp_path / 'evil.py'}:build"})
     from pipeline.planning.base_run import read_config
     from pipeline.planning.folder import RunFolder
 

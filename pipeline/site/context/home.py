@@ -5,8 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.core.config_files import load_yaml
-from pipeline.core.errors import AtlasError
+from pipeline.core.config_files import stored_settings
 from pipeline.site.config import SiteConfig
 from pipeline.site.context import method
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, PresetSummary
@@ -80,11 +79,7 @@ PACKAGED_WEIGHTS = (
 
 def _credits_of_weights(config: str) -> tuple[str, ...]:
     """Return whom to name for the weights of a configuration (YAML)."""
-    try:
-        tree = load_yaml(config, "provenance/config")
-    except AtlasError:
-        return ()
-    model = tree.get("model") if isinstance(tree, dict) else None
+    model = stored_settings(config).get("model")
     packaged = isinstance(model, dict) and model.get("source") == "package" and model.get("weights") == "default"
     return (PACKAGED_WEIGHTS,) if packaged else ()
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.core.config_files import load_yaml
+from pipeline.core.config_files import stored_settings
 from pipeline.core.errors import AtlasError
 
 # Formulas of the objectives: a is the layer's output, c the unit's channel, x the image.
@@ -92,12 +92,7 @@ class Preset:
 
 def describe(config: str) -> tuple[Preset, ...]:
     """Return descriptions of the presets in a configuration, given as YAML; empty if it has none or is not valid."""
-    try:
-        tree = load_yaml(config, "provenance/config")
-    except AtlasError:
-        return ()
-    presets = _presets(tree) if isinstance(tree, Mapping) else ()
-    return tuple(_preset(name, settings) for name, settings in presets)
+    return tuple(_preset(name, settings) for name, settings in _presets(stored_settings(config)))
 
 
 def _presets(tree: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
