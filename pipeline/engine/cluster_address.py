@@ -41,6 +41,12 @@ def refusal(address: str | None, error: Exception) -> str:
     return f"{message}\n{_token_hint()}"
 
 
+def host_and_port(address: str) -> str | None:
+    """Return HOST:PORT of a cluster's head; None for an address of another form, or none at all."""
+    named = _named(address)
+    return named if re.fullmatch(r"[^:/]+:\d+", named) else None
+
+
 def _named(address: str) -> str:
     """Return the address that Ray would use; empty if Ray would look for a cluster on this machine."""
     return os.environ.get("RAY_ADDRESS", "") if address == "auto" else address

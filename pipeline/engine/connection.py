@@ -19,7 +19,7 @@ import psutil
 from pipeline.config.schema import EngineConfig
 from pipeline.core.errors import AtlasError, TryAgainError, first_line
 from pipeline.core.machine import available_cores
-from pipeline.engine.cluster_address import check_address, refusal
+from pipeline.engine.cluster_address import check_address, host_and_port, refusal
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,8 @@ def connected(config: EngineConfig) -> Iterator[Any]:
         import ray
     except ImportError as error:
         raise AtlasError("Ray is not installed; use engine=inline.") from error
+    if config.address is not None:
+        _check_head(config.address)
     handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
@@ -76,6 +78,24 @@ def connected(config: EngineConfig) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_head(address: str) -> None:
+    """Ask the head of a cluster for its number; `ray.init` tries for 20 s without a token, and for minutes if it hangs.
+
+    Raises:
+        AtlasError: If the head refuses this process, or does not answer within 40 s.
+    """
+    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue] (compiled)
+    from ray.exceptions import RayError
+
+    head = host_and_port(address)
+    if head is None:
+        return
+    try:
+        GcsClient(address=head)
+    except RayError as error:
+        raise AtlasError(refusal(address, error)) from error
 
 
 def _private_options() -> dict[str, Any]:

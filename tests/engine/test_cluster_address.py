@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipeline.core.errors import AtlasError
-from pipeline.engine.cluster_address import check_address, refusal
+from pipeline.engine.cluster_address import check_address, host_and_port, refusal
 
 
 @pytest.fixture
@@ -45,3 +45,10 @@ def test_a_refusal_by_an_answering_port_names_the_token(listening: str, monkeypa
     # Nothing answers: the token is not the reason.
     assert "RAY_AUTH" not in refusal("127.0.0.1:1", ConnectionError("no"))
     assert "RAY_AUTH" not in refusal(None, ConnectionError("no"))
+
+
+def test_only_the_port_of_a_head_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert host_and_port("auto") == "head:6379" and host_and_port("10.0.0.1:6390") == "10.0.0.1:6390"
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert host_and_port("auto") is None and host_and_port("ray://head:10001") is None
