@@ -21,6 +21,7 @@ from pipeline.layers.finding import Layer
 from pipeline.layers.selection import LayersConfig
 from pipeline.models.config import ModelConfig
 from pipeline.site.config import SiteConfig
+from pipeline.store.remote import is_url, local_root
 from pipeline.visualization.network_perturbations import Ensemble
 from pipeline.visualization.preset import Preset
 
@@ -33,7 +34,8 @@ class RunConfig:
 
     Attributes:
         name: Name of the run folder.
-        root: Folder of all runs.
+        root: Folder of all runs, or its URL in an object store.
+        scratch: Folder for working copies of runs in an object store; None for one in the cache of this user.
         seed: Seed of visualizations.
         update: Whether an existing run folder may continue with another configuration: only what changed is made again.
         check: Number of visualizations that `atlas verify` makes again.
@@ -43,6 +45,7 @@ class RunConfig:
 
     name: str
     root: str = "runs"
+    scratch: Annotated[str | None, NullMeans("a folder in the cache of this user")] = None
     seed: int = 0
     update: bool = False
     check: int = 4
@@ -155,9 +158,19 @@ class Config:
         return max(1, self.engine.batch // preset.variants)
 
     @property
+    def root(self) -> Path:
+        """The folder of all runs on this machine; of runs in an object store, that of their working copies."""
+        return local_root(self.run.root, self.run.scratch)
+
+    @property
     def folder(self) -> Path:
-        """The run folder."""
-        return Path(self.run.root, self.run.name)
+        """The run folder on this machine."""
+        return self.root / self.run.name
+
+    @property
+    def url(self) -> str:
+        """URL of the run in an object store; empty for a run on this machine."""
+        return f"{self.run.root.rstrip('/')}/{self.run.name}" if is_url(self.run.root) else ""
 
 
 # Sections that a run folder may change between commands. Device and precision are in the digests of visualizations;
