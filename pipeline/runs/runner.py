@@ -1,10 +1,11 @@
 """Execution of a plan, stage by stage: dataset pass and visualizations, atlas.h5, site."""
 
+import contextlib
 import dataclasses
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pipeline.core import atomic_io, interrupts
@@ -143,27 +144,32 @@ def _run(request: Request, plan: Plan, stages: tuple[str, ...]) -> int:
         setting = "render.canvas.source=best" if _needs_examples(plan) else "render.objective.target=mean"
         raise AtlasError(f"{setting} needs the dataset pass first: `atlas examples` or `atlas run`.")
     atomic_io.remove_temporary_files(folder.path)
-    plan = dataclasses.replace(plan, setup=dataclasses.replace(plan.setup, mark=_marked(folder)))
     maintenance.set_aside_unreadable_atlas(folder)
     maintenance.set_aside_unreadable_shards(folder)
     maintenance.set_aside_outdated_pass(plan, folder)
     code = COMPLETE
-    for part in [("examples",), stages] if begins else [stages]:
-        if code != COMPLETE:
-            return SET_ASIDE
-        reuse.reuse_results(plan, folder, part)
-        code = _Session(request, plan, part).run()
+    with _marked(folder) as mark:
+        plan = dataclasses.replace(plan, setup=dataclasses.replace(plan.setup, mark=str(mark)))
+        for part in [("examples",), stages] if begins else [stages]:
+            if code != COMPLETE:
+                return SET_ASIDE
+            reuse.reuse_results(plan, folder, part)
+            code = _Session(request, plan, part).run()
     return code
 
 
-def _marked(folder: RunFolder) -> str:
-    """Return a new file in the run folder by which workers know whether they see it.
+@contextlib.contextmanager
+def _marked(folder: RunFolder) -> Iterator[Path]:
+    """Yield a file in the run folder by which workers know whether they see it.
 
-    Its name is that of a temporary file, so that the next run removes it.
+    Its name is that of a temporary file: if this process is killed, the next run removes it.
     """
     mark = folder.path.absolute() / f".seen.tmp-{secrets.token_hex(8)}"
     mark.touch()
-    return str(mark)
+    try:
+        yield mark
+    finally:
+        mark.unlink(missing_ok=True)
 
 
 def _needs_examples(plan: Plan) -> bool:
