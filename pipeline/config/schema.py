@@ -68,8 +68,8 @@ class EngineConfig:
             folder were made on.
         precision: Precision of the optimization steps; finished images are evaluated in float32. "auto" keeps that of
             the results of the run folder, and is bfloat16 for a new run on a CPU with instructions for it.
-        shared_fs: Whether workers see the files of the driver. Without, dataset images are sent to them and finished
-            shards back.
+        shared_fs: Whether workers see the photographs of the driver. Without, dataset images are sent to them. Finished
+            shards are sent back by all workers that do not see the run folder.
         batch: Number of images that are optimized together; halved where a GPU runs out of memory.
         task_seconds: Upper bound of the estimated seconds of one task.
         memory_gb: A worker that uses more is replaced; "auto" is its share of the machine.
