@@ -170,23 +170,33 @@ def test_a_store_that_cannot_be_reached(server: str, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.yaml"))
 
 
-def test_a_finished_run_is_continued_on_another_machine(
-    finished: Path, tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """On `memory://`: a run of this machine is moved to a store, and nothing of it is made again."""
-    url = "memory://bucket/runs/tiny"
-    moved = RunFolder(finished, url)
-    with moved.locked():
+@pytest.fixture
+def moved(finished: Path) -> Iterator[RunFolder]:
+    """A finished run of this machine in `memory://`, whose working copy is its folder."""
+    folder = RunFolder(finished, "memory://bucket/runs/tiny")
+    with folder.locked():
         pass
+    yield folder
+    fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+def test_verbs_take_the_url_of_a_run(moved: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, answer in {"status": "complete since", "repair": "nothing is damaged"}.items():
+        assert main([verb, moved.url, f"run.scratch={tmp_path}/{verb}"]) == 0
+        assert f"{moved.url}: " in (output := capsys.readouterr().out) and answer in output
+    assert not list((tmp_path / "status").rglob("*.h5"))  # nothing is fetched that is not read
+    with pytest.raises(AtlasError, match="at work in memory://bucket/runs/tiny"), moved.locked():
+        RunFolder(tmp_path / "another", moved.url).locked().__enter__()
+
+
+@pytest.mark.long
+def test_a_finished_run_is_continued_on_another_machine(
+    moved: RunFolder, tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of this machine is moved to a store, and nothing of it is made again there, nor in a run based on it."""
     own = [*tiny_run, "run.root=memory://bucket/runs", f"run.scratch={tmp_path}/copies"]
     assert main(["run", *own]) == 0
     assert "Nothing is missing" in capsys.readouterr().err
-    for verb, answer in {"status": "complete since", "verify": "intact", "repair": "nothing is damaged"}.items():
-        assert main([verb, url, f"run.scratch={tmp_path}/{verb}"]) == 0
-        assert f"{url}: " in (output := capsys.readouterr().out) and answer in output
-    with pytest.raises(AtlasError, match="at work in memory://bucket/runs/tiny"), moved.locked():
-        RunFolder(tmp_path / "another", url).locked().__enter__()
-    other = [*own, "run.name=again", f"base={url}", "engine.shared_fs=false"]
-    assert main(["run", *other]) == 0
+    assert main(["verify", moved.url, f"run.scratch={tmp_path}/verify"]) == 0
+    assert main(["run", *own, "run.name=again", f"base={moved.url}", "engine.shared_fs=false"]) == 0
     assert "from " in capsys.readouterr().out
-    fsspec.filesystem("memory").rm("/bucket", recursive=True)
