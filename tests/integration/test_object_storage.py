@@ -107,7 +107,7 @@ def start(arguments: Sequence[str], address: str) -> subprocess.Popen[str]:
 def atlas(arguments: Sequence[str], address: str) -> tuple[int, str]:
     """Exit code and output of a command."""
     process = start(arguments, address)
-    output, errors = process.communicate(timeout=280)
+    output, errors = process.communicate(timeout=600)
     return process.returncode, output + errors
 
 
@@ -117,6 +117,7 @@ def store(address: str) -> fsspec.AbstractFileSystem:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)  # ten commands, each of which loads PyTorch
 def test_a_run_that_is_killed_in_an_upload_goes_on_elsewhere(server: str, photo_folder: Path, tmp_path: Path) -> None:
     own = [*TINY, "data=folder", f"data.root={photo_folder}", "run.root=s3://bucket/runs", "run.name=tiny"]
     url, proxy = "s3://bucket/runs/tiny", StallingProxy(server)
