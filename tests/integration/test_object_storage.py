@@ -154,7 +154,7 @@ def test_a_run_that_is_killed_in_an_upload_goes_on_elsewhere(server: str, photo_
     scripts = [name for name in files.find("bucket/runs/tiny/site") if name.endswith(".js")]
     types |= {scripts[0].partition("/site/")[2]: "text/javascript"}
     for name, kind in types.items():
-        with urllib.request.urlopen(f"{server}/{url.removeprefix('s3://')}/site/{name}", timeout=10) as answer:
+        with urllib.request.urlopen(files.sign(f"{url.removeprefix('s3://')}/site/{name}"), timeout=10) as answer:
             assert answer.headers["Content-Type"].startswith(kind) and answer.read()
     assert not [name for name in files.find("bucket") if "/.lock" in name or ".tmp-" in name]
 
