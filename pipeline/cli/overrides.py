@@ -16,6 +16,7 @@ from omegaconf.errors import GrammarParseError
 
 from pipeline.cli import member_defaults
 from pipeline.core.errors import nearest_names
+from pipeline.store.remote import is_url, split_url
 from pipeline.visualization.preset import KEYED_GROUPS
 
 member_defaults.register()
@@ -135,6 +136,9 @@ def to_overrides(arguments: Sequence[str], on_folder: bool = False) -> list[str]
         if key in _LISTS:
             names = [name.strip().strip("'\"") for name in value.strip("[]").split(",")]
             overrides += [f"+{_LISTS[key]}@{key}.{name}={name}" for name in names if name]
+        elif on_folder and is_url(argument):
+            root, name = split_url(argument)
+            overrides += [f"run.root={literal(root)}", f"run.name={literal(name)}"]
         elif on_folder and (_is_folder(argument) or not _is_override(argument)):
             path = Path(argument).expanduser()
             path = path if path.name not in ("", "..") else path.resolve()

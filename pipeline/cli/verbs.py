@@ -32,6 +32,7 @@ from pipeline.runs.runner import COMPLETE, SET_ASIDE
 from pipeline.site.hosting.hosts import missing_addresses, prepare_for_host
 from pipeline.site.hosting.serve import server
 from pipeline.store.reader import check_structure, open_atlas
+from pipeline.store.remote import is_url, local_root, split_url
 from pipeline.store.shards import safe_name
 
 # Side of the squares that `atlas spectrum` measures, in pixels.
@@ -68,8 +69,8 @@ def render(request: Request, _: Options) -> int:
 def site(request: Request, _: Options) -> int:
     """Build the site again from atlas.h5: only what changed."""
     folder = request.folder.existing()
-    check_structure(folder.path)
     with folder.locked():
+        check_structure(folder.path)
         pages.build_site(request, folder)
     return COMPLETE
 
@@ -79,7 +80,7 @@ def serve(request: Request, options: Options) -> int:
     port = options.values.get("port", "8000")
     if not port.isdigit():
         raise AtlasError(f"port={port!r} must be a number.")
-    with server(request.folder.existing().site, int(port)) as running:
+    with server(request.folder.existing("site").site, int(port)) as running:
         print(f"http://127.0.0.1:{running.server_port}/index.html (Ctrl-C stops it)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             running.serve_forever()
@@ -88,7 +89,7 @@ def serve(request: Request, options: Options) -> int:
 
 def publish(request: Request, options: Options) -> int:
     """Prepare the site for a host and print the command that publishes it."""
-    folder = request.folder.existing()
+    folder = request.folder.existing("site", "atlas.h5")
     report, command = prepare_for_host(folder.site, options.host, request.config.site.title)
     advice = missing_addresses(folder.site, folder.atlas)
     print("\n".join([*report.lines(), *advice, "", "Ready. The command that publishes it:", "", f"  {command}"]))
@@ -99,7 +100,7 @@ def status(request: Request, _: Options) -> int:
     """Print the progress of a run."""
     folder = request.folder.existing()
     state, planned = folder.read_status(), folder.planned_channels()
-    print(f"{folder.path}: {len(planned)} layers, {sum(map(len, planned.values())):,} units planned")
+    print(f"{folder}: {len(planned)} layers, {sum(map(len, planned.values())):,} units planned")
     for name, stage in state.get("stages", {}).items():
         rate = f", {stage['per_second']} a second" if "per_second" in stage else ""
         print(f"  {name}: {stage['done']:,} of {stage['total']:,}, {stage['failed']} failed{rate}")
@@ -121,7 +122,7 @@ def status(request: Request, _: Options) -> int:
 
 def verify(request: Request, _: Options) -> int:
     """Check the files of a run, and some visualizations by making them again."""
-    folder = request.folder.existing()
+    folder = request.folder.existing("shards", "atlas.h5")
     sample = request.config.run.check
     # Only the command line can give this permission: the stored configuration may be a stranger's.
     trusted = sample > 0 and request.config.run.trust
@@ -132,7 +133,7 @@ def verify(request: Request, _: Options) -> int:
         with contextlib.suppress(AtlasError):  # a config.yaml that can't be read is one of the faults
             runner.log.info("%s", untrusted_note(folder.read_config()))
     if not faults:
-        print(f"{folder.path}: intact")
+        print(f"{folder}: intact")
         return COMPLETE
     print_pairs(faults, "what is wrong")
     return SET_ASIDE
@@ -144,7 +145,7 @@ def repair(request: Request, _: Options) -> int:
     with folder.locked():
         changes = maintenance.repair(folder)
     if not changes:
-        print(f"{folder.path}: nothing is damaged")
+        print(f"{folder}: nothing is damaged")
         return COMPLETE
     print_pairs(changes, "what was done")
     print("`atlas run` makes what is missing now")
@@ -157,15 +158,14 @@ def compact(request: Request, _: Options) -> int:
     with folder.locked():
         result = maintenance.compact(folder)
     print(
-        f"{folder.path}: {result.removed_shards} shards deleted, {result.bytes / 1e6:.1f} MB; "
-        f"{result.remaining_shards} kept"
+        f"{folder}: {result.removed_shards} shards deleted, {result.bytes / 1e6:.1f} MB; {result.remaining_shards} kept"
     )
     return COMPLETE
 
 
 def export(request: Request, options: Options) -> int:
     """Write the table of units to a file."""
-    folder = request.folder.existing()
+    folder = request.folder.existing("atlas.h5")
     check_structure(folder.path)
     with open_atlas(folder.path) as atlas:
         units = atlas.units()
@@ -183,9 +183,12 @@ def export(request: Request, options: Options) -> int:
 def compare_runs(request: Request, options: Options) -> int:
     """Write tables and a site that compare runs, to a folder of their own."""
     config, asked = request.config, options.compare
-    names = [safe_name(Path(run).name.removesuffix(".h5")) for run in asked.runs]
-    out = Path(asked.out or Path(config.run.root) / "-".join(["compare", *names]))
-    with compare.open_runs(asked.runs, asked.presets, Path(config.run.root)) as opened:
+    names = [safe_name(Path(run.rstrip("/")).name.removesuffix(".h5")) for run in asked.runs]
+    if asked.out and is_url(asked.out):
+        raise AtlasError(f"out={asked.out} must be a folder on this machine.")
+    out = Path(asked.out or config.root / "-".join(["compare", *names]))
+    places = [_fetched(run, config) for run in asked.runs]
+    with compare.open_runs(places, asked.presets, config.root) as opened:
         result = build_comparison(opened, out, config.site)
     print_comparison(result.comparison, console(160))
     size = f"{result.host.files:,} files, {result.host.bytes / 1e6:.1f} MB"
@@ -238,6 +241,15 @@ def grid(request: Request, options: Options) -> int:
     rows, columns = wanted.shape
     print(f"{out}: {rows} x {columns} cells of {name}; {arrays}")
     return COMPLETE
+
+
+def _fetched(run: str, config: Config) -> str:
+    """Return the folder of a run to compare on this machine; one in an object store is fetched."""
+    url = run if is_url(run) else f"{config.run.root.rstrip('/')}/{run}"
+    if not is_url(url):
+        return run
+    root, name = split_url(url)
+    return str(RunFolder(local_root(root, config.run.scratch) / name, url).existing("atlas.h5").path)
 
 
 def _stored_config(folder: RunFolder) -> Config:

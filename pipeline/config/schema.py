@@ -21,6 +21,7 @@ from pipeline.layers.finding import Layer
 from pipeline.layers.selection import LayersConfig
 from pipeline.models.config import ModelConfig
 from pipeline.site.config import SiteConfig
+from pipeline.store.remote import is_url, local_root
 from pipeline.visualization.network_perturbations import Ensemble
 from pipeline.visualization.preset import Preset
 
@@ -33,7 +34,8 @@ class RunConfig:
 
     Attributes:
         name: Name of the run folder.
-        root: Folder of all runs.
+        root: Folder of all runs, or its URL in an object store.
+        scratch: Folder for working copies of runs in an object store; None for one in the cache of this user.
         seed: Seed of visualizations.
         update: Whether an existing run folder may continue with another configuration: only what changed is made again.
         check: Number of visualizations that `atlas verify` makes again.
@@ -43,6 +45,7 @@ class RunConfig:
 
     name: str
     root: str = "runs"
+    scratch: Annotated[str | None, NullMeans("a folder in the cache of this user")] = None
     seed: int = 0
     update: bool = False
     check: int = 4
@@ -65,8 +68,8 @@ class EngineConfig:
             folder were made on.
         precision: Precision of the optimization steps; finished images are evaluated in float32. "auto" keeps that of
             the results of the run folder, and is bfloat16 for a new run on a CPU with instructions for it.
-        shared_fs: Whether workers see the files of the driver. Without, dataset images are sent to them and finished
-            shards back.
+        shared_fs: Whether workers see the photographs of the driver. Without, dataset images are sent to them. Finished
+            shards are sent back by all workers that do not see the run folder.
         batch: Number of images that are optimized together; halved where a GPU runs out of memory.
         task_seconds: Upper bound of the estimated seconds of one task.
         memory_gb: A worker that uses more is replaced; "auto" is its share of the machine.
@@ -155,9 +158,19 @@ class Config:
         return max(1, self.engine.batch // preset.variants)
 
     @property
+    def root(self) -> Path:
+        """The folder of all runs on this machine; of runs in an object store, that of their working copies."""
+        return local_root(self.run.root, self.run.scratch)
+
+    @property
     def folder(self) -> Path:
-        """The run folder."""
-        return Path(self.run.root, self.run.name)
+        """The run folder on this machine."""
+        return self.root / self.run.name
+
+    @property
+    def url(self) -> str:
+        """URL of the run in an object store; empty for a run on this machine."""
+        return f"{self.run.root.rstrip('/')}/{self.run.name}" if is_url(self.run.root) else ""
 
 
 # Sections that a run folder may change between commands. Device and precision are in the digests of visualizations;

@@ -16,6 +16,20 @@ CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
+def user_cache() -> Path:
+    """Return the folder of this user for what can be made or fetched again; it need not exist.
+
+    Raises:
+        FileNotFoundError: If this user has no home folder.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification of this variable says that relative paths are to be ignored.
+    root = Path(base) if Path(base).is_absolute() else Path("~/.cache").expanduser()
+    if not root.is_absolute():
+        raise FileNotFoundError("this user has no home folder; set XDG_CACHE_HOME")
+    return root / "neuron-atlas"
+
+
 def available_cores() -> int:
     """Return the number of CPU cores that this process may use, at least 1.
 

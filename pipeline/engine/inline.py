@@ -1,5 +1,6 @@
 """The engine that executes all tasks in this process, one after the other, without Ray."""
 
+import dataclasses
 import os
 import time
 import traceback
@@ -11,7 +12,7 @@ from pipeline.core.errors import AtlasError
 from pipeline.engine.base import Failure, FailureTracker, OnResult, ordered
 from pipeline.engine.progress import WorkerStats
 from pipeline.engine.resources import local_resources, size_pool
-from pipeline.engine.tasks import Done, Setup, Task
+from pipeline.engine.tasks import Done, Setup, Task, write_result
 from pipeline.engine.worker import Worker
 
 
@@ -54,7 +55,9 @@ class InlineEngine:
         """Execute one task until it succeeds or is set aside."""
         while True:
             try:
-                return self._worker.do(task)
+                done = self._worker.do(task)
+                write_result(task, done)
+                return dataclasses.replace(done, data=b"")
             except AtlasError:
                 raise
             except Exception as error:

@@ -12,13 +12,11 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pipeline
 from pipeline.config.schema import EngineConfig
 from pipeline.core import plugins
-from pipeline.core.atomic_io import write_atomic
 from pipeline.core.errors import AtlasError, TryAgainError, first_line
 from pipeline.core.machine import SPIN_LIMIT
 from pipeline.data import image_loading
@@ -34,7 +32,7 @@ from pipeline.engine.connection import ConnectionWatch
 from pipeline.engine.deadlines import Deadlines
 from pipeline.engine.progress import WorkerStats
 from pipeline.engine.resources import Node, size_pool
-from pipeline.engine.tasks import Done, RenderTask, Setup, Task, layer_of
+from pipeline.engine.tasks import Done, RenderTask, Setup, Task, layer_of, write_result
 from pipeline.engine.worker import DeviceLost, Worker
 from pipeline.models.loading import serialize_weights
 
@@ -451,9 +449,3 @@ class RayEngine:
         assert self._setup is not None
         files = image_loading.encoded_images(self._setup.dataset, task.images)
         return self.ray.put(files)
-
-
-def write_result(task: Task, done: Done) -> None:
-    """Write a shard that came back as bytes, to the path of the task, whatever path the worker reports."""
-    if done.data:
-        write_atomic(Path(task.path), done.data)

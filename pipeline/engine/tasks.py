@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pipeline.config.schema import Config
 from pipeline.core import hashing
+from pipeline.core.atomic_io import write_atomic
 from pipeline.core.registry import canonical
 from pipeline.data.datasets import Dataset
 from pipeline.layers.finding import Layer
@@ -43,6 +45,8 @@ class Setup:
         precision: Precision of the optimization steps, "float32" or "bfloat16".
         natural: Statistics of natural images in the network; None if no preset compares with them.
         depths: Fixed depths of the network at which the paths of images are measured (`layers.path_depths`).
+        mark: A file in the run folder, of another name in each run: workers that see it write their shards there,
+            others send them back. Empty if all see the folder.
     """
 
     config: Config
@@ -56,6 +60,7 @@ class Setup:
     precision: str = "float32"
     natural: NaturalDeviations | None = None
     depths: tuple[Layer, ...] = ()
+    mark: str = ""
 
     def others_of(self, preset: Preset) -> dict[str, Layer]:
         """Return those of `others` that `preset` reads, by name."""
@@ -222,7 +227,7 @@ class Done:
     Attributes:
         path: Path of the shard.
         seconds: Duration of the task.
-        data: Bytes of the shard if worker and driver share no file system.
+        data: Bytes of the shard if the worker does not see the run folder of the driver.
         batch: (device, number of images) that fit into memory, after the device ran out of it.
         restart_reason: Why this worker should be replaced; empty if it can go on.
     """
@@ -232,6 +237,12 @@ class Done:
     data: bytes = b""
     batch: tuple[str, int] | None = None
     restart_reason: str = ""
+
+
+def write_result(task: Task, done: Done) -> None:
+    """Write a shard that came back as bytes, to the path of the task, whatever path the worker reports."""
+    if done.data:
+        write_atomic(Path(task.path), done.data)
 
 
 def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int], name: str) -> str:

@@ -189,12 +189,18 @@ class Worker:
             if not isinstance(error, torch.OutOfMemoryError) and any(word in str(error) for word in DEVICE_LOST_ERRORS):
                 raise DeviceLost(f"{type(error).__name__}: {error}") from error
             raise
-        if self.setup.config.engine.shared_fs:
+        if self._sees_run_folder:
             atomic_io.write_atomic(Path(task.path), data)
             data = b""
         fits_now = self.fits.get(layer)
         batch = (self.device_name, fits_now) if fits_now is not None and fits_now != fitted_before else None
         return Done(task.path, time.perf_counter() - began, data, batch, self._restart_reason())
+
+    @functools.cached_property
+    def _sees_run_folder(self) -> bool:
+        """Whether this worker writes shards to the run folder itself."""
+        mark = self.setup.mark
+        return self.setup.config.engine.shared_fs and (not mark or Path(mark).is_file())
 
     def _result(self, task: Task) -> bytes:
         match task:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from pipeline.core.errors import first_line
 from pipeline.core.hashing import digest_of
+from pipeline.core.machine import user_cache
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +91,7 @@ def cache_folder() -> Path:
     Raises:
         OSError: If it cannot be created, or others can write to it.
     """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification of this variable says that relative paths are to be ignored.
-    root = Path(base) if Path(base).is_absolute() else Path("~/.cache").expanduser()
-    folder = root / "neuron-atlas" / "kernels"
-    if not folder.is_absolute():
-        raise FileNotFoundError("this user has no home folder; set XDG_CACHE_HOME")
+    folder = user_cache() / "kernels"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_private(folder.lstat()):
         raise PermissionError(f"{folder} belongs to another user, or others can write to it")

@@ -13,6 +13,7 @@ from pipeline.planning import manifest
 from pipeline.planning.folder import RunFolder
 from pipeline.planning.manifest import Manifest
 from pipeline.store.reader import open_atlas
+from pipeline.store.remote import is_url, local_root, split_url
 
 
 def find_base_run(config: Config) -> RunFolder | None:
@@ -23,7 +24,7 @@ def find_base_run(config: Config) -> RunFolder | None:
     """
     if config.base is None:
         return None
-    path = Path(config.base).expanduser()
+    path = _base_folder(config).path
     if path.resolve() == config.folder.resolve():
         if config.only is not None:
             raise AtlasError(
@@ -35,6 +36,25 @@ def find_base_run(config: Config) -> RunFolder | None:
         return RunFolder(path).existing()
     except AtlasError as error:
         raise AtlasError(f"base={config.base}: {error}") from None
+
+
+def fetch_base_run(config: Config) -> None:
+    """Fetch the base run if it is in an object store, for `find_base_run`.
+
+    Raises:
+        AtlasError: If `base` names no run.
+        TryAgainError: If the store can't be read.
+    """
+    if config.base is not None and is_url(config.base) and config.base.rstrip("/") != config.url:
+        _base_folder(config).existing("shards", "atlas.h5")
+
+
+def _base_folder(config: Config) -> RunFolder:
+    base = config.base or ""
+    if not is_url(base):
+        return RunFolder(Path(base).expanduser())
+    root, name = split_url(base)
+    return RunFolder(local_root(root, config.run.scratch) / name, base)
 
 
 def check_same_sources(base: RunFolder, config: Config, model: Model, fingerprint: str) -> None:

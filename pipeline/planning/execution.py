@@ -62,7 +62,7 @@ def resolved(config: EngineConfig, folder: RunFolder, base: RunFolder | None) ->
         if not own:
             return config
         raise AtlasError(
-            f"{folder.path} has visualizations made on a GPU, and this machine has none: go on where there is one, or "
+            f"{folder} has visualizations made on a GPU, and this machine has none: go on where there is one, or "
             "set engine.device=cpu, which makes all of them again here."
         )
     if device == "cpu" and here == "cuda":

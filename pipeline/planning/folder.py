@@ -4,9 +4,10 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from pipeline.core.atomic_io import atomic_path
 from pipeline.core.config_files import decode_text, load_yaml
 from pipeline.core.errors import AtlasError
 from pipeline.data.config import DataConfig
-from pipeline.store import run_lock
+from pipeline.store import remote_lock, run_lock
+from pipeline.store.mirror import Mirror, at_work
 from pipeline.store.run_lock import LockedError
 
 # The way out of a damaged config.yaml.
@@ -31,8 +33,11 @@ _RESTORE = (
 class RunFolder:
     """Paths and small files of `runs/<name>/`.
 
+    A run in an object store has a working copy on this machine, with the same files (`pipeline.store.mirror`).
+
     Attributes:
         path: The folder itself.
+        url: URL of the folder in an object store, of which `path` is the working copy; empty if there is none.
         config: config.yaml, the configuration of the run.
         plan: plan.csv, the table of layers and channels.
         shards: shards/, finished work in parts.
@@ -43,8 +48,8 @@ class RunFolder:
         lock: .lock, the file that `locked` locks.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, url: str = "") -> None:
+        self.path, self.url = path, url
         self.config = path / "config.yaml"
         self.plan = path / "plan.csv"
         self.shards = path / "shards"
@@ -54,17 +59,48 @@ class RunFolder:
         self.site = path / "site"
         self.lock = path / ".lock"
 
-    def existing(self) -> "RunFolder":
-        """Return this folder if it holds a run.
+    def __str__(self) -> str:
+        return self.url or str(self.path)
+
+    @functools.cached_property
+    def _mirror(self) -> Mirror | None:
+        return Mirror(self.url, self.path) if self.url else None
+
+    def existing(self, *parts: str) -> "RunFolder":
+        """Return this folder if it holds a run; fetch its small files if it is in an object store.
+
+        Args:
+            parts: Names of folders and large files that are fetched, too.
 
         Raises:
             AtlasError: If it holds none; the message lists the runs beside it.
+            TryAgainError: If the store can't be read.
         """
+        if self._mirror is not None:
+            self._fetch(self._mirror, parts)
         if not self.config.is_file():
+            if self.url:
+                raise AtlasError(f"There is no run at {self.url}. `atlas run` makes one.")
             runs = sorted(p.parent.name for p in self.path.parent.glob("*/config.yaml"))
             hint = f"Runs in {self.path.parent}: {', '.join(runs)}." if runs else "`atlas run` makes one."
             raise AtlasError(f"There is no run at {self.path}. {hint}")
         return self
+
+    def _fetch(self, mirror: Mirror, parts: Sequence[str]) -> None:
+        """Fetch parts of a run, unless a command is at work in the working copy, which then has them."""
+        if self.path.exists():
+            try:
+                with run_lock.held(self.lock):
+                    mirror.fetch(parts)
+            except LockedError:
+                return
+        else:
+            mirror.fetch(parts)
+
+    def note_removed(self, paths: Collection[Path]) -> None:
+        """Note files that were removed on purpose: an object store removes them, too, when the lock is released."""
+        if self._mirror is not None:
+            self._mirror.removed(paths)
 
     def read_config(self) -> dict[str, Any]:
         """Return config.yaml as plain data.
@@ -92,29 +128,39 @@ class RunFolder:
         if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
             raise AtlasError(
                 f"{existing} can't be written to, so that there is no place for the run {self.path}: choose another "
-                "folder, run.root=…"
+                f"folder, {self._setting}"
             )
+
+    @property
+    def _setting(self) -> str:
+        """The setting that chooses another place for this folder."""
+        return "run.scratch=…" if self.url else "run.root=…"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock of the run: two commands that write to one folder would undo each other's work.
 
+        A run in an object store is fetched before, and what is new is published during the block and at its end.
+
         Raises:
             AtlasError: If another command holds the lock, or if this folder can't be written to.
+            TryAgainError: If the store can't be reached.
         """
         with contextlib.ExitStack() as stack:
             try:
                 created = self._create()
                 stack.enter_context(run_lock.held(self.lock))
+                if self._mirror is not None:
+                    stack.enter_context(at_work(self._mirror))
             except LockedError as error:
                 holder = self._holder_text(error)
                 raise AtlasError(
-                    f"Another atlas command is at work in {self.path}{holder}. Wait for it, or stop it."
+                    f"Another atlas command is at work in {self}{holder}. Wait for it, or stop it."
                 ) from error
             except OSError as error:
                 raise AtlasError(
                     f"The run can't be locked: {error.strerror or error}. {self.lock} must be writable, so that no "
-                    "second command writes to this run. Choose a folder that is writable: run.root=…"
+                    f"second command writes to this run. Choose a folder that is writable: {self._setting}"
                 ) from error
             try:
                 yield
@@ -143,6 +189,8 @@ class RunFolder:
 
     def is_running(self) -> bool:
         """Return whether a command holds the lock of this run, as far as this machine can tell."""
+        if self._mirror is not None and remote_lock.is_held(self._mirror.remote):
+            return True
         # Read permission suffices: `atlas status` also works on runs of other users and on read-only file systems.
         return run_lock.is_held(self.lock)
 
@@ -173,7 +221,7 @@ class RunFolder:
         if changed:
             listed = "\n  ".join(changed)
             raise AtlasError(
-                f"{self.path} was made with another configuration:\n  {listed}\n"
+                f"{self} was made with another configuration:\n  {listed}\n"
                 "Either give the new run another name (run.name=…), or continue this one and compute only what "
                 "changed (run.update=true)."
             )

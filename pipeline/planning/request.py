@@ -1,6 +1,7 @@
 """What a command was asked to do."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ class Request:
     tree: Mapping[str, Any]
     text: str
 
-    @property
+    @functools.cached_property
     def folder(self) -> RunFolder:
         """The run folder."""
-        return RunFolder(self.config.folder)
+        return RunFolder(self.config.folder, self.config.url)

@@ -93,7 +93,7 @@ def verify(folder: RunFolder, plan: Plan | None = None, sample: int = 0) -> list
         if not (problems and structural_faults(folder.atlas)):  # only what this program wrote has digests to compare
             problems += [(part.group_path.strip("/"), what) for part, what in _damaged_parts(folder.atlas)]
     elif next(folder.shards.rglob("*.h5"), None) is None:
-        raise AtlasError(f"{folder.path} has no finished work yet; start it with `atlas run`.")
+        raise AtlasError(f"{folder} has no finished work yet; start it with `atlas run`.")
     else:
         problems.append((folder.atlas.name, "does not exist; `atlas run` writes it from the shards"))
     try:
@@ -468,7 +468,7 @@ def compact(folder: RunFolder) -> Compacted:
         AtlasError: If there is no atlas.h5, or if `verify` finds a problem.
     """
     if not folder.atlas.is_file():
-        raise AtlasError(f"{folder.path} has no atlas.h5 yet; `atlas run` writes it.")
+        raise AtlasError(f"{folder} has no atlas.h5 yet; `atlas run` writes it.")
     problems = verify(folder)
     if problems:
         where, what = problems[0]
@@ -479,6 +479,7 @@ def compact(folder: RunFolder) -> Compacted:
     size = sum(path.stat().st_size for path in removable)
     for path in removable:
         path.unlink()
+    folder.note_removed(removable)
     for subfolder in sorted((path for path in folder.shards.rglob("*") if path.is_dir()), reverse=True):
         if not any(subfolder.iterdir()):
             subfolder.rmdir()

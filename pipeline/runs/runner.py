@@ -1,9 +1,11 @@
 """Execution of a plan, stage by stage: dataset pass and visualizations, atlas.h5, site."""
 
+import contextlib
 import dataclasses
 import logging
+import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pipeline.core import atomic_io, interrupts
@@ -15,6 +17,7 @@ from pipeline.engine.progress import ProgressReporter, Stage, WorkerStats, repor
 from pipeline.engine.tasks import Done, RangesTask, RenderTask, SweepTask, Task, device_kind
 from pipeline.layers.heads import HeadLayer
 from pipeline.planning import execution, heads, manifest, natural_deviations
+from pipeline.planning.base_run import fetch_base_run
 from pipeline.planning.folder import RunFolder, write_text
 from pipeline.planning.plan import Plan
 from pipeline.planning.planner import make_plan
@@ -48,6 +51,7 @@ def plan_run(request: Request) -> Plan:
     """
     request.folder.check_writable()
     with request.folder.locked():
+        fetch_base_run(request.config)
         return _planned(request)
 
 
@@ -64,6 +68,7 @@ def plan_and_run(request: Request, stages: tuple[str, ...] = STAGES, show: Calla
     """
     request.folder.check_writable()
     with request.folder.locked():
+        fetch_base_run(request.config)
         plan = _planned(request)
         if show is not None:
             show(plan)
@@ -91,7 +96,7 @@ def _check_same_dataset(request: Request, plan: Plan) -> None:
     before = (folder.read_config().get("data") or {}).get("root")
     if before != request.config.data.root and recorded.dataset != plan.dataset_fingerprint:
         raise AtlasError(
-            f"{folder.path} was made with other images: data.root={before}, and those of {request.config.data.root} "
+            f"{folder} was made with other images: data.root={before}, and those of {request.config.data.root} "
             "have other paths or sizes. Give the new run another name (run.name=…), or continue this one with the new "
             "images (run.update=true)."
         )
@@ -143,12 +148,28 @@ def _run(request: Request, plan: Plan, stages: tuple[str, ...]) -> int:
     maintenance.set_aside_unreadable_shards(folder)
     maintenance.set_aside_outdated_pass(plan, folder)
     code = COMPLETE
-    for part in [("examples",), stages] if begins else [stages]:
-        if code != COMPLETE:
-            return SET_ASIDE
-        reuse.reuse_results(plan, folder, part)
-        code = _Session(request, plan, part).run()
+    with _marked(folder) as mark:
+        plan = dataclasses.replace(plan, setup=dataclasses.replace(plan.setup, mark=str(mark)))
+        for part in [("examples",), stages] if begins else [stages]:
+            if code != COMPLETE:
+                return SET_ASIDE
+            reuse.reuse_results(plan, folder, part)
+            code = _Session(request, plan, part).run()
     return code
+
+
+@contextlib.contextmanager
+def _marked(folder: RunFolder) -> Iterator[Path]:
+    """Yield a file in the run folder by which workers know whether they see it.
+
+    Its name is that of a temporary file: if this process is killed, the next run removes it.
+    """
+    mark = folder.path.absolute() / f".seen.tmp-{secrets.token_hex(8)}"
+    mark.touch()
+    try:
+        yield mark
+    finally:
+        mark.unlink(missing_ok=True)
 
 
 def _needs_examples(plan: Plan) -> bool:
@@ -212,7 +233,7 @@ class _Session:
             log.info("%s", line)
         outcome = "is incomplete" if self.set_aside else "is complete"
         trouble = f"; {failures} failures are listed in failures.csv" if failures else ""
-        log.info("%s %s after %s%s", self.folder.path, outcome, clock(time.monotonic() - began), trouble)
+        log.info("%s %s after %s%s", self.folder, outcome, clock(time.monotonic() - began), trouble)
 
     def _refresh(self) -> None:
         """Read what the run folder contains now."""

@@ -31,6 +31,7 @@ from pipeline.core.errors import AtlasError, first_line, nearest_names
 from pipeline.data.readers.samples import credits_of
 from pipeline.store import hdf5, structure
 from pipeline.store.layer_view import LayerView, ShownImage
+from pipeline.store.remote import URL
 
 SCHEMA = "neuron-atlas"
 SCHEMA_VERSION = 5
@@ -324,7 +325,7 @@ def _without_places(value: Any) -> Any:
         return {key: _without_places(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_places(item) for item in value]
-    if isinstance(value, str) and re.match(r"/|~|\.\.[/\\]|[A-Za-z]:[/\\]|\\\\", value):
+    if isinstance(value, str) and re.match(rf"/|~|\.\.[/\\]|[A-Za-z]:[/\\]|\\\\|(?!https?:){URL}", value):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return value
 

@@ -76,7 +76,7 @@ def _locked(path: Path, descriptor: int) -> contextlib.AbstractContextManager[No
     if marker.exists() and _is_alive(marker, _file_system_time(marker)):  # of a host whose mount has no flock
         raise LockedError(_read(marker))
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(_holder()).encode(), 0)
+    os.pwrite(descriptor, json.dumps(holder()).encode(), 0)
     return contextlib.nullcontext()
 
 
@@ -118,7 +118,8 @@ def _marker(path: Path) -> Path:
     return path.with_name(f"{path.name}.held")
 
 
-def _holder() -> dict[str, Any]:
+def holder() -> dict[str, Any]:
+    """Return what a lock says about its holder, this process; the token is another one with each call."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"host": _host(), "process": os.getpid(), "since": now, "token": secrets.token_hex(8)}
 
@@ -156,7 +157,7 @@ def _is_alive(marker: Path, now: float) -> bool:
 @contextlib.contextmanager
 def _held_by_marker(marker: Path) -> Iterator[None]:
     """Hold a lock by a file that only one process can make, and renew its time as a sign of life."""
-    content = json.dumps(_holder())
+    content = json.dumps(holder())
     _make(marker, content)
     done = threading.Event()
 

@@ -26,7 +26,7 @@ from pipeline.core.errors import AtlasError
 from pipeline.engine.base import Failure, TooManyFailures
 from pipeline.engine.connection import connected
 from pipeline.engine.ray_engine import RayEngine
-from pipeline.engine.tasks import Done, RenderTask
+from pipeline.engine.tasks import Done, RenderTask, write_result
 from pipeline.engine.worker import DeviceLost
 from pipeline.store import shards
 
@@ -349,6 +349,24 @@ def test_workers_that_share_no_files_with_the_driver(tiny_run: list[str], tmp_pa
                 assert np.abs(a[key].astype(int) - b[key]).max() <= 1
             elif not near:
                 assert np.array_equal(a[key], b[key], equal_nan=a[key].dtype.kind == "f"), (name, key)
+
+
+@pytest.mark.long
+def test_shards_of_workers_that_do_not_see_the_run_folder_come_back(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a setting: the file by which they would know the folder is not there for them."""
+    sent: list[str] = []
+
+    def noted(task: Any, done: Done) -> None:
+        sent.extend([task.path] if done.data else [])
+        write_result(task, done)
+
+    hidden = contextlib.nullcontext(tmp_path / "of another machine")
+    monkeypatch.setattr("pipeline.runs.runner._marked", lambda folder: hidden)
+    monkeypatch.setattr("pipeline.engine.ray_engine.write_result", noted)
+    assert main(["render", *tiny_run, *ON_RAY]) == 0
+    assert sent and set(sent) == {str(path) for path in (tmp_path / "tiny/shards").rglob("*.h5")}
 
 
 @pytest.mark.long

@@ -401,8 +401,7 @@ def test_a_file_over_the_limit_is_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_a_driver_writes_a_shard_only_where_its_own_task_says(tmp_path: Path) -> None:
-    from pipeline.engine.ray_engine import write_result
-    from pipeline.engine.tasks import Done, RangesTask
+    from pipeline.engine.tasks import Done, RangesTask, write_result
 
     task = RangesTask(str(tmp_path / "mine.h5"), "d", 1.0, (0,))
     write_result(task, Done(str(tmp_path / ".." / "elsewhere.h5"), 1.0, shards.to_bytes({"digest": "d"}, {})))

@@ -122,10 +122,11 @@ def test_an_atlas_with_missing_visualizations_is_whole(tmp_path: Path) -> None:
 def test_nothing_published_names_a_place_of_this_machine(tmp_path: Path) -> None:
     """The configuration in atlas.h5 goes with it; config.yaml stays in the folder of the run."""
     settings = {
-        "run": {"root": "/home/somebody/runs", "name": "a/b"},
+        "run": {"root": "s3://somebody/runs", "scratch": "/home/somebody/copies", "name": "a/b"},
         "model": {"target": "/home/somebody/net.py:build", "checkpoint": "~/weights.pth", "name": "net"},
         "data": {"root": "/mnt/share/photographs/", "labels": "../../somebody/labels.csv"},
         "render": {"objective": {"name": "C:\\Users\\somebody\\own.py:Own"}, "steps": 4, "note": "1/2 of all"},
+        "site": {"url": "https://atlas.example.org/x"},
         "also": [{"files": ["/home/somebody/a.npz", "plain/b.npz"]}],
     }
     text = published(yaml.safe_dump(settings))
@@ -136,6 +137,7 @@ def test_nothing_published_names_a_place_of_this_machine(tmp_path: Path) -> None
     assert kept["data"] == {"root": "photographs", "labels": "labels.csv"}
     assert kept["render"] == {"objective": {"name": "own.py:Own"}, "steps": 4, "note": "1/2 of all"}
     assert kept["also"] == [{"files": ["a.npz", "plain/b.npz"]}] and kept["run"]["name"] == "a/b"
+    assert kept["run"]["root"] == "runs" and kept["site"]["url"] == "https://atlas.example.org/x"
     assert published("no: [yaml") == ""
 
 
