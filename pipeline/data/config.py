@@ -27,6 +27,7 @@ class DataConfig:
         label: Column of a table that holds the labels. None: `label` or `labels`, if there is one.
         max_pixels: Images with more pixels are refused before they are decoded; None sets no limit.
         max_bytes: Encoded images of more bytes are refused before they are read; None sets no limit.
+        relist: List all folders again, also those of large datasets that have not changed since they were last listed.
     """
 
     source: str = "samples"
@@ -37,3 +38,4 @@ class DataConfig:
     label: str | None = None
     max_pixels: Annotated[Annotated[int, Field(ge=1)] | None, NullMeans("no limit")] = MAX_PIXELS
     max_bytes: Annotated[Annotated[int, Field(ge=1)] | None, NullMeans("no limit")] = MAX_BYTES
+    relist: bool = False

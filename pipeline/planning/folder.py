@@ -21,6 +21,9 @@ from pipeline.data.config import DataConfig
 from pipeline.store import run_lock
 from pipeline.store.run_lock import LockedError
 
+# Settings of the dataset that change no result.
+FREE_DATA = ("relist", "download")
+
 # The way out of a damaged config.yaml.
 _RESTORE = (
     "`atlas run` with the settings of this run and run.update=true writes it again, and keeps the results that agree "
@@ -221,6 +224,8 @@ class RunFolder:
 def result_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that change results, including the seed, as plain data."""
     sections = {name: section for name, section in tree.items() if name not in FREE_SECTIONS}
+    if isinstance(sections.get("data"), Mapping):
+        sections["data"] = {name: value for name, value in sections["data"].items() if name not in FREE_DATA}
     return sections | {"run": {"seed": (tree.get("run") or {}).get("seed", 0)}}
 
 

@@ -229,7 +229,7 @@ class DatasetPass:
             PathInputs(
                 self._plan.setup.depths,
                 self.index.sample,
-                np.array([image.source for image in dataset.images], np.int32),
+                dataset.source_numbers,
             ),
         )
 
@@ -247,8 +247,9 @@ class DatasetPass:
         """Return the association of a layer's channels with labels; `start` is its first column in the pass."""
         if not self._labeled_sources.sufficient:
             dataset = self._plan.setup.dataset
-            sources = np.array([image.source for image in dataset.images], np.int32)
-            return label_association.associate_by_counts(chosen.lists["max"][1], dataset.labels[1], sources)
+            return label_association.associate_by_counts(
+                chosen.lists["max"][1], dataset.labels[1], dataset.source_numbers
+            )
         parts, channels = self._labeled_parts, chosen.channels
         columns = [
             shard.columns("codes/bin", start, start + layer.channels)[:, channels]

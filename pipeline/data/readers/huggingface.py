@@ -20,12 +20,12 @@ def list_images(config: DataConfig) -> Listing:
     import pyarrow as pa
 
     listed = list_files(config, frozenset({".parquet", ".arrow"}))
-    root, files = listed.root, listed.paths
+    root, files = listed.root, listed.sizes
     if not files:
         raise AtlasError(f"data.root={config.root}: no .parquet or .arrow file there.")
     photos: list[DatasetImage] = []
     image_column = ""
-    for file in files:
+    for file, size in files.items():
         path = str(root / file)
         try:
             schema, groups = _open_table(path)
@@ -42,7 +42,8 @@ def list_images(config: DataConfig) -> Listing:
             values = _read_column(path, group, label_column) if label_column else None
             for i in range(_row_count(path, group)):
                 label = _label_text(values[i].as_py() if values is not None else None, classes)
-                photos.append(DatasetImage(f"{file}#{row}", label, len(photos), file=file, position=(group, i)))
+                image = DatasetImage(f"{file}#{row}", label, len(photos), None, file, (group, i), size)
+                photos.append(image)
                 row += 1
     return Listing(tuple(photos), {"": str(root)}, image_column)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from pipeline.core.errors import AtlasError
 from pipeline.data import image_formats
 from pipeline.data.config import DataConfig
-from pipeline.data.readers.base import NO_SUFFIX, DatasetImage, Listing, list_files, report_skipped, starts_like_image
+from pipeline.data.readers.base import DatasetImage, Listing, list_files, report_skipped, starts_like_image
+from pipeline.data.readers.folder_scan import NO_SUFFIX
 from pipeline.data.storage_errors import is_storage_error
 
 log = logging.getLogger(__name__)
@@ -37,11 +38,11 @@ def list_images(config: DataConfig) -> Listing:
         AtlasError: If there is no `.tar` file, or no image in any.
     """
     listed = list_files(config, frozenset({".tar"}))
-    root, files, skipped = listed.root, listed.paths, listed.skipped
+    root, files, skipped = listed.root, listed.sizes, listed.skipped
     if not files:
         raise AtlasError(f"data.root={config.root}: no .tar there (compressed archives must be unpacked to .tar).")
     photos: list[DatasetImage] = []
-    for file in files:
+    for file, length in files.items():
         shard = _Shard()
         try:
             with tarfile.open(root / file, "r:") as archive:
@@ -52,14 +53,14 @@ def list_images(config: DataConfig) -> Listing:
             if is_storage_error(error):
                 raise AtlasError(f"{root / file} can't be listed, so that images would be missing: {error}") from error
             log.warning("%s is damaged (%s): using the %d images before the damage", file, error, len(shard.images))
-        length = (root / file).stat().st_size
         for name, offset, size in shard.images:
             if offset + size > length:
                 log.warning("%s ends before %s does, which is left out", file, name)
                 continue
             folder, _, last = name.rpartition("/")
             label = shard.labels.get(f"{folder}/{last.partition('.')[0]}", folder.partition("/")[0])
-            photos.append(DatasetImage(f"{file}#{name}", label, len(photos), file=file, position=(offset, size)))
+            image = DatasetImage(f"{file}#{name}", label, len(photos), None, file, (offset, size), length)
+            photos.append(image)
     report_skipped(config, bool(photos), skipped, image_formats.suffixes())
     return Listing(tuple(photos), {"": str(root)})
 
