@@ -17,6 +17,7 @@ from pipeline.core.config_files import ConfigFile, load_config_files
 from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.core.formatting import clock
 from pipeline.data import datasets, image_loading, natural_spectrum
+from pipeline.data.remote import is_url
 from pipeline.engine.progress import report_lines
 from pipeline.kernels.allocator import retain_freed_memory
 from pipeline.layers.selection import list_layers
@@ -241,8 +242,9 @@ def grid(request: Request, options: Options) -> int:
 
 
 def _stored_config(folder: RunFolder) -> Config:
-    """Return the configuration of an existing run that the user trusts: it may import code."""
-    return from_tree(folder.read_config())
+    """Return the configuration of an existing run that the user trusts: it may import code, but downloads nothing."""
+    config = from_tree(folder.read_config())
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, download=False))
 
 
 def _stored_plan(folder: RunFolder) -> Plan:
@@ -254,7 +256,7 @@ def _stored_plan(folder: RunFolder) -> Plan:
     units = {name: tuple(channels) for name, channels in folder.planned_channels().items()}
     config = dataclasses.replace(config, base=None, only=None, judges={})
     root = config.data.root
-    here = root is None or Path(root).expanduser().exists()
+    here = root is None or is_url(root) or Path(root).expanduser().exists()
     listed = None if here else maintenance.recorded_dataset(folder.atlas)
     return make_plan(config, timed=False, units=units or None, listed=listed)
 

@@ -18,10 +18,10 @@ from pipeline.core import plugins
 from pipeline.core.config_files import decode_text
 from pipeline.core.errors import AtlasError, first_line, nearest_names
 from pipeline.data import fingerprint as fingerprints
-from pipeline.data import multiband
+from pipeline.data import multiband, remote
 from pipeline.data.config import MAX_BYTES, MAX_PIXELS, DataConfig
 from pipeline.data.image_table import UNKNOWN_SIZE, ImageTable, file_size
-from pipeline.data.readers import folder, huggingface, samples, webdataset
+from pipeline.data.readers import folder, huggingface, samples, torchvision, webdataset
 from pipeline.data.readers.base import MISSING, DatasetImage, Listing
 from pipeline.models.config import Preprocessing
 
@@ -34,6 +34,7 @@ READERS: dict[str, Callable[[DataConfig], Listing]] = {
     "folder": folder.list_images,
     "huggingface": huggingface.list_images,
     "webdataset": webdataset.list_images,
+    "torchvision": torchvision.list_images,
 }
 
 
@@ -43,7 +44,7 @@ class Dataset:
 
     Attributes:
         images: All images, in order; an `ImageTable` where they were listed.
-        roots: Folders on this machine by the first part of a path; "" for all other paths.
+        roots: Folders on this machine, or URLs, by the first part of a path; "" for all other paths.
         column: Image column of a table; "" for other sources.
         copied: Whether the images were copied to this machine: each is then a file of its own below `roots[""]`, named
             by `DatasetImage.source_path`.
@@ -75,6 +76,8 @@ class Dataset:
             OSError: If the file can't be read.
             ValueError: If a table has no image in this row, or a path outside the dataset.
         """
+        if self.is_remote and not self.copied and not self.column:
+            return self._open_remote(photo)
         path = self.locate(photo)
         if photo.position is None or self.copied:
             return path
@@ -92,6 +95,18 @@ class Dataset:
             raise ValueError("an empty cell")
         self.check_size(len(content))
         return io.BytesIO(content)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the images are at a URL."""
+        return remote.is_url(self.roots.get("", ""))
+
+    def _open_remote(self, photo: DatasetImage) -> io.BytesIO:
+        """Return an encoded image at a URL. Raises `StorageError` if it can't be read."""
+        url = remote.join(self.roots[""], photo.file or photo.source_path)
+        offset, length = photo.position or (0, None)
+        self.check_size(photo.size or 0 if length is None else length)
+        return io.BytesIO(remote.read(url, offset, length))
 
     def check_size(self, size: int, images: int = 1) -> None:
         """Check the size of an encoded image, or of several that are read together.

@@ -55,7 +55,9 @@ def _rows(table: ImageTable, start: int, end: int) -> bytes:
     if table.positions is not None:
         offsets, lengths = (pa.array(part[start:end]) for part in table.positions)
         inside = _joined(b"[", _text(offsets), b",", _text(lengths), b"]")
-        positions = pc.if_else(pc.less(offsets, 0), positions, inside)
+        positions = pc.call_function(
+            "if_else", [pc.call_function("less", [offsets, pa.scalar(0, pa.int64())]), positions, inside]
+        )
     sizes = pa.array(np.where(table.sizes[start:end] == UNKNOWN_SIZE, -1, table.sizes[start:end]))
     labels = label.dictionary.take(label.indices)
     rows = _joined(b'["', paths, b'","', labels, b'",', _text(sources), b",null,", positions, b",", _text(sizes), b"]")
@@ -75,7 +77,7 @@ def _joined(*parts: Any) -> pa.Array:
     """Return the concatenation of arrays and constants, element by element."""
     kind = pa.large_binary()
     values = [pa.scalar(part, kind) if isinstance(part, bytes) else part for part in parts]
-    return pc.binary_join_element_wise(*values, pa.scalar(b"", kind))
+    return pc.call_function("binary_join_element_wise", [*values, pa.scalar(b"", kind)])
 
 
 def _is_plain(texts: Any) -> bool:

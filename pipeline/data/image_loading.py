@@ -389,6 +389,8 @@ def may_be_readable(dataset: Dataset, index: int, reason: str) -> bool:
     """
     if names_storage_error(reason):
         return True
+    if dataset.is_remote:
+        return False
     return reason.startswith((NO_PERMISSION, "unreadable: PermissionError")) and os.access(
         dataset.locate(dataset.images[index]), os.R_OK
     )

@@ -7,7 +7,7 @@ from a file or from shared memory without a copy.
 import functools
 import itertools
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union, overload
 
@@ -104,7 +104,7 @@ class ImageTable(Sequence[DatasetImage]):
         return self.batch.num_rows
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ImageTable) and self.batch.equals(other._batch)
+        return isinstance(other, ImageTable) and self.batch.equals(other.batch)
 
     def __hash__(self) -> int:
         return hash(len(self))
@@ -219,6 +219,13 @@ class ImageTable(Sequence[DatasetImage]):
         numbers: dict[str, int] = {}
         coded = np.fromiter((numbers.setdefault(label, len(numbers)) for label in labels), np.int32)
         return self._replaced("label", _categories(coded, list(numbers)))
+
+    def renamed_labels(self, rename: Callable[[str], str]) -> "ImageTable":
+        """Return the table with each label replaced."""
+        names = [rename(name) for name in self._label_names]
+        distinct = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        numbers = np.array([distinct[name] for name in names], np.int32)
+        return self._replaced("label", _categories(numbers[self.label_numbers], list(distinct)))
 
     def with_sizes(self, sizes: np.ndarray) -> "ImageTable":
         """Return the table with the sizes of files, (n,)."""

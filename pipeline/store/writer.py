@@ -23,7 +23,7 @@ from pipeline.data.readers.base import DatasetImage
 from pipeline.data.readers.samples import credits_of
 from pipeline.examples.channel_stats import channel_statistics
 from pipeline.examples.localize import TopExamples
-from pipeline.examples.results import DatasetPassResult
+from pipeline.examples.results import DatasetPassResult, Localizations
 from pipeline.examples.rotation import rotation_number
 from pipeline.images import metrics
 from pipeline.judges.judgement import RANGES, Judgement
@@ -442,15 +442,24 @@ def _write_dataset(file: h5py.File, pass_result: DatasetPassResult) -> None:
     group.attrs["store"] = pass_result.store
     for name in ("index", "size", "box", "offset", "jpeg"):
         if f"shown/{name}" in pass_result.localizations:
-            _put_jpeg(group, name, pass_result.localizations[f"shown/{name}"])
+            _put_jpeg(group, name, pass_result.localizations, "shown")
 
 
-def _put_jpeg(group: h5py.Group, name: str, array: np.ndarray) -> None:
-    """Write one dataset of a group of JPEG images; the JPEG bytes get a checksum, but no second compression."""
-    if name == "jpeg" and array.size:
-        group.create_dataset(name, data=array, chunks=True, fletcher32=True)
-    else:
-        write_array(group, name, array)
+def _put_jpeg(group: h5py.Group, name: str, localizations: Localizations, prefix: str) -> None:
+    """Write one dataset of a group of JPEG images, whose arrays are `prefix`/….
+
+    The JPEG bytes get a checksum, but no second compression. They are written in parts: those of a large dataset do not
+    fit in memory.
+    """
+    size = int(localizations[f"{prefix}/offset"][-1]) if name == "jpeg" else 0
+    if not size:
+        write_array(group, name, localizations[f"{prefix}/{name}"])
+        return
+    target = group.create_dataset(name, (size,), np.uint8, chunks=True, fletcher32=True)
+    start = 0
+    for piece in localizations.pieces(f"{prefix}/{name}"):
+        target[start : start + len(piece)] = piece
+        start += len(piece)
 
 
 def _write_pass_results(groups: Sequence[h5py.Group], layers: Sequence[Layer], pass_result: DatasetPassResult) -> None:
@@ -511,7 +520,7 @@ def _write_examples(group: h5py.Group, i: int, examples: TopExamples, pass_resul
     write_array(group, "examples/maps/range", pass_result.localizations[f"{i}/range"])
     if f"{i}/jpeg" in pass_result.localizations:
         for name in ("offset", "jpeg"):
-            _put_jpeg(hdf5.group(group, "examples/maps"), name, pass_result.localizations[f"{i}/{name}"])
+            _put_jpeg(hdf5.group(group, "examples/maps"), name, pass_result.localizations, str(i))
 
 
 def verify(path: Path, planned: Mapping[str, Sequence[int]]) -> list[tuple[str, str]]:

@@ -1,18 +1,18 @@
 """Folders of image files, in the layout of torchvision's `ImageFolder`."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data import image_formats, listing_cache
+from pipeline.data import image_formats, listing_cache, remote
 from pipeline.data.config import DataConfig
 from pipeline.data.image_table import ImageTable, draw_hashes, text_array
 from pipeline.data.listing_cache import CachedListing
-from pipeline.data.readers.base import MISSING, Listing, file_test, report_skipped, root_of
-from pipeline.data.readers.folder_scan import Folder, scan
+from pipeline.data.readers.base import MISSING, DatasetImage, Listing, file_test, report_skipped, root_of
+from pipeline.data.readers.folder_scan import NO_SUFFIX, Folder, scan, suffix_of
 
 
 def list_images(config: DataConfig, suffixes: frozenset[str] | None = None) -> Listing:
@@ -29,6 +29,8 @@ def list_images(config: DataConfig, suffixes: frozenset[str] | None = None) -> L
     listed_suffixes = image_formats.suffixes() if suffixes is None else suffixes
     detect_by_content = suffixes is None
     is_listed = file_test(listed_suffixes, detect_by_content)
+    if remote.is_url(config.root or ""):
+        return _remote(config, is_listed, listed_suffixes)
     root = root_of(config)
     if root.is_file() and is_listed(str(root)):
         file = Folder("", None, names=(root.name,), sizes=(root.stat().st_size,))
@@ -50,6 +52,19 @@ def list_images(config: DataConfig, suffixes: frozenset[str] | None = None) -> L
     return Listing(ImageTable(images), {"": str(root)}, unreadable=dict.fromkeys(broken, MISSING))
 
 
+def _remote(config: DataConfig, is_listed: Callable[[str], bool], suffixes: frozenset[str]) -> Listing:
+    """List the files below a URL; files without a suffix are skipped, since each would have to be read."""
+    root = (config.root or "").rstrip("/")
+    sizes, others = remote.sizes_below(root, lambda name: bool(suffix_of(name.rpartition("/")[2])) and is_listed(name))
+    skipped = Counter(suffix_of(name.rpartition("/")[2]) or NO_SUFFIX for name in others)
+    report_skipped(config, bool(sizes), skipped, suffixes)
+    images = (
+        DatasetImage(name, name.partition("/")[0] if "/" in name else "", i, size=size)
+        for i, (name, size) in enumerate(sizes.items())
+    )
+    return Listing(ImageTable.of(images), {"": root})
+
+
 def _table(folders: Sequence[Folder], cached: CachedListing | None) -> tuple[pa.RecordBatch, np.ndarray]:
     """Return the files of folders in the order of their paths, and the number of the folder of each."""
     paths, sizes, hashes, numbers = _reused(folders, cached)
@@ -66,7 +81,7 @@ def _table(folders: Sequence[Folder], cached: CachedListing | None) -> tuple[pa.
     label_of_folder = np.array([labels[name] for name in names], np.int32)
     path = pa.concat_arrays([pa.array([], pa.large_binary()), *paths])
     # As text, by code points: the same order on every file system.
-    order = pc.array_sort_indices(path).to_numpy()
+    order = pc.call_function("array_sort_indices", [path]).to_numpy()
     number = np.concatenate([np.zeros(0, np.int32), *numbers])[order]
     columns = {
         "path": path.take(pa.array(order)),
