@@ -101,7 +101,7 @@ def has_deep_files(paths: Iterator[str] | Sequence[str]) -> bool:
 
 def _ends_8_bit(path: str) -> bool:
     """Return whether a path certainly has one of `EIGHT_BIT_SUFFIXES`; faster than `Path.suffix`."""
-    return path[-4:].lower() in EIGHT_BIT_SUFFIXES and path[-5:-4] not in ("", "/")
+    return any(path[-n:].lower() in EIGHT_BIT_SUFFIXES and path[-n - 1 : -n] not in ("", "/") for n in (4, 5))
 
 
 def _suffix(path: str) -> str:

@@ -19,6 +19,7 @@ import torch
 from pipeline.core.errors import AtlasError, first_line
 from pipeline.core.metric_specs import IMAGE_METRICS, METRICS, RENDER_METRICS, Metric, is_minimized
 from pipeline.core.seeds import seed_of
+from pipeline.data.image_table import ImageTable
 from pipeline.data.readers.base import DatasetImage
 from pipeline.data.readers.samples import credits_of
 from pipeline.examples.channel_stats import channel_statistics
@@ -180,10 +181,12 @@ def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str],
                     for judgement in content.judgements.get((name, preset), ()):
                         _write_judgement(hdf5.group(group, f"render/{safe_name(preset)}"), judgement)
         if content.photos:
-            write_array(file, "dataset/path", np.array([p.path for p in content.photos], object))
-            write_array(file, "dataset/label", np.array([p.label for p in content.photos], object))
-            write_array(file, "dataset/source", np.array([p.source for p in content.photos], np.int32))
-            credits = credits_of(p.path for p in content.photos)
+            images = ImageTable.of(content.photos)
+            names, numbers = images.labels
+            write_array(file, "dataset/path", np.array(list(images.paths()), object))
+            write_array(file, "dataset/label", np.array([*names, ""], object)[numbers])  # −1 is the last of them
+            write_array(file, "dataset/source", images.sources)
+            credits = credits_of(images.paths())
             if credits:
                 write_array(file, "dataset/credits", np.array(credits, object))
         layers = [layer for layer, _ in content.layers]

@@ -2,6 +2,7 @@
 """Measure how a folder of many images is listed and planned, and the memory that its listing takes.
 
 scripts/bench listing --images 200000 --out DIR [--parts first,second,worker,plan]
+scripts/bench listing --images 1280000 --parts table           without files: a listing in the cache, and a worker
 
 DIR gets a folder of `--images` small PNG files (hard links to a few) in `--folders` folders, which later calls use
 again; without --out it is temporary. Each measurement is a process of its own, with an empty cache of listings first:
@@ -136,6 +137,43 @@ def worker(root: str) -> None:
     ray.shutdown()
 
 
+def table(images: int) -> None:
+    """Print seconds and memory of a listing in the cache, of any number of images, without their files."""
+    from pipeline.data import datasets, listing_cache
+    from pipeline.data.image_table import ImageTable, draw_hashes, text_array
+    from pipeline.data.readers.folder_scan import Folder
+    from pipeline.examples.sweep import ExamplesConfig, ImageSubsets
+    from pipeline.models.config import Preprocessing
+
+    count = -(-images // 1000)
+    numbers = np.arange(images, dtype=np.int32) // count
+    paths = [f"n{number:08d}/n{number:08d}_{i:08d}.JPEG" for i, number in enumerate(numbers.tolist())]
+    columns = {"path": text_array(paths), "size": np.full(images, 110_000), "hash": draw_hashes(paths)}
+    folders = [Folder(f"n{number:08d}", (0, 0, 0)) for number in range(1000)]
+    made = ImageTable.of_columns(columns, numbers, [folder.path for folder in folders])
+    listing_cache.save("bench", made.batch, numbers, folders)
+    del paths, columns, made
+    clock = Clock()
+    cached = listing_cache.load("bench")
+    assert cached is not None
+    dataset = datasets.Dataset(ImageTable(cached.batch), {"": "/images"})
+    print(f"  {images:,} images from the cache in {clock.text()}", end="")
+    clock = Clock()
+    datasets.fingerprint(dataset, Preprocessing((224, 224), 256, (0.5,) * 3, (0.25,) * 3))
+    print(f", fingerprint {clock.text()}")
+    buffers: list[pickle.PickleBuffer] = []
+    message = pickle.dumps(dataset, protocol=5, buffer_callback=buffers.append)
+    shared = Path(os.environ["XDG_CACHE_HOME"], "shared")
+    shared.write_bytes(buffers[0].raw())
+    size = shared.stat().st_size / 1e6
+    del cached, dataset, buffers
+    before, clock = megabytes(), Clock()
+    worker = pickle.loads(message, buffers=[np.memmap(shared, mode="r")])
+    ImageSubsets.of(worker, ExamplesConfig())
+    own = megabytes() - before
+    print(f"  worker: {clock.text()}, {own:.0f} MB of its own and {size:.0f} MB shared with the others of a machine")
+
+
 def plan(root: str, runs: str) -> None:
     """Print the seconds of `atlas plan`."""
     overrides = [
@@ -158,19 +196,24 @@ def main() -> None:
     parser.add_argument("--folders", type=int, default=1_000)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--parts", default="first,second,worker,plan")
-    parser.add_argument("--in-process", choices=("listing", "worker"), help=argparse.SUPPRESS)
+    parser.add_argument("--in-process", choices=("listing", "worker", "table"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.in_process:
+        if options.in_process == "table":
+            return table(options.images)
         return {"listing": listing, "worker": worker}[options.in_process](str(options.out))
     with tempfile.TemporaryDirectory() as scratch:
-        root = make_folder((options.out or Path(scratch, "data")).absolute(), options.images, options.folders)
+        root = Path()
+        if options.parts != "table":
+            root = make_folder((options.out or Path(scratch, "data")).absolute(), options.images, options.folders)
         os.environ["XDG_CACHE_HOME"] = str(Path(scratch, "cache"))
         os.environ |= {"PYTHONPATH": str(HERE), "RAY_AUTH_MODE": "disabled"}
-        parts = {"first": "listing", "second": "listing", "worker": "worker"}
+        parts = {"first": "listing", "second": "listing", "worker": "worker", "table": "table"}
         for part in options.parts.split(","):
             print(part, flush=True)
             if part in parts:
                 own = [sys.executable, __file__, "--in-process", parts[part], "--out", str(root)]
+                own += ["--images", str(options.images)]
                 subprocess.run(own, check=True)
             else:
                 plan(str(root), str(Path(scratch, "runs")))
