@@ -6,6 +6,7 @@ depend on where the dataset is stored. Listing decodes no image; workers do that
 
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline.core import plugins
+from pipeline.core import hashing, plugins
 from pipeline.core.config_files import decode_text
 from pipeline.core.errors import AtlasError, first_line, nearest_names
 from pipeline.data import fingerprint as fingerprints
-from pipeline.data import multiband, remote
+from pipeline.data import listing_cache, multiband, remote
 from pipeline.data.config import MAX_BYTES, MAX_PIXELS, DataConfig
 from pipeline.data.image_table import UNKNOWN_SIZE, ImageTable, file_size
 from pipeline.data.readers import folder, huggingface, samples, torchvision, webdataset
@@ -226,8 +227,17 @@ def fingerprint(dataset: Dataset, recipe: Preprocessing) -> str:
     """Return the digest of what identifies the network inputs: paths, labels, crops, file sizes and the preprocessing.
 
     The limits of pixels and bytes are included where they are not the defaults: they determine which images are read.
+    That of a large dataset is kept in the user's cache, under a digest of its columns, which takes a tenth of the time.
     """
-    table = dataset.table
+    table = _with_sizes(dataset)
+    if len(table) <= listing_cache.MIN_IMAGES:
+        return _fingerprint(dataset, table, recipe)
+    settings = [dataclasses.asdict(recipe), dataset.column, dataset.max_pixels, dataset.max_bytes, "" in dataset.roots]
+    key = hashing.digest_of([hashlib.blake2b(table.buffer()).hexdigest(), settings])
+    return listing_cache.remembered(key, lambda: _fingerprint(dataset, table, recipe))
+
+
+def _fingerprint(dataset: Dataset, table: ImageTable, recipe: Preprocessing) -> str:
     options: list[object] = []
     # The sample images have 8 bits, although some are PNG files: their roots are named by package, never by "".
     if "" in dataset.roots and fingerprints.has_deep_files(
@@ -238,7 +248,7 @@ def fingerprint(dataset: Dataset, recipe: Preprocessing) -> str:
         options.append(["max_pixels", dataset.max_pixels])
     if dataset.max_bytes != MAX_BYTES:
         options.append(["max_bytes", dataset.max_bytes])
-    return fingerprints.digest(_with_sizes(dataset), dataset.column, dataclasses.asdict(recipe), *options)
+    return fingerprints.digest(table, dataset.column, dataclasses.asdict(recipe), *options)
 
 
 def _with_sizes(dataset: Dataset) -> ImageTable:

@@ -59,7 +59,8 @@ class ImageTable(Sequence[DatasetImage]):
     COLUMNS = ("path", "label", "size", "hash", "source", "file", "offset", "length", "box")
 
     def __init__(self, batch: pa.RecordBatch) -> None:
-        self.batch = batch.select([name for name in self.COLUMNS if name in batch.schema.names])
+        columns = batch.select([name for name in self.COLUMNS if name in batch.schema.names])
+        self.batch = columns.replace_schema_metadata(None)
 
     @classmethod
     def of(cls, images: Iterable[DatasetImage]) -> "ImageTable":

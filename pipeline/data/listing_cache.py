@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,27 @@ def load(key: str) -> CachedListing | None:
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         log.info("the cached listing can't be read: %s", first_line(error))
         return None
+
+
+def remembered(key: str, compute: Callable[[], str]) -> str:
+    """Return a digest from the cache, or compute it and keep it there.
+
+    Args:
+        key: Digest of everything that determines the result.
+        compute: Returns a sha256 as hexadecimal digits.
+    """
+    try:
+        path = cache_folder("fingerprints") / key
+        if path.is_file() and is_private(path.lstat()) and re.fullmatch(r"[0-9a-f]{64}", text := path.read_text()):
+            return text
+        result = compute()
+        with atomic_path(path) as temporary:
+            temporary.write_text(result)
+            temporary.chmod(0o600)
+        return result
+    except (OSError, ValueError, AtlasError) as error:
+        log.info("the cached fingerprint can't be used: %s", first_line(error))
+        return compute()
 
 
 def _folder(entry: dict[str, object]) -> Folder:

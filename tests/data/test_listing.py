@@ -123,6 +123,19 @@ def test_a_folder_that_has_just_changed_is_not_trusted(
         assert "a" in scanned
 
 
+def test_fingerprints_of_large_datasets_are_kept(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DataConfig("folder", str(root))
+    assert datasets.fingerprint(datasets.list_dataset(config), RECIPE) == FORMER[DataConfig("folder")]
+    (kept,) = (cache.parent / "fingerprints").iterdir()
+    assert kept.read_text() == FORMER[DataConfig("folder")]
+    monkeypatch.setattr(datasets, "_fingerprint", lambda *_: "0" * 64)
+    assert datasets.fingerprint(datasets.list_dataset(config), RECIPE) == FORMER[DataConfig("folder")]
+    for other in (dataclasses.replace(config, max_bytes=77), dataclasses.replace(config, limit=3)):
+        assert datasets.fingerprint(datasets.list_dataset(other), RECIPE) == "0" * 64
+    kept.write_text("damaged")
+    assert datasets.fingerprint(datasets.list_dataset(config), RECIPE) == "0" * 64
+
+
 @pytest.mark.parametrize("damage", ["cut off", "text", "of others"])
 def test_a_damaged_cache_is_listed_anew(root: Path, cache: Path, scanned: list[str], damage: str) -> None:
     config = DataConfig("folder", str(root))
