@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipeline.core.atomic_io import atomic_path
 from pipeline.core.errors import AtlasError, first_line
 from pipeline.core.hashing import digest_of
-from pipeline.core.user_cache import cache_folder, is_private
+from pipeline.core.machine import cache_folder, is_private
 from pipeline.data.readers.folder_scan import Folder
 
 log = logging.getLogger(__name__)

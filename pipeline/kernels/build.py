@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pipeline.core.errors import first_line
 from pipeline.core.hashing import digest_of
-from pipeline.core.user_cache import cache_folder, is_private
+from pipeline.core.machine import cache_folder, is_private
 
 log = logging.getLogger(__name__)
 
