@@ -1,4 +1,4 @@
-"""This machine: the cores and memory that this process may use, also inside of containers, and the cache of its user."""
+"""This machine: the cores and memory that this process may use, also in containers, and the cache of its user."""
 
 import contextlib
 import os
