@@ -301,7 +301,7 @@ def dataset_examples(
     channels = tuple(range(found.channels))
     (chosen,) = localize.select_examples(result, [(found, channels)], dataset, settings)
     activation, index = chosen.lists["max"]
-    paths = tuple(image.path for image in dataset.images)
+    paths = tuple(dataset.table.paths())
     return Examples(layer, found.channels, paths, index, activation, dataset, network.model.preprocessing)
 
 

@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf, grammar_parser
 from omegaconf.errors import GrammarParseError
 
 from pipeline.cli import member_defaults
+from pipeline.core.config_files import is_url
 from pipeline.core.errors import nearest_names
-from pipeline.store.remote import is_url, split_url
+from pipeline.store.remote import split_url
 from pipeline.visualization.preset import KEYED_GROUPS
 
 member_defaults.register()

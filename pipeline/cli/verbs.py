@@ -13,7 +13,7 @@ from pipeline.compare.build import build as build_comparison
 from pipeline.compare.console import print_comparison
 from pipeline.config.schema import Config, from_tree
 from pipeline.core.atomic_io import atomic_path
-from pipeline.core.config_files import ConfigFile, load_config_files
+from pipeline.core.config_files import ConfigFile, is_url, load_config_files
 from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.core.formatting import clock
 from pipeline.data import datasets, image_loading, natural_spectrum
@@ -32,7 +32,7 @@ from pipeline.runs.runner import COMPLETE, SET_ASIDE
 from pipeline.site.hosting.hosts import missing_addresses, prepare_for_host
 from pipeline.site.hosting.serve import server
 from pipeline.store.reader import check_structure, open_atlas
-from pipeline.store.remote import is_url, local_root, split_url
+from pipeline.store.remote import local_root, split_url
 from pipeline.store.shards import safe_name
 
 # Side of the squares that `atlas spectrum` measures, in pixels.
@@ -253,8 +253,9 @@ def _fetched(run: str, config: Config) -> str:
 
 
 def _stored_config(folder: RunFolder) -> Config:
-    """Return the configuration of an existing run that the user trusts: it may import code."""
-    return from_tree(folder.read_config())
+    """Return the configuration of an existing run that the user trusts: it may import code, but downloads nothing."""
+    config = from_tree(folder.read_config())
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, download=False))
 
 
 def _stored_plan(folder: RunFolder) -> Plan:
@@ -266,7 +267,7 @@ def _stored_plan(folder: RunFolder) -> Plan:
     units = {name: tuple(channels) for name, channels in folder.planned_channels().items()}
     config = dataclasses.replace(config, base=None, only=None, judges={})
     root = config.data.root
-    here = root is None or Path(root).expanduser().exists()
+    here = root is None or is_url(root) or Path(root).expanduser().exists()
     listed = None if here else maintenance.recorded_dataset(folder.atlas)
     return make_plan(config, timed=False, units=units or None, listed=listed)
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pipeline.config.unit_filter import UnitFilter
+from pipeline.core.config_files import is_url
 from pipeline.core.errors import AtlasError
 from pipeline.core.validation import Keyed, NullMeans, Use, build
 from pipeline.data.config import DataConfig
@@ -21,7 +22,7 @@ from pipeline.layers.finding import Layer
 from pipeline.layers.selection import LayersConfig
 from pipeline.models.config import ModelConfig
 from pipeline.site.config import SiteConfig
-from pipeline.store.remote import is_url, local_root
+from pipeline.store.remote import local_root
 from pipeline.visualization.network_perturbations import Ensemble
 from pipeline.visualization.preset import Preset
 

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib.resources
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -179,3 +180,8 @@ def load_config_files(config: T, where: str, packaged: str | None = None) -> T:
         if new is not old:
             changed[field.name] = new
     return dataclasses.replace(config, **changed) if changed else config
+
+
+def is_url(path: str) -> bool:
+    """Return whether a path is a URL (scheme://…) and not a path of this machine."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None

@@ -17,6 +17,12 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def hash64(name: str, purpose: str) -> int:
+    """Return a pseudo-random integer below 2⁶⁴ that depends only on the name and the purpose."""
+    text = f"{purpose}\0{name}".encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
+
+
 def arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:
     """Return the digest of the names and bytes of `arrays`; shapes and dtypes are not part of it."""
     return digest_of([[name, array.tobytes().hex()] for name, array in sorted(arrays.items())])

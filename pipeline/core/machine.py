@@ -1,7 +1,8 @@
-"""This machine: the cores and the memory that this process may use, also inside of containers and jobs."""
+"""This machine: the cores and memory that this process may use, also in containers, and the cache of its user."""
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,3 +84,24 @@ def _groups(controller: str) -> Iterator[Path]:
             innermost = root / path.lstrip("/")
             yield from (folder for folder in (innermost, *innermost.parents) if folder.is_relative_to(root))
     yield CGROUPS
+
+
+def cache_folder(name: str) -> Path:
+    """Return a folder of the user's cache, which only this user can read and write; it is created if needed.
+
+    Args:
+        name: Name of the folder below `neuron-atlas` in `$XDG_CACHE_HOME`, by default `~/.cache`.
+
+    Raises:
+        OSError: If it cannot be created, or others can write to it.
+    """
+    folder = user_cache() / name
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not is_private(folder.lstat()):
+        raise PermissionError(f"{folder} belongs to another user, or others can write to it")
+    return folder
+
+
+def is_private(status: os.stat_result) -> bool:
+    """Return whether a file or folder belongs to this user, and nobody else can write to it."""
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

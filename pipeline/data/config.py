@@ -20,13 +20,18 @@ class DataConfig:
 
     Attributes:
         source: Kind of source, a key of `pipeline.data.datasets.READERS`.
-        root: Folder (or single file) to list. Not used by `samples`.
+        root: Folder or single file to list, or its URL; of `webdataset`, also several as in `{000..012}`. Not used by
+            `samples`.
         limit: Keep only the first `limit` images; None keeps all.
         labels: Table of paths and labels (CSV, TSV or a JSON object) that replaces the labels of the source.
         image: Column of a table that holds the images. None: the first column of a binary type.
         label: Column of a table that holds the labels. None: `label` or `labels`, if there is one.
         max_pixels: Images with more pixels are refused before they are decoded; None sets no limit.
         max_bytes: Encoded images of more bytes are refused before they are read; None sets no limit.
+        name: Name of a dataset of torchvision, or of one on the Hugging Face Hub, `organization/name`.
+        split: Part of a named dataset, for example "train"; None: the default part, or all.
+        download: Download a named dataset if it is not there.
+        relist: List all folders again, also those of large datasets that have not changed since they were last listed.
     """
 
     source: str = "samples"
@@ -37,3 +42,7 @@ class DataConfig:
     label: str | None = None
     max_pixels: Annotated[Annotated[int, Field(ge=1)] | None, NullMeans("no limit")] = MAX_PIXELS
     max_bytes: Annotated[Annotated[int, Field(ge=1)] | None, NullMeans("no limit")] = MAX_BYTES
+    name: str | None = None
+    split: str | None = None
+    download: bool = False
+    relist: bool = False

@@ -6,25 +6,25 @@ depend on where the dataset is stored. Listing decodes no image; workers do that
 
 import dataclasses
 import functools
+import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from pipeline.core import plugins
-from pipeline.core.config_files import decode_text
+from pipeline.core import hashing, plugins
+from pipeline.core.config_files import decode_text, is_url
 from pipeline.core.errors import AtlasError, first_line, nearest_names
-from pipeline.data import multiband
+from pipeline.data import fingerprint as fingerprints
+from pipeline.data import listing_cache, multiband, remote
 from pipeline.data.config import MAX_BYTES, MAX_PIXELS, DataConfig
-from pipeline.data.readers import folder, huggingface, samples, webdataset
+from pipeline.data.image_table import UNKNOWN_SIZE, ImageTable, file_size
+from pipeline.data.readers import folder, huggingface, samples, torchvision, webdataset
 from pipeline.data.readers.base import MISSING, DatasetImage, Listing
 from pipeline.models.config import Preprocessing
-
-# Image files with these suffixes have 8 bits per channel, so that no version has ever scaled their pixel values.
-EIGHT_BIT_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"})
 
 # A row group of a table is read at once: so many times `data.max_bytes` is its limit.
 GROUP_IMAGES = 16
@@ -35,6 +35,7 @@ READERS: dict[str, Callable[[DataConfig], Listing]] = {
     "folder": folder.list_images,
     "huggingface": huggingface.list_images,
     "webdataset": webdataset.list_images,
+    "torchvision": torchvision.list_images,
 }
 
 
@@ -43,8 +44,8 @@ class Dataset:
     """A listed dataset.
 
     Attributes:
-        images: All images, in order.
-        roots: Folders on this machine by the first part of a path; "" for all other paths.
+        images: All images, in order; an `ImageTable` where they were listed.
+        roots: Folders on this machine, or URLs, by the first part of a path; "" for all other paths.
         column: Image column of a table; "" for other sources.
         copied: Whether the images were copied to this machine: each is then a file of its own below `roots[""]`, named
             by `DatasetImage.source_path`.
@@ -53,7 +54,7 @@ class Dataset:
         unreadable: Why images can't be read, by source path, as far as it is known without opening them.
     """
 
-    images: tuple[DatasetImage, ...]
+    images: Sequence[DatasetImage]
     roots: dict[str, str]
     column: str = ""
     copied: bool = False
@@ -76,6 +77,8 @@ class Dataset:
             OSError: If the file can't be read.
             ValueError: If a table has no image in this row, or a path outside the dataset.
         """
+        if self.is_remote and not self.copied and not self.column:
+            return self._open_remote(photo)
         path = self.locate(photo)
         if photo.position is None or self.copied:
             return path
@@ -93,6 +96,18 @@ class Dataset:
             raise ValueError("an empty cell")
         self.check_size(len(content))
         return io.BytesIO(content)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the images are at a URL."""
+        return is_url(self.roots.get("", ""))
+
+    def _open_remote(self, photo: DatasetImage) -> io.BytesIO:
+        """Return an encoded image at a URL. Raises `StorageError` if it can't be read."""
+        url = remote.join(self.roots[""], photo.file or photo.source_path)
+        offset, length = photo.position or (0, None)
+        self.check_size(photo.size or 0 if length is None else length)
+        return io.BytesIO(remote.read(url, offset, length))
 
     def check_size(self, size: int, images: int = 1) -> None:
         """Check the size of an encoded image, or of several that are read together.
@@ -135,17 +150,33 @@ class Dataset:
         return file.read_bytes() if isinstance(file, Path) else file.getvalue()
 
     @functools.cached_property
-    def sources(self) -> np.ndarray | None:
-        """Source of each image, (n,) int32; None if no two images have the same source."""
-        sources = np.array([p.source for p in self.images], np.int32)
-        return sources if len(np.unique(sources)) < len(sources) else None
+    def table(self) -> ImageTable:
+        """The images in columns."""
+        return ImageTable.of(self.images)
 
     @functools.cached_property
+    def sources(self) -> np.ndarray | None:
+        """Source of each image, (n,) int32; None if no two images have the same source."""
+        if self.table.own_sources:
+            return None
+        return self.source_numbers if len(np.unique(self.source_numbers)) < len(self.source_numbers) else None
+
+    @property
+    def source_numbers(self) -> np.ndarray:
+        """Source of each image, (n,) int32."""
+        return self.table.sources
+
+    @property
     def labels(self) -> tuple[tuple[str, ...], np.ndarray]:
         """All labels in alphabetical order, and the label number of each image, (n,) int32; −1 for no label."""
-        names = tuple(sorted({p.label for p in self.images} - {""}))
-        numbers = {name: i for i, name in enumerate(names)} | {"": -1}
-        return names, np.array([numbers[p.label] for p in self.images], np.int32)
+        return self.table.labels
+
+    def draw(self, count: int) -> np.ndarray:
+        """Return the indices of at most `count` images, drawn by hashes of their paths, in the order of hashes; int32.
+
+        Only paths matter, so that the draw is the same on every machine and for every order of the images.
+        """
+        return self.table.draw(count)
 
 
 def list_dataset(config: DataConfig, channels: int = 3) -> Dataset:
@@ -180,7 +211,7 @@ def _limited(listed: Listing, config: DataConfig) -> Dataset:
     if not isinstance(listed, Listing):
         raise AtlasError(f"data.source={config.source} must return a pipeline.data.readers.base.Listing.")
     dataset = Dataset(
-        listed.photos[: config.limit],
+        ImageTable.of(listed.photos[: config.limit]),
         listed.roots,
         listed.column,
         max_pixels=config.max_pixels,
@@ -192,29 +223,47 @@ def _limited(listed: Listing, config: DataConfig) -> Dataset:
     return _with_labels(dataset, Path(config.labels).expanduser()) if config.labels else dataset
 
 
-def fingerprint(dataset: Dataset, recipe: Preprocessing) -> list[object]:
-    """Return what identifies the network inputs: paths, labels, crops, file sizes and the preprocessing.
+def fingerprint(dataset: Dataset, recipe: Preprocessing) -> str:
+    """Return the digest of what identifies the network inputs: paths, labels, crops, file sizes and the preprocessing.
 
     The limits of pixels and bytes are included where they are not the defaults: they determine which images are read.
+    That of a large dataset is kept in the user's cache, under a digest of its columns, which takes a tenth of the time.
     """
-    sizes = {}
-    for photo in dataset.images:
-        name = photo.file or photo.source_path
-        if name not in sizes:
-            path = dataset.locate(photo)
-            sizes[name] = path.stat().st_size if path.exists() else -1
-    photos = [[p.path, p.label, p.source, p.box, p.position, sizes[p.file or p.source_path]] for p in dataset.images]
+    table = _with_sizes(dataset)
+    if len(table) <= listing_cache.MIN_IMAGES:
+        return _fingerprint(dataset, table, recipe)
+    settings = [dataclasses.asdict(recipe), dataset.column, dataset.max_pixels, dataset.max_bytes, "" in dataset.roots]
+    key = hashing.digest_of([hashlib.blake2b(table.buffer()).hexdigest(), settings])
+    return listing_cache.remembered(key, lambda: _fingerprint(dataset, table, recipe))
+
+
+def _fingerprint(dataset: Dataset, table: ImageTable, recipe: Preprocessing) -> str:
     options: list[object] = []
     # The sample images have 8 bits, although some are PNG files: their roots are named by package, never by "".
-    if "" in dataset.roots and any(
-        Path(p.source_path).suffix.lower() not in EIGHT_BIT_SUFFIXES for p in dataset.images
+    if "" in dataset.roots and fingerprints.has_deep_files(
+        table.paths() if table.column("box") is None else (photo.source_path for photo in table)
     ):
         options.append("levels by type")  # earlier versions scaled pixels by the values of each image
     if dataset.max_pixels != MAX_PIXELS:
         options.append(["max_pixels", dataset.max_pixels])
     if dataset.max_bytes != MAX_BYTES:
         options.append(["max_bytes", dataset.max_bytes])
-    return [photos, dataset.column, dataclasses.asdict(recipe), *options]
+    return fingerprints.digest(table, dataset.column, dataclasses.asdict(recipe), *options)
+
+
+def _with_sizes(dataset: Dataset) -> ImageTable:
+    """Return the images with the sizes of those files that the reader did not look up."""
+    table = dataset.table
+    unknown = np.flatnonzero(table.sizes == UNKNOWN_SIZE).tolist()
+    if not unknown:
+        return table
+    sizes, known = table.sizes.copy(), dict[Path, int]()
+    for i in unknown:
+        path = dataset.locate(table[i])
+        if path not in known:
+            known[path] = file_size(path)
+        sizes[i] = known[path]
+    return table.with_sizes(sizes)
 
 
 def _with_labels(dataset: Dataset, path: Path) -> Dataset:
@@ -235,10 +284,10 @@ def _with_labels(dataset: Dataset, path: Path) -> Dataset:
         raise AtlasError(
             f"data.labels={path} can't be read ({first_line(error)}): use rows of path,label or a JSON object."
         ) from error
-    if not labels.keys() & {photo.source_path for photo in dataset.images}:
+    if not any(photo.source_path in labels for photo in dataset.images):
         raise AtlasError(
             f"data.labels={path} contains no path of a dataset image: its paths must be relative to data.root, "
             f"such as {dataset.images[0].source_path!r}."
         )
-    photos = tuple(dataclasses.replace(p, label=labels.get(p.source_path, "")) for p in dataset.images)
-    return dataclasses.replace(dataset, images=photos)
+    labeled = dataset.table.with_labels(labels.get(photo.source_path, "") for photo in dataset.images)
+    return dataclasses.replace(dataset, images=labeled)

@@ -17,10 +17,11 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from pipeline.core.errors import AtlasError
 from pipeline.data import image_formats, multiband
 from pipeline.data.config import MAX_PIXELS
 from pipeline.data.datasets import Dataset
-from pipeline.data.readers.base import MISSING
+from pipeline.data.readers.base import MISSING, DatasetImage
 from pipeline.data.storage_errors import StorageError, is_storage_error, names_storage_error
 from pipeline.models.config import INTERPOLATIONS, Preprocessing
 
@@ -333,16 +334,33 @@ def _loaded(
         size = file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
         if size == 0:
             return Loaded(index, None, "empty file")
+        _check_unchanged(dataset, photo, size)
         dataset.check_size(size)
         with _pillow_settings:
             image = read_image(file, recipe.channels, dataset.max_pixels)
             return Loaded(index, preprocess(image, recipe, photo.box), extra=extra and extra(index, image))
+    except AtlasError:
+        raise
     except Exception as error:
         # A file that was listed has vanished: broken links are known from the listing.
         if is_storage_error(error) or isinstance(error, FileNotFoundError):
             raise
         # Decoders raise almost any exception on broken files; one such file must not end the pass.
         return Loaded(index, None, failure_reason(error))
+
+
+def _check_unchanged(dataset: Dataset, photo: DatasetImage, size: int) -> None:
+    """Check that a file still has the size with which it was listed: results belong to the listed dataset.
+
+    Raises:
+        AtlasError: If it has another size.
+    """
+    is_listed = photo.position is None and not dataset.copied and photo.size is not None and photo.size >= 0
+    if is_listed and size != photo.size:
+        raise AtlasError(
+            f"{dataset.locate(photo)} has {size:,} bytes, and had {photo.size:,} when the dataset was listed. If it "
+            "was changed on purpose, give the same command with data.relist=true; the dataset pass then begins anew."
+        )
 
 
 def encoded_images(dataset: Dataset, indices: Iterable[int]) -> dict[str, bytes | str]:
@@ -371,6 +389,8 @@ def may_be_readable(dataset: Dataset, index: int, reason: str) -> bool:
     """
     if names_storage_error(reason):
         return True
+    if dataset.is_remote:
+        return False
     return reason.startswith((NO_PERMISSION, "unreadable: PermissionError")) and os.access(
         dataset.locate(dataset.images[index]), os.R_OK
     )

@@ -12,11 +12,11 @@ import functools
 import numpy as np
 from scipy import stats
 
+from pipeline.core.hashing import hash64
 from pipeline.core.seeds import seed_of
 from pipeline.data.datasets import Dataset
 from pipeline.examples.association import Association
 from pipeline.examples.channel_stats import BINS
-from pipeline.examples.quantile_examples import hash64
 
 # Labels with fewer sources than this are ignored: mean and AUROC would describe those images rather than the label.
 # Half of them must be in each half.

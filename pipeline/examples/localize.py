@@ -18,7 +18,7 @@ from pipeline.data import crops, image_loading, multiband
 from pipeline.data.datasets import Dataset
 from pipeline.data.image_loading import Loaded
 from pipeline.examples import topk
-from pipeline.examples.quantile_examples import draw_subset, select_quantile_examples
+from pipeline.examples.quantile_examples import select_quantile_examples
 from pipeline.examples.sweep import LISTS, ExamplesConfig, PassContext, PassResult
 from pipeline.images import metrics
 from pipeline.layers.finding import Layer, capture
@@ -92,7 +92,7 @@ class TopExamples:
 
 def path_sample(dataset: Dataset) -> np.ndarray:
     """Return the random images that paths are compared with: those with the lowest hashes of their paths, ascending."""
-    return np.sort(draw_subset([image.path for image in dataset.images], PATH_SAMPLE))
+    return np.sort(dataset.draw(PATH_SAMPLE))
 
 
 def select_examples(
@@ -110,7 +110,7 @@ def select_examples(
         dataset: The dataset.
         config: Settings.
     """
-    sources = np.arange(len(dataset.images)) if dataset.sources is None else dataset.sources
+    sources = dataset.source_numbers
     examples: list[TopExamples] = []
     start = 0
     for layer, layer_channels in layers:

@@ -1,25 +1,12 @@
-"""Dataset examples from all quantiles of a channel, and the subset of images from which they are drawn.
+"""Dataset examples from all quantiles of a channel.
 
-A draw must not depend on which worker did what when, so random numbers are hashes of image names: the images with the
-lowest hashes form the *subset*, for which the activations of every channel are stored.
+They are chosen among the *subset* of the images, for which the activations of every channel are stored. A draw must not
+depend on which worker did what when, so random numbers are hashes (`Dataset.draw`).
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-
-
-def hash64(name: str, purpose: str) -> int:
-    """Return a pseudo-random integer below 2⁶⁴ that depends only on the name and the purpose."""
-    text = f"{purpose}\0{name}".encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
-
-
-def draw_subset(names: Sequence[str], count: int) -> np.ndarray:
-    """Return the indices of at most `count` names, those with the lowest hashes, in the order of hashes; int32."""
-    hashes = np.array([hash64(name, "subset") for name in names], np.uint64)
-    return np.lexsort((np.arange(len(hashes)), hashes))[:count].astype(np.int32)
 
 
 def pseudo_random(channels: np.ndarray, indices: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The result of a complete dataset pass."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -27,6 +27,14 @@ class PathInputs:
     sources: np.ndarray
 
 
+class Localizations(Mapping[str, np.ndarray]):
+    """Arrays of the second pass by name."""
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """Yield an array in parts that can be in memory one at a time."""
+        yield self[name]
+
+
 @dataclasses.dataclass(frozen=True)
 class DatasetPassResult:
     """Everything that an atlas stores about a dataset, for the layers of a plan in their order.
@@ -46,7 +54,7 @@ class DatasetPassResult:
     first_pass: PassResult
     ranges: HistogramRange
     examples: Sequence[TopExamples]
-    localizations: Mapping[str, np.ndarray]
+    localizations: Localizations
     associations: Sequence[Association | None]
     store: str
     edges: tuple[float, ...]

@@ -21,7 +21,6 @@ from pipeline.data.datasets import Dataset
 from pipeline.data.image_loading import Loaded
 from pipeline.examples import topk
 from pipeline.examples.channel_stats import ChannelAccumulator, HistogramRange, accumulate
-from pipeline.examples.quantile_examples import draw_subset
 from pipeline.images import metrics
 from pipeline.kernels import spatial_stats
 from pipeline.kernels.spatial_stats import Reducer
@@ -86,7 +85,7 @@ class ImageSubsets:
         `labelled` is empty if the dataset has fewer than two labels.
         """
         size = max(config.sample, config.subset, config.labelled)
-        order = draw_subset([p.path for p in dataset.images], size)
+        order = dataset.draw(size)
         labelled = order[: config.labelled] if len(dataset.labels[0]) > 1 else order[:0]
         return cls(order[: config.sample], np.sort(order[: config.subset]), np.sort(labelled))
 

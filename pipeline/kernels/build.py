@@ -13,7 +13,6 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from pipeline.core.errors import first_line
 from pipeline.core.hashing import digest_of
-from pipeline.core.machine import user_cache
+from pipeline.core.machine import cache_folder, is_private
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ def load_library(name: str, fused: bool = False) -> ctypes.CDLL | None:
         command = [*compiler(), *FLAGS, *(["-ffp-contract=fast"] if fused else [])]
         key = digest_of([source.read_text(), command, _version(compiler()), _cpu()])[:DIGEST_LENGTH]
         try:
-            return _load_or_compile(cache_folder(), key, command, source)
+            return _load_or_compile(cache_folder("kernels"), key, command, source)
         except OSError as error:  # read-only, full, mounted without permission to execute, of another user
             log.info("the cache of compiled loops cannot be used: %s", first_line(error))
         with tempfile.TemporaryDirectory(prefix="neuron-atlas-") as folder:
@@ -83,19 +82,6 @@ def load_library(name: str, fused: bool = False) -> ctypes.CDLL | None:
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         _log_failure(name, error)
         return None
-
-
-def cache_folder() -> Path:
-    """Return the folder of the compiled libraries, which only this user can read and write; it is created if needed.
-
-    Raises:
-        OSError: If it cannot be created, or others can write to it.
-    """
-    folder = user_cache() / "kernels"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _is_private(folder.lstat()):
-        raise PermissionError(f"{folder} belongs to another user, or others can write to it")
-    return folder
 
 
 def compiler() -> tuple[str, ...]:
@@ -129,11 +115,6 @@ def _cpu() -> list[str]:
     return [platform.machine(), *fields]
 
 
-def _is_private(status: os.stat_result) -> bool:
-    """Return whether a file or folder belongs to this user, and nobody else can write to it."""
-    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
 def _load_or_compile(folder: Path, key: str, command: Sequence[str], source: Path) -> ctypes.CDLL:
     """Load the library of `key` from `folder`, compiled if it is not there.
 
@@ -142,7 +123,7 @@ def _load_or_compile(folder: Path, key: str, command: Sequence[str], source: Pat
     """
     prefix = f"{source.stem}-{key}-"
     for path in sorted(folder.glob(f"{prefix}*.so")):
-        if _is_private(path.lstat()) and path.name == f"{prefix}{_digest(path)}.so":
+        if is_private(path.lstat()) and path.name == f"{prefix}{_digest(path)}.so":
             return ctypes.CDLL(str(path))
     # A folder of its own, because several processes may compile the same loop.
     with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as temporary:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.config.schema import Config, differences, from_tree
 from pipeline.core import plugins
+from pipeline.core.config_files import is_url
 from pipeline.core.errors import AtlasError
 from pipeline.core.registry import canonical
 from pipeline.models.loading import Model
@@ -13,7 +14,7 @@ from pipeline.planning import manifest
 from pipeline.planning.folder import RunFolder
 from pipeline.planning.manifest import Manifest
 from pipeline.store.reader import open_atlas
-from pipeline.store.remote import is_url, local_root, split_url
+from pipeline.store.remote import local_root, split_url
 
 
 def find_base_run(config: Config) -> RunFolder | None:

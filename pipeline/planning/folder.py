@@ -23,6 +23,12 @@ from pipeline.store import remote_lock, run_lock
 from pipeline.store.mirror import Mirror, at_work
 from pipeline.store.run_lock import LockedError
 
+# Settings of the dataset that change no result.
+FREE_DATA = ("relist", "download")
+
+# Settings of the dataset that older versions did not store; without a value they change nothing.
+LATER_DATA = ("name", "split")
+
 # The way out of a damaged config.yaml.
 _RESTORE = (
     "`atlas run` with the settings of this run and run.update=true writes it again, and keeps the results that agree "
@@ -269,6 +275,12 @@ class RunFolder:
 def result_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that change results, including the seed, as plain data."""
     sections = {name: section for name, section in tree.items() if name not in FREE_SECTIONS}
+    if isinstance(sections.get("data"), Mapping):
+        sections["data"] = {
+            name: value
+            for name, value in sections["data"].items()
+            if name not in FREE_DATA and not (name in LATER_DATA and value is None)
+        }
     return sections | {"run": {"seed": (tree.get("run") or {}).get("seed", 0)}}
 
 

@@ -17,7 +17,6 @@ from pipeline.core.atomic_io import write_atomic
 from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.data import image_loading
 from pipeline.data.datasets import Dataset
-from pipeline.examples.quantile_examples import draw_subset, hash64
 from pipeline.layers import selection
 from pipeline.layers.finding import Layer, capture
 from pipeline.layers.heads import PREFIX, HeadLayer, HeadScores, fit_head
@@ -194,7 +193,7 @@ def _check(head: HeadLayer, source: HeadSource) -> None:
 def _fit(heads: Sequence[HeadLayer], source: HeadSource) -> list[HeadLayer]:
     """Fit heads to the logits of dataset images, in one pass over at most `MAX_IMAGES` of them."""
     images = source.dataset.images
-    drawn = draw_subset([image.path for image in images], MAX_IMAGES).tolist()
+    drawn = source.dataset.draw(MAX_IMAGES).tolist()
     log.info("%d dataset images for %s", len(drawn), ", ".join(head.name for head in heads))
     columns: dict[str, list[torch.Tensor]] = {}
     layers = [*(head.source for head in heads), source.logits]
@@ -208,7 +207,7 @@ def _fit(heads: Sequence[HeadLayer], source: HeadSource) -> list[HeadLayer]:
             forward(torch.from_numpy(levels).float() / 255)
             used += [item.index for item in items]
     # Crops of one source image are in one fold.
-    folds = np.array([hash64(images[i].source_path, "heads") % FOLDS for i in used])
+    folds = np.array([hashing.hash64(images[i].source_path, "heads") % FOLDS for i in used])
     if len(used) < MIN_IMAGES or len(np.unique(folds)) < 2:
         raise AtlasError(
             f"Heads need at least {MIN_IMAGES} dataset images of several sources, and {len(used)} can be read. "

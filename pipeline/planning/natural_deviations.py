@@ -16,7 +16,6 @@ from pipeline.core.registry import registered_name
 from pipeline.data import datasets, image_loading
 from pipeline.data.config import DataConfig
 from pipeline.data.datasets import Dataset
-from pipeline.examples.quantile_examples import draw_subset
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.loading import Model
 from pipeline.visualization.network_penalties import NaturalDeviations, Normalization, normalizations_before
@@ -166,7 +165,7 @@ def kept(folders: Sequence[Path], key: str, model: Model, layers: Sequence[Layer
 
 def _drawn(dataset: Dataset) -> list[int]:
     """Return the numbers of up to `MAX_IMAGES` images, drawn by a hash of their paths."""
-    return draw_subset([image.path for image in dataset.images], MAX_IMAGES).tolist()
+    return dataset.draw(MAX_IMAGES).tolist()
 
 
 def _deviations(

@@ -14,7 +14,6 @@ from pipeline.acceleration.batchnorm_folding import ConvNormPair, fold, foldable
 from pipeline.acceleration.cpu_lowering import precision_of
 from pipeline.acceleration.variants import ModelVariants, layers_without_gradient, verified_variants
 from pipeline.config.schema import Config
-from pipeline.core import hashing
 from pipeline.core.errors import AtlasError
 from pipeline.data import datasets
 from pipeline.data.datasets import Dataset
@@ -165,7 +164,7 @@ def _load_inputs(config: Config, listed: tuple[Dataset, str] | None = None) -> _
         model = load_model(config.model).to("cpu")
     if listed is None:
         dataset = datasets.list_dataset(config.data, model.preprocessing.channels)
-        fingerprint = hashing.digest_of(datasets.fingerprint(dataset, model.preprocessing))
+        fingerprint = datasets.fingerprint(dataset, model.preprocessing)
     else:
         dataset, fingerprint = listed
     base = find_base_run(config)

@@ -90,7 +90,7 @@ def _with_dataset_image(member: Any, field: str, where: str, dataset: Dataset, r
     if not isinstance(file, ConfigFile) or not is_dataset_image(file) or file.content is not None:
         return member
     path = file.path.removeprefix(DATASET_PREFIX)
-    paths = [image.path for image in dataset.images]
+    paths = list(dataset.table.paths())
     if path not in paths:
         raise AtlasError(f"{where}.{field}: the dataset has no image {path!r}. {nearest_names(path, paths)}")
     (loaded,) = image_loading.load_images(dataset, [paths.index(path)], recipe, threads=1)

@@ -8,7 +8,7 @@ before. Within a round, the order and the size of the tasks do not change the me
 import functools
 import itertools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from pipeline.examples.results import DatasetPassResult, PathInputs
 from pipeline.examples.sweep import ImageSubsets, PassResult
 from pipeline.layers.finding import Layer
 from pipeline.planning.plan import Plan
+from pipeline.runs.localized_arrays import LocalizedArrays
 from pipeline.store import shards
 from pipeline.store.shards import DamagedShardError, Shard
 
@@ -210,7 +211,6 @@ class DatasetPass:
         assert self.histogram_ranges is not None
         dataset = self._plan.setup.dataset
         ranges = HistogramRange(**self.histogram_ranges.arrays())
-        parts = [shard.arrays() for _, shard in sorted(self.localized_ranges.items())]
         names, _ = dataset.labels
         associations: list[Association | None] = []
         start = 0
@@ -221,7 +221,7 @@ class DatasetPass:
             self.sweep,
             ranges,
             self.chosen,
-            _concatenated(parts),
+            LocalizedArrays([shard for _, shard in sorted(self.localized_ranges.items())]),
             associations,
             self._config.store,
             self._config.spectrum,
@@ -229,7 +229,7 @@ class DatasetPass:
             PathInputs(
                 self._plan.setup.depths,
                 self.index.sample,
-                np.array([image.source for image in dataset.images], np.int32),
+                dataset.source_numbers,
             ),
         )
 
@@ -247,8 +247,9 @@ class DatasetPass:
         """Return the association of a layer's channels with labels; `start` is its first column in the pass."""
         if not self._labeled_sources.sufficient:
             dataset = self._plan.setup.dataset
-            sources = np.array([image.source for image in dataset.images], np.int32)
-            return label_association.associate_by_counts(chosen.lists["max"][1], dataset.labels[1], sources)
+            return label_association.associate_by_counts(
+                chosen.lists["max"][1], dataset.labels[1], dataset.source_numbers
+            )
         parts, channels = self._labeled_parts, chosen.channels
         columns = [
             shard.columns("codes/bin", start, start + layer.channels)[:, channels]
@@ -306,18 +307,6 @@ def _recorded_failures(path: Path, _: int) -> tuple[tuple[int, str], ...]:
     """Return the failures of a shard, which are read once for each time of modification."""
     failed = Shard(path, {}).get("failed/index", "failed/reason")
     return tuple(zip(failed["failed/index"].tolist(), map(str, failed["failed/reason"].tolist()), strict=True))
-
-
-def _concatenated(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Return the parts of the second pass as one; offsets of a part continue where the part before it ended."""
-    result: dict[str, np.ndarray] = {}
-    for name in parts[0] if parts else ():
-        arrays = [part[name] for part in parts]
-        if name.endswith("/offset"):
-            ends = np.cumsum([0, *(a[-1] for a in arrays)])
-            arrays = [arrays[0][:1], *(a[1:] + end for a, end in zip(arrays, ends, strict=False))]
-        result[name] = np.concatenate(arrays)
-    return result
 
 
 def without_overlap(parts: Iterable[Shard]) -> dict[tuple[int, int], Shard]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pipeline.core import hashing, interrupts
 from pipeline.data import image_loading
-from pipeline.examples.quantile_examples import hash64
 from pipeline.judges import ridge
 from pipeline.judges.judge import Judge, load_judge
 from pipeline.judges.judgement import NUMBERS, Judgement, Kind
@@ -185,7 +184,9 @@ class _JudgePass:
         index, features = self._dataset_features()
         read = np.isfinite(features).all(1)
         # Crops of one source image are in one fold.
-        folds = np.array([hash64(dataset.images[i].source_path, "judges") % ridge.FOLDS for i in index.tolist()])
+        folds = np.array(
+            [hashing.hash64(dataset.images[i].source_path, "judges") % ridge.FOLDS for i in index.tolist()]
+        )
         try:
             if not read.all():
                 raise ValueError("images of the dataset pass cannot be read any more")

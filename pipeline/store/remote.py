@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.core.atomic_io import atomic_path
+from pipeline.core.config_files import is_url
 from pipeline.core.errors import AtlasError, TryAgainError, first_line
 from pipeline.core.machine import user_cache
 from pipeline.store.shards import safe_name
@@ -25,9 +26,6 @@ from pipeline.store.shards import safe_name
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-# The start of a URL, as a regular expression.
-URL = r"[A-Za-z][A-Za-z0-9+.-]*://"
 
 # Stores in which an interrupted upload leaves no object, with the name of the argument for the type of the content.
 OBJECT_STORES = {"s3": "ContentType", "s3a": "ContentType", "gs": "content_type", "gcs": "content_type"}
@@ -62,11 +60,6 @@ def local_root(root: str, scratch: str | None) -> Path:
     except (FileNotFoundError, RuntimeError) as error:
         raise AtlasError(f"{root} needs a folder for a working copy: run.scratch=FOLDER ({error}).") from error
     return folder.joinpath(*map(safe_name, parts_of(root)))
-
-
-def is_url(path: str) -> bool:
-    """Return whether a path is the URL of an object store and not a path of this machine."""
-    return re.match(URL, path) is not None
 
 
 def split_url(url: str) -> tuple[str, str]:

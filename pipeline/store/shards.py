@@ -87,6 +87,11 @@ class Shard:
         with self.opened() as opened:
             return {name: hdf5.read_array(opened, name) for name in hdf5.dataset_names(opened) if name not in but}
 
+    def names(self) -> list[str]:
+        """Return the names of all arrays, by path inside the file. Raises `DamagedShardError`."""
+        with self.opened() as opened:
+            return list(hdf5.dataset_names(opened))
+
     def columns(self, name: str, start: int, end: int) -> np.ndarray:
         """Return the columns start … end - 1 of one array. Raises `DamagedShardError`."""
         with self.opened() as opened:

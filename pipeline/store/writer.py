@@ -19,11 +19,12 @@ import torch
 from pipeline.core.errors import AtlasError, first_line
 from pipeline.core.metric_specs import IMAGE_METRICS, METRICS, RENDER_METRICS, Metric, is_minimized
 from pipeline.core.seeds import seed_of
+from pipeline.data.image_table import ImageTable
 from pipeline.data.readers.base import DatasetImage
 from pipeline.data.readers.samples import credits_of
 from pipeline.examples.channel_stats import channel_statistics
 from pipeline.examples.localize import TopExamples
-from pipeline.examples.results import DatasetPassResult
+from pipeline.examples.results import DatasetPassResult, Localizations
 from pipeline.examples.rotation import rotation_number
 from pipeline.images import metrics
 from pipeline.judges.judgement import RANGES, Judgement
@@ -180,10 +181,12 @@ def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str],
                     for judgement in content.judgements.get((name, preset), ()):
                         _write_judgement(hdf5.group(group, f"render/{safe_name(preset)}"), judgement)
         if content.photos:
-            write_array(file, "dataset/path", np.array([p.path for p in content.photos], object))
-            write_array(file, "dataset/label", np.array([p.label for p in content.photos], object))
-            write_array(file, "dataset/source", np.array([p.source for p in content.photos], np.int32))
-            credits = credits_of(p.path for p in content.photos)
+            images = ImageTable.of(content.photos)
+            names, numbers = images.labels
+            write_array(file, "dataset/path", np.array(list(images.paths()), object))
+            write_array(file, "dataset/label", np.array([*names, ""], object)[numbers])  # −1 is the last of them
+            write_array(file, "dataset/source", images.sources)
+            credits = credits_of(images.paths())
             if credits:
                 write_array(file, "dataset/credits", np.array(credits, object))
         layers = [layer for layer, _ in content.layers]
@@ -442,15 +445,24 @@ def _write_dataset(file: h5py.File, pass_result: DatasetPassResult) -> None:
     group.attrs["store"] = pass_result.store
     for name in ("index", "size", "box", "offset", "jpeg"):
         if f"shown/{name}" in pass_result.localizations:
-            _put_jpeg(group, name, pass_result.localizations[f"shown/{name}"])
+            _put_jpeg(group, name, pass_result.localizations, "shown")
 
 
-def _put_jpeg(group: h5py.Group, name: str, array: np.ndarray) -> None:
-    """Write one dataset of a group of JPEG images; the JPEG bytes get a checksum, but no second compression."""
-    if name == "jpeg" and array.size:
-        group.create_dataset(name, data=array, chunks=True, fletcher32=True)
-    else:
-        write_array(group, name, array)
+def _put_jpeg(group: h5py.Group, name: str, localizations: Localizations, prefix: str) -> None:
+    """Write one dataset of a group of JPEG images, whose arrays are `prefix`/….
+
+    The JPEG bytes get a checksum, but no second compression. They are written in parts: those of a large dataset do not
+    fit in memory.
+    """
+    size = int(localizations[f"{prefix}/offset"][-1]) if name == "jpeg" else 0
+    if not size:
+        write_array(group, name, localizations[f"{prefix}/{name}"])
+        return
+    target = group.create_dataset(name, (size,), np.uint8, chunks=True, fletcher32=True)
+    start = 0
+    for piece in localizations.pieces(f"{prefix}/{name}"):
+        target[start : start + len(piece)] = piece
+        start += len(piece)
 
 
 def _write_pass_results(groups: Sequence[h5py.Group], layers: Sequence[Layer], pass_result: DatasetPassResult) -> None:
@@ -511,7 +523,7 @@ def _write_examples(group: h5py.Group, i: int, examples: TopExamples, pass_resul
     write_array(group, "examples/maps/range", pass_result.localizations[f"{i}/range"])
     if f"{i}/jpeg" in pass_result.localizations:
         for name in ("offset", "jpeg"):
-            _put_jpeg(hdf5.group(group, "examples/maps"), name, pass_result.localizations[f"{i}/{name}"])
+            _put_jpeg(hdf5.group(group, "examples/maps"), name, pass_result.localizations, str(i))
 
 
 def verify(path: Path, planned: Mapping[str, Sequence[int]]) -> list[tuple[str, str]]:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from pipeline.core.hashing import hash64
 from pipeline.data import image_loading
 from pipeline.data.datasets import Dataset
-from pipeline.examples.quantile_examples import hash64
 from pipeline.images.metrics import appearance
 from pipeline.judges.judge import Judge
 from pipeline.judges.recognition import recognize

@@ -1,6 +1,7 @@
 """Sources of photographs: folders with labels of their own, Parquet and Arrow tables, tar shards."""
 
 import csv
+import dataclasses
 import functools
 import io
 import json
@@ -23,7 +24,7 @@ from PIL import Image
 from pipeline.cli.main import main
 from pipeline.core.errors import AtlasError
 from pipeline.data import datasets, image_formats, image_loading
-from pipeline.data.config import MAX_PIXELS, DataConfig
+from pipeline.data.config import MAX_BYTES, MAX_PIXELS, DataConfig
 from pipeline.data.readers import huggingface, samples
 from pipeline.data.readers.base import DatasetImage
 from pipeline.models.config import Preprocessing
@@ -466,7 +467,8 @@ def test_what_is_too_large_is_refused_before_it_is_read(tmp_path: Path, monkeypa
         good, large = image_loading.load_images(dataset, range(2), RECIPE)
         assert good.array is not None and (large.array, large.reason) == (None, reason), config.source
         assert image_loading.encoded_images(dataset, [1]) == {dataset.images[1].source_path: reason}
-        assert datasets.fingerprint(dataset, RECIPE)[-1] == ["max_bytes", 1000]
+        unlimited = datasets.list_dataset(dataclasses.replace(config, max_bytes=MAX_BYTES))
+        assert datasets.fingerprint(dataset, RECIPE) != datasets.fingerprint(unlimited, RECIPE)
     # A row group is read at once, whatever the sizes of its cells.
     group = DataConfig("huggingface", str(tmp_path / "a.parquet"), max_bytes=100)
     monkeypatch.setattr(huggingface, "image_cells", lambda *_: pytest.fail("the group was read"))

@@ -17,7 +17,7 @@ from pipeline.core.errors import AtlasError
 from pipeline.data import datasets, image_loading
 from pipeline.data.config import DataConfig
 from pipeline.data.datasets import Dataset
-from pipeline.data.readers import base
+from pipeline.data.readers import folder_scan
 from pipeline.data.readers.base import MISSING, DatasetImage
 from pipeline.data.storage_errors import StorageError, names_storage_error
 from pipeline.models.config import Preprocessing
@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_listed_does_not_shrink_the_dataset(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return whole(path)
 
-    monkeypatch.setattr(base.os, "scandir", scandir)
+    monkeypatch.setattr(folder_scan.os, "scandir", scandir)
     with pytest.raises(AtlasError, match=r"more can't be listed, so that images would be missing"):
         datasets.list_dataset(DataConfig("folder", str(folder)))
 

@@ -9,6 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.core.hashing import hash64
+from pipeline.data.datasets import Dataset
+from pipeline.data.readers.base import DatasetImage
 from pipeline.examples import channel_stats, label_association, quantile_examples, topk
 from pipeline.examples.association import Association
 from pipeline.examples.channel_stats import HistogramRange, sparsity
@@ -205,10 +208,12 @@ def test_spectra_are_those_of_plain_python_in_any_order(seed: int, images: int, 
 
 
 def test_the_subset_does_not_depend_on_the_order_of_the_list() -> None:
-    names = [f"a/{i}.jpg" for i in range(500)]
-    drawn = {names[i] for i in quantile_examples.draw_subset(names, 40)}
-    other = names[::-1]
-    assert {other[i] for i in quantile_examples.draw_subset(other, 40)} == drawn and len(drawn) == 40
+    images = [DatasetImage(f"a/{i}.jpg", "", i) for i in range(500)]
+    draws = []
+    for order in (images, images[::-1]):
+        dataset = Dataset(order, {})
+        draws.append([dataset.images[i].path for i in dataset.draw(40)])
+    assert draws[0] == draws[1] == sorted((p.path for p in images), key=lambda p: hash64(p, "subset"))[:40]
 
 
 def grouped(labels: np.ndarray, sources: np.ndarray | None = None) -> LabeledSources:

@@ -27,3 +27,14 @@ def test_the_gpu_bench_measures_both_precisions(tmp_path: Path) -> None:
         assert row["image-steps/s"] > 0 and row["bare, ms"] > 0 and row["channels/h"] > 0
     for precision in ("float32", "bfloat16"):
         assert f"resnet18, {precision}, cpu: 4,800 channels in" in done.stdout
+
+
+@pytest.mark.long
+def test_the_listing_bench_measures_both_times(tmp_path: Path) -> None:
+    asked = ["--images", "60", "--folders", "3", "--out", str(tmp_path), "--parts", "first,second"]
+    command = [sys.executable, str(BENCHES / "listing.py"), *asked]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "images-60").rglob("*.png"))) == 60
+    first, second = (line for line in done.stdout.splitlines() if "fingerprint" in line and "images" in line)
+    assert first == second and first.startswith("  60 images")

@@ -1,25 +1,21 @@
 """Records of listed images, and the search for files that all readers share."""
 
 import dataclasses
-import errno
 import logging
-import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.core.errors import AtlasError
 from pipeline.data import image_formats
 from pipeline.data.config import DataConfig
+from pipeline.data.readers.folder_scan import scan, suffix_of
 from pipeline.data.storage_errors import is_storage_error
 
 log = logging.getLogger(__name__)
 
 # Why an image can't be read if there is no file.
 MISSING = "missing, or a broken link"
-
-# Under this name files without a suffix are counted.
-NO_SUFFIX = "(no suffix)"
 
 # At most so many kinds of skipped files are listed in a message.
 MAX_LISTED_KINDS = 12
@@ -37,6 +33,7 @@ class DatasetImage:
         box: Region of the source image, (left, top, right, bottom) in its pixels; None for the whole image.
         file: File that contains the image, relative to the root; "" if `picture` is the file.
         position: Position in `file`: (offset, bytes) in an archive, (row group, row) in a table, None for a plain file.
+        size: Bytes of the file that contains the image; −1 if it is missing, None if it was not looked up.
     """
 
     path: str
@@ -45,6 +42,7 @@ class DatasetImage:
     box: tuple[int, int, int, int] | None = None
     file: str = ""
     position: tuple[int, int] | None = None
+    size: int | None = None
 
     @property
     def source_path(self) -> str:
@@ -63,7 +61,7 @@ class Listing:
         unreadable: Why images can't be read, by source path, as far as the listing knows.
     """
 
-    photos: tuple[DatasetImage, ...]
+    photos: Sequence[DatasetImage]
     roots: dict[str, str]
     column: str = ""
     unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -75,99 +73,61 @@ class Files:
 
     Attributes:
         root: The folder.
-        paths: Relative POSIX paths, sorted as text: the same order on every file system.
+        sizes: Bytes of each file by relative POSIX path, sorted as text: the same order on every file system.
         skipped: Number of skipped files by suffix.
-        broken: Paths that are links to nothing.
     """
 
     root: Path
-    paths: list[str]
+    sizes: Mapping[str, int]
     skipped: Counter[str]
-    broken: frozenset[str] = frozenset()
 
 
-def list_files(config: DataConfig, suffixes: frozenset[str], detect_by_content: bool = False) -> Files:
-    """List the files below `data.root` that have one of the given suffixes.
+def root_of(config: DataConfig) -> Path:
+    """Return `data.root` as an absolute path.
+
+    Raises:
+        AtlasError: If it is not set.
+    """
+    if not config.root:
+        raise AtlasError(f"data={config.source} needs data.root=<folder>.")
+    root = Path(config.root).expanduser().absolute()
+    if not root.exists():
+        raise AtlasError(f"data.root={config.root}: there is no such folder.")
+    return root
+
+
+def file_test(suffixes: frozenset[str], detect_by_content: bool = False) -> Callable[[str], bool]:
+    """Return a function that says whether a file with a path has one of the given suffixes.
 
     Args:
-        config: Configuration with the root.
         suffixes: Suffixes in lower case, with the dot.
-        detect_by_content: Also list files without a suffix whose first bytes are those of an image.
+        detect_by_content: Also accept files without a suffix whose first bytes are those of an image.
+    """
+
+    def is_listed(path: str) -> bool:
+        suffix = suffix_of(path.rpartition("/")[2])
+        return suffix in suffixes or (detect_by_content and not suffix and _is_image_file(Path(path)))
+
+    return is_listed
+
+
+def list_files(config: DataConfig, suffixes: frozenset[str]) -> Files:
+    """List the files below `data.root` that have one of the given suffixes.
 
     Raises:
         AtlasError: If `data.root` is not set or does not exist, or if a folder below it can't be listed.
     """
-    if not config.root:
-        raise AtlasError(f"data={config.source} needs data.root=<folder>.")
-
-    def is_listed(path: Path) -> bool:
-        suffix = path.suffix.lower()
-        return suffix in suffixes or (detect_by_content and not suffix and _is_image_file(path))
-
-    root = Path(config.root).expanduser().absolute()
-    if root.is_file() and is_listed(root):
-        return Files(root.parent, [root.name], Counter())
+    root, is_listed = root_of(config), file_test(suffixes)
+    if root.is_file() and is_listed(str(root)):
+        return Files(root.parent, {root.name: root.stat().st_size}, Counter())
     if not root.is_dir():
         raise AtlasError(f"data.root={config.root}: there is no such folder.")
-    files: list[Path] = []
-    links: list[Path] = []
+    sizes: dict[str, int] = {}
     skipped: Counter[str] = Counter()
-    for path, is_link in _files_below(root):
-        if is_listed(path):
-            files.append(path.relative_to(root))
-            if is_link:
-                links.append(path)
-        else:
-            skipped[path.suffix.lower() or NO_SUFFIX] += 1
-    broken = frozenset(path.relative_to(root).as_posix() for path in links if _is_broken(path))
-    return Files(root, sorted(path.as_posix() for path in files), skipped, broken)
-
-
-def _files_below(root: Path) -> Iterator[tuple[Path, bool]]:
-    """Yield all files below a folder, also those in linked folders, and whether they are symbolic links.
-
-    Raises:
-        AtlasError: If a folder can't be listed: a part of the dataset would be missing.
-    """
-    pending, visited = [str(root)], set[str]()
-    while pending:
-        folder = pending.pop()
-        # A symbolic link may point to a parent folder: visit each real folder once.
-        real = os.path.realpath(folder)
-        if real in visited:
-            continue
-        visited.add(real)
-        subfolders = []
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if _is_folder(entry):
-                        subfolders.append(entry.path)
-                    else:
-                        yield Path(entry.path), entry.is_symlink()
-        except PermissionError as error:
-            log.warning("%s is left out: %s", folder, error.strerror)
-        except OSError as error:
-            raise AtlasError(f"{folder} can't be listed, so that images would be missing: {error}") from error
-        pending += sorted(subfolders, reverse=True)
-
-
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    try:
-        return entry.is_dir()
-    except OSError as error:  # for example a link that leads to itself
-        if is_storage_error(error):
-            raise
-        return False
-
-
-def _is_broken(link: Path) -> bool:
-    """Return whether a link leads to nothing. Storage that fails says nothing about it."""
-    try:
-        link.stat()
-    except OSError as error:
-        return isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno == errno.ELOOP
-    return False
+    for folder in scan(root, is_listed, {}):
+        sizes |= {folder.prefix + name: size for name, size in zip(folder.names, folder.sizes, strict=True)}
+        skipped.update(folder.skipped)
+    return Files(root, dict(sorted(sizes.items())), skipped)
 
 
 def _is_image_file(path: Path) -> bool:

@@ -1,7 +1,9 @@
 """Hugging Face datasets on disk: Arrow files as `save_to_disk` writes them, Parquet files as the Hub stores them."""
 
+import dataclasses
 import functools
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,17 @@ def list_images(config: DataConfig) -> Listing:
     """
     import pyarrow as pa
 
+    if config.name and not config.root:
+        config = dataclasses.replace(config, root=_snapshot(config))
     listed = list_files(config, frozenset({".parquet", ".arrow"}))
-    root, files = listed.root, listed.paths
+    root, files = listed.root, listed.sizes
+    if config.split:
+        files = {file: size for file, size in files.items() if _is_of_split(file, config.split)}
     if not files:
         raise AtlasError(f"data.root={config.root}: no .parquet or .arrow file there.")
     photos: list[DatasetImage] = []
     image_column = ""
-    for file in files:
+    for file, size in files.items():
         path = str(root / file)
         try:
             schema, groups = _open_table(path)
@@ -42,9 +48,46 @@ def list_images(config: DataConfig) -> Listing:
             values = _read_column(path, group, label_column) if label_column else None
             for i in range(_row_count(path, group)):
                 label = _label_text(values[i].as_py() if values is not None else None, classes)
-                photos.append(DatasetImage(f"{file}#{row}", label, len(photos), file=file, position=(group, i)))
+                image = DatasetImage(f"{file}#{row}", label, len(photos), None, file, (group, i), size)
+                photos.append(image)
                 row += 1
     return Listing(tuple(photos), {"": str(root)}, image_column)
+
+
+def _snapshot(config: DataConfig) -> str:
+    """Return the folder of a dataset of the Hugging Face Hub, downloaded if `data.download`.
+
+    Only tables are downloaded, from the branch in which the Hub keeps each dataset as Parquet: no code of a dataset
+    runs.
+
+    Raises:
+        AtlasError: If the package is missing, or the dataset is not there.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise AtlasError("data.name needs a package: pip install huggingface_hub.") from error
+    name = config.name or ""
+    for revision in ("refs/convert/parquet", None):
+        try:
+            return huggingface_hub.snapshot_download(
+                name,
+                repo_type="dataset",
+                revision=revision,
+                allow_patterns=["*.parquet"],
+                local_files_only=not config.download,
+            )
+        except Exception as error:  # the package raises errors of several libraries
+            failure = error
+    if not config.download:
+        raise AtlasError(f"data.name={name} is not on this machine. With data.download=true it is downloaded.")
+    raise AtlasError(f"data.name={name} can't be downloaded from the Hugging Face Hub: {first_line(failure)}.")
+
+
+def _is_of_split(file: str, split: str) -> bool:
+    """Return whether a table is part of a split, by its name: train-00000-of-00004.parquet, or a folder train."""
+    *folders, name = file.split("/")
+    return split in folders or re.match(rf"{re.escape(split)}[-.]", name) is not None
 
 
 def _find_image_column(schema: Any, path: Path) -> str:

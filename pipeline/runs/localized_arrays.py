@@ -1,0 +1,77 @@
+"""The arrays of the second pass, read from its shards as they are asked for.
+
+They are larger than the memory of the driver may be: the images that are shown of a large dataset take gigabytes.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from pipeline.examples.results import Localizations
+from pipeline.store.shards import Shard
+
+
+class LocalizedArrays(Localizations):
+    """Arrays of the second pass by name, with all parts joined; only those of one layer are in memory at a time.
+
+    Args:
+        parts: Shards of the second pass, in the order of their images.
+
+    Raises:
+        DamagedShardError: From all methods, if a shard can't be read.
+    """
+
+    def __init__(self, parts: Sequence[Shard]) -> None:
+        self._parts = parts
+        self._layer: tuple[str, dict[str, np.ndarray]] = "", {}
+        self._shared: dict[str, dict[str, np.ndarray]] = {}
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        return self._parts[0].names() if self._parts else []
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        if name.endswith("/jpeg"):
+            return np.concatenate(list(self.pieces(name)))
+        return self._group(name.partition("/")[0])[name]
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """Yield the part of an array in each shard."""
+        for shard in self._parts:
+            yield shard.get(name)[name]
+
+    def _group(self, group: str) -> dict[str, np.ndarray]:
+        """Return all small arrays of a layer, or those that all layers share."""
+        if group.isdigit():
+            if self._layer[0] != group:
+                self._layer = "", {}
+                self._layer = group, self._read(group)
+            return self._layer[1]
+        if group not in self._shared:
+            self._shared[group] = self._read(group)
+        return self._shared[group]
+
+    def _read(self, group: str) -> dict[str, np.ndarray]:
+        names = [name for name in self._names if name.startswith(f"{group}/") and not name.endswith("/jpeg")]
+        return joined([shard.get(*names) for shard in self._parts])
+
+
+def joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return the parts of arrays as one; offsets of a part continue where the part before it ended."""
+    result: dict[str, np.ndarray] = {}
+    for name in parts[0] if parts else ():
+        arrays = [part[name] for part in parts]
+        if name.endswith("/offset"):
+            ends = np.cumsum([0, *(a[-1] for a in arrays)])
+            arrays = [arrays[0][:1], *(a[1:] + end for a, end in zip(arrays, ends, strict=False))]
+        result[name] = np.concatenate(arrays)
+    return result
