@@ -14,6 +14,7 @@ from pipeline.site.context.layer_summary import Catalogue, LayerSummary, PresetS
 from pipeline.site.data.js_shards import shard_script, to_json
 from pipeline.site.data.unit_records import columns, labels_of
 from pipeline.site.media.chunks import SUFFIX, choose_showing, image_table
+from pipeline.site.media.map_tiles import CELL_PX, TILE, levels_for
 from pipeline.site.media.size_budget import Sizes
 from pipeline.site.media.sprites import side
 from pipeline.site.output import write
@@ -88,7 +89,8 @@ def write_all(root: Path, inputs: IndexInputs) -> None:
     if inputs.unit_map is not None:
         x, y = inputs.unit_map.places[:, 0].tolist(), inputs.unit_map.places[:, 1].tolist()
         tiny = [rank.tolist() for rank in inputs.ranks]
-        _shard(root, "map", {"method": inputs.unit_map.method, "x": x, "y": y, "tiny": tiny})
+        tiles = {"levels": levels_for(len(x)), "tile": TILE, "cell": CELL_PX}
+        _shard(root, "map", {"method": inputs.unit_map.method, "x": x, "y": y, "tiny": tiny, "tiles": tiles})
 
 
 def _index(inputs: IndexInputs) -> dict[str, Any]:
@@ -102,6 +104,7 @@ def _index(inputs: IndexInputs) -> dict[str, Any]:
         "suffix": SUFFIX[config.format],
         "photo_suffix": SUFFIX[config.photo_format],
         "licence": config.licence,
+        **({"url": config.url} if config.url else {}),
         "images": len(inputs.catalogue.paths),
         "sources": inputs.catalogue.sources,
         "layers": [[f.name, f.slug, f.kind, runs(f.channels), digests[f.name][:8], f.total] for f in inputs.layers],
@@ -197,6 +200,12 @@ def _rendered(rendered: PresetSummary, sizes: Sizes) -> dict[str, Any]:
         "stored": [rendered.height, rendered.width],
         "masked": rendered.masked,
         "path": list(rendered.path_layers),
+        "display": rendered.display
+        and {
+            "digest": rendered.display.digest,
+            "size": [rendered.display.width, rendered.display.height],
+            "channels": rendered.display.channels,
+        },
     }
 
 

@@ -416,6 +416,7 @@ window.ATLAS = (function () {
     });
     const box = find("#search");
     document.addEventListener("keydown", (event) => {
+      if (html.dataset.page === "embed") return;
       const typing = event.target.closest && event.target.closest("input:not([type=range]):not([type=radio]), select, textarea, dialog, pre");
       // On many keyboards [ and ] need AltGr, which Windows reports as Ctrl and Alt together.
       const graph = event.getModifierState("AltGraph");
