@@ -1,6 +1,7 @@
 """Build a site: plan it, reuse unchanged layers of the previous build, and write all files."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pipeline.site.context.home import Home
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, shown_lists, summarize
 from pipeline.site.context.wall import choose as choose_wall
 from pipeline.site.data import api, search_index
+from pipeline.site.data.class_index import PER_SHARD
 from pipeline.site.data.js_shards import to_json
 from pipeline.site.hosting import hosts
 from pipeline.site.layout import embedding
@@ -269,6 +271,7 @@ def _inventory(atlas: Atlas, summary: AtlasSummary, config: SiteConfig) -> Inven
     other_files = 40 + 5 * layers + len(summary.families) + extent.files(layers, summary.units)
     displays = [r.display for facts in summary.layers for r in facts.rendered if r.display is not None]
     other_files += sum(len(display.channels) for display in displays) + map_tiles.files_for(summary.units)
+    other_files += math.ceil((len(summary.catalogue.classes) + len(summary.catalogue.names)) / PER_SHARD)
     pixels = sum(len(display.channels) * display.height * display.width for display in displays)
     other_bytes = extent.bytes(layers, summary.units) + copied_bytes(atlas, config) + int(DISPLAY_BYTES * pixels)
     images = len(summary.used_images) if any_whole else 0
@@ -404,7 +407,7 @@ def _write_pages(context: BuildContext) -> None:
         digests=digests,
         reused=context.reused,
     )
-    search_index.write_all(root, inputs)
+    classes = search_index.write_all(root, inputs)
     wall = choose_wall(atlas, layers, SUFFIX[config.format])
     context.sharing.write_wall(wall, context.sizes.quality)
     home = Home.of(atlas, config, layers, summary.catalogue, wall)
@@ -417,7 +420,7 @@ def _write_pages(context: BuildContext) -> None:
         before = layers[i - 1] if i > 0 else None
         after = layers[i + 1] if i + 1 < len(layers) else None
         pages.write_layer(home, facts, before, after, context.sizes)
-    pages.write_others(home, context.map is not None)
+    pages.write_others(home, context.map is not None, classes)
     if context.sharing.extent.pages:
         for facts in layers:
             for text in context.sharing.texts(facts, summary.catalogue):

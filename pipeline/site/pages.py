@@ -32,6 +32,7 @@ HERE = Path(__file__).parent
 STATIC = (
     *("atlas.css", "icon.svg", "icon.png", "theme.js", "core.js", "layer.js", "map.js", "missing.js", "share.js"),
     *("magnifier.js", "pixels.js", "lightbox.js", "listing.js", "units.js", "unit.js", "pinned.js", "embed.js"),
+    "class.js",
 )
 
 
@@ -83,8 +84,10 @@ class Pages:
             "layer.html", facts.href, home=home, facts=facts, before=before, after=after, sheets=sheets, card=card
         )
 
-    def write_others(self, home: Home, mapped: bool) -> None:
-        """Write all other pages; `mapped` is whether the atlas has a map."""
+    def write_others(self, home: Home, mapped: bool, classes: int) -> None:
+        """Write all other pages; `mapped` is whether the atlas has a map, `classes` the number of its classes."""
+        if classes:
+            self._render_page("class.html", "class.html", home=home)
         self._render_page("index.html", "index.html", home=home)
         self._render_page("unit.html", "unit.html", home=home)
         self._render_page("pinned.html", "pinned.html", home=home)

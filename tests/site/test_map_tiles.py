@@ -57,4 +57,4 @@ def test_tiles_without_a_changed_unit_are_kept(tmp_path, monkeypatch: MonkeyPatc
 
 
 def test_a_map_with_room_for_all_units_has_no_tiles(tmp_path):
-    assert map_tiles.files_for(map_tiles.MANY) == 0 and map_tiles.files_for(map_tiles.MANY + 1) == 21
+    assert map_tiles.files_for(map_tiles.MANY) == 0 and map_tiles.files_for(map_tiles.MANY + 1) == 6

@@ -5,6 +5,7 @@ find it by the same rule. A tile is a sheet of the cells of `TILE` × `TILE` nei
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from pipeline.site.output import write
 # The page shows an image of each unit in view, in the sheets of its layer, up to this number.
 MANY = 1500
 LEVELS = (4, 5, 6)
-TILE = 16
+TILE = 32
 # Side of a cell in pixels.
 CELL_PX = 32
 FOLDER = "media/map"
@@ -34,7 +35,7 @@ def levels_for(units: int) -> tuple[int, ...]:
 
 def files_for(units: int) -> int:
     """Return the largest number of tiles of a map."""
-    return sum((2**level // TILE) ** 2 for level in levels_for(units))
+    return sum(math.ceil(2**level / TILE) ** 2 for level in levels_for(units))
 
 
 def chosen_units(places: np.ndarray, level: int) -> dict[tuple[int, int], int]:
@@ -105,7 +106,8 @@ def write_tiles(
             if known.get(name) == digests[name] and (target / name).is_file():
                 write(images.root, name, (target / name).read_bytes())
                 continue
-            image = Image.new("RGB", (TILE * CELL_PX, TILE * CELL_PX), GREY)
+            side_px = min(TILE, 2**level) * CELL_PX
+            image = Image.new("RGB", (side_px, side_px), GREY)
             for column, row, unit in cells:
                 image.paste(_small(images, unit, sheets), (column * CELL_PX, row * CELL_PX))
             write(images.root, name, encode(image, kind, quality))

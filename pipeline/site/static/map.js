@@ -7,12 +7,11 @@
   const tip = find("#map-tip");
   const context = canvas.getContext("2d");
   const WHOLE = 4095;
-  const MANY = 1500; // up to this number of units in view, each has an image of its own
   // The middle of matplotlib's viridis: even steps of lightness, which readers with any color vision can tell apart.
   const SCALE = [[71, 44, 122], [59, 81, 139], [44, 113, 142], [33, 144, 141], [39, 173, 129], [92, 200, 99], [170, 220, 50]];
   const sheets = new Map();
   let points = [];
-  let tiles = { levels: [] };
+  let tiles = { levels: [], many: 1500 }; // up to `many` units in view, each has an image of its own
   const grids = new Map();
   let reps = []; // what the images of tiles show, and where
   let view = null;
@@ -143,7 +142,7 @@
     const level = tiles.levels.filter((l) => sideOf(l) >= LEAST).pop() ?? tiles.levels[0];
     const side = sideOf(level);
     let shown = 0;
-    reps = [];
+    canvas.dataset.level = level;
     for (const { p, column, row } of gridOf(level)) {
       const [x, y] = [column * side - view.x * view.scale, row * side - view.y * view.scale];
       if (x < -side || y < -side || x > w || y > h) continue;
@@ -186,9 +185,11 @@
     const taken = new Set();
     let shown = 0;
     // A single layer has few sheets.
-    const few = near.length <= MANY || only !== null;
+    const few = near.length <= tiles.many || only !== null;
     reps = [];
-    if (!few && tiles.levels.length) shown = paintTiles(w, h);
+    const tiled = few || !tiles.levels.length ? 0 : paintTiles(w, h);
+    shown += tiled;
+    canvas.dataset.tiled = tiled;
     const order = dim ? near.filter((p) => hits.has(p)).slice(0, 400).concat(few ? near : []) : few ? near : [];
     for (const p of order) {
       const place = Math.floor(p.px / side) + "," + Math.floor(p.py / side);

@@ -563,7 +563,7 @@
         make("nav", { class: "neighbours", "aria-label": "Units" }, step(before, (channel) => "← " + channel), make("a", { href: root + "layers/" + unit.layer.slug + ".html" + (address && "#" + address), text: unit.layer.name }), step(after, (channel) => channel + " →")),
         words ? make("p", { class: "note listed" }, words, ". ", make("a", { href: "#" + fragmentOf(unit), text: "All units in the order of channels" })) : null,
         make("h1", { class: "layer" }, make("span", { text: unit.layer.name + ":" }), String(unit.channel)),
-        make("p", { class: "subtitle" }, word ? make("span", { class: "class", text: word }) : "", " ", tags,
+        make("p", { class: "subtitle" }, !word ? "" : unit.record.class ? make("a", { class: "class", href: root + "class.html#" + encodeURIComponent(word), text: word }) : make("span", { class: "class", text: word }), " ", tags,
           failed.map((rendered) => make("strong", { class: "flag", text: (unit.facts.rendered.length > 1 ? rendered.title + " " : "") + "failed" })), (unit.record.stats || {}).inactive ? make("span", { class: "flag quiet", text: "never above zero" }) : ""),
         actions),
       kernel(unit),
