@@ -29,7 +29,9 @@ def folder(tmp_path_factory) -> Path:
     with h5py.File(path, "r+") as file:
         layer = file["layers/blocks.1.conv"]
         assert isinstance(layer, h5py.Group)
-        main = min(layer["render"].values(), key=lambda group: group.attrs["order"])
+        rendered = layer["render"]
+        assert isinstance(rendered, h5py.Group)
+        main = min(rendered.values(), key=lambda group: group.attrs["order"])
         target = layer.create_group("render/larger")
         target.attrs.update(dict(main.attrs) | {"preset": "larger", "order": 9, "digest": "5e" * 32})
         target.attrs["display_of"] = main.attrs["preset"]
@@ -59,6 +61,7 @@ def test_a_class_has_its_unit_and_the_units_that_belong_to_it(visit, base, folde
         number = list(atlas.dataset_labels).index("goldfish")
         for layer in atlas:
             labels = layer.labels()
+            assert labels is not None
             rows = np.flatnonzero(labels.best == number)
             expected = [str(layer.channels[row]) for row in rows[np.argsort(-labels.auroc[rows], kind="stable")]]
             section = page.locator(".class-layer").filter(has=page.get_by_role("link", name=layer.name, exact=True))
@@ -114,8 +117,8 @@ def test_a_unit_is_shown_in_a_frame_of_a_page_of_another_host(browser, base, fol
         assert frame.locator("h1 a").inner_text() == UNIT
         assert frame.locator(".visualization .pic").count() == 1
         with open_atlas(folder / "somewhere/below/atlas.h5") as atlas:
-            best = atlas["blocks.1.conv"].examples("max").index[1, :4]
-        assert frame.locator(".example").count() == (best >= 0).sum()
+            best = atlas["blocks.1.conv"].examples("max")
+        assert best is not None and frame.locator(".example").count() == (best.index[1, :4] >= 0).sum()
         assert not frame.locator(".bar, footer").filter(visible=True).count()
         with page.expect_popup() as opened:
             frame.locator("h1 a").click()
