@@ -41,6 +41,8 @@ def request_of(composed: DictConfig) -> Request:
     for optional in ("also", "judges"):
         if not tree.get(optional):
             tree.pop(optional, None)
+    if not (tree.get("display") or {}).get("units"):
+        tree.pop("display", None)
     judges = tree.get("judges")
     for network in (tree.get("model"), *(judges.values() if isinstance(judges, dict) else ())):
         _name_custom(network)

@@ -47,9 +47,10 @@ def print_plan(plan: Plan) -> None:
     output.print(table)
     for kind, part in main.groupby("kind", sort=False):
         output.print(f"{kind}: {len(part)} layers, {part['channels'].sum():,} channels, {part['units'].sum():,} units")
-    for preset in plan.config.presets if plan.config.also else ():
-        count, seconds = plan.units * preset.variants, clock(preset_seconds[preset.name])
-        output.print(f"{preset.name}: {count:,} visualizations, {seconds}")
+    presets = plan.config.rendered_presets
+    for preset in presets if len(presets) > 1 else ():
+        count = sum(len(row.channels) for row in plan.rows if row.preset == preset.name) * preset.variants
+        output.print(f"{preset.name}: {count:,} visualizations, {clock(preset_seconds[preset.name])}")
     objectives = dict.fromkeys(str(row["objective"]) for row in rows if row["objective"])
     for objective in objectives if len(objectives) > 1 else ():
         names = list(dict.fromkeys(str(row["layer"]) for row in rows if row["objective"] == objective))

@@ -5,6 +5,7 @@ work. Nothing below this module ever sees Hydra's own types.
 """
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,11 @@ from pipeline.site.config import SiteConfig
 from pipeline.store.remote import local_root
 from pipeline.visualization.network_perturbations import Ensemble
 from pipeline.visualization.preset import Preset
+
+# Preset names of display images end with this.
+DISPLAY_SUFFIX = "-display"
+# `engine.batch` is for canvases of about this area; those of display images are larger.
+USUAL_AREA = 224**2
 
 AUTO_OR_POSITIVE = Use("auto or a number above 0")
 
@@ -108,6 +114,21 @@ class EngineConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DisplayConfig:
+    """Display images: units that the main preset visualizes once more on a larger canvas, for the site only.
+
+    Attributes:
+        units: The units, as layer:channel; "all"; or "wall", those on the home page of the atlas in the run folder.
+        size: Longer side of a display image in pixels.
+    """
+
+    units: Annotated[
+        tuple[str, ...] | Literal["all", "wall"] | None, Use("all, wall, a list [layer:channel,…], or null")
+    ] = None
+    size: Annotated[int, Field(ge=64, le=2048)] = 512
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """The configuration of a run.
 
@@ -125,6 +146,7 @@ class Config:
         base: Folder of a run whose results are reused.
         units: Table of units that replaces the selection of layers and channels.
         only: Condition on the visualizations of the base run that selects units.
+        display: Display images.
     """
 
     run: RunConfig
@@ -140,15 +162,33 @@ class Config:
     base: str | None = None
     units: str | None = None
     only: str | None = None
+    display: DisplayConfig = DisplayConfig()
 
     @property
     def presets(self) -> tuple[Preset, ...]:
-        """All presets of the run, the main one first. Their names are unique."""
+        """All presets whose visualizations are measured, the main one first. Their names are unique."""
         return (self.render, *self.also)
+
+    @property
+    def display_preset(self) -> Preset | None:
+        """The main preset under another name, for display images; None if there are none.
+
+        Only the first variant is made, unless the variants influence each other.
+        """
+        if not self.display.units:
+            return None
+        variants = self.render.variants if self.render.couplings else 1
+        return dataclasses.replace(self.render, name=self.render.name + DISPLAY_SUFFIX, variants=variants)
+
+    @property
+    def rendered_presets(self) -> tuple[Preset, ...]:
+        """All presets, with that of display images as the last."""
+        display = self.display_preset
+        return self.presets if display is None else (*self.presets, display)
 
     def preset(self, name: str) -> Preset:
         """Return the preset called `name`."""
-        return next(preset for preset in self.presets if preset.name == name)
+        return next(preset for preset in self.rendered_presets if preset.name == name)
 
     def preset_for(self, name: str, layer: Layer) -> Preset:
         """Return the preset called `name` with the objective that it has for `layer`."""
@@ -156,7 +196,11 @@ class Config:
 
     def channels_per_batch(self, preset: Preset) -> int:
         """Return the number of channels that are optimized together: all variants of a channel are in one batch."""
-        return max(1, self.engine.batch // preset.variants)
+        batch = self.engine.batch
+        display = self.display_preset
+        if display is not None and preset.name == display.name:
+            batch = math.ceil(batch * min(1.0, USUAL_AREA / self.display.size**2))
+        return max(1, batch // preset.variants)
 
     @property
     def root(self) -> Path:
@@ -175,8 +219,8 @@ class Config:
 
 
 # Sections that a run folder may change between commands. Device and precision are in the digests of visualizations;
-# judges change no other result, and the identity of an atlas contains what they add.
-FREE_SECTIONS = ("engine", "site", "run", "base", "judges")
+# judges and display images change no other result, and the identity of an atlas contains what they add.
+FREE_SECTIONS = ("engine", "site", "run", "base", "judges", "display")
 
 
 def from_tree(tree: Mapping[str, Any]) -> Config:
@@ -186,7 +230,7 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
         AtlasError: If a key is unknown or missing, a value invalid, or settings contradict each other.
     """
     config = build(Config, tree)
-    twice = [name for name, count in Counter(preset.name for preset in config.presets).items() if count > 1]
+    twice = [name for name, count in Counter(preset.name for preset in config.rendered_presets).items() if count > 1]
     if twice:
         raise AtlasError(f"Two presets of this run are called {twice[0]!r}: give one another name, also.KEY.name=…")
     name = config.run.name

@@ -21,6 +21,9 @@ from pipeline.core.errors import AtlasError, first_line
 
 T = TypeVar("T")
 
+# The start of a URL, as a regular expression.
+URL_START = r"[A-Za-z][A-Za-z0-9+.-]*://"
+
 # The path that stands for a file of the package.
 PACKAGED = "default"
 
@@ -184,4 +187,4 @@ def load_config_files(config: T, where: str, packaged: str | None = None) -> T:
 
 def is_url(path: str) -> bool:
     """Return whether a path is a URL (scheme://…) and not a path of this machine."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
+    return re.match(URL_START, path) is not None

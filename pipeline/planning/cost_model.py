@@ -112,6 +112,7 @@ class PlanRow:
         seconds: Estimated seconds of one worker for all channels; `Plan.span` divides them among the workers.
         preset: Name of the preset.
         spread: Ends of the range of the estimate, as multiples of `seconds`.
+        display: Whether these are display images.
     """
 
     layer: Layer
@@ -120,6 +121,7 @@ class PlanRow:
     seconds: float
     preset: str
     spread: tuple[float, float] = (1.0, 1.0)
+    display: bool = False
 
     def cost(self, count: int) -> float:
         """Return the seconds of one worker for `count` of the channels."""
@@ -210,13 +212,13 @@ def estimate(
     Returns:
         The rows, in their order, and the timings that belong to no row.
     """
-    steps = {preset.name: preset.variants * preset.steps for preset in config.presets}
+    steps = {preset.name: preset.variants * preset.steps for preset in config.rendered_presets}
     passes = images + STEP_TO_FORWARD * sum(len(row.channels) * steps[row.preset] for row in rows)
     forward_seconds, forward = _time_forward(variants.folded, chosen, passes)
     networks = _Networks(variants.folded, variants.steps, others, forward_seconds, normalizations or {})
     timed: dict[tuple[str, str], PlanRow] = {}
     warm_ups: list[float] = []
-    for preset in config.presets:
+    for preset in config.rendered_presets:
         preset_rows = [row for row in rows if row.preset == preset.name]
         if preset_rows:
             timed_rows, warm_up = _time_preset(networks, preset_rows, preset)

@@ -210,6 +210,8 @@ class Plan:
 
     def _judged_as(self, row: PlanRow) -> Kind | None:
         """Return which measure of judges applies to the visualizations of a row."""
+        if row.display:
+            return None
         kind = judged_as(self.config.preset_for(row.preset, row.layer), row.layer.name in self.class_layers)
         enough = min(self.config.examples.subset, len(self.setup.dataset.images)) >= MIN_IMAGES
         return kind if kind != "unit" or enough else None

@@ -35,8 +35,14 @@ from pipeline.planning.manifest import network_digest
 from pipeline.planning.overheads import Overheads, Stopwatch, process_start
 from pipeline.planning.plan import Plan, RemainingWork, Unrendered
 from pipeline.planning.preset_inputs import with_files, with_penalty_layers
-from pipeline.planning.unit_selection import Units, select_units
-from pipeline.planning.validation import channels_to_render, choose_canvas_sizes, validate_request, with_labels
+from pipeline.planning.unit_selection import Units, display_units, select_units
+from pipeline.planning.validation import (
+    channels_to_render,
+    choose_canvas_sizes,
+    display_sizes,
+    validate_request,
+    with_labels,
+)
 from pipeline.visualization.network_penalties import NaturalDeviations, Normalization, normalizations_before
 
 log = logging.getLogger(__name__)
@@ -262,6 +268,7 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
         for layer in chosen.rendered:
             numbers = channels[layer.name]
             rows.append(PlanRow(layer, numbers, sizes[layer.name], len(numbers), preset.name))
+    rows += _display_rows(config, model, rows[: len(chosen.rendered)])
     setup = Setup(config, model.digest, chosen.layers, inputs.dataset, pool.threads, pool.device, chosen.others)
     setup = execution.on_device(dataclasses.replace(setup, depths=chosen.depths), pool.device)
     if any(preset.needs_dataset_pass for preset in config.presets):
@@ -289,6 +296,23 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
         ),
         network_layers=chosen.candidates,
     )
+
+
+def _display_rows(config: Config, model: Model, measured: Sequence[PlanRow]) -> list[PlanRow]:
+    """Return the rows of display images, given those of the main preset."""
+    preset = config.display_preset
+    if preset is None:
+        return []
+    channels = display_units(config, {row.layer.name: row.channels for row in measured})
+    sizes = display_sizes(model, {row.layer.name: row.canvas for row in measured if channels[row.layer.name]}, config)
+    rows = []
+    for row in measured:
+        numbers, name = channels[row.layer.name], row.layer.name
+        if numbers and max(row.canvas) >= config.display.size:
+            log.info("%s has no display images: its visualizations have %d x %d pixels", name, *row.canvas)
+        elif numbers:
+            rows.append(PlanRow(row.layer, numbers, sizes[name], len(numbers), preset.name, display=True))
+    return rows
 
 
 def _natural_deviations(inputs: _Inputs, layers: Sequence[Layer], network: str) -> NaturalDeviations:

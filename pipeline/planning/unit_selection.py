@@ -3,18 +3,21 @@
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from pipeline.config.schema import Config
 from pipeline.config.unit_filter import UnitFilter
 from pipeline.core import metric_specs
 from pipeline.core.config_files import decode_text
 from pipeline.core.errors import AtlasError, first_line, nearest_names
 from pipeline.core.units import Unit
 from pipeline.layers.finding import Layer
+from pipeline.site.context.layer_summary import Catalogue, summarize
+from pipeline.site.context.wall import choose
 from pipeline.store.layer_view import LayerView
 from pipeline.store.reader import Atlas, open_atlas
 
@@ -190,3 +193,41 @@ def best_activation_ratio(layer: LayerView, preset: str) -> np.ndarray:
     known = [numbers[name] for name in metric_specs.MAIN_METRICS if name in numbers]
     ratio = known[0] if known else np.full(numbers["activation"].shape, np.nan, np.float32)
     return np.where(np.isfinite(numbers["activation"]), ratio, -np.inf).max(1)
+
+
+def display_units(config: Config, channels: Mapping[str, tuple[int, ...]]) -> Units:
+    """Return the channels of each layer that get display images, as `display.units` chooses them.
+
+    Args:
+        config: The configuration of the run.
+        channels: Channels of each layer that the main preset visualizes.
+
+    Raises:
+        AtlasError: If a unit is not among them, or the units of the home page are not known yet.
+    """
+    asked = config.display.units
+    if asked == "all":
+        return dict(channels)
+    names = _wall_units(config.folder) if asked == "wall" else asked or ()
+    units = [Unit.parse(name) for name in names]
+    if asked != "wall":
+        for unit in units:
+            if unit.channel not in channels.get(unit.layer, ()):
+                raise AtlasError(
+                    f"display.units: {unit} is not among the units that this run visualizes. "
+                    f"{nearest_names(unit.layer, channels)}"
+                )
+    return {layer: tuple(c for c in numbers if Unit(layer, c) in units) for layer, numbers in channels.items()}
+
+
+def _wall_units(folder: Path) -> list[str]:
+    """Return the units on the home page of the atlas in a run folder."""
+    if not (folder / "atlas.h5").is_file():
+        raise AtlasError(
+            f"display.units=wall: {folder} has no atlas.h5 yet, whose measures choose these units. Run without it "
+            "first, then `atlas run` with it: only the display images are made then."
+        )
+    with open_atlas(folder) as atlas:
+        classes = Catalogue.of(atlas).classes
+        layers = [summarize(layer, order, classes) for order, layer in enumerate(atlas)]
+        return [unit.name for unit in choose(atlas, layers, "").units]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -164,6 +164,33 @@ def choose_canvas_sizes(model: Model, chosen: Sequence[Layer], preset: Preset) -
             first_line(error),
         )
         return dict.fromkeys(sizes, input_size)
+    return sizes
+
+
+def display_sizes(model: Model, measured: Mapping[str, Size], config: Config) -> dict[str, Size]:
+    """Return the canvas size (height, width) of the display images of each layer.
+
+    It has the aspect ratio of the measured visualizations, and `display.size` as its longer side.
+
+    Args:
+        model: The network.
+        measured: Canvas size of the measured visualizations of each layer.
+        config: The configuration of the run.
+
+    Raises:
+        AtlasError: If the network does not accept images of such a size.
+    """
+    longest = config.display.size
+    sizes = {
+        name: (round(h * longest / max(h, w)), round(w * longest / max(h, w))) for name, (h, w) in measured.items()
+    }
+    for size in sorted(set(sizes.values())):
+        error = _size_error(model, size)
+        if error is not None:
+            raise AtlasError(
+                f"display.size={longest}: {model.name} does not accept images of {size[0]} x {size[1]} pixels "
+                f"({first_line(error)}). Use display.units=null, or a size that it accepts."
+            ) from error
     return sizes
 
 

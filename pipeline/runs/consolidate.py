@@ -151,6 +151,7 @@ def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, 
         depths=[depth.name for depth in plan.setup.depths],
         network_layers=plan.network_layers,
         dataset_pass=artifacts.dataset_pass.digest if result else "",
+        displays={row.preset: config.render.name for row in plan.rows if row.display},
     )
 
 

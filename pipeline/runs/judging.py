@@ -113,6 +113,8 @@ class _JudgePass:
 
         Hidden units need the activations of the dataset pass.
         """
+        if row.display:
+            return None
         preset = self._plan.config.preset_for(row.preset, row.layer)
         kind = judged_as(preset, row.layer.name in self._plan.class_layers)
         return kind if kind != "unit" or (self._dataset_pass.complete and self._enough_images) else None

@@ -369,7 +369,7 @@ class _Session:
 
     def _with_dataset_results(self, tasks: list[RenderTask]) -> list[RenderTask]:
         """Return the tasks with what their visualizations need of the dataset pass, from atlas.h5."""
-        presets = {preset.name: preset for preset in self.plan.config.presets if preset.needs_dataset_pass}
+        presets = {preset.name: preset for preset in self.plan.config.rendered_presets if preset.needs_dataset_pass}
         if not any(task.preset in presets for task in tasks):
             return tasks
         with open_atlas(self.plan.config.folder) as atlas:

@@ -1,6 +1,7 @@
 """Build a site: plan it, reuse unchanged layers of the previous build, and write all files."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from pipeline.site.context.home import Home
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, shown_lists, summarize
 from pipeline.site.context.wall import choose as choose_wall
 from pipeline.site.data import api, search_index
+from pipeline.site.data.class_index import PER_SHARD
 from pipeline.site.data.js_shards import to_json
 from pipeline.site.hosting import hosts
 from pipeline.site.layout import embedding
+from pipeline.site.media import map_tiles
 from pipeline.site.media.cards import TILES
 from pipeline.site.media.chunks import STRIP_PX, SUFFIX, Chunk, ChunkResult, choose_showing, chunks_of, image_table
 from pipeline.site.media.size_budget import Inventory, Sizes, choose, encode
@@ -34,6 +37,8 @@ REUSED_FOLDERS = ("media/{slug}", "data/{slug}")
 CARD_FOLDER = "cards/{slug}"
 # Settings that affect no layer's files.
 SETTINGS_OUTSIDE_LAYERS = ("title", "author", "url", "atlas_url", "copy_atlas", "families", "aliases", "workers")
+# Bytes of a display image for each pixel, about; larger images compress better than those of units' sheets.
+DISPLAY_BYTES = 0.4
 # The smallest images and the strip are encoded at this much lower quality.
 QUALITY_STEP = 8
 
@@ -191,7 +196,7 @@ def build_site(
             # Pages and indices need no image, so they are written while the pool encodes images.
             _write_pages(context)
             _collect_layers(context, pool, progress)
-        _write_state(context, inventory)
+        _write_state(context, inventory, _write_map_tiles(context))
         report = hosts.weighed(root)
     pictures = sum(facts.pictures for facts in summary.layers)
     return SiteReport(report, len(summary.layers), summary.units, pictures, rebuilt_units, sizes.level)
@@ -264,7 +269,11 @@ def _inventory(atlas: Atlas, summary: AtlasSummary, config: SiteConfig) -> Inven
         heat_maps.append(layer.heat_maps() is not None and config.licence != "ids")
     extent, layers = Extent.of(config, summary.units), len(summary.layers)
     other_files = 40 + 5 * layers + len(summary.families) + extent.files(layers, summary.units)
-    other_bytes = extent.bytes(layers, summary.units) + copied_bytes(atlas, config)
+    displays = [r.display for facts in summary.layers for r in facts.rendered if r.display is not None]
+    other_files += sum(len(display.channels) for display in displays) + map_tiles.files_for(summary.units)
+    other_files += math.ceil((len(summary.catalogue.classes) + len(summary.catalogue.names)) / PER_SHARD)
+    pixels = sum(len(display.channels) * display.height * display.width for display in displays)
+    other_bytes = extent.bytes(layers, summary.units) + copied_bytes(atlas, config) + int(DISPLAY_BYTES * pixels)
     images = len(summary.used_images) if any_whole else 0
     return Inventory(summary.layers, crops, heat_maps, images, other_files, other_bytes)
 
@@ -398,7 +407,7 @@ def _write_pages(context: BuildContext) -> None:
         digests=digests,
         reused=context.reused,
     )
-    search_index.write_all(root, inputs)
+    classes = search_index.write_all(root, inputs)
     wall = choose_wall(atlas, layers, SUFFIX[config.format])
     context.sharing.write_wall(wall, context.sizes.quality)
     home = Home.of(atlas, config, layers, summary.catalogue, wall)
@@ -411,7 +420,7 @@ def _write_pages(context: BuildContext) -> None:
         before = layers[i - 1] if i > 0 else None
         after = layers[i + 1] if i + 1 < len(layers) else None
         pages.write_layer(home, facts, before, after, context.sizes)
-    pages.write_others(home, context.map is not None)
+    pages.write_others(home, context.map is not None, classes)
     if context.sharing.extent.pages:
         for facts in layers:
             for text in context.sharing.texts(facts, summary.catalogue):
@@ -466,13 +475,32 @@ def _finish_layer(context: BuildContext, facts: LayerSummary, results: Sequence[
     write(root, f"{media}/strip.{suffix}", encode(image, config.format, quality))
 
 
-def _write_state(context: BuildContext, inventory: Inventory) -> None:
+def _write_map_tiles(context: BuildContext) -> dict[str, str]:
+    """Write the tiles of the map, when the small images of all layers are there; return their digests by file."""
+    if context.map is None or not map_tiles.levels_for(len(context.map.places)):
+        return {}
+    sizes, config, suffix = context.sizes, context.config, SUFFIX[context.config.format]
+    sources, cells, digests = [], [], []
+    for facts, ranks in zip(context.summary.layers, context.ranks, strict=True):
+        for rank in ranks.tolist():
+            cell = rank % sizes.per_tiny
+            sources.append(f"media/{facts.slug}/b{rank - cell}.{suffix}")
+            cells.append(cell)
+        digests += [context.digests[facts.name]] * len(ranks)
+    images = map_tiles.MapImages(context.root, sources, cells, sizes.per_tiny, sizes.tiny_px, digests)
+    before = context.target, context.previous.get("tiles", {})
+    quality = max(1, sizes.quality - QUALITY_STEP)
+    return map_tiles.write_tiles(images, context.map.places, before, config.format, quality)
+
+
+def _write_state(context: BuildContext, inventory: Inventory, tiles: Mapping[str, str]) -> None:
     """Write what the next build compares itself with."""
     state = {
         "layers": context.digests,
         "photos": _images_digest(context),
         "fits": [_inventory_digest(inventory, context.config), dataclasses.asdict(context.sizes)],
         "map": context.map and context.map.state(),
+        "tiles": tiles,
     }
     write(context.root, BUILT, to_json(state))
 

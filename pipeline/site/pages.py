@@ -31,7 +31,8 @@ from pipeline.site.sharing import structured_data
 HERE = Path(__file__).parent
 STATIC = (
     *("atlas.css", "icon.svg", "icon.png", "theme.js", "core.js", "layer.js", "map.js", "missing.js", "share.js"),
-    *("magnifier.js", "pixels.js", "lightbox.js", "listing.js", "units.js", "unit.js", "pinned.js"),
+    *("magnifier.js", "pixels.js", "lightbox.js", "listing.js", "units.js", "unit.js", "pinned.js", "embed.js"),
+    "class.js",
 )
 
 
@@ -83,11 +84,14 @@ class Pages:
             "layer.html", facts.href, home=home, facts=facts, before=before, after=after, sheets=sheets, card=card
         )
 
-    def write_others(self, home: Home, mapped: bool) -> None:
-        """Write all other pages; `mapped` is whether the atlas has a map."""
+    def write_others(self, home: Home, mapped: bool, classes: int) -> None:
+        """Write all other pages; `mapped` is whether the atlas has a map, `classes` the number of its classes."""
+        if classes:
+            self._render_page("class.html", "class.html", home=home)
         self._render_page("index.html", "index.html", home=home)
         self._render_page("unit.html", "unit.html", home=home)
         self._render_page("pinned.html", "pinned.html", home=home)
+        self._render_page("embed.html", "embed.html", home=home)
         self._render_page("map.html", "map.html", home=home, mapped=mapped)
         self._render_page("method.html", "method.html", home=home)
         self._render_page("families.html", "families.html", home=home)
@@ -107,7 +111,7 @@ class Pages:
         """Write a page with the head that all pages share."""
         self._render(template, to, root="../" * to.count("/"), address=to, **context)
         # These pages show nothing without the names of units.
-        if to not in ("unit.html", "pinned.html"):
+        if to not in ("unit.html", "pinned.html", "embed.html"):
             self.addresses.append(to)
 
     def _render(self, template: str, to: str, **context: Any) -> None:

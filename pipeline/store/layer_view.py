@@ -23,6 +23,8 @@ from pipeline.images.opacity import with_opacity
 from pipeline.judges.judgement import NUMBERS, Judgement, Kind
 from pipeline.store import hdf5
 
+# Attribute of a group `render/<preset>` of display images: the preset whose visualizations they show larger.
+DISPLAY_OF = "display_of"
 # Members of a group `render/<preset>` that are not measurements of single images.
 PATH_CURVES = ("path_curve", "path_curve_natural", "path_curve_random")
 NOT_MEASUREMENTS = ("images", "images_sha256", "mask", "response", "judges", "budget_value", "path_means", *PATH_CURVES)
@@ -253,8 +255,17 @@ class LayerView:
 
     @property
     def presets(self) -> tuple[str, ...]:
-        """Presets with feature visualizations of this layer, the run's main preset first."""
-        return tuple(self._renders)
+        """Presets with feature visualizations of this layer, the run's main preset first; without `displays`."""
+        return tuple(name for name, group in self._renders.items() if DISPLAY_OF not in group.attrs)
+
+    @property
+    def displays(self) -> dict[str, str]:
+        """Names under which `images` has display images, by the preset that they show on a larger canvas.
+
+        They exist for chosen units; those of all others have the status "missing".
+        """
+        found = ((group.attrs.get(DISPLAY_OF), name) for name, group in self._renders.items())
+        return {of: name for of, name in found if isinstance(of, str)}
 
     @functools.cached_property
     def _renders(self) -> dict[str, h5py.Group]:
@@ -673,7 +684,7 @@ class LayerView:
         if not self._renders:
             raise AtlasError(f"{self.name} has no feature visualizations; `atlas render` makes them.")
         if preset is None:
-            return next(iter(self._renders.values()))
+            preset = next(iter(self.presets or self._renders))
         if preset not in self._renders:
             raise AtlasError(
                 f"{self.name} has no feature visualizations by {preset!r}. {nearest_names(preset, self.presets)}"

@@ -26,12 +26,11 @@ import pandas as pd
 import yaml
 from PIL import Image
 
-from pipeline.core.config_files import load_yaml
+from pipeline.core.config_files import URL_START, load_yaml
 from pipeline.core.errors import AtlasError, first_line, nearest_names
 from pipeline.data.readers.samples import credits_of
 from pipeline.store import hdf5, structure
 from pipeline.store.layer_view import LayerView, ShownImage
-from pipeline.store.remote import URL
 
 SCHEMA = "neuron-atlas"
 SCHEMA_VERSION = 5
@@ -325,7 +324,7 @@ def _without_places(value: Any) -> Any:
         return {key: _without_places(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_places(item) for item in value]
-    if isinstance(value, str) and re.match(rf"/|~|\.\.[/\\]|[A-Za-z]:[/\\]|\\\\|(?!https?:){URL}", value):
+    if isinstance(value, str) and re.match(rf"/|~|\.\.[/\\]|[A-Za-z]:[/\\]|\\\\|(?!https?:){URL_START}", value):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return value
 

@@ -33,7 +33,7 @@ from pipeline.layers.finding import Layer
 from pipeline.layers.pixel_kernels import PixelKernels
 from pipeline.store import hdf5, shards, structure
 from pipeline.store.hdf5 import write_array
-from pipeline.store.layer_view import LayerView
+from pipeline.store.layer_view import DISPLAY_OF, LayerView
 from pipeline.store.path_relations import PATH_LAYERS, PathUnits, path_layers, stored_path, write_path_similarity
 from pipeline.store.reader import NETWORK_LAYER_ARRAYS, SCHEMA, SCHEMA_VERSION, open_atlas, published, structural_faults
 from pipeline.store.shards import DamagedShardError, Shard, safe_name
@@ -71,6 +71,7 @@ class Content:
         depths: Names of the fixed depths of the network at which the paths of images are measured.
         network_layers: All layers that units could be chosen from, in the order of the network.
         dataset_pass: Digest of the first pass over the dataset; "" without one.
+        displays: For presets of display images, the preset whose visualizations they show larger.
     """
 
     run: str
@@ -93,6 +94,7 @@ class Content:
     depths: Sequence[str] = ()
     network_layers: Sequence[Layer] = ()
     dataset_pass: str = ""
+    displays: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read_identity(path: Path) -> str | None:
@@ -178,6 +180,9 @@ def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str],
             for (name, preset), preset_shards in rendered.items():
                 if name == layer.name and preset_shards:
                     _write_visualizations(group, preset, channels, preset_shards)
+                    if preset in content.displays:
+                        target = hdf5.group(group, f"render/{safe_name(preset)}")
+                        target.attrs[DISPLAY_OF] = content.displays[preset]
                     for judgement in content.judgements.get((name, preset), ()):
                         _write_judgement(hdf5.group(group, f"render/{safe_name(preset)}"), judgement)
         if content.photos:
@@ -564,7 +569,7 @@ def verify(path: Path, planned: Mapping[str, Sequence[int]]) -> list[tuple[str, 
 
 def _layer_faults(layer: LayerView, planned: bool, dataset_images: int) -> list[tuple[str, str]]:
     faults: list[tuple[str, str]] = []
-    for preset in layer.presets:
+    for preset in (*layer.presets, *layer.displays.values()):
         faults += [(f"{layer.name}/{preset}", fault) for fault in _measurement_faults(layer, preset)]
         faults += [(f"{layer.name}/{preset}", fault) for fault in _judgement_faults(layer, preset)]
     if planned and not layer.presets:
@@ -578,7 +583,7 @@ def _layer_faults(layer: LayerView, planned: bool, dataset_images: int) -> list[
 def _measurement_faults(layer: LayerView, preset: str) -> Iterator[str]:
     numbers = layer.measurements(preset)
     missing = int((numbers["status"] == "missing").any(-1).sum())
-    if missing:
+    if missing and preset in layer.presets:
         yield f"{missing} feature visualizations are missing; `atlas run` makes them"
     succeeded = (numbers["status"] != "missing") & (numbers["status"] != "failed")
     if not np.isfinite(numbers["activation"][succeeded]).all():

@@ -123,7 +123,8 @@ def visit(browser, base) -> Iterator[Callable[..., Any]]:
 
 
 UNIT = "unit.html#blocks.0.conv:20"
-EVERY = (HOME, STEM, EVEN, GREY, HOSTILE, HEAD, UNIT, "unit.html#../../x:1", MAP, METHOD, FAMILY)
+OTHERS = ("class.html", "class.html#goldfish", "embed.html#blocks.0.conv:20", "pinned.html#blocks.0.conv:20,stem:1")
+EVERY = (HOME, STEM, EVEN, GREY, HOSTILE, HEAD, UNIT, "unit.html#../../x:1", MAP, METHOD, FAMILY, *OTHERS)
 
 
 def shown(page: Any) -> list[str]:
@@ -170,8 +171,9 @@ def test_everything_fits_and_loads(visit, base, width):
 @pytest.mark.long
 @pytest.mark.parametrize("base", ["disk"], indirect=True)
 def test_axe_finds_nothing_serious(visit, base):
-    for to in (HOME, EVEN, UNIT, MAP, METHOD, FAMILY):
+    for to in (HOME, EVEN, UNIT, MAP, METHOD, FAMILY, *OTHERS):
         page = visit(to)
+        page.wait_for_timeout(200)
         nothing_serious(page, to)
         page.context.close()
 

@@ -17,6 +17,25 @@ from pipeline.store.shards import safe_name
 
 
 @dataclasses.dataclass(frozen=True)
+class DisplaySummary:
+    """The display images of a layer for one preset.
+
+    Attributes:
+        key: Key of the images in the atlas.
+        digest: Digest of everything that determines them.
+        height: Height in pixels.
+        width: Width in pixels.
+        channels: Channels that have one.
+    """
+
+    key: str
+    digest: str
+    height: int
+    width: int
+    channels: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class PresetSummary:
     """The feature visualizations of a layer by one preset.
 
@@ -41,6 +60,7 @@ class PresetSummary:
         masked: Whether the visualizations have transparency masks.
         path_layers: Layers at which their path similarity is measured; empty if it is not known.
         path: Their path similarity, in words; empty if it is not known.
+        display: Their display images; None without any.
     """
 
     key: str
@@ -63,6 +83,7 @@ class PresetSummary:
     masked: bool = False
     path_layers: tuple[str, ...] = ()
     path: str = ""
+    display: DisplaySummary | None = None
 
     @property
     def pictures(self) -> int:
@@ -209,7 +230,19 @@ def _rendered(layer: LayerView, key: str) -> PresetSummary:
         masked=layer.masks(key) is not None,
         path_layers=curves.layers if curves else (),
         path=_path(layer.measurements(key, ("path_similarity", "path_natural", "path_random"))),
+        display=_display(layer, key),
     )
+
+
+def _display(layer: LayerView, key: str) -> DisplaySummary | None:
+    name = layer.displays.get(key)
+    if name is None:
+        return None
+    status = layer.measurements(name, ("status",))["status"][:, 0]
+    channels = tuple(int(c) for c, one in zip(layer.channels, status, strict=True) if one not in ("missing", "failed"))
+    height, width = layer.images(name).shape[2:4]
+    digest = str(layer.render_attributes(name).get("digest", ""))
+    return DisplaySummary(name, digest, height, width, channels) if channels else None
 
 
 def _path(numbers: Mapping[str, np.ndarray]) -> str:

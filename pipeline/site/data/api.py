@@ -61,7 +61,11 @@ class Addresses:
         start = row - row % per_sheet
         cells = ((row - start) * rendered.variants + variant for variant in range(rendered.variants))
         boxes = [[cell % columns * width, cell // columns * height, width, height] for cell in cells]
-        return {"file": f"media/{facts.slug}/p{number}-{start}.{self.suffix}", "boxes": boxes}
+        media, channel, display = f"media/{facts.slug}", facts.channels[row], rendered.display
+        larger = {}
+        if display is not None and channel in display.channels:
+            larger["display"] = f"{media}/d{number}-{channel}.{self.suffix}"
+        return {"file": f"{media}/p{number}-{start}.{self.suffix}", "boxes": boxes, **larger}
 
 
 def write_units(root: Path, facts: LayerSummary, records: Sequence[str], build: str, addresses: Addresses) -> None:

@@ -11,8 +11,10 @@ from pipeline.core.metric_specs import GRID_METRICS, METRICS, UNIT_METRICS
 from pipeline.site.config import SiteConfig
 from pipeline.site.context.families import Family
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, PresetSummary, list_limits
+from pipeline.site.data.class_index import PER_SHARD, class_entries
 from pipeline.site.data.js_shards import shard_script, to_json
 from pipeline.site.data.unit_records import columns, labels_of
+from pipeline.site.media import map_tiles
 from pipeline.site.media.chunks import SUFFIX, choose_showing, image_table
 from pipeline.site.media.size_budget import Sizes
 from pipeline.site.media.sprites import side
@@ -76,10 +78,19 @@ class IndexInputs:
     reused: Collection[str]
 
 
-def write_all(root: Path, inputs: IndexInputs) -> None:
-    """Write the shards `index`, `search`, `families` and `map`, and two shards for each layer that is not reused."""
+def write_all(root: Path, inputs: IndexInputs) -> int:
+    """Write the shards `index`, `search`, `families`, `classes` and `map`, and two for each layer that is not reused.
+
+    Returns:
+        The number of classes.
+    """
     _shard(root, "index", _index(inputs))
-    _shard(root, "search", _write_layers(root, inputs))
+    views = [inputs.atlas[facts.name].with_cache() for facts in inputs.layers]
+    search = _write_layers(root, inputs, views)
+    entries = class_entries(views, inputs.layers, inputs.ranks, inputs.catalogue)
+    for start in range(0, len(entries), PER_SHARD):
+        _shard(root, f"classes/{start}", [entry.record() for entry in entries[start : start + PER_SHARD]])
+    _shard(root, "search", search | {"classes": [entry.name for entry in entries]})
     family_numbers: dict[str, list[int]] = {}
     for number, family in enumerate(inputs.families):
         for member in family.present:
@@ -88,7 +99,14 @@ def write_all(root: Path, inputs: IndexInputs) -> None:
     if inputs.unit_map is not None:
         x, y = inputs.unit_map.places[:, 0].tolist(), inputs.unit_map.places[:, 1].tolist()
         tiny = [rank.tolist() for rank in inputs.ranks]
-        _shard(root, "map", {"method": inputs.unit_map.method, "x": x, "y": y, "tiny": tiny})
+        tiles = {
+            "levels": map_tiles.levels_for(len(x)),
+            "many": map_tiles.MANY,
+            "tile": map_tiles.TILE,
+            "cell": map_tiles.CELL_PX,
+        }
+        _shard(root, "map", {"method": inputs.unit_map.method, "x": x, "y": y, "tiny": tiny, "tiles": tiles})
+    return len(entries)
 
 
 def _index(inputs: IndexInputs) -> dict[str, Any]:
@@ -102,6 +120,7 @@ def _index(inputs: IndexInputs) -> dict[str, Any]:
         "suffix": SUFFIX[config.format],
         "photo_suffix": SUFFIX[config.photo_format],
         "licence": config.licence,
+        **({"url": config.url} if config.url else {}),
         "images": len(inputs.catalogue.paths),
         "sources": inputs.catalogue.sources,
         "layers": [[f.name, f.slug, f.kind, runs(f.channels), digests[f.name][:8], f.total] for f in inputs.layers],
@@ -119,11 +138,12 @@ def _index(inputs: IndexInputs) -> dict[str, Any]:
             "photo": [sizes.per_photo, side(sizes.per_photo), images],
             "thumb": [sizes.per_thumb, side(sizes.per_thumb), sizes.thumb_px],
             "tiny": [sizes.per_tiny, side(sizes.per_tiny), sizes.tiny_px],
+            "classes": PER_SHARD,
         },
     }
 
 
-def _write_layers(root: Path, inputs: IndexInputs) -> dict[str, Any]:
+def _write_layers(root: Path, inputs: IndexInputs, views: Sequence[LayerView]) -> dict[str, Any]:
     """Write two shards for each layer that is not reused; return the words of all units for the search.
 
     A unit has the index of its word, −1 for none; a layer without any word has an empty list.
@@ -131,8 +151,7 @@ def _write_layers(root: Path, inputs: IndexInputs) -> dict[str, Any]:
     vocabulary: dict[str, int] = {}
     word_numbers = []
     store, boxes = inputs.atlas.examples_store, bool(image_table(inputs.atlas))
-    for facts, rank in zip(inputs.layers, inputs.ranks, strict=True):
-        layer = inputs.atlas[facts.name].with_cache()
+    for layer, facts, rank in zip(views, inputs.layers, inputs.ranks, strict=True):
         places, words = labels_of(layer, facts, inputs.catalogue)
         numbers = [vocabulary.setdefault(word, len(vocabulary)) for word in words]
         word_numbers.append([numbers[i] if i >= 0 else -1 for i in places] if words else [])
@@ -197,6 +216,12 @@ def _rendered(rendered: PresetSummary, sizes: Sizes) -> dict[str, Any]:
         "stored": [rendered.height, rendered.width],
         "masked": rendered.masked,
         "path": list(rendered.path_layers),
+        "display": rendered.display
+        and {
+            "digest": rendered.display.digest,
+            "size": [rendered.display.width, rendered.display.height],
+            "channels": rendered.display.channels,
+        },
     }
 
 

@@ -141,6 +141,9 @@ HEADERS = f"""/*
   Content-Security-Policy: {POLICY}; frame-ancestors 'self'
   X-Content-Type-Options: nosniff
   Referrer-Policy: no-referrer
+/embed.html
+  ! Content-Security-Policy
+  Content-Security-Policy: {POLICY}; frame-ancestors *
 /media/*
   Cache-Control: public, max-age=31536000
 /photos/*

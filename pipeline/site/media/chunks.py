@@ -201,6 +201,7 @@ class ChunkWriter:
             height, width = self._sizes.picture(rendered.height, rendered.width)
             variants = rendered.variants
             per_sheet = self._sizes.per_picture(height, width, variants)
+            self._write_displays(layer, rows, number)
             images = layer.view.stack(rendered.key)
             status = layer.view.measurements(rendered.key)["status"]
             for start in range(rows.start, rows.stop, per_sheet):
@@ -216,6 +217,18 @@ class ChunkWriter:
                 image = sheet(cells, side(per_sheet * variants), (width, height))
                 self._save(image, f"{layer.media}/p{number}-{start}", self._config.format)
         return thumbs
+
+    def _write_displays(self, layer: _LayerInputs, rows: slice, number: int) -> None:
+        """Write the display images of the preset `number` at their own size, a file each."""
+        display = layer.facts.rendered[number].display
+        if display is None:
+            return
+        images = layer.view.images(display.key)
+        for row in range(rows.start, rows.stop):
+            channel = layer.facts.channels[row]
+            if channel in display.channels:
+                image = shrunk(images[row, 0], display.height, display.width)
+                self._save(image, f"{layer.media}/d{number}-{channel}", self._config.format)
 
     def _write_masks(self, layer: _LayerInputs, rows: slice) -> None:
         """Write the opacities of the feature visualizations as sheets of gray images of half the size."""

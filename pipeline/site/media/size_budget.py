@@ -63,7 +63,7 @@ class Sizes:
     @property
     def per_thumb(self) -> int:
         """Units per sheet of thumbnails."""
-        return divisor(48 if self.spread < 8 else 80)
+        return divisor(48 if self.spread < 3 else 60 if self.spread < 8 else 80)
 
     @property
     def per_tiny(self) -> int:

@@ -251,6 +251,9 @@ window.ATLAS = (function () {
       for (const [name, href, size] of index.families) {
         if (name.toLowerCase().includes(text.toLowerCase())) results.push({ text: name, detail: "family, " + size, href: root + href });
       }
+      for (const name of (words.classes || []).filter((n) => n.toLowerCase().includes(text.toLowerCase())).slice(0, 8)) {
+        results.push({ text: name, detail: "class", href: root + "class.html#" + encodeURIComponent(name) });
+      }
       const layers = layersNamed(text);
       for (const layer of layers.slice(0, 8)) {
         results.push({ text: layer.name, detail: layer.kind + ", " + count(layer), href: root + "layers/" + layer.slug + ".html" });
@@ -416,6 +419,7 @@ window.ATLAS = (function () {
     });
     const box = find("#search");
     document.addEventListener("keydown", (event) => {
+      if (html.dataset.page === "embed") return;
       const typing = event.target.closest && event.target.closest("input:not([type=range]):not([type=radio]), select, textarea, dialog, pre");
       // On many keyboards [ and ] need AltGr, which Windows reports as Ctrl and Alt together.
       const graph = event.getModifierState("AltGraph");

@@ -7,11 +7,13 @@
   const tip = find("#map-tip");
   const context = canvas.getContext("2d");
   const WHOLE = 4095;
-  const MANY = 1500;
   // The middle of matplotlib's viridis: even steps of lightness, which readers with any color vision can tell apart.
   const SCALE = [[71, 44, 122], [59, 81, 139], [44, 113, 142], [33, 144, 141], [39, 173, 129], [92, 200, 99], [170, 220, 50]];
   const sheets = new Map();
   let points = [];
+  let tiles = { levels: [], many: 1500 }; // up to `many` units in view, each has an image of its own
+  const grids = new Map();
+  let reps = []; // what the images of tiles show, and where
   let view = null;
   let hits = null;
   let only = null;
@@ -29,6 +31,7 @@
       }
       find("#map-layer").append(make("option", { value: String(order), text: layer.name }));
     }
+    tiles = found.tiles;
     if (layers > 1) legend();
     find(".map-controls").hidden = false;
     resize();
@@ -105,6 +108,59 @@
     return image.complete && image.naturalWidth ? [image, (at % columns) * px, Math.floor(at / columns) * px, px] : null;
   }
 
+  // The unit of each cell of a level: the nearest to its middle, by the rule that the tiles were made by.
+  function gridOf(level) {
+    if (grids.has(level)) return grids.get(level);
+    const count = 2 ** level;
+    const best = new Map();
+    for (const p of points) {
+      const [column, row] = [p.x, p.y].map((v) => Math.floor((v * count) / (WHOLE + 1)));
+      const far = (2 * p.x * count - (2 * column + 1) * (WHOLE + 1)) ** 2 + (2 * p.y * count - (2 * row + 1) * (WHOLE + 1)) ** 2;
+      const key = row * count + column;
+      if (!best.has(key) || far < best.get(key).far) best.set(key, { p, far, column, row });
+    }
+    const cells = Array.from(best.values());
+    grids.set(level, cells);
+    return cells;
+  }
+  // A tile of the map, or null until it is loaded.
+  function tileOf(level, across, down) {
+    const url = ATLAS.root + "media/map/t" + level + "-" + across + "-" + down + "." + ATLAS.index.suffix + "?v=" + ATLAS.index.identity;
+    if (!sheets.has(url)) {
+      const image = new Image();
+      sheets.set(url, image);
+      image.onload = draw;
+      image.src = url;
+    }
+    const image = sheets.get(url);
+    return image.complete && image.naturalWidth ? image : null;
+  }
+  // Images of cells, each with the color of its layer: of the finest level whose cells are large enough.
+  const LEAST = 26;
+  function paintTiles(w, h) {
+    const sideOf = (level) => (view.scale * (WHOLE + 1)) / 2 ** level;
+    const level = tiles.levels.filter((l) => sideOf(l) >= LEAST).pop() ?? tiles.levels[0];
+    const side = sideOf(level);
+    let shown = 0;
+    canvas.dataset.level = level;
+    for (const { p, column, row } of gridOf(level)) {
+      const [x, y] = [column * side - view.x * view.scale, row * side - view.y * view.scale];
+      if (x < -side || y < -side || x > w || y > h) continue;
+      const image = tileOf(level, Math.floor(column / tiles.tile), Math.floor(row / tiles.tile));
+      if (!image) continue;
+      const size = Math.min(side - 2, 52);
+      const [left, top] = [x + (side - size) / 2, y + (side - size) / 2];
+      context.globalAlpha = hits !== null && !hits.has(p) ? 0.25 : 1;
+      context.drawImage(image, (column % tiles.tile) * tiles.cell, (row % tiles.tile) * tiles.cell, tiles.cell, tiles.cell, left, top, size, size);
+      context.lineWidth = 2;
+      context.strokeStyle = p.colour;
+      context.strokeRect(left, top, size, size);
+      reps.push({ p, left, top, size });
+      shown++;
+    }
+    return shown;
+  }
+
   function paint() {
     const [w, h] = size();
     const ratio = window.devicePixelRatio || 1;
@@ -128,7 +184,12 @@
     const side = near.length > 400 ? 30 : near.length > 120 ? 40 : 52;
     const taken = new Set();
     let shown = 0;
-    const few = near.length <= MANY;
+    // A single layer has few sheets.
+    const few = near.length <= tiles.many || only !== null;
+    reps = [];
+    const tiled = few || !tiles.levels.length ? 0 : paintTiles(w, h);
+    shown += tiled;
+    canvas.dataset.tiled = tiled;
     const order = dim ? near.filter((p) => hits.has(p)).slice(0, 400).concat(few ? near : []) : few ? near : [];
     for (const p of order) {
       const place = Math.floor(p.px / side) + "," + Math.floor(p.py / side);
@@ -153,6 +214,8 @@
   // -------------------------------------------------------------------- pointing
 
   function under(x, y) {
+    const rep = reps.find(({ left, top, size: s }) => x >= left && x <= left + s && y >= top && y <= top + s);
+    if (rep) return rep.p;
     let best = null;
     let least = 26 * 26;
     for (const p of points) {

@@ -138,9 +138,28 @@
             rendered.masked ? make("span", { class: "saving" }, " · ", make("button", { type: "button", class: "plain", text: "PNG", title: "Download with transparency (RGBA)", onclick: () => pixels.savePng(pixels.canvasOf(viewOf(unit, rendered, i, variant, true)), fileName(unit, rendered, variant)) })) : "",
             p.reason ? make("strong", { class: "reason", text: " " + p.reason }) : "")));
       });
+      const larger = display(unit, rendered, i);
+      if (larger) found.push(larger);
     });
     const shown = make("div", { class: "pictures" + (found.length > 1 ? " many" : "") }, found);
     return unit.facts.rendered.some((rendered) => rendered.masked) ? make("div", {}, shown, transparency()) : shown;
+  }
+
+  // The same visualization on a larger canvas; no measure belongs to it.
+  function display(unit, rendered, number_) {
+    const drawn = rendered.display;
+    if (!drawn || !drawn.channels.includes(unit.channel)) return null;
+    const [width, height] = drawn.size;
+    const url = ATLAS.media(unit.layer, "d" + number_ + "-" + unit.channel);
+    const id = "display/" + encodeURIComponent(rendered.key);
+    const title = rendered.title + ", display image";
+    const alt = "Display image of " + nameOf(unit) + ", " + rendered.title + ", " + width + " × " + height + " px";
+    const belong = "measures belong to the image of " + rendered.stored.slice().reverse().join(" × ") + " px";
+    const opener = make("button", { type: "button", class: "zoomed-by", "aria-haspopup": "dialog", title: "Enlarge", "data-image": id, onclick: () => lightbox.open(unit.items, id, "", opener) },
+      make("img", { src: url, width, height, alt, loading: "lazy", decoding: "async" }));
+    unit.items.push({ id, title: nameOf(unit) + ", " + title, alt, views: [], view: () => ({ cell: [url, 1, 1, 0], part: [0, 0, 1, 1], aspect: width / height, veil: null, area: null, field: null }), heat: null, name: fileName(unit, rendered, 0) + "-" + width, link: linkOf(unit, id),
+      facts: [["display image", width + " × " + height + " px; " + belong], ["digest", make("code", { text: drawn.digest.slice(0, 12), title: drawn.digest })]] });
+    return make("figure", { class: "display" }, opener, make("figcaption", {}, make("b", { text: "Display image" }), " · " + width + " × " + height + " px; " + belong));
   }
 
   // The kernel of a unit that is linear in the pixels, and its parts.
@@ -535,6 +554,7 @@
     const actions = make("div", { class: "actions" },
       make("button", { type: "button", text: "Copy link", onclick: () => ATLAS.copyText(window.location.href.split("#")[0] + "#" + fragmentOf(unit), "link") }),
       make("button", { type: "button", text: "Copy citation", onclick: () => ATLAS.copyText(citation(unit), "citation") }),
+      make("button", { type: "button", text: "Copy embed code", title: "HTML that shows this unit in a frame of another page", onclick: () => ATLAS.copyText(embedCode(unit), "HTML") }),
       make("button", { type: "button", text: "Download", title: "All numbers of this unit as JSON", onclick: () => download(unit) }),
       pinButton(unit),
       make("button", { type: "button", text: "Random", title: "r", onclick: ATLAS.random }));
@@ -543,7 +563,7 @@
         make("nav", { class: "neighbours", "aria-label": "Units" }, step(before, (channel) => "← " + channel), make("a", { href: root + "layers/" + unit.layer.slug + ".html" + (address && "#" + address), text: unit.layer.name }), step(after, (channel) => channel + " →")),
         words ? make("p", { class: "note listed" }, words, ". ", make("a", { href: "#" + fragmentOf(unit), text: "All units in the order of channels" })) : null,
         make("h1", { class: "layer" }, make("span", { text: unit.layer.name + ":" }), String(unit.channel)),
-        make("p", { class: "subtitle" }, word ? make("span", { class: "class", text: word }) : "", " ", tags,
+        make("p", { class: "subtitle" }, !word ? "" : unit.record.class ? make("a", { class: "class", href: root + "class.html#" + encodeURIComponent(word), text: word }) : make("span", { class: "class", text: word }), " ", tags,
           failed.map((rendered) => make("strong", { class: "flag", text: (unit.facts.rendered.length > 1 ? rendered.title + " " : "") + "failed" })), (unit.record.stats || {}).inactive ? make("span", { class: "flag quiet", text: "never above zero" }) : ""),
         actions),
       kernel(unit),
@@ -558,6 +578,11 @@
     const r = unit.facts.rendered[0];
     return ATLAS.index.title + ", unit " + nameOf(unit) + " of " + ATLAS.index.model + (r && r.digest ? ", preset " + (r.preset || r.title) + " " + r.digest.slice(0, 12) : "") +
       (ATLAS.index.identity ? ", atlas " + ATLAS.index.identity : "") + ". " + window.location.href;
+  }
+  function embedCode(unit) {
+    const quoted = (text) => text.replace(/[&"<>]/g, (c) => "&#" + c.charCodeAt(0) + ";");
+    const base = ATLAS.index.url ? ATLAS.index.url.replace(/\/*$/, "/") : new URL(root || "./", window.location.href).href;
+    return '<iframe src="' + quoted(base + "embed.html#" + fragmentOf(unit)) + '" title="' + quoted(nameOf(unit) + " of " + ATLAS.index.model) + '" width="640" height="420" loading="lazy" style="border: 0; max-width: 100%"></iframe>';
   }
   function download(unit) {
     const photographs = Object.fromEntries(Object.entries(unit.shard.photos).map(([i, p]) => [i, { path: p[0], label: p[1] }]));
