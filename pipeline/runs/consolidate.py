@@ -115,6 +115,7 @@ def _identity(
             "schema": SCHEMA_VERSION,
             **(judged if judgements else {}),
             **({"restarts": restarts} if restarts else {}),
+            **({"effects": artifacts.effects.identity} if artifacts.effects.complete else {}),
         }
     )
 
@@ -151,6 +152,7 @@ def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, 
         depths=[depth.name for depth in plan.setup.depths],
         network_layers=plan.network_layers,
         dataset_pass=artifacts.dataset_pass.digest if result else "",
+        effects=artifacts.effects.result if result and artifacts.effects.complete else None,
     )
 
 

@@ -21,6 +21,7 @@ from pipeline.core.metric_specs import IMAGE_METRICS, METRICS, RENDER_METRICS, M
 from pipeline.core.seeds import seed_of
 from pipeline.data.readers.base import DatasetImage
 from pipeline.data.readers.samples import credits_of
+from pipeline.effects.results import EffectsResult
 from pipeline.examples.channel_stats import channel_statistics
 from pipeline.examples.localize import TopExamples
 from pipeline.examples.results import DatasetPassResult
@@ -31,6 +32,7 @@ from pipeline.layers.connectivity import Connectivity
 from pipeline.layers.finding import Layer
 from pipeline.layers.pixel_kernels import PixelKernels
 from pipeline.store import hdf5, shards, structure
+from pipeline.store.effects import write_effects
 from pipeline.store.hdf5 import write_array
 from pipeline.store.layer_view import LayerView
 from pipeline.store.path_relations import PATH_LAYERS, PathUnits, path_layers, stored_path, write_path_similarity
@@ -70,6 +72,7 @@ class Content:
         depths: Names of the fixed depths of the network at which the paths of images are measured.
         network_layers: All layers that units could be chosen from, in the order of the network.
         dataset_pass: Digest of the first pass over the dataset; "" without one.
+        effects: Effects of the units on the outputs of the network, or None.
     """
 
     run: str
@@ -92,6 +95,7 @@ class Content:
     depths: Sequence[str] = ()
     network_layers: Sequence[Layer] = ()
     dataset_pass: str = ""
+    effects: EffectsResult | None = None
 
 
 def read_identity(path: Path) -> str | None:
@@ -191,6 +195,8 @@ def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str],
         if content.examples is not None:
             _write_dataset(file, content.examples)
             _write_pass_results(groups, layers, content.examples)
+        if content.effects is not None:
+            write_effects(file, content.effects)
         start = 0
         for i, (group, layer) in enumerate(zip(groups, layers, strict=True)):
             _write_relations(group, layer, content.examples, i, slice(start, start + layer.channels))
