@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from pipeline.acceleration.batchnorm_folding import foldable_pairs
 from pipeline.acceleration.variants import verified_fold
@@ -48,31 +49,32 @@ def mean_activations(model: Model, layers: list[Layer], images: Tensor) -> list[
     return [maps[layer.name].float().mean((0, 2, 3)).numpy() for layer in layers]
 
 
+def removed(module: torch.nn.Module, layer: Layer, channel: int, value: float) -> RemovableHandle:
+    """Set a channel of a layer of maps (B, C, H, W) to a value until the hook is removed."""
+
+    def changed(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        tensor[:, channel] = value
+        return tensor
+
+    if layer.side == "in":
+        return module.register_forward_pre_hook(lambda _module, args: (changed(args[0]), *args[1:]))
+    return module.register_forward_hook(lambda _module, _args, output: changed(output))
+
+
 def by_loop(context: EffectsContext, images: Tensor, tops: np.ndarray) -> list[np.ndarray]:
     """Return the effects of ablations to the mean, (images, units) by layer, each by a complete pass with a hook."""
     found = []
     with torch.no_grad():
         for layer, mean, own in zip(context.layers, context.means, context.ablated, strict=True):
-            assert layer.side == "out" and layer.call == 1, "the loop has a hook on the output of a single call"
+            assert layer.call == 1, "the loop changes the first call of a module"
             module = context.model.module.get_submodule(layer.module)
             effects = np.zeros((len(images), len(own)), np.float32)
             for i in range(len(images)):
                 image = images[i : i + 1].contiguous(memory_format=context.model.memory_format)
                 full = context.model.module(context.model.normalize(image))[0, tops[i]]
                 for j, channel in enumerate(own):
-
-                    def removed(
-                        _module: object,
-                        _args: object,
-                        output: Tensor,
-                        c: int = channel,
-                        v: float = float(mean[channel]),
-                    ) -> Tensor:
-                        output = output.clone()
-                        output[:, c] = v
-                        return output
-
-                    handle = module.register_forward_hook(removed)
+                    handle = removed(module, layer, channel, float(mean[channel]))
                     effects[i, j] = float(full - context.model.module(context.model.normalize(image))[0, tops[i]])
                     handle.remove()
             found.append(effects)
