@@ -18,6 +18,7 @@ from pipeline.core.config_files import is_url
 from pipeline.core.errors import AtlasError
 from pipeline.core.validation import Keyed, NullMeans, Use, build
 from pipeline.data.config import DataConfig
+from pipeline.effects.config import EffectsConfig
 from pipeline.examples.sweep import ExamplesConfig
 from pipeline.layers.finding import Layer
 from pipeline.layers.selection import LayersConfig
@@ -143,6 +144,7 @@ class Config:
         site: Settings of the site.
         also: Further presets that visualize all units.
         judges: Other networks that the visualizations are shown to, by name.
+        effects: Settings of the effects of units on the outputs.
         base: Folder of a run whose results are reused.
         units: Table of units that replaces the selection of layers and channels.
         only: Condition on the visualizations of the base run that selects units.
@@ -159,6 +161,7 @@ class Config:
     site: SiteConfig
     also: Annotated[tuple[Preset, ...], Keyed] = ()
     judges: Mapping[str, ModelConfig] = dataclasses.field(default_factory=dict)
+    effects: EffectsConfig = dataclasses.field(default_factory=EffectsConfig)
     base: str | None = None
     units: str | None = None
     only: str | None = None
@@ -219,8 +222,8 @@ class Config:
 
 
 # Sections that a run folder may change between commands. Device and precision are in the digests of visualizations;
-# judges and display images change no other result, and the identity of an atlas contains what they add.
-FREE_SECTIONS = ("engine", "site", "run", "base", "judges", "display")
+# judges, effects and display images change no other result, and the identity of an atlas contains what they add.
+FREE_SECTIONS = ("engine", "site", "run", "base", "judges", "effects", "display")
 
 
 def from_tree(tree: Mapping[str, Any]) -> Config:

@@ -10,6 +10,7 @@ from pipeline.core import hashing
 from pipeline.core.atomic_io import write_atomic
 from pipeline.core.registry import canonical
 from pipeline.data.datasets import Dataset
+from pipeline.effects.request import EffectsRequest
 from pipeline.layers.finding import Layer
 from pipeline.models.config import LOCATION_FIELDS
 from pipeline.visualization.initial_images import InitialImage
@@ -17,12 +18,13 @@ from pipeline.visualization.network_penalties import NaturalDeviations
 from pipeline.visualization.network_perturbations import Ensemble
 from pipeline.visualization.preset import Preset
 
-# Versions of the four kinds of results. A new version makes finished results stale: it is raised when the code gives
+# Versions of the five kinds of results. A new version makes finished results stale: it is raised when the code gives
 # other results from the same settings (docs/store.md, "Identity").
 RENDER_VERSION = 3
 EXAMPLES_VERSION = 3
 LOCALIZE_VERSION = 5
 RESTART_VERSION = 1
+EFFECTS_VERSION = 1
 
 # Version of visualizations by presets with regularizers in the space of a layer, beside `RENDER_VERSION`. Version 1,
 # whose weight was relative to the value of the objective, was not part of digests.
@@ -47,6 +49,7 @@ class Setup:
         depths: Fixed depths of the network at which the paths of images are measured (`layers.path_depths`).
         mark: A file in the run folder, of another name in each run: workers that see it write their shards there,
             others send them back. Empty if all see the folder.
+        effects: The effects that are measured; None without.
     """
 
     config: Config
@@ -61,6 +64,7 @@ class Setup:
     natural: NaturalDeviations | None = None
     depths: tuple[Layer, ...] = ()
     mark: str = ""
+    effects: EffectsRequest | None = None
 
     def others_of(self, preset: Preset) -> dict[str, Layer]:
         """Return those of `others` that `preset` reads, by name."""
@@ -206,7 +210,36 @@ class LocalizeTask(_Task):
         return len(self.images)
 
 
-DatasetTask = RangesTask | SweepTask | LocalizeTask
+@dataclasses.dataclass(frozen=True)
+class EffectsTask(_Task):
+    """Effects of units on the outputs of the network for some dataset images.
+
+    Attributes:
+        start: Position of the first image in `EffectsRequest.images`, a multiple of `EffectsRequest.batch`.
+        end: One past the position of the last image.
+        images: Indices of the dataset images.
+        means: Mean of each channel of each layer over the dataset, as bytes of a shard with one array for each layer.
+    """
+
+    stage = "effects"
+
+    start: int
+    end: int
+    images: tuple[int, ...]
+    means: bytes
+
+    @property
+    def name(self) -> str:
+        """Description for messages."""
+        return f"effects, {len(self.images)} images"
+
+    @property
+    def size(self) -> int:
+        """Number of dataset images."""
+        return len(self.images)
+
+
+DatasetTask = RangesTask | SweepTask | LocalizeTask | EffectsTask
 Task = RenderTask | DatasetTask
 
 
@@ -372,5 +405,28 @@ def localize_digest(setup: Setup, examples: str, channels: Sequence[Sequence[int
             "jpeg_quality": config.jpeg_quality,
             "maps": config.maps,
             "depths": [depth.tap for depth in setup.depths],
+        }
+    )
+
+
+def effects_digest(setup: Setup, examples: str) -> str:
+    """Return the digest of everything that changes the effects of units.
+
+    Args:
+        setup: The setup of the workers, with effects.
+        examples: Digest of the first pass, which has the means of the channels.
+    """
+    request = setup.effects
+    assert request is not None
+    return hashing.digest_of(
+        {
+            "result": "effects",
+            "version": EFFECTS_VERSION,
+            "examples": examples,
+            "outputs": request.outputs.tap,
+            "layers": [layer.tap for layer in request.layers],
+            "images": len(request.images),
+            "ablated": [list(channels) for channels in request.ablated],
+            "batch": request.batch,
         }
     )

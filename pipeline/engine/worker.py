@@ -22,9 +22,12 @@ from pipeline.core import atomic_io, hashing
 from pipeline.core.errors import AtlasError
 from pipeline.core.metric_specs import IMAGE_METRICS, RENDER_METRICS
 from pipeline.core.registry import registered_name
+from pipeline.effects import measurement
+from pipeline.effects.measurement import EffectsContext
 from pipeline.engine.resources import memory_share
 from pipeline.engine.tasks import (
     Done,
+    EffectsTask,
     LocalizeTask,
     RangesTask,
     RenderTask,
@@ -212,6 +215,8 @@ class Worker:
                 return self._sweep(task)
             case LocalizeTask():
                 return self._localize(task)
+            case EffectsTask():
+                return self._effects(task)
 
     @contextlib.contextmanager
     def _dataset_files(self, files: ImageFiles | None) -> Iterator[None]:
@@ -439,6 +444,24 @@ class Worker:
                 task.images,
             )
         )
+        return shards.to_bytes({"digest": task.digest, "start": task.start, "end": task.end}, arrays, "lzf")
+
+    def _effects(self, task: EffectsTask) -> bytes:
+        request, threads = self.setup.effects, max(2, self.setup.threads)
+        assert request is not None
+        means = hdf5.from_bytes(task.means)
+        context = EffectsContext(
+            model=self.measured,
+            layers=request.layers,
+            outputs=request.outputs,
+            means=[means[str(i)] for i in range(len(request.layers))],
+            ablated=request.ablated,
+            dataset=self.dataset,
+            batch=request.batch,
+            stop=self.stop,
+            threads=threads,
+        )
+        arrays = measurement.measure(context, task.images).arrays()
         return shards.to_bytes({"digest": task.digest, "start": task.start, "end": task.end}, arrays, "lzf")
 
 

@@ -55,6 +55,7 @@ class RemainingWork:
         channels: Number of channels without a visualization, by (layer, preset).
         images: Dataset images that the first pass has not read.
         localizations: Images that the second pass has to read; 0 until the first pass is complete.
+        effects: Images for which effects are not measured.
         existing: Results that are already available.
         reuse_blocker: Why the dataset pass of the base run cannot be reused; empty if it can.
     """
@@ -64,11 +65,12 @@ class RemainingWork:
     localizations: int = 0
     existing: tuple[ExistingWork, ...] = ()
     reuse_blocker: str = ""
+    effects: int = 0
 
     @property
     def nothing(self) -> bool:
         """Whether all results exist."""
-        return not (self.images or self.localizations or any(self.channels.values()))
+        return not (self.images or self.localizations or self.effects or any(self.channels.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Plan:
         """Estimated seconds of all remaining work, from the start of workers to the site, with their range."""
         amount = self._amount
         pictures = sum((row.span(self._left(row)) for row in self.rows), ZERO_SPAN) * (1 / self.pool.workers)
-        pictures += self.judge_span
+        pictures += self.judge_span + self.effects_span
         if self.overheads is None:
             return pictures + Span.exact(self._examples_seconds)
         costs = self.overheads
@@ -185,6 +187,15 @@ class Plan:
             dataset_images = self._judged_dataset_images(judge)
             total += judge.span(images + dataset_images) + reading * dataset_images
         return total
+
+    @functools.cached_property
+    def effects_span(self) -> Span:
+        """Estimated seconds in which all workers measure the effects that are left."""
+        request = self.setup.effects
+        if request is None or self.overheads is None or not self.left.effects:
+            return ZERO_SPAN
+        costs, share = self.overheads, self.left.effects / min(self.pool.workers, self.left.effects)
+        return (costs.forward * request.passes + costs.reading) * share
 
     @property
     def _judged_images(self) -> float:
@@ -278,6 +289,8 @@ class Plan:
         lines.append(f"{todo}about {self.span.text()} with {size}{elsewhere}")
         if self.judge_span.expected:
             lines.append(f"of this, judges ({', '.join(j.name for j in self.judges)}): about {self.judge_span.text()}")
+        if self.effects_span.expected:
+            lines.append(f"of this, effects over {self.left.effects:,} images: about {self.effects_span.text()}")
         return lines
 
     def _left(self, row: PlanRow) -> int:
@@ -294,6 +307,9 @@ class Plan:
         ]
         if self.overheads is not None:
             judges = self.judge_span.expected
+            effects = self.effects_span.expected
+            if effects:
+                rows.insert(0, {"kind": "effects", "units": self.units, "seconds": round(effects, 1)})
             if judges:
                 rows.insert(0, {"kind": "judges", "units": self.units, "seconds": round(judges, 1)})
             beside = self.overheads.workers(self._amount).expected + self.finish_seconds - judges

@@ -17,6 +17,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import AtlasError
 from pipeline.data import datasets
 from pipeline.data.datasets import Dataset
+from pipeline.effects.request import request_effects
 from pipeline.engine.resources import WorkerPool, local_resources, size_pool
 from pipeline.engine.tasks import Setup, examples_digest
 from pipeline.layers import selection
@@ -97,6 +98,7 @@ class _Units:
         class_layers: Names of those whose channels are the classes that the network has names of.
         depths: Fixed depths of the network; see `layers.path_depths`.
         candidates: All layers that units could be chosen from, in the order of the network.
+        logits: Layers of logits.
     """
 
     layers: tuple[Layer, ...]
@@ -106,6 +108,7 @@ class _Units:
     class_layers: tuple[str, ...] = ()
     depths: tuple[Layer, ...] = ()
     candidates: tuple[Layer, ...] = ()
+    logits: tuple[Layer, ...] = ()
 
     @property
     def rendered(self) -> list[Layer]:
@@ -218,7 +221,9 @@ def _find_units(inputs: _Inputs, units: Units | None) -> tuple[_Inputs, _Units]:
     if unfitted:
         others = _with_fitted_heads(inputs, others, unfitted, heads[-1])
     depths = choose_depths(model, candidates, {path for pair in inputs.pairs for path in pair})
-    return inputs, _Units(tuple(layers), channels, reasons, others, class_layers, depths, tuple(candidates))
+    return inputs, _Units(
+        tuple(layers), channels, reasons, others, class_layers, depths, tuple(candidates), tuple(heads)
+    )
 
 
 def _with_fitted_heads(
@@ -273,6 +278,9 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
     setup = execution.on_device(dataclasses.replace(setup, depths=chosen.depths), pool.device)
     if any(preset.needs_dataset_pass for preset in config.presets):
         setup = dataclasses.replace(setup, begins=examples_digest(setup, inputs.fingerprint))
+    chosen_units = [(layer, channels[layer.name]) for layer in chosen.layers]
+    effects = request_effects(config.effects, inputs.dataset, chosen_units, chosen.candidates, chosen.logits)
+    setup = dataclasses.replace(setup, effects=effects)
     compared = natural_deviations.compared_layers(model, chosen.rendered, config.presets, inputs.dataset)
     if compared:
         setup = dataclasses.replace(setup, natural=_natural_deviations(inputs, compared, network))
@@ -288,7 +296,11 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
         recipe=model.preprocessing,
         dataset_fingerprint=inputs.fingerprint,
         network=network,
-        left=RemainingWork({(row.layer.name, row.preset): len(row.channels) for row in rows}, images),
+        left=RemainingWork(
+            {(row.layer.name, row.preset): len(row.channels) for row in rows},
+            images,
+            effects=len(effects.images) if effects else 0,
+        ),
         unrendered=tuple(
             Unrendered(layer, channels[layer.name], chosen.reasons[layer.name])
             for layer in chosen.layers
@@ -330,7 +342,7 @@ def _with_estimates(plan: Plan, inputs: _Inputs, chosen: _Units) -> Plan:
     open_rows = [row for row in plan.rows if plan.left.channels[row.layer.name, row.preset]]
     groups = [_estimated(plan, inputs, chosen, rows) for rows in _by_normalizations(plan, open_rows)]
     # A worker decodes images with as many threads as it has.
-    reads = plan.left.images or plan.left.localizations
+    reads = plan.left.images or plan.left.localizations or plan.left.effects
     read = (
         time_image_loading(inputs.dataset, inputs.model.preprocessing) * (1 / plan.pool.threads) if reads else ZERO_SPAN
     )
@@ -369,7 +381,7 @@ def _estimated(plan: Plan, inputs: _Inputs, chosen: _Units, rows: Sequence[PlanR
         log.info("steps run on the %s network: %s", variants.level, variants.reason)
     # A worker verifies variants for each layer, as far as that layer.
     seconds /= max(1.0, deepest.layer.cost if deepest else 1.0)
-    images = plan.left.images + plan.left.localizations
+    images = plan.left.images + plan.left.localizations + plan.left.effects
     estimated, timings = estimate(chosen.layers, rows, plan.config, chosen.others, variants, images, norms)
     return [dataclasses.replace(row, seconds=row.seconds + seconds * row.layer.cost) for row in estimated], timings
 

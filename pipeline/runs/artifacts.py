@@ -11,6 +11,7 @@ from pipeline.planning.cost_model import PlanRow
 from pipeline.planning.folder import RunFolder
 from pipeline.planning.plan import Plan
 from pipeline.runs.dataset_pass import DatasetPass
+from pipeline.runs.effects_pass import EffectsPass
 from pipeline.store import shards, writer
 from pipeline.store.shards import DamagedShardError, Shard
 from pipeline.visualization.evaluation import RESTARTED, SILENT
@@ -33,6 +34,7 @@ class Artifacts:
 
     Attributes:
         dataset_pass: State of the dataset pass.
+        effects: State of the measurement of effects.
         visualizations: Shards with visualizations of each row; parts of atlas.h5 count as shards. The first one with a
             channel provides it: shards of restarted units come first.
         total: Number of dataset images.
@@ -51,6 +53,7 @@ class Artifacts:
         self.total = len(plan.setup.dataset.images)
         self._small: dict[tuple[Path, str], dict[str, np.ndarray]] = dict(previous._small) if previous else {}
         self.dataset_pass = DatasetPass(plan, folder.shards, read_only, ignored)
+        self.effects = EffectsPass(plan, folder.shards, self.dataset_pass, ignored)
         self.visualizations: dict[PlanRow, list[Shard]] = {}
         in_atlas = writer.render_groups(folder.atlas)
         for row in plan.rows:

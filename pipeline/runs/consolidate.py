@@ -115,6 +115,7 @@ def _identity(
             "schema": SCHEMA_VERSION,
             **(judged if judgements else {}),
             **({"restarts": restarts} if restarts else {}),
+            **({"effects": artifacts.effects.identity} if artifacts.effects.complete else {}),
         }
     )
 
@@ -152,6 +153,7 @@ def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, 
         network_layers=plan.network_layers,
         dataset_pass=artifacts.dataset_pass.digest if result else "",
         displays={row.preset: config.render.name for row in plan.rows if row.display},
+        effects=artifacts.effects.result if result and artifacts.effects.complete else None,
     )
 
 

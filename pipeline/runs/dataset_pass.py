@@ -191,6 +191,12 @@ class DatasetPass:
         return tasks
 
     @functools.cached_property
+    def ranges(self) -> HistogramRange:
+        """The histogram ranges and scales of all channels; the first round must be complete."""
+        assert self.histogram_ranges is not None
+        return HistogramRange(**self.histogram_ranges.arrays())
+
+    @functools.cached_property
     def sweep(self) -> PassResult:
         """The merged first pass, without the histogram bins of single images, which may be too large for memory."""
         pieces = [shard for _, shard in sorted(self.swept_ranges.items())]
@@ -208,9 +214,7 @@ class DatasetPass:
         Raises:
             Damaged: If a shard cannot be read.
         """
-        assert self.histogram_ranges is not None
-        dataset = self._plan.setup.dataset
-        ranges = HistogramRange(**self.histogram_ranges.arrays())
+        dataset, ranges = self._plan.setup.dataset, self.ranges
         names, _ = dataset.labels
         associations: list[Association | None] = []
         start = 0

@@ -21,7 +21,8 @@ from pipeline.planning.folder import RunFolder
 from pipeline.planning.plan import ExistingWork, Plan, RemainingWork
 from pipeline.runs import maintenance
 from pipeline.runs.artifacts import Artifacts
-from pipeline.runs.dataset_pass import DatasetPass, gaps
+from pipeline.runs.dataset_pass import DatasetPass, gaps, without_overlap
+from pipeline.runs.effects_pass import EffectsPass
 from pipeline.runs.pass_subset import PassSubset
 from pipeline.store import shards
 from pipeline.store.shards import DamagedShardError
@@ -71,7 +72,35 @@ def _remaining_work(plan: Plan, folder: RunFolder, ignored: Collection[Path]) ->
     reason = ""
     if base is not None and missing == len(plan.setup.dataset.images):
         reason = _reuse_blocker(plan, base)
-    return RemainingWork(channels, missing, second_pass, existing, reason)
+    return RemainingWork(channels, missing, second_pass, existing, reason, _remaining_effects(plan, artifacts, ignored))
+
+
+def _remaining_effects(plan: Plan, artifacts: Artifacts, ignored: Collection[Path]) -> int:
+    """Return the number of images whose effects have not been measured, here or in other runs."""
+    if not artifacts.effects.missing:
+        return 0
+    found = [artifacts.effects, *(effects for _, effects in _effects_elsewhere(plan, ignored))]
+    ranges = without_overlap(shard for effects in found for shard in effects.ranges.values())
+    return sum(end - start for start, end in gaps(ranges, artifacts.effects.total))
+
+
+def _effects_elsewhere(plan: Plan, ignored: Collection[Path]) -> Iterator[tuple[RunFolder, EffectsPass]]:
+    """Yield the other runs with parts of the same effects."""
+    for candidate in candidate_runs(plan):
+        same_pass = DatasetPass(plan, candidate.shards, True, ignored)
+        effects = EffectsPass(plan, candidate.shards, same_pass, ignored)
+        if effects.ranges:
+            yield candidate, effects
+
+
+def _reuse_effects(plan: Plan, folder: RunFolder, ignored: Collection[Path]) -> None:
+    """Link shards of the same effects of other runs."""
+    if not Artifacts(plan, folder, ignored=ignored).effects.missing:
+        return
+    for candidate, effects in _effects_elsewhere(plan, ignored):
+        count = sum(_link(path, folder.shards / path.relative_to(effects.folder)) for path in effects.paths())
+        if count:
+            log.info("Reusing the effects of %s (%d shards)", candidate.path, count)
 
 
 def _remaining_pass(
@@ -142,6 +171,7 @@ def reuse_results(plan: Plan, folder: RunFolder, stages: tuple[str, ...]) -> Non
     """Link or copy reusable results of other runs for `stages` into `folder`, whose lock the caller holds."""
     if "examples" in stages:
         without_damaged(lambda ignored: _reuse_pass(plan, folder, ignored))
+        without_damaged(lambda ignored: _reuse_effects(plan, folder, ignored))
     base = find_base_run(plan.config)
     if "render" in stages and base is not None:
         _reuse_visualizations(plan, folder, base)

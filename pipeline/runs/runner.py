@@ -340,6 +340,10 @@ class _Session:
             if state.covered:
                 cost = each * (state.to_localize - state.localized)
                 counts.append(Stage("localize", "images", state.to_localize, state.localized, cost))
+            effects = artifacts.effects
+            if effects.total:
+                cost = effects.image_seconds * effects.missing
+                counts.append(Stage("effects", "images", effects.total, effects.total - effects.missing, cost))
         if "render" in self.stages:
             missing_channels = {row: len(set(row.channels) - artifacts.channels(row)) for row in plan.rows}
             cost = sum(row.cost(count) for row, count in missing_channels.items())
@@ -357,6 +361,7 @@ class _Session:
         tasks: list[Task] = []
         if "examples" in self.stages:
             tasks += artifacts.dataset_pass.tasks(workers, excluded)
+            tasks += artifacts.effects.tasks(workers, excluded)
         if "render" in self.stages and not any(isinstance(task, RangesTask | SweepTask) for task in tasks):
             done = {row: artifacts.channels(row) for row in plan.rows}
             rows = {(row.layer.name, row.preset): row for row in plan.rows}

@@ -22,6 +22,7 @@ from pipeline.examples.association import Association
 from pipeline.images.opacity import with_opacity
 from pipeline.judges.judgement import NUMBERS, Judgement, Kind
 from pipeline.store import hdf5
+from pipeline.store.effects import UnitEffects, read_effects
 
 # Attribute of a group `render/<preset>` of display images: the preset whose visualizations they show larger.
 DISPLAY_OF = "display_of"
@@ -609,6 +610,10 @@ class LayerView:
     def dataset_activations(self) -> np.ndarray | None:
         """Return the maxima of every unit on the images `Atlas.responses_index`, (C', n) float16, or None."""
         return self._get(self._group, "responses") if "responses" in self._group else None
+
+    def effects(self) -> UnitEffects | None:
+        """Return the effects of the units on the outputs of the network, over `Atlas.effects_index`, or None."""
+        return read_effects(self._group, self.channels)
 
     def similar(self, channel: int, count: int = 8) -> pd.DataFrame:
         """Return the units of this layer whose activations correlate most with those of `channel`, best first.

@@ -199,6 +199,21 @@ class Atlas:
         return hdf5.read_array(self._file, "dataset/responses")
 
     @property
+    def effects_index(self) -> np.ndarray:
+        """Rows in the dataset of the images that effects were measured over, (n,); empty without effects."""
+        return hdf5.read_array(self._file, "effects/index") if "effects/index" in self._file else np.zeros(0, np.int32)
+
+    @property
+    def effects_top(self) -> np.ndarray:
+        """The largest output of the network for each of `effects_index`, (n,) int32."""
+        return hdf5.read_array(self._file, "effects/top") if "effects/top" in self._file else np.zeros(0, np.int32)
+
+    @property
+    def effects_outputs(self) -> str:
+        """Name of the layer of these outputs, as the logits; empty without effects."""
+        return hdf5.text_attribute(hdf5.group(self._file, "effects"), "outputs") if "effects" in self._file else ""
+
+    @property
     def examples_store(self) -> str:
         """What the file contains of the dataset: `images`, `crops` or only `ids`."""
         group = self._file.get("dataset/shown")
@@ -263,12 +278,15 @@ class Atlas:
         """Return a table with one row per feature visualization.
 
         The columns are layer, channel, preset, objective, variant, those of `LayerView.measurements`, natural
-        (`LayerView.dataset_max`), the statistics of `LayerView.stats`, and the numbers of `LayerView.judgements` as
-        JUDGE.rank, JUDGE.probability and so on.
+        (`LayerView.dataset_max`), the statistics of `LayerView.stats`, the numbers of `LayerView.judgements` as
+        JUDGE.rank, JUDGE.probability and so on, and of `LayerView.effects` the mean as effect and the size as
+        effect_size.
         """
         frames = []
         for layer in self:
-            stats = layer.stats()
+            stats, effects = layer.stats(), layer.effects()
+            if effects is not None:
+                stats |= {"effect": effects.mean, "effect_size": effects.size}
             for preset in layer.presets:
                 numbers = layer.measurements(preset)
                 variants = numbers["activation"].shape[1]

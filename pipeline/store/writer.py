@@ -22,6 +22,7 @@ from pipeline.core.seeds import seed_of
 from pipeline.data.image_table import ImageTable
 from pipeline.data.readers.base import DatasetImage
 from pipeline.data.readers.samples import credits_of
+from pipeline.effects.results import EffectsResult
 from pipeline.examples.channel_stats import channel_statistics
 from pipeline.examples.localize import TopExamples
 from pipeline.examples.results import DatasetPassResult, Localizations
@@ -32,6 +33,7 @@ from pipeline.layers.connectivity import Connectivity
 from pipeline.layers.finding import Layer
 from pipeline.layers.pixel_kernels import PixelKernels
 from pipeline.store import hdf5, shards, structure
+from pipeline.store.effects import write_effects
 from pipeline.store.hdf5 import write_array
 from pipeline.store.layer_view import DISPLAY_OF, LayerView
 from pipeline.store.path_relations import PATH_LAYERS, PathUnits, path_layers, stored_path, write_path_similarity
@@ -72,6 +74,7 @@ class Content:
         network_layers: All layers that units could be chosen from, in the order of the network.
         dataset_pass: Digest of the first pass over the dataset; "" without one.
         displays: For presets of display images, the preset whose visualizations they show larger.
+        effects: Effects of the units on the outputs of the network, or None.
     """
 
     run: str
@@ -95,6 +98,7 @@ class Content:
     network_layers: Sequence[Layer] = ()
     dataset_pass: str = ""
     displays: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    effects: EffectsResult | None = None
 
 
 def read_identity(path: Path) -> str | None:
@@ -199,6 +203,8 @@ def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str],
         if content.examples is not None:
             _write_dataset(file, content.examples)
             _write_pass_results(groups, layers, content.examples)
+        if content.effects is not None:
+            write_effects(file, content.effects)
         start = 0
         for i, (group, layer) in enumerate(zip(groups, layers, strict=True)):
             _write_relations(group, layer, content.examples, i, slice(start, start + layer.channels))

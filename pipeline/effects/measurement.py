@@ -1,0 +1,249 @@
+"""The effects of units on the outputs of the network, over dataset images.
+
+The *effect* of a unit on an output is the output minus the output with the unit removed: positive if the unit raises
+it. The outputs are the logits of the classes or, without a classifier, the spatial means of the last layer's channels.
+
+* By **attribution**, for all channels of all layers at once, on the largest output of each image: the sum over
+  positions of gradient × (activation − mean of the channel over the dataset), a first-order approximation from one
+  backward pass per image (Molchanov et al. 2017, arXiv 1611.06440, section 2.2; the mean as the reference, as in
+  attribution patching).
+* By **ablation**, exactly and on all outputs, for some units: the rest of the network is run with the unit's map set to
+  zero, or to its mean over the dataset, at all positions.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.core.errors import AtlasError
+from pipeline.data import image_loading
+from pipeline.data.datasets import Dataset
+from pipeline.effects.rest_of_network import RestOfNetwork, output_values
+from pipeline.effects.results import REPLACEMENTS, EffectsPart, exact_sum, exact_sum_of_squares
+from pipeline.effects.tensors import with_first_tensor
+from pipeline.layers.finding import Layer
+from pipeline.layers.tracing import modules_of
+from pipeline.models.loading import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class EffectsContext:
+    """What the measurement needs besides the images.
+
+    Attributes:
+        model: The network.
+        layers: Layers whose units are measured.
+        outputs: Layer of the outputs.
+        means: Mean of each channel of each layer over the dataset, (C,) float32.
+        ablated: Channels of each layer that are ablated.
+        dataset: The dataset.
+        batch: Images, or copies of an image, in one forward pass.
+        stop: Called before every batch; raises an exception to interrupt the work.
+        threads: Number of threads that decode images.
+    """
+
+    model: Model
+    layers: Sequence[Layer]
+    outputs: Layer
+    means: Sequence[np.ndarray]
+    ablated: Sequence[Sequence[int]]
+    dataset: Dataset
+    batch: int
+    stop: Callable[[], None] = lambda: None
+    threads: int = 2
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        return next(self.model.module.parameters()).device
+
+
+def measure(context: EffectsContext, indices: Sequence[int]) -> EffectsPart:
+    """Measure the effects of units on the outputs for dataset images.
+
+    The numbers of an image depend on its batch only by rounding, and batches are cut at multiples of `context.batch`
+    from the first image on: parts that begin at such multiples give the same bytes as one part.
+    """
+    failed: list[tuple[int, str]] = []
+    parts: list[EffectsPart] = []
+    loaded = image_loading.load_images(context.dataset, indices, context.model.preprocessing, context.threads)
+    rests = [RestOfNetwork(context.model, layer, context.outputs) for layer in context.layers]
+    for items in _groups(loaded, context.batch):
+        readable = [item for item in items if item.array is not None]
+        failed += [(item.index, item.reason) for item in items if item.array is None]
+        if not readable:
+            continue
+        context.stop()
+        images = _images(context, [item.array for item in readable if item.array is not None])
+        outputs, attribution = attribute(context, images)
+        outputs, attribution = outputs[: len(readable)], attribution[: len(readable)]
+        top = outputs.argmax(1)
+        exact = [_ablate(context, rests, images[i : i + 1], int(top[i])) for i in range(len(readable))]
+        parts.append(_part(np.array([item.index for item in readable]), top, attribution, exact, outputs.shape[1]))
+    return EffectsPart.joined(parts, failed)
+
+
+def _groups(loaded: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Yield lists of `size` loaded images, whether they can be read or not."""
+    while group := list(itertools.islice(loaded, size)):
+        yield group
+
+
+def _images(context: EffectsContext, arrays: Sequence[np.ndarray]) -> Tensor:
+    """Return a full batch of images in [0, 1]: kernels that are chosen by batch size round differently."""
+    stacked = np.stack(arrays)
+    if len(stacked) < context.batch:
+        stacked = np.concatenate([stacked, np.repeat(stacked[-1:], context.batch - len(stacked), 0)])
+    return torch.from_numpy(stacked).to(context.device).float().div_(255)
+
+
+def attribute(context: EffectsContext, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return the outputs of images, and the attribution of all channels to the largest output of each image.
+
+    Args:
+        context: Network and layers.
+        images: (B, C, H, W) in [0, 1].
+
+    Returns:
+        Outputs (B, K) float32, and attributions (B, channels of all layers side by side) float32; NaN for layers that
+        no gradient reaches.
+    """
+    taps: dict[str, Tensor] = {}
+    with _kept(context.model, [*context.layers, context.outputs], taps):
+        inputs = images.contiguous(memory_format=context.model.memory_format).requires_grad_()
+        context.model.module(context.model.normalize(inputs))
+    _require(context, taps)
+    batch = len(images)
+    outputs = output_values(context.outputs, taps[context.outputs.name], batch)
+    tensors = [taps[layer.name] for layer in context.layers]
+    reached = [tensor for tensor in tensors if tensor.requires_grad]
+    grads = dict(
+        zip(map(id, reached), torch.autograd.grad(outputs.amax(1).sum(), reached, allow_unused=True), strict=True)
+    )
+    columns = []
+    for layer, tensor, mean in zip(context.layers, tensors, context.means, strict=True):
+        gradient = grads.get(id(tensor))
+        if gradient is None:
+            columns.append(torch.full((batch, layer.channels), torch.nan))
+            continue
+        with torch.no_grad():
+            maps, slopes = layer.maps(tensor, batch).float(), layer.maps(gradient, batch).float()
+            center = torch.from_numpy(np.asarray(mean, np.float32)).to(maps.device)[:, None, None]
+            columns.append(((maps - center) * slopes).sum((2, 3)).cpu())
+    return outputs.detach().cpu().numpy(), torch.cat(columns, 1).numpy()
+
+
+def _require(context: EffectsContext, taps: dict[str, Tensor]) -> None:
+    missing = [layer.name for layer in (*context.layers, context.outputs) if layer.name not in taps]
+    if missing:
+        raise AtlasError(
+            f"{context.model.name} did not run {', '.join(missing[:3])} for dataset images. Exclude such layers with "
+            "layers.exclude, or measure no effects (effects.images=0)."
+        )
+
+
+@contextlib.contextmanager
+def _kept(model: Model, layers: Sequence[Layer], taps: dict[str, Tensor]) -> Iterator[None]:
+    """Keep the tensors of layers during a pass; the network goes on with copies, which it may change in place."""
+    modules = modules_of(model.module)
+    points: dict[tuple[str, str], dict[int, list[str]]] = {}
+    for layer in layers:
+        points.setdefault((layer.module, layer.side), {}).setdefault(layer.call, []).append(layer.name)
+    with contextlib.ExitStack() as stack:
+        for (path, side), names in points.items():
+            stack.enter_context(_keeping(modules[path], side, names, taps))
+        yield
+
+
+@contextlib.contextmanager
+def _keeping(
+    module: torch.nn.Module, side: str, names: dict[int, list[str]], taps: dict[str, Tensor]
+) -> Iterator[None]:
+    count = 0
+
+    def at_layer(value: Any) -> Any:
+        nonlocal count
+        count += 1
+        here = names.get(count)
+        if here is None:
+            return value
+
+        def keep(tensor: Tensor) -> Tensor:
+            taps.update(dict.fromkeys(here, tensor))
+            return tensor.clone()
+
+        return with_first_tensor(value, keep)
+
+    handle = (
+        module.register_forward_pre_hook(lambda _module, args, kwargs: at_layer((args, kwargs)), with_kwargs=True)
+        if side == "in"
+        else module.register_forward_hook(lambda _module, _args, output: at_layer(output))
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _ablate(context: EffectsContext, rests: Sequence[RestOfNetwork], image: Tensor, top: int) -> dict[str, np.ndarray]:
+    """Return the effects of all ablated units on the outputs for one image, (U, K) float32, by replacement."""
+    effects: dict[str, list[np.ndarray]] = {name: [] for name in REPLACEMENTS}
+    with torch.no_grad():
+        for rest, layer, channels, mean in zip(rests, context.layers, context.ablated, context.means, strict=True):
+            if not channels:
+                continue
+            context.stop()
+            outputs = rest.record(image)
+            for name in REPLACEMENTS:
+                values = mean[list(channels)] if name == "mean" else np.zeros(len(channels), np.float32)
+                for start in range(0, len(channels), context.batch):
+                    part = slice(start, start + context.batch)
+                    removed = rest.outputs_with(removal(layer, channels[part], values[part]), len(channels[part]))
+                    effects[name].append((outputs - removed).cpu().numpy())
+    return {name: np.concatenate(found) for name, found in effects.items() if found}
+
+
+def removal(layer: Layer, channels: Sequence[int], values: np.ndarray) -> Callable[[Tensor], Tensor]:
+    """Return a function that sets another unit in each copy of an image to a value at all positions of its map.
+
+    Args:
+        layer: Layer of the units.
+        channels: The unit of each copy.
+        values: Its new value, (copies,).
+    """
+
+    def edit(tensor: Tensor) -> Tensor:
+        changed = tensor.clone(memory_format=torch.preserve_format)
+        if 0 in changed.stride():  # an expanded tensor keeps its strides in a copy of some layouts
+            changed = tensor.contiguous().clone()
+        maps = layer.maps(changed, len(channels))
+        if maps.untyped_storage().data_ptr() != changed.untyped_storage().data_ptr():
+            raise AtlasError(f"{layer.name}: units of this layout cannot be ablated; set effects.ablated=0.")
+        for copy, (channel, value) in enumerate(zip(channels, values, strict=True)):
+            maps[copy, channel] = float(value)
+        return changed
+
+    return edit
+
+
+def _part(
+    indices: np.ndarray, top: np.ndarray, attribution: np.ndarray, exact: Sequence[dict[str, np.ndarray]], outputs: int
+) -> EffectsPart:
+    """Return the result for the images of one batch."""
+    ablations = {}
+    for name in REPLACEMENTS:
+        effects = [one[name] for one in exact if name in one]
+        units = len(effects[0]) if effects else 0
+        tops = [effect[:, one] for effect, one in zip(effects, top.tolist(), strict=False)]
+        ablations[name] = (
+            np.stack(tops).astype(np.float32) if tops else np.zeros((len(indices), 0), np.float32),
+            sum((exact_sum(effect) for effect in effects), np.zeros((units, outputs), np.int64)),
+            sum((exact_sum_of_squares(effect) for effect in effects), np.zeros((units, outputs), np.int64)),
+        )
+    return EffectsPart(indices.astype(np.int32), top.astype(np.int32), attribution.astype(np.float32), ablations)

@@ -1,0 +1,92 @@
+"""Which images and units the effects of a run are measured for."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.data.datasets import Dataset
+from pipeline.effects.config import EffectsConfig
+from pipeline.effects.results import REPLACEMENTS
+from pipeline.layers.finding import Layer
+
+
+@dataclasses.dataclass(frozen=True)
+class EffectsRequest:
+    """What is measured.
+
+    Attributes:
+        outputs: Layer of the outputs.
+        images: Dataset images, ascending.
+        layers: Layers whose units are measured.
+        ablated: Channels of each layer that are ablated.
+        batch: Images in one forward pass.
+    """
+
+    outputs: Layer
+    images: tuple[int, ...]
+    layers: tuple[Layer, ...]
+    ablated: tuple[tuple[int, ...], ...]
+    batch: int
+
+    @property
+    def passes(self) -> float:
+        """Estimated work for one image, in forward passes through the whole network.
+
+        A backward pass counts as two. For each layer with ablated units there is one pass that is recorded, and
+        one from the layer on for each unit and replacement.
+        """
+        total = max(self.outputs.cost, *(layer.cost for layer in self.layers), 1.0)
+        pairs = zip(self.layers, self.ablated, strict=True)
+        return 3 + sum(len(own) * len(REPLACEMENTS) * (1 - layer.cost / total) + 1 for layer, own in pairs if own)
+
+
+def request_effects(
+    config: EffectsConfig,
+    dataset: Dataset,
+    layers: Sequence[tuple[Layer, Sequence[int]]],
+    candidates: Sequence[Layer],
+    logits: Sequence[Layer],
+) -> EffectsRequest | None:
+    """Return what a run measures; None without images, or if all its layers are outputs.
+
+    Args:
+        config: The settings.
+        dataset: The dataset, of whose images those with the lowest hashes of their paths are chosen, at most one of a
+            source.
+        layers: Layers of the run, with the channels of the atlas.
+        candidates: All layers of the network, in its order.
+        logits: Layers of logits; without, the outputs are the last of `candidates`.
+    """
+    outputs = (logits or candidates)[-1]
+    ends = [layer.tap[1:4] for layer in (*logits, outputs)]
+    measured = [(layer, channels) for layer, channels in layers if layer.tap[1:4] not in ends]
+    if not config.images or not measured:
+        return None
+    return EffectsRequest(
+        outputs,
+        choose_images(dataset, config.images),
+        tuple(layer for layer, _ in measured),
+        tuple(spread(channels, config.ablated) for _, channels in measured),
+        config.batch,
+    )
+
+
+def choose_images(dataset: Dataset, count: int) -> tuple[int, ...]:
+    """Return at most `count` images, ascending: those with the lowest hashes of their paths, one of each source."""
+    sources: set[int] = set()
+    chosen: list[int] = []
+    for index in dataset.draw(len(dataset.images)).tolist():
+        source = index if dataset.sources is None else int(dataset.sources[index])
+        if source not in sources:
+            sources.add(source)
+            chosen.append(index)
+        if len(chosen) == count:
+            break
+    return tuple(sorted(chosen))
+
+
+def spread(channels: Sequence[int], count: int) -> tuple[int, ...]:
+    """Return at most `count` of the channels, evenly spaced."""
+    places = np.unique(np.linspace(0, len(channels) - 1, min(count, len(channels))).round().astype(int))
+    return tuple(channels[place] for place in places)

@@ -1,0 +1,158 @@
+"""Check and time the effects of units on the outputs: exact ablation, attribution, their agreement.
+
+scripts/bench effects [--model NAME] [--root ../shared/photos] [--images 16] [--units 40] [--layers 5] [--checked 4]
+
+On the default network with the means of some photographs: the largest difference of ablations from a loop that runs
+the complete network with a hook, on `--checked` images; the time of both; Spearman's rank correlation of attribution
+and ablation to the mean, by layer; and images per second of the attribution of all channels against the bare forward
+and backward pass, which alternate batch by batch.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from pipeline.acceleration.batchnorm_folding import foldable_pairs
+from pipeline.acceleration.variants import verified_fold
+from pipeline.data import image_loading
+from pipeline.data.config import DataConfig
+from pipeline.data.datasets import list_dataset
+from pipeline.effects.measurement import EffectsContext, attribute, measure
+from pipeline.effects.request import spread
+from pipeline.effects.results import EffectsPart
+from pipeline.layers.finding import Layer, capture
+from pipeline.layers.selection import LayersConfig, list_layers, logit_layers, select_layers
+from pipeline.models.config import ModelConfig
+from pipeline.models.loading import Model, load_model
+from pipeline.store.effects import rank_correlation
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(name: str) -> Model:
+    settings = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text())
+    return load_model(ModelConfig(**{key: value for key, value in settings.items() if key != "defaults"})).to("cpu")
+
+
+def mean_activations(model: Model, layers: list[Layer], images: Tensor) -> list[np.ndarray]:
+    """Return the mean of every channel over images and positions, by layer."""
+    with torch.no_grad(), capture(model, layers) as forward:
+        maps = forward(images)
+    return [maps[layer.name].float().mean((0, 2, 3)).numpy() for layer in layers]
+
+
+def removed(module: torch.nn.Module, layer: Layer, channel: int, value: float) -> RemovableHandle:
+    """Set a channel of a layer of maps (B, C, H, W) to a value until the hook is removed."""
+
+    def changed(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        tensor[:, channel] = value
+        return tensor
+
+    if layer.side == "in":
+        return module.register_forward_pre_hook(lambda _module, args: (changed(args[0]), *args[1:]))
+    return module.register_forward_hook(lambda _module, _args, output: changed(output))
+
+
+def by_loop(context: EffectsContext, images: Tensor, tops: np.ndarray) -> list[np.ndarray]:
+    """Return the effects of ablations to the mean, (images, units) by layer, each by a complete pass with a hook."""
+    found = []
+    with torch.no_grad():
+        for layer, mean, own in zip(context.layers, context.means, context.ablated, strict=True):
+            assert layer.call == 1, "the loop changes the first call of a module"
+            module = context.model.module.get_submodule(layer.module)
+            effects = np.zeros((len(images), len(own)), np.float32)
+            for i in range(len(images)):
+                image = images[i : i + 1].contiguous(memory_format=context.model.memory_format)
+                full = context.model.module(context.model.normalize(image))[0, tops[i]]
+                for j, channel in enumerate(own):
+                    handle = removed(module, layer, channel, float(mean[channel]))
+                    effects[i, j] = float(full - context.model.module(context.model.normalize(image))[0, tops[i]])
+                    handle.remove()
+            found.append(effects)
+    return found
+
+
+def bare(model: Model, images: Tensor) -> None:
+    """Forward and backward pass of the largest output, without anything else."""
+    inputs = images.contiguous(memory_format=model.memory_format).requires_grad_()
+    torch.autograd.grad(model.module(model.normalize(inputs)).amax(1).sum(), inputs)
+
+
+def alternate(work: Callable[[], object], other: Callable[[], object], rounds: int = 8) -> tuple[float, float]:
+    """Return the median seconds of both."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for turn in range(rounds):
+        for which in (0, 1) if turn % 2 else (1, 0):
+            began = time.perf_counter()
+            (work, other)[which]()
+            seconds[which].append(time.perf_counter() - began)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="efficientnet_lite0")
+    parser.add_argument("--root", default=str(ROOT.parent / "shared" / "photos"))
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--units", type=int, default=40)
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--checked", type=int, default=4)
+    options = parser.parse_args()
+    model = load(options.model)
+    candidates = list_layers(model, LayersConfig(), None)
+    outputs = logit_layers(model, candidates)[-1]
+    chosen = select_layers(model, candidates, LayersConfig(policy="tour", count=options.layers + 1))
+    layers = [layer for layer in chosen if layer.name != outputs.name][: options.layers]
+    network = verified_fold(model, foldable_pairs(model), layers)
+    dataset = list_dataset(DataConfig("folder", options.root, options.images))
+    loaded = image_loading.load_images(dataset, range(options.images), model.preprocessing)
+    arrays = [item.array for item in loaded if item.array is not None]
+    images = torch.from_numpy(np.stack(arrays)).float() / 255
+    means = mean_activations(network, layers, images[:64])
+    ablated = [spread(range(layer.channels), options.units) for layer in layers]
+    context = EffectsContext(network, layers, outputs, means, ablated, dataset, 16)
+    began = time.perf_counter()
+    part = measure(context, range(options.images))
+    seconds = (time.perf_counter() - began) / options.images
+    began = time.perf_counter()
+    loop = np.concatenate(by_loop(context, images[: options.checked], part.top), 1)
+    per_image = (time.perf_counter() - began) / options.checked
+    exact = part.ablations["mean"][0]
+    scale = float(np.abs(exact).max())
+    units = sum(map(len, ablated))
+    print(f"{units} units in {len(layers)} layers, {options.images} photographs: {seconds:.2f} s an image, with both")
+    print(f"replacements and attributions; a loop of complete passes for one of them: {per_image:.2f} s an image")
+    difference = np.abs(loop - exact[: options.checked]).max()
+    print(f"largest difference from the loop: {difference:.1e}; largest effect {scale:.2f} logits")
+    agreement(context, part)
+    batch, channels = images[:16], sum(layer.channels for layer in layers)
+    ours, plain = alternate(lambda: attribute(context, batch), lambda: bare(network, batch))
+    rate = f"{len(batch) / ours:.1f} against {len(batch) / plain:.1f} images per second"
+    print(f"attribution of {channels:,} channels: {plain / ours:.2f} of the bare forward and backward pass, {rate}")
+
+
+def agreement(context: EffectsContext, part: EffectsPart) -> None:
+    """Print a table of the agreement of attribution and ablation to the mean."""
+    print("\n| layer | units | rank correlation, unit × image | of the units' means | mean absolute effect |")
+    print("|---|---|---|---|---|")
+    exact, first, unit = part.ablations["mean"][0], 0, 0
+    for layer, own in zip(context.layers, context.ablated, strict=True):
+        attribution = part.attribution[:, first : first + layer.channels][:, list(own)]
+        effects = exact[:, unit : unit + len(own)]
+        pairs = rank_correlation(attribution, effects)
+        means = rank_correlation(attribution.mean(0), effects.mean(0))
+        print(f"| {layer.name} | {len(own)} | {pairs:.2f} | {means:.2f} | {np.abs(effects).mean():.3f} |")
+        first, unit = first + layer.channels, unit + len(own)
+
+
+if __name__ == "__main__":
+    main()
