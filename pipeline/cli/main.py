@@ -1,7 +1,7 @@
 """The command line: `atlas VERB [group=choice] [key=value] …`.
 
 Hydra composes the configuration. Exit codes: 0 complete, 1 some results are missing or wrong, 2 bad input, 70 a fault
-of this program, 75 a fault that may pass (the cluster was lost, or gave no worker), 130 interrupted.
+of this program, 75 a fault that may pass (the cluster was lost or gave no worker, a disk failed), 130 interrupted.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from pipeline.cli.overrides import (
 )
 from pipeline.cli.verbs import VERBS
 from pipeline.core import interrupts
-from pipeline.core.errors import AtlasError, TryAgainError, nearest_names
-from pipeline.data.storage_errors import StorageError
+from pipeline.core.errors import AtlasError, TryAgainError, first_line, nearest_names
+from pipeline.data.storage_errors import StorageError, is_device_error
 from pipeline.planning.request import Request
 from pipeline.runs.runner import BAD_INPUT, COMPLETE, CRASHED, INTERRUPTED
 
@@ -209,6 +209,12 @@ def _guarded(work: Callable[[], int]) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename is not None:
             return _refuse(f"{error.filename}: {error.strerror}. Choose a folder that is writable: run.root=…")
+        if is_device_error(error):
+            return _refuse(
+                f"A disk or file server failed: {first_line(error)}. Finished work is kept; the same command continues "
+                "from here once it is back.",
+                TryAgainError.exit_code,
+            )
         traceback.print_exc()
         sys.stderr.write(
             "atlas: This is a fault of Neuron Atlas, or of a library or machine below it: please report the lines "
