@@ -142,7 +142,7 @@ def _execute(name: str, arguments: Sequence[str]) -> int:
 def _compose(overrides: Sequence[str], task: Callable[[DictConfig], None]) -> None:
     """Call `task` with the composed configuration."""
     if any(override.startswith("-") for override in overrides):
-        with _hydra_arguments([settable(override) for override in overrides]):
+        with _hydra_arguments([settable(override) for override in overrides]), _unfinished_help():
             hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)()
         return
     task(composed(overrides))
@@ -164,6 +164,25 @@ def _hydra_arguments(overrides: Sequence[str]) -> Iterator[None]:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+@contextlib.contextmanager
+def _unfinished_help() -> Iterator[None]:
+    """Let Hydra 1.3 build its parser on Python 3.14, where argparse checks help texts: one of Hydra's is none yet."""
+    check = getattr(argparse.ArgumentParser, "_check_help", None)
+    if check is None:  # Python 3.13 and earlier
+        yield
+        return
+
+    def lenient(parser: argparse.ArgumentParser, action: argparse.Action) -> None:
+        if isinstance(action.help, str):
+            check(parser, action)
+
+    setattr(argparse.ArgumentParser, "_check_help", lenient)  # noqa: B010
+    try:
+        yield
+    finally:
+        delattr(argparse.ArgumentParser, "_check_help")
 
 
 def _complete_verb(arguments: Sequence[str]) -> bool:
