@@ -219,7 +219,8 @@ def _guarded(work: Callable[[], int]) -> int:
     try:
         return work()
     except AtlasError as error:
-        return _refuse(str(error), error.exit_code)
+        failed = error.__cause__ is not None and is_device_error(error.__cause__)
+        return _refuse(str(error), TryAgainError.exit_code if failed else error.exit_code)
     except StorageError as error:
         return _refuse(str(error), TryAgainError.exit_code)
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ from conftest import TINY, compose
 
 from pipeline.cli.main import main
 from pipeline.cli.overrides import split_compare
+from pipeline.core.errors import AtlasError
 from pipeline.core.interrupts import InterruptHandlers, raise_if_interrupted
 from pipeline.planning.folder import RunFolder
 
@@ -181,6 +182,13 @@ def test_a_failing_disk_is_no_crash(tmp_path: Path, capsys: pytest.CaptureFixtur
         told = capsys.readouterr().err
         assert "A disk or file server failed" in told and "the same command continues" in told
         assert "Traceback" not in told
+    # An error in words whose cause is the disk.
+    told_of = AtlasError("config.yaml can't be read.")
+    told_of.__cause__ = OSError(errno.EIO, "Input/output error")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "existing", Mock(side_effect=told_of))
+        assert main(["status", str(tmp_path)]) == 75
+    assert "config.yaml can't be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["bob's", 'the "best" run', "50%d", "lr=0.1", "a b, (c) #1", "${x}", "größe"])
