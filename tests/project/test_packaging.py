@@ -176,7 +176,7 @@ def test_a_distribution_works_in_an_environment_of_its_own(built: Path, kind: st
     )
     small = ["model=timm", "model.name=test_efficientnet", "model.weights=null", "model.input_size=32", "layers=convs"]
     small += ["layers.channels='0:1'", "render.steps=2", "render.size=24", "render.margin=2", "engine=inline"]
-    run(atlas, "run", *small, "examples.k=2", "run.name=a")
+    run(atlas, "run", *small, "examples.k=2", "data.limit=12", "run.name=a")
     assert (tmp_path / "runs" / "a" / "site" / "index.html").is_file()
     run(atlas, "verify", "runs/a", "run.check=0")
 
