@@ -7,6 +7,13 @@
 #
 #   docker build --build-arg TORCH_INDEX=ADDRESS -t neuron-atlas:0.1.0-cpu .
 #
+# All libraries have the versions and sha256 of jobs/requirements/*.txt (PyTorch for CPUs: the version only). The base image is
+# named by a tag, which its publishers move to newer builds. For the same image each time, give its digest, which is in the label
+# org.opencontainers.image.base.digest of every published image:
+#
+#   docker buildx imagetools inspect --format '{{.Manifest.Digest}}' python:3.11.13-slim-bookworm
+#   docker build --build-arg PYTHON=3.11.13-slim-bookworm@sha256:DIGEST -t neuron-atlas:0.1.0 .
+#
 # Run the default atlas; results are written to ./runs, which must belong to user 1000 (or add --user "$(id -u)"):
 #
 #   docker run --rm --shm-size=4g -v "$PWD/runs:/work/runs" neuron-atlas:0.1.0 run
@@ -35,20 +42,20 @@ USER 1000:1000
 WORKDIR /app
 COPY --chown=1000:1000 . .
 
-# Installed as on users' machines: all libraries in the versions of constraints.txt, into /app/.venv.
-# EXTRAS: optional dependencies of pyproject.toml. "cluster" has Ray's dashboard and Jobs API, which jobs/kuberay.yaml needs.
-ARG EXTRAS=cluster
+# Into /app/.venv, with Ray's dashboard and Jobs API, which jobs/kuberay.yaml needs.
 ARG TORCH_INDEX=""
-RUN PIP_NO_CACHE_DIR=1 PIP_EXTRA_INDEX_URL="${TORCH_INDEX}" scripts/setup "${EXTRAS}" \
+RUN PIP_NO_CACHE_DIR=1 TORCH_INDEX="${TORCH_INDEX}" scripts/setup --locked \
     && .venv/bin/atlas --version
 
 # As in scripts/atlas: threads of PyTorch that wait for each other keep their core busy for a short time only.
 ENV PATH=/app/.venv/bin:$PATH GOMP_SPINCOUNT=3000 PYTHONUNBUFFERED=1
 
 ARG COMMIT=unknown
+ARG BASE_DIGEST=unknown
 LABEL org.opencontainers.image.title="Neuron Atlas" \
     org.opencontainers.image.licenses="Apache-2.0" \
-    org.opencontainers.image.revision="${COMMIT}"
+    org.opencontainers.image.revision="${COMMIT}" \
+    org.opencontainers.image.base.digest="${BASE_DIGEST}"
 
 # Relative paths, such as run.root=runs, are relative to this folder.
 WORKDIR /work

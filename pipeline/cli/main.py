@@ -1,7 +1,7 @@
 """The command line: `atlas VERB [group=choice] [key=value] …`.
 
 Hydra composes the configuration. Exit codes: 0 complete, 1 some results are missing or wrong, 2 bad input, 70 a fault
-of this program, 75 a fault that may pass (the cluster was lost, or gave no worker), 130 interrupted.
+of this program, 75 a fault that may pass (the cluster was lost or gave no worker, a disk failed), 130 interrupted.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from pipeline.cli.overrides import (
 )
 from pipeline.cli.verbs import VERBS
 from pipeline.core import interrupts
-from pipeline.core.errors import AtlasError, TryAgainError, nearest_names
-from pipeline.data.storage_errors import StorageError
+from pipeline.core.errors import AtlasError, TryAgainError, first_line, nearest_names
+from pipeline.data.storage_errors import StorageError, is_device_error
 from pipeline.planning.request import Request
 from pipeline.runs.runner import BAD_INPUT, COMPLETE, CRASHED, INTERRUPTED
 
@@ -142,7 +142,7 @@ def _execute(name: str, arguments: Sequence[str]) -> int:
 def _compose(overrides: Sequence[str], task: Callable[[DictConfig], None]) -> None:
     """Call `task` with the composed configuration."""
     if any(override.startswith("-") for override in overrides):
-        with _hydra_arguments([settable(override) for override in overrides]):
+        with _hydra_arguments([settable(override) for override in overrides]), _unfinished_help():
             hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)()
         return
     task(composed(overrides))
@@ -164,6 +164,25 @@ def _hydra_arguments(overrides: Sequence[str]) -> Iterator[None]:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+@contextlib.contextmanager
+def _unfinished_help() -> Iterator[None]:
+    """Let Hydra 1.3 build its parser on Python 3.14, where argparse checks help texts: one of Hydra's is none yet."""
+    check = getattr(argparse.ArgumentParser, "_check_help", None)
+    if check is None:  # Python 3.13 and earlier
+        yield
+        return
+
+    def lenient(parser: argparse.ArgumentParser, action: argparse.Action) -> None:
+        if isinstance(action.help, str):
+            check(parser, action)
+
+    setattr(argparse.ArgumentParser, "_check_help", lenient)  # noqa: B010
+    try:
+        yield
+    finally:
+        delattr(argparse.ArgumentParser, "_check_help")
 
 
 def _complete_verb(arguments: Sequence[str]) -> bool:
@@ -200,7 +219,8 @@ def _guarded(work: Callable[[], int]) -> int:
     try:
         return work()
     except AtlasError as error:
-        return _refuse(str(error), error.exit_code)
+        failed = error.__cause__ is not None and is_device_error(error.__cause__)
+        return _refuse(str(error), TryAgainError.exit_code if failed else error.exit_code)
     except StorageError as error:
         return _refuse(str(error), TryAgainError.exit_code)
     except KeyboardInterrupt:
@@ -209,6 +229,12 @@ def _guarded(work: Callable[[], int]) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename is not None:
             return _refuse(f"{error.filename}: {error.strerror}. Choose a folder that is writable: run.root=…")
+        if is_device_error(error):
+            return _refuse(
+                f"A disk or file server failed: {first_line(error)}. Finished work is kept; the same command continues "
+                "from here once it is back.",
+                TryAgainError.exit_code,
+            )
         traceback.print_exc()
         sys.stderr.write(
             "atlas: This is a fault of Neuron Atlas, or of a library or machine below it: please report the lines "

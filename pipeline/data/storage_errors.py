@@ -17,6 +17,13 @@ _NAMES = (
 )  # fmt: skip
 STORAGE_ERRNOS = frozenset(getattr(errno, name) for name in _NAMES if hasattr(errno, name))
 
+# Of these, the errors of a disk or of a file server that has gone.
+_DEVICE_ERRNOS = frozenset(
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "ENODEV", "ENXIO", "EREMOTEIO", "EHOSTDOWN", "EUCLEAN", "ESHUTDOWN")
+    if hasattr(errno, name)
+)
+
 
 class StorageError(OSError):
     """An image could not be read because of its storage; the image itself may be in order."""
@@ -25,6 +32,13 @@ class StorageError(OSError):
 def is_storage_error(error: BaseException) -> bool:
     """Return whether an exception is an error of the storage. Decoders raise `OSError` without a number."""
     return isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno in STORAGE_ERRNOS)
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Return whether a disk or file server failed; HDF5 reports the number only in the text of its errors."""
+    if isinstance(error, OSError) and error.errno in _DEVICE_ERRNOS:
+        return True
+    return isinstance(error, OSError | RuntimeError) and any(f"errno = {n}," in str(error) for n in _DEVICE_ERRNOS)
 
 
 def names_storage_error(reason: str) -> bool:

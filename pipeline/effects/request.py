@@ -74,16 +74,14 @@ def request_effects(
 
 def choose_images(dataset: Dataset, count: int) -> tuple[int, ...]:
     """Return at most `count` images, ascending: those with the lowest hashes of their paths, one of each source."""
-    sources: set[int] = set()
-    chosen: list[int] = []
-    for index in dataset.draw(len(dataset.images)).tolist():
-        source = index if dataset.sources is None else int(dataset.sources[index])
-        if source not in sources:
-            sources.add(source)
-            chosen.append(index)
-        if len(chosen) == count:
-            break
-    return tuple(sorted(chosen))
+    total, drawn = len(dataset.images), 4 * count
+    while True:
+        order = dataset.draw(min(drawn, total))
+        sources = order if dataset.sources is None else dataset.sources[order]
+        first = np.sort(np.unique(sources, return_index=True)[1])[:count]
+        if len(first) == count or drawn >= total:
+            return tuple(sorted(order[first].tolist()))
+        drawn *= 4
 
 
 def spread(channels: Sequence[int], count: int) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """The command line: verbs, Hydra's own flags, completion, and the two scripts."""
 
+import errno
 import os
 import shlex
 import signal
@@ -8,13 +9,16 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from conftest import TINY, compose
 
 from pipeline.cli.main import main
 from pipeline.cli.overrides import split_compare
+from pipeline.core.errors import AtlasError
 from pipeline.core.interrupts import InterruptHandlers, raise_if_interrupted
+from pipeline.planning.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -168,6 +172,25 @@ def test_arguments_that_quotes_do_not_mend(argument: str, told: str, capsys: pyt
     assert told in capsys.readouterr().err
 
 
+def test_a_failing_disk_is_no_crash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The numbers as the system raises them, and as HDF5 puts them into the text of its errors."""
+    (tmp_path / "config.yaml").write_text("run: {}\n")
+    for error in (OSError(errno.EIO, "Input/output error", "a.yaml"), RuntimeError("write failed (errno = 5, …)")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RunFolder, "existing", Mock(side_effect=error))
+            assert main(["status", str(tmp_path)]) == 75
+        told = capsys.readouterr().err
+        assert "A disk or file server failed" in told and "the same command continues" in told
+        assert "Traceback" not in told
+    # An error in words whose cause is the disk.
+    told_of = AtlasError("config.yaml can't be read.")
+    told_of.__cause__ = OSError(errno.EIO, "Input/output error")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "existing", Mock(side_effect=told_of))
+        assert main(["status", str(tmp_path)]) == 75
+    assert "config.yaml can't be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["bob's", 'the "best" run', "50%d", "lr=0.1", "a b, (c) #1", "${x}", "größe"])
 def test_a_folder_by_position_may_be_called_anything(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -227,26 +250,6 @@ def test_scripts_atlas_works_from_any_folder_without_pip(tmp_path: Path) -> None
         command = [ROOT / "scripts/atlas", "--version"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("atlas 0.") and not done.stderr
-
-
-@pytest.mark.long
-def test_an_installed_wheel_works_from_any_folder(tmp_path: Path) -> None:
-    """In a wheel `conf/` lies inside the package; in a checkout beside it."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path / "wheel", ROOT]
-    subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = (tmp_path / "wheel").glob("neuron_atlas-*.whl")
-    install = [*pip, "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel]
-    subprocess.run(install, check=True, capture_output=True)
-    assert (tmp_path / "site/pipeline/site/templates/base.html").is_file()
-    code = "import sys; from pipeline.cli.main import main; sys.exit(main(['plan', '--cfg', 'job', 'layers=convs']))"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert "policy: convs" in done.stdout
-    where = [sys.executable, "-c", "from pipeline.cli.overrides import conf_folder; print(conf_folder())"]
-    done = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert Path(done.stdout.strip()) == tmp_path / "site/pipeline/conf"
 
 
 @pytest.mark.long

@@ -1,18 +1,27 @@
-"""Kill or stop workers, kill drivers and nodes of a Ray cluster at random moments, and see that nothing comes of it.
+"""Faults of workers, drivers, nodes and disks at random moments: no result may be lost, damaged or different.
 
-    scripts/chaos 200            # so many kills; about 8 s each on two cores
+    scripts/chaos 200            # so many faults; about 10 s each on two cores
 
-Rounds of a small run on a `ray.cluster_utils.Cluster` go on under kills until each is complete. A stopped worker
-(SIGSTOP) answers nothing, like one in a dead mount; the run must replace it by itself. After every kill all shards must
-be readable to the last byte, and every shard that was ever seen must still be the same file. Each finished atlas.h5
-must equal that of an undisturbed run without Ray.
+Rounds of a small run on a `ray.cluster_utils.Cluster` go on under faults until each is complete:
+
+    worker, driver, node   is killed
+    hang                   a worker is stopped (SIGSTOP) and answers nothing; the run must replace it by itself
+    images, results        the disk with the dataset, or with the run folder, fails with EIO for up to 10 s, and loses
+                           what was not synced to it. The disks are ext4 file systems, shut down by ioctl: needs root
+
+After every fault all shards must be readable to the last byte, and every shard that was ever seen must still be the
+same file. No command may end with the exit code of a crash. Each finished atlas.h5 must equal that of an undisturbed
+run without Ray.
 """
 
+import argparse
 import dataclasses
+import fcntl
 import json
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -44,7 +53,13 @@ SMALL = [
 ]  # fmt: skip
 
 # How often each kind of fault is chosen.
-FAULTS = {"worker": 12, "hang": 4, "node": 3, "driver": 3}
+FAULTS = {"worker": 10, "hang": 4, "node": 3, "driver": 3}
+DISK_FAULTS = {"images": 2, "results": 4}
+
+# EXT4_IOC_SHUTDOWN and its flag that writes the journal first: what was synced is kept, everything else is lost.
+SHUTDOWN, FLUSH_JOURNAL = 0x8004587D, struct.pack("I", 1)
+
+CRASHED = 70
 
 # Equal to the bit, wherever they were computed; all that is measured of a picture is as near as the picture.
 EXACT = ("channels", "seed", "status", "steps")
@@ -91,30 +106,69 @@ def differences(one: Path, other: Path) -> list[str]:
     return wrong
 
 
+class Disk:
+    """An ext4 file system in a file, mounted at a folder. Needs root, and a mount namespace that ends with the test."""
+
+    def __init__(self, image: Path, folder: Path) -> None:
+        self.image, self.folder, self.copies = image, folder, 0
+        folder.mkdir(parents=True)
+        with image.open("wb") as file:
+            file.truncate(256 << 20)
+        subprocess.run(["mkfs.ext4", "-q", image], check=True)
+        self._mount()
+
+    def _mount(self) -> None:
+        subprocess.run(["mount", "-o", "loop", self.image, self.folder], check=True)
+
+    def fail(self) -> None:
+        """From now on reads, writes and renames fail with EIO."""
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.ioctl(handle, SHUTDOWN, FLUSH_JOURNAL)
+        finally:
+            os.close(handle)
+
+    def come_back(self) -> None:
+        """Mount a copy of what is on the disk; files that were open on the failed one go on failing."""
+        self.remove()
+        self.copies += 1
+        failed, self.image = self.image, self.image.with_suffix(f".{self.copies}")
+        subprocess.run(["cp", "--sparse=always", failed, self.image], check=True)
+        failed.unlink()
+        self._mount()
+
+    def remove(self) -> None:
+        subprocess.run(["umount", "--lazy", self.folder], check=True)
+
+
 @dataclasses.dataclass
 class Outcome:
     """What came of it."""
 
     rounds: int = 0
-    kills: Counter[str] = dataclasses.field(default_factory=Counter)
+    faults: Counter[str] = dataclasses.field(default_factory=Counter)
     shards_read: int = 0
     unreadable: list[str] = dataclasses.field(default_factory=list)
     lost: list[str] = dataclasses.field(default_factory=list)
     different: list[str] = dataclasses.field(default_factory=list)
+    crashes: list[str] = dataclasses.field(default_factory=list)
     exits: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 class Chaos:
-    """A cluster, a run on it, and somebody with a gun."""
+    """A cluster, a run on it, and faults."""
 
-    def __init__(self, root: Path, seed: int, channels: int, steps: int, say: Any) -> None:
+    def __init__(self, root: Path, seed: int, channels: int, steps: int, disks: bool, say: Any) -> None:
         from ray.cluster_utils import Cluster
 
         self.root, self.say, self.random = root, say, random.Random(seed)
-        photographs(root / "photographs", 24)
+        self.disks = {name: Disk(root / f"{name}.ext4", root / name) for name in DISK_FAULTS} if disks else {}
+        self.faults = FAULTS | (DISK_FAULTS if disks else {})
+        self.bag: list[str] = []
+        photographs(root / "images" / "photographs", 24)
         self.settings = [
-            *SMALL, f"data.root={root / 'photographs'}", f"run.root={root}", f"layers.channels='0:{channels}'",
-            f"render.steps={steps}",
+            *SMALL, f"data.root={root}/images/photographs", f"run.root={root}/results",
+            f"layers.channels='0:{channels}'", f"render.steps={steps}",
         ]  # fmt: skip
         self.cluster = Cluster(
             initialize_head=True,
@@ -135,6 +189,8 @@ class Chaos:
 
     def close(self) -> None:
         self.cluster.shutdown()
+        for disk in self.disks.values():
+            disk.remove()
 
     def launch(self, name: str) -> subprocess.Popen[bytes]:
         arguments = [*self.settings, "engine=ray", f"engine.address={self.cluster.address}", f"run.name={name}"]
@@ -153,11 +209,22 @@ class Chaos:
                     continue
         return found
 
-    def kill(self, kind: str, driver: subprocess.Popen[bytes]) -> str:
-        """What was done; empty if there was none of that kind to kill. A worker that was stopped before is killed."""
+    def draw(self) -> str:
+        """The next kind of fault. Each kind comes in turn before any comes again more often than its share."""
+        if not self.bag:
+            self.bag = [kind for kind, share in self.faults.items() for _ in range(share)]
+            self.random.shuffle(self.bag)
+        return self.bag.pop()
+
+    def fault(self, kind: str, driver: subprocess.Popen[bytes]) -> str:
+        """What was done; empty if there was no worker. A worker that was stopped before is killed."""
         if kind == "driver":
             driver.kill()
             driver.wait()
+        elif kind in self.disks:
+            self.disks[kind].fail()
+            time.sleep(self.random.uniform(0.0, 10.0))
+            self.disks[kind].come_back()
         elif kind == "node":
             node = self.nodes.pop(self.random.randrange(len(self.nodes)))
             self.cluster.remove_node(node, allow_graceful=False)
@@ -175,7 +242,7 @@ class Chaos:
                     chosen.kill()
             except psutil.NoSuchProcess:
                 return ""
-        self.outcome.kills[kind] += 1
+        self.outcome.faults[kind] += 1
         return kind
 
     def check(self, folder: RunFolder) -> None:
@@ -196,11 +263,11 @@ class Chaos:
             self.checked.add(mark)
             self.outcome.shards_read += 1
 
-    def round(self, kills: int) -> None:
-        """One run, from nothing to complete, under at most so many kills."""
+    def round(self, faults: int) -> None:
+        """One run, from nothing to complete, under at most so many faults."""
         self.outcome.rounds += 1
         name = f"round{self.outcome.rounds}"
-        folder = RunFolder(self.root / name)
+        folder = RunFolder(self.root / "results" / name)
         self.seen, self.checked = {}, set()
         driver, done, began = self.launch(name), 0, time.monotonic()
         due = 0.0
@@ -210,43 +277,57 @@ class Chaos:
                 self.outcome.exits[str(code)] += code >= 0
                 if code == 0:
                     break
+                if code == CRASHED:
+                    self.outcome.crashes.append(Path(self.log.name).read_text()[-4000:])
+                    self.say(self.outcome.crashes[-1])
                 driver = self.launch(name)
             if time.monotonic() - began > 2400:
                 driver.kill()
                 raise AssertionError(f"{name} does not end; see {self.log.name}")
             if due == 0.0 and (self.workers() or self.random.random() < 0.002):
-                due = time.monotonic() + self.random.uniform(0.0, 8.0)
-            if done < kills and due and time.monotonic() >= due:
-                kind = self.random.choices(list(FAULTS), list(FAULTS.values()))[0]
-                made = self.kill(kind, driver)
+                due = time.monotonic() + self.random.uniform(0.0, 6.0)
+            if done < faults and due and time.monotonic() >= due:
+                made = self.fault(self.draw(), driver)
                 if made:
                     done += 1
-                    self.say(f"{name}: kill {sum(self.outcome.kills.values())}, a {made}; {len(self.seen)} shards")
+                    self.say(f"{name}: fault {sum(self.outcome.faults.values())}, {made}; {len(self.seen)} shards")
                     self.check(folder)
                 due = 0.0
             time.sleep(0.05)
         self.check(folder)
         problems = maintenance.verify(folder)
-        problems += [(d, "differs") for d in differences(self.root / "undisturbed" / "atlas.h5", folder.atlas)]
+        problems += [
+            (d, "differs") for d in differences(self.root / "results" / "undisturbed" / "atlas.h5", folder.atlas)
+        ]
         self.outcome.different += [f"{name}: {where} {what}" for where, what in problems]
         for where, what in problems:
             self.say(f"{name}: {where} {what}")
-        self.say(f"{name}: complete after {time.monotonic() - began:.0f} s and {done} kills, {len(problems)} problems")
+        self.say(f"{name}: complete after {time.monotonic() - began:.0f} s and {done} faults, {len(problems)} problems")
         if not problems:
             shutil.rmtree(folder.path)
 
 
+def can_have_disks() -> bool:
+    """Whether file systems can be mounted here without anybody else's notice: by root, in an own mount namespace."""
+    own = ["unshare", "--mount", "mkfs.ext4", "-V"]
+    return (
+        os.geteuid() == 0
+        and Path("/dev/loop-control").exists()
+        and not subprocess.run(own, capture_output=True).returncode
+    )
+
+
 def run(
-    kills: int, seed: int = 0, channels: int = 24, steps: int = 20, a_round: int = 50, say: Any = sys.stderr.write
+    faults: int, seed: int = 0, channels: int = 24, steps: int = 20, disks: bool = False, say: Any = sys.stderr.write
 ) -> Outcome:
-    """So many kills over as many rounds as they take."""
+    """So many faults over as many rounds as they take, with at most 50 a round."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as root:
-        chaos = Chaos(Path(root), seed, channels, steps, say)
+        chaos = Chaos(Path(root), seed, channels, steps, disks, say)
         try:
             chaos.undisturbed()
             say("the undisturbed run is complete")
-            while sum(chaos.outcome.kills.values()) < kills:
-                chaos.round(min(a_round, kills - sum(chaos.outcome.kills.values())))
+            while sum(chaos.outcome.faults.values()) < faults:
+                chaos.round(min(50, faults - sum(chaos.outcome.faults.values())))
         except (AssertionError, AtlasError):
             for log in Path(root).glob("*.log"):
                 say(log.read_text()[-4000:])
@@ -256,13 +337,27 @@ def run(
         return chaos.outcome
 
 
-if __name__ == "__main__":
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("faults", type=int, nargs="?", default=200)
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    parser.add_argument("--channels", type=int, default=24, help="channels of each layer")
+    parser.add_argument("--steps", type=int, default=20, help="optimization steps")
+    parser.add_argument("--own-mounts", action="store_true", help=argparse.SUPPRESS)
+    wanted = parser.parse_args()
+    if can_have_disks() and not wanted.own_mounts:
+        os.execvp("unshare", ["unshare", "--mount", sys.executable, *sys.argv, "--own-mounts"])
+    if not wanted.own_mounts:
+        sys.stderr.write("No disks fail: that needs root, loop devices, unshare and mkfs.ext4.\n")
     began = time.monotonic()
     outcome = run(
-        int(sys.argv[1]) if len(sys.argv) > 1 else 200,
-        int(sys.argv[2]) if len(sys.argv) > 2 else 0,
+        wanted.faults, wanted.seed, wanted.channels, wanted.steps, wanted.own_mounts,
         say=lambda line: sys.stdout.write(f"{line}\n") and sys.stdout.flush(),
-    )
+    )  # fmt: skip
     told = vars(outcome) | {"seconds": round(time.monotonic() - began)}
     sys.stdout.write(json.dumps(told, indent=1) + "\n")
-    sys.exit(bool(outcome.unreadable or outcome.lost or outcome.different))
+    return int(bool(outcome.unreadable or outcome.lost or outcome.different or outcome.crashes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
