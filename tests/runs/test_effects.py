@@ -1,6 +1,7 @@
 """Effects in a run: added to a finished one, resumed, reused, in atlas.h5 and in plans."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import h5py
@@ -120,3 +121,19 @@ def test_a_damaged_part_is_measured_again(finished: Path, tiny_run: list[str]) -
 def test_bad_settings(tiny_run: list[str], capsys: pytest.CaptureFixture) -> None:
     assert main(["plan", *tiny_run, "effects.images=-1"]) == 2
     assert "effects.images" in capsys.readouterr().err
+
+
+def test_effects_are_on_the_page_of_a_unit(finished: Path, tiny_run: list[str]) -> None:
+    """The records of the API, which the pages are drawn from."""
+    assert main(["run", *tiny_run, *EFFECTS]) == 0
+    with pipeline.open_atlas(finished) as atlas:
+        effects, names = atlas["conv_head"].effects(), atlas.labels
+    assert effects is not None
+    (path,) = (finished / "site" / "api" / "v1").rglob("conv_head*.json")
+    units = {unit["channel"]: unit["effects"] for unit in json.loads(path.read_text())["units"]}
+    assert "raises" in units[0] and "raises" not in units[1]
+    assert units[1]["mean"] == pytest.approx(float(effects.mean[1]), rel=1e-6) and units[1]["images"] == 12
+    table = effects.on_outputs(2)
+    for entry, row in ((units[2]["raises"][0], table.iloc[0]), (units[2]["lowers"][0], table.iloc[-1])):
+        name = names[int(row["output"])] if names else str(int(row["output"]))
+        assert entry[0] == name and entry[1:] == pytest.approx([row["effect"], row["low"], row["high"]], rel=1e-3)

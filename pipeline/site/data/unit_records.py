@@ -17,9 +17,13 @@ from pipeline.site.context.layer_summary import Catalogue, LayerSummary, ShownEx
 from pipeline.site.data.js_shards import rounded_decimals, shortest_decimals
 from pipeline.site.layout import embedding
 from pipeline.site.media.kernel_images import kernel_views, layer_scale
+from pipeline.store.effects import UnitEffects
 from pipeline.store.layer_view import Histogram, LayerView, PathCurves
 
 BARS = 64
+
+# Outputs in the record of an ablated unit that it raises most, and that it lowers most.
+EFFECTS = 5
 
 
 def bars(counts: np.ndarray) -> np.ndarray:
@@ -135,6 +139,7 @@ class Recorder:
         self._naming = None if self._labels is None else self._labels.naming
         self._vectors = embedding.unit_vectors([layer.dataset_activations()]) if similar else None
         self._wiring = wiring_of(layer, places.others)
+        self._effects = effects_of(layer.effects(), catalogue.classes)
         self._kernels = layer.kernels()
         self._histogram = layer.histogram()
         if self._histogram is not None:
@@ -188,6 +193,8 @@ class Recorder:
                 unit["similar"] = similar[i]
             if self._wiring is not None:
                 unit["wiring"] = self._wiring(row)
+            if self._effects is not None:
+                unit["effects"] = self._effects(row)
             records.append(unit)
         return records
 
@@ -323,6 +330,38 @@ def _with_paths(pictures: list[list[dict[str, Any]]], curves: PathCurves | None)
 def example_key(pair: int, index: int) -> int:
     """Return the key of an example within its unit: the number of its heat map, or −2 − the row of its image."""
     return pair if pair >= 0 else -2 - index
+
+
+def effects_of(effects: UnitEffects | None, classes: Sequence[str]) -> Callable[[int], dict[str, Any]] | None:
+    """Return a function from a row to the effects of its unit on the outputs, or None if the atlas has none.
+
+    Args:
+        effects: Effects of the units of a layer.
+        classes: Names of the outputs; without, they are numbered.
+    """
+    if effects is None:
+        return None
+    mean, size = shortest_decimals(effects.mean), shortest_decimals(effects.size)
+    ablated = set(effects.ablated.tolist())
+
+    def name(output: int) -> str:
+        return classes[output] if output < len(classes) else str(output)
+
+    def record_of(row: int) -> dict[str, Any]:
+        channel = int(effects.channels[row])
+        record: dict[str, Any] = {"mean": mean[row], "size": size[row], "images": effects.attribution.shape[1]}
+        if channel in ablated:
+            table = effects.on_outputs(channel)
+            values = [rounded_decimals(table[key].to_numpy()) for key in ("effect", "low", "high")]
+            entries = [
+                [name(output), *numbers] for output, *numbers in zip(table["output"].tolist(), *values, strict=True)
+            ]
+            count = min(EFFECTS, len(entries) // 2)
+            record |= {"raises": entries[:count], "lowers": entries[::-1][:count]}
+            record["rank_correlation"] = None if np.isnan(effects.rank_correlation) else effects.rank_correlation
+        return record
+
+    return record_of
 
 
 def wiring_of(layer: LayerView, ranks: Mapping[str, Mapping[int, int]]) -> Callable[[int], dict[str, Any]] | None:

@@ -426,6 +426,20 @@
       l.chosen ? make("p", { class: "note" }, "Highest mean activation in one half of the images for ", name(l.chosen[0]), ", in the other for ", name(l.chosen[1]), ...measured) : null);
   }
 
+  // What the outputs lose when the unit is removed.
+  function effects(unit) {
+    const e = unit.record.effects;
+    if (!e || e.mean === null) return null;
+    const table = (title, rows) => make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": title }, make("table", {},
+      make("thead", {}, make("tr", {}, make("th", { scope: "col", text: title }), make("th", { scope: "col", text: "effect" }), make("th", { scope: "col", text: "95 % interval" }))),
+      make("tbody", {}, rows.map(([name, effect, low, high]) => make("tr", {}, make("th", { scope: "row", text: name }), make("td", {}, data(effect)), make("td", {}, data(low), " to ", data(high)))))));
+    return make("section", { class: "effects" }, make("h2", { text: "Effect on the outputs" }),
+      make("p", { class: "note" }, "An effect is the output minus the output without the unit. On the largest output of each of ", String(e.images), " dataset images it is ", data(e.mean), " on average, and ", data(e.size), " in absolute value: an approximation by gradient × (activation − mean)."),
+      e.raises && e.raises.length ? make("div", { class: "two" }, table("raises most", e.raises), table("lowers most", e.lowers)) : null,
+      e.raises ? make("p", { class: "note" }, "Measured exactly: the network was run with the unit’s map set to its mean over the dataset. The intervals are over the images.",
+        typeof e.rank_correlation === "number" ? [" In this layer the approximation has a rank correlation of ", data(e.rank_correlation), " with the exact effects."] : "") : null);
+  }
+
   function neighbour(layer, channel, rank, text) {
     const name = layer.name + ":" + channel;
     const pic = make("span", { class: "pic" });
@@ -569,7 +583,7 @@
       kernel(unit),
       make("div", { class: "evidence" }, visualizations, make("div", { class: "beside" }, photographs)),
       make("div", { class: "two" }, drawn, make("div", {}, numbers(unit), labels(unit))),
-      quality(unit), path(unit), relations(unit), provenance(unit));
+      quality(unit), path(unit), effects(unit), relations(unit), provenance(unit));
   }
 
   // --------------------------------------------------------------------- actions
