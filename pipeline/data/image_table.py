@@ -6,9 +6,9 @@ from a file or from shared memory without a copy.
 
 import functools
 import itertools
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from pickle import PickleBuffer
 from typing import Any, Union, overload
 
 import numpy as np
@@ -99,7 +99,7 @@ class ImageTable(Sequence[DatasetImage]):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Return how to create a copy; Ray keeps the buffer in shared memory, once for all workers of a machine."""
         content = self.buffer()
-        return ImageTable.from_buffer, (pickle.PickleBuffer(content) if protocol >= 5 else content.to_pybytes(),)
+        return ImageTable.from_buffer, (PickleBuffer(content) if protocol >= 5 else content.to_pybytes(),)
 
     def __len__(self) -> int:
         return self.batch.num_rows

@@ -111,7 +111,8 @@ def test_statistics_are_numpys(seed: int, images: int, kind: str) -> None:
         kurtosis = (centred**4).mean(0) / (centred**2).mean(0) ** 2 - 3
     assert np.allclose(got["sparsity"], lifetime, atol=1e-5, equal_nan=True)
     far = np.abs(given_[0].normalize(peaks) * 10 - 4).max(0) > 100
-    spread = (peaks.std(0) > 0.01 * np.abs(peaks).mean(0)) & ~far
+    # The fourth moment loses digits with the fourth power of the mean in standard deviations.
+    spread = (peaks.std(0) > 0.02 * np.abs(peaks).mean(0)) & ~far
     assert np.allclose(got["kurtosis"][spread], kurtosis[spread], atol=1e-3, rtol=1e-4)
     assert np.array_equal(got["inactive"], flat.max((0, 2)) <= 0)
     assert found.tally.histogram.sum(1).tolist() == [images] * sum(LAYERS)

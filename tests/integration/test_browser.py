@@ -113,7 +113,7 @@ def visit(browser, base) -> Iterator[Callable[..., Any]]:
         page.on("dialog", dialog)
         page.goto(base + to)
         if script and to.startswith(("layers/", "unit.html#", "map.html")):
-            page.wait_for_function("() => document.body.dataset.ready")
+            page.wait_for_function("() => document.body?.dataset.ready")
         return page
 
     yield go
@@ -139,7 +139,7 @@ def unit(page: Any) -> str:
 
 def arrives(page: Any, name: str) -> None:
     """Wait until the unit is shown."""
-    page.wait_for_function("name => document.body.dataset.ready === name", arg=name)
+    page.wait_for_function("name => document.body?.dataset.ready === name", arg=name)
     assert unit(page) == name
 
 
@@ -294,7 +294,7 @@ def test_pixels_fade_by_the_mask_and_the_picture_stays(visit, base, folder, tmp_
         expected = [255 - (255 - value) * alpha / 255 for value in color]  # on white
         assert np.abs(pixels[height // 2, int(width * column)] - expected).max() < 12
     page.reload()
-    page.wait_for_function("() => document.body.dataset.ready")
+    page.wait_for_function("() => document.body?.dataset.ready")
     assert page.locator(".pictures .veil").first.is_visible()  # the choice is remembered
     button = page.locator(".pictures button.plain").first
     if base.startswith("file:"):
@@ -359,7 +359,7 @@ def test_toggle(visit):
     assert seen["x"] + seen["width"] == pytest.approx(whole["x"] + whole["width"], abs=3)
     assert seen["y"] == pytest.approx(whole["y"], abs=3)
     page.reload()
-    page.wait_for_function("() => document.body.dataset.ready")
+    page.wait_for_function("() => document.body?.dataset.ready")
     assert page.locator("input[value=whole]").is_checked()
 
 
@@ -478,7 +478,7 @@ def test_size(visit):
     page.get_by_label("Size").fill("200")
     assert page.evaluate(width) > 1.5 * before
     page.reload()
-    page.wait_for_function("() => document.body.dataset.ready")
+    page.wait_for_function("() => document.body?.dataset.ready")
     assert page.evaluate(width) > 1.5 * before
 
 
@@ -488,7 +488,7 @@ def test_keys(visit, base):
     page.wait_for_url(base + STEM)
     page.keyboard.press("]")
     page.wait_for_url(base + EVEN)
-    page.wait_for_function("() => document.body.dataset.ready")
+    page.wait_for_function("() => document.body?.dataset.ready")
     for key, channel in (("Right", "0"), ("Right", "2"), ("Right", "4"), ("Left", "2")):
         page.keyboard.press("Arrow" + key)
         assert page.evaluate("document.activeElement.dataset.channel") == channel

@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def home(visit, width: int = 1440, to: str = HOME) -> Any:
     """The first page, when its grid is there."""
     page = visit(to, width)
-    page.wait_for_function("() => document.body.dataset.ready")
+    page.wait_for_function("() => document.body?.dataset.ready")
     return page
 
 
@@ -51,12 +51,12 @@ def ordered(page: Any, by: str, of: str) -> list[str]:
     """Units of the grid in another order."""
     page.locator("#of").select_option(of)
     page.locator("#by").select_option(by)
-    page.wait_for_function("said => document.body.dataset.ready.startsWith(said)", arg=f"{by} {of} ")
+    page.wait_for_function("said => document.body?.dataset.ready?.startsWith(said)", arg=f"{by} {of} ")
     return names(page)
 
 
 def arrives(page: Any, name: str) -> None:
-    page.wait_for_function("name => document.body.dataset.ready === name", arg=name)
+    page.wait_for_function("name => document.body?.dataset.ready === name", arg=name)
     assert page.locator("article.compared").get_attribute("data-unit-shown") == name
 
 
@@ -103,15 +103,15 @@ def test_order_and_filter(visit):
     assert channels == sorted(channels)
     assert ordered(page, "layer", "peak_ratio")[:7] == [*(f"stem:{c}" for c in range(6)), "blocks.0.conv:0"]
     page.locator("#in").select_option("head")
-    page.wait_for_function("() => document.body.dataset.ready.endsWith(' 5')")
+    page.wait_for_function("() => document.body?.dataset.ready?.endsWith(' 5')")
     assert names(page) == [f"head:{c}" for c in range(5)]
     page.get_by_label("Find").fill("goldfish")
-    page.wait_for_function("() => document.body.dataset.ready.endsWith(' 1')")
+    page.wait_for_function("() => document.body?.dataset.ready?.endsWith(' 1')")
     assert page.locator("#count").inner_text() == "1 of 5"
     assert page.url.endswith("#by=layer&b=2&in=head")
     page.get_by_label("Find").fill("")
     page.reload()
-    page.wait_for_function("() => document.body.dataset.ready === 'layer peak_ratio 5'")
+    page.wait_for_function("() => document.body?.dataset.ready === 'layer peak_ratio 5'")
     assert len(page.locator(".tile").first.locator(".pic").all()) == 4  # two runs with two presets each
 
 
@@ -138,11 +138,11 @@ def test_arrows_follow_the_order_of_the_grid(visit, base):
             arrives(page, name)
         else:
             page.wait_for_function(
-                "key => document.body.dataset.ready.startsWith(key)", arg="stem" if key == "Up" else "b"
+                "key => document.body?.dataset.ready?.startsWith(key)", arg="stem" if key == "Up" else "b"
             )
     page.get_by_role("link", name="all units").click()
     page.wait_for_url("**/index.html#of=activation&b=2")
-    page.wait_for_function("() => document.body.dataset.ready")
+    page.wait_for_function("() => document.body?.dataset.ready")
     assert names(page) == order
 
 
@@ -180,7 +180,7 @@ def test_zoom_is_the_same_everywhere(visit):
     x, y = box["x"] + box["width"] / 4, box["y"] + box["height"] / 4
     page.mouse.move(x, y)
     page.mouse.wheel(0, -600)
-    page.wait_for_function("() => Number(document.body.dataset.zoom) > 3")
+    page.wait_for_function("() => Number(document.body?.dataset.zoom) > 3")
     near = transforms(page)
     assert len(near) == 1 and near != whole
     assert page.evaluate("scrollY") == 0
@@ -194,7 +194,7 @@ def test_zoom_is_the_same_everywhere(visit):
     assert len(moved) == 1 and moved != near
     assert page.evaluate("ATLAS.magnifier.view.left") == pytest.approx(seen[0] + 40 / box["width"] / seen[2], abs=0.01)
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("() => document.body.dataset.ready !== 'blocks.1.conv:5'")
+    page.wait_for_function("() => (document.body?.dataset.ready ?? 'blocks.1.conv:5') !== 'blocks.1.conv:5'")
     assert transforms(page) <= moved  # the next unit shows the same part
     page.keyboard.press("0")
     assert transforms(page) <= whole
@@ -251,11 +251,11 @@ def test_plots_lead_to_units_and_layers(visit, base):
     page = home(visit)
     page.locator(".plot.wide a").nth(1).click()
     page.wait_for_url(base + EVEN)
-    page.wait_for_function("() => document.body.dataset.ready")
+    page.wait_for_function("() => document.body?.dataset.ready")
     assert len(names(page)) == len(LAYERS[1][3])
     page.locator(".plot a circle").first.dispatch_event("click")
     page.wait_for_url("**/unit.html#blocks.0.conv:*")
-    page.wait_for_function("() => document.body.dataset.ready.startsWith('blocks.0.conv:')")
+    page.wait_for_function("() => document.body?.dataset.ready?.startsWith('blocks.0.conv:')")
 
 
 def test_search_knows_units(visit, base):

@@ -54,7 +54,7 @@ def test_a_class_has_its_unit_and_the_units_that_belong_to_it(visit, base, folde
     page.keyboard.type("goldfish")
     page.keyboard.press("Enter")
     page.wait_for_url(base + "class.html#goldfish")
-    page.wait_for_function("() => document.body.dataset.ready === 'goldfish'")
+    page.wait_for_function("() => document.body?.dataset.ready === 'goldfish'")
     assert page.locator("h1").inner_text() == "goldfish"
     assert page.locator(".class-images a").first.get_attribute("href").endswith("unit.html#head:1")
     with open_atlas(folder / "somewhere/below/atlas.h5") as atlas:

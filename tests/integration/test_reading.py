@@ -27,7 +27,7 @@ def values(page) -> list[float]:
 
 
 def ready(page) -> None:
-    page.wait_for_function("() => document.body.dataset.ready === 'yes'")
+    page.wait_for_function("() => document.body?.dataset.ready === 'yes'")
 
 
 def expected(folder, low: float) -> list[int]:
@@ -100,7 +100,7 @@ def test_pinned_units_stand_side_by_side_and_are_saved(visit, base, folder, tmp_
     page.keyboard.press("c")
     assert page.locator(".pins").inner_text() == "Pinned 2"
     page.locator(".pins").click()
-    page.wait_for_function("() => document.body.dataset.ready === 'pinned 2'")
+    page.wait_for_function("() => document.body?.dataset.ready === 'pinned 2'")
     assert page.url.endswith("#stem:1,blocks.1.conv:5")
     assert page.locator("table.pinned thead a").all_inner_texts() == ["stem:1", "blocks.1.conv:5"]
     axes = page.locator("table.pinned svg.histogram").evaluate_all("all => all.map(e => e.ariaLabel.split('axis')[1])")
@@ -123,7 +123,7 @@ def test_pinned_units_stand_side_by_side_and_are_saved(visit, base, folder, tmp_
         page.locator("#says", has_text="disk").wait_for()
     nothing_serious(page, "pinned.html")
     page.get_by_role("button", name="Remove stem:1").click()
-    page.wait_for_function("() => document.body.dataset.ready === 'pinned 1'")
+    page.wait_for_function("() => document.body?.dataset.ready === 'pinned 1'")
     assert page.locator(".pins").inner_text() == "Pinned 1" and page.url.endswith("#blocks.1.conv:5")
 
 
@@ -136,5 +136,5 @@ def test_at_most_eight_units_are_pinned_and_unknown_ones_are_named(visit):
     assert "8 units are pinned already" in page.locator("#says").inner_text()
     assert page.locator(".pins").inner_text() == "Pinned 8"
     page = visit("pinned.html#stem:3,gone:7,stem:77")
-    page.wait_for_function("() => document.body.dataset.ready === 'pinned 1'")
+    page.wait_for_function("() => document.body?.dataset.ready === 'pinned 1'")
     assert "Not in this atlas: gone:7, stem:77." in page.locator("#pinned").inner_text()

@@ -66,7 +66,7 @@ def test_controls_are_large_enough_for_fingers(telephone, base):
     page = telephone
     for address in (STEM, UNIT):
         page.goto(base + address)
-        page.wait_for_function("() => document.body.dataset.ready")
+        page.wait_for_function("() => document.body?.dataset.ready")
         small = page.evaluate(
             """() => Array.from(document.querySelectorAll(
             'header button, .actions button, select, .toggle label, .places a'))

@@ -348,7 +348,7 @@ def test_a_plan_counts_the_images_that_judges_look_at(photo_folder: Any, tmp_pat
     assert lines["judges"] == 1.3 and lines["total"] == pytest.approx(found.eta, abs=0.1)
     assert "judges" not in without.written()["kind"].tolist()
     # With enough images, also hidden units: 64 images of the dataset, and a quarter of an image for each of 32 pixels.
-    images = found.setup.dataset.images * 4
+    images = [*found.setup.dataset.images] * 4
     larger = dataclasses.replace(found.setup, dataset=dataclasses.replace(found.setup.dataset, images=images[:64]))
     hidden = [row for row in found.rows if row.layer.name not in found.class_layers]
     raising = [row for row in hidden if not row.layer.linear_in_pixels or row.preset == "negative"]

@@ -170,7 +170,8 @@ def test_every_end_has_its_exit_code(
         (AtlasError("wrong setting"), 2, "atlas: wrong setting"),
         (TryAgainError("no cluster any more"), 75, "atlas: no cluster any more"),
         (KeyError("layer"), 70, "KeyError: 'layer'"),
-        (OSError(5, "Input/output error"), 70, "Finished work is kept"),
+        (OSError(5, "Input/output error"), 75, "A disk or file server failed"),
+        (OSError(22, "Invalid argument"), 70, "Finished work is kept"),
         (KeyboardInterrupt(), 130, "Interrupted"),
     ):
 
