@@ -50,11 +50,28 @@ def connected(config: EngineConfig) -> Iterator[Any]:
         AtlasError: If Ray is not installed or there is no cluster at the address.
         TryAgainError: If a private instance does not start.
     """
-    if config.address is None:
-        options: dict[str, Any] = _private_options()
-    else:
+    if config.address is not None:
         check_address(config.address)
-        options = {"address": config.address}
+    # A later connection of this process, to a cluster perhaps, must not find the variables of this one.
+    with _restored_environment():
+        yield from _connection(config)
+
+
+@contextlib.contextmanager
+def _restored_environment() -> Iterator[None]:
+    """Undo the changes of environment variables inside the block."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def _connection(config: EngineConfig) -> Iterator[Any]:
+    """Connect to Ray, yield the module `ray`, and disconnect; see `connected`."""
+    options: dict[str, Any] = _private_options() if config.address is None else {"address": config.address}
     # Hide GPUs from workers that were given none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     try:
@@ -86,12 +103,15 @@ def _check_head(address: str) -> None:
     Raises:
         AtlasError: If the head refuses this process, or does not answer within 40 s.
     """
+    from ray._private.services import canonicalize_bootstrap_address
     from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue] (compiled)
     from ray.exceptions import RayError
 
-    head = host_and_port(address)
-    if head is None:
+    named = host_and_port(address)
+    if named is None:
         return
+    # Ray replaces a loopback address by the one of this machine, at which the head may not listen.
+    head = canonicalize_bootstrap_address(named) or named
     try:
         GcsClient(address=head)
     except RayError as error:

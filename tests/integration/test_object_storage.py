@@ -1,5 +1,6 @@
 """Runs in an S3 server on loopback, through the command line: killed, continued elsewhere, published."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -63,34 +64,44 @@ class StallingProxy:
     def __init__(self, server: str) -> None:
         self._port = int(server.rpartition(":")[2])
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets = [self._listener]
         self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.stalled = threading.Event()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
         while True:
-            client, _ = self._listener.accept()
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return  # closed
             upstream = socket.create_connection(("127.0.0.1", self._port))
+            self._sockets += [client, upstream]
             threading.Thread(target=self._forward, args=(client, upstream), daemon=True).start()
             threading.Thread(target=self._copy, args=(upstream, client), daemon=True).start()
 
     def _forward(self, client: socket.socket, upstream: socket.socket) -> None:
-        while data := client.recv(4096):
-            line = data.split(b"\r\n", 1)[0]
-            if line.startswith(b"PUT ") and b"/shards/" in line:
-                upstream.sendall(data)  # the header and no more than a part of the content
-                self.stalled.set()
-                return
-            upstream.sendall(data)
-        upstream.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):
+            while data := client.recv(4096):
+                line = data.split(b"\r\n", 1)[0]
+                upstream.sendall(data)
+                if line.startswith(b"PUT ") and b"/shards/" in line:
+                    self.stalled.set()  # after the header and no more than a part of the content
+                    return
+            upstream.shutdown(socket.SHUT_WR)
 
     def _copy(self, source: socket.socket, target: socket.socket) -> None:
-        try:
+        with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
+
+    def close(self) -> None:
+        """End all connections."""
+        for one in self._sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
 
 
 def environment(address: str) -> dict[str, str]:
@@ -127,6 +138,7 @@ def test_a_run_that_is_killed_in_an_upload_goes_on_elsewhere(server: str, photo_
     assert refused == 2 and f"Another atlas command is at work in {url}: process {first.pid} on " in message
     first.send_signal(signal.SIGKILL)
     first.communicate()
+    proxy.close()
 
     files = store(server)
     uploaded = [name for name in files.find("bucket/runs/tiny") if name.endswith(".h5")]

@@ -311,7 +311,8 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     token = tmp_path / "token"
     token.write_text("a" * 64)
     bin = Path(sys.executable).parent
-    environment = os.environ | {
+    # Without what earlier tests of this process may have set for an instance of their own.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PATH": f"{bin}:{os.environ['PATH']}",
     }  # fmt: skip
     port, dashboard = free_port(), free_port()
