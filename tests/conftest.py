@@ -1,7 +1,9 @@
 """Small real things that many tests share: a tiny network, a folder of photographs, a composed request."""
 
+import io
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,15 @@ TINY = [
     "examples.batch=4",
     "examples.per_task=8",
 ]
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    """Write an uncompressed archive, as a shard of WebDataset is."""
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
 
 
 class TinyNet(nn.Module):

@@ -24,9 +24,8 @@ from torch import Tensor
 from pipeline.core.errors import AtlasError
 from pipeline.data import image_loading
 from pipeline.data.datasets import Dataset
-from pipeline.effects.rest_of_network import RestOfNetwork, output_values
+from pipeline.effects.rest_of_network import Edit, RestOfNetwork, hooked, output_values
 from pipeline.effects.results import REPLACEMENTS, EffectsPart, exact_sum, exact_sum_of_squares
-from pipeline.effects.tensors import with_first_tensor
 from pipeline.layers.finding import Layer
 from pipeline.layers.tracing import modules_of
 from pipeline.models.loading import Model
@@ -157,38 +156,19 @@ def _kept(model: Model, layers: Sequence[Layer], taps: dict[str, Tensor]) -> Ite
         points.setdefault((layer.module, layer.side), {}).setdefault(layer.call, []).append(layer.name)
     with contextlib.ExitStack() as stack:
         for (path, side), names in points.items():
-            stack.enter_context(_keeping(modules[path], side, names, taps))
+            edits = {call: _keeper(layers_of_call, taps) for call, layers_of_call in names.items()}
+            stack.enter_context(hooked(modules[path], side, edits))
         yield
 
 
-@contextlib.contextmanager
-def _keeping(
-    module: torch.nn.Module, side: str, names: dict[int, list[str]], taps: dict[str, Tensor]
-) -> Iterator[None]:
-    count = 0
+def _keeper(names: Sequence[str], taps: dict[str, Tensor]) -> Edit:
+    """Return a function that keeps a tensor under the names of layers, and returns a copy."""
 
-    def at_layer(value: Any) -> Any:
-        nonlocal count
-        count += 1
-        here = names.get(count)
-        if here is None:
-            return value
+    def keep(tensor: Tensor) -> Tensor:
+        taps.update(dict.fromkeys(names, tensor))
+        return tensor.clone()
 
-        def keep(tensor: Tensor) -> Tensor:
-            taps.update(dict.fromkeys(here, tensor))
-            return tensor.clone()
-
-        return with_first_tensor(value, keep)
-
-    handle = (
-        module.register_forward_pre_hook(lambda _module, args, kwargs: at_layer((args, kwargs)), with_kwargs=True)
-        if side == "in"
-        else module.register_forward_hook(lambda _module, _args, output: at_layer(output))
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
+    return keep
 
 
 def _ablate(context: EffectsContext, rests: Sequence[RestOfNetwork], image: Tensor, top: int) -> dict[str, np.ndarray]:
@@ -209,7 +189,7 @@ def _ablate(context: EffectsContext, rests: Sequence[RestOfNetwork], image: Tens
     return {name: np.concatenate(found) for name, found in effects.items() if found}
 
 
-def removal(layer: Layer, channels: Sequence[int], values: np.ndarray) -> Callable[[Tensor], Tensor]:
+def removal(layer: Layer, channels: Sequence[int], values: np.ndarray) -> Edit:
     """Return a function that sets another unit in each copy of an image to a value at all positions of its map.
 
     Args:

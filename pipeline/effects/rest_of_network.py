@@ -5,12 +5,11 @@ nested calls only the outermost are stored: in a network of blocks nothing befor
 again. What a network computes outside of its modules is computed again, from the stored results.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -118,22 +117,27 @@ class RestOfNetwork:
     def _complete_pass(self, copies: int, edit: Edit | None, stored: "list[_Call] | None" = None) -> Tensor:
         """Run the network with an edit at the layer; calls before it may be replaced by stored results."""
         assert self._image is not None
-        found: list[Tensor] = []
+        kept: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
         tap = _calls_of_module(stored, self._layer.module, self._layer.call) if stored else self._layer.call
         with contextlib.ExitStack() as stack:
             if edit is not None:
-                stack.enter_context(_hook(self._modules[self._layer.module], self._layer.side, tap, edit, None))
+                stack.enter_context(hooked(self._modules[self._layer.module], self._layer.side, {tap: edit}))
             calls = self._outputs.call
             if stored:
                 calls = _calls_of_module(stored, self._outputs.module, calls)
             module = self._modules[self._outputs.module]
-            stack.enter_context(_hook(module, self._outputs.side, calls, None, found.append))
+            stack.enter_context(hooked(module, self._outputs.side, {calls: keep}))
             images = self._image.expand(copies, *self._image.shape[1:])
             images = images.contiguous(memory_format=self._model.memory_format)
             self._model.module(self._model.normalize(images))
-        if not found:
+        if not kept:
             raise AtlasError(f"{self._model.name} did not run {self._outputs.name} for a dataset image.")
-        return output_values(self._outputs, found[0], copies)
+        return output_values(self._outputs, kept[0], copies)
 
 
 def output_values(layer: Layer, tensor: Tensor, batch: int) -> Tensor:
@@ -142,35 +146,25 @@ def output_values(layer: Layer, tensor: Tensor, batch: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _hook(
-    module: nn.Module, side: str, call: int, edit: Edit | None, read: Callable[[Tensor], None] | None
-) -> Iterator[None]:
-    """Change or read the first tensor of the input or output of one call of a module."""
+def hooked(module: nn.Module, side: str, edits: Mapping[int, Edit]) -> Iterator[None]:
+    """Pass the first tensor of the input or output of calls of a module through functions.
+
+    Args:
+        module: The module.
+        side: "in" or "out".
+        edits: For the number of a call, from 1, a function that returns the tensor to go on with.
+    """
     count = 0
 
     def at_layer(value: Any) -> Any:
         nonlocal count
         count += 1
-        if count != call:
-            return value
-
-        def handle(tensor: Tensor) -> Tensor:
-            if read is not None:
-                read(tensor)
-            return tensor if edit is None else edit(tensor)
-
-        return with_first_tensor(value, handle)
-
-    def before(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return at_layer((args, kwargs))
-
-    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return at_layer(output)
+        return with_first_tensor(value, edits[count]) if count in edits else value
 
     handle = (
-        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_pre_hook(lambda _module, args, kwargs: at_layer((args, kwargs)), with_kwargs=True)
         if side == "in"
-        else module.register_forward_hook(after)
+        else module.register_forward_hook(lambda _module, _args, output: at_layer(output))
     )
     try:
         yield
@@ -192,7 +186,7 @@ class _Recorder:
         self.tap: int | None = None
         self._time = 0
         self._open: list[_Call] = []
-        self._count: collections.Counter[str] = collections.Counter()
+        self._calls_of_layer = 0
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -208,16 +202,22 @@ class _Recorder:
             for handle in handles:
                 handle.remove()
 
+    def _reaches_layer(self, path: str, side: str) -> bool:
+        """Count the calls of the layer's module; note the time if this is the one whose tensor is the layer."""
+        if (path, side) != (self._layer.module, self._layer.side):
+            return False
+        self._calls_of_layer += 1
+        if self._calls_of_layer == self._layer.call:
+            self.tap = self._time
+        return self.tap is not None
+
     def _before(self, path: str) -> Callable[..., None]:
         def before(*_: Any) -> None:
             if self.tap is not None:
                 return
             self._time += 1
-            if path == self._layer.module and self._layer.side == "in":
-                self._count[path] += 1
-                if self._count[path] == self._layer.call:
-                    self.tap = self._time
-                    return
+            if self._reaches_layer(path, "in"):
+                return
             call = _Call(path, self._time)
             self.calls.append(call)
             self._open.append(call)
@@ -229,11 +229,8 @@ class _Recorder:
             if self.tap is not None:
                 return
             self._time += 1
-            if path == self._layer.module and self._layer.side == "out":
-                self._count[path] += 1
-                if self._count[path] == self._layer.call:
-                    self.tap = self._time
-                    return
+            if self._reaches_layer(path, "out"):
+                return
             call = self._open.pop()
             # The network may change its tensors in place afterwards.
             call.end, call.result, call.stored = self._time, map_tensors(output, Tensor.clone), True

@@ -20,6 +20,7 @@ from pipeline.planning.folder import result_settings
 from pipeline.planning.plan import Plan
 from pipeline.planning.request import Request
 from pipeline.runs.artifacts import Artifacts
+from pipeline.runs.dataset_pass import columns_by_layer
 from pipeline.runs.judging import Judgements
 from pipeline.store import writer
 from pipeline.store.reader import SCHEMA_VERSION
@@ -160,8 +161,7 @@ def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, 
 def channel_deviations(layers: Sequence[Layer], result: DatasetPassResult) -> dict[str, np.ndarray]:
     """Return the standard deviation of every channel over the dataset, (C,), by the names of all layers of a pass."""
     deviation = standard_deviation(result.first_pass.tally, result.ranges).astype(np.float32)
-    ends = np.cumsum([layer.channels for layer in layers])
-    return {layer.name: deviation[end - layer.channels : end] for layer, end in zip(layers, ends.tolist(), strict=True)}
+    return columns_by_layer(layers, deviation)
 
 
 def _report_unreadable(unreadable: Sequence[tuple[int, str]], plan: Plan) -> None:

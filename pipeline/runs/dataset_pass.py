@@ -313,6 +313,12 @@ def _recorded_failures(path: Path, _: int) -> tuple[tuple[int, str], ...]:
     return tuple(zip(failed["failed/index"].tolist(), map(str, failed["failed/reason"].tolist()), strict=True))
 
 
+def columns_by_layer(layers: Sequence[Layer], values: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the values of each layer's channels, (C,) by name, from those of all layers side by side."""
+    ends = np.cumsum([layer.channels for layer in layers]).tolist()
+    return {layer.name: values[end - layer.channels : end] for layer, end in zip(layers, ends, strict=True)}
+
+
 def without_overlap(parts: Iterable[Shard]) -> dict[tuple[int, int], Shard]:
     """Return shards whose (start, end) ranges do not overlap, the longest first, in the order of their ranges.
 

@@ -11,7 +11,7 @@ from pipeline.effects.results import EffectsPart, EffectsResult, split_by_layer
 from pipeline.engine.tasks import EffectsTask, Task, effects_digest
 from pipeline.examples.channel_stats import channel_statistics
 from pipeline.planning.plan import Plan
-from pipeline.runs.dataset_pass import DatasetPass, gaps, shard_path, without_overlap
+from pipeline.runs.dataset_pass import DatasetPass, columns_by_layer, gaps, shard_path, without_overlap
 from pipeline.store import shards
 from pipeline.store.shards import Shard
 
@@ -105,10 +105,7 @@ class EffectsPass:
         columns = sum(layer.channels for layer in layers)
         ranges = self._dataset_pass.ranges
         mean = channel_statistics(swept.tally, ranges, np.zeros(columns, bool))["mean"].astype(np.float32)
-        ends = np.cumsum([layer.channels for layer in layers])
-        by_name = {
-            layer.name: mean[end - layer.channels : end] for layer, end in zip(layers, ends.tolist(), strict=True)
-        }
+        by_name = columns_by_layer(layers, mean)
         return shards.to_bytes({}, {str(i): by_name[layer.name] for i, layer in enumerate(self._request.layers)})
 
     @property

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import pickle
-import tarfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import compose
+from conftest import compose, write_tar
 from PIL import Image
 
 from pipeline.cli.main import main
@@ -90,14 +89,6 @@ def test_a_table_with_columns_of_other_names(tmp_path: Path) -> None:
     huggingface._parquet.cache_clear()
     with pytest.raises(AtlasError, match="no image column"):
         datasets.list_dataset(DataConfig("huggingface", str(tmp_path)))
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
 
 
 def test_tar_shards_are_read_from_their_offsets(tmp_path: Path) -> None:

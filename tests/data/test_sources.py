@@ -6,7 +6,6 @@ import pickle
 import re
 import struct
 import sys
-import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import write_tar
 from PIL import Image
 
 from pipeline.core.errors import AtlasError
@@ -32,14 +32,6 @@ def png(level: int) -> bytes:
     with io.BytesIO() as buffer:
         Image.new("RGB", (20, 24), (level, level, level)).save(buffer, "PNG")
         return buffer.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
 
 
 def levels(dataset: datasets.Dataset) -> list[int]:

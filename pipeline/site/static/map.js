@@ -92,11 +92,8 @@
     window.requestAnimationFrame(() => { drawing = false; paint(); });
   }
 
-  // The image of a unit from its sheet, or null until the sheet is loaded; units close to each other share few sheets.
-  function picture(p) {
-    const [per, columns, px] = ATLAS.index.sizes.tiny;
-    const start = p.rank - (p.rank % per);
-    const url = ATLAS.media(p.layer, "b" + start);
+  // An image, or null until it is loaded; the map is then drawn again.
+  function loaded(url) {
     if (!sheets.has(url)) {
       const image = new Image();
       sheets.set(url, image);
@@ -104,8 +101,17 @@
       image.src = url;
     }
     const image = sheets.get(url);
+    return image.complete && image.naturalWidth ? image : null;
+  }
+
+  // The image of a unit from its sheet, or null until the sheet is loaded; units close to each other share few sheets.
+  function picture(p) {
+    const [per, columns, px] = ATLAS.index.sizes.tiny;
+    const start = p.rank - (p.rank % per);
+    const url = ATLAS.media(p.layer, "b" + start);
+    const image = loaded(url);
     const at = p.rank - start;
-    return image.complete && image.naturalWidth ? [image, (at % columns) * px, Math.floor(at / columns) * px, px] : null;
+    return image ? [image, (at % columns) * px, Math.floor(at / columns) * px, px] : null;
   }
 
   // The unit of each cell of a level: the nearest to its middle, by the rule that the tiles were made by.
@@ -126,14 +132,7 @@
   // A tile of the map, or null until it is loaded.
   function tileOf(level, across, down) {
     const url = ATLAS.root + "media/map/t" + level + "-" + across + "-" + down + "." + ATLAS.index.suffix + "?v=" + ATLAS.index.identity;
-    if (!sheets.has(url)) {
-      const image = new Image();
-      sheets.set(url, image);
-      image.onload = draw;
-      image.src = url;
-    }
-    const image = sheets.get(url);
-    return image.complete && image.naturalWidth ? image : null;
+    return loaded(url);
   }
   // Images of cells, each with the color of its layer: of the finest level whose cells are large enough.
   const LEAST = 26;
