@@ -137,6 +137,15 @@ def unit(page: Any) -> str:
     return page.locator("article.unit").first.get_attribute("data-unit-shown")
 
 
+def unit_under_pointer(page: Any, spot: dict[str, float], places: range) -> str:
+    """Move the pointer along the middle of the map until it names a unit; return the name."""
+    for x in places:
+        page.mouse.move(spot["x"] + x, spot["y"] + spot["height"] / 2)
+        if page.locator("#map-tip").is_visible():
+            break
+    return page.locator("#map-tip").inner_text()
+
+
 def arrives(page: Any, name: str) -> None:
     """Wait until the unit is shown."""
     page.wait_for_function("name => document.body?.dataset.ready === name", arg=name)
@@ -564,11 +573,7 @@ def test_map(visit):
     page.locator("#map-layer").select_option("")
     page.get_by_role("button", name="Whole map").click()
     # A unit under the pointer is named, and a click goes there.
-    for x in range(200, int(spot["width"]) - 100, 20):
-        page.mouse.move(spot["x"] + x, spot["y"] + spot["height"] / 2)
-        if page.locator("#map-tip").is_visible():
-            break
-    name = page.locator("#map-tip").inner_text()
+    name = unit_under_pointer(page, spot, range(200, int(spot["width"]) - 100, 20))
     page.mouse.down()
     page.mouse.up()
     page.wait_for_url(lambda url: "unit.html#" in url)

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import test_browser
-from test_browser import MAP, Quiet, arrives, nothing_serious
+from test_browser import MAP, Quiet, arrives, nothing_serious, unit_under_pointer
 from test_site import LABELS, build, write_atlas
 
 from pipeline.site.media import map_tiles
@@ -143,11 +143,7 @@ def test_a_map_of_many_units_has_an_image_at_every_zoom(visit):
     page.get_by_role("button", name="Whole map").click()
     page.wait_for_function(shown)
     spot = page.locator("#map").bounding_box()
-    for x in range(60, int(spot["width"]) - 60, 12):
-        page.mouse.move(spot["x"] + x, spot["y"] + spot["height"] / 2)
-        if page.locator("#map-tip").is_visible():
-            break
-    name = page.locator("#map-tip").inner_text()
+    name = unit_under_pointer(page, spot, range(60, int(spot["width"]) - 60, 12))
     page.mouse.down()
     page.mouse.up()
     arrives(page, name)
