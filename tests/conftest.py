@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from torch import nn
 
@@ -22,6 +23,12 @@ from pipeline.runs.runner import Request
 
 # Ray must not write a token into the home folder of whoever runs the tests.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+# The cases of property tests are the same in every run: a test that passed fails only if something changed. For others:
+# `pytest -m hypothesis --hypothesis-profile=explore`.
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.register_profile("explore", deadline=None)
+settings.load_profile("repeatable")
 
 # Two processes of tests share the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:

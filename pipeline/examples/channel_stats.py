@@ -41,6 +41,9 @@ _MAX_UNITS = 2.0**47
 # The standardized maximum u is clipped to ± this, so that u⁴ is at most _MAX_UNITS units.
 _MAX_STANDARDIZED = 107.0
 
+# A kurtosis that may be wrong by more is not reported.
+_KURTOSIS_ERROR = 0.01
+
 
 @dataclasses.dataclass(frozen=True)
 class HistogramRange:
@@ -325,6 +328,28 @@ def standard_deviation(total: ChannelAccumulator, ranges: HistogramRange) -> np.
     return ranges.scale * np.sqrt(np.maximum(square - shift**2, 0))
 
 
+def _excess_kurtosis(mean: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the excess kurtosis m₄ / m₂² − 3 of the standardized maxima, (C,), from their raw moments.
+
+    Each moment may be wrong by half a unit (`_UNIT_BITS`). The bound of the error that follows is, to first order, the
+    sum over the moments of half a unit times the size of the derivative; beyond `_KURTOSIS_ERROR` the result is NaN.
+    """
+    first, second, third, fourth = (mean[name] for name in ("first", "second", "third", "fourth"))
+    half = {name: 2.0 ** -(bits + 1) for name, bits in _UNIT_BITS.items()}
+    variance = second - first**2
+    central = fourth - 4 * third * first + 6 * second * first**2 - 3 * first**4
+    central_error = (
+        half["fourth"]
+        + half["third"] * np.abs(4 * first)
+        + half["second"] * 6 * first**2
+        + half["first"] * np.abs(-4 * third + 12 * second * first - 12 * first**3)
+    )
+    variance_error = half["second"] + half["first"] * np.abs(2 * first)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = central_error / variance**2 + 2 * np.abs(central) / np.abs(variance) ** 3 * variance_error
+        return np.where((variance > 0) & (error <= _KURTOSIS_ERROR), central / variance**2 - 3, np.nan)
+
+
 def channel_statistics(
     total: ChannelAccumulator, ranges: HistogramRange, rectified: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -345,17 +370,12 @@ def channel_statistics(
         - over all positions of all images: `mean`, `sd`, `max`, `min`, and `nonzero`, the share of positive values;
         - over the spatial means of images: the largest `best_mean` and the smallest `least_mean`;
         - over the maxima of images: `fired`, the share of positive ones, lifetime `sparsity` of the rectified maxima,
-          and excess `kurtosis`;
+          and excess `kurtosis`, NaN where the maxima vary so little that rounding may change it by more than
+          `_KURTOSIS_ERROR`;
         - `inactive`, bool: whether no activation was positive.
     """
     n = max(total.images, 1)
     mean = {name: getattr(total, name) / 2.0**bits / n for name, bits in _UNIT_BITS.items()}
-    first, second, third, fourth = mean["first"], mean["second"], mean["third"], mean["fourth"]
-    variance = second - first**2
-    central = fourth - 4 * third * first + 6 * second * first**2 - 3 * first**4
-    with np.errstate(divide="ignore", invalid="ignore"):
-        # Below 1e-9 of the variance in the sample the moments have no significant digits.
-        kurtosis = np.where(variance > 1e-9, central / variance**2 - 3, np.nan)
     values = {
         "mean": ranges.centre + ranges.scale * mean["shift"],
         "sd": standard_deviation(total, ranges),
@@ -366,7 +386,7 @@ def channel_statistics(
         "best_mean": total.best_mean,
         "least_mean": total.least_mean,
         "sparsity": sparsity(mean["rate"] * n, mean["power"] * n, n) if n > 1 else np.full(len(total.max), np.nan),
-        "kurtosis": kurtosis,
+        "kurtosis": _excess_kurtosis(mean),
     }
     for name in ("nonzero", "fired", "sparsity"):
         values[name] = np.where(rectified, values[name], np.nan)

@@ -111,9 +111,10 @@ def test_statistics_are_numpys(seed: int, images: int, kind: str) -> None:
         kurtosis = (centred**4).mean(0) / (centred**2).mean(0) ** 2 - 3
     assert np.allclose(got["sparsity"], lifetime, atol=1e-5, equal_nan=True)
     far = np.abs(given_[0].normalize(peaks) * 10 - 4).max(0) > 100
-    # The fourth moment loses digits with the fourth power of the mean in standard deviations.
-    spread = (peaks.std(0) > 0.02 * np.abs(peaks).mean(0)) & ~far
-    assert np.allclose(got["kurtosis"][spread], kurtosis[spread], atol=1e-3, rtol=1e-4)
+    resolved = np.isfinite(got["kurtosis"])
+    assert np.allclose(got["kurtosis"][resolved & ~far], kurtosis[resolved & ~far], atol=1.1e-2, rtol=1e-5)
+    # Maxima that spread over a fortieth of the histogram's range are resolved.
+    assert resolved[(given_[0].normalize(peaks).std(0) > 0.025) & ~far].all()
     assert np.array_equal(got["inactive"], flat.max((0, 2)) <= 0)
     assert found.tally.histogram.sum(1).tolist() == [images] * sum(LAYERS)
     edges = np.linspace(0, 1, 255)

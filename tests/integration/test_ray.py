@@ -261,13 +261,15 @@ def test_too_many_failures_stop_it_on_ray(tmp_path: Path) -> None:
 
 
 HOLD = """
-import sys, ray
+import faulthandler, sys, ray
+faulthandler.dump_traceback_later(120, exit=True)  # a test that waits for this process must end
 ray.init(address=sys.argv[1], log_to_driver=False)
 @ray.remote(num_cpus=int(sys.argv[2]))
 class Holder:
     def hold(self): return True
 holder = Holder.remote()
 print(ray.get(holder.hold.remote()), flush=True)
+faulthandler.cancel_dump_traceback_later()
 sys.stdin.read()
 """
 
@@ -309,7 +311,17 @@ def test_workers_join_and_leave_with_their_nodes(tmp_path: Path) -> None:
         assert any(post.end for post in engine.stats)
         with pytest.raises(AtlasError, match=r"within \d+ s \(engine\.patience=1\)"):
             do_all(tmp_path, ["good"], address=cluster.address, patience=1.0, cpus_per_worker=64)
-        # A node that has room but is held by others is waited for longer, and the message says why.
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.long
+def test_a_node_that_others_occupy_is_waited_for(tmp_path: Path) -> None:
+    """It has room, so that a worker may start later: the wait is longer, and the message says why it ended."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
         with (
             holding(cluster.address, cpus=2),
             pytest.raises(AtlasError, match=r"No worker has started within .* though a node has room"),
