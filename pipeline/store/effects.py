@@ -53,6 +53,11 @@ def rank_correlation(attribution: np.ndarray, ablation: np.ndarray) -> float:
     return float(np.corrcoef(stats.rankdata(pair, axis=1))[0, 1])
 
 
+def half_interval(deviation: np.ndarray, images: int) -> np.ndarray:
+    """Return half the length of the 95 % interval of a mean, from the standard deviation over so many images."""
+    return INTERVAL * deviation / np.sqrt(max(1, images))
+
+
 @dataclasses.dataclass(frozen=True)
 class UnitEffects:
     """Effects of the units of a layer on the outputs of the network, over n dataset images.
@@ -96,7 +101,7 @@ class UnitEffects:
             raise AtlasError(f"Channel {channel} was not ablated (ablated: {known}); see effects.ablated.")
         arrays = self.ablations[replacement]
         effect, sd = arrays["mean"][rows[0]], arrays["sd"][rows[0]]
-        half = INTERVAL * sd / np.sqrt(max(1, arrays["top"].shape[1]))
+        half = half_interval(sd, arrays["top"].shape[1])
         table = pd.DataFrame(
             {"output": np.arange(len(effect)), "effect": effect, "low": effect - half, "high": effect + half}
         )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import test_browser
 from test_browser import MAP, Quiet, arrives, nothing_serious, unit_under_pointer
+from test_class_index import write_known_effects
 from test_site import LABELS, build, write_atlas
 
 from pipeline.site.media import map_tiles
@@ -40,6 +41,7 @@ def folder(tmp_path_factory) -> Path:
         target.create_dataset("images", data=images, chunks=(1, 1, LARGE, LARGE, 1))
         write_array(target, "activation", np.full((3, 1), np.nan, np.float32))
         write_array(target, "status", np.array([["missing"], ["limit"], ["missing"]], object))
+        write_known_effects(file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(map_tiles, "MANY", 10)
         build(path)
@@ -64,13 +66,23 @@ def test_a_class_has_its_unit_and_the_units_that_belong_to_it(visit, base, folde
             assert labels is not None
             rows = np.flatnonzero(labels.best == number)
             expected = [str(layer.channels[row]) for row in rows[np.argsort(-labels.auroc[rows], kind="stable")]]
-            section = page.locator(".class-layer").filter(has=page.get_by_role("link", name=layer.name, exact=True))
+            section = page.locator(".class-units .class-layer").filter(
+                has=page.get_by_role("link", name=layer.name, exact=True)
+            )
             assert section.locator(".near b").all_inner_texts() == expected
+    assert page.locator(".class-effects .near b").all_inner_texts() == ["3", "1"]
+    assert page.locator(".class-effects .near span:last-child").all_inner_texts() == ["−0.700", "+0.500"]
+    nothing_serious(page, "a class")
     page.locator(".near").first.click()
     page.wait_for_url(lambda url: "unit.html#" in url)
     page.go_back()
     page.evaluate("location.hash = 'nothing'")
     page.get_by_text("This atlas has no such class.").wait_for()
+    page.evaluate("location.hash = 'tench'")  # both inputs of blocks.0.conv belong to it
+    page.wait_for_function("() => document.body?.dataset.ready === 'tench'")
+    assert page.locator(".class-connections .weight").all_inner_texts() == ["−1.25 →"] * 4 + ["+0.750 →"] * 4
+    assert page.locator(".class-connections h3").all_inner_texts() == ["stem → blocks.0.conv"]
+    nothing_serious(page, "a class with connections")
 
 
 @ONE_BASE

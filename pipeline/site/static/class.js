@@ -43,23 +43,49 @@
     return shown.length ? make("div", { class: "beside" }, make("h2", { text: "Dataset examples" }), make("p", { class: "note", text: "The dataset images with the highest activations of the class." }), make("div", { class: "row" }, shown)) : null;
   }
 
-  function member(layer, [channel, rank, auroc]) {
+  function tile(layer, channel, rank, text, title) {
     const pic = make("span", { class: "pic" });
-    const text = "AUROC " + number(auroc);
-    const link = make("a", { class: "near", href: unitLink(layer, channel), title: layer.name + ":" + channel, "aria-label": layer.name + ":" + channel + ", " + text }, pic, make("b", { text: String(channel) }), make("span", { text }));
+    const name = layer.name + ":" + channel;
+    const link = make("a", { class: "near", href: unitLink(layer, channel), title: name + (title ? ", " + title : ""), "aria-label": name + ", " + (title || text) }, pic, make("b", { text: String(channel) }), make("span", { text }));
     ATLAS.lazily([link], () => tiny(pic, layer, rank), "200px");
     return link;
   }
 
+  const member = (layer, [channel, rank, auroc]) => tile(layer, channel, rank, "AUROC " + number(auroc));
+  const layerLink = (layer) => make("a", { class: "layer", href: root + "layers/" + layer.slug + ".html", text: layer.name });
+  const signed = (value) => (value < 0 ? "−" : "+") + number(Math.abs(value));
+
   function units(entry) {
     if (!entry.layers.length) return null;
-    return make("section", {}, make("h2", { text: "Units of each layer" }),
+    return make("section", { class: "class-units" }, make("h2", { text: "Units of each layer" }),
       make("p", { class: "note", text: "Units whose best label is this class: the label with the highest mean activation in each of two halves of the dataset. Ordered by AUROC, by which the label chosen in one half is told from all others in the other." }),
       entry.layers.map(([order, members]) => {
         const layer = ATLAS.layerAt(order);
         const row = make("div", { class: "nears" }, members.slice(0, PER_LAYER).map((one) => member(layer, one)));
         const more = members.length > PER_LAYER ? make("button", { type: "button", text: "All " + members.length, onclick: () => { row.append(...members.slice(PER_LAYER).map((one) => member(layer, one))); more.remove(); } }) : "";
-        return make("section", { class: "class-layer" }, make("h3", {}, make("a", { class: "layer", href: root + "layers/" + layer.slug + ".html", text: layer.name }), " ", make("span", { class: "count", text: members.length + " of " + ATLAS.count(layer) + " units" })), row, more);
+        return make("section", { class: "class-layer" }, make("h3", {}, layerLink(layer), " ", make("span", { class: "count", text: members.length + " of " + ATLAS.count(layer) + " units" })), row, more);
+      }));
+  }
+
+  function effects(entry) {
+    if (!entry.effects.length) return null;
+    return make("section", { class: "class-effects" }, make("h2", { text: "Units that move the output" }),
+      make("p", { class: "note", text: "Change of the logit of this class by the unit: the logit minus the logit without the unit, whose map is set to its mean over the dataset. Measured exactly, for the ablated units of each layer. Shown are the largest changes whose 95 % interval over the images does not contain 0; such an interval is for one unit and one class, and of many some leave out 0 by chance." }),
+      entry.effects.map(([order, units]) => {
+        const layer = ATLAS.layerAt(order);
+        return make("section", { class: "class-layer" }, make("h3", {}, layerLink(layer)),
+          make("div", { class: "nears" }, units.map(([channel, rank, effect, low, high]) => tile(layer, channel, rank, signed(effect), "changes the logit by " + signed(effect) + ", 95 % interval " + signed(low) + " to " + signed(high)))));
+      }));
+  }
+
+  function connections(entry) {
+    if (!entry.connections.length) return null;
+    return make("section", { class: "class-connections" }, make("h2", { text: "Connections among these units" }),
+      make("p", { class: "note", text: "Of the strongest connections of each unit, those between two units of this page: norm of the effective weights, with the sign of their sum (+ excitatory, − inhibitory), times the standard deviation of the source unit where it is known. Not comparable between layers." }),
+      entry.connections.map(([from, to, found]) => {
+        const source = ATLAS.layerAt(from), reader = ATLAS.layerAt(to);
+        return make("section", { class: "class-layer" }, make("h3", {}, layerLink(source), " → ", layerLink(reader)),
+          make("ul", { class: "links" }, found.map(([a, rankA, b, rankB, sum, strength]) => make("li", {}, tile(source, a, rankA, ""), make("span", { class: "weight", text: (sum < 0 ? "−" : "+") + number(strength) + " →" }), tile(reader, b, rankB, "")))));
       }));
   }
 
@@ -93,7 +119,7 @@
       make("p", { class: "kicker", text: unit ? "Class" : "Label of the dataset" }), make("h1", { text: asked }),
       unit ? make("p", {}, "Unit ", make("a", { href: unitLink(layer, unit.channel), text: nameOf(unit) }), " of the classifier.") : make("p", { class: "note", text: "No unit of a classifier in this atlas stands for it." }),
       unit ? make("div", { class: "evidence" }, unit.facts.rendered.length ? classImage(unit) : null, examples(unit)) : null,
-      units(entry)].filter(Boolean));
+      units(entry), effects(entry), connections(entry)].filter(Boolean));
     document.body.dataset.ready = asked;
   }
   ATLAS.indexed.then(() => { show(); window.addEventListener("hashchange", () => { window.scrollTo(0, 0); show(); }); });
