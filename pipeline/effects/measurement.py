@@ -25,7 +25,7 @@ from pipeline.core.errors import AtlasError
 from pipeline.data import image_loading
 from pipeline.data.datasets import Dataset
 from pipeline.effects.rest_of_network import Edit, RestOfNetwork, hooked, output_values
-from pipeline.effects.results import REPLACEMENTS, EffectsPart, exact_sum, exact_sum_of_squares
+from pipeline.effects.results import REPLACEMENTS, Ablation, EffectsPart, exact_sum, exact_sum_of_squares
 from pipeline.layers.finding import Layer
 from pipeline.layers.tracing import modules_of
 from pipeline.models.loading import Model
@@ -80,11 +80,12 @@ def measure(context: EffectsContext, indices: Sequence[int]) -> EffectsPart:
             continue
         context.stop()
         images = _images(context, [item.array for item in readable if item.array is not None])
-        outputs, attribution = attribute(context, images)
-        outputs, attribution = outputs[: len(readable)], attribution[: len(readable)]
+        outputs, attribution, relevance = (values[: len(readable)] for values in attribute(context, images))
         top = outputs.argmax(1)
         exact = [_ablate(context, rests, images[i : i + 1], int(top[i])) for i in range(len(readable))]
-        parts.append(_part(np.array([item.index for item in readable]), top, attribution, exact, outputs.shape[1]))
+        index = np.array([item.index for item in readable], np.int32)
+        sums = _ablations(top, exact, outputs.shape[1])
+        parts.append(EffectsPart(index, top.astype(np.int32), attribution, relevance, sums))
     return EffectsPart.joined(parts, failed)
 
 
@@ -102,19 +103,19 @@ def _images(context: EffectsContext, arrays: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(stacked).to(context.device).float().div_(255)
 
 
-def attribute(context: EffectsContext, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return the outputs of images, and the attribution of all channels to the largest output of each image.
+def attribute(context: EffectsContext, images: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the outputs of images, and what all channels contribute to the largest output of each image.
 
     Args:
         context: Network and layers.
         images: (B, C, H, W) in [0, 1].
 
     Returns:
-        Outputs (B, K) float32, and attributions (B, channels of all layers side by side) float32; NaN for layers that
-        no gradient reaches.
+        Outputs (B, K) float32; attributions and relevance, with and without the subtraction of the mean, (B, channels
+        of all layers side by side) float32; NaN for layers that no gradient reaches.
     """
     taps: dict[str, Tensor] = {}
-    with _kept(context.model, [*context.layers, context.outputs], taps):
+    with kept_tensors(context.model, [*context.layers, context.outputs], taps):
         inputs = images.contiguous(memory_format=context.model.memory_format).requires_grad_()
         context.model.module(context.model.normalize(inputs))
     _require(context, taps)
@@ -125,17 +126,19 @@ def attribute(context: EffectsContext, images: Tensor) -> tuple[np.ndarray, np.n
     grads = dict(
         zip(map(id, reached), torch.autograd.grad(outputs.amax(1).sum(), reached, allow_unused=True), strict=True)
     )
-    columns = []
+    columns: list[tuple[Tensor, Tensor]] = []
     for layer, tensor, mean in zip(context.layers, tensors, context.means, strict=True):
         gradient = grads.get(id(tensor))
         if gradient is None:
-            columns.append(torch.full((batch, layer.channels), torch.nan))
+            unknown = torch.full((batch, layer.channels), torch.nan)
+            columns.append((unknown, unknown))
             continue
         with torch.no_grad():
             maps, slopes = layer.maps(tensor, batch).float(), layer.maps(gradient, batch).float()
             center = torch.from_numpy(np.asarray(mean, np.float32)).to(maps.device)[:, None, None]
-            columns.append(((maps - center) * slopes).sum((2, 3)).cpu())
-    return outputs.detach().cpu().numpy(), torch.cat(columns, 1).numpy()
+            columns.append((((maps - center) * slopes).sum((2, 3)).cpu(), (maps * slopes).sum((2, 3)).cpu()))
+    attribution, relevance = (torch.cat(values, 1).numpy() for values in zip(*columns, strict=True))
+    return outputs.detach().cpu().numpy(), attribution, relevance
 
 
 def _require(context: EffectsContext, taps: dict[str, Tensor]) -> None:
@@ -148,7 +151,7 @@ def _require(context: EffectsContext, taps: dict[str, Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _kept(model: Model, layers: Sequence[Layer], taps: dict[str, Tensor]) -> Iterator[None]:
+def kept_tensors(model: Model, layers: Sequence[Layer], taps: dict[str, Tensor]) -> Iterator[None]:
     """Keep the tensors of layers during a pass; the network goes on with copies, which it may change in place."""
     modules = modules_of(model.module)
     points: dict[tuple[str, str], dict[int, list[str]]] = {}
@@ -212,18 +215,16 @@ def removal(layer: Layer, channels: Sequence[int], values: np.ndarray) -> Edit:
     return edit
 
 
-def _part(
-    indices: np.ndarray, top: np.ndarray, attribution: np.ndarray, exact: Sequence[dict[str, np.ndarray]], outputs: int
-) -> EffectsPart:
-    """Return the result for the images of one batch."""
-    ablations = {}
+def _ablations(top: np.ndarray, exact: Sequence[dict[str, np.ndarray]], outputs: int) -> dict[str, Ablation]:
+    """Return the ablations of a batch from those of each image; `top` are the largest of so many outputs."""
+    ablations: dict[str, Ablation] = {}
     for name in REPLACEMENTS:
         effects = [one[name] for one in exact if name in one]
         units = len(effects[0]) if effects else 0
         tops = [effect[:, one] for effect, one in zip(effects, top.tolist(), strict=False)]
         ablations[name] = (
-            np.stack(tops).astype(np.float32) if tops else np.zeros((len(indices), 0), np.float32),
+            np.stack(tops).astype(np.float32) if tops else np.zeros((len(top), 0), np.float32),
             sum((exact_sum(effect) for effect in effects), np.zeros((units, outputs), np.int64)),
             sum((exact_sum_of_squares(effect) for effect in effects), np.zeros((units, outputs), np.int64)),
         )
-    return EffectsPart(indices.astype(np.int32), top.astype(np.int32), attribution.astype(np.float32), ablations)
+    return ablations

@@ -7,6 +7,7 @@ import numpy as np
 
 from pipeline.data.datasets import Dataset
 from pipeline.effects.config import EffectsConfig
+from pipeline.effects.relevance import STEPS
 from pipeline.effects.results import REPLACEMENTS
 from pipeline.layers.finding import Layer
 
@@ -21,6 +22,8 @@ class EffectsRequest:
         layers: Layers whose units are measured.
         ablated: Channels of each layer that are ablated.
         batch: Images in one forward pass.
+        channels: Channels of each layer that are in the atlas.
+        examples: Number of images per unit that are listed by relevance.
     """
 
     outputs: Layer
@@ -28,6 +31,8 @@ class EffectsRequest:
     layers: tuple[Layer, ...]
     ablated: tuple[tuple[int, ...], ...]
     batch: int
+    channels: tuple[tuple[int, ...], ...] = ()
+    examples: int = 0
 
     @property
     def passes(self) -> float:
@@ -36,9 +41,29 @@ class EffectsRequest:
         A backward pass counts as two. For each layer with ablated units there is one pass that is recorded, and
         one from the layer on for each unit and replacement.
         """
-        total = max(self.outputs.cost, *(layer.cost for layer in self.layers), 1.0)
+        total = self._total_cost
         pairs = zip(self.layers, self.ablated, strict=True)
         return 3 + sum(len(own) * len(REPLACEMENTS) * (1 - layer.cost / total) + 1 for layer, own in pairs if own)
+
+    @property
+    def relevance_passes(self) -> float:
+        """Estimated work for all masks, in forward passes through the whole network.
+
+        An image is read for each pair at the worst, with a forward and a backward pass, and `STEPS` forward passes; a
+        pair has a backward pass over so many images as far as the layer.
+        """
+        total = self._total_cost
+        costs = [len(own) * layer.cost / total for layer, own in zip(self.layers, self.channels, strict=True)]
+        return self.relevant_images * (3 + STEPS) + self.examples * sum(costs) * 2 * STEPS
+
+    @property
+    def relevant_images(self) -> int:
+        """The largest possible number of images in the lists by relevance."""
+        return min(len(self.images), self.examples * sum(map(len, self.channels)))
+
+    @property
+    def _total_cost(self) -> float:
+        return max(self.outputs.cost, *(layer.cost for layer in self.layers), 1.0)
 
 
 def request_effects(
@@ -69,6 +94,8 @@ def request_effects(
         tuple(layer for layer, _ in measured),
         tuple(spread(channels, config.ablated) for _, channels in measured),
         config.batch,
+        tuple(tuple(channels) for _, channels in measured),
+        config.examples,
     )
 
 

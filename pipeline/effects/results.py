@@ -41,6 +41,7 @@ class EffectsPart:
         index: The images, (n,) int32.
         top: The largest output of each, (n,) int32.
         attribution: Attribution of all channels of all layers, side by side, to that output, (n, C) float32.
+        relevance: Sum over positions of activation × gradient of that output, of the same channels, (n, C) float32.
         ablations: Effects of the U ablated units of all layers, by replacement.
         failed: Images that could not be read, with the reason.
     """
@@ -48,6 +49,7 @@ class EffectsPart:
     index: np.ndarray
     top: np.ndarray
     attribution: np.ndarray
+    relevance: np.ndarray
     ablations: Mapping[str, Ablation]
     failed: tuple[tuple[int, str], ...] = ()
 
@@ -58,7 +60,8 @@ class EffectsPart:
         if not parts:
             empty = np.zeros(0, np.int32)
             nothing = np.zeros((0, 0), np.float32), np.zeros((0, 0), np.int64), np.zeros((0, 0), np.int64)
-            return cls(empty, empty, np.zeros((0, 0), np.float32), dict.fromkeys(REPLACEMENTS, nothing), reasons)
+            none = np.zeros((0, 0), np.float32)
+            return cls(empty, empty, none, none, dict.fromkeys(REPLACEMENTS, nothing), reasons)
         filled = [part for part in parts if len(part.index)] or list(parts[:1])
         ablations = {
             name: (
@@ -72,13 +75,14 @@ class EffectsPart:
             np.concatenate([part.index for part in filled]),
             np.concatenate([part.top for part in filled]),
             np.concatenate([part.attribution for part in filled]),
+            np.concatenate([part.relevance for part in filled]),
             ablations,  # type: ignore[arg-type]
             reasons,
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays by name, as a shard stores them."""
-        arrays = {"index": self.index, "top": self.top, "attribution": self.attribution}
+        arrays = {name: getattr(self, name) for name in ("index", "top", "attribution", "relevance")}
         for name, (top, total, squares) in self.ablations.items():
             arrays |= {f"{name}/top": top, f"{name}/sum": total, f"{name}/squares": squares}
         arrays["failed/index"] = np.array([i for i, _ in self.failed], np.int32)
@@ -92,7 +96,8 @@ class EffectsPart:
             name: (arrays[f"{name}/top"], arrays[f"{name}/sum"], arrays[f"{name}/squares"]) for name in REPLACEMENTS
         }
         failed = zip(arrays["failed/index"].tolist(), map(str, arrays["failed/reason"].tolist()), strict=True)
-        return cls(arrays["index"], arrays["top"], arrays["attribution"], ablations, tuple(failed))
+        index, top, attribution, relevance = (arrays[name] for name in ("index", "top", "attribution", "relevance"))
+        return cls(index, top, attribution, relevance, ablations, tuple(failed))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +106,7 @@ class LayerEffects:
 
     Attributes:
         attribution: Attribution of C channels to the largest output of n images, (C, n) float32.
+        relevance: Relevance of these channels for the same outputs, (C, n) float32; see `effects.relevance`.
         ablated: Channels that were ablated, (U,) int32.
         top: Effects of these on the largest output of each image, (U, n) float32, by replacement.
         mean: Mean effects on all K outputs, (U, K) float32, by replacement.
@@ -108,10 +114,31 @@ class LayerEffects:
     """
 
     attribution: np.ndarray
+    relevance: np.ndarray
     ablated: np.ndarray
     top: Mapping[str, np.ndarray]
     mean: Mapping[str, np.ndarray]
     deviation: Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class RelevantImages:
+    """The dataset images with the largest relevance for each unit of a layer, largest first.
+
+    Attributes:
+        value: Relevance, (C', k) float32; NaN for none.
+        index: Dataset images, (C', k) int32; −1 for none.
+        y: Row of the largest relevance in the layer's map, (C', k) int16.
+        x: Its column.
+        mask: Pixels that the relevance comes from, in cells of the network's input, (C', k, h, w) uint8; 255 for the
+            largest value of each mask.
+    """
+
+    value: np.ndarray
+    index: np.ndarray
+    y: np.ndarray
+    x: np.ndarray
+    mask: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +150,14 @@ class EffectsResult:
         index: Dataset images, (n,) int32.
         top: The largest output of each, (n,) int32.
         layers: Effects by layer name.
+        relevant: Images by relevance for the units of the atlas, by layer name; empty without such lists.
     """
 
     outputs: str
     index: np.ndarray
     top: np.ndarray
     layers: Mapping[str, LayerEffects]
+    relevant: Mapping[str, RelevantImages] = dataclasses.field(default_factory=dict)
 
 
 def split_by_layer(
@@ -155,6 +184,7 @@ def split_by_layer(
             deviation[replacement] = np.sqrt(np.maximum(spread, 0) * count / max(1, count - 1)).astype(np.float32)
         layers[name] = LayerEffects(
             part.attribution[:, first : first + size].T,
+            part.relevance[:, first : first + size].T,
             np.array(own, np.int32),
             {replacement: values[0][:, rows].T for replacement, values in part.ablations.items()},
             mean,

@@ -18,13 +18,14 @@ from pipeline.visualization.network_penalties import NaturalDeviations
 from pipeline.visualization.network_perturbations import Ensemble
 from pipeline.visualization.preset import Preset
 
-# Versions of the five kinds of results. A new version makes finished results stale: it is raised when the code gives
+# Versions of the kinds of results. A new version makes finished results stale: it is raised when the code gives
 # other results from the same settings (docs/store.md, "Identity").
 RENDER_VERSION = 3
 EXAMPLES_VERSION = 3
 LOCALIZE_VERSION = 5
 RESTART_VERSION = 1
-EFFECTS_VERSION = 1
+EFFECTS_VERSION = 2
+RELEVANCE_VERSION = 1
 
 # Version of visualizations by presets with regularizers in the space of a layer, beside `RENDER_VERSION`. Version 1,
 # whose weight was relative to the value of the objective, was not part of digests.
@@ -239,7 +240,36 @@ class EffectsTask(_Task):
         return len(self.images)
 
 
-DatasetTask = RangesTask | SweepTask | LocalizeTask | EffectsTask
+@dataclasses.dataclass(frozen=True)
+class RelevanceTask(_Task):
+    """Positions and masks of units in the dataset images that use them.
+
+    Attributes:
+        start: Position of the first image in the list of all such images.
+        end: One past the position of the last image.
+        images: Indices of the dataset images.
+        index: The part of the `RelevanceIndex` about these images, as bytes of a shard.
+    """
+
+    stage = "relevance"
+
+    start: int
+    end: int
+    images: tuple[int, ...]
+    index: bytes
+
+    @property
+    def name(self) -> str:
+        """Description for messages."""
+        return f"relevance, {len(self.images)} images"
+
+    @property
+    def size(self) -> int:
+        """Number of dataset images."""
+        return len(self.images)
+
+
+DatasetTask = RangesTask | SweepTask | LocalizeTask | EffectsTask | RelevanceTask
 Task = RenderTask | DatasetTask
 
 
@@ -428,5 +458,28 @@ def effects_digest(setup: Setup, examples: str) -> str:
             "images": len(request.images),
             "ablated": [list(channels) for channels in request.ablated],
             "batch": request.batch,
+        }
+    )
+
+
+def relevance_digest(setup: Setup, examples: str) -> str:
+    """Return the digest of everything that changes which images are listed by relevance, and their masks.
+
+    Args:
+        setup: The setup of the workers, with effects.
+        examples: Digest of the first pass.
+    """
+    request, config = setup.effects, setup.config.examples
+    assert request is not None
+    return hashing.digest_of(
+        {
+            "result": "relevance",
+            "version": RELEVANCE_VERSION,
+            "effects": effects_digest(setup, examples),
+            "channels": [list(numbers) for numbers in request.channels],
+            "examples": request.examples,
+            "store": config.store,
+            "side": config.side,
+            "jpeg_quality": config.jpeg_quality,
         }
     )

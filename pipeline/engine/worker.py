@@ -22,7 +22,7 @@ from pipeline.core import atomic_io, hashing
 from pipeline.core.errors import AtlasError
 from pipeline.core.metric_specs import IMAGE_METRICS, RENDER_METRICS
 from pipeline.core.registry import registered_name
-from pipeline.effects import measurement
+from pipeline.effects import measurement, relevance
 from pipeline.effects.measurement import EffectsContext
 from pipeline.engine.resources import memory_share
 from pipeline.engine.tasks import (
@@ -30,6 +30,7 @@ from pipeline.engine.tasks import (
     EffectsTask,
     LocalizeTask,
     RangesTask,
+    RelevanceTask,
     RenderTask,
     Setup,
     SweepTask,
@@ -215,6 +216,8 @@ class Worker:
                 return self._sweep(task)
             case LocalizeTask():
                 return self._localize(task)
+            case RelevanceTask():
+                return self._relevance(task)
             case EffectsTask():
                 return self._effects(task)
 
@@ -462,6 +465,22 @@ class Worker:
             threads=threads,
         )
         arrays = measurement.measure(context, task.images).arrays()
+        return shards.to_bytes({"digest": task.digest, "start": task.start, "end": task.end}, arrays, "lzf")
+
+    def _relevance(self, task: RelevanceTask) -> bytes:
+        request = self.setup.effects
+        assert request is not None
+        context = relevance.RelevanceContext(
+            model=self.measured,
+            layers=request.layers,
+            outputs=request.outputs,
+            dataset=self.dataset,
+            config=self.setup.config.examples,
+            stop=self.stop,
+            threads=max(2, self.setup.threads),
+        )
+        index = relevance.RelevanceIndex.from_arrays(hdf5.from_bytes(task.index))
+        arrays = relevance.measure_relevance(context, index, task.images)
         return shards.to_bytes({"digest": task.digest, "start": task.start, "end": task.end}, arrays, "lzf")
 
 

@@ -5,7 +5,6 @@ forward pass over these images alone gives positions, activation maps and the im
 """
 
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.data import crops, image_loading, multiband
+from pipeline.data import image_loading, multiband
 from pipeline.data.datasets import Dataset
-from pipeline.data.image_loading import Loaded
 from pipeline.examples import topk
 from pipeline.examples.quantile_examples import select_quantile_examples
+from pipeline.examples.shown_images import ShownImages, SourceImage, concatenate_bytes, receptive_field_jpeg
 from pipeline.examples.sweep import LISTS, ExamplesConfig, PassContext, PassResult
 from pipeline.images import metrics
 from pipeline.layers.finding import Layer, capture
@@ -40,9 +39,6 @@ PATH_SAMPLE = 128
 # The list of examples that a visualization's path is compared with, by the dataset statistic of its objective. A map of
 # large mean and one of a large maximum are different things: of the same channel, few images are in both lists.
 PATH_LISTS = {"max": "max", "least": "min", "min": "min"}
-
-# Longest side of the copy from which crops are cut, if only crops are stored.
-CROP_SOURCE_SIDE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +247,7 @@ def localize(context: PassContext, index: SecondPassIndex, images: Sequence[int]
     shown_images = set(index.shown.tolist())
     paths = _PathMeasurements(context, index)
     measurements = {layer.name: _LayerMeasurements(layer, index, i, images) for i, layer in enumerate(context.layers)}
-    shown = _ShownImages()
+    shown = ShownImages()
     failed: list[tuple[int, str]] = []
     batch_images: list[int] = []
 
@@ -260,8 +256,8 @@ def localize(context: PassContext, index: SecondPassIndex, images: Sequence[int]
             measurements[layer.name].add(batch_images, maps, config.maps)
         paths.observe(layer, maps)
 
-    def shrink(number: int, image: Image.Image | multiband.Bands) -> _SourceImage:
-        return _SourceImage.of(image, context.dataset.images[number].box, model.preprocessing, config)
+    def shrink(number: int, image: Image.Image | multiband.Bands) -> SourceImage:
+        return SourceImage.of(image, context.dataset.images[number].box, model.preprocessing, config)
 
     loaded = image_loading.load_images(context.dataset, images, model.preprocessing, context.threads, shrink)
     with capture(model, context.layers, each=measure, optional=paths.depths) as forward, torch.no_grad():
@@ -282,68 +278,6 @@ def localize(context: PassContext, index: SecondPassIndex, images: Sequence[int]
     for i, layer in enumerate(context.layers):
         arrays |= {f"{i}/{name}": array for name, array in measurements[layer.name].arrays(config).items()}
     return arrays
-
-
-@dataclasses.dataclass(frozen=True)
-class _SourceImage:
-    """A small copy of a source image.
-
-    Attributes:
-        size: (width, height) of the source image.
-        box: Region of the source image that became the network's input, in its pixels.
-        image: The copy; as small as `store` allows.
-    """
-
-    size: tuple[int, int]
-    box: tuple[float, float, float, float]
-    image: Image.Image
-
-    @classmethod
-    def of(
-        cls,
-        image: Image.Image | multiband.Bands,
-        box: tuple[int, int, int, int] | None,
-        recipe: Preprocessing,
-        config: ExamplesConfig,
-    ) -> "_SourceImage":
-        """Copy a decoded image, of which the region `box` (None: all of it) is the dataset image."""
-        _, _, input_box = image_loading.input_box(image.size, box, recipe)
-        side = {"images": config.side, "crops": CROP_SOURCE_SIDE}.get(config.store, 1)
-        copy = image.copy() if isinstance(image, Image.Image) else image.to_display_image()
-        copy.thumbnail((side, side), Image.Resampling.LANCZOS)
-        return cls(image.size, input_box, copy)
-
-
-class _ShownImages:
-    """Sizes, input regions and JPEGs of the images of a second pass."""
-
-    def __init__(self) -> None:
-        self._indices: list[int] = []
-        self._sizes: list[tuple[int, int]] = []
-        self._boxes: list[tuple[float, float, float, float]] = []
-        self._jpegs: list[bytes] = []
-
-    def add(self, items: Sequence[Loaded], config: ExamplesConfig) -> None:
-        """Add a batch of images, whose `extra` is a `_SourceImage`."""
-        for item in items:
-            source_image: _SourceImage = item.extra
-            self._indices.append(item.index)
-            self._sizes.append(source_image.size)
-            self._boxes.append(source_image.box)
-            if config.store == "images":
-                self._jpegs.append(encode_jpeg(source_image.image, config.jpeg_quality))
-
-    def arrays(self, failed: Sequence[tuple[int, str]], store: str) -> dict[str, np.ndarray]:
-        """Return the arrays `shown/…` of `localize`."""
-        arrays = {
-            "shown/index": np.array(self._indices, np.int32),
-            "shown/size": np.array(self._sizes, np.int32).reshape(-1, 2),
-            "shown/box": np.array(self._boxes, np.float32).reshape(-1, 4),
-            "shown/lost": np.array([index for index, _ in failed], np.int32),
-        }
-        if store == "images":
-            arrays |= concatenate_bytes("shown/", self._jpegs)
-        return arrays
 
 
 class _PathMeasurements:
@@ -421,7 +355,7 @@ class _LayerMeasurements:
         self._parts.append({"pairs": pairs.astype(np.int32), **_measure_maps(pair_maps, side)})
 
     def add_crops(
-        self, source_images: Mapping[int, _SourceImage], recipe: Preprocessing, config: ExamplesConfig
+        self, source_images: Mapping[int, SourceImage], recipe: Preprocessing, config: ExamplesConfig
     ) -> None:
         """Cut the crops of the last batch's pairs; `source_images` are those of this batch, by image."""
         if not self._parts:
@@ -430,7 +364,7 @@ class _LayerMeasurements:
         for (image, row, only_min), place in zip(last["pairs"].tolist(), last["place"].tolist(), strict=True):
             if image in source_images:
                 unit = place[2:] if only_min else place[:2]
-                self._crops[image, row] = _crop(self._layer, unit, source_images[image], recipe, config)
+                self._crops[image, row] = receptive_field_jpeg(self._layer, unit, source_images[image], recipe, config)
 
     def arrays(self, config: ExamplesConfig) -> dict[str, np.ndarray]:
         """Return the arrays `i/…` of `localize`, without the prefix."""
@@ -480,36 +414,3 @@ def _measure_maps(maps: Tensor, side: int) -> dict[str, np.ndarray]:
         "range": ends.cpu().numpy(),
         "map": scaled.to(torch.uint8).cpu().numpy(),
     }
-
-
-def _crop(
-    layer: Layer, unit: Sequence[int], source_image: _SourceImage, recipe: Preprocessing, config: ExamplesConfig
-) -> bytes:
-    """Return the receptive field of a unit (row, column) as JPEG; the whole input if the unit sees all of it."""
-    input_size = recipe.size
-    box = (0, 0, input_size[1], input_size[0])
-    if layer.field is not None:
-        box = crops.receptive_field_box(
-            unit[0], unit[1], layer.field.size, layer.field.stride, layer.field.offset, input_size
-        )
-    image = source_image.image
-    region = image.crop(crops.to_source_box(box, input_size, source_image.box, source_image.size, image.size))
-    region.thumbnail((config.crop_side, config.crop_side), Image.Resampling.LANCZOS)
-    return encode_jpeg(region, config.jpeg_quality)
-
-
-def encode_jpeg(image: Image.Image, quality: int) -> bytes:
-    """Return an image as JPEG bytes, without metadata."""
-    with io.BytesIO() as buffer:
-        image.save(buffer, "JPEG", quality=quality, optimize=True)
-        return buffer.getvalue()
-
-
-def concatenate_bytes(prefix: str, pieces: Sequence[bytes]) -> dict[str, np.ndarray]:
-    """Concatenate byte strings.
-
-    Returns:
-        `<prefix>jpeg`, all bytes, and `<prefix>offset`, (n + 1,): where each string begins, and where the last ends.
-    """
-    offset = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
-    return {f"{prefix}jpeg": np.frombuffer(b"".join(pieces), np.uint8), f"{prefix}offset": offset}

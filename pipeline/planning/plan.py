@@ -56,6 +56,7 @@ class RemainingWork:
         images: Dataset images that the first pass has not read.
         localizations: Images that the second pass has to read; 0 until the first pass is complete.
         effects: Images for which effects are not measured.
+        relevant: Images in lists by relevance that are not measured.
         existing: Results that are already available.
         reuse_blocker: Why the dataset pass of the base run cannot be reused; empty if it can.
     """
@@ -66,11 +67,17 @@ class RemainingWork:
     existing: tuple[ExistingWork, ...] = ()
     reuse_blocker: str = ""
     effects: int = 0
+    relevant: int = 0
+
+    @property
+    def reads(self) -> int:
+        """Number of dataset images that are still to be read, in all passes."""
+        return self.images + self.localizations + self.effects + self.relevant
 
     @property
     def nothing(self) -> bool:
         """Whether all results exist."""
-        return not (self.images or self.localizations or self.effects or any(self.channels.values()))
+        return not (self.reads or any(self.channels.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,11 +198,14 @@ class Plan:
     @functools.cached_property
     def effects_span(self) -> Span:
         """Estimated seconds in which all workers measure the effects that are left."""
-        request = self.setup.effects
-        if request is None or self.overheads is None or not self.left.effects:
-            return ZERO_SPAN
-        costs, share = self.overheads, self.left.effects / min(self.pool.workers, self.left.effects)
-        return (costs.forward * request.passes + costs.reading) * share
+        request, costs, total = self.setup.effects, self.overheads, ZERO_SPAN
+        if request is None or costs is None:
+            return total
+        relevance = request.relevance_passes / max(1, request.relevant_images)
+        for images, passes in ((self.left.effects, request.passes), (self.left.relevant, relevance)):
+            if images:
+                total += (costs.forward * passes + costs.reading) * (images / min(self.pool.workers, images))
+        return total
 
     @property
     def _judged_images(self) -> float:
@@ -290,7 +300,8 @@ class Plan:
         if self.judge_span.expected:
             lines.append(f"of this, judges ({', '.join(j.name for j in self.judges)}): about {self.judge_span.text()}")
         if self.effects_span.expected:
-            lines.append(f"of this, effects over {self.left.effects:,} images: about {self.effects_span.text()}")
+            images = self.left.effects or self.left.relevant
+            lines.append(f"of this, effects over {images:,} images: about {self.effects_span.text()}")
         return lines
 
     def _left(self, row: PlanRow) -> int:

@@ -300,6 +300,7 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
             {(row.layer.name, row.preset): len(row.channels) for row in rows},
             images,
             effects=len(effects.images) if effects else 0,
+            relevant=effects.relevant_images if effects else 0,
         ),
         unrendered=tuple(
             Unrendered(layer, channels[layer.name], chosen.reasons[layer.name])
@@ -342,10 +343,8 @@ def _with_estimates(plan: Plan, inputs: _Inputs, chosen: _Units) -> Plan:
     open_rows = [row for row in plan.rows if plan.left.channels[row.layer.name, row.preset]]
     groups = [_estimated(plan, inputs, chosen, rows) for rows in _by_normalizations(plan, open_rows)]
     # A worker decodes images with as many threads as it has.
-    reads = plan.left.images or plan.left.localizations or plan.left.effects
-    read = (
-        time_image_loading(inputs.dataset, inputs.model.preprocessing) * (1 / plan.pool.threads) if reads else ZERO_SPAN
-    )
+    loading = time_image_loading(inputs.dataset, inputs.model.preprocessing) if plan.left.reads else ZERO_SPAN
+    read = loading * (1 / plan.pool.threads)
     warm_up = max(timings.warm_up for _, timings in groups)
     costs = Overheads(inputs.start, Span.exact(inputs.loading.seconds), Span.exact(warm_up), groups[0][1].forward, read)
     rows = {(row.layer.name, row.preset): row for estimated, _ in groups for row in estimated}
@@ -381,8 +380,8 @@ def _estimated(plan: Plan, inputs: _Inputs, chosen: _Units, rows: Sequence[PlanR
         log.info("steps run on the %s network: %s", variants.level, variants.reason)
     # A worker verifies variants for each layer, as far as that layer.
     seconds /= max(1.0, deepest.layer.cost if deepest else 1.0)
-    images = plan.left.images + plan.left.localizations + plan.left.effects
-    estimated, timings = estimate(chosen.layers, rows, plan.config, chosen.others, variants, images, norms)
+    reads = plan.left.reads
+    estimated, timings = estimate(chosen.layers, rows, plan.config, chosen.others, variants, reads, norms)
     return [dataclasses.replace(row, seconds=row.seconds + seconds * row.layer.cost) for row in estimated], timings
 
 

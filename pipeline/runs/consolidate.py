@@ -22,6 +22,7 @@ from pipeline.planning.request import Request
 from pipeline.runs.artifacts import Artifacts
 from pipeline.runs.dataset_pass import columns_by_layer
 from pipeline.runs.judging import Judgements
+from pipeline.runs.localized_arrays import WithMoreImages
 from pipeline.store import writer
 from pipeline.store.reader import SCHEMA_VERSION
 
@@ -125,6 +126,10 @@ def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, 
     """Return everything but the visualizations that atlas.h5 contains."""
     config = request.config
     result = artifacts.dataset_pass.result if artifacts.dataset_pass.complete else None
+    effects = artifacts.effects if result is not None and artifacts.effects.complete else None
+    if result is not None and effects is not None and effects.relevance_ranges:
+        localizations = artifacts.dataset_pass.localizations
+        result = dataclasses.replace(result, localizations=WithMoreImages(localizations, effects.more_images))
     network = load_model(config.model).to("cpu")
     layers = [layer for layer, _ in plan.layers]
     deviations = channel_deviations(layers, result) if result else None
@@ -154,7 +159,7 @@ def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, 
         network_layers=plan.network_layers,
         dataset_pass=artifacts.dataset_pass.digest if result else "",
         displays={row.preset: config.render.name for row in plan.rows if row.display},
-        effects=artifacts.effects.result if result and artifacts.effects.complete else None,
+        effects=effects.result if effects is not None else None,
     )
 
 

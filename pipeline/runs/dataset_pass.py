@@ -41,6 +41,7 @@ class DatasetPass:
         ignored: Damaged files, which count as absent.
 
     Attributes:
+        read_only: Whether nothing may be written.
         total: Number of dataset images.
         outdated: Parts of the first pass that lack an image that may be readable now; they count as absent.
         digest: Digest of the first pass.
@@ -54,7 +55,7 @@ class DatasetPass:
     def __init__(
         self, plan: Plan, folder: Path, read_only: bool = False, ignored: Collection[Path] = frozenset()
     ) -> None:
-        self._plan, self.folder, self._read_only, self._ignored = plan, folder, read_only, ignored
+        self._plan, self.folder, self.read_only, self._ignored = plan, folder, read_only, ignored
         self._config = plan.config.examples
         self.total = len(plan.setup.dataset.images)
         self.digest = plan.examples_digest
@@ -120,7 +121,7 @@ class DatasetPass:
         if shard is not None:
             return SecondPassIndex.from_arrays(shard.arrays())
         index = SecondPassIndex.of(self.chosen, localize.path_sample(self._plan.setup.dataset))
-        if not self._read_only:
+        if not self.read_only:
             shards.write(path, {"digest": hashing.digest_of(["index", self.localize_digest])}, index.arrays())
         return index
 
@@ -208,6 +209,11 @@ class DatasetPass:
         return localize.select_examples(self.sweep, self._plan.layers, self._plan.setup.dataset, self._config)
 
     @property
+    def localizations(self) -> LocalizedArrays:
+        """The arrays of the second pass."""
+        return LocalizedArrays([shard for _, shard in sorted(self.localized_ranges.items())])
+
+    @property
     def result(self) -> DatasetPassResult:
         """The result of both passes, as an atlas contains it.
 
@@ -225,7 +231,7 @@ class DatasetPass:
             self.sweep,
             ranges,
             self.chosen,
-            LocalizedArrays([shard for _, shard in sorted(self.localized_ranges.items())]),
+            self.localizations,
             associations,
             self._config.store,
             self._config.spectrum,

@@ -1,5 +1,11 @@
-"""State and tasks of the measurement of effects of a run: it needs the first pass over the dataset, for the means."""
+"""State and tasks of the measurement of effects of a run.
 
+It has two rounds: effects and relevance of all units, which need the first pass over the dataset for the means; and the
+images with the largest relevance for each unit, of which positions and masks are measured.
+"""
+
+import functools
+import itertools
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -7,15 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.core import hashing
-from pipeline.effects.results import EffectsPart, EffectsResult, split_by_layer
-from pipeline.engine.tasks import EffectsTask, Task, effects_digest
+from pipeline.effects.relevance import RelevanceIndex, select_relevant
+from pipeline.effects.results import EffectsPart, EffectsResult, LayerEffects, RelevantImages, split_by_layer
+from pipeline.engine.tasks import EffectsTask, RelevanceTask, Task, effects_digest, relevance_digest
 from pipeline.examples.channel_stats import channel_statistics
 from pipeline.planning.plan import Plan
 from pipeline.runs.dataset_pass import DatasetPass, columns_by_layer, gaps, shard_path, without_overlap
+from pipeline.runs.localized_arrays import LocalizedArrays
 from pipeline.store import shards
 from pipeline.store.shards import Shard
 
-KIND = "effects"
+KIND, RELEVANCE = "effects", "relevance"
 
 
 class EffectsPass:
@@ -30,16 +38,24 @@ class EffectsPass:
     Attributes:
         digest: Digest of the results; empty if the plan measures no effects.
         ranges: Shards by (start, end) in the list of images, without overlap.
+        relevance_digest: Digest of the second round; empty if there is none.
+        relevance_ranges: Its shards by (start, end) in `index.images`, without overlap.
     """
 
     def __init__(
         self, plan: Plan, folder: Path, dataset_pass: DatasetPass, ignored: Collection[Path] = frozenset()
     ) -> None:
-        self._plan, self.folder, self._dataset_pass = plan, folder, dataset_pass
+        self._plan, self.folder, self._dataset_pass, self._ignored = plan, folder, dataset_pass, ignored
         self._request = plan.setup.effects
         self.digest = effects_digest(plan.setup, dataset_pass.digest) if self._request is not None else ""
-        found = shards.find(folder / KIND, self.digest) if self.digest and not dataset_pass.outdated else []
-        self.ranges: dict[tuple[int, int], Shard] = without_overlap(s for s in found if s.path not in ignored)
+        listed = self._request is not None and self._request.examples > 0
+        self.relevance_digest = relevance_digest(plan.setup, dataset_pass.digest) if listed else ""
+        self.ranges = self._found(KIND, self.digest)
+        self.relevance_ranges = self._found(RELEVANCE, self.relevance_digest)
+
+    def _found(self, kind: str, digest: str) -> dict[tuple[int, int], Shard]:
+        found = shards.find(self.folder / kind, digest) if digest and not self._dataset_pass.outdated else []
+        return without_overlap(shard for shard in found if shard.path not in self._ignored)
 
     @property
     def total(self) -> int:
@@ -48,13 +64,26 @@ class EffectsPass:
 
     @property
     def missing(self) -> int:
-        """Number of images that are left."""
+        """Number of images that are left in the first round."""
         return sum(end - start for start, end in gaps(self.ranges, self.total))
 
     @property
+    def relevant(self) -> int:
+        """Number of images of the second round; an upper bound until the first one is complete."""
+        if self._request is None or not self.relevance_digest:
+            return 0
+        known = not self.missing and self._dataset_pass.covered
+        return len(self.index.images) if known else self._request.relevant_images
+
+    @property
+    def relevant_missing(self) -> int:
+        """Number of images that are left in the second round."""
+        return sum(end - start for start, end in gaps(self.relevance_ranges, self.relevant))
+
+    @property
     def complete(self) -> bool:
-        """Whether there are effects, and all images have been measured."""
-        return self._request is not None and not self.missing
+        """Whether there are effects, and all images of both rounds have been measured."""
+        return self._request is not None and not self.missing and not self.relevant_missing
 
     @property
     def image_seconds(self) -> float:
@@ -64,12 +93,51 @@ class EffectsPass:
             return 1.0
         return costs.forward.expected * self._request.passes + costs.reading.expected
 
+    @property
+    def relevance_seconds(self) -> float:
+        """Estimated seconds of one worker for one image of the second round."""
+        costs = self._plan.overheads
+        if costs is None or self._request is None:
+            return 1.0
+        passes = self._request.relevance_passes / max(1, self._request.relevant_images)
+        return costs.forward.expected * passes + costs.reading.expected
+
     def paths(self) -> list[Path]:
         """Return all files."""
-        return [shard.path for shard in self.ranges.values()]
+        index = self._index_path
+        parts = [shard.path for shard in (*self.ranges.values(), *self.relevance_ranges.values())]
+        return [*parts, *([index] if index.is_file() and index not in self._ignored else [])]
 
-    def tasks(self, workers: int, excluded: Sequence[Task] = ()) -> list[EffectsTask]:
-        """Return the tasks that are left; none before the first pass is complete.
+    @property
+    def _index_path(self) -> Path:
+        return shard_path(self.folder, RELEVANCE, "index", self.relevance_digest)
+
+    @functools.cached_property
+    def index(self) -> RelevanceIndex:
+        """What the second round measures, stored so that later runs need not read the first round to find it."""
+        shard = shards.read(self._index_path) if self._index_path not in self._ignored else None
+        if shard is not None:
+            return RelevanceIndex.from_arrays(shard.arrays())
+        assert self._request is not None
+        lists = [index for _, index in self._lists(self._first_round)]
+        channels = [np.array(own, np.int32) for own in self._request.channels]
+        index = RelevanceIndex.of(channels, lists, self._dataset_pass.index.shown)
+        if not self._dataset_pass.read_only:
+            attributes = {"digest": hashing.digest_of(["index", self.relevance_digest])}
+            shards.write(self._index_path, attributes, index.arrays())
+        return index
+
+    def _lists(self, layers: Sequence[LayerEffects]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return values and images with the largest relevance for the units of the atlas, (C', k) for each layer."""
+        request, images = self._request, self._measured
+        assert request is not None
+        return [
+            select_relevant(layer.relevance[list(own)], images, request.examples)
+            for layer, own in zip(layers, request.channels, strict=True)
+        ]
+
+    def tasks(self, workers: int, excluded: Sequence[Task] = ()) -> Sequence[EffectsTask | RelevanceTask]:
+        """Return the tasks of the next round; none before the first pass is complete.
 
         Args:
             workers: Number of workers.
@@ -77,6 +145,8 @@ class EffectsPass:
         """
         if self._request is None or not self._dataset_pass.covered:
             return []
+        if not self.missing:
+            return self._relevance_tasks(workers, excluded)
         lost = [(task.start, task.end) for task in excluded if isinstance(task, EffectsTask)]
         todo = gaps([*self.ranges, *lost], self.total)
         if not todo:
@@ -89,6 +159,23 @@ class EffectsPass:
                 path = shard_path(self.folder, KIND, f"{start}-{start + len(part)}", self.digest)
                 cost = self.image_seconds * len(part)
                 tasks.append(EffectsTask(str(path), self.digest, cost, start, start + len(part), part, means))
+        return tasks
+
+    def _relevance_tasks(self, workers: int, excluded: Sequence[Task]) -> list[RelevanceTask]:
+        lost = [(task.start, task.end) for task in excluded if isinstance(task, RelevanceTask)]
+        todo = gaps([*self.relevance_ranges, *lost], self.relevant)
+        longest = self._plan.config.engine.task_seconds / max(self.relevance_seconds, 1e-9)
+        tasks = []
+        for begin, end in todo:
+            count = end - begin
+            parts = max(math.ceil(count / max(1, math.floor(longest))), min(workers, count))
+            for start, stop in itertools.pairwise(np.linspace(begin, end, parts + 1).astype(int).tolist()):
+                images = self.index.images[start:stop]
+                index = shards.to_bytes({}, self.index.for_images(int(images[0]), int(images[-1])).arrays())
+                path = shard_path(self.folder, RELEVANCE, f"{start}-{stop}", self.relevance_digest)
+                cost = self.relevance_seconds * len(images)
+                own = tuple(images.tolist())
+                tasks.append(RelevanceTask(str(path), self.relevance_digest, cost, start, stop, own, index))
         return tasks
 
     def _images_per_task(self, count: int, workers: int) -> int:
@@ -108,6 +195,23 @@ class EffectsPass:
         by_name = columns_by_layer(layers, mean)
         return shards.to_bytes({}, {str(i): by_name[layer.name] for i, layer in enumerate(self._request.layers)})
 
+    @functools.cached_property
+    def _joined(self) -> EffectsPart:
+        return EffectsPart.joined([EffectsPart.from_arrays(shard.arrays()) for _, shard in sorted(self.ranges.items())])
+
+    @property
+    def _measured(self) -> np.ndarray:
+        """The images of the first round that could be read, in its order."""
+        return self._joined.index
+
+    @property
+    def _first_round(self) -> list[LayerEffects]:
+        request = self._request
+        assert request is not None
+        names, channels = [layer.name for layer in request.layers], [layer.channels for layer in request.layers]
+        result = split_by_layer(self._joined, names, channels, request.ablated, request.outputs.name)
+        return [result.layers[name] for name in names]
+
     @property
     def result(self) -> EffectsResult:
         """The effects by layer; all images must have been measured.
@@ -117,11 +221,33 @@ class EffectsPass:
         """
         request = self._request
         assert request is not None
-        parts = [EffectsPart.from_arrays(shard.arrays()) for _, shard in sorted(self.ranges.items())]
-        names, channels = [layer.name for layer in request.layers], [layer.channels for layer in request.layers]
-        return split_by_layer(EffectsPart.joined(parts), names, channels, request.ablated, request.outputs.name)
+        layers, part = self._first_round, self._joined
+        names = [layer.name for layer in request.layers]
+        by_name = dict(zip(names, layers, strict=True))
+        relevant = dict(zip(names, self._relevant_images(layers), strict=True)) if self.relevance_digest else {}
+        return EffectsResult(request.outputs.name, part.index, part.top, by_name, relevant)
+
+    def _relevant_images(self, layers: Sequence[LayerEffects]) -> list[RelevantImages]:
+        """Return the lists by relevance of each layer, with the positions and masks of the second round."""
+        measured, result = self.more_images, []
+        for i, (value, index) in enumerate(self._lists(layers)):
+            pairs, place, mask = (measured[f"{i}/{name}"] for name in ("pairs", "place", "mask"))
+            places = np.zeros((*index.shape, 2), np.int16)
+            masks = np.zeros((*index.shape, *mask.shape[1:]), np.uint8)
+            where = {pair: n for n, pair in enumerate(map(tuple, pairs.tolist()))}
+            for row, k in np.argwhere(index >= 0).tolist():
+                n = where.get((int(index[row, k]), row))
+                if n is not None:
+                    places[row, k], masks[row, k] = place[n], mask[n]
+            result.append(RelevantImages(value, index, places[..., 0], places[..., 1], masks))
+        return result
+
+    @property
+    def more_images(self) -> LocalizedArrays:
+        """The arrays of the second round, among them copies of images that the dataset pass does not show."""
+        return LocalizedArrays([shard for _, shard in sorted(self.relevance_ranges.items())])
 
     @property
     def identity(self) -> str:
         """Digest of everything that an atlas contains of the effects; empty until they are complete."""
-        return hashing.digest_of([KIND, self.digest]) if self.complete else ""
+        return hashing.digest_of([KIND, self.digest, self.relevance_digest]) if self.complete else ""

@@ -4,12 +4,16 @@ They are larger than the memory of the driver may be: the images that are shown 
 """
 
 import functools
+import heapq
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from pipeline.examples.results import Localizations
 from pipeline.store.shards import Shard
+
+# Copies of images are passed on in pieces of at least so many bytes.
+PIECE_BYTES = 1 << 24
 
 
 class LocalizedArrays(Localizations):
@@ -49,6 +53,14 @@ class LocalizedArrays(Localizations):
         for shard in self._parts:
             yield shard.get(name)[name]
 
+    def images(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the number and the JPEG bytes of each image that is shown, in their order."""
+        for shard in self._parts:
+            arrays = shard.get("shown/index", "shown/offset", "shown/jpeg")
+            ends = arrays["shown/offset"].tolist()
+            for index, start, end in zip(arrays["shown/index"].tolist(), ends, ends[1:], strict=False):
+                yield index, arrays["shown/jpeg"][start:end]
+
     def _group(self, group: str) -> dict[str, np.ndarray]:
         """Return all small arrays of a layer, or those that all layers share."""
         if group.isdigit():
@@ -63,6 +75,54 @@ class LocalizedArrays(Localizations):
     def _read(self, group: str) -> dict[str, np.ndarray]:
         names = [name for name in self._names if name.startswith(f"{group}/") and not name.endswith("/jpeg")]
         return joined([shard.get(*names) for shard in self._parts])
+
+
+class WithMoreImages(Localizations):
+    """Arrays of the second pass, with further images among those that are shown, in the order of all of them.
+
+    Args:
+        localizations: The arrays.
+        more: Arrays with the group `shown`, of other images.
+    """
+
+    def __init__(self, localizations: LocalizedArrays, more: LocalizedArrays) -> None:
+        self._first, self._more = localizations, more
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._first)
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if not name.startswith("shown/"):
+            return self._first[name]
+        if name == "shown/jpeg":
+            return np.concatenate([np.zeros(0, np.uint8), *self.pieces(name)])
+        if name == "shown/offset":
+            lengths = np.concatenate([np.diff(self._first[name]), np.diff(self._more[name])])
+            return np.concatenate([[0], np.cumsum(lengths[self._order])])
+        both = np.concatenate([self._first[name], self._more[name]])
+        return np.sort(both) if name == "shown/lost" else both[self._order]
+
+    @functools.cached_property
+    def _order(self) -> np.ndarray:
+        both = np.concatenate([self._first["shown/index"], self._more["shown/index"]])
+        return np.argsort(both, kind="stable")
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """Yield an array in parts that can be in memory one at a time."""
+        if name != "shown/jpeg":
+            yield from self._first.pieces(name)
+            return
+        piece: list[np.ndarray] = []
+        for _, data in heapq.merge(self._first.images(), self._more.images(), key=lambda one: one[0]):
+            piece.append(data)
+            if sum(map(len, piece)) >= PIECE_BYTES:
+                yield np.concatenate(piece)
+                piece = []
+        if piece:
+            yield np.concatenate(piece)
 
 
 def joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

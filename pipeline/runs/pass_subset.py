@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.core import atomic_io, hashing
-from pipeline.examples.localize import SecondPassIndex, concatenate_bytes
+from pipeline.examples.localize import SecondPassIndex
+from pipeline.examples.shown_images import concatenate_bytes
 from pipeline.layers.path_depths import depths_before
 from pipeline.planning import manifest
 from pipeline.planning.cost_model import PlanRow

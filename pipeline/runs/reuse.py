@@ -72,16 +72,19 @@ def _remaining_work(plan: Plan, folder: RunFolder, ignored: Collection[Path]) ->
     reason = ""
     if base is not None and missing == len(plan.setup.dataset.images):
         reason = _reuse_blocker(plan, base)
-    return RemainingWork(channels, missing, second_pass, existing, reason, _remaining_effects(plan, artifacts, ignored))
+    effects, relevant = _remaining_effects(plan, artifacts, ignored)
+    return RemainingWork(channels, missing, second_pass, existing, reason, effects, relevant)
 
 
-def _remaining_effects(plan: Plan, artifacts: Artifacts, ignored: Collection[Path]) -> int:
-    """Return the number of images whose effects have not been measured, here or in other runs."""
-    if not artifacts.effects.missing:
-        return 0
-    found = [artifacts.effects, *(effects for _, effects in _effects_elsewhere(plan, ignored))]
+def _remaining_effects(plan: Plan, artifacts: Artifacts, ignored: Collection[Path]) -> tuple[int, int]:
+    """Return the numbers of images that neither round of the effects has measured, here or in other runs."""
+    own = artifacts.effects
+    if not own.missing and not own.relevant_missing:
+        return 0, 0
+    found = [own, *(effects for _, effects in _effects_elsewhere(plan, ignored))]
     ranges = without_overlap(shard for effects in found for shard in effects.ranges.values())
-    return sum(end - start for start, end in gaps(ranges, artifacts.effects.total))
+    missing = sum(end - start for start, end in gaps(ranges, own.total))
+    return missing, 0 if any(effects.complete for effects in found) else own.relevant_missing
 
 
 def _effects_elsewhere(plan: Plan, ignored: Collection[Path]) -> Iterator[tuple[RunFolder, EffectsPass]]:
@@ -95,7 +98,8 @@ def _effects_elsewhere(plan: Plan, ignored: Collection[Path]) -> Iterator[tuple[
 
 def _reuse_effects(plan: Plan, folder: RunFolder, ignored: Collection[Path]) -> None:
     """Link shards of the same effects of other runs."""
-    if not Artifacts(plan, folder, ignored=ignored).effects.missing:
+    effects = Artifacts(plan, folder, ignored=ignored).effects
+    if not effects.missing and not effects.relevant_missing:
         return
     for candidate, effects in _effects_elsewhere(plan, ignored):
         count = sum(_link(path, folder.shards / path.relative_to(effects.folder)) for path in effects.paths())

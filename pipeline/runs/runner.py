@@ -344,6 +344,10 @@ class _Session:
             if effects.total:
                 cost = effects.image_seconds * effects.missing
                 counts.append(Stage("effects", "images", effects.total, effects.total - effects.missing, cost))
+            if effects.relevant and not effects.missing:
+                left = effects.relevant_missing
+                cost = effects.relevance_seconds * left
+                counts.append(Stage("relevance", "images", effects.relevant, effects.relevant - left, cost))
         if "render" in self.stages:
             missing_channels = {row: len(set(row.channels) - artifacts.channels(row)) for row in plan.rows}
             cost = sum(row.cost(count) for row, count in missing_channels.items())

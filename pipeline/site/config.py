@@ -43,6 +43,7 @@ class SiteConfig:
         means: Number of dataset examples with the highest means of the activation map per unit; none if a map has one
             position.
         least: Number of dataset examples with the lowest activations per unit.
+        relevant: Number of dataset images that use a unit most, if the atlas has effects.
         per_bin: Number of dataset examples per quantile bin of a unit's activations.
         similar: Number of similar units of the same layer per unit.
         strip: Number of images in a layer's strip on the home page.
@@ -71,6 +72,7 @@ class SiteConfig:
     examples: Annotated[int, Field(ge=0, le=64)] = 8
     means: Annotated[int, Field(ge=0, le=64)] = 4
     least: Annotated[int, Field(ge=0, le=64)] = 4
+    relevant: Annotated[int, Field(ge=0, le=64)] = 4
     per_bin: Annotated[int, Field(ge=0, le=16)] = 2
     similar: Annotated[int, Field(ge=0, le=64)] = 8
     strip: Annotated[int, Field(ge=1, le=32)] = 8

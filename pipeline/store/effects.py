@@ -9,7 +9,7 @@ import pandas as pd
 from scipy import stats
 
 from pipeline.core.errors import AtlasError
-from pipeline.effects.results import REPLACEMENTS, EffectsResult, LayerEffects
+from pipeline.effects.results import REPLACEMENTS, EffectsResult, LayerEffects, RelevantImages
 from pipeline.store import hdf5
 from pipeline.store.hdf5 import write_array
 from pipeline.store.shards import safe_name
@@ -31,6 +31,9 @@ def write_effects(file: h5py.File, effects: EffectsResult) -> None:
         write_array(group, "effects/size", np.abs(own).mean(1, dtype=np.float64).astype(np.float32))
         if len(layer.ablated) and len(effects.index):
             _write_ablations(group, layer)
+        if name in effects.relevant:
+            for field in dataclasses.fields(RelevantImages):
+                write_array(group, f"examples/relevant/{field.name}", getattr(effects.relevant[name], field.name))
 
 
 def _write_ablations(group: h5py.Group, layer: LayerEffects) -> None:

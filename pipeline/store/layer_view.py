@@ -451,7 +451,8 @@ class LayerView:
         Args:
             which: "max" or "mean" for the largest spatial maxima or means, largest first; "min" for the smallest
                 spatial minima, smallest first; "spectrum" for examples drawn from quantile bins of the maxima
-                (`spectrum_edges`).
+                (`spectrum_edges`); with effects, "relevant" for the images that use the unit most, whose values are
+                relevances and whose positions are those of the largest relevance (`relevance_masks`).
         """
         path = f"examples/{which}"
         if path not in self._group:
@@ -460,6 +461,15 @@ class LayerView:
         arrays = {key: self._get(group, key) for key in ("value", "index", "y", "x")}
         no_maps = np.full(arrays["index"].shape, -1, np.int32)
         return Examples(**arrays, map=self._get(group, "map") if "map" in group else no_maps)
+
+    def relevance_masks(self) -> np.ndarray | None:
+        """Return which pixels of the images `examples("relevant")` the unit's relevance comes from, or None.
+
+        Returns:
+            (C', k, h, w) uint8, in cells of the network's input; 255 for the largest value of each mask. See
+            `pipeline.effects.relevance`.
+        """
+        return self._get(self._group, "examples/relevant/mask") if "examples/relevant/mask" in self._group else None
 
     @property
     def spectrum_edges(self) -> tuple[float, ...]:

@@ -200,8 +200,8 @@ def test_layers_that_no_gradient_reaches_have_no_attribution(dataset: Dataset) -
 
     model = model_of(Detached())
     context = context_of(model, dataset, "head")
-    outputs, attribution = attribute(context, images_of(model, dataset, 2))
-    assert np.isnan(attribution[:, :5]).all() and outputs.shape == (2, 4)
+    outputs, attribution, relevance = attribute(context, images_of(model, dataset, 2))
+    assert np.isnan(attribution[:, :5]).all() and np.isnan(relevance[:, :5]).all() and outputs.shape == (2, 4)
     exact = measure(context, range(2)).ablations["zero"][0]
     assert np.isfinite(exact).all() and np.abs(exact).max() > 0
 

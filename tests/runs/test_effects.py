@@ -1,5 +1,6 @@
 """Effects in a run: added to a finished one, resumed, reused, in atlas.h5 and in plans."""
 
+import base64
 import hashlib
 import json
 from pathlib import Path
@@ -17,7 +18,9 @@ from pipeline.planning.planner import make_plan
 from pipeline.runs.artifacts import Artifacts
 from pipeline.runs.dataset_pass import gaps
 
-EFFECTS = ["effects.images=12", "effects.ablated=2", "effects.batch=4"]
+EFFECTS = ["effects.images=12", "effects.ablated=2", "effects.batch=4", "effects.examples=2"]
+# Groups of atlas.h5 that effects add to.
+OF_EFFECTS = ("effects", "examples/relevant", "dataset/shown")
 
 
 def digests(atlas: Path) -> dict[str, str]:
@@ -25,7 +28,7 @@ def digests(atlas: Path) -> dict[str, str]:
     found: dict[str, str] = {}
 
     def visit(name: str, item: object) -> None:
-        if isinstance(item, h5py.Dataset) and "effects" not in name:
+        if isinstance(item, h5py.Dataset) and not any(group in name for group in OF_EFFECTS):
             data = np.asarray(item[()])
             found[name] = hashlib.sha256(repr(data.tolist()).encode() if data.dtype == object else data).hexdigest()
 
@@ -60,6 +63,7 @@ def test_effects_are_added_to_a_finished_run(
         assert np.corrcoef(row, effects.attribution[2])[0, 1] > 0.5
         with pytest.raises(AtlasError, match=r"Channel 1 was not ablated \(ablated: 0, 2\)"):
             effects.on_outputs(1)
+        check_relevant(atlas)
         units = atlas.units().set_index(["layer", "channel"])
         assert units.loc[("blocks.1.0.conv_exp", 2), "effect"] == pytest.approx(float(effects.mean[2]))
         assert units.loc["classifier"]["effect"].isna().all()
@@ -68,6 +72,33 @@ def test_effects_are_added_to_a_finished_run(
     capsys.readouterr()
     assert main(["plan", *tiny_run, *EFFECTS]) == 0
     assert "nothing is missing" in capsys.readouterr().out
+
+
+def check_relevant(atlas: pipeline.Atlas) -> None:
+    """The images that use each unit: among those that were measured, ordered, with masks, and to be seen."""
+    assert atlas["classifier"].examples("relevant") is None
+    shown = atlas.image_geometries()["index"].to_numpy()
+    assert (np.diff(shown) > 0).all()
+    listed = 0
+    for layer in atlas:
+        lists, masks = layer.examples("relevant"), layer.relevance_masks()
+        if lists is None:
+            continue
+        assert masks is not None and lists.index.shape == (len(layer.channels), 2) == masks.shape[:2]
+        for row, k in np.argwhere(lists.index >= 0).tolist():
+            index = int(lists.index[row, k])
+            assert index in atlas.effects_index and lists.value[row, k] > 0
+            picture = atlas.source_image(index)
+            assert picture is not None and picture.size[0] > 0  # decoded: its bytes are where the offsets say
+            assert masks[row, k].max() in (0, 255)
+            listed += 1
+        ordered = lists.value[:, 0] >= np.nan_to_num(lists.value[:, 1], nan=-np.inf)
+        assert (ordered | np.isnan(lists.value[:, 0])).all()
+    assert listed > 4
+    # The copies of all images belong to their numbers: each is that of a file.
+    for index in shown.tolist():
+        picture, (width, height) = atlas.source_image(index), atlas.image_geometry(index).size
+        assert picture is not None and abs(picture.size[0] / picture.size[1] - width / height) < 0.05
 
 
 @pytest.mark.long
@@ -96,8 +127,31 @@ def test_effects_continue_and_are_reused(
     beside = [option.replace("run.name=tiny", "run.name=beside") for option in tiny_run]
     assert main(["run", *beside, *EFFECTS]) == 0
     assert "Reusing the effects" in capsys.readouterr().err
-    names = {path.name for path in (tmp_path / "beside" / "shards" / "effects").glob("*.h5")}
-    assert names == {path.name for path in (finished / "shards" / "effects").glob("*.h5")}
+    for kind in ("effects", "relevance"):
+        names = {path.name for path in (tmp_path / "beside" / "shards" / kind).glob("*.h5")}
+        assert names == {path.name for path in (finished / "shards" / kind).glob("*.h5")} and len(names) > 1
+
+
+@pytest.mark.long
+def test_other_lists_repeat_no_effects(finished: Path, tiny_run: list[str], capsys: pytest.CaptureFixture) -> None:
+    """A lost part of the second round is measured again; more images per unit repeat the second round only."""
+    small = [*tiny_run, *EFFECTS, "engine.task_seconds=0.01"]
+    assert main(["run", *small]) == 0
+    with pipeline.open_atlas(finished) as atlas:
+        first = atlas["conv_head"].relevance_masks()
+    parts = sorted(path for path in (finished / "shards" / "relevance").glob("*.h5") if "index" not in path.name)
+    assert len(parts) > 1
+    parts[0].unlink()
+    assert main(["run", *small]) == 0
+    with pipeline.open_atlas(finished) as atlas:
+        second = atlas["conv_head"].relevance_masks()
+    assert first is not None and second is not None and first.tobytes() == second.tobytes()
+    capsys.readouterr()
+    assert main(["run", *small, "effects.examples=3", "run.update=true"]) == 0
+    assert "effects 0 of" not in capsys.readouterr().err
+    with pipeline.open_atlas(finished) as atlas:
+        lists = atlas["conv_head"].examples("relevant")
+        assert lists is not None and lists.index.shape[1] == 3
 
 
 @pytest.mark.long
@@ -133,6 +187,15 @@ def test_effects_are_on_the_page_of_a_unit(finished: Path, tiny_run: list[str]) 
     units = {unit["channel"]: unit["effects"] for unit in json.loads(path.read_text())["units"]}
     assert "raises" in units[0] and "raises" not in units[1]
     assert units[1]["mean"] == pytest.approx(float(effects.mean[1]), rel=1e-6) and units[1]["images"] == 12
+    with pipeline.open_atlas(finished) as atlas:
+        lists, masks = atlas["conv_head"].examples("relevant"), atlas["conv_head"].relevance_masks()
+    assert lists is not None and masks is not None
+    for row, unit in enumerate(json.loads(path.read_text())["units"]):
+        images = [entry[1] for entry in unit["examples"]["relevant"]]
+        assert images == [i for i in lists.index[row].tolist() if i >= 0] and len(set(images)) == len(images)
+        for k, image in enumerate(images):
+            coded = base64.b64decode(unit["masks"]["values"][str(image)])
+            assert coded == masks[row, k].tobytes() and unit["masks"]["size"] == list(masks.shape[2:])
     table = effects.on_outputs(2)
     for entry, row in ((units[2]["raises"][0], table.iloc[0]), (units[2]["lowers"][0], table.iloc[-1])):
         name = names[int(row["output"])] if names else str(int(row["output"]))

@@ -292,8 +292,8 @@ class ShownExamples:
     """A list of dataset examples, cut to the examples that the site shows.
 
     Attributes:
-        name: Name of the list: "max", "mean", "min" or "spectrum".
-        value: Activations, (C', k).
+        name: Name of the list: "max", "mean", "min", "relevant" or "spectrum".
+        value: Activations, or relevances, (C', k).
         index: Rows of the images in the dataset, (C', k).
         y: Row of the activation in the layer's map, (C', k).
         x: Column of the activation in the layer's map, (C', k).
@@ -319,7 +319,13 @@ def list_limits(layer: LayerView, config: SiteConfig) -> dict[str, int]:
     Means are left out where they are equal to the maxima, because a map has one position.
     """
     means = config.means if math.prod(layer.map_size) > 1 else 0
-    limits = {"max": config.examples, "mean": means, "min": config.least, "spectrum": config.per_bin}
+    limits = {
+        "max": config.examples,
+        "mean": means,
+        "min": config.least,
+        "relevant": config.relevant,
+        "spectrum": config.per_bin,
+    }
     return {name: limit for name, limit in limits.items() if limit}
 
 

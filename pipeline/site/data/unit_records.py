@@ -3,6 +3,7 @@
 `docs/site.md` and `api/v1/schema.json` document the keys.
 """
 
+import base64
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -140,6 +141,7 @@ class Recorder:
         self._vectors = embedding.unit_vectors([layer.dataset_activations()]) if similar else None
         self._wiring = wiring_of(layer, places.others)
         self._effects = effects_of(layer.effects(), catalogue.classes)
+        self._masks = layer.relevance_masks() if any(shown.name == "relevant" for shown in lists) else None
         self._kernels = layer.kernels()
         self._histogram = layer.histogram()
         if self._histogram is not None:
@@ -187,6 +189,9 @@ class Recorder:
                 unit["histogram"] = self._histogram_record(self._histogram, row)
             if self._lists:
                 unit["examples"] = {name: unit_entries[i] for name, unit_entries in entries.items()}
+            if self._masks is not None:
+                images = [entry[1] for entry in entries["relevant"][i] if entry is not None]
+                unit["masks"] = _mask_record(self._masks[row], images)
             if self._labels is not None:
                 unit["labels"] = self._labels_record(self._labels, row)
             if similar is not None:
@@ -330,6 +335,12 @@ def _with_paths(pictures: list[list[dict[str, Any]]], curves: PathCurves | None)
 def example_key(pair: int, index: int) -> int:
     """Return the key of an example within its unit: the number of its heat map, or −2 − the row of its image."""
     return pair if pair >= 0 else -2 - index
+
+
+def _mask_record(masks: np.ndarray, images: Sequence[int]) -> dict[str, Any]:
+    """Return the masks (k, h, w) of the images that use a unit as base64 bytes, by row of the image in the dataset."""
+    coded = {str(i): base64.b64encode(mask.tobytes()).decode() for i, mask in zip(images, masks, strict=False)}
+    return {"size": list(masks.shape[1:]), "values": coded}
 
 
 def effects_of(effects: UnitEffects | None, classes: Sequence[str]) -> Callable[[int], dict[str, Any]] | None:

@@ -38,6 +38,9 @@ ATLAS.pixels = (function () {
     const canvas = painted(shard.width, shard.height, (i) => heatColor(low + ((high - low) * bytes[i]) / 255, low, high), { class: "heat", "aria-hidden": "true" });
     return { low, high, canvas };
   }
+  // Bytes from 0 to 255 in the colors of a heat map from 0 to 1; or as a veil that leaves high values clear.
+  const shaded = (width, height, bytes) => painted(width, height, (i) => heatColor(bytes[i] / 255, 0, 1), { class: "heat", "aria-hidden": "true" });
+  const veil = (width, height, bytes) => painted(width, height, (i) => [0, 0, 0, Math.round(190 * (1 - Math.min(1, bytes[i] / 110)))], { class: "heat", "aria-hidden": "true" });
   const colorBar = (low, high) => painted(256, 1, (i) => heatColor(low + ((high - low) * i) / 255, low, high), { "aria-hidden": "true" });
 
   // ------------------------------------------------------------------ on the page
@@ -145,5 +148,5 @@ ATLAS.pixels = (function () {
     }
   }
 
-  return { heatColor, heatMap, colorBar, placed, frameOf, element, canvasOf, save, savePng, copyPng };
+  return { heatColor, heatMap, shaded, veil, colorBar, placed, frameOf, element, canvasOf, save, savePng, copyPng };
 })();

@@ -4,7 +4,7 @@
   "use strict";
 
   const { make, find, number, share, data, need, keys, say, remember, remembered, sprite, tiny, pixels, lightbox, listing } = ATLAS;
-  const { parse, decoded, fragmentOf, nameOf, load, cellOf, viewOf, LISTS, DOT, clamp, shape, exampleView, heatOf } = ATLAS.units;
+  const { parse, decoded, fragmentOf, nameOf, load, cellOf, viewOf, LISTS, DOT, clamp, shape, exampleView, maskOf, heatOf } = ATLAS.units;
   const root = ATLAS.root;
   const place = find("#unit");
   let latest = 0;
@@ -440,6 +440,29 @@
         typeof e.rank_correlation === "number" ? [" In this layer the approximation has a rank correlation of ", data(e.rank_correlation), " with the exact effects."] : "") : null);
   }
 
+  // The images that use the unit, with what their relevance does not come from darkened.
+  function relevant(unit) {
+    const list = (unit.record.examples || {}).relevant || [];
+    if (!list.length) return null;
+    const figures = list.map((entry, i) => {
+      const view = exampleView(unit, entry, "whole", "relevant");
+      const [path, label] = unit.shard.photos[entry[1]] || ["", ""];
+      const caption = make("figcaption", {}, data(entry[0]), label ? make("span", { text: label, title: label }) : "");
+      const words = (label || path) + ", relevance " + number(entry[0]);
+      if (!view) return make("figure", { class: "example" }, make("span", { class: "frame absent", role: "img", "aria-label": "Dataset image: " + words, title: path, text: path }), caption);
+      const inner = pixels.element(view);
+      inner.style[view.aspect >= 1 ? "width" : "height"] = "100%";
+      const mask = maskOf(unit, entry[1]);
+      if (mask) inner.append(pixels.placed(pixels.veil(mask.width, mask.height, mask.bytes), view.area));
+      const id = exampleId("relevant", i);
+      const outer = make("button", { type: "button", class: "frame", "aria-haspopup": "dialog", "data-image": id, "aria-label": "Dataset image with mask: " + words, title: path, onclick: () => lightbox.open(unit.items, id, "heat", outer) }, inner);
+      return make("figure", { class: "example" }, outer, caption);
+    });
+    return make("section", { class: "relevant" }, make("h2", { text: "Images that use the unit" }),
+      make("p", { class: "note", text: "The images, of those that effects were measured on, with the largest relevance: the part of the image’s largest output that passes through the unit, by activation × gradient. The bright parts are the pixels that it comes from." }),
+      make("div", { class: "row of-relevant" }, figures));
+  }
+
   function neighbour(layer, channel, rank, text) {
     const name = layer.name + ":" + channel;
     const pic = make("span", { class: "pic" });
@@ -583,7 +606,7 @@
       kernel(unit),
       make("div", { class: "evidence" }, visualizations, make("div", { class: "beside" }, photographs)),
       make("div", { class: "two" }, drawn, make("div", {}, numbers(unit), labels(unit))),
-      quality(unit), path(unit), effects(unit), relations(unit), provenance(unit));
+      quality(unit), path(unit), effects(unit), relevant(unit), relations(unit), provenance(unit));
   }
 
   // --------------------------------------------------------------------- actions

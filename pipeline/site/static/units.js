@@ -44,7 +44,7 @@ ATLAS.units = (function () {
   // ---------------------------------------------------------- dataset examples
 
   // Lists of examples: name, heading, and what the value of an example is.
-  const LISTS = [["max", "Maximum activations", "maximum activation"], ["mean", "Highest mean activations", "mean activation"], ["min", "Minimum activations", "minimum activation"], ["spectrum", "Quantile examples", "maximum activation"]];
+  const LISTS = [["max", "Maximum activations", "maximum activation"], ["mean", "Highest mean activations", "mean activation"], ["min", "Minimum activations", "minimum activation"], ["spectrum", "Quantile examples", "maximum activation"], ["relevant", "Images that use the unit", "relevance"]];
 
   const clamp = (v) => Math.min(1, Math.max(0, v));
   // Frames around smaller receptive fields, in input pixels, would hide them in small images: a dot shows where they are.
@@ -111,7 +111,18 @@ ATLAS.units = (function () {
     return ofPhoto([left + l * ax, top + t * ay, left + r * ax, top + b * ay].map(clamp));
   }
 
-  function heatOf(unit, entry) {
+  // Which pixels of an image that uses the unit its relevance comes from: bytes of cells over the network's input.
+  function maskOf(unit, index) {
+    const { size: [height, width], values } = unit.record.masks || { size: [0, 0], values: {} };
+    return values[index] ? { height, width, bytes: Uint8Array.from(window.atob(values[index]), (c) => c.charCodeAt(0)) } : null;
+  }
+
+  // The heat map of an example; of an image that uses the unit, which has none, its mask.
+  async function heatOf(unit, entry) {
+    if (entry[4] < 0) {
+      const mask = maskOf(unit, entry[1]);
+      return mask && { low: 0, high: 1, canvas: ATLAS.pixels.shaded(mask.width, mask.height, mask.bytes), note: "Where the relevance comes from, relative to its largest value." };
+    }
     const start = unit.row - (unit.row % ATLAS.index.sizes.heat);
     return need(unit.layer.slug + "/h" + start, unit.layer.version).then((shard) => {
       const [height, width] = unit.facts.map;
@@ -121,5 +132,5 @@ ATLAS.units = (function () {
     });
   }
 
-  return { parse, decoded, fragmentOf, nameOf, load, cellOf, viewOf, LISTS, DOT, clamp, shape, exampleView, heatOf };
+  return { parse, decoded, fragmentOf, nameOf, load, cellOf, viewOf, LISTS, DOT, clamp, shape, exampleView, maskOf, heatOf };
 })();
