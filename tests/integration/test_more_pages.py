@@ -22,6 +22,21 @@ ONE_BASE = pytest.mark.parametrize("base", ["disk"], indirect=True)
 UNIT, LARGE = "blocks.1.conv:5", 96
 
 
+def write_relevant(file: h5py.File) -> None:
+    """Of the three units of blocks.1.conv: two images, one, and none; masks are bright in the upper left quarter."""
+    mask = np.zeros((3, 2, 4, 4), np.uint8)
+    mask[..., :2, :2] = 255
+    arrays = {
+        "value": np.array([[2.5, 0.5], [1.25, np.nan], [np.nan, np.nan]], np.float32),
+        "index": np.array([[3, 7], [2, -1], [-1, -1]], np.int32),
+        "y": np.zeros((3, 2), np.int16),
+        "x": np.ones((3, 2), np.int16),
+        "mask": mask,
+    }
+    for name, array in arrays.items():
+        write_array(file, f"layers/blocks.1.conv/examples/relevant/{name}", array)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """As for the other tests, with a display image of one unit, and a map without room for an image of each unit."""
@@ -42,6 +57,7 @@ def folder(tmp_path_factory) -> Path:
         write_array(target, "activation", np.full((3, 1), np.nan, np.float32))
         write_array(target, "status", np.array([["missing"], ["limit"], ["missing"]], object))
         write_known_effects(file)
+        write_relevant(file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(map_tiles, "MANY", 10)
         build(path)
@@ -83,6 +99,30 @@ def test_a_class_has_its_unit_and_the_units_that_belong_to_it(visit, base, folde
     assert page.locator(".class-connections .weight").all_inner_texts() == ["−1.25 →"] * 4 + ["+0.750 →"] * 4
     assert page.locator(".class-connections h3").all_inner_texts() == ["stem → blocks.0.conv"]
     nothing_serious(page, "a class with connections")
+
+
+@ONE_BASE
+def test_images_that_use_a_unit_and_their_masks(visit):
+    page = visit("unit.html#blocks.1.conv:2")
+    arrives(page, "blocks.1.conv:2")
+    frames = page.locator(".relevant .frame")
+    assert frames.count() == 2
+    captions = page.locator(".relevant figcaption data").evaluate_all("them => them.map((it) => it.value)")
+    assert captions == ["2.5", "0.5"]
+    # The veil over the input of the network: clear in the upper left quarter, dark elsewhere.
+    alphas = frames.first.locator("canvas").evaluate(
+        "it => [...it.getContext('2d').getImageData(0, 0, it.width, it.height).data].filter((_, i) => i % 4 === 3)"
+    )
+    assert len(alphas) == 16 and alphas[0] == 0 and alphas[-1] > 150
+    frames.first.click()
+    dialog = page.locator("dialog[open]")
+    dialog.locator("canvas.heat").wait_for()
+    assert "relevance" in dialog.inner_text() and "2.5" in dialog.inner_text()
+    nothing_serious(page, "an image that uses a unit")
+    page.keyboard.press("Escape")
+    page.evaluate("location.hash = 'blocks.1.conv:7'")
+    arrives(page, "blocks.1.conv:7")
+    assert not page.locator(".relevant").count()
 
 
 @ONE_BASE

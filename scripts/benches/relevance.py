@@ -1,0 +1,143 @@
+"""Check the lists of images by relevance and their masks on a real network.
+
+scripts/bench relevance [--model NAME] [--root ../shared/photos] [--images 200] [--units 20] [--layers 5] [--share 0.1]
+
+Two questions, by layer of the tour:
+
+* How many of the 8 images that use a unit most are also among the 8 with its highest activations, of all channels?
+* Are the pixels of a mask those that the unit's part of the output comes from? In the image that uses a unit most, the
+  `--share` of cells with the largest mask is replaced by a blurred copy of the image, or as many random cells are. The
+  response is what the mask divides: the unit's activations, weighted by their gradients at the image where their
+  relevance is positive. The table has the share of units whose response becomes lower by covering the mask than by
+  covering random cells, and what is left of it, median over the units.
+"""
+
+import argparse
+import random
+
+import numpy as np
+import torch
+from effects import ROOT, load
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.acceleration.batchnorm_folding import foldable_pairs
+from pipeline.acceleration.variants import verified_fold
+from pipeline.data import image_loading
+from pipeline.data.config import DataConfig
+from pipeline.data.datasets import list_dataset
+from pipeline.effects.measurement import EffectsContext, kept_tensors, measure
+from pipeline.effects.relevance import RelevanceContext, RelevanceIndex, blurred, measure_relevance, select_relevant
+from pipeline.effects.rest_of_network import output_values
+from pipeline.examples.sweep import ExamplesConfig
+from pipeline.layers.finding import Layer, capture
+from pipeline.layers.selection import LayersConfig, list_layers, logit_layers, select_layers
+
+LISTED = 8
+
+
+def passed(context: RelevanceContext, layer: Layer, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return input, maps (C, H, W) of a layer, and the outputs for an image (1, C, H, W) in [0, 1]."""
+    taps: dict[str, Tensor] = {}
+    with kept_tensors(context.model, [layer, context.outputs], taps):
+        inputs = image.contiguous(memory_format=context.model.memory_format).requires_grad_()
+        context.model.module(context.model.normalize(inputs))
+    outputs = output_values(context.outputs, taps[context.outputs.name], 1)
+    return taps[layer.name], layer.maps(taps[layer.name], 1)[0], outputs
+
+
+def weights_of(context: RelevanceContext, layer: Layer, channel: int, image: Tensor) -> Tensor:
+    """Return the gradient of the largest output with respect to a unit, (H, W), where its relevance is positive."""
+    tensor, maps, outputs = passed(context, layer, image)
+    (gradient,) = torch.autograd.grad(outputs.amax(), [tensor])
+    slope = layer.maps(gradient, 1)[0, channel]
+    return slope * (maps[channel].detach() * slope > 0)
+
+
+def response(context: RelevanceContext, layer: Layer, channel: int, weights: Tensor, image: Tensor) -> float:
+    activations = passed(context, layer, image)[1][channel].detach()
+    return float((weights * (activations.clamp(min=0) if layer.rectified else activations)).sum())
+
+
+def covered(image: Tensor, cells: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """Replace cells, by their numbers, of a grid over an image by a blurred copy."""
+    grid = torch.zeros(size[0] * size[1])
+    grid[torch.from_numpy(np.ascontiguousarray(cells))] = 1
+    mask = functional.interpolate(grid.view(1, 1, *size), image.shape[2:], mode="nearest")
+    return image * (1 - mask) + blurred(image) * mask
+
+
+def deletion(
+    context: RelevanceContext,
+    layer: Layer,
+    index: np.ndarray,
+    channels: list[int],
+    arrays: list[np.ndarray],
+    share: float,
+) -> str:
+    """Return the last columns of a row of the table, for the first image of each of some channels."""
+    numbers = RelevanceIndex.of([np.array(channels)], [index[channels][:, :1]], np.zeros(0, int))
+    alone = RelevanceContext(context.model, [layer], context.outputs, context.dataset, context.config)
+    measured = measure_relevance(alone, numbers, numbers.images.tolist())
+    rng = np.random.default_rng(0)
+    wins, left, left_random = [], [], []
+    for (number, row), mask in zip(measured["0/pairs"].tolist(), measured["0/mask"], strict=True):
+        image = torch.from_numpy(arrays[number])[None].float() / 255
+        weights = weights_of(context, layer, channels[row], image)
+        count = round(share * mask.size)
+        order = np.argsort(-mask.ravel().astype(int), kind="stable")[:count]
+        draws = [order, rng.permutation(mask.size)[:count]]
+        before = response(context, layer, channels[row], weights, image)
+        own, other = (
+            response(context, layer, channels[row], weights, covered(image, cells, mask.shape)) for cells in draws
+        )
+        wins.append(own < other)
+        left.append(own / before)
+        left_random.append(other / before)
+    return f"{len(wins)} | {np.mean(wins):.2f} | {np.median(left):.2f} | {np.median(left_random):.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="efficientnet_lite0")
+    parser.add_argument("--root", default=str(ROOT.parent / "shared" / "photos"))
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--units", type=int, default=20)
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--share", type=float, default=0.1)
+    options = parser.parse_args()
+    model = load(options.model)
+    candidates = list_layers(model, LayersConfig(), None)
+    outputs = logit_layers(model, candidates)[-1]
+    chosen = select_layers(model, candidates, LayersConfig(policy="tour", count=options.layers + 1))
+    layers = [layer for layer in chosen if layer.name != outputs.name][: options.layers]
+    network = verified_fold(model, foldable_pairs(model), layers)
+    dataset = list_dataset(DataConfig("folder", options.root, options.images))
+    loaded = image_loading.load_images(dataset, range(options.images), model.preprocessing)
+    arrays = [item.array for item in loaded if item.array is not None]
+    zero = [np.zeros(layer.channels, np.float32) for layer in layers]
+    part = measure(
+        EffectsContext(network, layers, outputs, zero, [()] * len(layers), dataset, 16), range(options.images)
+    )
+    context = RelevanceContext(network, layers, outputs, dataset, ExamplesConfig(store="ids"))
+    print(f"{options.model}, {options.images} photographs, {LISTED} images in each list\n")
+    print("| layer | channels | in both lists | units | mask lower than random | left, mask | left, random |")
+    print("|---|---|---|---|---|---|---|")
+    first = 0
+    for layer in layers:
+        relevance = part.relevance[:, first : first + layer.channels].T
+        first += layer.channels
+        with torch.no_grad(), capture(network, [layer]) as forward:
+            batches = [torch.from_numpy(np.stack(arrays[i : i + 16])).float() / 255 for i in range(0, len(arrays), 16)]
+            peaks = torch.cat([forward(batch)[layer.name].float().amax((2, 3)) for batch in batches]).T.numpy()
+        _, index = select_relevant(relevance, np.arange(len(arrays), dtype=np.int32), LISTED)
+        strongest = np.argsort(-peaks, axis=1, kind="stable")[:, :LISTED]
+        both = [len(set(a[a >= 0]) & set(b)) / LISTED for a, b in zip(index, strongest, strict=True)]
+        used = np.flatnonzero(index[:, 0] >= 0).tolist()
+        units = sorted(random.Random(layer.name).sample(used, min(options.units, len(used))))
+        last = deletion(context, layer, index, units, arrays, options.share)
+        print(f"| {layer.name} | {layer.channels} | {np.mean(both):.2f} | {last}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
