@@ -16,6 +16,10 @@ from pipeline.store.effects import UnitEffects, half_interval
 # Classes in one shard.
 PER_SHARD = 100
 
+# Smaller changes of an output are not listed: float32 logits have errors of about 10⁻⁶, which can be the same in each
+# image.
+SMALLEST = 1e-4
+
 # So many units of a layer that move the output of a class, and connections between two layers, are listed.
 MOVING = 6
 CONNECTIONS = 12
@@ -112,7 +116,7 @@ def _moving_units(effects: UnitEffects, places: dict[int, int]) -> Iterator[list
     """Yield for each output the units of a layer that move it most, as in `ClassEntry.effects`."""
     arrays = effects.ablations["mean"]
     mean, half = arrays["mean"], half_interval(arrays["sd"], arrays["top"].shape[1])
-    size = np.where(np.abs(mean) > half, np.abs(mean), 0)
+    size = np.where(np.abs(mean) > np.maximum(half, SMALLEST), np.abs(mean), 0)
     order = np.argsort(-size, axis=0, kind="stable")[:MOVING]
     values = [rounded_decimals(array) for array in (mean, mean - half, mean + half)]
     for output in range(mean.shape[1]):

@@ -40,7 +40,7 @@ ATLAS.pixels = (function () {
   }
   // Bytes from 0 to 255 in the colors of a heat map from 0 to 1; or as a veil that leaves high values clear.
   const shaded = (width, height, bytes) => painted(width, height, (i) => heatColor(bytes[i] / 255, 0, 1), { class: "heat", "aria-hidden": "true" });
-  const veil = (width, height, bytes) => painted(width, height, (i) => [0, 0, 0, Math.round(190 * (1 - Math.min(1, bytes[i] / 110)))], { class: "heat", "aria-hidden": "true" });
+  const veil = (width, height, bytes) => painted(width, height, (i) => [0, 0, 0, Math.round(175 * (1 - Math.sqrt(bytes[i] / 255)))], { class: "heat", "aria-hidden": "true" });
   const colorBar = (low, high) => painted(256, 1, (i) => heatColor(low + ((high - low) * i) / 255, low, high), { "aria-hidden": "true" });
 
   // ------------------------------------------------------------------ on the page

@@ -445,7 +445,7 @@
     const list = (unit.record.examples || {}).relevant || [];
     if (!list.length) return null;
     const figures = list.map((entry, i) => {
-      const view = exampleView(unit, entry, "whole", "relevant");
+      const view = exampleView(unit, entry, "crop", "mean"); // the whole input of the network
       const [path, label] = unit.shard.photos[entry[1]] || ["", ""];
       const caption = make("figcaption", {}, data(entry[0]), label ? make("span", { text: label, title: label }) : "");
       const words = (label || path) + ", relevance " + number(entry[0]);
