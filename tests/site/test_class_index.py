@@ -18,7 +18,8 @@ def write_known_effects(file: h5py.File) -> None:
     """Three ablated units of stem, over 25 images.
 
     Unit 1 raises goldfish by 0.5 ± 0.1, unit 3 lowers it by 0.7 ± 0.1, and unit 5 raises it by 0.9, but not
-    significantly. Nothing moves the other classes, but for a rounding error of unit 1 that is always the same. Unit 5 of stem, and unit 0, are the inputs of blocks.0.conv.
+    significantly. Nothing moves the other classes, but for a rounding error of unit 1 that is the same in all images.
+    Unit 5 of stem, and unit 0, are the inputs of blocks.0.conv.
     """
     mean, deviation = np.zeros((3, len(LABELS)), np.float32), np.full((3, len(LABELS)), 0.1, np.float32)
     mean[:, 1] = 0.5, -0.7, 0.9
