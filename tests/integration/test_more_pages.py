@@ -66,7 +66,10 @@ def folder(tmp_path_factory) -> Path:
 
 @ONE_BASE
 def test_a_class_has_its_unit_and_the_units_that_belong_to_it(visit, base, folder):
-    page = visit("class.html")
+    page = visit("index.html")
+    page.get_by_role("navigation", name="The atlas").get_by_role("link", name="Classes").click()
+    page.wait_for_url(base + "class.html")
+    page.locator(".classes a").first.wait_for()
     assert page.locator(".classes a").all_inner_texts() == sorted(LABELS, key=str.lower)
     page.keyboard.press("/")
     page.keyboard.type("goldfish")

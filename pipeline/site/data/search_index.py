@@ -84,10 +84,10 @@ def write_all(root: Path, inputs: IndexInputs) -> int:
     Returns:
         The number of classes.
     """
-    _shard(root, "index", _index(inputs))
     views = [inputs.atlas[facts.name].with_cache() for facts in inputs.layers]
     search = _write_layers(root, inputs, views)
     entries = class_entries(views, inputs.layers, inputs.ranks, inputs.catalogue)
+    _shard(root, "index", _index(inputs, len(entries)))
     for start in range(0, len(entries), PER_SHARD):
         _shard(root, f"classes/{start}", [entry.record() for entry in entries[start : start + PER_SHARD]])
     _shard(root, "search", search | {"classes": [entry.name for entry in entries]})
@@ -109,8 +109,8 @@ def write_all(root: Path, inputs: IndexInputs) -> int:
     return len(entries)
 
 
-def _index(inputs: IndexInputs) -> dict[str, Any]:
-    """Return what every page needs: the layers, the families, and how images are arranged in files."""
+def _index(inputs: IndexInputs, classes: int) -> dict[str, Any]:
+    """Return what every page needs: the layers, the families, the number of classes, and how images are in files."""
     attributes, config, sizes, digests = inputs.atlas.attributes, inputs.config, inputs.sizes, inputs.digests
     images = len(image_table(inputs.atlas))
     return {
@@ -123,6 +123,7 @@ def _index(inputs: IndexInputs) -> dict[str, Any]:
         **({"url": config.url} if config.url else {}),
         "images": len(inputs.catalogue.paths),
         "sources": inputs.catalogue.sources,
+        "classes": classes,
         "layers": [[f.name, f.slug, f.kind, runs(f.channels), digests[f.name][:8], f.total] for f in inputs.layers],
         "families": [[family.name, family.href, len(family.present)] for family in inputs.families],
         "aliases": dict(config.aliases),

@@ -116,7 +116,7 @@
     const step = (to, text) => classes[to] === undefined ? make("span", {}) : make("a", { href: linkOf(classes[to]), text });
     place.replaceChildren(...[
       make("nav", { class: "neighbours", "aria-label": "Classes" }, step(at - 1, "← " + (classes[at - 1] ?? "")), make("a", { href: root + "class.html", text: "All classes" }), step(at + 1, (classes[at + 1] ?? "") + " →")),
-      make("p", { class: "kicker", text: unit ? "Class" : "Label of the dataset" }), make("h1", { text: asked }),
+      make("p", { class: "kicker", text: unit || entry.effects.length ? "Class" : "Label of the dataset" }), make("h1", { text: asked }),
       unit ? make("p", {}, "Unit ", make("a", { href: unitLink(layer, unit.channel), text: nameOf(unit) }), " of the classifier.") : make("p", { class: "note", text: "No unit of a classifier in this atlas stands for it." }),
       unit ? make("div", { class: "evidence" }, unit.facts.rendered.length ? classImage(unit) : null, examples(unit)) : null,
       units(entry), effects(entry), connections(entry)].filter(Boolean));

@@ -439,7 +439,12 @@ window.ATLAS = (function () {
     });
     showPins();
     window.addEventListener("storage", showPins);
-    indexed.then(() => { searchBox(); fill(); });
+    indexed.then(() => {
+      searchBox();
+      fill();
+      const classes = find(".to-classes"); // how many there are is known after the pages of layers are written
+      if (classes) classes.hidden = !index.classes;
+    });
   }
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
   else start();
