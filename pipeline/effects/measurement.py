@@ -114,14 +114,8 @@ def attribute(context: EffectsContext, images: Tensor) -> tuple[np.ndarray, np.n
         Outputs (B, K) float32; attributions and relevance, with and without the subtraction of the mean, (B, channels
         of all layers side by side) float32; NaN for layers that no gradient reaches.
     """
-    taps: dict[str, Tensor] = {}
-    with kept_tensors(context.model, [*context.layers, context.outputs], taps):
-        inputs = images.contiguous(memory_format=context.model.memory_format).requires_grad_()
-        context.model.module(context.model.normalize(inputs))
-    _require(context, taps)
     batch = len(images)
-    outputs = output_values(context.outputs, taps[context.outputs.name], batch)
-    tensors = [taps[layer.name] for layer in context.layers]
+    _, tensors, outputs = pass_with_gradients(context.model, context.layers, context.outputs, images)
     reached = [tensor for tensor in tensors if tensor.requires_grad]
     grads = dict(
         zip(map(id, reached), torch.autograd.grad(outputs.amax(1).sum(), reached, allow_unused=True), strict=True)
@@ -141,17 +135,32 @@ def attribute(context: EffectsContext, images: Tensor) -> tuple[np.ndarray, np.n
     return outputs.detach().cpu().numpy(), attribution, relevance
 
 
-def _require(context: EffectsContext, taps: dict[str, Tensor]) -> None:
-    missing = [layer.name for layer in (*context.layers, context.outputs) if layer.name not in taps]
+def pass_with_gradients(
+    model: Model, layers: Sequence[Layer], outputs: Layer, images: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Run the network on images (B, C, H, W) in [0, 1], so that gradients reach its layers and the images.
+
+    Returns:
+        The leaf of the images, the tensor at each layer, and the outputs (B, K).
+
+    Raises:
+        AtlasError: If the network does not run one of the layers.
+    """
+    taps: dict[str, Tensor] = {}
+    with _kept(model, [*layers, outputs], taps):
+        inputs = images.contiguous(memory_format=model.memory_format).requires_grad_()
+        model.module(model.normalize(inputs))
+    missing = [layer.name for layer in (*layers, outputs) if layer.name not in taps]
     if missing:
         raise AtlasError(
-            f"{context.model.name} did not run {', '.join(missing[:3])} for dataset images. Exclude such layers with "
+            f"{model.name} did not run {', '.join(missing[:3])} for dataset images. Exclude such layers with "
             "layers.exclude, or measure no effects (effects.images=0)."
         )
+    return inputs, [taps[layer.name] for layer in layers], output_values(outputs, taps[outputs.name], len(images))
 
 
 @contextlib.contextmanager
-def kept_tensors(model: Model, layers: Sequence[Layer], taps: dict[str, Tensor]) -> Iterator[None]:
+def _kept(model: Model, layers: Sequence[Layer], taps: dict[str, Tensor]) -> Iterator[None]:
     """Keep the tensors of layers during a pass; the network goes on with copies, which it may change in place."""
     modules = modules_of(model.module)
     points: dict[tuple[str, str], dict[int, list[str]]] = {}

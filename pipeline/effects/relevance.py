@@ -17,15 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.data import image_loading, multiband
+from pipeline.data import image_loading
 from pipeline.data.datasets import Dataset
-from pipeline.effects.measurement import kept_tensors
-from pipeline.effects.rest_of_network import output_values
-from pipeline.examples.shown_images import ShownImages, SourceImage
+from pipeline.effects.measurement import pass_with_gradients
+from pipeline.examples.localize import rows_by_image
+from pipeline.examples.shown_images import ShownImages, source_copier
 from pipeline.examples.sweep import ExamplesConfig
 from pipeline.layers.finding import Layer
 from pipeline.models.loading import Model
@@ -153,17 +152,13 @@ def measure_relevance(context: RelevanceContext, index: RelevanceIndex, images: 
         column of the largest relevance, and `i/mask` (p, h, w) uint8, 255 for the largest value of each mask. Of the
         images that the atlas does not have yet, the arrays `shown/…` of `localize.localize`.
     """
-    rows = [_rows_by_image(pairs) for pairs in index.pairs]
+    rows = [rows_by_image(pairs, images) for pairs in index.pairs]
     found: list[list[tuple[int, int, tuple[int, int], np.ndarray]]] = [[] for _ in context.layers]
     stored = set(index.stored.tolist())
     shown, failed = ShownImages(), []
-
-    def shrink(number: int, image: Image.Image | multiband.Bands) -> SourceImage:
-        return SourceImage.of(image, context.dataset.images[number].box, context.model.preprocessing, context.config)
-
-    for item in image_loading.load_images(
-        context.dataset, images, context.model.preprocessing, context.threads, shrink
-    ):
+    recipe = context.model.preprocessing
+    copier = source_copier(context.dataset, recipe, context.config)
+    for item in image_loading.load_images(context.dataset, images, recipe, context.threads, copier):
         context.stop()
         if item.array is None:
             failed.append((item.index, item.reason))
@@ -171,7 +166,8 @@ def measure_relevance(context: RelevanceContext, index: RelevanceIndex, images: 
         units = [
             (i, row, int(index.channels[i][row]))
             for i, by_image in enumerate(rows)
-            for row in by_image.get(item.index, ())
+            if item.index in by_image
+            for row in by_image[item.index][:, 0].tolist()
         ]
         for (i, row, _), (place, mask) in zip(units, _measure_image(context, item.array, units), strict=True):
             found[i].append((item.index, row, place, mask))
@@ -185,13 +181,6 @@ def measure_relevance(context: RelevanceContext, index: RelevanceIndex, images: 
     return arrays
 
 
-def _rows_by_image(pairs: np.ndarray) -> dict[int, list[int]]:
-    rows: dict[int, list[int]] = {}
-    for image, row in pairs.tolist():
-        rows.setdefault(image, []).append(row)
-    return rows
-
-
 def _measure_image(
     context: RelevanceContext, array: np.ndarray, units: Sequence[tuple[int, int, int]]
 ) -> list[tuple[tuple[int, int], np.ndarray]]:
@@ -201,7 +190,7 @@ def _measure_image(
     image = torch.from_numpy(array)[None].to(device).float().div(255)
     numbers = sorted({i for i, _, _ in units})
     layers = [context.layers[i] for i in numbers]
-    inputs, tensors, outputs = _forward(context, image, layers)
+    inputs, tensors, outputs = pass_with_gradients(model, layers, context.outputs, image)
     slopes = torch.autograd.grad(outputs.amax(1).sum(), tensors)
     at_image = {
         i: (layer.maps(tensor, 1)[0].detach().float(), layer.maps(slope, 1)[0].float())
@@ -211,7 +200,7 @@ def _measure_image(
     start = blurred(image)
     shares = (torch.arange(STEPS, device=device) + 0.5) / STEPS
     path = start + shares[:, None, None, None] * (image - start)
-    inputs, tensors, _ = _forward(context, path, layers)
+    inputs, tensors, _ = pass_with_gradients(model, layers, context.outputs, path)
     along = {i: layer.maps(tensor, STEPS) for i, layer, tensor in zip(numbers, layers, tensors, strict=True)}
     results = []
     for i, _, channel in units:
@@ -227,16 +216,6 @@ def _measure_image(
         width = maps.shape[1]
         results.append(((best // width, best % width), _mask(share, context.mask_size)))
     return results
-
-
-def _forward(context: RelevanceContext, images: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Return the leaf of a pass over images in [0, 1], the tensors at the layers, and the outputs (B, K)."""
-    model, taps = context.model, {}
-    with kept_tensors(model, [*layers, context.outputs], taps):
-        inputs = images.contiguous(memory_format=model.memory_format).requires_grad_()
-        model.module(model.normalize(inputs))
-    outputs = output_values(context.outputs, taps[context.outputs.name], len(images))
-    return inputs, [taps[layer.name] for layer in layers], outputs
 
 
 def blurred(images: Tensor) -> Tensor:

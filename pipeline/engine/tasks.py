@@ -127,27 +127,50 @@ class RenderTask(_Task):
         return len(self.channels)
 
 
-@dataclasses.dataclass(frozen=True)
-class RangesTask(_Task):
-    """Measure the ranges of the activation histograms of all layers on a sample of the dataset.
+class _OfImages:
+    """Name and size of a task over the dataset images `images`."""
 
-    Attributes:
-        images: Indices of the dataset images.
-    """
-
-    stage = "ranges"
+    noun: ClassVar[str]
 
     images: tuple[int, ...]
 
     @property
     def name(self) -> str:
         """Description for messages."""
-        return f"ranges, {len(self.images)} images"
+        return f"{self.noun}, {len(self.images)} images"
 
     @property
     def size(self) -> int:
         """Number of dataset images."""
         return len(self.images)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartTask(_OfImages, _Task):
+    """Part of a list of dataset images.
+
+    Attributes:
+        start: Position of the first image in the list.
+        end: One past the position of the last image.
+        images: Indices of the dataset images.
+    """
+
+    start: int
+    end: int
+    images: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RangesTask(_OfImages, _Task):
+    """Measure the ranges of the activation histograms of all layers on a sample of the dataset.
+
+    Attributes:
+        images: Indices of the dataset images.
+    """
+
+    stage, noun = "ranges", "ranges"
+
+    images: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +206,7 @@ class SweepTask(_Task):
 
 
 @dataclasses.dataclass(frozen=True)
-class LocalizeTask(_Task):
+class LocalizeTask(PartTask):
     """Second pass over dataset examples: their positions, activation maps and crops.
 
     Attributes:
@@ -193,26 +216,13 @@ class LocalizeTask(_Task):
         index: The part of the `SecondPassIndex` about these images, as bytes of a shard.
     """
 
-    stage = "localize"
+    stage, noun = "localize", "second pass"
 
-    start: int
-    end: int
-    images: tuple[int, ...]
     index: bytes
-
-    @property
-    def name(self) -> str:
-        """Description for messages."""
-        return f"second pass, {len(self.images)} images"
-
-    @property
-    def size(self) -> int:
-        """Number of dataset images."""
-        return len(self.images)
 
 
 @dataclasses.dataclass(frozen=True)
-class EffectsTask(_Task):
+class EffectsTask(PartTask):
     """Effects of units on the outputs of the network for some dataset images.
 
     Attributes:
@@ -222,26 +232,13 @@ class EffectsTask(_Task):
         means: Mean of each channel of each layer over the dataset, as bytes of a shard with one array for each layer.
     """
 
-    stage = "effects"
+    stage, noun = "effects", "effects"
 
-    start: int
-    end: int
-    images: tuple[int, ...]
     means: bytes
-
-    @property
-    def name(self) -> str:
-        """Description for messages."""
-        return f"effects, {len(self.images)} images"
-
-    @property
-    def size(self) -> int:
-        """Number of dataset images."""
-        return len(self.images)
 
 
 @dataclasses.dataclass(frozen=True)
-class RelevanceTask(_Task):
+class RelevanceTask(PartTask):
     """Positions and masks of units in the dataset images that use them.
 
     Attributes:
@@ -251,22 +248,9 @@ class RelevanceTask(_Task):
         index: The part of the `RelevanceIndex` about these images, as bytes of a shard.
     """
 
-    stage = "relevance"
+    stage, noun = "relevance", "relevance"
 
-    start: int
-    end: int
-    images: tuple[int, ...]
     index: bytes
-
-    @property
-    def name(self) -> str:
-        """Description for messages."""
-        return f"relevance, {len(self.images)} images"
-
-    @property
-    def size(self) -> int:
-        """Number of dataset images."""
-        return len(self.images)
 
 
 DatasetTask = RangesTask | SweepTask | LocalizeTask | EffectsTask | RelevanceTask

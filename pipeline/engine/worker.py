@@ -29,6 +29,7 @@ from pipeline.engine.tasks import (
     Done,
     EffectsTask,
     LocalizeTask,
+    PartTask,
     RangesTask,
     RelevanceTask,
     RenderTask,
@@ -429,13 +430,7 @@ class Worker:
                 self.drawn,
             )
         )
-        attributes = {
-            "digest": task.digest,
-            "start": task.start,
-            "end": task.end,
-            "ranges": hashing.arrays_digest(range_arrays),
-        }
-        return shards.to_bytes(attributes, result.arrays(), "lzf")
+        return _part_bytes(task, result.arrays(), ranges=hashing.arrays_digest(range_arrays))
 
     def _localize(self, task: LocalizeTask) -> bytes:
         layers, model, threads = self.setup.layers, self.measured, max(2, self.setup.threads)
@@ -447,7 +442,7 @@ class Worker:
                 task.images,
             )
         )
-        return shards.to_bytes({"digest": task.digest, "start": task.start, "end": task.end}, arrays, "lzf")
+        return _part_bytes(task, arrays)
 
     def _effects(self, task: EffectsTask) -> bytes:
         request, threads = self.setup.effects, max(2, self.setup.threads)
@@ -465,7 +460,7 @@ class Worker:
             threads=threads,
         )
         arrays = measurement.measure(context, task.images).arrays()
-        return shards.to_bytes({"digest": task.digest, "start": task.start, "end": task.end}, arrays, "lzf")
+        return _part_bytes(task, arrays)
 
     def _relevance(self, task: RelevanceTask) -> bytes:
         request = self.setup.effects
@@ -481,7 +476,13 @@ class Worker:
         )
         index = relevance.RelevanceIndex.from_arrays(hdf5.from_bytes(task.index))
         arrays = relevance.measure_relevance(context, index, task.images)
-        return shards.to_bytes({"digest": task.digest, "start": task.start, "end": task.end}, arrays, "lzf")
+        return _part_bytes(task, arrays)
+
+
+def _part_bytes(task: SweepTask | PartTask, arrays: Mapping[str, np.ndarray], **attributes: str) -> bytes:
+    """Return the result of a part of a list of images as bytes of a shard, which knows its place in the list."""
+    place = {"digest": task.digest, "start": task.start, "end": task.end}
+    return shards.to_bytes({**place, **attributes}, arrays, "lzf")
 
 
 def _without_example_failed(

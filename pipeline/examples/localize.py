@@ -9,15 +9,20 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.data import image_loading, multiband
+from pipeline.data import image_loading
 from pipeline.data.datasets import Dataset
 from pipeline.examples import topk
 from pipeline.examples.quantile_examples import select_quantile_examples
-from pipeline.examples.shown_images import ShownImages, SourceImage, concatenate_bytes, receptive_field_jpeg
+from pipeline.examples.shown_images import (
+    ShownImages,
+    SourceImage,
+    concatenate_bytes,
+    receptive_field_jpeg,
+    source_copier,
+)
 from pipeline.examples.sweep import LISTS, ExamplesConfig, PassContext, PassResult
 from pipeline.images import metrics
 from pipeline.layers.finding import Layer, capture
@@ -256,10 +261,8 @@ def localize(context: PassContext, index: SecondPassIndex, images: Sequence[int]
             measurements[layer.name].add(batch_images, maps, config.maps)
         paths.observe(layer, maps)
 
-    def shrink(number: int, image: Image.Image | multiband.Bands) -> SourceImage:
-        return SourceImage.of(image, context.dataset.images[number].box, model.preprocessing, config)
-
-    loaded = image_loading.load_images(context.dataset, images, model.preprocessing, context.threads, shrink)
+    copier = source_copier(context.dataset, model.preprocessing, config)
+    loaded = image_loading.load_images(context.dataset, images, model.preprocessing, context.threads, copier)
     with capture(model, context.layers, each=measure, optional=paths.depths) as forward, torch.no_grad():
         for items, batch in image_loading.batches(loaded, config.batch, failed):
             context.stop()
@@ -325,7 +328,7 @@ class _LayerMeasurements:
         self._layer = layer
         self._channels = index.channels[i]
         self._top, self._paths = set(index.top[i].tolist()), set(index.paths[i].tolist())
-        self._rows_of = _rows_by_image(index.pairs[i], images)
+        self._rows_of = rows_by_image(index.pairs[i], images)
         self._parts: list[dict[str, np.ndarray]] = []
         self._peaks: list[tuple[int, np.ndarray]] = []
         self._means: list[tuple[int, np.ndarray]] = []
@@ -390,8 +393,11 @@ def _peaks(maps: Tensor) -> Tensor:
     return maps.float().flatten(2).amax(2)
 
 
-def _rows_by_image(pairs: np.ndarray, images: Sequence[int]) -> dict[int, np.ndarray]:
-    """Return (row, only in `min`), (r, 2), of every image in `images` that has pairs; `pairs` are sorted by image."""
+def rows_by_image(pairs: np.ndarray, images: Sequence[int]) -> dict[int, np.ndarray]:
+    """Return the columns behind the first, the image, of the pairs (P, …) of every image in `images` that has any.
+
+    `pairs` are sorted by image.
+    """
     starts = np.searchsorted(pairs[:, 0], images, "left").tolist()
     ends = np.searchsorted(pairs[:, 0], images, "right").tolist()
     return {

@@ -2,12 +2,13 @@
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
 
 from pipeline.data import crops, image_loading, multiband
+from pipeline.data.datasets import Dataset
 from pipeline.data.image_loading import Loaded
 from pipeline.examples.sweep import ExamplesConfig
 from pipeline.layers.finding import Layer
@@ -45,6 +46,13 @@ class SourceImage:
         copy = image.copy() if isinstance(image, Image.Image) else image.to_display_image()
         copy.thumbnail((side, side), Image.Resampling.LANCZOS)
         return cls(image.size, input_box, copy)
+
+
+def source_copier(
+    dataset: Dataset, recipe: Preprocessing, config: ExamplesConfig
+) -> Callable[[int, Image.Image | multiband.Bands], SourceImage]:
+    """Return a function that copies a decoded image, given its number, as `extra` of `image_loading.load_images`."""
+    return lambda number, image: SourceImage.of(image, dataset.images[number].box, recipe, config)
 
 
 class ShownImages:

@@ -8,7 +8,7 @@ before. Within a round, the order and the size of the tasks do not change the me
 import functools
 import itertools
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -178,17 +178,12 @@ class DatasetPass:
         images = self.index.images
         largest = self._config.images_per_task(len(images))
         tasks = []
-        for begin, end in todo:
-            count = end - begin
-            parts = max(math.ceil(count / largest), min(workers, math.ceil(count / self._config.batch)))
-            cuts = np.linspace(begin, end, parts + 1).astype(int).tolist()
-            for start, stop in itertools.pairwise(cuts):
-                part = images[start:stop]
-                index = shards.to_bytes({}, self.index.for_images(int(part[0]), int(part[-1])).arrays())
-                path = self.path("localize", f"{start}-{stop}", self.localize_digest)
-                cost = self._plan.examples_seconds * len(part) / self.total
-                task = LocalizeTask(str(path), self.localize_digest, cost, start, stop, tuple(part.tolist()), index)
-                tasks.append(task)
+        for start, stop in even_parts(todo, largest, workers, self._config.batch):
+            part = images[start:stop]
+            index = shards.to_bytes({}, self.index.for_images(int(part[0]), int(part[-1])).arrays())
+            path = self.path("localize", f"{start}-{stop}", self.localize_digest)
+            cost = self._plan.examples_seconds * len(part) / self.total
+            tasks.append(LocalizeTask(str(path), self.localize_digest, cost, start, stop, tuple(part.tolist()), index))
         return tasks
 
     @functools.cached_property
@@ -336,6 +331,23 @@ def without_overlap(parts: Iterable[Shard]) -> dict[tuple[int, int], Shard]:
         if all(end <= a or b <= start for a, b in chosen):
             chosen[start, end] = ranges[start, end]
     return dict(sorted(chosen.items()))
+
+
+def even_parts(
+    ranges: Iterable[tuple[int, int]], largest: int, workers: int, batch: int = 1
+) -> Iterator[tuple[int, int]]:
+    """Cut each (start, end) range into even parts of at most `largest`, and at least one for each worker.
+
+    Args:
+        ranges: The ranges.
+        largest: Largest length of a part.
+        workers: Number of workers; there are fewer parts if these would be shorter than a batch.
+        batch: Length of a batch.
+    """
+    for begin, end in ranges:
+        count = end - begin
+        parts = max(math.ceil(count / largest), min(workers, math.ceil(count / batch)))
+        yield from itertools.pairwise(np.linspace(begin, end, parts + 1).astype(int).tolist())
 
 
 def gaps(ranges: Iterable[tuple[int, int]], total: int) -> list[tuple[int, int]]:

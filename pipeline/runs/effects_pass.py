@@ -4,8 +4,8 @@ It has two rounds: effects and relevance of all units, which need the first pass
 images with the largest relevance for each unit, of which positions and masks are measured.
 """
 
+import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ import numpy as np
 
 from pipeline.core import hashing
 from pipeline.effects.relevance import RelevanceIndex, select_relevant
-from pipeline.effects.results import EffectsPart, EffectsResult, LayerEffects, RelevantImages, split_by_layer
+from pipeline.effects.results import EffectsPart, EffectsResult, RelevantImages, split_by_layer
 from pipeline.engine.tasks import EffectsTask, RelevanceTask, Task, effects_digest, relevance_digest
 from pipeline.examples.channel_stats import channel_statistics
 from pipeline.planning.plan import Plan
-from pipeline.runs.dataset_pass import DatasetPass, columns_by_layer, gaps, shard_path, without_overlap
+from pipeline.runs.dataset_pass import DatasetPass, columns_by_layer, even_parts, gaps, shard_path, without_overlap
 from pipeline.runs.localized_arrays import LocalizedArrays
 from pipeline.store import shards
 from pipeline.store.shards import Shard
@@ -119,7 +119,7 @@ class EffectsPass:
         if shard is not None:
             return RelevanceIndex.from_arrays(shard.arrays())
         assert self._request is not None
-        lists = [index for _, index in self._lists(self._first_round)]
+        lists = [index for _, index in self._lists]
         channels = [np.array(own, np.int32) for own in self._request.channels]
         index = RelevanceIndex.of(channels, lists, self._dataset_pass.index.shown)
         if not self._dataset_pass.read_only:
@@ -127,13 +127,14 @@ class EffectsPass:
             shards.write(self._index_path, attributes, index.arrays())
         return index
 
-    def _lists(self, layers: Sequence[LayerEffects]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return values and images with the largest relevance for the units of the atlas, (C', k) for each layer."""
-        request, images = self._request, self._measured
+    @functools.cached_property
+    def _lists(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Values and images with the largest relevance for the units of the atlas, (C', k) for each layer."""
+        request, effects = self._request, self._first_round
         assert request is not None
         return [
-            select_relevant(layer.relevance[list(own)], images, request.examples)
-            for layer, own in zip(layers, request.channels, strict=True)
+            select_relevant(effects.layers[layer.name].relevance[list(own)], effects.index, request.examples)
+            for layer, own in zip(request.layers, request.channels, strict=True)
         ]
 
     def tasks(self, workers: int, excluded: Sequence[Task] = ()) -> Sequence[EffectsTask | RelevanceTask]:
@@ -166,16 +167,13 @@ class EffectsPass:
         todo = gaps([*self.relevance_ranges, *lost], self.relevant)
         longest = self._plan.config.engine.task_seconds / max(self.relevance_seconds, 1e-9)
         tasks = []
-        for begin, end in todo:
-            count = end - begin
-            parts = max(math.ceil(count / max(1, math.floor(longest))), min(workers, count))
-            for start, stop in itertools.pairwise(np.linspace(begin, end, parts + 1).astype(int).tolist()):
-                images = self.index.images[start:stop]
-                index = shards.to_bytes({}, self.index.for_images(int(images[0]), int(images[-1])).arrays())
-                path = shard_path(self.folder, RELEVANCE, f"{start}-{stop}", self.relevance_digest)
-                cost = self.relevance_seconds * len(images)
-                own = tuple(images.tolist())
-                tasks.append(RelevanceTask(str(path), self.relevance_digest, cost, start, stop, own, index))
+        for start, stop in even_parts(todo, max(1, math.floor(longest)), workers):
+            images = self.index.images[start:stop]
+            index = shards.to_bytes({}, self.index.for_images(int(images[0]), int(images[-1])).arrays())
+            path = shard_path(self.folder, RELEVANCE, f"{start}-{stop}", self.relevance_digest)
+            cost = self.relevance_seconds * len(images)
+            numbers = tuple(images.tolist())
+            tasks.append(RelevanceTask(str(path), self.relevance_digest, cost, start, stop, numbers, index))
         return tasks
 
     def _images_per_task(self, count: int, workers: int) -> int:
@@ -196,21 +194,13 @@ class EffectsPass:
         return shards.to_bytes({}, {str(i): by_name[layer.name] for i, layer in enumerate(self._request.layers)})
 
     @functools.cached_property
-    def _joined(self) -> EffectsPart:
-        return EffectsPart.joined([EffectsPart.from_arrays(shard.arrays()) for _, shard in sorted(self.ranges.items())])
-
-    @property
-    def _measured(self) -> np.ndarray:
-        """The images of the first round that could be read, in its order."""
-        return self._joined.index
-
-    @property
-    def _first_round(self) -> list[LayerEffects]:
+    def _first_round(self) -> EffectsResult:
+        """The effects by layer, without lists by relevance."""
         request = self._request
         assert request is not None
+        part = EffectsPart.joined([EffectsPart.from_arrays(shard.arrays()) for _, shard in sorted(self.ranges.items())])
         names, channels = [layer.name for layer in request.layers], [layer.channels for layer in request.layers]
-        result = split_by_layer(self._joined, names, channels, request.ablated, request.outputs.name)
-        return [result.layers[name] for name in names]
+        return split_by_layer(part, names, channels, request.ablated, request.outputs.name)
 
     @property
     def result(self) -> EffectsResult:
@@ -219,18 +209,15 @@ class EffectsPass:
         Raises:
             DamagedShardError: If a shard cannot be read.
         """
-        request = self._request
-        assert request is not None
-        layers, part = self._first_round, self._joined
-        names = [layer.name for layer in request.layers]
-        by_name = dict(zip(names, layers, strict=True))
-        relevant = dict(zip(names, self._relevant_images(layers), strict=True)) if self.relevance_digest else {}
-        return EffectsResult(request.outputs.name, part.index, part.top, by_name, relevant)
+        if not self.relevance_digest:
+            return self._first_round
+        relevant = dict(zip(self._first_round.layers, self._relevant_images(), strict=True))
+        return dataclasses.replace(self._first_round, relevant=relevant)
 
-    def _relevant_images(self, layers: Sequence[LayerEffects]) -> list[RelevantImages]:
+    def _relevant_images(self) -> list[RelevantImages]:
         """Return the lists by relevance of each layer, with the positions and masks of the second round."""
         measured, result = self.more_images, []
-        for i, (value, index) in enumerate(self._lists(layers)):
+        for i, (value, index) in enumerate(self._lists):
             pairs, place, mask = (measured[f"{i}/{name}"] for name in ("pairs", "place", "mask"))
             places = np.zeros((*index.shape, 2), np.int16)
             masks = np.zeros((*index.shape, *mask.shape[1:]), np.uint8)

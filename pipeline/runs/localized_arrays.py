@@ -116,11 +116,13 @@ class WithMoreImages(Localizations):
             yield from self._first.pieces(name)
             return
         piece: list[np.ndarray] = []
+        size = 0
         for _, data in heapq.merge(self._first.images(), self._more.images(), key=lambda one: one[0]):
             piece.append(data)
-            if sum(map(len, piece)) >= PIECE_BYTES:
+            size += len(data)
+            if size >= PIECE_BYTES:
                 yield np.concatenate(piece)
-                piece = []
+                piece, size = [], 0
         if piece:
             yield np.concatenate(piece)
 

@@ -24,7 +24,7 @@ from pipeline.acceleration.batchnorm_folding import foldable_pairs
 from pipeline.acceleration.variants import verified_fold
 from pipeline.data import image_loading
 from pipeline.data.config import DataConfig
-from pipeline.data.datasets import list_dataset
+from pipeline.data.datasets import Dataset, list_dataset
 from pipeline.effects.measurement import EffectsContext, attribute, measure
 from pipeline.effects.request import spread
 from pipeline.effects.results import EffectsPart
@@ -40,6 +40,31 @@ ROOT = Path(__file__).resolve().parents[2]
 def load(name: str) -> Model:
     settings = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text())
     return load_model(ModelConfig(**{key: value for key, value in settings.items() if key != "defaults"})).to("cpu")
+
+
+def parser_of(description: str | None, images: int, units: int) -> argparse.ArgumentParser:
+    """Return a parser of the arguments that `prepared` reads, and of --units."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="efficientnet_lite0")
+    parser.add_argument("--root", default=str(ROOT.parent / "shared" / "photos"))
+    parser.add_argument("--images", type=int, default=images)
+    parser.add_argument("--units", type=int, default=units)
+    parser.add_argument("--layers", type=int, default=5)
+    return parser
+
+
+def prepared(options: argparse.Namespace) -> tuple[Model, list[Layer], Layer, Dataset, list[np.ndarray]]:
+    """Return the folded network, layers of its tour, the layer of logits, the photographs and their pixels."""
+    model = load(options.model)
+    candidates = list_layers(model, LayersConfig(), None)
+    outputs = logit_layers(model, candidates)[-1]
+    chosen = select_layers(model, candidates, LayersConfig(policy="tour", count=options.layers + 1))
+    layers = [layer for layer in chosen if layer.name != outputs.name][: options.layers]
+    network = verified_fold(model, foldable_pairs(model), layers)
+    dataset = list_dataset(DataConfig("folder", options.root, options.images))
+    loaded = image_loading.load_images(dataset, range(options.images), model.preprocessing)
+    arrays = [item.array for item in loaded if item.array is not None]
+    return network, layers, outputs, dataset, arrays
 
 
 def mean_activations(model: Model, layers: list[Layer], images: Tensor) -> list[np.ndarray]:
@@ -99,23 +124,10 @@ def alternate(work: Callable[[], object], other: Callable[[], object], rounds: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="efficientnet_lite0")
-    parser.add_argument("--root", default=str(ROOT.parent / "shared" / "photos"))
-    parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--units", type=int, default=40)
-    parser.add_argument("--layers", type=int, default=5)
+    parser = parser_of(__doc__, images=16, units=40)
     parser.add_argument("--checked", type=int, default=4)
     options = parser.parse_args()
-    model = load(options.model)
-    candidates = list_layers(model, LayersConfig(), None)
-    outputs = logit_layers(model, candidates)[-1]
-    chosen = select_layers(model, candidates, LayersConfig(policy="tour", count=options.layers + 1))
-    layers = [layer for layer in chosen if layer.name != outputs.name][: options.layers]
-    network = verified_fold(model, foldable_pairs(model), layers)
-    dataset = list_dataset(DataConfig("folder", options.root, options.images))
-    loaded = image_loading.load_images(dataset, range(options.images), model.preprocessing)
-    arrays = [item.array for item in loaded if item.array is not None]
+    network, layers, outputs, dataset, arrays = prepared(options)
     images = torch.from_numpy(np.stack(arrays)).float() / 255
     means = mean_activations(network, layers, images[:64])
     ablated = [spread(range(layer.channels), options.units) for layer in layers]

@@ -12,38 +12,26 @@ Two questions, by layer of the tour:
   covering random cells, and what is left of it, median over the units.
 """
 
-import argparse
 import random
 
 import numpy as np
 import torch
-from effects import ROOT, load
+from effects import parser_of, prepared
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.acceleration.batchnorm_folding import foldable_pairs
-from pipeline.acceleration.variants import verified_fold
-from pipeline.data import image_loading
-from pipeline.data.config import DataConfig
-from pipeline.data.datasets import list_dataset
-from pipeline.effects.measurement import EffectsContext, kept_tensors, measure
+from pipeline.effects.measurement import EffectsContext, measure, pass_with_gradients
 from pipeline.effects.relevance import RelevanceContext, RelevanceIndex, blurred, measure_relevance, select_relevant
-from pipeline.effects.rest_of_network import output_values
 from pipeline.examples.sweep import ExamplesConfig
 from pipeline.layers.finding import Layer, capture
-from pipeline.layers.selection import LayersConfig, list_layers, logit_layers, select_layers
 
 LISTED = 8
 
 
 def passed(context: RelevanceContext, layer: Layer, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return input, maps (C, H, W) of a layer, and the outputs for an image (1, C, H, W) in [0, 1]."""
-    taps: dict[str, Tensor] = {}
-    with kept_tensors(context.model, [layer, context.outputs], taps):
-        inputs = image.contiguous(memory_format=context.model.memory_format).requires_grad_()
-        context.model.module(context.model.normalize(inputs))
-    outputs = output_values(context.outputs, taps[context.outputs.name], 1)
-    return taps[layer.name], layer.maps(taps[layer.name], 1)[0], outputs
+    """Return the tensor and the maps (C, H, W) of a layer, and the outputs, for an image (1, C, H, W) in [0, 1]."""
+    _, (tensor,), outputs = pass_with_gradients(context.model, [layer], context.outputs, image)
+    return tensor, layer.maps(tensor, 1)[0], outputs
 
 
 def weights_of(context: RelevanceContext, layer: Layer, channel: int, image: Tensor) -> Tensor:
@@ -98,23 +86,10 @@ def deletion(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="efficientnet_lite0")
-    parser.add_argument("--root", default=str(ROOT.parent / "shared" / "photos"))
-    parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--units", type=int, default=20)
-    parser.add_argument("--layers", type=int, default=5)
+    parser = parser_of(__doc__, images=200, units=20)
     parser.add_argument("--share", type=float, default=0.1)
     options = parser.parse_args()
-    model = load(options.model)
-    candidates = list_layers(model, LayersConfig(), None)
-    outputs = logit_layers(model, candidates)[-1]
-    chosen = select_layers(model, candidates, LayersConfig(policy="tour", count=options.layers + 1))
-    layers = [layer for layer in chosen if layer.name != outputs.name][: options.layers]
-    network = verified_fold(model, foldable_pairs(model), layers)
-    dataset = list_dataset(DataConfig("folder", options.root, options.images))
-    loaded = image_loading.load_images(dataset, range(options.images), model.preprocessing)
-    arrays = [item.array for item in loaded if item.array is not None]
+    network, layers, outputs, dataset, arrays = prepared(options)
     zero = [np.zeros(layer.channels, np.float32) for layer in layers]
     part = measure(
         EffectsContext(network, layers, outputs, zero, [()] * len(layers), dataset, 16), range(options.images)

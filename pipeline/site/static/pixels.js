@@ -34,12 +34,11 @@ ATLAS.pixels = (function () {
     const held = shard.maps[pair];
     if (!held) return null;
     const [low, high, coded] = held;
-    const bytes = Uint8Array.from(window.atob(coded), (c) => c.charCodeAt(0));
-    const canvas = painted(shard.width, shard.height, (i) => heatColor(low + ((high - low) * bytes[i]) / 255, low, high), { class: "heat", "aria-hidden": "true" });
-    return { low, high, canvas };
+    return { low, high, canvas: shaded(shard.width, shard.height, bytesOf(coded), low, high) };
   }
-  // Bytes from 0 to 255 in the colors of a heat map from 0 to 1; or as a veil that leaves high values clear.
-  const shaded = (width, height, bytes) => painted(width, height, (i) => heatColor(bytes[i] / 255, 0, 1), { class: "heat", "aria-hidden": "true" });
+  const bytesOf = (coded) => Uint8Array.from(window.atob(coded), (c) => c.charCodeAt(0));
+  // Bytes in the colors of a heat map, 0 for `low` and 255 for `high`; or as a veil that leaves high values clear.
+  const shaded = (width, height, bytes, low, high) => painted(width, height, (i) => heatColor(low + ((high - low) * bytes[i]) / 255, low, high), { class: "heat", "aria-hidden": "true" });
   const veil = (width, height, bytes) => painted(width, height, (i) => [0, 0, 0, Math.round(175 * (1 - Math.sqrt(bytes[i] / 255)))], { class: "heat", "aria-hidden": "true" });
   const colorBar = (low, high) => painted(256, 1, (i) => heatColor(low + ((high - low) * i) / 255, low, high), { "aria-hidden": "true" });
 
@@ -148,5 +147,5 @@ ATLAS.pixels = (function () {
     }
   }
 
-  return { heatColor, heatMap, shaded, veil, colorBar, placed, frameOf, element, canvasOf, save, savePng, copyPng };
+  return { heatColor, heatMap, bytesOf, shaded, veil, colorBar, placed, frameOf, element, canvasOf, save, savePng, copyPng };
 })();

@@ -202,28 +202,37 @@
     });
   }
 
-  function frame(unit, list, place_) {
+  // The figure of an example as `view` shows it, with `kind` for those who hear it. The dialog opens as `opensAs`; `draw(inner, outer)`
+  // adds to the image.
+  function figureOf(unit, list, place_, { view, kind, opensAs, title, draw }) {
     const entry = unit.record.examples[list][place_];
-    const [path, label] = (unit.shard.photos[entry[1]] || ["", ""]);
+    const [path, label] = unit.shard.photos[entry[1]] || ["", ""];
     const words = (label || path) + ", " + LISTS.find(([key]) => key === list)[2] + " " + number(entry[0]);
-    const view = exampleView(unit, entry, mode, list);
     const caption = make("figcaption", {}, data(entry[0]), label ? make("span", { text: label, title: label }) : "");
-    const title = path + (Math.max(...unit.facts.map) > 1 ? " (row " + entry[2] + ", column " + entry[3] + ")" : "");
-    if (!view) return make("figure", { class: "example" }, make("span", { class: "frame absent", role: "img", "aria-label": "Dataset image: " + words, title, text: path }), caption);
+    if (!view) return make("figure", { class: "example" }, make("span", { class: "frame absent", role: "img", "aria-label": "Dataset image: " + words, title: path + title, text: path }), caption);
     const inner = pixels.element(view);
     inner.style[view.aspect >= 1 ? "width" : "height"] = "100%";
     const id = exampleId(list, place_);
-    const outer = make("button", { type: "button", class: "frame", "aria-haspopup": "dialog", "data-image": id, "aria-label": (mode === "heat" ? "Heat map on dataset image: " : "Dataset image: ") + words,
-      title, onclick: () => lightbox.open(unit.items, id, mode, outer) }, inner);
-    if (mode === "heat") {
-      heatOf(unit, entry).then((heat) => {
-        if (!heat) return;
-        inner.append(pixels.placed(heat.canvas, view.area));
-        outer.title += "; heat map from " + number(heat.low) + " to " + number(heat.high);
-      }).catch(() => {});
-    }
-    if (view.field) inner.append(pixels.frameOf(view.field, Math.max(...unit.facts.field) <= DOT));
+    const outer = make("button", { type: "button", class: "frame", "aria-haspopup": "dialog", "data-image": id, "aria-label": kind + ": " + words,
+      title: path + title, onclick: () => lightbox.open(unit.items, id, opensAs, outer) }, inner);
+    draw(inner, outer);
     return make("figure", { class: "example" }, outer, caption);
+  }
+
+  function frame(unit, list, place_) {
+    const entry = unit.record.examples[list][place_];
+    const view = exampleView(unit, entry, mode, list);
+    const title = Math.max(...unit.facts.map) > 1 ? " (row " + entry[2] + ", column " + entry[3] + ")" : "";
+    return figureOf(unit, list, place_, { view, kind: mode === "heat" ? "Heat map on dataset image" : "Dataset image", opensAs: mode, title, draw(inner, outer) {
+      if (mode === "heat") {
+        heatOf(unit, entry).then((heat) => {
+          if (!heat) return;
+          inner.append(pixels.placed(heat.canvas, view.area));
+          outer.title += "; heat map from " + number(heat.low) + " to " + number(heat.high);
+        }).catch(() => {});
+      }
+      if (view.field) inner.append(pixels.frameOf(view.field, Math.max(...unit.facts.field) <= DOT));
+    } });
   }
 
   // The views that the site has of a unit's examples.
@@ -446,17 +455,10 @@
     if (!list.length) return null;
     const figures = list.map((entry, i) => {
       const view = exampleView(unit, entry, "crop", "mean"); // the whole input of the network
-      const [path, label] = unit.shard.photos[entry[1]] || ["", ""];
-      const caption = make("figcaption", {}, data(entry[0]), label ? make("span", { text: label, title: label }) : "");
-      const words = (label || path) + ", relevance " + number(entry[0]);
-      if (!view) return make("figure", { class: "example" }, make("span", { class: "frame absent", role: "img", "aria-label": "Dataset image: " + words, title: path, text: path }), caption);
-      const inner = pixels.element(view);
-      inner.style[view.aspect >= 1 ? "width" : "height"] = "100%";
       const mask = maskOf(unit, entry[1]);
-      if (mask) inner.append(pixels.placed(pixels.veil(mask.width, mask.height, mask.bytes), view.area));
-      const id = exampleId("relevant", i);
-      const outer = make("button", { type: "button", class: "frame", "aria-haspopup": "dialog", "data-image": id, "aria-label": "Dataset image with mask: " + words, title: path, onclick: () => lightbox.open(unit.items, id, "heat", outer) }, inner);
-      return make("figure", { class: "example" }, outer, caption);
+      return figureOf(unit, "relevant", i, { view, kind: "Dataset image with mask", opensAs: "heat", title: "", draw(inner) {
+        if (mask) inner.append(pixels.placed(pixels.veil(mask.width, mask.height, mask.bytes), view.area));
+      } });
     });
     return make("section", { class: "relevant" }, make("h2", { text: "Images that use the unit" }),
       make("p", { class: "note", text: "The images, of those that effects were measured on, with the largest relevance: the part of the image’s largest output that passes through the unit, by activation × gradient. The bright parts are the pixels that it comes from." }),

@@ -114,14 +114,14 @@ ATLAS.units = (function () {
   // Which pixels of an image that uses the unit its relevance comes from: bytes of cells over the network's input.
   function maskOf(unit, index) {
     const { size: [height, width], values } = unit.record.masks || { size: [0, 0], values: {} };
-    return values[index] ? { height, width, bytes: Uint8Array.from(window.atob(values[index]), (c) => c.charCodeAt(0)) } : null;
+    return values[index] ? { height, width, bytes: ATLAS.pixels.bytesOf(values[index]) } : null;
   }
 
   // The heat map of an example; of an image that uses the unit, which has none, its mask.
   async function heatOf(unit, entry) {
     if (entry[4] < 0) {
       const mask = maskOf(unit, entry[1]);
-      return mask && { low: 0, high: 1, canvas: ATLAS.pixels.shaded(mask.width, mask.height, mask.bytes), note: "Where the relevance comes from, relative to its largest value." };
+      return mask && { low: 0, high: 1, canvas: ATLAS.pixels.shaded(mask.width, mask.height, mask.bytes, 0, 1), note: "Where the relevance comes from, relative to its largest value." };
     }
     const start = unit.row - (unit.row % ATLAS.index.sizes.heat);
     return need(unit.layer.slug + "/h" + start, unit.layer.version).then((shard) => {
