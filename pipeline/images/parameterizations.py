@@ -94,9 +94,9 @@ class Parameterization:
 
     def to_rgb(self, decorrelated: Tensor) -> Tensor:
         """Map real-valued images in the decorrelated color space to colors in (0, 1), (B, C, H, W)."""
-        matrix = self.matrix(decorrelated.shape[1])
+        matrix = _matrix(self, decorrelated.shape[1], decorrelated.dtype, decorrelated.device)
         if matrix is not None:
-            decorrelated = (matrix.to(decorrelated) @ decorrelated.flatten(2)).view_as(decorrelated)
+            decorrelated = (matrix @ decorrelated.flatten(2)).view_as(decorrelated)
         return torch.sigmoid(decorrelated)
 
     def from_rgb(self, images: Tensor) -> Tensor:
@@ -138,6 +138,20 @@ class Parameterization:
     def resized(self, parameters: Tensor, old: Size, new: Size) -> Tensor:
         """Return the parameters of the same images at another size."""
         raise NotImplementedError
+
+
+# These are needed at every step: on a GPU they are copied there once.
+@functools.lru_cache(maxsize=32)
+def _matrix(canvas: Parameterization, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Return `canvas.matrix` on a device."""
+    matrix = canvas.matrix(channels)
+    return None if matrix is None else matrix.to(device, dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _amplitudes(canvas: Parameterization, size: Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the amplitude spectrum of images of (height, width) `size` on a device."""
+    return canvas.measured.at(*size).to(device, dtype)
 
 
 @CANVASES.add("pixel")
@@ -355,7 +369,7 @@ class Maco(Parameterization):
 
     def image(self, parameters: Tensor, size: Size) -> Tensor:
         """Return the images of (B, C, H, W // 2 + 1) phases, in (0, 1)."""
-        amplitude = self.measured.at(*size).to(parameters)
+        amplitude = _amplitudes(self, size, parameters.dtype, parameters.device)
         spectrum = torch.polar(amplitude.expand_as(parameters), parameters)
         decorrelated = torch.fft.irfft2(spectrum, s=size, norm="ortho")
         if self.standardize:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from pipeline.core.device_tensors import constant_like
 from pipeline.core.registry import Registry
 from pipeline.data.image_filters import blur
 from pipeline.kernels.affine_sample import sample
@@ -65,7 +66,7 @@ def _identity(u: Tensor) -> Tensor:
 def _choose(values: tuple[float, ...], low: float, high: float, u: Tensor) -> Tensor:
     """Map uniform numbers to `values` with equal probability; to the range from low to high if there are no values."""
     if values:
-        return u.new_tensor(values)[(u * len(values)).long().clamp(max=len(values) - 1)]
+        return constant_like(u, values)[(u * len(values)).long().clamp(max=len(values) - 1)]
     return low + (high - low) * u
 
 
@@ -273,7 +274,45 @@ def center_crop(images: Tensor, size: Size) -> Tensor:
     return images[..., top : top + size[0], left : left + size[1]]
 
 
-def apply_transforms(images: Tensor, transforms: Sequence[Transform], random: Tensor, size: Size) -> Tensor:
+def resampling_matrices(transforms: Sequence[Transform], random: Tensor, canvas: Size, view: Size) -> list[Tensor]:
+    """Return the matrices that `apply_transforms` resamples images through, one for each resampling.
+
+    They are the products of the matrices of consecutive geometric transformations, and do not depend on the images:
+    those of many steps can be computed together.
+
+    Args:
+        transforms: The transformations, in their order.
+        random: (B, total num_random) uniform random numbers, from `draw_random`.
+        canvas: (height, width) of the images.
+        view: (height, width) of the output.
+
+    Returns:
+        (B, 3, 3) each.
+    """
+    products: list[Tensor] = []
+    follows_geometric = False
+    used = 0
+    for transform in transforms:
+        u = random[:, used : used + transform.num_random]
+        used += transform.num_random
+        if isinstance(transform, Geometric):
+            matrix = transform.matrix(u, canvas, view)
+            if follows_geometric:
+                # Matrices map output to input coordinates: that of the last one is applied first, on the right.
+                products[-1] = products[-1] @ matrix
+            else:
+                products.append(matrix)
+        follows_geometric = isinstance(transform, Geometric)
+    return products
+
+
+def apply_transforms(
+    images: Tensor,
+    transforms: Sequence[Transform],
+    random: Tensor,
+    size: Size,
+    matrices: Sequence[Tensor] | None = None,
+) -> Tensor:
     """Transform images and crop them to the center.
 
     On a canvas larger than `size`, transformations move parts of the canvas beyond the crop into it; beyond the edges
@@ -285,27 +324,26 @@ def apply_transforms(images: Tensor, transforms: Sequence[Transform], random: Te
         transforms: The transformations, in this order.
         random: (B, total num_random) uniform random numbers, from `draw_random`.
         size: (height, width) of the output.
+        matrices: The result of `resampling_matrices`, if it was computed before.
 
     Returns:
         (B, C, *size).
     """
-    last_geometric = max((i for i, t in enumerate(transforms) if isinstance(t, Geometric)), default=-1)
     canvas = (images.shape[-2], images.shape[-1])
-    pending_matrix: Tensor | None = None
+    if matrices is None:
+        matrices = resampling_matrices(transforms, random, canvas, size)
+    last_geometric = max((i for i, t in enumerate(transforms) if isinstance(t, Geometric)), default=-1)
+    remaining = iter(matrices)
     used = 0
     for i, transform in enumerate(transforms):
         u = random[:, used : used + transform.num_random]
         used += transform.num_random
         if isinstance(transform, Geometric):
-            # Matrices map output to input coordinates: that of the last transformation is applied first, on the right.
-            matrix = transform.matrix(u, canvas, size)
-            pending_matrix = matrix if pending_matrix is None else pending_matrix @ matrix
             if i == last_geometric:
-                images, pending_matrix = sample(images, pending_matrix, size), None
-            continue
-        if pending_matrix is not None:
-            images, pending_matrix = sample(images, pending_matrix, (images.shape[-2], images.shape[-1])), None
-        if isinstance(transform, Pad):
+                images = sample(images, next(remaining), size)
+            elif not isinstance(transforms[i + 1], Geometric):
+                images = sample(images, next(remaining), (images.shape[-2], images.shape[-1]))
+        elif isinstance(transform, Pad):
             images = F.pad(images, (transform.pixels,) * 4, value=transform.grey)
         elif isinstance(transform, Effect):
             if i > last_geometric:

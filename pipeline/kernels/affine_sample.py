@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.core.device_tensors import constant_like
 from pipeline.kernels import build
 
 Size = tuple[int, int]
@@ -50,8 +51,8 @@ def sample_with_pytorch(images: Tensor, matrix: Tensor, size: Size) -> Tensor:
     """Compute `sample` with PyTorch operations, on any device."""
     height, width = images.shape[-2:]
     # grid_sample takes coordinates in [-1, 1]: scale from pixels on the output side and to pixels on the input side.
-    input_scale = matrix.new_tensor([2 / width, 2 / height]).view(1, 2, 1)
-    output_scale = matrix.new_tensor([size[1] / 2, size[0] / 2, 1.0]).view(1, 1, 3)
+    input_scale = constant_like(matrix, (2 / width, 2 / height)).view(1, 2, 1)
+    output_scale = constant_like(matrix, (size[1] / 2, size[0] / 2, 1.0)).view(1, 1, 3)
     theta = matrix[:, :2, :] * input_scale * output_scale
     grid = F.affine_grid(theta.to(images.dtype), [*images.shape[:2], *size], align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

@@ -55,6 +55,9 @@ class HeadLayer(Layer):
     weight: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.float32), compare=False)
     bias: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32), compare=False)
     scores: HeadScores | None = dataclasses.field(default=None, compare=False)
+    _held: dict[torch.device, tuple[Tensor, Tensor]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def on(cls, layer: Layer, classes: int) -> "HeadLayer":
@@ -70,8 +73,23 @@ class HeadLayer(Layer):
     def maps(self, output: Tensor, batch: int, size: tuple[float, float] = (1.0, 1.0)) -> Tensor:
         """Return the predicted logits, (B, K, 1, 1) float32; see `Layer.maps`."""
         features = super().maps(output, batch, size).float().mean(dim=(2, 3))
-        weight, bias = (torch.from_numpy(part).to(features) for part in (self.weight, self.bias))
+        weight, bias = self._on_device(features.device)
         return (features @ weight + bias)[:, :, None, None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields for pickling, without copies of the weights on a device."""
+        return {**self.__dict__, "_held": {}}
+
+    def _on_device(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return weight and bias on a device; they are copied to the last device once."""
+        held = self._held.get(device)
+        if held is None:
+            self._held.clear()
+            held = self._held[device] = (
+                torch.from_numpy(self.weight).to(device),
+                torch.from_numpy(self.bias).to(device),
+            )
+        return held
 
     @property
     def source(self) -> Layer:

@@ -7,14 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.core.device_tensors import upload
 from pipeline.core.registry import registered_name
 from pipeline.core.seeds import seed_of
 from pipeline.images.parameterizations import FromImage
-from pipeline.images.transforms import ROBUSTNESS_TRANSFORMS, draw_random
+from pipeline.images.transforms import ROBUSTNESS_TRANSFORMS, draw_random, resampling_matrices
 from pipeline.images.transparency import resized_sums
 from pipeline.layers.finding import Layer
 from pipeline.models.loading import Model
 from pipeline.visualization.network_penalties import Normalization
+from pipeline.visualization.optimizers import TabulatedOptimizer
 from pipeline.visualization.preset import ChannelVariant, Preset, Size, canvas_size
 from pipeline.visualization.schedules import Stage, StepSettings, expand_schedule
 
@@ -45,6 +47,26 @@ class ComparedImages:
 
 NOTHING_COMPARED = ComparedImages()
 
+# A step, counted from 0: a number, or an int64 tensor of shape (1,) on the device of the batch.
+StepIndex = int | Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class StepDraws:
+    """The random transformations of one step.
+
+    Attributes:
+        random: (A, R) uniform random numbers.
+        matrices: (A, 3, 3) for each resampling; see `resampling_matrices`.
+    """
+
+    random: Tensor
+    matrices: Sequence[Tensor]
+
+    def of(self, rows: slice | Tensor) -> "StepDraws":
+        """Return those of some of the images."""
+        return StepDraws(self.random[rows], [matrix[rows] for matrix in self.matrices])
+
 
 @dataclasses.dataclass(frozen=True)
 class RenderJob:
@@ -68,6 +90,8 @@ class RenderJob:
         normalizations: The normalizations that `preset.network_penalties` compare, in their order; see
             `network_penalties.normalizations_before`.
         depths: Fixed depths of the network; the path of finished images is measured at those before `layer`.
+        capture: Captures a function that works on the device and returns one that repeats it, such as
+            `cuda_graphs.capture_graph`; None to launch every step.
     """
 
     model: Model
@@ -85,6 +109,7 @@ class RenderJob:
     layer_mean: Tensor | None = None
     normalizations: Sequence[Normalization] = ()
     depths: Sequence[Layer] = ()
+    capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None
 
     @property
     def image_size(self) -> Size:
@@ -149,12 +174,13 @@ class Batch:
         all_variants: (B,) int64 variant of each image.
         trace: (steps, B) value of the objective at every step; 0 after an image is finished.
         steps: (B,) number of steps of each image, on the CPU.
+        steps_of_state: Number of steps since the state of the optimizer was made.
         active: (A,) int64 indices of the images that are still optimized. The following attributes are of these only.
         parameters: (A, …) parameters; a leaf that requires a gradient.
-        transform_random: (steps, A, R) random numbers of the transformations.
         channels: (A,) int64.
         variants: (A,) int64.
         multipliers: (P, A) state of `ImageRegularizer.controlled`; the weight for those without a budget.
+        is_balanced: Whether all of `balance` is known.
         balance: (D, A) factors of the regularizers in the space of a layer (`layer_regularizers.balance`); 0 before
             the first step at which both gradients are known.
         gradient_sums: (A, h, w) sum over the steps of the mean absolute gradient of the objective over the colors of
@@ -183,6 +209,9 @@ class Batch:
         self._compares_seeds = bool(preset.layer_penalties)
         self.target = None if job.target_image is None else job.target_image.to(device)
         self.robustness_random = torch.stack(robustness_random, dim=1).to(device)
+        self._random = torch.stack(transform_random, dim=1)  # on the CPU
+        self._random_table = self._random.to(device)
+        self._matrix_tables: list[Tensor] = []
         self.all_channels = torch.tensor([channel for channel, _ in units], device=device)
         self.all_variants = torch.tensor([variant for _, variant in units], device=device)
         self.trace = torch.zeros(preset.steps, len(units), device=device)
@@ -191,11 +220,11 @@ class Batch:
         self._final_sums: Tensor | None = None
         self.active = torch.arange(len(units), device=device)
         self.parameters = self.initial.clone().requires_grad_(True)
-        self.transform_random = torch.stack(transform_random, dim=1).to(device)
         self.channels, self.variants = self.all_channels, self.all_variants
         weights = torch.tensor([regularizer.weight for regularizer in preset.penalties], device=device)
         self.multipliers = weights[:, None].repeat(1, len(units))
         self.balance = self.initial.new_zeros(len(preset.layer_penalties), len(units))
+        self.is_balanced = False
         self.gradient_sums = self.initial.new_zeros(len(units), *job.canvas_without_margin(preset.stages[0]))
         self._start_optimizer()
 
@@ -227,10 +256,44 @@ class Batch:
             targets = _resized(self.target[None], size).expand(len(indices), -1, -1, -1)
         return ComparedImages(seeds, targets)
 
+    def start_stage(self, job: RenderJob, stage: Stage) -> None:
+        """Compute the matrices of all steps for the canvas and the view of a stage.
+
+        They are computed on the CPU for every device, so that no device rounds a crop to another pixel, and together:
+        one step's are some forty operations on a few numbers.
+        """
+        steps, images, count = self._random.shape
+        flat = self._random.view(steps * images, count)
+        matrices = resampling_matrices(job.preset.transforms, flat, job.canvas(stage), job.view(stage))
+        self._matrix_tables = [
+            upload(matrix.view(steps, images, 3, 3), self.active.device)[:, self.active] for matrix in matrices
+        ]
+
+    def draws(self, step: StepIndex) -> StepDraws:
+        """Return the random transformations of a step of the stage that `start_stage` was called for."""
+        return StepDraws(_row(self._random_table, step), [_row(table, step) for table in self._matrix_tables])
+
+    def record(self, step: StepIndex, values: Tensor) -> None:
+        """Store the (A,) values of the objective at a step in `trace`."""
+        if isinstance(step, Tensor):
+            self.trace.index_put_((step, self.active), values)
+        else:
+            self.trace[step, self.active] = values
+
     def step(self, gradient: Tensor, learning_rate: float) -> None:
         """Move the parameters of the active images up the gradient, (A, …)."""
-        self._optimizer.step(self.parameters, gradient, self._state, self._steps_of_state, learning_rate)
-        self._steps_of_state += 1
+        self._optimizer.step(self.parameters, gradient, self._state, self.steps_of_state, learning_rate)
+        self.steps_of_state += 1
+
+    def apply(self, gradient: Tensor, numbers: Tensor) -> None:
+        """Make the step of a `TabulatedOptimizer` with its numbers; `steps_of_state` is left to the caller."""
+        assert isinstance(self._optimizer, TabulatedOptimizer)
+        self._optimizer.apply(self.parameters, gradient, self._state, numbers)
+
+    @property
+    def changing(self) -> tuple[Tensor, ...]:
+        """The tensors that a step changes in place, except `trace`."""
+        return (self.parameters, *self._state, self.multipliers, self.gradient_sums)
 
     def resize(self, old: Size, new: Size, margin: int) -> None:
         """Continue on a canvas of another size, with a new optimizer state; both sizes include the margin."""
@@ -256,7 +319,8 @@ class Batch:
         self.steps[indices.cpu()] = steps
         self.active, self.channels, self.variants = self.active[others], self.channels[others], self.variants[others]
         self.parameters = parameters[others].requires_grad_(True)
-        self.transform_random = self.transform_random[:, others]
+        self._random_table = self._random_table[:, others]
+        self._matrix_tables = [table[:, others] for table in self._matrix_tables]
         self.multipliers = self.multipliers[:, others]
         self.balance = self.balance[:, others]
         self.gradient_sums = self.gradient_sums[others]
@@ -264,7 +328,12 @@ class Batch:
 
     def _start_optimizer(self) -> None:
         self._state = self._optimizer.init_state(self.parameters, self._canvas.paired)
-        self._steps_of_state = 0
+        self.steps_of_state = 0
+
+
+def _row(table: Tensor, step: StepIndex) -> Tensor:
+    """Return the row of a table, (steps, …), of a step."""
+    return table.index_select(0, step)[0] if isinstance(step, Tensor) else table[step]
 
 
 def _resized(images: Tensor, size: Size) -> Tensor:

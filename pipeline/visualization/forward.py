@@ -26,7 +26,7 @@ class ForwardResult:
         values: (B,) values to be maximized: those of the objective, with the opposite sign for a negative preset.
         terms: (B,) weighted batch terms on layers minus weighted penalties on activations, in units of `values`; None
             if there are none, or if gradients are disabled.
-        activations: (B, C, H, W) float32 maps of the layer that the objective is computed from.
+        activations: (B, C, H, W) maps of the layer that the objective is computed from, in the network's precision.
         means: (B, C) float32 spatial means by depth; a depth that the network does not compute for the images, or
             computes after the layer of the objective, is absent.
         distances: (D, B) regularizers in the space of a layer, without weights; None if there are none, or if
@@ -53,6 +53,22 @@ class _Recorded:
     maps: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     deviations: list[tuple[Tensor, float]] = dataclasses.field(default_factory=list)
     means: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+class _Float32Maps(Mapping[str, Tensor]):
+    """Maps by layer, each converted to float32 when it is read: most objectives read one channel of one map."""
+
+    def __init__(self, maps: Mapping[str, Tensor]) -> None:
+        self._maps = maps
+
+    def __getitem__(self, layer: str) -> Tensor:
+        return self._maps[layer].float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._maps)
+
+    def __len__(self) -> int:
+        return len(self._maps)
 
 
 # Functions from images (B, C, H, W) to what a forward pass recorded, and to the activations of layers by name.
@@ -86,8 +102,7 @@ class ObjectiveForward:
     ) -> ForwardResult:
         """Run the network on (B, C, H, W) images in [0, 1] that belong to units `channels` and `variants`, (B,)."""
         preset, recorded = self._preset, self._run(images)
-        maps = {name: output.float() for name, output in recorded.maps.items()}
-        activations = maps[self._layer]
+        maps, activations = _Float32Maps(recorded.maps), recorded.maps[self._layer]
         target = self._target_maps(compared.targets)
         values = preset.objective.value(Activations(activations, channels, variants, preset.variants, maps, target))
         if preset.negative:

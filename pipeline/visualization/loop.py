@@ -7,24 +7,20 @@ Adam's epsilon would make results depend on it.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from pipeline.acceleration.redirected_relu import REDIRECTED_STEPS, has_zero_gradient, redirected
+from pipeline.acceleration.redirected_relu import REDIRECTED_STEPS
 from pipeline.core.registry import registered_name
 from pipeline.core.seeds import seed_of
-from pipeline.data.image_filters import rms
-from pipeline.images.transforms import apply_transforms, center_crop
-from pipeline.images.transparency import gradient_magnitude
 from pipeline.visualization.batch import Batch, RenderJob
+from pipeline.visualization.captured_steps import CapturedSteps, can_be_captured, captured_steps
 from pipeline.visualization.evaluation import RESTARTED, SILENT, Visualization, evaluate, to_pictures
-from pipeline.visualization.forward import ForwardResult, ObjectiveForward, objective_forward
-from pipeline.visualization.layer_regularizers import balance
+from pipeline.visualization.forward import ObjectiveForward, objective_forward
 from pipeline.visualization.network_perturbations import ActivePerturbation, Ensemble
 from pipeline.visualization.preset import ChannelVariant, Preset
-from pipeline.visualization.schedules import StepSettings
+from pipeline.visualization.step import constrain, parameter_gradient
 
 
 def render(job: RenderJob, units: Sequence[ChannelVariant]) -> list[Visualization]:
@@ -99,34 +95,86 @@ def _attempt(job: RenderJob, units: Sequence[ChannelVariant], attempt: int, rate
 
 def _optimize(job: RenderJob, batch: Batch, rate: float) -> None:
     """Optimize the images of a batch until all are finished."""
-    preset, schedule = job.preset, job.schedule
-    current: StepSettings | None = None
-    with contextlib.ExitStack() as perturbation_stack, contextlib.ExitStack() as forward_stack:
-        perturbations = _perturb(job, perturbation_stack)
-        forwards: list[ObjectiveForward] = []
-        for step, settings in enumerate(schedule):
+    preset, last_stage = job.preset, job.schedule[-1].stage
+    with _Optimization(job, batch, rate) as optimization:
+        for step, settings in enumerate(job.schedule):
             job.on_step()
-            if current is None or settings.stage != current.stage:
-                stage = job.stage(settings)
-                forward_stack.close()
-                forwards = [
-                    forward_stack.enter_context(objective_forward(job, m, stage, penalized=True))
-                    for m in job.step_models
-                ]
-                if current is not None and job.canvas(job.stage(current)) != job.canvas(stage):
-                    batch.resize(job.canvas(job.stage(current)), job.canvas(stage), preset.margin)
-            current = settings
-            for perturbation in perturbations:
-                perturbation.set_step(step)
-            values, gradient = _gradient(job, batch, forwards[_ensemble_member(preset, step)], step, settings)
-            batch.trace[step, batch.active] = values
-            batch.step(gradient, preset.optimizer.rate(step, preset.steps) * settings.lr * rate)
-            _constrain(job, batch, settings)
-            if settings.stage == schedule[-1].stage:
-                _retire_finished(preset, batch, step + 1)
+            optimization.advance(step)
+            if settings.stage == last_stage and _retire_finished(preset, batch, step + 1):
+                optimization.forget_captured()
                 if len(batch.active) == 0:
                     break
         batch.retire(torch.ones_like(batch.active, dtype=torch.bool), preset.steps)
+
+
+class _Optimization(contextlib.ExitStack):
+    """The optimization of a batch, step by step; a context that restores the network at its end.
+
+    Args:
+        job: The job.
+        batch: The batch.
+        rate: Factor of the learning rate.
+    """
+
+    def __init__(self, job: RenderJob, batch: Batch, rate: float) -> None:
+        super().__init__()
+        self._job, self._batch, self._schedule = job, batch, job.schedule
+        optimizer, steps = job.preset.optimizer, job.preset.steps
+        self._rates = [optimizer.rate(i, steps) * settings.lr * rate for i, settings in enumerate(self._schedule)]
+        self._perturbations = _perturb(job, self)
+        self._stage_stack = self.enter_context(contextlib.ExitStack())
+        self._stage: int | None = None
+        self._began = 0
+        self._forwards: list[ObjectiveForward] = []
+        self._captured: CapturedSteps | None = None
+        self._may_capture = True
+
+    def advance(self, step: int) -> None:
+        """Run a step; steps follow each other from 0."""
+        if self._schedule[step].stage != self._stage:
+            self._start_stage(step)
+        if self._captured is not None:
+            self._captured.advance()
+        elif self._may_capture and can_be_captured(self._job, step, self._began):
+            self._may_capture = False
+            self._captured = captured_steps(
+                self._job, self._batch, self._forwards[0], step, self._rates, lambda: self._ordinary(step)
+            )
+        else:
+            self._ordinary(step)
+
+    def forget_captured(self) -> None:
+        """Run the steps of this stage one by one from here on, as the number of images has changed."""
+        self._captured, self._may_capture = None, False
+
+    def _start_stage(self, step: int) -> None:
+        job, batch, former = self._job, self._batch, self._stage
+        self._stage = self._schedule[step].stage
+        stage = job.preset.stages[self._stage]
+        self._captured, self._may_capture, self._began = None, True, step
+        self._stage_stack.close()
+        self._forwards = [
+            self._stage_stack.enter_context(objective_forward(job, model, stage, penalized=True))
+            for model in job.step_models
+        ]
+        if former is not None:
+            old, new = job.canvas(job.preset.stages[former]), job.canvas(stage)
+            if old != new:
+                batch.resize(old, new, job.preset.margin)
+        batch.start_stage(job, stage)
+
+    def _ordinary(self, step: int) -> None:
+        """Run a step without capture."""
+        job, batch, settings = self._job, self._batch, self._schedule[step]
+        for perturbation in self._perturbations:
+            perturbation.set_step(step)
+        forward = self._forwards[_ensemble_member(job.preset, step)]
+        values, gradient = parameter_gradient(
+            job, batch, forward, batch.draws(step), settings, redirects=step < REDIRECTED_STEPS
+        )
+        batch.record(step, values)
+        batch.step(gradient, self._rates[step])
+        constrain(job, batch, settings)
 
 
 def _perturb(job: RenderJob, stack: contextlib.ExitStack) -> list[ActivePerturbation]:
@@ -146,169 +194,15 @@ def _ensemble_member(preset: Preset, step: int) -> int:
     return 0
 
 
-@torch.no_grad()
-def _constrain(job: RenderJob, batch: Batch, settings: StepSettings) -> None:
-    """Project the parameters to their valid range, and blur the images if the schedule does."""
-    canvas = job.preset.canvas
-    canvas.project(batch.parameters)
-    if settings.blur > 0:
-        size = job.canvas(job.stage(settings))
-        batch.parameters.copy_(canvas.blurred(batch.parameters, settings.blur, size))
-
-
-def _retire_finished(preset: Preset, batch: Batch, steps: int) -> None:
-    """Remove the images from the batch that the stopping rule finds finished after `steps` steps."""
+def _retire_finished(preset: Preset, batch: Batch, steps: int) -> bool:
+    """Remove the images from the batch that the stopping rule finds finished after `steps` steps; whether there are."""
     if steps % preset.stop.every(preset.steps) != 0 or steps == preset.steps:
-        return
+        return False
     finished = preset.stop.finished(batch.trace[:steps, batch.active])
     if preset.couplings:
         # A batch term compares all variants of a channel: they stop together.
         finished = finished.view(-1, preset.variants).all(1).repeat_interleave(preset.variants)
-    if bool(finished.any()):
-        batch.retire(finished, steps)
-
-
-def _gradient(
-    job: RenderJob, batch: Batch, forward: ObjectiveForward, step: int, settings: StepSettings
-) -> tuple[Tensor, Tensor]:
-    """Return the (A,) values of the objective and the gradient of all terms with respect to the parameters."""
-    preset = job.preset
-    canvas_images = preset.canvas.image(batch.parameters, job.canvas(job.stage(settings)))
-    images = canvas_images.detach().requires_grad_(True)
-
-    def parameter_gradient(image_gradient: Tensor) -> Tensor:
-        return torch.autograd.grad(canvas_images, batch.parameters, image_gradient, retain_graph=True)[0]
-
-    values, gradient = _objective_gradient(job, batch, forward, step, settings, images, parameter_gradient)
-    # The transparency mask is about the objective: regularizers and preconditioners change the gradient below.
-    batch.gradient_sums += gradient_magnitude(gradient, job.canvas_without_margin(job.stage(settings)))
-    multipliers = _control_multipliers(job, batch, settings, images.detach())
-    regularizer_gradients = _regularizer_gradients(preset, batch, settings, images, multipliers)
-    # Relative weights hold for an objective whose gradient has an rms of 1. Regularizers are scaled by the actual rms,
-    # so that the gradient of the objective itself is not rescaled.
-    scale = rms(gradient) if regularizer_gradients else gradient
-    for relative, regularizer_gradient in regularizer_gradients.items():
-        gradient = gradient - (scale * regularizer_gradient if relative else regularizer_gradient)
-    for preconditioner in preset.preconditioners:
-        gradient = preconditioner.apply(gradient, settings.gradient_blur)
-    return values, parameter_gradient(gradient)
-
-
-def _objective_gradient(
-    job: RenderJob,
-    batch: Batch,
-    forward: ObjectiveForward,
-    step: int,
-    settings: StepSettings,
-    images: Tensor,
-    parameter_gradient: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Return the (A,) values of the objective under this step's transformations and its gradient in `images`.
-
-    The gradient includes that of the terms on layers. During the first steps, images without any gradient get a second
-    pass with redirected ReLU gradients. `parameter_gradient` returns the gradient in the parameters for one in the
-    images.
-    """
-    preset = job.preset
-    canvas, view = job.canvas(job.stage(settings)), job.view(job.stage(settings))
-
-    def backward(images: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
-        def transformed(some: Tensor) -> Tensor:
-            return apply_transforms(some, preset.transforms, batch.transform_random[step, rows], view)
-
-        compared = batch.compared(canvas, rows).map(transformed)
-        result = forward(transformed(images), batch.channels[rows], batch.variants[rows], compared)
-        total = result.values.sum()
-        if result.terms is not None:
-            total = total + result.terms.sum()
-        if result.distances is not None:
-            if isinstance(rows, slice):  # all images, without redirected gradients
-                _fix_balance(preset, batch, result, images, parameter_gradient)
-            weights = batch.balance.new_tensor([term.weight for term in preset.layer_penalties])
-            total = total - (weights[:, None] * batch.balance[:, rows] * result.distances).sum()
-        return result.values.detach(), torch.autograd.grad(total, images)[0]
-
-    values, gradient = backward(images, slice(None))
-    if step >= REDIRECTED_STEPS:
-        return values, gradient
-    dead = has_zero_gradient(gradient).flatten()
-    if not bool(dead.any()):
-        return values, gradient
-    # Batch terms compare all variants of a channel: the second pass needs all of them.
-    groups = dead.view(-1, preset.variants if preset.couplings else 1)
-    rows = groups.any(1).repeat_interleave(groups.shape[1])
-    with redirected(forward.model.module):
-        _, redirected_gradient = backward(images.detach()[rows].requires_grad_(True), rows)
-    return values, gradient.index_put((dead,), redirected_gradient[dead[rows]])
-
-
-def _fix_balance(
-    preset: Preset,
-    batch: Batch,
-    result: ForwardResult,
-    images: Tensor,
-    parameter_gradient: Callable[[Tensor], Tensor],
-) -> None:
-    """Set `batch.balance` where it is not known yet, for terms and images that are past `LayerRegularizer.least`."""
-    assert result.distances is not None
-    least = result.distances.new_tensor([term.least for term in preset.layer_penalties])
-    pending = (batch.balance == 0) & (result.distances.detach() >= least[:, None])
-    if not bool(pending.any()):
-        return
-
-    def gradient(total: Tensor) -> Tensor:
-        return parameter_gradient(torch.autograd.grad(total, images, retain_graph=True)[0])
-
-    objective = gradient(result.values.sum())
-    measured = torch.stack([balance(objective, gradient(distance.sum())) for distance in result.distances])
-    batch.balance = torch.where(pending, measured, batch.balance)
-
-
-def _regularizer_gradients(
-    preset: Preset, batch: Batch, settings: StepSettings, images: Tensor, multipliers: Tensor
-) -> dict[bool, Tensor]:
-    """Return the gradients in `images` of all image regularizers and of the batch terms on images.
-
-    Args:
-        preset: The preset.
-        batch: The batch.
-        settings: Settings of the step.
-        images: (A, C, H, W), which require a gradient.
-        multipliers: (P, A) factors of the regularizers with a budget.
-
-    Returns:
-        Gradients of a loss to be minimized, (A, C, H, W): the key True holds the sum of those whose weight is relative
-        to the objective's gradient, False the sum of the others. A key without any term is absent.
-    """
-    reference = batch.reference_of(images)
-    losses: dict[bool, Tensor] = {}
-    for i, regularizer in enumerate(preset.penalties):
-        values = regularizer.value(images, reference)
-        if regularizer.target is None:
-            loss = settings.penalties * regularizer.weight * values.sum()
-        else:
-            loss = settings.penalties * (multipliers[i] * values).sum()
-        losses[regularizer.relative] = losses.get(regularizer.relative, torch.zeros(())) + loss
-    for term in preset.couplings:
-        if term.space == "image":
-            groups = images.unflatten(0, (-1, preset.variants))
-            losses[True] = losses.get(True, torch.zeros(())) - term.weight * term.value(groups).sum()
-    return {relative: torch.autograd.grad(loss, images)[0] for relative, loss in losses.items()}
-
-
-@torch.no_grad()
-def _control_multipliers(job: RenderJob, batch: Batch, settings: StepSettings, images: Tensor) -> Tensor:
-    """Return the factors of the regularizers at this step, (P, A), and move those with a budget towards it.
-
-    The margin, which the finished image lacks, does not count: without transformations the objective does not see it,
-    so that its pixels follow the regularizers alone.
-    """
-    if not job.preset.budgets:
-        return batch.multipliers
-    size = job.canvas_without_margin(job.stage(settings))
-    inner, reference = center_crop(images, size), center_crop(batch.reference_of(images), size)
-    multipliers = torch.empty_like(batch.multipliers)
-    for i, regularizer in enumerate(job.preset.penalties):
-        means = regularizer.mean(inner, reference)
-        multipliers[i], batch.multipliers[i] = regularizer.controlled(batch.multipliers[i], means)
-    return multipliers
+    if not bool(finished.any()):
+        return False
+    batch.retire(finished, steps)
+    return True

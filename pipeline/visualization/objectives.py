@@ -4,8 +4,9 @@ An objective treats the images of a batch independently. With `render.negative` 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,21 +30,32 @@ class Activations:
     """Activations of a network for a batch of images.
 
     Attributes:
-        maps: (B, C, H, W) activations of the layer that is visualized.
+        outputs: (B, C, H, W) activations of the layer that is visualized, in the precision of the network.
         channels: (B,) int64 channel that each image visualizes.
         variants: (B,) int64 variant of each image.
         num_variants: Number of variants of a unit.
-        other_maps: Activations of the layers that `Objective.units` names, by layer.
+        other_maps: float32 activations of the layers that `Objective.units` names, by layer.
         compared: What `Objective.compares_with` names: (B, C, H, W) activations of the layer for a photograph, with the
             transformations of the image; or (1, C, 1, 1) means of its channels over the dataset.
     """
 
-    maps: Tensor
+    outputs: Tensor
     channels: Tensor
     variants: Tensor
     num_variants: int
     other_maps: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     compared: Tensor | None = None
+
+    @functools.cached_property
+    def maps(self) -> Tensor:
+        """(B, C, H, W) activations of the layer that is visualized, float32."""
+        return _as_float(self.outputs)
+
+    @property
+    def own_maps(self) -> Tensor:
+        """(B, H, W) activations of the channel that each image visualizes, float32."""
+        # Picked first: a copy of all channels in another precision takes as long as a layer of the network.
+        return _as_float(select_channels(self.outputs, self.channels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +137,34 @@ class Objective:
         raise NotImplementedError
 
 
+def _as_float(maps: Tensor) -> Tensor:
+    """Return maps in float32; those in double precision as they are."""
+    return maps if maps.dtype == torch.float64 else maps.float()
+
+
 def select_channels(maps: Tensor, channels: Tensor) -> Tensor:
     """Return one channel of each image: (B, C, H, W) maps and (B,) channels → (B, H, W)."""
-    return maps[torch.arange(maps.shape[0], device=maps.device), channels]
+    return _Selected.apply(maps, channels)
+
+
+class _Selected(torch.autograd.Function):
+    """Indexing whose gradient is written and not added: PyTorch sorts the indices for that, on a GPU at every step."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, channels: Tensor) -> Tensor:
+        rows = torch.arange(maps.shape[0], device=maps.device)
+        ctx.save_for_backward(rows, channels)
+        is_last = maps.dim() == 4 and maps.is_contiguous(memory_format=torch.channels_last)
+        ctx.format = torch.channels_last if is_last else torch.contiguous_format
+        ctx.shape, ctx.dtype = maps.shape, maps.dtype
+        return maps[rows, channels]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        rows, channels = ctx.saved_tensors
+        gradient = torch.empty(ctx.shape, dtype=ctx.dtype, device=rows.device, memory_format=ctx.format).zero_()
+        gradient[rows, channels] = grads[0]
+        return gradient, None
 
 
 def not_of_activations() -> set[str]:
@@ -145,7 +182,7 @@ class Channel(Objective):
 
     def value(self, activations: Activations) -> Tensor:
         """Return the spatial mean, (B,)."""
-        return select_channels(activations.maps, activations.channels).mean(dim=(1, 2))
+        return activations.own_maps.mean(dim=(1, 2))
 
 
 @OBJECTIVES.add("energy")
@@ -163,7 +200,7 @@ class Energy(Objective):
 
     def value(self, activations: Activations) -> Tensor:
         """Return the spatial variance, (B,): mean over (h, w) of (a[h, w] − mean a)². 0 for a map of one position."""
-        maps = select_channels(activations.maps, activations.channels)
+        maps = activations.own_maps
         return (maps - maps.mean(dim=(1, 2), keepdim=True)).pow(2).mean(dim=(1, 2))
 
 
@@ -195,7 +232,7 @@ class Neuron(Objective):
 
     def value(self, activations: Activations) -> Tensor:
         """Return the activation at row y (default H // 2) and column x (default W // 2), (B,)."""
-        maps = select_channels(activations.maps, activations.channels)
+        maps = activations.own_maps
         height, width = maps.shape[1:]
         y = height // 2 if self.y is None else min(self.y, height - 1)
         x = width // 2 if self.x is None else min(self.x, width - 1)
@@ -236,7 +273,7 @@ class Logit(_ClassifierObjective):
 
     def value(self, activations: Activations) -> Tensor:
         """Return the logits, (B,)."""
-        return select_channels(activations.maps, activations.channels).mean(dim=(1, 2))
+        return activations.own_maps.mean(dim=(1, 2))
 
 
 @OBJECTIVES.add("probability")
@@ -301,12 +338,18 @@ class Direction(Objective):
         """Return the value for (B, C, H, W) maps and the numbers (B,) of their vectors, (B,)."""
         if self.position == "centre":
             maps = maps[:, :, maps.shape[2] // 2, maps.shape[3] // 2, None, None]
-        vectors = torch.from_numpy(self.rows).to(maps)[rows]
+        vectors = _vectors(self, maps.dtype, maps.device)[rows]
         dot = torch.einsum("bchw,bc->bhw", maps, vectors)
         if self.power:
             norms = maps.norm(dim=1) * vectors.norm(dim=1)[:, None, None]
             dot = dot * (dot / norms.clamp(min=1e-12)).clamp(min=MIN_COSINE) ** self.power
         return dot.mean(dim=(1, 2))
+
+
+@functools.lru_cache(maxsize=8)
+def _vectors(objective: Direction, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the vectors of an objective on a device: they are read and copied once, and not at every step."""
+    return torch.from_numpy(objective.rows).to(device, dtype)
 
 
 @OBJECTIVES.add("directions")
@@ -403,7 +446,7 @@ class Joint(Objective):
 
     def value(self, activations: Activations) -> Tensor:
         """Return the weighted sum of channel means, (B,)."""
-        total = self.own * select_channels(activations.maps, activations.channels).mean(dim=(1, 2))
+        total = self.own * activations.own_maps.mean(dim=(1, 2))
         for unit, weight in zip(self.with_units, self.weights or (1.0,) * len(self.with_units), strict=True):
             layer, channel = Unit.parse(unit)
             total = total + weight * activations.other_maps[layer][:, channel].mean(dim=(1, 2))
@@ -443,6 +486,6 @@ class Interpolate(Objective):
         assert self.to is not None
         layer, channel = Unit.parse(self.to)
         t = activations.variants.to(activations.maps.dtype) / max(1, activations.num_variants - 1)
-        first = select_channels(activations.maps, activations.channels).mean(dim=(1, 2))
+        first = activations.own_maps.mean(dim=(1, 2))
         second = activations.other_maps[layer][:, channel].mean(dim=(1, 2))
         return (1 - t) * first + t * second

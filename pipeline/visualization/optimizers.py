@@ -4,7 +4,7 @@ import ctypes
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -74,6 +74,32 @@ class Optimizer:
         raise NotImplementedError
 
 
+@dataclasses.dataclass(frozen=True)
+class TabulatedOptimizer(Optimizer):
+    """Base class of optimizers whose steps differ only in a few numbers.
+
+    The numbers of all steps can lie in a table on the device, so that a GPU repeats one captured step (see
+    `captured_steps`). A subclass that overrides `step` itself is run step by step.
+    """
+
+    def numbers(self, step: int, rate: float) -> tuple[float, ...]:
+        """Return the numbers of a step; the arguments are those of `step`."""
+        raise NotImplementedError
+
+    def apply(self, parameters: Tensor, gradient: Tensor, state: Any, numbers: Sequence[float] | Tensor) -> None:
+        """Make the step of some `numbers`, in place; a tensor of them is on the device of the parameters."""
+        raise NotImplementedError
+
+    def step(self, parameters: Tensor, gradient: Tensor, state: Any, step: int, rate: float) -> None:
+        """Make one step up the gradient, in place."""
+        self.apply(parameters, gradient, state, self.numbers(step, rate))
+
+    @property
+    def is_tabulated(self) -> bool:
+        """Whether `apply` makes the steps of this class."""
+        return type(self).step is TabulatedOptimizer.step
+
+
 @functools.cache
 def _adam() -> Callable[..., None] | None:
     """Return the compiled step of adam.c (four pointers, three sizes, seven floats); None if it cannot be compiled."""
@@ -87,7 +113,7 @@ def _adam() -> Callable[..., None] | None:
 
 @OPTIMIZERS.add("adam")
 @dataclasses.dataclass(frozen=True)
-class Adam(Optimizer):
+class Adam(TabulatedOptimizer):
     """Adam (Kingma & Ba 2015) with an epsilon relative to the gradient of each image.
 
     `damping` is that epsilon, as a fraction of the square root of the image's mean second moment. The first steps of
@@ -121,10 +147,8 @@ class Adam(Optimizer):
         second = parameters[..., :1] if paired and self.joint else parameters
         return torch.zeros_like(parameters), torch.zeros_like(second, memory_format=torch.contiguous_format)
 
-    @torch.no_grad()
-    def step(self, parameters: Tensor, gradient: Tensor, state: Any, step: int, rate: float) -> None:
-        """Make one Adam step up the gradient, in place."""
-        first, second = state
+    def numbers(self, step: int, rate: float) -> tuple[float, ...]:
+        """Return β₁, β₂, the factors of first moment and gradient, damping, ε, step size, and what decay leaves."""
         # The bias correction of the second moment is a factor of the whole denominator: it goes into the step size.
         bias2 = math.sqrt(1 - self.beta2 ** (step + 1))
         epsilon = 1e-8 * bias2
@@ -135,13 +159,21 @@ class Adam(Optimizer):
             moment_factor = self.beta1 * bias1 / (1 - self.beta1 ** (step + 2))
             gradient_factor = 1 - self.beta1
         step_size = rate / bias1 * bias2
-        self.decay(parameters, rate)
-        compiled = _adam() if parameters.device.type == "cpu" else None
+        kept = 1 - rate * self.decay
+        return self.beta1, self.beta2, moment_factor, gradient_factor, self.damping, epsilon, step_size, kept
+
+    @torch.no_grad()
+    def apply(self, parameters: Tensor, gradient: Tensor, state: Any, numbers: Sequence[float] | Tensor) -> None:
+        """Make one Adam step up the gradient, in place."""
+        first, second = state
+        _, _, moment_factor, gradient_factor, _, epsilon, step_size, kept = numbers
+        if self.decay:
+            parameters.mul_(kept)
+        compiled = _adam() if parameters.device.type == "cpu" and not isinstance(numbers, Tensor) else None
         tensors = (parameters, gradient, first, second)
         if compiled is not None and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors):
-            numbers = (self.beta1, self.beta2, moment_factor, gradient_factor, self.damping, epsilon, step_size)
             joint_size = first.numel() // second.numel()
-            compiled(*(t.data_ptr() for t in tensors), len(parameters), second[0].numel(), joint_size, *numbers)
+            compiled(*(t.data_ptr() for t in tensors), len(parameters), second[0].numel(), joint_size, *numbers[:7])
             return
         first.lerp_(gradient, 1 - self.beta1)
         square = gradient * gradient
@@ -151,10 +183,20 @@ class Adam(Optimizer):
         mean_square = second.mean(dim=tuple(range(1, second.ndim)), keepdim=True)
         denominator = second.sqrt().add_(self.damping * mean_square.sqrt() + epsilon)
         direction = first * moment_factor + gradient * gradient_factor if self.nesterov else first
-        parameters.addcdiv_(direction, denominator, value=step_size)
+        _add_ratio(parameters, direction, denominator, step_size)
 
-    def decay(self, parameters: Tensor, rate: float) -> None:
-        """Apply weight decay, in place; there is none by default."""
+    @property
+    def decay(self) -> float:
+        """Weight decay by a step with a rate of 1; there is none by default."""
+        return 0.0
+
+
+def _add_ratio(parameters: Tensor, numerator: Tensor, denominator: Tensor, factor: float | Tensor) -> None:
+    """Add factor × numerator ÷ denominator to parameters."""
+    if isinstance(factor, Tensor):
+        parameters.addcdiv_(numerator * factor, denominator)
+    else:
+        parameters.addcdiv_(numerator, denominator, value=factor)
 
 
 @OPTIMIZERS.add("adamw")
@@ -169,9 +211,10 @@ class AdamW(Adam):
     joint: bool = False
     weight_decay: float = 0.01
 
-    def decay(self, parameters: Tensor, rate: float) -> None:
-        """Apply weight decay, in place."""
-        parameters.mul_(1 - rate * self.weight_decay)
+    @property
+    def decay(self) -> float:
+        """The weight decay."""
+        return self.weight_decay
 
 
 @OPTIMIZERS.add("nadam")
@@ -190,7 +233,7 @@ class NAdam(Adam):
 
 @OPTIMIZERS.add("sgd")
 @dataclasses.dataclass(frozen=True)
-class Sgd(Optimizer):
+class Sgd(TabulatedOptimizer):
     """Steps of rate × gradient ÷ mean absolute gradient of the image, as DeepDream and deepdraw do."""
 
     lr: Rate = 0.043  # 11 gray levels
@@ -200,10 +243,17 @@ class Sgd(Optimizer):
         """Return the velocity, 0."""
         return (torch.zeros_like(parameters),)
 
+    def numbers(self, step: int, rate: float) -> tuple[float, ...]:
+        """Return the rate."""
+        return (rate,)
+
     @torch.no_grad()
-    def step(self, parameters: Tensor, gradient: Tensor, state: Any, step: int, rate: float) -> None:
+    def apply(self, parameters: Tensor, gradient: Tensor, state: Any, numbers: Sequence[float] | Tensor) -> None:
         """Make one step up the normalized gradient, in place."""
-        (velocity,) = state
+        (velocity,), rate = state, numbers[0]
         magnitude = gradient.abs().mean(dim=tuple(range(1, gradient.ndim)), keepdim=True)
         velocity.mul_(self.momentum).add_(gradient / magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny))
-        parameters.add_(velocity, alpha=rate)
+        if isinstance(rate, Tensor):
+            parameters.add_(velocity * rate)
+        else:
+            parameters.add_(velocity, alpha=rate)

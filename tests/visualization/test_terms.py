@@ -17,7 +17,6 @@ from pipeline.data.image_filters import rms
 from pipeline.images import image_regularizers
 from pipeline.images.gradient_preconditioners import BlurGradient, Normalise, ScaleSpectrum
 from pipeline.images.image_regularizers import L2, PENALTIES, HighFrequency, ImageRegularizer, TotalVariation
-from pipeline.visualization import loop
 from pipeline.visualization.batch_terms import COUPLINGS, Alignment, Diversity, gram_cosine
 from pipeline.visualization.objectives import (
     OBJECTIVES,
@@ -32,6 +31,7 @@ from pipeline.visualization.schedules import (
     STOPS,  # noqa: F401  (registries fill on import)
     StepSettings,
 )
+from pipeline.visualization.step import regularizer_gradients
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_a_budget_scales_the_gradient_of_each_image_by_its_own_multiplier() -> N
     multipliers = torch.tensor([[0.2, 1.5], [7.0, 7.0]], dtype=torch.float64)
     batch: Any = SimpleNamespace(reference_of=lambda images: images)
     settings = StepSettings(0, 1.0, 0.0, None, 0.5)
-    gradient = loop._regularizer_gradients(preset, batch, settings, images, multipliers)[True]
+    gradient = regularizer_gradients(preset, batch, settings, images, multipliers)[True]
 
     def loss(x: Tensor) -> Tensor:
         own, fixed = (penalty.value(x, x) for penalty in preset.penalties)
