@@ -60,7 +60,7 @@ def test_captured_steps_give_the_images_of_the_loop(name: str) -> None:
     expected, found = (render(dataclasses.replace(job, capture=capture), UNITS) for capture in (None, graph))
     assert graph.captures == (2 if name == "stages" else 1) and graph.replays > MIN_REPLAYS
     for ordinary, captured in zip(expected, found, strict=True):
-        # Rounding turns single rectifiers on or off. With the draws or the rate of another step it is 17 levels and more.
+        # Rounding turns single rectifiers on or off; the draws or the rate of another step give 17 levels and more.
         assert np.quantile(np.abs(ordinary.image.astype(int) - captured.image.astype(int)), 0.9) <= 10
         assert captured.trace == pytest.approx(ordinary.trace, rel=0, abs=0.01)
         assert captured.steps == ordinary.steps and captured.status == ordinary.status
