@@ -68,6 +68,7 @@ class RenderJob:
         normalizations: The normalizations that `preset.network_penalties` compare, in their order; see
             `network_penalties.normalizations_before`.
         depths: Fixed depths of the network; the path of finished images is measured at those before `layer`.
+        precision: Precision of the steps, one of `acceleration.precision.PRECISIONS`.
     """
 
     model: Model
@@ -85,6 +86,7 @@ class RenderJob:
     layer_mean: Tensor | None = None
     normalizations: Sequence[Normalization] = ()
     depths: Sequence[Layer] = ()
+    precision: str = "float32"
 
     @property
     def image_size(self) -> Size:

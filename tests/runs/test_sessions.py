@@ -39,7 +39,7 @@ def test_another_precision_makes_visualizations_again_and_auto_keeps_them(
     assert precisions(tmp_path / "tiny") == {"bfloat16"}
     capsys.readouterr()
     for has_instructions in (False, True):  # a processor without and with instructions for bfloat16
-        monkeypatch.setattr("pipeline.acceleration.cpu_lowering.multiplies_bfloat16", lambda has=has_instructions: has)
+        monkeypatch.setattr("pipeline.acceleration.precision.multiplies_bfloat16", lambda has=has_instructions: has)
         assert main(["run", *overrides]) == 0
         assert "nothing is missing" in capsys.readouterr().out
     assert main(["run", *overrides, "engine.precision=float32"]) == 0
