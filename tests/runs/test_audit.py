@@ -137,8 +137,6 @@ LONG = [pytest.param(precision, marks=pytest.mark.long) for precision in ("tf32"
 
 
 @pytest.mark.parametrize("precision", ["float32", *LONG])
-    "precision", ["float32", *(pytest.param(p, marks=pytest.mark.long) for p in ("tf32", "bfloat16"))]
-)
 def test_visualizations_of_a_gpu_are_verified_on_a_cpu(
     precision: str, finished: Path, tiny_run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
