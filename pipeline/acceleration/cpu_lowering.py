@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,35 +26,20 @@ import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
-from pipeline.acceleration.batchnorm_folding import ConvNormPair, FoldedNorm, copy_network, only_argument, plain_forward
+from pipeline.acceleration.batchnorm_folding import (
+    NORM_FORWARDS,
+    ConvNormPair,
+    FoldedNorm,
+    copy_network,
+    only_argument,
+    plain_forward,
+)
 from pipeline.acceleration.redirected_relu import FusedRectifier, PassRange, limits_of, rectifier_gradient, redirect
 from pipeline.core.errors import first_line
 from pipeline.kernels import strided_conv_backward
 from pipeline.models.loading import Model
 
 log = logging.getLogger(__name__)
-
-
-@functools.cache
-def multiplies_bfloat16() -> bool:
-    """Return whether this processor has instructions for products of bfloat16 (AVX512_BF16 or AMX)."""
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in cpuinfo or "amx_bf16" in cpuinfo
-
-
-def precision_of(precision: str, device: str) -> torch.dtype:
-    """Return the data type of optimization steps.
-
-    Args:
-        precision: "float32", "bfloat16", or "auto": bfloat16 on a CPU that has instructions for it, else float32.
-        device: Type of the device, such as "cpu".
-    """
-    if precision == "auto":
-        return torch.bfloat16 if device == "cpu" and multiplies_bfloat16() else torch.float32
-    return torch.float32 if precision == "float32" else torch.bfloat16
 
 
 def lower(
@@ -79,7 +63,7 @@ def lower(
     on_cpu = next(folded.module.parameters()).device.type == "cpu"
     if not on_cpu and dtype == torch.float32:
         return folded
-    model = in_precision(folded, dtype)
+    model = in_precision(folded, dtype, exact_norms=not on_cpu)
     # The replacements need the channels-last memory format.
     if on_cpu and folded.channels_last:
         _replace_convolutions(model.module, dict(pairs), visible)
@@ -88,9 +72,17 @@ def lower(
     return model
 
 
-def in_precision(model: Model, dtype: torch.dtype) -> Model:
-    """Return a copy of a network with weights, buffers and input in `dtype`; tensors of this type are shared."""
-    module = copy_network(model.module, lambda tensor: _convert(tensor, dtype))
+def in_precision(model: Model, dtype: torch.dtype, exact_norms: bool = False) -> Model:
+    """Return a copy of a network with weights, buffers and input in `dtype`; tensors of this type are shared.
+
+    Args:
+        model: The network; it is not changed.
+        dtype: Data type of weights, buffers and activations.
+        exact_norms: Whether batch normalizations keep weights and statistics in float32. Their maps are in `dtype` all
+            the same, and they lose no time on a GPU.
+    """
+    kept = _norm_tensors(model.module) if exact_norms else frozenset()
+    module = copy_network(model.module, lambda tensor: tensor if id(tensor) in kept else _convert(tensor, dtype))
     if dtype != torch.float32:
 
         def cast_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -101,6 +93,12 @@ def in_precision(model: Model, dtype: torch.dtype) -> Model:
 
         module.register_forward_pre_hook(cast_inputs, with_kwargs=True)
     return dataclasses.replace(model, module=module)
+
+
+def _norm_tensors(module: nn.Module) -> frozenset[int]:
+    """Return the ids of weights and statistics of batch normalizations that accept maps of another data type."""
+    norms = [norm for norm in module.modules() if type(norm).forward in NORM_FORWARDS]
+    return frozenset(id(tensor) for norm in norms for tensor in (*norm.parameters(False), *norm.buffers(False)))
 
 
 def _run_mixed(module: nn.Module, dtype: torch.dtype) -> None:

@@ -3,7 +3,8 @@
 Folding batch normalizations, replacing convolutions and computing in bfloat16 make a step several times as fast. None
 of them is correct for every network that PyTorch can run, so the variant for a layer is compared with the original
 network on two images: by the values of the layer, and by the gradient with respect to the images. If a variant raises
-an error or deviates, the next less modified one is tried; the last one is the original network.
+an error or deviates, the next less modified one is tried; the last one is the original network. The comparison is in
+IEEE float32, but for variants in bfloat16 and TF32.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from torch.autograd import forward_ad
 
 from pipeline.acceleration.batchnorm_folding import ConvNormPair, FoldedNorm, fold
 from pipeline.acceleration.cpu_lowering import LoweredConv2d, in_precision, lower
+from pipeline.acceleration.precision import dtype_of, has_tf32, ieee, steps_in
 from pipeline.core.errors import first_line
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.loading import Model, inplace_activations
@@ -41,6 +43,9 @@ MAX_ROUNDING = 0.02
 BFLOAT16_COSINE = 0.9
 COSINE_MARGIN = 0.1
 MIN_COSINE = 0.4
+
+# Errors that say nothing about a variant: the device is out of memory, or lost.
+DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 # Values of layers by name, and under "" the gradient with respect to the images.
 Observed = dict[str, Tensor]
@@ -71,21 +76,21 @@ class ModelVariants:
 
     @property
     def precision(self) -> str:
-        """Name of the data type of the steps."""
+        """Precision of the steps, one of `precision.PRECISIONS`."""
         return self.level.partition(" ")[2]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """A variant that can be built with `make`, with its structure and data type."""
+    """A variant that can be built with `make`, with its structure and precision."""
 
     structure: str
     make: Callable[[], Model]
-    dtype: torch.dtype = torch.float32
+    precision: str = "float32"
 
     @property
     def name(self) -> str:
-        return f"{self.structure} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.structure} {self.precision}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +119,13 @@ class _Reference:
         for candidate in candidates:
             try:
                 variant = candidate.make()
-                reason = self.deviation(observe(variant, self.layers, self.images), candidate.dtype)
+                with steps_in(candidate.precision):
+                    observed = observe(variant, self.layers, self.images)
+                reason = self.deviation(observed, candidate.precision)
                 if not reason:
                     return variant
+            except DEVICE_ERRORS:
+                raise
             except Exception as error:
                 # The code of the user is run in ways that it was not written for, and may raise any error.
                 reason = f"{type(error).__name__}: {first_line(error)}"
@@ -124,8 +133,8 @@ class _Reference:
             reasons.append(f"{candidate.name}: {reason}")
         return None
 
-    def deviation(self, observed: Observed, dtype: torch.dtype) -> str:
-        """Describe the first deviation beyond the tolerance of a data type; empty if there is none."""
+    def deviation(self, observed: Observed, precision: str) -> str:
+        """Describe the first deviation beyond the tolerance of a precision; empty if there is none."""
         for name, expected in self.observed.items():
             what = f"values of {name}" if name else "the input gradient"
             if name not in observed:
@@ -133,7 +142,7 @@ class _Reference:
             finite = expected.isfinite()
             if not observed[name][finite].isfinite().all():
                 return f"{what}: not finite"
-            if dtype == torch.float32:
+            if precision == "float32":
                 difference = _difference(name, observed[name], expected)
                 if difference > FLOAT32_TOLERANCE and difference > ROUNDING_FACTOR * self._rounding(name):
                     return f"{what}: relative difference {difference:.2g}"
@@ -207,11 +216,12 @@ def smallest_cosine(rough: float) -> float:
     return min(BFLOAT16_COSINE, max(rough - COSINE_MARGIN, MIN_COSINE))
 
 
+@ieee()
 def verified_variants(
     model: Model,
     pairs: Sequence[ConvNormPair],
     layers: Sequence[Layer],
-    dtype: torch.dtype,
+    precision: str,
     size: tuple[int, int] | None = None,
     norms: Mapping[str, Layer] | None = None,
 ) -> ModelVariants:
@@ -221,7 +231,8 @@ def verified_variants(
         model: The original network, on the device of the optimization steps.
         pairs: The pairs that `foldable_pairs` returned for it.
         layers: The layers that will be read; batch normalizations inside them are not folded.
-        dtype: Data type of the steps, float32 or bfloat16.
+        precision: Precision of the steps, one of `precision.PRECISIONS`. If a bfloat16 variant deviates on a device
+            that multiplies TF32, they are in TF32.
         size: (height, width) in pixels of the images for the comparison; None for the network's own input size.
         norms: Normalized values that will be read as well, by the path of the batch normalization. It is folded all the
             same: the folded network has the values too.
@@ -237,19 +248,24 @@ def verified_variants(
         exact = folded
     exact = exact or model
     steps = None
-    if dtype != torch.float32:
+    made = precision
+    if precision == "bfloat16":
+        dtype = dtype_of(precision)
         steps = reference.first_equal(
             [
-                _Candidate("lowered", lambda: lower(folded, pairs, dtype, visible=norms), dtype),
-                _Candidate("mixed", lambda: lower(folded, pairs, dtype, mixed=True, visible=norms), dtype),
+                _Candidate("lowered", lambda: lower(folded, pairs, dtype, visible=norms), precision),
+                _Candidate("mixed", lambda: lower(folded, pairs, dtype, mixed=True, visible=norms), precision),
             ],
             reasons,
         )
-    precision = "float32" if steps is None else str(dtype).removeprefix("torch.")
-    # Failed attempts do not matter if the steps have the requested precision.
-    reason = "" if steps is not None else "; ".join(dict.fromkeys(reasons))
-    steps = steps or exact
-    return ModelVariants(folded, steps, exact, f"{_structure(steps)} {precision}", reason)
+    if steps is None and precision != "float32" and has_tf32(reference.images.device):
+        made = "tf32"
+        steps = reference.first_equal([_Candidate(_structure(exact), lambda: exact, made)], reasons)
+    if steps is None:
+        steps, made = exact, "float32"
+    # Failed attempts do not matter if the steps are in bfloat16.
+    reason = "" if made == "bfloat16" else "; ".join(dict.fromkeys(reasons))
+    return ModelVariants(folded, steps, exact, f"{_structure(steps)} {made}", reason)
 
 
 def _structure(variant: Model) -> str:
@@ -260,6 +276,7 @@ def _structure(variant: Model) -> str:
     return "folded" if any(isinstance(module, FoldedNorm) for module in modules) else "original"
 
 
+@ieee()
 def verified_fold(model: Model, pairs: Sequence[ConvNormPair], layers: Sequence[Layer]) -> Model:
     """Return the folded network for forward passes that read all `layers`; `model` itself if their values differ."""
     inside = {layer.module for layer in layers}
@@ -271,7 +288,9 @@ def verified_fold(model: Model, pairs: Sequence[ConvNormPair], layers: Sequence[
         reference = _Reference(model, layers, images, _values(model, layers, images))
         try:
             with inplace_activations(folded):
-                reason = reference.deviation(_values(folded, layers, images), torch.float32)
+                reason = reference.deviation(_values(folded, layers, images), "float32")
+        except DEVICE_ERRORS:
+            raise
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
     if reason:

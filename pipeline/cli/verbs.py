@@ -21,6 +21,7 @@ from pipeline.engine.progress import report_lines
 from pipeline.kernels.allocator import retain_freed_memory
 from pipeline.layers.selection import list_layers
 from pipeline.models.loading import load_model
+from pipeline.planning import execution
 from pipeline.planning.folder import RunFolder
 from pipeline.planning.plan import Plan
 from pipeline.planning.planner import make_plan
@@ -259,13 +260,14 @@ def _stored_config(folder: RunFolder) -> Config:
 
 
 def _stored_plan(folder: RunFolder) -> Plan:
-    """Return the plan of an existing run that the user trusts, from its stored configuration.
+    """Return the plan of an existing run that the user trusts, from its stored configuration, for this machine.
 
     Nothing is timed, and no base run is read. If the files of the dataset are elsewhere, it is the recorded one.
     """
     config = _stored_config(folder)
     units = {name: tuple(channels) for name, channels in folder.planned_channels().items()}
-    config = dataclasses.replace(config, base=None, only=None, judges={})
+    engine = execution.for_verification(config.engine)
+    config = dataclasses.replace(config, base=None, only=None, judges={}, engine=engine)
     root = config.data.root
     here = root is None or is_url(root) or Path(root).expanduser().exists()
     listed = None if here else maintenance.recorded_dataset(folder.atlas)

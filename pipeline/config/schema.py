@@ -74,8 +74,10 @@ class EngineConfig:
         gpus_per_worker: GPUs of one worker; fractions share one, 0 uses none.
         device: Device of the workers, for example "cpu" or "cuda". "auto" keeps the one that the results of the run
             folder were made on.
-        precision: Precision of the optimization steps; finished images are evaluated in float32. "auto" keeps that of
-            the results of the run folder, and is bfloat16 for a new run on a CPU with instructions for it.
+        precision: Precision of the optimization steps, "float32" (IEEE 754), "tf32" (on NVIDIA GPUs) or "bfloat16";
+            everything that is measured, such as finished images, is computed in IEEE float32. "auto" keeps that of
+            the results of the run folder, and is bfloat16 for a new run on a CPU with instructions for it or on an
+            NVIDIA GPU from compute capability 8.0 on.
         shared_fs: Whether workers see the photographs of the driver. Without, dataset images are sent to them. Finished
             shards are sent back by all workers that do not see the run folder.
         batch: Number of images that are optimized together; halved where a GPU runs out of memory.
@@ -100,7 +102,9 @@ class EngineConfig:
     # 0: no GPUs
     gpus_per_worker: Annotated[Annotated[float, Field(ge=0)] | Literal["auto"], AUTO_OR_POSITIVE] = "auto"
     device: str = "auto"
-    precision: Annotated[Literal["auto", "float32", "bfloat16"], Use("auto, float32 or bfloat16")] = "auto"
+    precision: Annotated[
+        Literal["auto", "float32", "tf32", "bfloat16"], Use("auto, float32, tf32 (NVIDIA GPUs) or bfloat16")
+    ] = "auto"
     shared_fs: bool = True
     batch: Annotated[int, Field(ge=1)] = 16
     task_seconds: Annotated[float, Field(ge=0.001)] = 120.0

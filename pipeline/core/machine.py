@@ -13,6 +13,10 @@ import psutil
 # when PyTorch is loaded.
 SPIN_LIMIT = {"GOMP_SPINCOUNT": "3000"}
 
+# Environment variable of PyTorch's compiler and its value, for workers: each would start a pool of as many compiling
+# processes as the machine has cores. It is read when the compiler is loaded.
+COMPILER_LIMIT = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.acceleration.precision import ieee
 from pipeline.core.errors import AtlasError
 from pipeline.data import image_loading
 from pipeline.data.datasets import Dataset
@@ -63,6 +64,7 @@ class EffectsContext:
         return next(self.model.module.parameters()).device
 
 
+@ieee(deterministic=True)
 def measure(context: EffectsContext, indices: Sequence[int]) -> EffectsPart:
     """Measure the effects of units on the outputs for dataset images.
 

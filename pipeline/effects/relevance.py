@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.acceleration.precision import ieee
 from pipeline.data import image_loading
 from pipeline.data.datasets import Dataset
 from pipeline.effects.measurement import pass_with_gradients
@@ -139,6 +140,7 @@ class RelevanceContext:
         return max(1, round(side * height / longest)), max(1, round(side * width / longest))
 
 
+@ieee(deterministic=True)
 def measure_relevance(context: RelevanceContext, index: RelevanceIndex, images: Sequence[int]) -> dict[str, np.ndarray]:
     """Measure positions and masks of units in the images that use them. Images are independent of each other.
 

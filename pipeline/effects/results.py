@@ -151,6 +151,8 @@ class EffectsResult:
         top: The largest output of each, (n,) int32.
         layers: Effects by layer name.
         relevant: Images by relevance for the units of the atlas, by layer name; empty without such lists.
+        device: Kinds of the devices that effects were measured on, such as "cpu cuda"; empty if parts of former
+            versions do not say it.
     """
 
     outputs: str
@@ -158,6 +160,7 @@ class EffectsResult:
     top: np.ndarray
     layers: Mapping[str, LayerEffects]
     relevant: Mapping[str, RelevantImages] = dataclasses.field(default_factory=dict)
+    device: str = ""
 
 
 def split_by_layer(

@@ -18,7 +18,7 @@ import pipeline
 from pipeline.config.schema import EngineConfig
 from pipeline.core import plugins
 from pipeline.core.errors import AtlasError, TryAgainError, first_line
-from pipeline.core.machine import SPIN_LIMIT
+from pipeline.core.machine import COMPILER_LIMIT, SPIN_LIMIT
 from pipeline.data import image_loading
 from pipeline.engine import handshake
 from pipeline.engine.base import (
@@ -294,7 +294,7 @@ class RayEngine:
         assert self._arguments is not None
         arguments, weights = self._arguments
         # The variable of OpenMP replaces the limit, as on this machine.
-        environment = {} if "OMP_WAIT_POLICY" in os.environ else SPIN_LIMIT
+        environment = COMPILER_LIMIT | ({} if "OMP_WAIT_POLICY" in os.environ else SPIN_LIMIT)
         expected = None if self.config.mixed_versions else self._versions
         for _ in range(min(self.target, tasks) - len(self._calls) - len(self._idle)):
             actor = self._actor_class.remote(pipeline.__name__, [arguments], weights, environment)

@@ -30,6 +30,9 @@ RELEVANCE_VERSION = 1
 # Version of visualizations by presets with regularizers in the space of a layer, beside `RENDER_VERSION`. Version 1,
 # whose weight was relative to the value of the objective, was not part of digests.
 LAYER_PENALTIES_VERSION = 2
+# Version of visualizations on CUDA devices, beside `RENDER_VERSION`. Version 1, where float32 was TF32 in convolutions
+# and bfloat16 included the statistics of batch normalizations, was not part of digests.
+CUDA_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Setup:
         device: Device of one worker, for example "cpu" or "cuda".
         others: Layers that presets read besides the layer of the unit.
         begins: Digest of the dataset pass whose best examples or means visualizations need; empty if none does.
-        precision: Precision of the optimization steps, "float32" or "bfloat16".
+        precision: Precision of the optimization steps, one of `acceleration.precision.PRECISIONS`.
         natural: Statistics of natural images in the network; None if no preset compares with them.
         depths: Fixed depths of the network at which the paths of images are measured (`layers.path_depths`).
         mark: A file in the run folder, of another name in each run: workers that see it write their shards there,
@@ -328,6 +331,7 @@ def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int], name: str
             "seed": config.run.seed,
             "precision": "float32" if exact else setup.precision,
             "device": device_kind(setup.device),
+            **({"cuda": CUDA_VERSION} if device_kind(setup.device) == "cuda" else {}),
             **_natural_digest(setup, own_preset),
             **({"layer penalties": LAYER_PENALTIES_VERSION} if own_preset.layer_penalties else {}),
         }

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load as unpacked
 
 from pipeline.acceleration.batchnorm_folding import ConvNormPair, foldable_pairs
+from pipeline.acceleration.precision import capability_of, ieee, usable
 from pipeline.acceleration.variants import ModelVariants, verified_fold, verified_variants
 from pipeline.core import atomic_io, hashing
 from pipeline.core.errors import AtlasError
@@ -119,7 +120,8 @@ class Worker:
 
     @functools.cached_property
     def _foldable(self) -> tuple[ConvNormPair, ...]:
-        return foldable_pairs(self.model)
+        with ieee():
+            return foldable_pairs(self.model)
 
     def variants(self, layer: Layer, preset: Preset, size: tuple[int, int]) -> ModelVariants:
         """Return the fastest variants of the network that equal it at `layer`, for visualizations of `size` pixels.
@@ -147,9 +149,14 @@ class Worker:
         return self.setup.natural.of(normalizations_before(self.model, layer), self.setup.device)
 
     @property
-    def precision(self) -> torch.dtype:
-        """Data type of the optimization steps."""
-        return torch.bfloat16 if self.setup.precision == "bfloat16" else torch.float32
+    def precision(self) -> str:
+        """Precision of the optimization steps: that of the run, if the device of this worker has it."""
+        return usable(self.setup.precision, self._kind, capability_of(self.setup.device))
+
+    @property
+    def _kind(self) -> str:
+        """Kind of the device, which results record."""
+        return device_kind(self.setup.device)
 
     @functools.cached_property
     def measured(self) -> Model:
@@ -188,7 +195,8 @@ class Worker:
             self.fits[layer] = min(fits[self.device_name], self.fits.get(layer, fits[self.device_name]))
         fitted_before = self.fits.get(layer)
         try:
-            with self._dataset_files(files):
+            # The default in a worker is that of measurements; steps choose their precision by name.
+            with ieee(), self._dataset_files(files):
                 data = self._result(task)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and any(word in str(error) for word in DEVICE_LOST_ERRORS):
@@ -341,6 +349,7 @@ class Worker:
             target_image=initial_images.load_target_image(preset, canvas, self.model.preprocessing),
             layer_mean=torch.tensor(layer_mean, device=self.setup.device) if layer_mean else None,
             normalizations=self.normalizations(layer, preset),
+            precision="float32" if preset.requires_original_weights else variants.precision,
         )
 
     def _render(self, task: RenderTask) -> bytes:
@@ -375,7 +384,7 @@ class Worker:
             "preset": preset.name,
             "precision": "float32" if preset.requires_original_weights else variants.precision,
             "requested_precision": self.setup.precision,
-            "device": device_kind(self.setup.device),
+            "device": self._kind,
             "level": variants.plain_level if preset.requires_original_weights else variants.level,
             "level_reason": "" if preset.requires_original_weights else variants.reason,
             "path_layers": [layer.name for layer in path],
@@ -416,7 +425,8 @@ class Worker:
         arrays = self._portioned(
             lambda config: sweep.measure_ranges(sweep.PassContext(model, layers, self.dataset, config), task.images)
         ).arrays()
-        return shards.to_bytes({"digest": task.digest, "content": hashing.arrays_digest(arrays)}, arrays)
+        attributes = {"digest": task.digest, "content": hashing.arrays_digest(arrays), "device": self._kind}
+        return shards.to_bytes(attributes, arrays)
 
     def _sweep(self, task: SweepTask) -> bytes:
         layers, model, threads = self.setup.layers, self.measured, max(2, self.setup.threads)
@@ -430,7 +440,7 @@ class Worker:
                 self.drawn,
             )
         )
-        return _part_bytes(task, result.arrays(), ranges=hashing.arrays_digest(range_arrays))
+        return self._part_bytes(task, result.arrays(), ranges=hashing.arrays_digest(range_arrays))
 
     def _localize(self, task: LocalizeTask) -> bytes:
         layers, model, threads = self.setup.layers, self.measured, max(2, self.setup.threads)
@@ -442,7 +452,7 @@ class Worker:
                 task.images,
             )
         )
-        return _part_bytes(task, arrays)
+        return self._part_bytes(task, arrays)
 
     def _effects(self, task: EffectsTask) -> bytes:
         request, threads = self.setup.effects, max(2, self.setup.threads)
@@ -460,7 +470,7 @@ class Worker:
             threads=threads,
         )
         arrays = measurement.measure(context, task.images).arrays()
-        return _part_bytes(task, arrays)
+        return self._part_bytes(task, arrays)
 
     def _relevance(self, task: RelevanceTask) -> bytes:
         request = self.setup.effects
@@ -476,13 +486,12 @@ class Worker:
         )
         index = relevance.RelevanceIndex.from_arrays(hdf5.from_bytes(task.index))
         arrays = relevance.measure_relevance(context, index, task.images)
-        return _part_bytes(task, arrays)
+        return self._part_bytes(task, arrays)
 
-
-def _part_bytes(task: SweepTask | PartTask, arrays: Mapping[str, np.ndarray], **attributes: str) -> bytes:
-    """Return the result of a part of a list of images as bytes of a shard, which knows its place in the list."""
-    place = {"digest": task.digest, "start": task.start, "end": task.end}
-    return shards.to_bytes({**place, **attributes}, arrays, "lzf")
+    def _part_bytes(self, task: SweepTask | PartTask, arrays: Mapping[str, np.ndarray], **attributes: str) -> bytes:
+        """Return the result of a part of a list of images as bytes of a shard, which knows its place in the list."""
+        place = {"digest": task.digest, "start": task.start, "end": task.end, "device": self._kind}
+        return shards.to_bytes({**place, **attributes}, arrays, "lzf")
 
 
 def _without_example_failed(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.acceleration.precision import ieee
 from pipeline.data import image_loading
 from pipeline.data.datasets import Dataset
 from pipeline.examples import topk
@@ -219,6 +220,7 @@ class SecondPassIndex:
         return cls(of_layers("channels"), of_layers("pairs"), of_layers("top"), of_layers("paths"), arrays["sample"])
 
 
+@ieee(deterministic=True)
 def localize(context: PassContext, index: SecondPassIndex, images: Sequence[int]) -> dict[str, np.ndarray]:
     """Run the second pass over the given images.
 

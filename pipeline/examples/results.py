@@ -49,6 +49,8 @@ class DatasetPassResult:
         edges: Bounds of the quantile bins, in percent.
         labels: All labels of the dataset; label numbers are positions in this tuple.
         paths: Depths and random images of the path similarity.
+        device: Kinds of the devices that images were measured on, such as "cpu cuda"; empty if parts of former versions
+            do not say it.
     """
 
     first_pass: PassResult
@@ -60,3 +62,4 @@ class DatasetPassResult:
     edges: tuple[float, ...]
     labels: tuple[str, ...]
     paths: PathInputs
+    device: str = ""

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from pipeline.acceleration.precision import ieee
 from pipeline.core.validation import Use
 from pipeline.data import image_loading
 from pipeline.data.datasets import Dataset
@@ -331,6 +332,7 @@ def reduce_batches(
             yield indices, joined[:, : len(items)].cpu().numpy()
 
 
+@ieee(deterministic=True)
 def measure_ranges(context: PassContext, sample: Sequence[int]) -> HistogramRange:
     """Measure the ranges of histograms and the centers of squares on a first sample of images."""
     channels = [layer.channels for layer in context.layers]
@@ -343,6 +345,7 @@ def measure_ranges(context: PassContext, sample: Sequence[int]) -> HistogramRang
     )
 
 
+@ieee(deterministic=True)
 def sweep(context: PassContext, indices: Iterable[int], ranges: HistogramRange, subsets: ImageSubsets) -> PassResult:
     """Run the first pass over the images `indices`.
 

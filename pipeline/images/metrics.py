@@ -2,7 +2,8 @@
 
 Each is computed from saved images, (B, C, H, W) in [0, 1], or from the activations of a layer for them, and gives one
 number for each image. No metric is part of the optimization: a metric that is optimized is no longer a measurement.
-Metrics of the images alone are computed in double precision, so that they are equal on all machines and in all batches.
+Metrics of the images alone are computed in double precision, so that they are equal on all machines and in all batches:
+on the device of the images if it is fast in double precision, else on the CPU.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.acceleration.precision import capability_of, float64_device
 from pipeline.data.natural_spectrum import LOGIT_MARGIN, Spectrum
 
 # High frequencies are those above this number of cycles per pixel, which an image of half the size could not contain.
@@ -38,7 +40,7 @@ def image_metrics(images: Tensor, strides: Sequence[int], natural: Spectrum) -> 
     Returns:
         (B,) float64 values by name.
     """
-    images = images.double()
+    images = images.to(float64_device(images.device, capability_of(images.device))).double()
     energy = power(images)
     return {
         "high_frequency": high_frequency(energy),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.acceleration.precision import ieee
 from pipeline.core.errors import AtlasError
 from pipeline.layers import selection
 from pipeline.layers.finding import Layer, capture
@@ -47,6 +48,7 @@ class Judge:
         """Number of features of each layer: mean and maximum of every channel."""
         return [2 * layer.channels for layer in self.layers]
 
+    @ieee()
     def class_logits(self, images: Tensor) -> np.ndarray:
         """Return the logits (B, K) of whole images (B, C, H, W) in [0, 1], resized to the input of the judge."""
         assert self.logits is not None
@@ -55,6 +57,7 @@ class Judge:
         assert maps is not None
         return maps.float().mean((2, 3)).cpu().numpy()
 
+    @ieee()
     def features(self, images: Tensor, network_size: Size) -> np.ndarray:
         """Return the features of whole images: spatial mean and maximum of every channel of `layers`.
 

@@ -171,6 +171,7 @@ class _Networks:
         other_layers: Layers that presets use besides the unit's own.
         forward_seconds: Seconds of one image's forward pass up to each layer, by layer name.
         normalizations: By the name of the unit's layer, those that network penalties compare.
+        precision: Precision of the steps.
     """
 
     folded: Model
@@ -178,6 +179,7 @@ class _Networks:
     other_layers: Sequence[Layer]
     forward_seconds: Mapping[str, float]
     normalizations: Mapping[str, Sequence[Normalization]]
+    precision: str
 
     def network_seconds(self, row: PlanRow) -> float:
         """Return the seconds of one forward pass on the row's canvas: proportional to its area."""
@@ -215,7 +217,8 @@ def estimate(
     steps = {preset.name: preset.variants * preset.steps for preset in config.rendered_presets}
     passes = images + STEP_TO_FORWARD * sum(len(row.channels) * steps[row.preset] for row in rows)
     forward_seconds, forward = _time_forward(variants.folded, chosen, passes)
-    networks = _Networks(variants.folded, variants.steps, others, forward_seconds, normalizations or {})
+    norms = normalizations or {}
+    networks = _Networks(variants.folded, variants.steps, others, forward_seconds, norms, variants.precision)
     timed: dict[tuple[str, str], PlanRow] = {}
     warm_ups: list[float] = []
     for preset in config.rendered_presets:
@@ -444,6 +447,7 @@ def _time_step(networks: _Networks, row: PlanRow, preset: Preset, run_steps: int
             initial_images=dict.fromkeys(units, gray),
             normalizations=networks.normalizations.get(row.layer.name, ()),
             ensemble=[folded] * sum(len(ensemble.checkpoints) for ensemble in ensembles),
+            precision=networks.precision,
         )
         render(job, units)
     return timer.timing(preset, len(units))

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from pipeline.acceleration.cpu_lowering import precision_of
+from pipeline.acceleration.precision import capability_of, precision_of
 from pipeline.config.schema import EngineConfig
 from pipeline.core.errors import AtlasError
-from pipeline.engine.tasks import Setup
+from pipeline.engine.tasks import Setup, device_kind
 from pipeline.planning.folder import RunFolder
 from pipeline.store import shards, writer
 
@@ -48,16 +48,21 @@ def _modified(path: Path) -> float:
 def resolved(config: EngineConfig, folder: RunFolder, base: RunFolder | None) -> EngineConfig:
     """Return the engine's settings with what the results of the run or of its base imply for `auto`.
 
+    The precision of results from another kind of device implies nothing: all visualizations are made again.
+
     Raises:
         AtlasError: If the run began on a GPU and this machine has none.
     """
     own = recorded(folder)
     before = own or (recorded(base) if base is not None else {})
+    chosen, here = config, "cuda" if torch.cuda.is_available() else "cpu"
     if config.precision == "auto" and "precision" in before:
-        config = dataclasses.replace(config, precision=before["precision"])
-    if config.device != "auto" or "device" not in before:
-        return config
-    device, here = before["device"], "cuda" if torch.cuda.is_available() else "cpu"
+        chosen = dataclasses.replace(config, precision=before["precision"])
+    if "device" not in before:
+        return chosen
+    device = before["device"]
+    if config.device != "auto":
+        return chosen if device_kind(config.device) == device else config
     if device == "cuda" and here == "cpu" and config.address is None:
         if not own:
             return config
@@ -70,13 +75,23 @@ def resolved(config: EngineConfig, folder: RunFolder, base: RunFolder | None) ->
             "%s has visualizations made on CPUs and goes on there; engine.device=cuda makes all again on the GPU",
             folder.path if own else base and base.path,
         )
-    return dataclasses.replace(config, device=device)
+    return dataclasses.replace(chosen, device=device)
+
+
+def for_verification(config: EngineConfig) -> EngineConfig:
+    """Return the engine's settings to render visualizations again on this machine, wherever they were made."""
+    if torch.cuda.is_available():
+        return config
+    return dataclasses.replace(config, device="cpu", precision="float32")
 
 
 def precision_name(precision: str, device: str) -> str:
-    """Return "float32" or "bfloat16" for a setting of `engine.precision` and a device."""
-    dtype = precision_of(precision, torch.device(device).type)
-    return "bfloat16" if dtype == torch.bfloat16 else "float32"
+    """Return the precision of steps for a setting of `engine.precision` and a device.
+
+    Raises:
+        AtlasError: If the device does not have it.
+    """
+    return precision_of(precision, torch.device(device).type, capability_of(device))
 
 
 def on_device(setup: Setup, device: str) -> Setup:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from pipeline.acceleration.precision import ieee
 from pipeline.config.schema import Config
 from pipeline.core import hashing
 from pipeline.core.atomic_io import write_atomic
@@ -190,6 +191,7 @@ def _check(head: HeadLayer, source: HeadSource) -> None:
         )
 
 
+@ieee()
 def _fit(heads: Sequence[HeadLayer], source: HeadSource) -> list[HeadLayer]:
     """Fit heads to the logits of dataset images, in one pass over at most `MAX_IMAGES` of them."""
     images = source.dataset.images

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.acceleration.precision import ieee
 from pipeline.core import hashing
 from pipeline.core.atomic_io import write_atomic
 from pipeline.core.errors import AtlasError
@@ -168,6 +169,7 @@ def _drawn(dataset: Dataset) -> list[int]:
     return dataset.draw(MAX_IMAGES).tolist()
 
 
+@ieee()
 def _deviations(
     run: Model, dataset: Dataset, indices: Sequence[int], normalizations: Sequence[Normalization]
 ) -> np.ndarray:

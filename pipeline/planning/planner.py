@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 
 from pipeline.acceleration.batchnorm_folding import ConvNormPair, fold, foldable_pairs
-from pipeline.acceleration.cpu_lowering import precision_of
+from pipeline.acceleration.precision import capability_of, usable
 from pipeline.acceleration.variants import ModelVariants, layers_without_gradient, verified_variants
 from pipeline.config.schema import Config
 from pipeline.core.errors import AtlasError
@@ -414,7 +414,8 @@ def _timed_variants(
     """
     device = _local_device(plan)
     layers = [*([deepest.layer] if deepest else plan.setup.layers[-1:]), *plan.setup.others]
-    precision = precision_of(plan.config.engine.precision, torch.device(device).type)
+    precision = execution.precision_name(plan.config.engine.precision, device)
+    precision = usable(precision, torch.device(device).type, capability_of(device))
     size = deepest.canvas if deepest else None
     model = inputs.model.to(device)
     norms = {norm.path: norm.tap for norm in read}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pipeline.acceleration.precision import ieee
 from pipeline.config.schema import Config
 from pipeline.core.atomic_io import atomic_path
 from pipeline.core.config_files import ConfigFile
@@ -156,6 +157,7 @@ def activation_grid(
     )
 
 
+@ieee()
 def cell_vectors(model: Model, request: GridRequest, photograph: np.ndarray) -> np.ndarray:
     """Return the activation vectors of the layer for a photograph, (R, Q, N) float32.
 

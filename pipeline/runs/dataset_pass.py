@@ -236,7 +236,14 @@ class DatasetPass:
                 self.index.sample,
                 dataset.source_numbers,
             ),
+            self._device,
         )
+
+    @property
+    def _device(self) -> str:
+        """Kinds of the devices that images were measured on."""
+        first = [self.histogram_ranges] if self.histogram_ranges else []
+        return devices_of([*first, *self.swept_ranges.values(), *self.localized_ranges.values()])
 
     @functools.cached_property
     def _labeled_parts(self) -> list[np.ndarray]:
@@ -295,6 +302,11 @@ def merged(pieces: Sequence[Shard], k: int, sources: np.ndarray | None) -> PassR
         return PassResult.from_arrays(arrays | {"codes/index": np.zeros(0, np.int32), "codes/bin": empty})
 
     return examples.merge(map(part, pieces), k, sources)
+
+
+def devices_of(parts: Iterable[Shard]) -> str:
+    """Return the kinds of devices that parts were measured on, such as "cpu cuda"; parts of former versions lack it."""
+    return " ".join(sorted({kind for part in parts for kind in str(part.attributes.get("device", "")).split()}))
 
 
 def unreadable_images(shard: Shard) -> list[tuple[int, str]]:

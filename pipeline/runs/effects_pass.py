@@ -18,7 +18,15 @@ from pipeline.effects.results import EffectsPart, EffectsResult, RelevantImages,
 from pipeline.engine.tasks import EffectsTask, RelevanceTask, Task, effects_digest, relevance_digest
 from pipeline.examples.channel_stats import channel_statistics
 from pipeline.planning.plan import Plan
-from pipeline.runs.dataset_pass import DatasetPass, columns_by_layer, even_parts, gaps, shard_path, without_overlap
+from pipeline.runs.dataset_pass import (
+    DatasetPass,
+    columns_by_layer,
+    devices_of,
+    even_parts,
+    gaps,
+    shard_path,
+    without_overlap,
+)
 from pipeline.runs.localized_arrays import LocalizedArrays
 from pipeline.store import shards
 from pipeline.store.shards import Shard
@@ -209,10 +217,11 @@ class EffectsPass:
         Raises:
             DamagedShardError: If a shard cannot be read.
         """
+        parts = [*self.ranges.values(), *self.relevance_ranges.values()]
+        result = dataclasses.replace(self._first_round, device=devices_of(parts))
         if not self.relevance_digest:
-            return self._first_round
-        relevant = dict(zip(self._first_round.layers, self._relevant_images(), strict=True))
-        return dataclasses.replace(self._first_round, relevant=relevant)
+            return result
+        return dataclasses.replace(result, relevant=dict(zip(result.layers, self._relevant_images(), strict=True)))
 
     def _relevant_images(self) -> list[RelevantImages]:
         """Return the lists by relevance of each layer, with the positions and masks of the second round."""

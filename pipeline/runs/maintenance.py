@@ -5,6 +5,7 @@ shard of their own, and shards are deleted only after every pixel of them was fo
 """
 
 import dataclasses
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -14,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.acceleration.precision import PRECISIONS, ieee
 from pipeline.core import atomic_io
 from pipeline.core.errors import AtlasError, first_line
 from pipeline.data.datasets import Dataset
 from pipeline.data.readers.base import DatasetImage
-from pipeline.engine.tasks import Setup, render_digest
+from pipeline.engine.tasks import Setup, device_kind, render_digest
 from pipeline.engine.worker import Worker
 from pipeline.layers.finding import capture
 from pipeline.models.config import ModelConfig
@@ -30,6 +32,7 @@ from pipeline.runs import best_examples
 from pipeline.runs.artifacts import put_aside
 from pipeline.runs.dataset_pass import (
     DatasetPass,
+    devices_of,
     gaps,
     merged,
     ranges_digest,
@@ -49,8 +52,8 @@ log = logging.getLogger(__name__)
 # (where, what): a problem that was found, or a repair that was done.
 Finding = tuple[str, str]
 
-# Largest difference between a stored visualization and its second rendering, in levels of 255: rounding differs with
-# machine and batch.
+# Largest difference between a stored visualization and its second rendering, in levels of 255, if both were made in
+# IEEE float32 on CPUs: rounding differs with machine and batch.
 TOLERANCE = 1
 
 # Largest difference between the stored activation of a visualization and the one recomputed from the stored image in
@@ -58,9 +61,10 @@ TOLERANCE = 1
 # other batches and other machines change it by rounding alone, which is below a thousandth; other code does not.
 ACTIVATION_TOLERANCE = 0.01
 
-# In bfloat16, one differing last bit soon becomes a level or more: the root mean square difference may be this share
+# In any other precision, on a GPU (where kernels depend on the size of the batch, and add in any order), and on another
+# kind of device, one differing last bit soon becomes a level or more: the root mean square difference may be this share
 # of the visualization's contrast (standard deviation). Another seed gives more than the full contrast.
-BFLOAT16_TOLERANCE = 0.5
+ROOT_MEAN_SQUARE_TOLERANCE = 0.5
 
 # Arrays of a shard that are read image by image, the images first: their chunks can be damaged one by one.
 STACKS = ("images", "mask")
@@ -196,19 +200,18 @@ def _intact_images(shard: Shard) -> list[tuple[int, int]]:
 def _render_again(atlas: Path, plan: Plan, sample: int) -> list[Finding]:
     """Render `sample` visualizations of an undamaged atlas again and compare them with the stored ones."""
     parts = writer.render_groups(atlas)
-    digests = {row: render_digest(plan.setup, row.layer, row.canvas, row.preset) for row in plan.rows}
+    found = {row: part for row in plan.rows if (part := _part_of(row, parts, plan.setup)) is not None}
     units = [
         (row, channel, variant)
-        for row in plan.rows
-        if (row.layer.name, digests[row]) in parts
+        for row in found
         for channel in row.channels
         for variant in range(plan.config.preset(row.preset).variants)
     ]
     drawn = np.random.default_rng(plan.config.run.seed).permutation(len(units))[:sample]
-    workers = {name: Worker(_with_precision(plan.setup, name)) for name in ("float32", "bfloat16")}
+    workers = {name: Worker(_with_precision(plan.setup, name)) for name in PRECISIONS}
     problems: list[Finding] = []
     for row, channel, variant in (units[i] for i in sorted(drawn)):
-        part = parts[row.layer.name, digests[row]]
+        part = found[row]
         small = part.get("channels", "activation", "status")
         index = small["channels"].tolist().index(channel)
         with part.opened() as opened:
@@ -225,13 +228,47 @@ def _render_again(atlas: Path, plan: Plan, sample: int) -> list[Finding]:
         unit = f"{row.layer.name}:{channel}"
         problems += _compare_activation(unit, activation, small["activation"], (index, variant))
         # An atlas part lists several precisions if its workers differed: one of them rendered this visualization.
-        candidates = [workers[name] for name in writer.precisions(part)]
+        candidates = [(workers[name], is_reproducible(part, name, plan.setup)) for name in writer.precisions(part)]
         problems += _compare_image(candidates, row, (channel, variant), (initial, mean), stored)
     return problems
 
 
+def _part_of(row: PlanRow, parts: Mapping[tuple[str, str], Shard], setup: Setup) -> Shard | None:
+    """Return the part of an atlas with the visualizations of a row, whatever they were made on; None without."""
+    recorded = {
+        pair
+        for (layer, _), part in parts.items()
+        if layer == row.layer.name
+        for pair in itertools.product(
+            _kinds(part), str(part.attributes.get("requested_precision", "float32")).split() or ["float32"]
+        )
+    }
+    for device, precision in [(setup.device, setup.precision), *sorted(recorded)]:
+        made_on = dataclasses.replace(setup, device=device, precision=precision)
+        digest = render_digest(made_on, row.layer, row.canvas, row.preset)
+        if (row.layer.name, digest) in parts:
+            return parts[row.layer.name, digest]
+    return None
+
+
+def _kinds(part: Shard) -> list[str]:
+    """Return the kinds of devices that visualizations were made on; those of former versions were made on CPUs."""
+    return str(part.attributes.get("device", "")).split() or ["cpu"]
+
+
+def is_reproducible(part: Shard, precision: str, setup: Setup) -> bool:
+    """Return whether a second rendering differs by rounding alone: if both are in IEEE float32 on a CPU.
+
+    Args:
+        part: Part of an atlas with the visualization.
+        precision: Precision of its steps.
+        setup: The setup of the worker that renders it again.
+    """
+    return precision == "float32" and _kinds(part) == ["cpu"] and device_kind(setup.device) == "cpu"
+
+
 def _compare_image(
-    workers: Sequence[Worker],
+    workers: Sequence[tuple[Worker, bool]],
     row: PlanRow,
     unit: tuple[int, int],
     dataset_results: tuple[tuple[InitialImage, ...], tuple[float, ...]],
@@ -239,11 +276,12 @@ def _compare_image(
 ) -> list[Finding]:
     """Render the (channel, variant) `unit` on each worker until one agrees with the stored image (H, W, C) uint8.
 
-    `dataset_results` are the initial images and the means of the layer that it needs.
+    With each worker is whether its rendering must be equal to the stored one up to rounding. `dataset_results` are the
+    initial images and the means of the layer that the unit needs.
     """
     channel, variant = unit
     largest: list[int] = []
-    for worker in workers:
+    for worker, equal in workers:
         preset = worker.setup.config.preset_for(row.preset, row.layer)
         again = worker.pictures(row.layer.name, [channel], row.canvas, preset, *dataset_results)[variant]
         difference = again.image.astype(float) - stored
@@ -252,7 +290,7 @@ def _compare_image(
         if largest[-1] <= TOLERANCE:
             return []
         root_mean_square = np.sqrt((difference**2).mean())
-        if worker.setup.precision == "bfloat16" and root_mean_square <= BFLOAT16_TOLERANCE * stored.std():
+        if not equal and root_mean_square <= ROOT_MEAN_SQUARE_TOLERANCE * stored.std():
             return []
     return [
         (
@@ -262,6 +300,7 @@ def _compare_image(
     ]
 
 
+@ieee()
 def _recompute_activation(
     worker: Worker, row: PlanRow, unit: tuple[int, int], mean: Sequence[float], image: np.ndarray
 ) -> float:
@@ -299,8 +338,9 @@ def _compare_activation(unit: str, recomputed: float, stored: np.ndarray, at: tu
 
 
 def _with_precision(setup: Setup, precision: str) -> Setup:
-    """Return the setup of a worker whose optimization steps use `precision`."""
-    return dataclasses.replace(setup, precision=precision)
+    """Return the setup of a worker whose optimization steps use `precision`, or float32 if its device lacks TF32."""
+    lacking = precision == "tf32" and device_kind(setup.device) != "cuda"
+    return dataclasses.replace(setup, precision="float32" if lacking else precision)
 
 
 def rescue(shard: Shard, folder: RunFolder) -> int:
@@ -545,6 +585,8 @@ def merge_pass_shards(folder: RunFolder) -> list[Shard]:
     arrays["codes/index"] = np.concatenate([piece.get("codes/index")["codes/index"] for piece in pieces])
     path = shard_path(folder.shards, "examples", f"0-{len(sources)}", digest)
     attributes = {"digest": digest, "start": 0, "end": len(sources), "ranges": content}
+    if devices_of(pieces):
+        attributes["device"] = devices_of(pieces)
     _write_merged(path, attributes, arrays, pieces)
     if not _holds(path, arrays, pieces):
         path.unlink()

@@ -21,6 +21,8 @@ INTERVAL = 1.959964
 def write_effects(file: h5py.File, effects: EffectsResult) -> None:
     """Write the effects into the groups of their layers, whose channels are written already."""
     file.create_group("effects").attrs["outputs"] = effects.outputs
+    if effects.device:
+        file["effects"].attrs["device"] = effects.device
     write_array(file, "effects/index", effects.index)
     write_array(file, "effects/top", effects.top)
     for name, layer in effects.layers.items():

@@ -452,6 +452,8 @@ def _write_dataset(file: h5py.File, pass_result: DatasetPassResult) -> None:
     if pass_result.labels:
         write_array(file, "dataset/labels", np.array(pass_result.labels, object))
     write_array(file, "dataset/responses", pass_result.first_pass.responses_index)
+    if pass_result.device:
+        file["dataset"].attrs["device"] = pass_result.device
     group = file.create_group("dataset/shown")
     group.attrs["store"] = pass_result.store
     for name in ("index", "size", "box", "offset", "jpeg"):

@@ -92,6 +92,7 @@ class RenderJob:
         depths: Fixed depths of the network; the path of finished images is measured at those before `layer`.
         capture: Captures a function that works on the device and returns one that repeats it, such as
             `cuda_graphs.capture_graph`; None to launch every step.
+        precision: Precision of the steps, one of `acceleration.precision.PRECISIONS`.
     """
 
     model: Model
@@ -110,6 +111,7 @@ class RenderJob:
     normalizations: Sequence[Normalization] = ()
     depths: Sequence[Layer] = ()
     capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None
+    precision: str = "float32"
 
     @property
     def image_size(self) -> Size:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.acceleration.precision import ieee
 from pipeline.core.metric_specs import IMAGE_METRICS
 from pipeline.core.registry import registered_name
 from pipeline.data.natural_spectrum import packaged_spectrum
@@ -112,6 +113,7 @@ class Evaluation:
 
 
 @torch.no_grad()
+@ieee()
 def evaluate(job: RenderJob, batch: Batch) -> Evaluation:
     """Measure the finished images of `batch` as they will be saved, with 8 bits, by `job.evaluation_model`."""
     preset = job.preset

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pipeline.acceleration.precision import steps_in
 from pipeline.acceleration.redirected_relu import REDIRECTED_STEPS
 from pipeline.core.registry import registered_name
 from pipeline.core.seeds import seed_of
@@ -87,7 +88,8 @@ def _attempt(job: RenderJob, units: Sequence[ChannelVariant], attempt: int, rate
     """Optimize and evaluate one image for each unit; `rate` is a factor of the learning rate."""
     start_time = time.perf_counter()
     batch = Batch(job, units, attempt)
-    _optimize(job, batch, rate)
+    with steps_in(job.precision):
+        _optimize(job, batch, rate)
     evaluation = evaluate(job, batch)
     seconds = (time.perf_counter() - start_time) / len(units)
     return to_pictures(job, batch, evaluation, attempt, seconds)

@@ -39,7 +39,11 @@ def rendering(layer_name: str, steps: int) -> Callable[[], object]:
     model = loading.load_model(config.model)
     layer = next(la for la in bench.list_layers(model, config.layers) if la.name == layer_name)
     size = bench.choose_canvas_sizes(model, [layer], config.render)[layer.name]
-    precision = cpu_lowering.precision_of(config.engine.precision, "cpu")
+    try:
+        from pipeline.acceleration.precision import precision_of
+    except ImportError:  # for commits before it was a module of its own
+        precision_of = cpu_lowering.precision_of
+    precision = precision_of(config.engine.precision, "cpu")
     found: Any
     pairs = batchnorm_folding.foldable_pairs(model)
     if hasattr(bench, "verified_variants"):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from pipeline.acceleration.batchnorm_folding import fold, foldable_pairs
-from pipeline.acceleration.cpu_lowering import precision_of
+from pipeline.acceleration.precision import capability_of, precision_of, steps_in
 from pipeline.acceleration.redirected_relu import REDIRECTED_STEPS
 from pipeline.acceleration.variants import verified_variants
 from pipeline.cli.compose import compose
@@ -59,14 +59,16 @@ def seconds(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - began
 
 
-def bare(model: Model, layer: Layer, batch: int, size: tuple[int, int], steps: int) -> Callable[[], None]:
+def bare(
+    model: Model, layer: Layer, batch: int, size: tuple[int, int], steps: int, precision: str
+) -> Callable[[], None]:
     """Run `steps` forward and backward passes of the network up to `layer`."""
     device = next(model.module.parameters()).device
     pixels = torch.rand(batch, model.preprocessing.channels, *size, device=device).requires_grad_(True)
     rows = torch.arange(batch, device=device)
 
     def work() -> None:
-        with capture(model, [layer]) as run:
+        with steps_in(precision), capture(model, [layer]) as run:
             for _ in range(steps):
                 found = run(pixels)[layer.name]
                 torch.autograd.grad(found[rows, rows % found.shape[1]].float().mean(dim=(1, 2)).sum(), pixels)
@@ -78,17 +80,18 @@ def measured(model: Model, layer: Layer, config: Config, batch: int, least: floa
     """Return one row of the table: medians over alternating rounds, for at least `least` seconds of each."""
     preset = config.render.for_layer(layer)
     size = choose_canvas_sizes(model, [layer], preset)[layer.name]
-    precision = precision_of(config.engine.precision, torch.device(device).type)
+    precision = precision_of(config.engine.precision, torch.device(device).type, capability_of(device))
     found = verified_variants(model, foldable_pairs(model), [layer], precision, size)
     folded = found.folded
     units = [(c % layer.channels, c // layer.channels) for c in range(batch)]
 
     def ours(steps: int) -> Callable[[], object]:
         short = dataclasses.replace(preset, steps=steps, attempts=1)
-        job = RenderJob(folded, layer, short, 0, size, step_model=found.steps, exact_model=found.exact)
+        models = {"step_model": found.steps, "exact_model": found.exact}
+        job = RenderJob(folded, layer, short, 0, size, **models, precision=found.precision)
         return lambda: render(job, units)
 
-    loops = [bare(twin, layer, batch, size, LONG - SHORT) for twin in (folded, found.steps)]
+    loops = [bare(twin, layer, batch, size, LONG - SHORT, found.precision) for twin in (folded, found.steps)]
     for work in (*loops, ours(SHORT)):
         work()
     theirs, swift, own, fixed, spent = [], [], [], [], 0.0

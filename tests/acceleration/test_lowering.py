@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -19,9 +18,8 @@ from torch import nn
 
 from pipeline.acceleration import cpu_lowering
 from pipeline.acceleration.batchnorm_folding import FoldedNorm, fold, foldable_pairs
-from pipeline.acceleration.cpu_lowering import Depthwise, FirstConv, LoweredConv2d, Pointwise, lower, precision_of
+from pipeline.acceleration.cpu_lowering import Depthwise, FirstConv, LoweredConv2d, Pointwise, lower
 from pipeline.acceleration.redirected_relu import limits_of, redirected
-from pipeline.core.errors import AtlasError
 from pipeline.engine import worker
 from pipeline.engine.worker import Worker
 from pipeline.layers.finding import Layer, capture, enumerate_layers
@@ -240,17 +238,6 @@ def test_pictures_of_bfloat16_steps_are_measured_in_float32(network: Model, laye
     assert rough[0].activation == pytest.approx(again, rel=1e-5)
 
 
-def test_the_precision_is_chosen_by_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    for able, wanted in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(cpu_lowering, "multiplies_bfloat16", lambda able=able: able)
-        assert precision_of("auto", "cpu") == wanted
-        assert precision_of("auto", "cuda") == torch.float32
-        assert precision_of("bfloat16", "cuda") == torch.bfloat16
-        assert precision_of("float32", "cpu") == torch.float32
-    with pytest.raises(AtlasError, match=r"engine\.precision='half': use auto, float32 or bfloat16"):
-        compose(["engine.precision=half"])
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_an_atlas_says_what_its_steps_were_computed_in(
@@ -286,19 +273,3 @@ def test_noise_on_weights_is_made_on_the_network_as_it_is(tiny_run: list[str]) -
         config = compose([*tiny_run, "render=weight_noise", "render.size=32", f"engine.precision={precision}"]).config
         images.append(Worker(make_plan(config).setup).pictures("conv_stem", [0], (32, 32), config.render)[0].image)
     assert np.array_equal(*images)
-
-
-@pytest.mark.parametrize(
-    ("told", "able"),
-    [(None, False), ("flags : avx512f avx512_vnni", False), ("flags : avx512_bf16", True), ("flags : amx_bf16", True)],
-)
-def test_a_processor_says_whether_it_multiplies_bfloat16(
-    told: str | None, able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "cpuinfo"
-    if told is not None:
-        file.write_text(told)
-    cpu_lowering.multiplies_bfloat16.cache_clear()
-    monkeypatch.setattr(cpu_lowering, "Path", lambda _: file)
-    assert cpu_lowering.multiplies_bfloat16() == able
-    cpu_lowering.multiplies_bfloat16.cache_clear()

@@ -15,7 +15,8 @@ import pytest
 from pipeline.config.schema import EngineConfig
 from pipeline.core import machine
 from pipeline.core.errors import AtlasError, TryAgainError
-from pipeline.engine import connection, handshake
+from pipeline.core.machine import COMPILER_LIMIT
+from pipeline.engine import connection, handshake, ray_engine
 from pipeline.engine.deadlines import ENOUGH, Deadlines
 from pipeline.engine.progress import WorkerStats, run_report
 from pipeline.engine.resources import size_pool
@@ -247,3 +248,33 @@ def test_waiting_threads_are_limited_on_every_way_into_the_program(monkeypatch: 
     monkeypatch.delenv("ATLAS_TEST_UNSET", raising=False)
     handshake.VersionedActor("pipeline", [], None, {"ATLAS_TEST_SET": "3000", "ATLAS_TEST_UNSET": "3000"})
     assert (os.environ["ATLAS_TEST_SET"], os.environ.pop("ATLAS_TEST_UNSET")) == ("own", "3000")
+
+
+def test_workers_get_the_limits_of_threads_and_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    found = []
+
+    def remote(package: str, arguments: object, weights: object, environment: dict[str, str]) -> Any:
+        found.append(environment)
+        return types.SimpleNamespace(hello=types.SimpleNamespace(remote=lambda _: "hello"))
+
+    engine = types.SimpleNamespace(
+        _arguments=((), b""),
+        config=EngineConfig(),
+        _versions={},
+        target=1,
+        _calls={},
+        _idle=[],
+        _actor_class=types.SimpleNamespace(remote=remote),
+    )
+    ray_engine.RayEngine._start_workers(engine, 1)  # type: ignore[arg-type]
+    assert found == [COMPILER_LIMIT | machine.SPIN_LIMIT]
+
+
+@pytest.mark.long
+def test_workers_start_no_pool_of_compilers() -> None:
+    """Each would start as many processes as the machine has cores."""
+    code = "import torch._inductor.config as config; print(config.compile_threads)"
+    environment = dict(os.environ) | COMPILER_LIMIT
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]

@@ -5,19 +5,25 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import compose
 from test_run import pictures, shard_times
 
 import pipeline
 from pipeline.cli.main import main
 from pipeline.core.errors import AtlasError
+from pipeline.engine.tasks import render_digest
+from pipeline.engine.worker import Worker
+from pipeline.planning.planner import make_plan
+from pipeline.runs.maintenance import _recompute_activation, is_reproducible
 from pipeline.store import hdf5, shards
 
 
@@ -94,6 +100,90 @@ def test_a_picture_that_cannot_be_rendered_again_is_told(
     assert "levels of 255 from the stored visualization" in " ".join(capsys.readouterr().out.split())
 
 
+def made_on_a_gpu(folder: Path, overrides: list[str], precision: str, change: Callable[[np.ndarray], None]) -> None:
+    """Let the visualizations of an atlas be those of a GPU, changed by `change`, with digests and activations right."""
+    plan = make_plan(compose(overrides).config, timed=False)
+    setup = dataclasses.replace(plan.setup, device="cuda", precision=precision)
+    worker = Worker(plan.setup)
+    with h5py.File(folder / "atlas.h5", "r+") as file:
+        for row in plan.rows:
+            part = hdf5.group(file, f"layers/{row.layer.name}/render/{row.preset}")
+            digest = render_digest(setup, row.layer, row.canvas, row.preset)
+            names = {"device": "cuda", "precision": precision, "requested_precision": precision}
+            part.attrs.update({**names, "digest": digest})
+            images = hdf5.dataset(part, "images")[...]
+            change(images)
+            hdf5.dataset(part, "images")[...] = images
+            hdf5.dataset(part, "images_sha256")[...] = hdf5.image_digests(images)
+            activation = hdf5.dataset(part, "activation")
+            for place in np.ndindex(*images.shape[:2]):
+                unit = row.channels[place[0]], place[1]
+                activation[place] = _recompute_activation(worker, row, unit, (), images[place])
+
+
+def drift(images: np.ndarray) -> None:
+    """Change a few values by several levels, as a GPU does that adds in another order."""
+    rng = np.random.default_rng(0)
+    steps = rng.integers(-4, 5, images.shape) * (rng.random(images.shape) < 0.05)
+    images[...] = (images + steps).clip(0, 255)
+
+
+def exchange(images: np.ndarray) -> None:
+    """Give each unit the visualization of another."""
+    images[...] = np.roll(images, 1, axis=0)
+
+
+LONG = [pytest.param(precision, marks=pytest.mark.long) for precision in ("tf32", "bfloat16")]
+
+
+@pytest.mark.parametrize("precision", ["float32", *LONG])
+def test_visualizations_of_a_gpu_are_verified_on_a_cpu(
+    precision: str, finished: Path, tiny_run: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A small drift is right, another unit's image is not; nothing is left out because of its device."""
+    made_on_a_gpu(finished, tiny_run, precision, drift)
+    assert main(["verify", str(finished), "run.check=15", "run.trust=true"]) == 0
+    err = capsys.readouterr().err
+    assert err.count("rendered again: largest difference ") == 15
+    assert "largest difference 0 levels" not in err and "largest difference 1 levels" not in err
+    made_on_a_gpu(finished, tiny_run, precision, exchange)
+    assert main(["verify", str(finished), "run.check=15", "run.trust=true"]) == 1
+    assert " ".join(capsys.readouterr().out.split()).count("levels of 255 from the stored visualization") >= 12
+
+
+def test_the_same_drift_is_found_in_visualizations_of_a_cpu(
+    finished: Path, tiny_run: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    digests = {}
+    with h5py.File(finished / "atlas.h5") as file:
+        for name, layer in hdf5.group(file, "layers").items():
+            digests[name] = layer["render/distill"].attrs["digest"]
+    made_on_a_gpu(finished, tiny_run, "float32", drift)
+    with h5py.File(finished / "atlas.h5", "r+") as file:
+        for name, digest in digests.items():
+            hdf5.group(file, f"layers/{name}/render/distill").attrs.update({"device": "cpu", "digest": digest})
+    assert main(["verify", str(finished), "run.check=15", "run.trust=true"]) == 1
+    assert " ".join(capsys.readouterr().out.split()).count("levels of 255 from the stored visualization") == 15
+
+
+@pytest.mark.parametrize(
+    ("made", "precision", "here", "equal"),
+    [
+        ("cpu", "float32", "cpu", True),
+        (None, "float32", "cpu", True),  # of former versions
+        ("cpu", "bfloat16", "cpu", False),
+        ("cpu", "float32", "cuda:0", False),
+        ("cuda", "float32", "cpu", False),
+        ("cuda", "float32", "cuda", False),
+        ("cpu cuda", "float32", "cpu", False),
+        ("cuda", "tf32", "cuda", False),
+    ],
+)
+def test_only_float32_on_cpus_is_the_same_again(made: str | None, precision: str, here: str, equal: bool) -> None:
+    part = shards.Shard(Path("atlas.h5"), {} if made is None else {"device": made})
+    assert is_reproducible(part, precision, SimpleNamespace(device=here)) == equal  # type: ignore[arg-type]
+
+
 @pytest.mark.long
 def test_compact_leaves_what_atlas_h5_holds_and_nothing_is_made_again(
     finished: Path, tiny_run: list[str], capsys: pytest.CaptureFixture[str]
@@ -138,11 +228,28 @@ def test_compact_merges_the_dataset_pass_unchanged(finished: Path) -> None:
     (path,) = (finished / "shards" / "examples").glob("*.h5")
     merged = shards.read(path)
     assert merged is not None and merged.attributes.keys() == attributes and not merged.damage()
+    assert merged.attributes["device"] == "cpu"
     stored = merged.arrays()
     assert stored.keys() == expected.keys() and stored["codes/bin"].shape[0] == 20
     for name, array in expected.items():
         assert stored[name].dtype == array.dtype, name
         assert np.array_equal(stored[name], array, equal_nan=array.dtype.kind == "f"), name
+
+
+def test_a_pass_that_was_continued_on_a_gpu_says_so(finished: Path, tiny_run: list[str]) -> None:
+    """Its parts are merged: in IEEE float32 they differ by rounding alone."""
+    first = sorted((finished / "shards" / "examples").glob("*.h5"))[0]
+    with h5py.File(first, "r+") as file:
+        assert file.attrs["device"] == "cpu"
+        file.attrs["device"] = "cuda"
+    (finished / "atlas.h5").unlink()
+    assert main(["run", *tiny_run]) == 0
+    with h5py.File(finished / "atlas.h5") as file:
+        assert file["dataset"].attrs["device"] == "cpu cuda"
+    assert main(["compact", str(finished)]) == 0
+    (path,) = (finished / "shards" / "examples").glob("*.h5")
+    merged = shards.read(path)
+    assert merged is not None and merged.attributes["device"] == "cpu cuda"
 
 
 def test_compact_deletes_nothing_unless_the_atlas_is_whole(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

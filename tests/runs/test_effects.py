@@ -48,6 +48,8 @@ def test_effects_are_added_to_a_finished_run(
     after = digests(finished / "atlas.h5")
     before.pop("provenance/config"), after.pop("provenance/config")
     assert before == after  # nothing else has changed
+    with h5py.File(finished / "atlas.h5") as file:
+        assert file["effects"].attrs["device"] == file["dataset"].attrs["device"] == "cpu"
     with pipeline.open_atlas(finished) as atlas:
         assert atlas.effects_outputs == "classifier" and len(atlas.effects_index) == len(atlas.effects_top) == 12
         assert atlas["classifier"].effects() is None  # the outputs themselves

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import compose
 
 import pipeline
@@ -19,6 +20,8 @@ from pipeline.engine.base import NODE_LOSSES_PER_FAILURE, Failure, FailureTracke
 from pipeline.engine.resources import WorkerPool, memory_share
 from pipeline.engine.tasks import RangesTask
 from pipeline.engine.worker import Worker
+from pipeline.planning import execution
+from pipeline.planning.folder import RunFolder
 from pipeline.planning.planner import make_plan
 from pipeline.runs import pages, runner
 
@@ -39,12 +42,41 @@ def test_another_precision_makes_visualizations_again_and_auto_keeps_them(
     assert precisions(tmp_path / "tiny") == {"bfloat16"}
     capsys.readouterr()
     for has_instructions in (False, True):  # a processor without and with instructions for bfloat16
-        monkeypatch.setattr("pipeline.acceleration.cpu_lowering.multiplies_bfloat16", lambda has=has_instructions: has)
+        monkeypatch.setattr("pipeline.acceleration.precision.multiplies_bfloat16", lambda has=has_instructions: has)
         assert main(["run", *overrides]) == 0
         assert "nothing is missing" in capsys.readouterr().out
     assert main(["run", *overrides, "engine.precision=float32"]) == 0
     assert "3 visualizations" in capsys.readouterr().out
     assert precisions(tmp_path / "tiny") == {"float32"}
+
+
+@pytest.mark.parametrize(
+    ("own", "base", "settings", "device", "precision"),
+    [
+        ({"device": "cpu", "precision": "bfloat16"}, {}, {}, "cpu", "bfloat16"),
+        ({}, {"device": "cpu", "precision": "bfloat16"}, {}, "cpu", "bfloat16"),
+        ({"precision": "bfloat16"}, {}, {}, "auto", "bfloat16"),  # of a former version
+        ({"device": "cpu", "precision": "bfloat16"}, {}, {"precision": "float32"}, "cpu", "float32"),
+        # Made again on another kind of device: in the precision that is best there.
+        ({"device": "cuda", "precision": "tf32"}, {}, {"device": "cpu"}, "cpu", "auto"),
+        ({"device": "cpu", "precision": "float32"}, {}, {"device": "cuda:1"}, "cuda:1", "auto"),
+        ({}, {"device": "cuda", "precision": "tf32"}, {}, "auto", "auto"),
+        ({"device": "cuda", "precision": "tf32"}, {}, {"device": "cuda:1"}, "cuda:1", "tf32"),
+    ],
+)
+def test_device_and_precision_of_a_run_are_those_of_its_results(
+    own: dict[str, str],
+    base: dict[str, str],
+    settings: dict[str, str],
+    device: str,
+    precision: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(execution, "recorded", lambda folder: own if folder.path.name == "own" else base)
+    found = execution.resolved(EngineConfig(**settings), RunFolder(tmp_path / "own"), RunFolder(tmp_path / "base"))  # type: ignore[arg-type]
+    assert (found.device, found.precision) == (device, precision)
 
 
 @pytest.mark.long

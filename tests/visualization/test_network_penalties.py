@@ -81,7 +81,7 @@ def test_folded_network_has_the_same_deviations(tiny: Model, tiny_layers: dict[s
     """Rectifiers that are fused with a convolution would hide the normalized values."""
     layer, size = tiny_layers["late"], (32, 32)
     norms = {n.path: n.tap for n in normalizations_before(tiny, layer)}
-    found = verified_variants(tiny, foldable_pairs(tiny), [layer], torch.float32, size, norms)
+    found = verified_variants(tiny, foldable_pairs(tiny), [layer], "float32", size, norms)
     assert not found.reason and found.folded is not tiny and found.steps is not tiny
     expected = deviations(tiny, tiny, layer, images())
     for variant in (found.folded, found.steps, found.exact):
@@ -129,7 +129,7 @@ def test_images_come_closer_to_the_statistics(tiny: Model, tiny_layers: dict[str
     config = compose(["render=natural", "render.size=32", "render.steps=32", "render.margin=4"]).config.render
     normalizations = normalizations_before(tiny, layer)
     norms = {n.path: n.tap for n in normalizations}
-    found = verified_variants(tiny, foldable_pairs(tiny), [layer], torch.float32, (40, 40), norms)
+    found = verified_variants(tiny, foldable_pairs(tiny), [layer], "float32", (40, 40), norms)
     totals = []
     for read in (normalizations, []):
         job = RenderJob(
