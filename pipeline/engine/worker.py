@@ -24,6 +24,7 @@ from pipeline.core.metric_specs import IMAGE_METRICS, RENDER_METRICS
 from pipeline.core.registry import registered_name
 from pipeline.effects import measurement, relevance
 from pipeline.effects.measurement import EffectsContext
+from pipeline.engine.devices import device_name, prepare_device
 from pipeline.engine.resources import memory_share
 from pipeline.engine.tasks import (
     Done,
@@ -113,6 +114,7 @@ class Worker:
         torch.set_num_threads(self.setup.threads)
         model = load_model(self.setup.config.model, unpacked(self.weights) if self.weights else None)
         self.weights = None
+        prepare_device(self.setup.device, self.setup.config.engine)
         if model.digest != self.setup.weights:
             raise AtlasError(
                 f"This worker loaded other weights of {model.name} than the driver "
@@ -162,8 +164,7 @@ class Worker:
     @functools.cached_property
     def device_name(self) -> str:
         """Name of the device, under which the driver shares batch sizes that fit among workers."""
-        on_gpu = self.setup.device.startswith("cuda") and torch.cuda.is_available()
-        return torch.cuda.get_device_name() if on_gpu else self.setup.device
+        return device_name(self.setup.device)
 
     def ensemble(self, preset: Preset) -> tuple[Model, ...]:
         """Return the networks of the other checkpoints of a preset's ensemble; they are loaded once."""
@@ -323,7 +324,7 @@ class Worker:
             part_job = dataclasses.replace(job, initial_images=starts)
             return restart(part_job, own) if restarted else render(part_job, own)
 
-        per_batch = config.channels_per_batch(preset)
+        per_batch = config.channels_per_batch(preset, self.layers[name].channels, self.setup.device)
         return self._in_batches((name, preset.name), list(channels), per_batch, preset.variants, work)
 
     def job(self, name: str, canvas: tuple[int, int], preset: Preset, layer_mean: Sequence[float] = ()) -> RenderJob:

@@ -18,6 +18,7 @@ from pipeline.core.errors import AtlasError
 from pipeline.data import datasets
 from pipeline.data.datasets import Dataset
 from pipeline.effects.request import request_effects
+from pipeline.engine.devices import check_device
 from pipeline.engine.resources import WorkerPool, local_resources, size_pool
 from pipeline.engine.tasks import Setup, examples_digest
 from pipeline.layers import selection
@@ -135,6 +136,7 @@ def make_plan(
     Raises:
         AtlasError: If anything in the input is wrong.
     """
+    check_device(config.engine)
     cpus, gpus = local_resources()
     with _threads(cpus):
         inputs, chosen = _find_units(_load_inputs(config, listed), units)
@@ -180,6 +182,7 @@ def _load_inputs(config: Config, listed: tuple[Dataset, str] | None = None) -> _
     if base is not None:
         check_same_sources(base, config, model, fingerprint)
     engine = execution.resolved(config.engine, RunFolder(config.folder), base)
+    check_device(engine)
     config = with_files(dataclasses.replace(config, engine=engine), dataset, model.preprocessing)
     return _Inputs(config, model, dataset, fingerprint, base, start, loading)
 
