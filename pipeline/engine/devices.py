@@ -3,6 +3,7 @@
 Everything here is in time before CUDA starts in a process: PyTorch reads its settings then.
 """
 
+import gc
 import os
 
 import torch
@@ -72,6 +73,16 @@ def prepare_device(device: str, config: EngineConfig) -> None:
     share = config.gpus_per_worker
     if not isinstance(share, str) and 0 < share < 1:
         torch.cuda.set_per_process_memory_fraction(ALLOCATED_SHARE * share)
+
+
+def free_memory() -> None:
+    """Free the memory of work that is over, also for other processes on the same GPU.
+
+    After an error it must be called outside of the exception handler, which still holds the tensors.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def device_name(device: str) -> str:

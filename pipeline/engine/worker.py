@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import gc
 import logging
 import tempfile
 import time
@@ -24,7 +23,7 @@ from pipeline.core.metric_specs import IMAGE_METRICS, RENDER_METRICS
 from pipeline.core.registry import registered_name
 from pipeline.effects import measurement, relevance
 from pipeline.effects.measurement import EffectsContext
-from pipeline.engine.devices import device_name, prepare_device
+from pipeline.engine.devices import device_name, free_memory, prepare_device
 from pipeline.engine.resources import memory_share
 from pipeline.engine.tasks import (
     Done,
@@ -282,14 +281,8 @@ class Worker:
                 log.warning("%s: out of memory with %d channels; continuing with %d", key[0], len(part), size)
             else:
                 continue
-            self._free_memory()
+            free_memory()
         return results
-
-    def _free_memory(self) -> None:
-        """Free the memory of a failed attempt, outside of the exception handler, which still holds its tensors."""
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def pictures(
         self,
@@ -418,7 +411,7 @@ class Worker:
                     raise
                 log.warning("%s: out of memory with %d images; continuing with %d", key[0], batch, batch // 2)
             batch = self.fits[key] = batch // 2
-            self._free_memory()
+            free_memory()
 
     @functools.cached_property
     def drawn(self) -> sweep.ImageSubsets:
