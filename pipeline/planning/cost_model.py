@@ -41,7 +41,7 @@ TIME_LIMIT = 1.0
 TIME_SHARE = 0.02
 MIN_MEASUREMENTS = 3
 
-# Images of a timed forward pass on a CPU, and channels of a timed step. Two stand for a batch, because the time of a core
+# Images of a timed forward pass on a CPU, and channels of a timed step: two stand for a batch, as the time of a core
 # is proportional to their number. That of a GPU is not: there batches are as large as those of the work.
 TIMED_BATCH = 2
 
