@@ -32,8 +32,8 @@ from pipeline.visualization.preset import Preset
 DISPLAY_SUFFIX = "-display"
 # `engine.batch` is for canvases of about this area; those of display images are larger.
 USUAL_AREA = 224**2
-# Images of a batch with `engine.batch` "auto". A step of a GPU takes hardly longer for 64 images than for 16, and its
-# memory limits the batch only in early layers, whose maps are the largest and which have the fewest channels.
+# Images of a batch with `engine.batch` "auto". With few images a GPU waits for its kernels to be launched. Early layers
+# have the largest maps and the fewest channels: smaller batches need less memory and are divided among more workers.
 CPU_BATCH, GPU_BATCH, EARLY_GPU_BATCH = 16, 128, 64
 EARLY_CHANNELS = 64
 

@@ -202,6 +202,32 @@ def test_a_gpu_is_timed_in_a_process_of_its_own_unless_it_is_that_of_the_work(
     assert "could not be timed on cuda, so the estimates are those of the CPU: no kernel for this card" in caplog.text
 
 
+PLUGIN = """
+import dataclasses
+
+from pipeline.visualization.objectives import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak(Objective):
+    def value(self, responses):
+        return responses.maps.flatten(1).amax(1)
+"""
+
+
+@pytest.mark.long
+def test_a_plan_with_code_of_the_user_can_be_timed_in_another_process(
+    monkeypatch: pytest.MonkeyPatch, photo_folder: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    send = planner.in_own_process
+    monkeypatch.setattr(planner, "_local_device", lambda plan: "cuda")
+    monkeypatch.setattr(planner, "in_own_process", lambda work, *parts: send(work, *parts[:-1], "cpu"))
+    made = planned(photo_folder, "engine=ray", f"render.objective.name={tmp_path}/mine.py:Peak")
+    assert made.timed_on == "cpu" and made.overheads is not None and made.overheads.warm_up.expected > 0
+    assert all(row.seconds > 0 and row.seconds != len(row.channels) for row in made.rows)
+
+
 def test_the_network_of_a_plan_stays_where_it_is(monkeypatch: pytest.MonkeyPatch, photo_folder: Any) -> None:
     """What is timed on a GPU is another copy: to move a module changes the tensors of all variants that share them."""
     models: list[Any] = []
