@@ -6,7 +6,7 @@ a GPU in exclusive mode no worker could start.
 
 import contextlib
 import multiprocessing
-import pickle
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -40,16 +40,17 @@ def in_own_process(function: Callable[P, T], *arguments: P.args, **settings: P.k
 
     for module in plugins.modules():
         cloudpickle.register_pickle_by_value(module)
-    payload = cloudpickle.dumps((function, arguments, settings))  # pyright: ignore[reportPrivateImportUsage]
+    call = cloudpickle.dumps((function, arguments, settings))  # pyright: ignore[reportPrivateImportUsage]
     context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, payload), daemon=True)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_answer, args=(theirs,), daemon=True)
     with _without_main_module():
         process.start()
-    sender.close()
+    theirs.close()
     try:
-        result, error = receiver.recv()
-    except EOFError:
+        ours.send_bytes(call)
+        result, error = ours.recv()
+    except (EOFError, OSError):
         process.join()
         raise OwnProcessError(f"the process ended with code {process.exitcode}") from None
     finally:
@@ -60,15 +61,16 @@ def in_own_process(function: Callable[P, T], *arguments: P.args, **settings: P.k
     return result
 
 
-def _answer(sender: Connection, payload: bytes) -> None:
-    """Call the function in `payload` and send (its result, None) or (None, its error)."""
+def _answer(driver: Connection) -> None:
+    """Receive a function and its arguments, call it, and send (its result, None) or (None, its error)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver ends this process
     try:
-        function, arguments, settings = pickle.loads(payload)
-        sender.send((function(*arguments, **settings), None))
+        function, arguments, settings = driver.recv()
+        driver.send((function(*arguments, **settings), None))
     except AtlasError as error:
-        sender.send((None, error))
+        driver.send((None, error))
     except Exception as error:
-        sender.send((None, OwnProcessError(f"{type(error).__name__}: {error}")))
+        driver.send((None, OwnProcessError(f"{type(error).__name__}: {error}")))
 
 
 @contextlib.contextmanager

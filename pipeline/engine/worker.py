@@ -113,13 +113,18 @@ class Worker:
         torch.set_num_threads(self.setup.threads)
         model = load_model(self.setup.config.model, unpacked(self.weights) if self.weights else None)
         self.weights = None
-        prepare_device(self.setup.device, self.setup.config.engine)
         if model.digest != self.setup.weights:
             raise AtlasError(
                 f"This worker loaded other weights of {model.name} than the driver "
                 f"({model.digest[:12]} instead of {self.setup.weights[:12]}): install the same versions everywhere."
             )
-        return model.to(self.setup.device)
+        return model.to(self._device)
+
+    @functools.cached_property
+    def _device(self) -> str:
+        """The device, set up for this process before its first use."""
+        prepare_device(self.setup.device, self.setup.config.engine)
+        return self.setup.device
 
     @functools.cached_property
     def _foldable(self) -> tuple[ConvNormPair, ...]:
@@ -163,7 +168,7 @@ class Worker:
     @functools.cached_property
     def device_name(self) -> str:
         """Name of the device, under which the driver shares batch sizes that fit among workers."""
-        return device_name(self.setup.device)
+        return device_name(self._device)
 
     def ensemble(self, preset: Preset) -> tuple[Model, ...]:
         """Return the networks of the other checkpoints of a preset's ensemble; they are loaded once."""
@@ -261,7 +266,7 @@ class Worker:
             return ""
         return f"grew from {self.first_memory / 1e9:.1f} to {memory / 1e9:.1f} GB of memory"
 
-    def _in_batches(
+    def in_batches(
         self, key: MemoryKey, units: list[T], size: int, each: int, work: Callable[[list[T]], list[Any]]
     ) -> list[Any]:
         """Return the results of `work` on batches of `size` units, each of which gives `each` results.
@@ -318,7 +323,7 @@ class Worker:
             return restart(part_job, own) if restarted else render(part_job, own)
 
         per_batch = config.channels_per_batch(preset, self.layers[name].channels, self.setup.device)
-        return self._in_batches((name, preset.name), list(channels), per_batch, preset.variants, work)
+        return self.in_batches((name, preset.name), list(channels), per_batch, preset.variants, work)
 
     def job(self, name: str, canvas: tuple[int, int], preset: Preset, layer_mean: Sequence[float] = ()) -> RenderJob:
         """Return everything that the visualizations of a layer depend on but the initial images of units.

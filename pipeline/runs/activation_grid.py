@@ -195,5 +195,5 @@ def _render_cells(
     job = worker.job(layer.name, canvas, preset)
     units = [(0, cell) for cell in range(preset.variants)]
     size = config.engine.images_per_batch(layer.channels, worker.setup.device)
-    pictures = [p for start in range(0, len(units), size) for p in render(job, units[start : start + size])]
+    pictures = worker.in_batches((layer.name, preset.name), units, size, 1, lambda part: render(job, part))
     return np.stack([p.image for p in pictures]), np.array([p.activation for p in pictures], np.float32)

@@ -12,7 +12,9 @@ from pipeline.config.schema import EngineConfig
 from pipeline.core.errors import AtlasError
 from pipeline.engine import devices
 from pipeline.engine.devices import check_device, device_name, free_memory, prepare_device
+from pipeline.engine.ray_engine import RayEngine
 from pipeline.engine.resources import size_pool
+from pipeline.engine.worker import DeviceLost, Worker
 from pipeline.planning.planner import make_plan
 
 
@@ -88,6 +90,29 @@ def test_segments_grow_unless_the_user_says_otherwise(version: str, name: str, m
         monkeypatch.setattr(devices, "os", types.SimpleNamespace(environ={own: "max_split_size_mb:64"}))
         prepare_device("cuda", EngineConfig())
         assert {k: v for k, v in devices.os.environ.items() if "ALLOC" in k} == {own: "max_split_size_mb:64"}
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_worker_sets_up_its_device_before_it_asks_for_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name starts CUDA, which reads the settings of the allocator."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: str(dict(devices.os.environ)))
+    setup: Any = types.SimpleNamespace(
+        layers=(), dataset=None, device="cuda", config=types.SimpleNamespace(engine=EngineConfig())
+    )
+    assert "expandable_segments:True" in Worker(setup).device_name
+
+
+def test_the_driver_learns_the_batch_of_a_worker_that_lost_its_device() -> None:
+    class Failed(Exception):
+        cause = DeviceLost("AcceleratorError: CUDA error: misaligned address", ("NVIDIA H100", 32))
+
+    engine = object.__new__(RayEngine)
+    engine.ray = types.SimpleNamespace(exceptions=types.SimpleNamespace(RayTaskError=Failed))
+    error = engine._explained(Failed())
+    assert error.lost and error.batch == ("NVIDIA H100", 32) and "misaligned address" in error.reason
+    Failed.cause = ValueError("no")
+    error = engine._explained(Failed())
+    assert not error.lost and error.batch is None
 
 
 def test_memory_is_freed_without_starting_cuda() -> None:
