@@ -37,7 +37,7 @@ from pipeline.models.loading import Model, load_model, prepare_module, weights_d
 from pipeline.planning.preset_inputs import refuse_dataset_images
 from pipeline.runs.activation_grid import MAX_CELLS, ActivationGrid, GridRequest
 from pipeline.runs.activation_grid import activation_grid as make_activation_grid
-from pipeline.runs.layer_worker import layer_worker
+from pipeline.runs.layer_worker import layer_worker, worker_pool
 from pipeline.visualization.evaluation import Visualization
 from pipeline.visualization.objectives import Caricature
 from pipeline.visualization.preset import Preset
@@ -225,7 +225,8 @@ def visualize(
         )
     config = dataclasses.replace(config, model=network.config)
     canvas, worker = layer_worker(network.model, config, list(network.layers.values()), layer, network.on)
-    batches = math.ceil(len(channels) / config.channels_per_batch(config.render))
+    per_batch = config.channels_per_batch(config.render, layer.channels, worker.setup.device)
+    batches = math.ceil(len(channels) / per_batch)
     with _progress_bar(progress, config.render.steps * batches, name) as advance:
         worker.stop = advance
         results = worker.pictures(name, channels, canvas, worker.setup.config.render.for_layer(layer))
@@ -263,7 +264,8 @@ def activation_grid(
     config = dataclasses.replace(config, render=render, model=network.config)
     file = photograph_file(image)
     request = GridRequest(found, file if file.content is not None else file.read("image"), cells)
-    with _progress_bar(progress, request.batches(config.engine.batch) * render.steps, layer) as advance:
+    batch = config.engine.images_per_batch(found.channels, worker_pool(config).device)
+    with _progress_bar(progress, request.batches(batch) * render.steps, layer) as advance:
         return make_activation_grid(network.model, config, list(network.layers.values()), request, network.on, advance)
 
 

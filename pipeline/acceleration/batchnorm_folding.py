@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from pipeline.core.errors import first_line
+from pipeline.kernels.device_errors import is_device_failure
 from pipeline.layers.finding import Layer
 from pipeline.layers.tracing import Trace, modules_of, tensor_of, trace_of
 from pipeline.models.loading import Model
@@ -128,6 +129,8 @@ def foldable_pairs(model: Model) -> tuple[ConvNormPair, ...]:
         folded = _folded(model, pairs)
         expected, outputs = _outputs(model, norms), _outputs(folded, norms)
     except Exception as error:
+        if is_device_failure(error):
+            raise
         # Attributes of a network may be impossible to copy, and raise any error.
         log.info("%s: batch normalizations are not folded: %s: %s", model.name, type(error).__name__, first_line(error))
         return ()

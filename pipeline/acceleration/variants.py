@@ -21,6 +21,7 @@ from pipeline.acceleration.batchnorm_folding import ConvNormPair, FoldedNorm, fo
 from pipeline.acceleration.cpu_lowering import LoweredConv2d, in_precision, lower
 from pipeline.acceleration.precision import dtype_of, has_tf32, ieee, steps_in
 from pipeline.core.errors import first_line
+from pipeline.kernels.device_errors import is_device_failure
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.loading import Model, inplace_activations
 
@@ -127,6 +128,8 @@ class _Reference:
             except DEVICE_ERRORS:
                 raise
             except Exception as error:
+                if is_device_failure(error):
+                    raise
                 # The code of the user is run in ways that it was not written for, and may raise any error.
                 reason = f"{type(error).__name__}: {first_line(error)}"
             log.debug("%s does not equal the original network: %s", candidate.name, reason)
@@ -178,6 +181,8 @@ class _Reference:
         try:
             return observe(in_precision(self.model, dtype), self.layers, self.images)
         except Exception as error:
+            if is_device_failure(error):
+                raise
             log.debug("%s does not run in %s: %s", self.model.name, dtype, first_line(error))
             return {}
 
@@ -292,6 +297,8 @@ def verified_fold(model: Model, pairs: Sequence[ConvNormPair], layers: Sequence[
         except DEVICE_ERRORS:
             raise
         except Exception as error:
+            if is_device_failure(error):
+                raise
             reason = f"{type(error).__name__}: {first_line(error)}"
     if reason:
         log.warning("%s: batch normalizations are not folded for the dataset pass: %s", model.name, reason)
@@ -374,7 +381,9 @@ def _small_probe_image(model: Model) -> Tensor:
             with torch.no_grad():
                 model.module(model.normalize(images))
             return images
-        except Exception:
+        except Exception as error:
+            if is_device_failure(error):
+                raise
             log.debug("%s does not accept images of %d × %d pixels", model.name, *half)
     return probe_images(model, size)[:1]
 
@@ -398,6 +407,8 @@ def _layers_with_zero_derivative(model: Model, layers: Sequence[Layer], images: 
             with torch.no_grad(), forward_ad.dual_level(), capture(model, layers, append_if_constant) as forward:
                 forward(forward_ad.make_dual(images, direction))
     except Exception as error:
+        if is_device_failure(error):
+            raise
         log.debug("no forward-mode derivatives of %s: %s: %s", model.name, type(error).__name__, first_line(error))
         return []
     return constant

@@ -229,6 +229,11 @@ def _guarded(work: Callable[[], int]) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename is not None:
             return _refuse(f"{error.filename}: {error.strerror}. Choose a folder that is writable: run.root=…")
+        if _is_gpu_lost(error):
+            return _refuse(
+                f"The GPU failed: {first_line(error)} Finished work is kept; the same command continues from here.",
+                TryAgainError.exit_code,
+            )
         if is_device_error(error):
             return _refuse(
                 f"A disk or file server failed: {first_line(error)}. Finished work is kept; the same command continues "
@@ -244,6 +249,15 @@ def _guarded(work: Callable[[], int]) -> int:
     finally:
         log.removeHandler(handler)
         log.propagate = True
+
+
+def _is_gpu_lost(error: Exception) -> bool:
+    """Return whether this process has lost its GPU; without PyTorch it has used none."""
+    if "torch" not in sys.modules:
+        return False
+    from pipeline.kernels.device_errors import is_device_lost
+
+    return is_device_lost(error)
 
 
 def _refuse(message: str, code: int = BAD_INPUT) -> int:

@@ -32,6 +32,10 @@ from pipeline.visualization.preset import Preset
 DISPLAY_SUFFIX = "-display"
 # `engine.batch` is for canvases of about this area; those of display images are larger.
 USUAL_AREA = 224**2
+# Images of a batch with `engine.batch` "auto". With few images a GPU waits for its kernels to be launched. Early layers
+# have the largest maps and the fewest channels: smaller batches need less memory and are divided among more workers.
+CPU_BATCH, GPU_BATCH, EARLY_GPU_BATCH = 16, 128, 64
+EARLY_CHANNELS = 64
 
 AUTO_OR_POSITIVE = Use("auto or a number above 0")
 
@@ -72,15 +76,16 @@ class EngineConfig:
             that there are.
         cpus_per_worker: CPUs of one worker.
         gpus_per_worker: GPUs of one worker; fractions share one, 0 uses none.
-        device: Device of the workers, for example "cpu" or "cuda". "auto" keeps the one that the results of the run
-            folder were made on.
+        device: Device of the workers: "cpu", "cuda", or inline also a certain GPU such as "cuda:1". "auto" keeps the
+            one that the results of the run folder were made on.
         precision: Precision of the optimization steps, "float32" (IEEE 754), "tf32" (on NVIDIA GPUs) or "bfloat16";
             everything that is measured, such as finished images, is computed in IEEE float32. "auto" keeps that of
             the results of the run folder, and is bfloat16 for a new run on a CPU with instructions for it or on an
             NVIDIA GPU from compute capability 8.0 on.
         shared_fs: Whether workers see the photographs of the driver. Without, dataset images are sent to them. Finished
             shards are sent back by all workers that do not see the run folder.
-        batch: Number of images that are optimized together; halved where a GPU runs out of memory.
+        batch: Number of images that are optimized together; halved where a GPU runs out of memory. "auto" is 16 on a
+            CPU, and on a GPU 128, or 64 in layers of at most 64 channels.
         task_seconds: Upper bound of the estimated seconds of one task.
         memory_gb: A worker that uses more is replaced; "auto" is its share of the machine.
         patience: Seconds to wait for a node with room for a worker, from the last time that a node joined.
@@ -101,12 +106,14 @@ class EngineConfig:
     cpus_per_worker: Annotated[Annotated[float, Field(gt=0)] | Literal["auto"], AUTO_OR_POSITIVE] = "auto"
     # 0: no GPUs
     gpus_per_worker: Annotated[Annotated[float, Field(ge=0)] | Literal["auto"], AUTO_OR_POSITIVE] = "auto"
-    device: str = "auto"
+    device: Annotated[
+        Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")], Use("auto, cpu, cuda or, inline, cuda:N")
+    ] = "auto"
     precision: Annotated[
         Literal["auto", "float32", "tf32", "bfloat16"], Use("auto, float32, tf32 (NVIDIA GPUs) or bfloat16")
     ] = "auto"
     shared_fs: bool = True
-    batch: Annotated[int, Field(ge=1)] = 16
+    batch: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], AUTO_OR_POSITIVE] = "auto"
     task_seconds: Annotated[float, Field(ge=0.001)] = 120.0
     memory_gb: Annotated[Annotated[float, Field(gt=0)] | Literal["auto"], AUTO_OR_POSITIVE] = "auto"
     patience: Annotated[float, Field(ge=1)] = 60.0
@@ -116,6 +123,19 @@ class EngineConfig:
     attempts: Annotated[int, Field(ge=1)] = 3
     max_failures: Annotated[int, Field(ge=1)] = 20
     progress_seconds: float = 5.0
+
+    def images_per_batch(self, channels: int, device: str) -> int:
+        """Return the number of images that are optimized together.
+
+        Args:
+            channels: Number of channels of the layer.
+            device: Device of the workers.
+        """
+        if not isinstance(self.batch, str):
+            return self.batch
+        if device == "cpu":
+            return CPU_BATCH
+        return EARLY_GPU_BATCH if channels <= EARLY_CHANNELS else GPU_BATCH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,9 +221,15 @@ class Config:
         """Return the preset called `name` with the objective that it has for `layer`."""
         return self.preset(name).for_layer(layer)
 
-    def channels_per_batch(self, preset: Preset) -> int:
-        """Return the number of channels that are optimized together: all variants of a channel are in one batch."""
-        batch = self.engine.batch
+    def channels_per_batch(self, preset: Preset, channels: int, device: str) -> int:
+        """Return the number of channels that are optimized together: all variants of a channel are in one batch.
+
+        Args:
+            preset: A preset of the run.
+            channels: Number of channels of the layer.
+            device: Device of the workers.
+        """
+        batch = self.engine.images_per_batch(channels, device)
         display = self.display_preset
         if display is not None and preset.name == display.name:
             batch = math.ceil(batch * min(1.0, USUAL_AREA / self.display.size**2))

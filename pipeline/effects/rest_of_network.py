@@ -12,11 +12,11 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.core.errors import AtlasError
 from pipeline.effects.tensors import map_tensors, with_first_tensor
+from pipeline.kernels.device_errors import is_device_failure
 from pipeline.layers.finding import Layer
 from pipeline.layers.tracing import modules_of
 from pipeline.models.loading import Model
@@ -103,9 +103,9 @@ class RestOfNetwork:
         for self.repetition in (VIEWS, COPIES):
             try:
                 replayed = self._replay(lambda tensor: tensor, 2)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # whatever the code of a network raises for results that it does not expect
+                if is_device_failure(error):
+                    raise
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
             if float((replayed - outputs).abs().max()) <= TOLERANCE * scale:

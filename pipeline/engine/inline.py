@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline.config.schema import EngineConfig
-from pipeline.core.errors import AtlasError
+from pipeline.core.errors import AtlasError, TryAgainError, first_line
 from pipeline.engine.base import Failure, FailureTracker, OnResult, ordered
+from pipeline.engine.batch_sizes import BatchSizes
 from pipeline.engine.progress import WorkerStats
 from pipeline.engine.resources import local_resources, size_pool
 from pipeline.engine.tasks import Done, Setup, Task, write_result
-from pipeline.engine.worker import Worker
+from pipeline.engine.worker import DeviceLost, Worker
 
 
 class InlineEngine:
@@ -23,6 +24,7 @@ class InlineEngine:
         self.config, self.worker_class = config, worker_class
         self.pool = size_pool(config, [local_resources()])
         self.stats: list[WorkerStats] = []
+        self._batches = BatchSizes()
         self._worker: Any = None
         self._setup: Setup | None = None
 
@@ -52,14 +54,23 @@ class InlineEngine:
             self._worker = self._setup = None
 
     def _repeated(self, task: Task, tracker: FailureTracker) -> Done | Failure:
-        """Execute one task until it succeeds or is set aside."""
+        """Execute one task until it succeeds or is set aside.
+
+        Raises:
+            TryAgainError: If this process has lost its GPU: a new process is needed.
+        """
         while True:
             try:
-                done = self._worker.do(task)
+                done = self._worker.do(task, self._batches.of(task))
+                self._batches.note(task, done.batch)
                 write_result(task, done)
                 return dataclasses.replace(done, data=b"")
             except AtlasError:
                 raise
+            except DeviceLost as error:
+                raise TryAgainError(
+                    f"The GPU failed: {first_line(error)} Finished work is kept: run the same command again."
+                ) from error
             except Exception as error:
                 failure = tracker.failed(task, f"{type(error).__name__}: {error}", traceback.format_exc())
                 if failure is not None:

@@ -28,11 +28,12 @@ from pipeline.engine.base import (
     OnResult,
     ordered,
 )
+from pipeline.engine.batch_sizes import BatchSizes
 from pipeline.engine.connection import ConnectionWatch
 from pipeline.engine.deadlines import Deadlines
 from pipeline.engine.progress import WorkerStats
 from pipeline.engine.resources import Node, size_pool
-from pipeline.engine.tasks import Done, RenderTask, Setup, Task, layer_of, write_result
+from pipeline.engine.tasks import Done, RenderTask, Setup, Task, write_result
 from pipeline.engine.worker import DeviceLost, Worker
 from pipeline.models.loading import serialize_weights
 
@@ -87,6 +88,7 @@ class _Error:
         weight: How much it counts as a failure of the task.
         lost: Whether the worker is gone or must be replaced.
         in_constructor: Whether the constructor of the worker failed, if it was not yet at a task.
+        batch: (device, number of images) that fit into memory, if the worker learnt it before.
     """
 
     reason: str
@@ -94,6 +96,7 @@ class _Error:
     weight: float
     lost: bool
     in_constructor: bool = False
+    batch: tuple[str, int] | None = None
 
 
 @dataclasses.dataclass
@@ -125,7 +128,7 @@ class RayEngine:
         self._counted_at = self._turned_at = self._looked_at = float("-inf")
         self._calls: dict[Any, _ActorHandle] = {}  # by the reference to the result of the call in progress
         self._idle: deque[_ActorHandle] = deque()
-        self._batches: dict[str, dict[str, int]] = {}  # batch sizes that fit, by layer and device
+        self._batches = BatchSizes()
         self._deadlines = Deadlines(config)
         self._failed_starts = 0
         self._start_error = ""
@@ -312,7 +315,7 @@ class RayEngine:
         while self._idle and work.pending:
             handle, task = self._idle.popleft(), work.pending.popleft()
             try:
-                reference = handle.actor.do.remote(task, self._batches.get(layer_of(task)), self._files(task))
+                reference = handle.actor.do.remote(task, self._batches.of(task), self._files(task))
             except self.ray.exceptions.RayError as error:  # the worker died while it was idle
                 work.pending.appendleft(task)
                 self._stop(handle, first_line(error))
@@ -392,8 +395,7 @@ class RayEngine:
         write_result(task, done)
         handle.stats.add(done.seconds)
         self._deadlines.finished(task, done.seconds)
-        if done.batch:
-            self._batches.setdefault(layer_of(task), {}).update([done.batch])
+        self._batches.note(task, done.batch)
         if done.restart_reason:
             log.warning("%s: %s; another worker replaces it", handle.stats.name, done.restart_reason)
             self._stop(handle, done.restart_reason)
@@ -413,7 +415,8 @@ class RayEngine:
             if isinstance(cause, AtlasError):
                 raise cause from None
             reason = f"{type(cause).__name__}: {cause}"
-            return _Error(reason, str(error), 1.0, isinstance(cause, DeviceLost), in_constructor=True)
+            lost, batch = (True, cause.batch) if isinstance(cause, DeviceLost) else (False, None)
+            return _Error(reason, str(error), 1.0, lost, in_constructor=True, batch=batch)
         # The actor, its node or its memory is gone. Ray has no type for the first two cases, only words.
         text = str(error)
         node_lost = getattr(error, "preempted", False) or "node has died" in text
@@ -435,6 +438,7 @@ class RayEngine:
                     f"{self._failed_starts} workers in a row could not start; the last error:\n{error.detail}"
                 )
             return
+        self._batches.note(task, error.batch)
         failure = work.tracker.failed(task, error.reason, error.detail, error.weight)
         if failure is None:
             work.pending.appendleft(task)

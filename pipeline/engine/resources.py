@@ -1,6 +1,7 @@
 """CPUs, GPUs and memory of workers, and the number of workers that fit on machines."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,9 @@ from pipeline.core.machine import available_cores, available_memory
 
 # A worker may use its share of this part of the machine's memory.
 USABLE_MEMORY = 0.9
+
+# Ray counts resources in units of one in so many.
+UNITS = 10_000
 
 # (CPUs, GPUs) of one machine.
 Node = tuple[float, float]
@@ -38,8 +42,10 @@ class WorkerPool:
 
     def room(self, nodes: Sequence[Node]) -> int:
         """Return how many of these workers fit on `nodes`; none spans two nodes."""
-        fits = (min(c // self.cpus, g // self.gpus if self.gpus else float("inf")) for c, g in nodes)
-        return int(sum(fits))
+        return sum(
+            min(_whole(c / self.cpus), _gpu_workers(g, self.gpus)) if self.gpus else _whole(c / self.cpus)
+            for c, g in nodes
+        )
 
 
 def size_pool(config: EngineConfig, nodes: Sequence[Node], tasks: int | None = None) -> WorkerPool:
@@ -63,6 +69,8 @@ def size_pool(config: EngineConfig, nodes: Sequence[Node], tasks: int | None = N
     gpus = config.gpus_per_worker
     if isinstance(gpus, str):
         gpus = 1.0 if device.startswith("cuda") else 0.0
+    if 0 < gpus < 1:
+        gpus = _rounded(gpus)
     if config.name == "inline":
         cpus = config.cpus_per_worker
         return WorkerPool(1, sum(c for c, _ in nodes) if isinstance(cpus, str) else cpus, gpus, device)
@@ -76,15 +84,34 @@ def _cpus_per_worker(config: EngineConfig, nodes: Sequence[Node], gpus: float) -
     if not isinstance(config.cpus_per_worker, str):
         return config.cpus_per_worker
     if gpus:
-        # The node with the fewest cores per GPU decides, so that no GPU is left without a worker.
-        shares = [c // (g // gpus) for c, g in nodes if g >= gpus]
-        return max(1.0, min(shares, default=1.0))
+        # The node with the fewest cores per GPU decides, so that no GPU is left without a worker. Workers share a core
+        # where there are not enough.
+        shares = [c / _gpu_workers(g, gpus) for c, g in nodes if c and _gpu_workers(g, gpus)]
+        share = min(shares, default=1.0)
+        return float(_whole(share)) if share >= 1 else _rounded(share)
     if not isinstance(config.workers, int):
         return 1.0
     share = max(1.0, sum(c for c, _ in nodes) // config.workers)
     if len(nodes) > 1:
         share = min(share, max(c for c, _ in nodes) or 1.0)
     return share
+
+
+def _whole(ratio: float) -> int:
+    """Round a ratio of resources down; it counts as a whole number if only rounding made it less."""
+    return math.floor(ratio + 1e-6)
+
+
+def _rounded(amount: float) -> float:
+    """Round an amount of a resource down to units of Ray, which rounds to the nearest: 1/7 would fit six times."""
+    return max(1, _whole(amount * UNITS)) / UNITS
+
+
+def _gpu_workers(gpus: float, each: float) -> int:
+    """Return how many workers that take `each` GPUs fit on `gpus`; a fraction is one of a single GPU."""
+    if each >= 1 or gpus < 1:
+        return _whole(gpus / each)
+    return _whole(gpus) * _whole(1 / each)
 
 
 def local_resources() -> tuple[int, int]:

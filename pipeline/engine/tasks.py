@@ -260,9 +260,14 @@ DatasetTask = RangesTask | SweepTask | LocalizeTask | EffectsTask | RelevanceTas
 Task = RenderTask | DatasetTask
 
 
-def layer_of(task: Task) -> str:
-    """Return the layer of a task, empty for tasks of the dataset pass: batch sizes that fit are kept by it."""
-    return task.layer if isinstance(task, RenderTask) else ""
+# What the memory of a task depends on: layer and preset of visualizations, which determine their canvas; otherwise the
+# stage.
+MemoryKey = tuple[str, ...]
+
+
+def memory_key(task: Task) -> MemoryKey:
+    """Return what batch sizes that fit into memory are kept by."""
+    return (task.layer, task.preset) if isinstance(task, RenderTask) else (task.stage,)
 
 
 def device_kind(device: str) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import gc
 import logging
 import tempfile
 import time
@@ -25,11 +24,13 @@ from pipeline.core.metric_specs import IMAGE_METRICS, RENDER_METRICS
 from pipeline.core.registry import registered_name
 from pipeline.effects import measurement, relevance
 from pipeline.effects.measurement import EffectsContext
+from pipeline.engine.devices import device_name, free_memory, prepare_device
 from pipeline.engine.resources import memory_share
 from pipeline.engine.tasks import (
     Done,
     EffectsTask,
     LocalizeTask,
+    MemoryKey,
     PartTask,
     RangesTask,
     RelevanceTask,
@@ -38,11 +39,12 @@ from pipeline.engine.tasks import (
     SweepTask,
     Task,
     device_kind,
-    layer_of,
+    memory_key,
 )
 from pipeline.examples import localize, sweep
 from pipeline.examples.channel_stats import HistogramRange
 from pipeline.kernels.allocator import retain_freed_memory
+from pipeline.kernels.device_errors import is_device_lost, is_out_of_memory
 from pipeline.layers.finding import Layer
 from pipeline.layers.path_depths import depths_before
 from pipeline.models.loading import Model, load_ensemble_member, load_model
@@ -58,14 +60,6 @@ from pipeline.visualization.preset import Preset
 
 log = logging.getLogger(__name__)
 
-# Parts of the messages of errors after which a CUDA context cannot be used any more.
-DEVICE_LOST_ERRORS = (
-    "CUDA error",
-    "CUBLAS_STATUS_EXECUTION_FAILED",
-    "CUDNN_STATUS_EXECUTION_FAILED",
-    "device-side assert",
-)
-
 # A worker is replaced when its memory exceeds its share of the machine and this multiple of its first reading.
 MAX_GROWTH = 1.5
 
@@ -76,7 +70,16 @@ ImageFiles = Mapping[str, bytes | str]
 
 
 class DeviceLost(Exception):
-    """The CUDA context of this process is lost: the worker must be replaced."""
+    """The context of this process on its GPU is lost: the worker must be replaced.
+
+    Args:
+        message: The error.
+        batch: (device, number of images) that fit into memory, if the device ran out of it before.
+    """
+
+    def __init__(self, message: str, batch: tuple[str, int] | None = None) -> None:
+        super().__init__(message)
+        self.batch = batch
 
 
 class Worker:
@@ -94,7 +97,7 @@ class Worker:
         self.weights = weights
         self.layers = {layer.name: layer for layer in setup.layers}
         self.dataset = setup.dataset
-        self.fits: dict[str, int] = {}  # largest batch that fits on this device, by layer
+        self.fits: dict[MemoryKey, int] = {}  # largest batch that fits on this device
         self.first_memory = 0.0
         self._ensembles: dict[str, tuple[Model, ...]] = {}
         self._variants: tuple[tuple[Any, ...], ModelVariants] | None = None  # of one layer and preset
@@ -116,7 +119,13 @@ class Worker:
                 f"This worker loaded other weights of {model.name} than the driver "
                 f"({model.digest[:12]} instead of {self.setup.weights[:12]}): install the same versions everywhere."
             )
-        return model.to(self.setup.device)
+        return model.to(self._device)
+
+    @functools.cached_property
+    def _device(self) -> str:
+        """The device, set up for this process before its first use."""
+        prepare_device(self.setup.device, self.setup.config.engine)
+        return self.setup.device
 
     @functools.cached_property
     def _foldable(self) -> tuple[ConvNormPair, ...]:
@@ -166,8 +175,7 @@ class Worker:
     @functools.cached_property
     def device_name(self) -> str:
         """Name of the device, under which the driver shares batch sizes that fit among workers."""
-        on_gpu = self.setup.device.startswith("cuda") and torch.cuda.is_available()
-        return torch.cuda.get_device_name() if on_gpu else self.setup.device
+        return device_name(self._device)
 
     def ensemble(self, preset: Preset) -> tuple[Model, ...]:
         """Return the networks of the other checkpoints of a preset's ensemble; they are loaded once."""
@@ -183,31 +191,35 @@ class Worker:
 
         Args:
             task: The task.
-            fits: Batch sizes for this layer that fitted into memory, by device name, learnt by other workers.
+            fits: Batch sizes for such tasks that fitted into memory, by device name, learnt by other workers.
             files: Dataset images by path, or why they can't be read, if this worker cannot read the dataset itself.
 
         Raises:
             DeviceLost: If this process must be replaced.
         """
         began = time.perf_counter()
-        layer = layer_of(task)
+        key = memory_key(task)
         if fits and self.device_name in fits:
-            self.fits[layer] = min(fits[self.device_name], self.fits.get(layer, fits[self.device_name]))
-        fitted_before = self.fits.get(layer)
+            self.fits[key] = min(fits[self.device_name], self.fits.get(key, fits[self.device_name]))
+        fitted_before = self.fits.get(key)
         try:
             # The default in a worker is that of measurements; steps choose their precision by name.
             with ieee(), self._dataset_files(files):
                 data = self._result(task)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and any(word in str(error) for word in DEVICE_LOST_ERRORS):
-                raise DeviceLost(f"{type(error).__name__}: {error}") from error
+        except Exception as error:
+            if is_device_lost(error):
+                raise DeviceLost(f"{type(error).__name__}: {error}", self._learnt(key, fitted_before)) from error
             raise
         if self._sees_run_folder:
             atomic_io.write_atomic(Path(task.path), data)
             data = b""
-        fits_now = self.fits.get(layer)
-        batch = (self.device_name, fits_now) if fits_now is not None and fits_now != fitted_before else None
+        batch = self._learnt(key, fitted_before)
         return Done(task.path, time.perf_counter() - began, data, batch, self._restart_reason())
+
+    def _learnt(self, key: MemoryKey, before: int | None) -> tuple[str, int] | None:
+        """Return the device and the batch size that fits on it, if it is another one than `before`."""
+        now = self.fits.get(key)
+        return (self.device_name, now) if now is not None and now != before else None
 
     @functools.cached_property
     def _sees_run_folder(self) -> bool:
@@ -262,34 +274,28 @@ class Worker:
             return ""
         return f"grew from {self.first_memory / 1e9:.1f} to {memory / 1e9:.1f} GB of memory"
 
-    def _in_batches(
-        self, layer: str, units: list[T], size: int, each: int, work: Callable[[list[T]], list[Any]]
+    def in_batches(
+        self, key: MemoryKey, units: list[T], size: int, each: int, work: Callable[[list[T]], list[Any]]
     ) -> list[Any]:
         """Return the results of `work` on batches of `size` units, each of which gives `each` results.
 
-        A batch is halved whenever the device runs out of memory; the size that fits is kept for the layer.
+        A batch is halved whenever the device runs out of memory; the size that fits is kept under `key`.
         """
-        size = min(size, self.fits.get(layer, size))
+        size = min(size, self.fits.get(key, size))
         results: list[Any] = []
         while len(results) < each * len(units):
             part = units[len(results) // each :][:size]
             try:
                 results += work(part)
-            except torch.OutOfMemoryError:
-                if len(part) == 1:
+            except Exception as error:
+                if len(part) == 1 or not is_out_of_memory(error):
                     raise
-                size = self.fits[layer] = len(part) // 2
-                log.warning("%s: out of memory with %d channels; continuing with %d", layer, len(part), size)
+                size = self.fits[key] = len(part) // 2
+                log.warning("%s: out of memory with %d channels; continuing with %d", key[0], len(part), size)
             else:
                 continue
-            self._free_memory()
+            free_memory()
         return results
-
-    def _free_memory(self) -> None:
-        """Free the memory of a failed attempt, outside of the exception handler, which still holds its tensors."""
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def pictures(
         self,
@@ -324,8 +330,8 @@ class Worker:
             part_job = dataclasses.replace(job, initial_images=starts)
             return restart(part_job, own) if restarted else render(part_job, own)
 
-        per_batch = config.channels_per_batch(preset)
-        return self._in_batches(name, list(channels), per_batch, preset.variants, work)
+        per_batch = config.channels_per_batch(preset, self.layers[name].channels, self.setup.device)
+        return self.in_batches((name, preset.name), list(channels), per_batch, preset.variants, work)
 
     def job(self, name: str, canvas: tuple[int, int], preset: Preset, layer_mean: Sequence[float] = ()) -> RenderJob:
         """Return everything that the visualizations of a layer depend on but the initial images of units.
@@ -398,22 +404,28 @@ class Worker:
             arrays = _restarted_arrays(hdf5.from_bytes(task.silent), arrays)
         return shards.to_bytes(attributes, arrays)
 
-    def _portioned(self, work: Callable[[sweep.ExamplesConfig], T]) -> T:
-        """Return the result of `work` with the configured batch, halved while the device runs out of memory.
+    def _portioned(self, task: Task, work: Callable[[sweep.ExamplesConfig], T]) -> T:
+        """Return the result of `work` with the configured batch, halved while the device runs out of memory."""
+        configured = self.setup.config.examples
+        return self._halved(
+            memory_key(task), configured.batch, lambda batch: work(dataclasses.replace(configured, batch=batch))
+        )
+
+    def _halved(self, key: MemoryKey, batch: int, work: Callable[[int], T]) -> T:
+        """Return the result of `work` with batches of `batch` images, halved while the device runs out of memory.
 
         Values of a smaller batch may differ in their last bit: the price of images that do not fit on the device.
         """
-        configured = self.setup.config.examples
+        batch = min(batch, self.fits.get(key, batch))
         while True:
-            config = dataclasses.replace(configured, batch=self.fits.get("", configured.batch))
             try:
-                return work(config)
-            except torch.OutOfMemoryError:
-                if config.batch == 1:
+                return work(batch)
+            except Exception as error:
+                if batch == 1 or not is_out_of_memory(error):
                     raise
-                self.fits[""] = config.batch // 2
-                log.warning("out of memory with %d images; continuing with %d", config.batch, self.fits[""])
-            self._free_memory()
+                log.warning("%s: out of memory with %d images; continuing with %d", key[0], batch, batch // 2)
+            batch = self.fits[key] = batch // 2
+            free_memory()
 
     @functools.cached_property
     def drawn(self) -> sweep.ImageSubsets:
@@ -423,7 +435,8 @@ class Worker:
     def _ranges(self, task: RangesTask) -> bytes:
         layers, model = self.setup.layers, self.measured
         arrays = self._portioned(
-            lambda config: sweep.measure_ranges(sweep.PassContext(model, layers, self.dataset, config), task.images)
+            task,
+            lambda config: sweep.measure_ranges(sweep.PassContext(model, layers, self.dataset, config), task.images),
         ).arrays()
         attributes = {"digest": task.digest, "content": hashing.arrays_digest(arrays), "device": self._kind}
         return shards.to_bytes(attributes, arrays)
@@ -433,12 +446,13 @@ class Worker:
         range_arrays = hdf5.from_bytes(task.ranges)
         ranges = HistogramRange(**range_arrays)
         result = self._portioned(
+            task,
             lambda config: sweep.sweep(
                 sweep.PassContext(model, layers, self.dataset, config, self.stop, threads),
                 task.images,
                 ranges,
                 self.drawn,
-            )
+            ),
         )
         return self._part_bytes(task, result.arrays(), ranges=hashing.arrays_digest(range_arrays))
 
@@ -446,11 +460,12 @@ class Worker:
         layers, model, threads = self.setup.layers, self.measured, max(2, self.setup.threads)
         table = localize.SecondPassIndex.from_arrays(hdf5.from_bytes(task.index))
         arrays = self._portioned(
+            task,
             lambda config: localize.localize(
                 sweep.PassContext(model, layers, self.dataset, config, self.stop, threads, self.setup.depths),
                 table,
                 task.images,
-            )
+            ),
         )
         return self._part_bytes(task, arrays)
 
@@ -469,8 +484,12 @@ class Worker:
             stop=self.stop,
             threads=threads,
         )
-        arrays = measurement.measure(context, task.images).arrays()
-        return self._part_bytes(task, arrays)
+        result = self._halved(
+            memory_key(task),
+            request.batch,
+            lambda batch: measurement.measure(dataclasses.replace(context, batch=batch), task.images),
+        )
+        return self._part_bytes(task, result.arrays())
 
     def _relevance(self, task: RelevanceTask) -> bytes:
         request = self.setup.effects

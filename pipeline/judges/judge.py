@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.acceleration.precision import ieee
 from pipeline.core.errors import AtlasError
+from pipeline.kernels.device_errors import is_device_failure
 from pipeline.layers import selection
 from pipeline.layers.finding import Layer, capture
 from pipeline.layers.selection import LayersConfig
@@ -81,9 +82,9 @@ class Judge:
             return self._pooled(images, own)
         try:
             return self._pooled(images, size)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # networks refuse a size with whatever error their code raises
+        except Exception as error:  # networks refuse a size with whatever error their code raises
+            if is_device_failure(error):
+                raise
             return self._pooled(images, own)
 
     def _pooled(self, images: Tensor, size: Size) -> np.ndarray:

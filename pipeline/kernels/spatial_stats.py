@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.core.errors import first_line
 from pipeline.kernels import build
+from pipeline.kernels.device_errors import is_device_failure
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +93,9 @@ def compile_or_fallback(function: Callable[..., Any]) -> Callable[..., Any]:
                 with torch.no_grad(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # warnings of the compiler itself, with the first shape
                     return fast(*tensors)
-            except torch.OutOfMemoryError:
-                raise  # the caller continues with a smaller batch; uncompiled, these maps need even more memory
             except Exception as error:
+                if is_device_failure(error):
+                    raise  # the caller continues with a smaller batch; uncompiled, these maps need even more memory
                 # The dataset pass works without a compiler, whatever is wrong with the one of this machine.
                 log.info("%s runs uncompiled: %s", function.__name__, first_line(error))
                 works = False

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipeline.core.errors import first_line
+from pipeline.kernels.device_errors import is_device_failure
 from pipeline.layers.tracing import modules_of, tensor_of, tensors_in
 from pipeline.models.loading import Model
 
@@ -74,6 +75,8 @@ def rectified_taps(model: Model, taps: Collection[Tap]) -> set[Tap]:
         with torch.no_grad(), observer:
             model.module(model.normalize(images))
     except Exception as error:
+        if is_device_failure(error):
+            raise
         # The network itself runs. Operations that cannot be observed (control flow of exported programs, extensions of
         # others) must not stop a run: its layers get the statistics that need no zero.
         log.warning("%s: rectifiers cannot be found, so zero counts as arbitrary: %s", model.name, first_line(error))

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipeline.core.errors import AtlasError
+from pipeline.kernels.device_errors import is_device_failure
 from pipeline.layers.refusals import NotTaken
 from pipeline.models.loading import Model
 
@@ -174,6 +175,8 @@ class Trace:
         except AtlasError:
             raise
         except Exception as error:
+            if is_device_failure(error):
+                raise
             raise NotTaken(model, images, error) from error
         finally:
             for handle in handles:

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from pipeline.core.config_files import ConfigFile, decode_text
 from pipeline.core.device_tensors import constant_like
 from pipeline.core.errors import AtlasError, first_line, nearest_names
+from pipeline.kernels.device_errors import is_device_failure
 from pipeline.models.checkpoints import StateDictSelector, load_checkpoint
 from pipeline.models.config import INTERPOLATIONS, ModelConfig, Preprocessing
 from pipeline.models.custom import code_digest
@@ -106,6 +107,8 @@ def _forward_error(model: Model) -> Exception | None:
         with torch.no_grad():
             model.module(model.normalize(images).contiguous(memory_format=model.memory_format))
     except Exception as error:
+        if is_device_failure(error):
+            raise
         # The network may be the user's code, which can raise anything.
         return error
     return None

@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from pipeline.acceleration.variants import ModelVariants
 from pipeline.config.schema import Config
 from pipeline.data import image_loading
 from pipeline.data.datasets import Dataset
+from pipeline.engine.devices import free_memory
 from pipeline.engine.progress import clock
+from pipeline.kernels.device_errors import is_out_of_memory
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.config import Preprocessing
 from pipeline.models.loading import Model
@@ -38,6 +41,13 @@ TIME_LIMIT = 1.0
 TIME_SHARE = 0.02
 MIN_MEASUREMENTS = 3
 
+# Images of a timed forward pass on a CPU, and channels of a timed step: two stand for a batch, as the time of a core
+# is proportional to their number. That of a GPU is not: there batches are as large as those of the work.
+TIMED_BATCH = 2
+
+# Batches of this part of the size are timed on a GPU as well, which tells the part of the time that every batch takes.
+SMALLER_BATCH = 4
+
 # Images that are read to time their decoding; the first of them is a warm-up, too.
 TIMED_IMAGES = 5
 
@@ -51,6 +61,8 @@ MIN_STEP_SECONDS = 1e-4
 # Cost of an optimization step as a multiple of the forward pass, assumed to separate the part of a step that does not
 # depend on the network.
 STEP_TO_FORWARD = 2.7
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,14 +163,16 @@ class _StepTiming:
     """Timing of one optimization step.
 
     Attributes:
-        seconds: Seconds of a step for one visualization that passes the network once.
+        seconds: Seconds of a step for one visualization that passes the network once, in a full batch.
         second_passes: Share of the first `REDIRECTED_STEPS` steps that passed the network twice.
         warm_up: Seconds by which the very first step exceeded a later one.
+        fixed_share: Share of a step of a full batch that a batch of any size takes; 0 on a CPU.
     """
 
     seconds: Span
     second_passes: float
     warm_up: float
+    fixed_share: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +186,7 @@ class _Networks:
         forward_seconds: Seconds of one image's forward pass up to each layer, by layer name.
         normalizations: By the name of the unit's layer, those that network penalties compare.
         precision: Precision of the steps.
+        config: The configuration of the run.
     """
 
     folded: Model
@@ -180,6 +195,27 @@ class _Networks:
     forward_seconds: Mapping[str, float]
     normalizations: Mapping[str, Sequence[Normalization]]
     precision: str
+    config: Config
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the networks."""
+        return _device_of(self.folded)
+
+    def full_batch(self, row: PlanRow, preset: Preset) -> int:
+        """Return the number of channels in a batch of a layer with enough of them."""
+        return self.config.channels_per_batch(preset, row.layer.channels, self.device.type)
+
+    def batch_factor(self, row: PlanRow, preset: Preset, fixed_share: float) -> float:
+        """Return how many times the seconds of a full batch a visualization of the row takes: 1 on a CPU.
+
+        Args:
+            row: The row, whose channels may be too few for full batches.
+            preset: Its preset.
+            fixed_share: Share of a step of a full batch that a batch of any size takes.
+        """
+        batches = math.ceil(len(row.channels) / self.full_batch(row, preset))
+        return 1 + fixed_share * (batches * self.full_batch(row, preset) / len(row.channels) - 1)
 
     def network_seconds(self, row: PlanRow) -> float:
         """Return the seconds of one forward pass on the row's canvas: proportional to its area."""
@@ -199,8 +235,8 @@ def estimate(
     """Return the rows of a plan with estimated seconds.
 
     One series of forward passes is timed up to every layer of `chosen`. For each preset, the ratio of a step to a
-    forward pass and the cost of a step beside the network are measured by rendering two visualizations for a few
-    steps in the cheapest and in the most expensive layer.
+    forward pass and the cost of a step beside the network are measured by rendering a few visualizations (on a GPU, a
+    batch of them) for a few steps in the cheapest and in the most expensive layer.
 
     Args:
         chosen: Layers of the plan, which include those of all rows.
@@ -216,9 +252,10 @@ def estimate(
     """
     steps = {preset.name: preset.variants * preset.steps for preset in config.rendered_presets}
     passes = images + STEP_TO_FORWARD * sum(len(row.channels) * steps[row.preset] for row in rows)
-    forward_seconds, forward = _time_forward(variants.folded, chosen, passes)
+    batch = config.examples.batch if times_whole_batches(_device_of(variants.folded)) else TIMED_BATCH
+    forward_seconds, forward = _fitting(batch, lambda size: _time_forward(variants.folded, chosen, passes, size))
     norms = normalizations or {}
-    networks = _Networks(variants.folded, variants.steps, others, forward_seconds, norms, variants.precision)
+    networks = _Networks(variants.folded, variants.steps, others, forward_seconds, norms, variants.precision, config)
     timed: dict[tuple[str, str], PlanRow] = {}
     warm_ups: list[float] = []
     for preset in config.rendered_presets:
@@ -261,10 +298,32 @@ def _timing_complete(counted: int, seconds: float, limit: float) -> bool:
     return counted >= 1 and seconds > 10 * TIME_LIMIT
 
 
-def _time_forward(folded: Model, layers: Sequence[Layer], run_passes: float) -> tuple[dict[str, float], Span]:
+def times_whole_batches(device: torch.device) -> bool:
+    """Return whether the time of a device is not proportional to the number of images, so that batches are timed."""
+    return device.type != "cpu"
+
+
+def _device_of(model: Model) -> torch.device:
+    return next(model.module.parameters()).device
+
+
+def _fitting(size: int, work: Callable[[int], T]) -> T:
+    """Return the result of `work` with batches of `size`, halved while the device runs out of memory."""
+    while True:
+        try:
+            return work(size)
+        except Exception as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+        size //= 2
+        free_memory()
+
+
+def _time_forward(
+    folded: Model, layers: Sequence[Layer], run_passes: float, batch: int
+) -> tuple[dict[str, float], Span]:
     """Return one image's seconds up to each layer, and up to the last one with their range; without the warm-up."""
-    batch = 2
-    device = next(folded.module.parameters()).device
+    device = _device_of(folded)
     images = torch.rand(batch, folded.preprocessing.channels, *folded.preprocessing.size, device=device)
     passes: list[dict[str, float]] = []
     warm = limit = 0.0
@@ -274,7 +333,7 @@ def _time_forward(folded: Model, layers: Sequence[Layer], run_passes: float) -> 
 
         def note(layer: Layer, _: torch.Tensor, reached: dict[str, float] = reached, began: float = began) -> None:
             if device.type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
             reached[layer.name] = perf_counter() - began
 
         with capture(folded, layers, each=note) as forward, torch.no_grad():
@@ -327,7 +386,7 @@ class _StepTimer:
 
     def __call__(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         if self.times:
             self.passes.append(max(1, self.count // self.each))
         self.times.append(perf_counter())
@@ -403,11 +462,12 @@ def _time_preset(networks: _Networks, rows: Sequence[PlanRow], preset: Preset) -
     low = min(step.seconds.low / step.seconds.expected for step in (cheap_step, dear_step))
     high = max(step.seconds.high / step.seconds.expected for step in (cheap_step, dear_step))
     second_passes = (cheap_step.second_passes + dear_step.second_passes) / 2
+    fixed_share = (cheap_step.fixed_share + dear_step.fixed_share) / 2
     passes = preset.steps + min(preset.steps, REDIRECTED_STEPS) * second_passes
     timed = []
     for row in rows:
         network = networks.network_seconds(row)
-        step = per_pixel * area(row) + ratio * network
+        step = (per_pixel * area(row) + ratio * network) * networks.batch_factor(row, preset, fixed_share)
         # Measuring a finished visualization costs forward passes on transformed copies of it; each layer has a
         # warm-up of its own.
         measuring = (ROBUST_COPIES + 2) * network
@@ -418,17 +478,37 @@ def _time_preset(networks: _Networks, rows: Sequence[PlanRow], preset: Preset) -
 
 
 def _time_step(networks: _Networks, row: PlanRow, preset: Preset, run_steps: int) -> _StepTiming:
-    """Time the first steps of the first channels of a row; the run has `run_steps` steps of single visualizations."""
+    """Time a step in the layer of a row; the run has `run_steps` steps of single visualizations."""
+    if not times_whole_batches(networks.device):
+        # In an expensive layer one channel is enough.
+        count = 1 if networks.network_seconds(row) > TIME_LIMIT / 10 else TIMED_BATCH
+        return _time_channels(networks, row, preset, run_steps, count)
+    full = networks.full_batch(row, preset)
+    count = min(len(row.channels), full)
+    count, timing = _fitting(count, lambda size: (size, _time_channels(networks, row, preset, run_steps, size)))
+    small = count // SMALLER_BATCH
+    if small == 0:
+        return dataclasses.replace(timing, fixed_share=1.0, seconds=timing.seconds * (count / full))
+    smaller = _time_channels(networks, row, preset, run_steps, small)
+    # Seconds of a batch of n channels: fixed + n * each.
+    whole, part = timing.seconds.expected * count, smaller.seconds.expected * small
+    each = min(max((whole - part) / (count - small), 0.0), whole / count)
+    fixed = whole - each * count
+    in_full_batch = fixed + each * full
+    seconds = timing.seconds * (in_full_batch / full / timing.seconds.expected)
+    return dataclasses.replace(timing, seconds=seconds, fixed_share=fixed / in_full_batch)
+
+
+def _time_channels(networks: _Networks, row: PlanRow, preset: Preset, run_steps: int, count: int) -> _StepTiming:
+    """Time the first steps of the first `count` channels of a row, as one batch."""
     folded, lowered = networks.folded, networks.lowered
-    # Two channels stand for a batch; in an expensive layer one is enough.
-    count = 1 if networks.network_seconds(row) > TIME_LIMIT / 10 else 2
     short = dataclasses.replace(preset.for_layer(row.layer), steps=MAX_STEPS, attempts=1, stop=Fixed())
     units = [(channel, variant) for channel in row.channels[:count] for variant in range(short.variants)]
     gray = torch.full((folded.preprocessing.channels, *row.canvas), 0.5)
     modules = [folded.module] if lowered.module is folded.module else [folded.module, lowered.module]
     # Images that activations are compared with pass the network too.
     each = 2 if short.layer_penalties or short.objective.compares_with == "image" else 1
-    timer = _StepTimer(next(folded.module.parameters()).device, modules, run_steps / len(units), each)
+    timer = _StepTimer(networks.device, modules, run_steps / len(units), each)
     ensembles = [a for a in short.augmentations if isinstance(a, Ensemble)]
     with timer.counting():
         # Another checkpoint costs as much as this one, and any initial image as much as a gray one.

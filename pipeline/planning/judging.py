@@ -20,8 +20,8 @@ from pipeline.planning.cost_model import MIN_MEASUREMENTS, TIME_LIMIT, ZERO_SPAN
 from pipeline.visualization.objectives import Direction
 from pipeline.visualization.preset import Preset
 
-# Images of a timed forward pass.
-TIMED_BATCH = 2
+# Images of a timed forward pass: on a GPU as many as judges look at at once.
+TIMED_BATCH, TIMED_GPU_BATCH = 2, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,8 @@ class PlannedJudge:
         judge = load_judge(self.name, self.config)
         judge = dataclasses.replace(judge, model=judge.model.to(device))
         load, size = perf_counter() - began, judge.model.preprocessing.size
-        images = torch.rand(TIMED_BATCH, judge.model.preprocessing.channels, *size)
+        batch = TIMED_BATCH if device == "cpu" else TIMED_GPU_BATCH
+        images = torch.rand(batch, judge.model.preprocessing.channels, *size)
         seconds: list[float] = []
         # The first pass is a warm-up. The results are on the CPU, so that a pass is complete when it returns.
         while len(seconds) < 2 or (len(seconds) <= MIN_MEASUREMENTS and sum(seconds[1:]) < TIME_LIMIT):
@@ -60,7 +61,7 @@ class PlannedJudge:
             else:
                 judge.features(images, size)
             seconds.append(perf_counter() - began)
-        forward = Span.from_measurements(seconds[1:]) * (1 / TIMED_BATCH)
+        forward = Span.from_measurements(seconds[1:]) * (1 / batch)
         return dataclasses.replace(self, load=Span.exact(load), forward=forward)
 
     def span(self, images: float) -> Span:

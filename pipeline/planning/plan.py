@@ -375,7 +375,9 @@ class Plan:
         tasks = []
         for row in sorted(self.rows, key=lambda row: -each[row]):
             channels, cost = missing[row], each[row]
-            batch = self.config.channels_per_batch(self.config.preset(row.preset))
+            batch = self.config.channels_per_batch(
+                self.config.preset(row.preset), row.layer.channels, self.setup.device
+            )
             # A GPU takes as long for one image as for a batch; a core does not.
             least = batch if self.pool.gpus else min(batch, math.ceil(MIN_SECONDS / cost))
             digest = render_digest(self.setup, row.layer, row.canvas, row.preset)

@@ -18,8 +18,11 @@ from pipeline.core.errors import AtlasError
 from pipeline.data import datasets
 from pipeline.data.datasets import Dataset
 from pipeline.effects.request import request_effects
+from pipeline.engine.devices import check_device, free_memory, prepare_device
+from pipeline.engine.own_process import in_own_process
 from pipeline.engine.resources import WorkerPool, local_resources, size_pool
 from pipeline.engine.tasks import Setup, examples_digest
+from pipeline.kernels.device_errors import is_device_lost
 from pipeline.layers import selection
 from pipeline.layers.finding import Layer, ReceptiveField
 from pipeline.layers.heads import HeadLayer
@@ -32,6 +35,7 @@ from pipeline.planning.advice import known_rotation_numbers, linear_output_advic
 from pipeline.planning.base_run import check_same_sources, find_base_run
 from pipeline.planning.cost_model import ZERO_SPAN, PlanRow, Span, Timings, estimate, time_image_loading
 from pipeline.planning.folder import RunFolder
+from pipeline.planning.judging import PlannedJudge
 from pipeline.planning.manifest import network_digest
 from pipeline.planning.overheads import Overheads, Stopwatch, process_start
 from pipeline.planning.plan import Plan, RemainingWork, Unrendered
@@ -135,6 +139,7 @@ def make_plan(
     Raises:
         AtlasError: If anything in the input is wrong.
     """
+    check_device(config.engine)
     cpus, gpus = local_resources()
     with _threads(cpus):
         inputs, chosen = _find_units(_load_inputs(config, listed), units)
@@ -180,6 +185,7 @@ def _load_inputs(config: Config, listed: tuple[Dataset, str] | None = None) -> _
     if base is not None:
         check_same_sources(base, config, model, fingerprint)
     engine = execution.resolved(config.engine, RunFolder(config.folder), base)
+    check_device(engine)
     config = with_files(dataclasses.replace(config, engine=engine), dataset, model.preprocessing)
     return _Inputs(config, model, dataset, fingerprint, base, start, loading)
 
@@ -340,8 +346,8 @@ def _natural_deviations(inputs: _Inputs, layers: Sequence[Layer], network: str) 
 
 def _with_estimates(plan: Plan, inputs: _Inputs, chosen: _Units) -> Plan:
     """Return the plan with the estimated seconds of its rows, its dataset pass and everything else."""
-    open_rows = [row for row in plan.rows if plan.left.channels[row.layer.name, row.preset]]
-    groups = [_estimated(plan, inputs, chosen, rows) for rows in _by_normalizations(plan, open_rows)]
+    measured = _measured(plan, inputs, chosen)
+    groups = measured.groups
     # A worker decodes images with as many threads as it has.
     loading = time_image_loading(inputs.dataset, inputs.model.preprocessing) if plan.left.reads else ZERO_SPAN
     read = loading * (1 / plan.pool.threads)
@@ -353,9 +359,73 @@ def _with_estimates(plan: Plan, inputs: _Inputs, chosen: _Units) -> Plan:
         rows=tuple(rows.get((row.layer.name, row.preset), row) for row in plan.rows),
         examples_seconds=costs.image_seconds * len(inputs.dataset.images),
         overheads=costs,
-        timed_on=_local_device(plan),
-        judges=tuple(judge.timed(_local_device(plan)) for judge in plan.judges),
+        timed_on=measured.device,
+        judges=measured.judges,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """What was timed on a device.
+
+    Attributes:
+        device: The device.
+        groups: Rows that run on one variant of the network, with estimated seconds, and the timings of no row.
+        judges: The judges, with estimates of their time.
+    """
+
+    device: str
+    groups: Sequence[tuple[list[PlanRow], Timings]]
+    judges: tuple[PlannedJudge, ...]
+
+
+def _measured(plan: Plan, inputs: _Inputs, chosen: _Units) -> _Measured:
+    """Time the plan on the device of its workers; on the CPU if this machine has no such device or it fails.
+
+    The driver of Ray workers opens no context on a GPU: it would keep memory beside theirs, and on a GPU in exclusive
+    mode none of them could start.
+    """
+    device = _local_device(plan)
+    if device != "cpu":
+        try:
+            if plan.config.engine.name == "inline":
+                return _measure_on_gpu(plan, chosen, inputs.pairs, device)
+            return in_own_process(_measure_on_gpu, plan, chosen, inputs.pairs, device)
+        except AtlasError:
+            raise
+        except Exception as error:
+            if is_device_lost(error):
+                raise
+            # The estimates of another device are better than no run. If it is an error of the work, workers report it.
+            log.warning("steps could not be timed on %s, so the estimates are those of the CPU: %s", device, error)
+        finally:
+            free_memory()
+    return _measure(plan, chosen, inputs.model, inputs.pairs, "cpu")
+
+
+def _measure_on_gpu(plan: Plan, chosen: _Units, pairs: tuple[ConvNormPair, ...], device: str) -> _Measured:
+    """Time the plan on a GPU, in this process, with a network of its own: that of the plan stays on the CPU."""
+    prepare_device(device, plan.config.engine)
+    cpus, _ = local_resources()
+    with _threads(min(plan.pool.threads, cpus)):
+        return _measure(plan, chosen, load_model(plan.config.model), pairs, device)
+
+
+def _measure(plan: Plan, chosen: _Units, model: Model, pairs: tuple[ConvNormPair, ...], device: str) -> _Measured:
+    """Time the plan on a device, to which the network is moved."""
+    open_rows = [row for row in plan.rows if plan.left.channels[row.layer.name, row.preset]]
+    place = _Place(model.to(device), pairs, device)
+    groups = [_estimated(plan, place, chosen, rows) for rows in _by_normalizations(plan, open_rows)]
+    return _Measured(device, groups, tuple(judge.timed(device) for judge in plan.judges))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """The network on the device that a plan is timed on, and the pairs of its modules that can be folded."""
+
+    model: Model
+    pairs: tuple[ConvNormPair, ...]
+    device: str
 
 
 def _by_normalizations(plan: Plan, rows: Sequence[PlanRow]) -> list[list[PlanRow]]:
@@ -371,11 +441,11 @@ def _by_normalizations(plan: Plan, rows: Sequence[PlanRow]) -> list[list[PlanRow
     return [group for group in groups if group] or [[]]
 
 
-def _estimated(plan: Plan, inputs: _Inputs, chosen: _Units, rows: Sequence[PlanRow]) -> tuple[list[PlanRow], Timings]:
+def _estimated(plan: Plan, place: _Place, chosen: _Units, rows: Sequence[PlanRow]) -> tuple[list[PlanRow], Timings]:
     """Return rows that run on one variant of the network with estimated seconds, and the timings of no row."""
     deepest = max(rows, key=lambda row: row.layer.cost, default=None)
-    norms = _normalizations(plan, inputs.model, rows)
-    variants, seconds = _timed_variants(plan, inputs, deepest, norms.get(deepest.layer.name, []) if deepest else [])
+    norms = _normalizations(plan, place.model, rows)
+    variants, seconds = _timed_variants(plan, place, deepest, norms.get(deepest.layer.name, []) if deepest else [])
     if variants.reason:
         log.info("steps run on the %s network: %s", variants.level, variants.reason)
     # A worker verifies variants for each layer, as far as that layer.
@@ -402,24 +472,22 @@ def _local_device(plan: Plan) -> str:
 
 
 def _timed_variants(
-    plan: Plan, inputs: _Inputs, deepest: PlanRow | None, read: Sequence[Normalization]
+    plan: Plan, place: _Place, deepest: PlanRow | None, read: Sequence[Normalization]
 ) -> tuple[ModelVariants, float]:
     """Return the variants of the network for the deepest layer, and the seconds that a worker takes to verify them.
 
     Args:
         plan: The plan.
-        inputs: Its inputs.
+        place: The network on the device.
         deepest: Row of the deepest layer.
         read: Normalizations that its steps read.
     """
-    device = _local_device(plan)
     layers = [*([deepest.layer] if deepest else plan.setup.layers[-1:]), *plan.setup.others]
-    precision = execution.precision_name(plan.config.engine.precision, device)
-    precision = usable(precision, torch.device(device).type, capability_of(device))
+    precision = execution.precision_name(plan.config.engine.precision, place.device)
+    precision = usable(precision, torch.device(place.device).type, capability_of(place.device))
     size = deepest.canvas if deepest else None
-    model = inputs.model.to(device)
     norms = {norm.path: norm.tap for norm in read}
-    verify = functools.partial(verified_variants, model, inputs.pairs, layers, precision, size, norms)
+    verify = functools.partial(verified_variants, place.model, place.pairs, layers, precision, size, norms)
     cpus, _ = local_resources()
     with _threads(cpus):
         began = perf_counter()
@@ -429,4 +497,5 @@ def _timed_variants(
             began = perf_counter()
             verify()
         seconds = perf_counter() - began
-    return variants, seconds * cpus / min(plan.pool.threads, cpus)
+    # The threads of a worker do not change the speed of a GPU.
+    return variants, seconds * cpus / min(plan.pool.threads, cpus) if place.device == "cpu" else seconds

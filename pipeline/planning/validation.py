@@ -9,6 +9,7 @@ import torch
 from pipeline.config.schema import Config
 from pipeline.core.errors import AtlasError, first_line
 from pipeline.images.parameterizations import FromImage
+from pipeline.kernels.device_errors import is_device_failure
 from pipeline.layers.finding import Layer
 from pipeline.models.loading import Model, load_ensemble_member
 from pipeline.visualization import preset as presets
@@ -205,9 +206,9 @@ def _size_error(model: Model, size: Size) -> Exception | None:
     try:
         with torch.no_grad():
             model.module(model.normalize(torch.zeros(1, model.preprocessing.channels, *size)))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_device_failure(error):
+            raise
         # Networks refuse a size with whatever error their code raises: a shape, an assertion, a value.
         return error
     return None

@@ -196,6 +196,6 @@ def _render_cells(
     worker.stop = on_step
     job = worker.job(layer.name, canvas, preset)
     units = [(0, cell) for cell in range(preset.variants)]
-    size = config.engine.batch
-    pictures = [p for start in range(0, len(units), size) for p in render(job, units[start : start + size])]
+    size = config.engine.images_per_batch(layer.channels, worker.setup.device)
+    pictures = worker.in_batches((layer.name, preset.name), units, size, 1, lambda part: render(job, part))
     return np.stack([p.image for p in pictures]), np.array([p.activation for p in pictures], np.float32)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pipeline.acceleration.batchnorm_folding import fold, foldable_pairs
 from pipeline.config.schema import Config
 from pipeline.data.datasets import Dataset
-from pipeline.engine.resources import local_resources, size_pool
+from pipeline.engine.devices import check_device, prepare_device
+from pipeline.engine.resources import WorkerPool, local_resources, size_pool
 from pipeline.engine.tasks import Setup
 from pipeline.engine.worker import Worker
 from pipeline.layers import selection
@@ -16,6 +17,11 @@ from pipeline.planning import execution, natural_deviations
 from pipeline.planning.preset_inputs import with_penalty_layers
 from pipeline.planning.validation import choose_canvas_sizes, validate_request
 from pipeline.visualization.preset import Size
+
+
+def worker_pool(config: Config) -> WorkerPool:
+    """Return the resources of a worker in this process."""
+    return size_pool(dataclasses.replace(config.engine, name="inline"), [local_resources()])
 
 
 def layer_worker(
@@ -37,12 +43,15 @@ def layer_worker(
     heads = selection.logit_layers(model, candidates)
     others = validate_request(config, model, candidates, [layer], heads)
     canvas = choose_canvas_sizes(model, [layer], config.render)[layer.name]
-    pool = size_pool(dataclasses.replace(config.engine, name="inline"), [local_resources()])
+    engine = dataclasses.replace(config.engine, name="inline")
+    check_device(engine)
+    pool = worker_pool(config)
     setup = Setup(config, model.digest, (layer,), Dataset((), {}), pool.threads, pool.device, others)
     natural_deviations.check_normalizations(model, [layer], [config.render])
     if natural_deviations.compared_layers(model, [layer], [config.render], setup.dataset):
         folded = fold(model, foldable_pairs(model))
         setup = dataclasses.replace(setup, natural=natural_deviations.measure(model, folded, setup.dataset, [layer]))
     worker = Worker(execution.on_device(setup, pool.device))
+    prepare_device(pool.device, engine)
     worker.__dict__["model"] = place(pool.device)  # in place of loading it
     return canvas, worker

@@ -43,7 +43,8 @@ def restart_tasks(plan: Plan, artifacts: Artifacts, atlas: Atlas) -> list[Render
     tasks = []
     for row, channels in silent_units(plan, artifacts).items():
         examples = {channel: best_example_image(atlas, row.layer.name, channel) for channel in channels}
-        batch = plan.config.channels_per_batch(plan.config.preset(row.preset))
+        preset = plan.config.preset(row.preset)
+        batch = plan.config.channels_per_batch(preset, row.layer.channels, plan.setup.device)
         for shard, own in _by_shard(artifacts, row, channels):
             _write_without_example(artifacts, row, shard, [channel for channel in own if examples[channel] is None])
             found = {channel: image for channel in own if (image := examples[channel]) is not None}

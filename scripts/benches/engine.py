@@ -24,7 +24,7 @@ import pandas as pd
 import psutil
 
 from pipeline.cli.main import main
-from pipeline.config.schema import EngineConfig
+from pipeline.config.schema import CPU_BATCH, EngineConfig
 from pipeline.engine import handshake
 from pipeline.engine.base import Failure, ordered
 from pipeline.engine.factory import open_engine
@@ -189,7 +189,8 @@ def simulate(plan: Path, units: int, workers: int, lost: float, spread: float) -
     Progress and status.json are those of a run. Memory is that of the driver (RSS): when the tasks are known, at a
     tenth of the units, and at the end.
     """
-    rows, config = rows_of(plan), EngineConfig(workers=workers, cpus_per_worker=1.0, max_failures=1_000_000)
+    rows = rows_of(plan)
+    config = EngineConfig(workers=workers, cpus_per_worker=1.0, max_failures=1_000_000)
     whole, count = sum(each * n for each, n in rows), sum(n for _, n in rows)
     repeats = -(-units // count)
     tasks, left, unassigned = [], whole * repeats, units
@@ -197,7 +198,7 @@ def simulate(plan: Path, units: int, workers: int, lost: float, spread: float) -
         for layer, (each, channels) in enumerate(rows):
             wanted, channel = min(channels, unassigned), 0
             unassigned -= wanted
-            for size in portions(wanted, each, left, workers, config.task_seconds, config.batch, 1):
+            for size in portions(wanted, each, left, workers, config.task_seconds, CPU_BATCH, 1):
                 part = tuple(range(channel, channel + size))
                 tasks.append(
                     RenderTask(f"{number}/{layer}/{channel}.h5", "d", each * size, str(layer), part, (8, 8), "p")
@@ -246,7 +247,7 @@ def scaling(plan: Path, spread: float) -> list[dict[str, float]]:
     for workers in (1, 2, 8, 32, 64, 128, 256, 512):
         left, costs = whole, []
         for each, count in rows:
-            for size in portions(count, each, left, workers, EngineConfig().task_seconds, EngineConfig().batch, 1):
+            for size in portions(count, each, left, workers, EngineConfig().task_seconds, CPU_BATCH, 1):
                 costs.append(each * size)
                 left -= each * size
         tasks = ordered(

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     options = parser.parse_args()
     over = time.monotonic() + 60 * options.minutes
-    card = torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device
+    card = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else options.device
     found, left = [], []
     for name in options.models.split(","):
         config, model, layers = network(name)

@@ -196,7 +196,7 @@ class Bench:
 
     def ours(self, preset: str, name: str, channels: list[int]) -> tuple[list[Visualization], float]:
         """Return the visualizations of the layer's channels, and seconds per channel."""
-        batch = self.config.engine.batch
+        batch = self.config.engine.images_per_batch(len(channels), "cpu")
         parts = [channels[i * batch : (i + 1) * batch] for i in range(len(self.pools))]
         parts = [part for part in parts if part]
         for result in [p.apply_async(prepare, (preset, name, self.threads)) for p in self.pools]:
@@ -213,7 +213,8 @@ class Bench:
         step = layer.channels // (count + 1)
         units = [step * (i + 1) for i in range(count)]
         others = [c for c in range(layer.channels) if c not in units]
-        room = max(self.config.engine.batch * len(self.pools) - len(units), 0)
+        batch = self.config.engine.images_per_batch(layer.channels, "cpu")
+        room = max(batch * len(self.pools) - len(units), 0)
         rest = others[:: max(1, len(others) // (room + len(units)))][:room]
         return units, units + rest
 

@@ -157,6 +157,8 @@ def test_every_default_is_a_key_of_the_composed_configuration() -> None:
         ("site.quality=101", "site.quality=101 is too large: at most 100."),
         ("site.max_bytes=5", "site.max_bytes=5 is too small: at least 1,000,000."),
         ("engine.name=slurm", "engine.name='slurm' is not one of ray, inline."),
+        ("engine.batch=0", "engine.batch=0: use auto or a number above 0."),
+        ("engine.device=mps", "engine.device='mps': use auto, cpu, cuda or, inline, cuda:N."),
         ("engine.gpus_per_worker=-1", "engine.gpus_per_worker=-1: use auto or a number above 0."),
         ("~render.objective", "render.objective is missing."),
         ("render.objective=null", "render.objective needs a `name`: one of auto, caricature, "),
@@ -174,3 +176,32 @@ def test_numbers_of_yaml_keep_working() -> None:
     config = compose(["engine.patience=inf", "render.canvas.decay=2", "examples.spectrum=[0,50,100]"]).config
     assert config.engine.patience == float("inf")
     assert isinstance(config.render.canvas.decay, float) and config.examples.spectrum == (0.0, 50.0, 100.0)
+
+
+# Device, channels of the layer, variants, images of a batch, channels of a batch.
+BATCHES = [
+    ("cpu", 16, 1, 16, 16),
+    ("cpu", 2048, 1, 16, 16),
+    ("cpu", 512, 4, 16, 4),
+    ("cpu", 512, 20, 16, 1),
+    ("cuda", 32, 1, 64, 64),
+    ("cuda", 64, 1, 64, 64),
+    ("cuda", 65, 1, 128, 128),
+    ("cuda:1", 2048, 1, 128, 128),
+    ("cuda", 512, 4, 128, 32),
+    ("cuda", 64, 4, 64, 16),
+]
+
+
+@pytest.mark.parametrize(("device", "channels", "variants", "images", "together"), BATCHES)
+def test_batches_follow_from_device_channels_and_variants(
+    device: str, channels: int, variants: int, images: int, together: int
+) -> None:
+    config = compose([f"render.variants={variants}"]).config
+    assert config.engine.batch == "auto"
+    assert config.engine.images_per_batch(channels, device) == images
+    assert config.channels_per_batch(config.render, channels, device) == together
+    # A number is one everywhere.
+    config = compose([f"render.variants={variants}", "engine.batch=40"]).config
+    assert config.engine.images_per_batch(channels, device) == 40
+    assert config.channels_per_batch(config.render, channels, device) == 40 // variants

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import pickle
 import signal
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.schema import EngineConfig
-from pipeline.core.errors import AtlasError
+from pipeline.core.errors import AtlasError, TryAgainError
 from pipeline.engine import worker
 from pipeline.engine.base import Failure, TooManyFailures, ordered
+from pipeline.engine.batch_sizes import BatchSizes
 from pipeline.engine.factory import open_engine
 from pipeline.engine.progress import Stage, WorkerStats, report_lines, run_report
 from pipeline.engine.resources import size_pool
@@ -55,6 +58,30 @@ def test_auto_fills_a_cluster_of_mixed_nodes() -> None:
     wide = size_pool(EngineConfig(cpus_per_worker=4), [(6, 0), (7, 0), (2, 0)])
     assert wide.workers == 2 and wide.room([(3, 0), (8, 0)]) == 2
     assert size_pool(EngineConfig(workers=12), [(8, 0), (8, 0)]).cpus == 1
+
+
+# GPUs of one worker, and how many of them share a GPU. 1 // 0.2 is 4.0 and 1 // 0.1 is 9.0.
+FRACTIONS = [(0.1, 10), (0.2, 5), (0.25, 4), (1 / 3, 3), (0.5, 2), (1.0, 1), (1 / 7, 7), (0.3, 3), (0.6, 1)]
+
+
+@pytest.mark.parametrize(("each", "on_one"), FRACTIONS)
+@pytest.mark.parametrize("gpus", [1, 4])
+@pytest.mark.parametrize("cores", [2, 16, 96])
+def test_fractions_of_gpus_lose_no_worker(each: float, on_one: int, gpus: int, cores: int) -> None:
+    pool, workers = size_pool(EngineConfig(gpus_per_worker=each), [(cores, gpus)]), gpus * on_one
+    assert (pool.workers, pool.room([(cores, gpus)])) == (workers, workers)
+    # A worker has whole cores, or its share of one if there are not enough; all of them fit, also as Ray counts.
+    assert pool.cpus == cores // workers if cores >= workers else pool.cpus == pytest.approx(cores / workers, abs=1e-4)
+    assert round(pool.cpus * 1e4) * workers <= cores * 1e4
+    assert round(pool.gpus * 1e4) * on_one <= 1e4
+
+
+def test_fractions_of_cores_lose_no_worker() -> None:
+    for each, workers in ((0.1, 20), (0.2, 10), (1 / 3, 6)):
+        assert size_pool(EngineConfig(cpus_per_worker=each), [(2, 0)]).workers == workers
+    # The node with the fewest cores for each GPU decides; one without cores has no workers.
+    mixed = size_pool(EngineConfig(gpus_per_worker=0.2), [(5, 1), (20, 1), (0, 4)])
+    assert (mixed.workers, mixed.cpus) == (10, 1)
 
 
 @given(
@@ -107,36 +134,41 @@ def test_a_photograph_counts_once_however_ranges_overlap() -> None:
     assert gaps([(0, 12), (16, 20)], 25) == [(12, 16), (20, 25)] and gaps([(0, 25)], 25) == []
 
 
-def out_of_memory_over(limit: int, sizes: list[int]) -> Any:
+ALLOCATOR_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+DRIVER_FULL = RuntimeError("CUDA error: out of memory")
+CONTEXT_LOST = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def out_of_memory_over(limit: int, sizes: list[int], error: RuntimeError = ALLOCATOR_FULL) -> Any:
     whole = worker.render
 
     def render(job: Any, units: list[Any]) -> Any:
         sizes.append(len(units))
         if len(units) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise error
         return whole(job, units)
 
     return render
 
 
+def render_tasks(plan: Plan, folder: Path, starts: Sequence[int]) -> list[RenderTask]:
+    """Tasks of six channels of one layer."""
+    row = plan.rows[0]
+    return [
+        RenderTask(str(folder / f"{i}.h5"), "d", 1.0, row.layer.name, tuple(range(i, i + 6)), row.canvas, row.preset)
+        for i in starts
+    ]
+
+
+def with_batch(plan: Plan, batch: int) -> Any:
+    config = dataclasses.replace(plan.config, engine=dataclasses.replace(plan.config.engine, batch=batch))
+    return dataclasses.replace(plan.setup, config=config)
+
+
 def test_out_of_memory_halves_the_batch_and_is_remembered(
     tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = dataclasses.replace(tiny_plan.config, engine=dataclasses.replace(tiny_plan.config.engine, batch=8))
-    setup = dataclasses.replace(tiny_plan.setup, config=config)
-    row = tiny_plan.rows[0]
-    tasks = [
-        RenderTask(
-            str(tmp_path / f"{i}.h5"),
-            "d",
-            1.0,
-            row.layer.name,
-            tuple(range(i, i + 6)),
-            row.canvas,
-            row.preset,
-        )
-        for i in (0, 6, 12)
-    ]
+    setup, tasks = with_batch(tiny_plan, 8), render_tasks(tiny_plan, tmp_path, (0, 6, 12))
     sizes: list[int] = []
     monkeypatch.setattr(worker, "render", out_of_memory_over(3, sizes))
     one = Worker(setup)
@@ -156,6 +188,76 @@ def test_out_of_memory_halves_the_batch_and_is_remembered(
     monkeypatch.setattr(worker, "render", out_of_memory_over(0, sizes))
     with pytest.raises(torch.OutOfMemoryError):
         Worker(setup).do(tasks[0])
+
+
+def test_a_driver_that_is_out_of_memory_halves_the_batch_of_one_preset_only(
+    tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It used to count as a lost context: the next worker began with the same batch."""
+    setup, tasks = with_batch(tiny_plan, 8), render_tasks(tiny_plan, tmp_path, (0,))
+    sizes: list[int] = []
+    monkeypatch.setattr(worker, "render", out_of_memory_over(3, sizes, DRIVER_FULL))
+    one = Worker(setup)
+    assert one.do(tasks[0]).batch == ("cpu", 3) and sizes == [6, 3, 3]
+    # The memory of another preset of the same layer is another one.
+    preset = dataclasses.replace(setup.config.render, name="other")
+    one.pictures(tasks[0].layer, range(6), tasks[0].canvas, preset)
+    assert sizes[3:] == [6, 3, 3]
+
+
+def test_a_batch_that_fits_outlives_the_worker_that_learnt_it(
+    tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def render(_: Any, units: list[Any]) -> Any:
+        sizes.append(len(units))
+        raise DRIVER_FULL if len(units) > 3 else CONTEXT_LOST
+
+    monkeypatch.setattr(worker, "render", render)
+    task, batches = render_tasks(tiny_plan, tmp_path, (0,))[0], BatchSizes()
+    for _ in range(2):
+        with pytest.raises(DeviceLost) as lost:
+            Worker(with_batch(tiny_plan, 8)).do(task, batches.of(task))
+        again = pickle.loads(pickle.dumps(lost.value))  # as Ray brings it to the driver
+        assert str(again) == str(lost.value)
+        batches.note(task, again.batch)
+    assert sizes == [6, 3, 3] and batches.of(task) == {"cpu": 3}
+    # Late reports of larger batches do not count, and other presets and stages have sizes of their own.
+    batches.note(task, ("cpu", 5))
+    assert batches.of(task) == {"cpu": 3}
+    assert batches.of(dataclasses.replace(task, preset="other")) == {}
+    assert batches.of(RangesTask("r", "d", 1.0, (0,))) == {}
+
+
+def test_an_inline_run_ends_when_its_process_has_lost_the_gpu(
+    tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All further tasks would fail in this process; a new one may go on, as the exit code says."""
+    begun: list[int] = []
+
+    def render(*_: object) -> None:
+        begun.append(1)
+        raise CONTEXT_LOST
+
+    monkeypatch.setattr(worker, "render", render)
+    with (
+        open_engine(EngineConfig(name="inline")) as engine,
+        pytest.raises(TryAgainError, match="The GPU failed") as end,
+    ):
+        engine.execute(render_tasks(tiny_plan, tmp_path, (0, 6)), tiny_plan.setup, lambda *_: None, lambda: None)
+    assert begun == [1] and end.value.exit_code == 75 and "run the same command again" in str(end.value)
+
+
+def test_an_inline_engine_keeps_batches_that_fit_for_the_next_setup(
+    tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(worker, "render", out_of_memory_over(3, sizes))
+    with open_engine(EngineConfig(name="inline")) as engine:
+        for task in render_tasks(tiny_plan, tmp_path, (0, 6)):
+            engine.execute([task], with_batch(tiny_plan, 8), lambda *_: None, lambda: None)
+    assert sizes == [6, 3, 3, 3, 3]
 
 
 def test_photographs_too_many_for_memory_are_halved(
@@ -184,7 +286,7 @@ def test_a_poisoned_context_makes_a_worker_unfit(
     tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def poisoned(*_: object, **__: object) -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise CONTEXT_LOST
 
     monkeypatch.setattr(worker, "render", poisoned)
     row = tiny_plan.rows[0]
@@ -202,6 +304,14 @@ def test_a_worker_that_grew_is_worn(tiny_plan: Plan) -> None:
     one.first_memory /= 2
     assert "grew from" in one._restart_reason()
     assert Worker(tiny_plan.setup)._restart_reason() == ""
+
+
+def test_the_memory_of_a_worker_is_first_read_when_its_network_is_loaded(tiny_plan: Plan, tmp_path: Path) -> None:
+    """CUDA maps gigabytes of host memory into a process: they are no growth."""
+    one = Worker(tiny_plan.setup)
+    assert one.first_memory == 0
+    one.do(render_tasks(tiny_plan, tmp_path, (0,))[0])
+    assert "model" in vars(one) and one.first_memory > 0
 
 
 def test_photographs_that_are_sent_stay_in_their_folder(tiny_plan: Plan) -> None:

@@ -135,6 +135,121 @@ def test_the_median_counts_and_unsteady_steps_give_a_range(monkeypatch: pytest.M
     assert span.text() in unsteady.outlook()[-1] and " to " in span.text()
 
 
+# Seconds of a step on a GPU, on the patched clock: any batch, and each visualization.
+ANY_BATCH, EACH = 0.02, 0.0005
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, largest: int = 1000) -> list[int]:
+    """Time plans as on a GPU that has memory for `largest` visualizations; the sizes of the batches that are timed."""
+    clocked(monkeypatch, [1.0])
+    clock: Any = cost_model.perf_counter
+    sizes: list[int] = []
+
+    def render(job: Any, units: Any) -> None:
+        sizes.append(len(units))
+        if len(units) > largest:
+            raise RuntimeError("CUDA error: out of memory")
+        for _ in range(job.preset.steps):
+            job.on_step()
+            for hook in job.step_model.module._forward_pre_hooks.values():
+                hook(job.step_model.module, ())
+            clock.now += ANY_BATCH + EACH * len(units)
+
+    monkeypatch.setattr(cost_model, "render", render)
+    monkeypatch.setattr(cost_model, "times_whole_batches", lambda device: True)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("channels", "largest", "timed", "batches"),
+    [(24, 1000, [8, 2], 3), (12, 1000, [8, 2], 2), (3, 1000, [3], 1), (24, 5, [8, 4, 1], 3)],
+)
+def test_a_gpu_is_timed_with_whole_batches(
+    monkeypatch: pytest.MonkeyPatch, photo_folder: Any, channels: int, largest: int, timed: list[int], batches: int
+) -> None:
+    """It takes as long for two visualizations as for a batch: a plan used to expect a multiple of the time."""
+    sizes = on_gpu(monkeypatch, largest)
+    own = ["layers.include=[conv_head]", f"layers.channels='0:{channels}'", "engine.batch=8"]
+    (row,) = planned(photo_folder, *own).rows
+    assert sizes == timed and len(row.channels) == channels
+    steps = 100 * (batches * ANY_BATCH + channels * EACH)
+    beside = channels * (cost_model.ROBUST_COPIES + 2) * PASS / 4  # to measure them: passes of four images
+    assert row.seconds == pytest.approx(steps + beside * 32**2 / 64**2, rel=0.01)
+
+
+def test_a_gpu_is_timed_in_a_process_of_its_own_unless_it_is_that_of_the_work(
+    monkeypatch: pytest.MonkeyPatch, photo_folder: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A context of the driver would keep workers off a GPU in exclusive mode. Without an answer the CPU is timed."""
+    clocked(monkeypatch, [0.1])
+    places: list[str] = []
+
+    def measure(plan: Plan, chosen: Any, pairs: Any, device: str) -> Any:
+        places.append(device)
+        raise ValueError("no kernel for this card")
+
+    def in_own_process(function: Any, *arguments: Any) -> Any:
+        places.append("process")
+        return function(*arguments)
+
+    monkeypatch.setattr(planner, "_local_device", lambda plan: "cuda")
+    monkeypatch.setattr(planner, "_measure_on_gpu", measure)
+    monkeypatch.setattr(planner, "in_own_process", in_own_process)
+    for engine, expected in (("inline", ["cuda"]), ("ray", ["process", "cuda"])):
+        places.clear()
+        made = planned(photo_folder, f"engine={engine}")
+        assert places == expected and made.timed_on == "cpu" and max(a_step(made)) > 0
+    assert "could not be timed on cuda, so the estimates are those of the CPU: no kernel for this card" in caplog.text
+
+
+PLUGIN = """
+import dataclasses
+
+from pipeline.visualization.objectives import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak(Objective):
+    def value(self, responses):
+        return responses.maps.flatten(1).amax(1)
+"""
+
+
+@pytest.mark.long
+def test_a_plan_with_code_of_the_user_can_be_timed_in_another_process(
+    monkeypatch: pytest.MonkeyPatch, photo_folder: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    send = planner.in_own_process
+    monkeypatch.setattr(planner, "_local_device", lambda plan: "cuda")
+    monkeypatch.setattr(planner, "in_own_process", lambda work, *parts: send(work, *parts[:-1], "cpu"))
+    made = planned(photo_folder, "engine=ray", f"render.objective.name={tmp_path}/mine.py:Peak")
+    assert "could not be timed" not in caplog.text and made.timed_on == "cpu"
+    assert made.overheads is not None and made.overheads.warm_up.expected > 0
+    assert all(row.seconds > 0 and row.seconds != len(row.channels) for row in made.rows)
+
+
+def test_the_network_of_a_plan_stays_where_it_is(monkeypatch: pytest.MonkeyPatch, photo_folder: Any) -> None:
+    """What is timed on a GPU is another copy: to move a module changes the tensors of all variants that share them."""
+    models: list[Any] = []
+    measure = planner._measure
+
+    def noted(plan: Plan, chosen: Any, model: Any, pairs: Any, device: str) -> Any:
+        models.append(model.module)
+        return measure(plan, chosen, model, pairs, "cpu")
+
+    moved: list[Any] = []
+    monkeypatch.setattr(planner, "_local_device", lambda plan: "cuda")
+    monkeypatch.setattr(planner, "prepare_device", lambda device, config: moved.append(device))
+    monkeypatch.setattr(planner, "_measure", noted)
+    loaded: list[Any] = []
+    load = planner.load_model
+    monkeypatch.setattr(planner, "load_model", lambda config: loaded.append(load(config)) or loaded[-1])
+    made = planned(photo_folder)
+    assert moved == ["cuda"] and made.overheads is not None
+    assert len(loaded) == 2 and models == [loaded[1].module] and loaded[0].module is not loaded[1].module
+
+
 def test_steps_that_pass_the_network_twice_are_not_taken_for_all(
     monkeypatch: pytest.MonkeyPatch, photo_folder: Any
 ) -> None:
