@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pipeline.acceleration.batchnorm_folding import ConvNormPair, FoldedNorm, fold
-from pipeline.acceleration.cpu_lowering import LoweredConv2d, in_precision, lower
+from pipeline.acceleration.cpu_lowering import LoweredConv2d, in_precision
+from pipeline.acceleration.fused_convolutions import FusedConv2d
+from pipeline.acceleration.lowering import is_on_gpu, lower
 from pipeline.core.errors import first_line
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.loading import Model, inplace_activations
@@ -238,9 +240,13 @@ def verified_variants(
     exact = exact or model
     steps = None
     if dtype != torch.float32:
+        # On a GPU the network in `dtype` is worth having without fused rectifiers too.
+        unfused = [_Candidate("unfused", lambda: lower(folded, pairs, dtype, visible=norms, fuse=False), dtype)]
+        unfused = unfused if is_on_gpu(folded) else []
         steps = reference.first_equal(
             [
                 _Candidate("lowered", lambda: lower(folded, pairs, dtype, visible=norms), dtype),
+                *unfused,
                 _Candidate("mixed", lambda: lower(folded, pairs, dtype, mixed=True, visible=norms), dtype),
             ],
             reasons,
@@ -255,7 +261,7 @@ def verified_variants(
 def _structure(variant: Model) -> str:
     """Return "lowered", "folded" or "original"."""
     modules = list(variant.module.modules())
-    if any(isinstance(module, LoweredConv2d) for module in modules):
+    if any(isinstance(module, (LoweredConv2d, FusedConv2d)) for module in modules):
         return "lowered"
     return "folded" if any(isinstance(module, FoldedNorm) for module in modules) else "original"
 

@@ -175,7 +175,7 @@ def _scatter(
     """
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    unit, inverse, finite = _unit(tl.load(largest + image))
+    _power, inverse, finite = _unit(tl.load(largest + image))
     # Gradients with infinity or NaN have no fixed-point numbers; `_to_float` writes NaN for them.
     inside = pixel < tl.where(finite, h * w, 0)
     offsets, weights = _locate(matrix + image * batch, row, column, pixel, H, W, h, w)
@@ -193,6 +193,6 @@ def _to_float(sums, largest, gradients, n, inverse_scale, BLOCK: tl.constexpr):
     """Convert sums (B, n) of `_scatter` to gradients in float32."""
     image = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    unit, inverse, finite = _unit(tl.load(largest + image))
+    unit, _inverse, finite = _unit(tl.load(largest + image))
     value = tl.load(sums + image * n + i, mask=i < n, other=0).to(tl.float32) * inverse_scale
     tl.store(gradients + image * n + i, value * tl.where(finite, unit, float("nan")), mask=i < n)
