@@ -1,9 +1,9 @@
 """Convolutions of cuDNN that add the bias, add a residual and apply ReLU before they write a value.
 
 On a GPU these three are kernels of their own in PyTorch, and most of the time of a step is their memory traffic.
-Whether the convolution of cuDNN with all of them is faster depends on the shape, so it is measured once per shape in the
-process; it is also compared with plain PyTorch there, and never used for a shape where it fails or deviates. On other
-devices plain PyTorch runs. The gradient is computed in the same way.
+Whether the convolution of cuDNN with all of them is faster depends on the shape, so it is measured once per shape in
+the process; it is also compared with plain PyTorch there, and never used for a shape where it fails or deviates. On
+other devices plain PyTorch runs. The gradient is computed in the same way.
 """
 
 import logging

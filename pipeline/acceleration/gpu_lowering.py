@@ -101,8 +101,8 @@ def _rectified_convolutions(folded: Model, candidates: Collection[str]) -> set[s
     made: dict[Node, str] = {}
     read: set[Node] = set()
 
-    def remember(path: str, output: Tensor) -> None:
-        if output.grad_fn is not None:
+    def remember(path: str, output: Any) -> None:
+        if isinstance(output, Tensor) and output.grad_fn is not None:
             made[output.grad_fn] = path
 
     def read_by_relu(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -161,10 +161,15 @@ def _residual_blocks(modules: Mapping[str, nn.Module], norms: Mapping[str, str])
     return blocks
 
 
-def _join(conv: nn.Module, x: Tensor, residual: Tensor, downsample: nn.Module | None) -> Tensor:
-    """Return relu(conv(x) + residual), with the residual passed through `downsample` if there is one."""
+def _through(module: nn.Module | None, x: Tensor) -> Tensor:
+    """Return module(x), or `x` if there is no module."""
+    return x if module is None else module(x)
+
+
+def _join(conv: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """Return relu(conv(x) + residual)."""
     assert isinstance(conv, JoiningConv2d)
-    return conv.join(x, residual if downsample is None else downsample(residual))
+    return conv.join(x, residual)
 
 
 class JoinedBasicBlock(resnet.BasicBlock):
@@ -173,7 +178,7 @@ class JoinedBasicBlock(resnet.BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C', H', W')."""
         out = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(_join(self.conv2, out, x, self.downsample))
+        return self.relu(_join(self.conv2, out, _through(self.downsample, x)))
 
 
 class JoinedBottleneck(resnet.Bottleneck):
@@ -183,7 +188,7 @@ class JoinedBottleneck(resnet.Bottleneck):
         """Map (B, C, H, W) to (B, C', H', W')."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        return self.relu(_join(self.conv3, out, x, self.downsample))
+        return self.relu(_join(self.conv3, out, _through(self.downsample, x)))
 
 
 class JoinedTimmBasicBlock(timm_resnet.BasicBlock):
@@ -191,8 +196,8 @@ class JoinedTimmBasicBlock(timm_resnet.BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C', H', W')."""
-        out = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
-        return self.act2(_join(self.conv2, out, x, self.downsample))
+        out = _through(self.aa, self.act1(self.drop_block(self.bn1(self.conv1(x)))))
+        return self.act2(_join(self.conv2, out, _through(self.downsample, x)))
 
 
 class JoinedTimmBottleneck(timm_resnet.Bottleneck):
@@ -201,8 +206,8 @@ class JoinedTimmBottleneck(timm_resnet.Bottleneck):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C', H', W')."""
         out = self.act1(self.bn1(self.conv1(x)))
-        out = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(out)))))
-        return self.act3(_join(self.conv3, out, x, self.downsample))
+        out = _through(self.aa, self.act2(self.drop_block(self.bn2(self.conv2(out)))))
+        return self.act3(_join(self.conv3, out, _through(self.downsample, x)))
 
 
 # What replaces the residual blocks of these classes; not of their subclasses, which may compute something else.

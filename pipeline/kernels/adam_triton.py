@@ -5,6 +5,9 @@ device, nothing is copied between host and device, and the host does not wait: t
 Sums are made in a fixed order: two runs give the same bits.
 """
 
+# The types of Triton do not describe the language of its kernels.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -58,7 +61,7 @@ def fused_adam(parameters: Tensor, gradient: Tensor, first: Tensor, second: Tens
         )
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["numbers"])
 def _update_moments(gradients, firsts, seconds, sums, numbers, n, JOINT: tl.constexpr, BLOCK: tl.constexpr):
     """Update the moments; write the sum of the second moments of this program to `sums` (B, programs)."""
     image = tl.program_id(1).to(tl.int64)  # offsets into a batch may exceed 31 bits
@@ -78,7 +81,7 @@ def _update_moments(gradients, firsts, seconds, sums, numbers, n, JOINT: tl.cons
     tl.store(sums + image * tl.num_programs(0) + tl.program_id(0), tl.sum(second, axis=0))
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["numbers"])
 def _move(
     parameters,
     gradients,

@@ -7,6 +7,9 @@ depend on the order. The coordinates are those of affine_sample.c.
 Nothing is copied between host and device, and the host does not wait: the kernels can be captured in a CUDA graph.
 """
 
+# The types of Triton do not describe the language of its kernels.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 from typing import Any
 
 import torch
@@ -38,7 +41,7 @@ def sample(images: Tensor, matrix: Tensor, size: Size) -> Tensor:
     Returns:
         (B, C, *size) in channels-last memory format. The gradient is propagated to `images`, not to `matrix`.
     """
-    return _Sample.apply(images, matrix.detach().to(torch.float32), size)
+    return _Sample.apply(images, matrix.detach().to(torch.float32).contiguous(), size)
 
 
 class _Sample(torch.autograd.Function):
@@ -50,9 +53,7 @@ class _Sample(torch.autograd.Function):
         ctx.matrix, ctx.sizes = matrix, (batch, channels, height, width)
         grid = (triton.cdiv(size[0] * size[1], BLOCK), batch)
         with on_device_of(images):
-            _sample[grid](
-                images, matrix, view, *matrix.stride(), height, width, *size, C=channels, BLOCK=BLOCK, **COMPILATION
-            )
+            _sample[grid](images, matrix, view, height, width, *size, C=channels, BLOCK=BLOCK, **COMPILATION)
         return view.permute(0, 3, 1, 2)
 
     @staticmethod
@@ -71,7 +72,6 @@ class _Sample(torch.autograd.Function):
                 ctx.matrix,
                 sums,
                 *gradient.stride(),
-                *ctx.matrix.stride(),
                 height,
                 width,
                 view_height,
@@ -102,15 +102,15 @@ def _reflect(x, size):
 
 
 @triton.jit
-def _locate(matrix, row, column, pixel, H, W, h, w):
+def _locate(matrix, pixel, H, W, h, w):
     """Return the offsets of the four input neighbors of output pixels (two above, two below) and their weights."""
     height, width = H.to(tl.float32), W.to(tl.float32)
     dx = (pixel % w).to(tl.float32) + 0.5 - w.to(tl.float32) * 0.5
     dy = (pixel // w).to(tl.float32) + 0.5 - h.to(tl.float32) * 0.5
-    x0 = tl.load(matrix + column) * dy + tl.load(matrix + 2 * column) + width * 0.5 - 0.5
-    y0 = tl.load(matrix + row + column) * dy + tl.load(matrix + row + 2 * column) + height * 0.5 - 0.5
+    x0 = tl.load(matrix + 1) * dy + tl.load(matrix + 2) + width * 0.5 - 0.5
+    y0 = tl.load(matrix + 4) * dy + tl.load(matrix + 5) + height * 0.5 - 0.5
     fx = _reflect(tl.load(matrix) * dx + x0, width)
-    fy = _reflect(tl.load(matrix + row) * dx + y0, height)
+    fy = _reflect(tl.load(matrix + 3) * dx + y0, height)
     left, top = fx.to(tl.int32), fy.to(tl.int32)
     right, below = tl.minimum(left + 1, W - 1), tl.minimum(top + 1, H - 1)
     u, v = fx - left.to(tl.float32), fy - top.to(tl.float32)
@@ -119,13 +119,13 @@ def _locate(matrix, row, column, pixel, H, W, h, w):
     return offsets, weights
 
 
-@triton.jit(do_not_specialize=["batch", "row", "column", "H", "W", "h", "w"])
-def _sample(images, matrix, views, batch, row, column, H, W, h, w, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Sample images (B, C, H, W) into views (B, h, w, C); `batch`, `row` and `column` are strides of the matrices."""
+@triton.jit(do_not_specialize=["H", "W", "h", "w"], do_not_specialize_on_alignment=["matrix"])
+def _sample(images, matrix, views, H, W, h, w, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Sample images (B, C, H, W) into views (B, h, w, C)."""
     image = tl.program_id(1).to(tl.int64)  # offsets into a batch may exceed 31 bits
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < h * w
-    offsets, weights = _locate(matrix + image * batch, row, column, pixel, H, W, h, w)
+    offsets, weights = _locate(matrix + image * 9, pixel, H, W, h, w)
     for c in tl.static_range(C):
         plane = images + (image * C + c) * H * W
         value = weights[0] * tl.load(plane + offsets[0], mask=inside, other=0.0)
@@ -147,7 +147,7 @@ def _unit(largest):
     return unit, inverse, exponent < 255
 
 
-@triton.jit(do_not_specialize=["gb", "gc", "gh", "gw", "batch", "row", "column", "H", "W", "h", "w"])
+@triton.jit(do_not_specialize=["gb", "gc", "gh", "gw", "H", "W", "h", "w"], do_not_specialize_on_alignment=["matrix"])
 def _scatter(
     gradients,
     largest,
@@ -157,9 +157,6 @@ def _scatter(
     gc,
     gh,
     gw,
-    batch,
-    row,
-    column,
     H,
     W,
     h,
@@ -178,7 +175,7 @@ def _scatter(
     _power, inverse, finite = _unit(tl.load(largest + image))
     # Gradients with infinity or NaN have no fixed-point numbers; `_to_float` writes NaN for them.
     inside = pixel < tl.where(finite, h * w, 0)
-    offsets, weights = _locate(matrix + image * batch, row, column, pixel, H, W, h, w)
+    offsets, weights = _locate(matrix + image * 9, pixel, H, W, h, w)
     source = gradients + image * gb + (pixel // w).to(tl.int64) * gh + (pixel % w).to(tl.int64) * gw
     for c in tl.static_range(C):
         gradient = tl.load(source + c * gc, mask=inside, other=0.0) * inverse
