@@ -58,15 +58,12 @@ def test_kernels_compile_for_gpus(capability: int, tmp_path: Path, monkeypatch: 
     target = GPUTarget("cuda", capability, 32)
     functions = {"device": device, "stream": 0, "target": target}
     fake = {f"get_current_{name}": lambda *_, value=value: value for name, value in functions.items()}
-    driver.set_active(SimpleNamespace(**fake))  # type: ignore[arg-type]
-    try:
-        images, matrices = torch.rand(2, 3, 9, 9).requires_grad_(True), torch.eye(3).repeat(3, 1, 1)
-        for matrix, size in ((matrices[1:], (7, 1)), (matrices[:2], (16, 16))):
-            affine_sample_triton.sample(images, matrix, size).sum().backward()
-        for numbers in (torch.rand(8)[1:], torch.rand(7)):
-            adam_triton.fused_adam(*(torch.rand(2, 5, 2) for _ in range(3)), torch.rand(2, 5, 1), numbers)
-    finally:
-        driver.reset_active()
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(**fake))
+    images, matrices = torch.rand(2, 3, 9, 9).requires_grad_(True), torch.eye(3).repeat(3, 1, 1)
+    for matrix, size in ((matrices[1:], (7, 1)), (matrices[:2], (16, 16))):
+        affine_sample_triton.sample(images, matrix, size).sum().backward()
+    for numbers in (torch.rand(8)[1:], torch.rand(7)):
+        adam_triton.fused_adam(*(torch.rand(2, 5, 2) for _ in range(3)), torch.rand(2, 5, 1), numbers)
     assert {name: len(codes) for name, codes in compiled.items()} == dict.fromkeys(
         ("_sample", "_scatter", "_to_float", "_update_moments", "_move"), 1
     )
