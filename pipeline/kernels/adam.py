@@ -20,7 +20,7 @@ def step(parameters: Tensor, gradient: Tensor, first: Tensor, second: Tensor, nu
         first: First moments (B, …); updated in place.
         second: Second moments, (B, …), or with a last axis of size 1 if the entries of the last axis share one; updated
             in place.
-        numbers: `NUMBERS`, (7,) in float32 on the device of the parameters.
+        numbers: Begins with `NUMBERS`, (7 or more,) in float32, contiguous, on the device of the parameters.
     """
     tensors = (parameters, gradient, first, second)
     supported = parameters.is_cuda and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
@@ -33,10 +33,17 @@ def step(parameters: Tensor, gradient: Tensor, first: Tensor, second: Tensor, nu
         step_with_pytorch(*tensors, numbers)
 
 
+def prepare(parameters: Tensor, first: Tensor, second: Tensor) -> None:
+    """Check and compile the kernels for tensors like these: both are impossible while a CUDA graph is captured."""
+    numbers = torch.zeros(len(NUMBERS), device=parameters.device)
+    zeros = [torch.zeros_like(tensor) for tensor in (parameters, first, second)]
+    step(zeros[0], zeros[0].clone(), zeros[1], zeros[2], numbers)
+
+
 @torch.no_grad()
 def step_with_pytorch(parameters: Tensor, gradient: Tensor, first: Tensor, second: Tensor, numbers: Tensor) -> None:
     """Compute `step` with PyTorch operations, on any device."""
-    beta1, beta2, moment_factor, gradient_factor, damping, epsilon, step_size = numbers.unbind()
+    beta1, beta2, moment_factor, gradient_factor, damping, epsilon, step_size = numbers[:7].unbind()
     first.lerp_(gradient, 1 - beta1)
     square = gradient * gradient
     if second.shape != first.shape:

@@ -121,6 +121,16 @@ def test_resampling_in_pytorch_copies_nothing_from_the_host(monkeypatch: pytest.
     assert torch.equal(matrix, torch.eye(3)[None])
 
 
+def test_a_preparation_changes_nothing() -> None:
+    """And more numbers than those of Adam may follow them."""
+    tensors = torch.rand(2, 5, 2), torch.rand(2, 5, 2), torch.rand(2, 5, 1)
+    before = [t.clone() for t in tensors]
+    adam.prepare(*tensors)
+    assert all(map(torch.equal, tensors, before))
+    adam.step(tensors[0], torch.rand(2, 5, 2), *tensors[1:], torch.rand(9))
+    assert not any(map(torch.equal, tensors, before))
+
+
 @pytest.mark.gpu
 @on_gpu
 def test_a_gpu_resamples_with_triton_in_a_graph() -> None:
@@ -154,7 +164,8 @@ def test_a_gpu_steps_with_triton() -> None:
     tensors = [torch.rand(4, 3, 65, 33, 2, device=device) for _ in range(3)]
     second, numbers = torch.rand(4, 3, 65, 33, 1, device=device), torch.tensor([0.5, 0.9, 1, 0, 0.03, 1e-8, 0.1])
     copies = [t.clone() for t in (*tensors, second)]
-    adam.step(*tensors, second, numbers.to(device))
+    adam.prepare(tensors[0], tensors[2], second)
     assert triton_check._works["adam", device]
+    adam.step(*tensors, second, numbers.to(device))
     adam.step_with_pytorch(*copies, numbers.to(device))
     torch.testing.assert_close([*tensors, second], copies, rtol=1e-5, atol=1e-5)
