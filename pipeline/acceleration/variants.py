@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pipeline.acceleration.batchnorm_folding import ConvNormPair, FoldedNorm, fold
-from pipeline.acceleration.cpu_lowering import LoweredConv2d, in_precision, lower
+from pipeline.acceleration.cpu_lowering import LoweredConv2d, in_precision
+from pipeline.acceleration.fused_convolutions import FusedConv2d
+from pipeline.acceleration.lowering import is_on_gpu, lower
 from pipeline.acceleration.precision import dtype_of, has_tf32, ieee, steps_in
 from pipeline.core.errors import first_line
 from pipeline.kernels.device_errors import is_device_failure
@@ -59,7 +61,7 @@ class ModelVariants:
     Attributes:
         folded: In float32 with batch normalizations folded; the original network if that is not equal.
         steps: For the optimization steps.
-        exact: For the metrics of finished visualizations; in float32.
+        exact: For the metrics of finished visualizations; in float32, on a GPU without fused rectifiers.
         level: Structure of `steps` ("lowered", "folded" or "original") and its precision.
         reason: Why `steps` is less modified than requested; empty if it is not.
     """
@@ -246,37 +248,60 @@ def verified_variants(
     reference = _Reference.of(model, [*layers, *norms.values()], size or model.preprocessing.size)
     reasons: list[str] = []
     folded = fold(model, pairs, layers)
-    exact = reference.first_equal([_Candidate("lowered", lambda: lower(folded, pairs, visible=norms))], reasons)
+    # Which rectifiers a GPU fuses depends on measurements of time: metrics must not.
+    lowered = _Candidate("lowered", lambda: lower(folded, pairs, visible=norms, fuse=False))
+    exact = reference.first_equal([lowered], reasons)
     if exact is None and folded is not model:
         # The lowered network contains the folded weights: only if it deviates, the folded one has to be compared.
         folded = reference.first_equal([_Candidate("folded", lambda: folded)], reasons) or model
         exact = folded
     exact = exact or model
-    steps = None
-    made = precision
-    if precision == "bfloat16":
-        dtype = dtype_of(precision)
-        steps = reference.first_equal(
-            [
-                _Candidate("lowered", lambda: lower(folded, pairs, dtype, visible=norms), precision),
-                _Candidate("mixed", lambda: lower(folded, pairs, dtype, mixed=True, visible=norms), precision),
-            ],
-            reasons,
-        )
-    if steps is None and precision != "float32" and has_tf32(reference.images.device):
-        made = "tf32"
-        steps = reference.first_equal([_Candidate(_structure(exact), lambda: exact, made)], reasons)
-    if steps is None:
-        steps, made = exact, "float32"
+    steps, made = _verified_steps(reference, _Lowering(folded, pairs, norms), exact, precision, reasons)
     # Failed attempts do not matter if the steps are in bfloat16.
     reason = "" if made == "bfloat16" else "; ".join(dict.fromkeys(reasons))
     return ModelVariants(folded, steps, exact, f"{_structure(steps)} {made}", reason)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Lowering:
+    """What `lower` is called with."""
+
+    folded: Model
+    pairs: Sequence[ConvNormPair]
+    norms: Mapping[str, Layer]
+
+    def candidate(self, name: str, precision: str, fuse: bool = True, mixed: bool = False) -> _Candidate:
+        """Return a lowered variant for steps."""
+        dtype = dtype_of(precision)
+        return _Candidate(
+            name, lambda: lower(self.folded, self.pairs, dtype, mixed, visible=self.norms, fuse=fuse), precision
+        )
+
+
+def _verified_steps(
+    reference: _Reference, lowering: _Lowering, exact: Model, precision: str, reasons: list[str]
+) -> tuple[Model, str]:
+    """Return the variant for steps and its precision; why others deviate is appended to `reasons`."""
+    on_gpu = is_on_gpu(lowering.folded)
+    if precision == "bfloat16":
+        unfused = [lowering.candidate("unfused", precision, fuse=False)] if on_gpu else []
+        candidates = [lowering.candidate("lowered", precision), *unfused]
+        steps = reference.first_equal([*candidates, lowering.candidate("mixed", precision, mixed=True)], reasons)
+        if steps is not None:
+            return steps, precision
+    tf32 = precision != "float32" and has_tf32(reference.images.device)
+    if not on_gpu and not tf32:
+        return exact, "float32"
+    made = "tf32" if tf32 else "float32"
+    fused = [lowering.candidate("lowered", made)] if on_gpu else []
+    steps = reference.first_equal([*fused, _Candidate(_structure(exact), lambda: exact, made)], reasons)
+    return (exact, "float32") if steps is None else (steps, made)
+
+
 def _structure(variant: Model) -> str:
     """Return "lowered", "folded" or "original"."""
     modules = list(variant.module.modules())
-    if any(isinstance(module, LoweredConv2d) for module in modules):
+    if any(isinstance(module, (LoweredConv2d, FusedConv2d)) for module in modules):
         return "lowered"
     return "folded" if any(isinstance(module, FoldedNorm) for module in modules) else "original"
 
