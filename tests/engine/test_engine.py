@@ -110,11 +110,11 @@ def test_a_photograph_counts_once_however_ranges_overlap() -> None:
 def out_of_memory_over(limit: int, sizes: list[int]) -> Any:
     whole = worker.render
 
-    def render(job: Any, units: list[Any]) -> Any:
+    def render(job: Any, units: list[Any], start: Any) -> Any:
         sizes.append(len(units))
         if len(units) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return whole(job, units)
+        return whole(job, units, start)
 
     return render
 
