@@ -235,9 +235,8 @@ class PassAccumulator:
         codes = self._sums.add(reduced, self.dense)
         members = self._members(indices, self._subsets.subset)
         if members is not None:
-            limit = torch.finfo(torch.float16).max
             self._responses.append(_Rows(members.indices, reduced[spatial_stats.MAXIMUM][members.rows]))
-            self._means.append(_Rows(members.indices, means[members.rows].clamp(-limit, limit).half()))
+            self._means.append(_Rows(members.indices, metrics.clamped_half(means[members.rows])))
         members = self._members(indices, self._subsets.labelled)
         if members is not None:
             self._codes.append(_Rows(members.indices, codes[members.rows]))

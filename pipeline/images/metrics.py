@@ -429,8 +429,13 @@ def quantile_among(values: np.ndarray, sample: np.ndarray) -> np.ndarray:
 
 def to_float16(activations: Tensor) -> np.ndarray:
     """Convert activations to float16 for storage, clamped to its range of ±65504."""
+    return clamped_half(activations).cpu().numpy()
+
+
+def clamped_half(activations: Tensor) -> Tensor:
+    """Return activations as float16 on their device, clamped to its range of ±65504."""
     largest = torch.finfo(torch.float16).max
-    return activations.clamp(-largest, largest).half().cpu().numpy()
+    return activations.clamp(-largest, largest).half()
 
 
 def example_activations(examples: np.ndarray, index: np.ndarray, activations: np.ndarray) -> np.ndarray:
