@@ -360,8 +360,8 @@ class PopulationSparsity:
             rates = torch.stack([peaks[:, start:end] for start, end in spans], 1).clamp_(min=0).double()
             squares.append(_sum_in_fixed_order(rates * rates))
             total.append(_sum_in_fixed_order(rates))
-        sums = (torch.cat(parts, 1).index_select(1, self._order) for parts in (total, squares))
-        return sparsity(*sums, self._count)
+        total_by_layer, squares_by_layer = (torch.cat(x, 1).index_select(1, self._order) for x in (total, squares))
+        return sparsity(total_by_layer, squares_by_layer, self._count)
 
 
 def _sum_in_fixed_order(values: Tensor) -> Tensor:

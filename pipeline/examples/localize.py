@@ -387,7 +387,7 @@ class _LayerMeasurements:
             "range": np.zeros((0, 2), np.float32),
             "map": np.zeros((0, *map_size), np.uint8),
         }
-        arrays = {"pairs": np.concatenate([np.zeros((0, 3), np.int32), *self._pairs])}
+        arrays: dict[str, np.ndarray] = {"pairs": np.concatenate([np.zeros((0, 3), np.int32), *self._pairs])}
         for name, none in no_pairs.items():
             arrays[name] = np.concatenate([none, *(part[name].cpu().numpy() for part in self._parts)])
         for index_name, name, found in (("top", "answer", self._peaks), ("paths", "mean", self._means)):

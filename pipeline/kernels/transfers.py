@@ -13,7 +13,7 @@ def upload(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     A copy to a GPU begins in page-locked memory, whose pages the driver reads by itself: the CPU neither waits for the
     copy nor for what the GPU computes before it.
     """
-    host = torch.from_numpy(np.require(values, requirements="CW")) if isinstance(values, np.ndarray) else values
+    host = torch.from_numpy(np.require(values, requirements=["C", "W"])) if isinstance(values, np.ndarray) else values
     if device.type == "cuda":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)

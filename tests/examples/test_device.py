@@ -113,7 +113,7 @@ def test_sums_of_a_layer_do_not_depend_on_the_images_beside_it() -> None:
 
 def test_totals_are_snapshots() -> None:
     reduced = torch.from_numpy(reduced_of(0, 10, "normal"))
-    ranges = HistogramRange.from_sample(*reduced[:3].numpy(), LAYERS)
+    ranges = HistogramRange.from_sample(reduced[0].numpy(), reduced[1].numpy(), reduced[2].numpy(), LAYERS)
     sums = RunningSums(ranges, LAYERS)
     sums.add(reduced)
     before = sums.total()
