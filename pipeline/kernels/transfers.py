@@ -1,8 +1,15 @@
 """Copies from the memory of the CPU to that of a device, during which the CPU goes on."""
 
+import functools
+import logging
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from pipeline.core.errors import first_line
+
+log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 
@@ -14,6 +21,18 @@ def upload(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     copy nor for what the GPU computes before it.
     """
     host = torch.from_numpy(np.require(values, requirements=["C", "W"])) if isinstance(values, np.ndarray) else values
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
+    return (pinned(host) if device.type == "cuda" else host).to(device, non_blocking=True)
+
+
+def pinned(values: Tensor) -> Tensor:
+    """Return a copy in page-locked memory, or the argument where the system grants no such memory."""
+    try:
+        return values.pin_memory()
+    except RuntimeError as error:
+        _say_once(first_line(error))
+        return values
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    log.warning("Copies to the GPU wait for it, as no memory could be page-locked: %s", reason)

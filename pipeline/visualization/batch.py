@@ -12,6 +12,7 @@ from pipeline.core.seeds import seed_of
 from pipeline.images.parameterizations import FromImage
 from pipeline.images.transforms import ROBUSTNESS_TRANSFORMS, draw_random
 from pipeline.images.transparency import resized_sums
+from pipeline.kernels.transfers import pinned
 from pipeline.layers.finding import Layer
 from pipeline.models.loading import Model
 from pipeline.visualization.network_penalties import Normalization
@@ -152,7 +153,7 @@ class BatchStart:
     def pinned(self) -> "BatchStart":
         """Return a copy in page-locked memory, from which a GPU copies without waiting for the host."""
         names = ("initial", "transform_random", "robustness_random")
-        return dataclasses.replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+        return dataclasses.replace(self, **{name: pinned(getattr(self, name)) for name in names})
 
 
 def draw_start(job: RenderJob, units: Sequence[ChannelVariant], attempt: int) -> BatchStart:

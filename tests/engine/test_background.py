@@ -16,6 +16,7 @@ from pipeline.planning.plan import Plan
 from pipeline.planning.planner import make_plan
 from pipeline.store import shards
 from pipeline.visualization import loop
+from pipeline.visualization.batch import draw_start
 
 # A device whose batches are prepared in threads, as those of a GPU are.
 OTHER_DEVICE = "meta"
@@ -83,6 +84,34 @@ def test_an_error_of_the_next_batch_appears_after_the_present_one(tiny_plan: Pla
     assert next(batches) == [0, 1]
     with pytest.raises(OSError, match="unreadable"):
         next(batches)
+
+
+def test_a_start_that_cannot_be_pinned_is_used_as_it_is(
+    tiny_plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refused)
+    row = tiny_plan.rows[0]
+    one = worker(tiny_plan, OTHER_DEVICE)
+    job = one.job(row.layer.name, row.canvas, tiny_plan.config.preset_for(row.preset, row.layer))
+    start = draw_start(job, [(0, 0), (1, 0)], 0)
+    assert start.pinned().initial is start.initial
+    assert [record.getMessage().count("page-locked") for record in caplog.records] == [1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_pinned_start_has_the_same_numbers(tiny_plan: Plan) -> None:
+    row = tiny_plan.rows[0]
+    one = worker(tiny_plan, "cuda")
+    job = one.job(row.layer.name, row.canvas, tiny_plan.config.preset_for(row.preset, row.layer))
+    start = draw_start(job, [(0, 0), (1, 0)], 0)
+    ahead = one.background.begin(lambda: draw_start(job, [(0, 0), (1, 0)], 0).pinned())()
+    assert ahead.initial.is_pinned() and ahead.seeds == start.seeds
+    for name in ("initial", "transform_random", "robustness_random"):
+        assert torch.equal(getattr(ahead, name).to("cuda", non_blocking=True).cpu(), getattr(start, name))
 
 
 def test_shards_are_those_of_a_worker_without_threads(
