@@ -6,7 +6,7 @@ import functools
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from pipeline.core.metric_specs import IMAGE_METRICS, RENDER_METRICS
 from pipeline.core.registry import registered_name
 from pipeline.effects import measurement, relevance
 from pipeline.effects.measurement import EffectsContext
+from pipeline.engine.background import Background
 from pipeline.engine.devices import device_name, free_memory, prepare_device
 from pipeline.engine.resources import memory_share
 from pipeline.engine.tasks import (
@@ -50,7 +51,7 @@ from pipeline.layers.path_depths import depths_before
 from pipeline.models.loading import Model, load_ensemble_member, load_model
 from pipeline.store import hdf5, shards
 from pipeline.visualization import initial_images
-from pipeline.visualization.batch import RenderJob
+from pipeline.visualization.batch import BatchStart, RenderJob, draw_start
 from pipeline.visualization.evaluation import SILENT, Visualization
 from pipeline.visualization.initial_images import InitialImage
 from pipeline.visualization.loop import render, restart
@@ -64,6 +65,8 @@ log = logging.getLogger(__name__)
 MAX_GROWTH = 1.5
 
 T = TypeVar("T")
+U = TypeVar("U")
+R = TypeVar("R")
 
 # Dataset images by path, or why they cannot be read.
 ImageFiles = Mapping[str, bytes | str]
@@ -126,6 +129,11 @@ class Worker:
         """The device, set up for this process before its first use."""
         prepare_device(self.setup.device, self.setup.config.engine)
         return self.setup.device
+
+    @functools.cached_property
+    def background(self) -> Background:
+        """Threads for what the CPU does while the device computes."""
+        return Background(self.setup.device, max(2, self.setup.threads))
 
     @functools.cached_property
     def _foldable(self) -> tuple[ConvNormPair, ...]:
@@ -275,27 +283,44 @@ class Worker:
         return f"grew from {self.first_memory / 1e9:.1f} to {memory / 1e9:.1f} GB of memory"
 
     def in_batches(
-        self, key: MemoryKey, units: list[T], size: int, each: int, work: Callable[[list[T]], list[Any]]
-    ) -> list[Any]:
-        """Return the results of `work` on batches of `size` units, each of which gives `each` results.
+        self,
+        key: MemoryKey,
+        units: list[T],
+        size: int,
+        prepare: Callable[[list[T]], U],
+        work: Callable[[U], list[R]],
+    ) -> Iterator[list[R]]:
+        """Yield the results of `work` on batches of `size` units.
 
         A batch is halved whenever the device runs out of memory; the size that fits is kept under `key`.
+
+        Args:
+            key: What the size is kept under.
+            units: All units.
+            size: Largest number of units in a batch.
+            prepare: Returns what `work` takes for some units; called for a batch while the one before is worked on
+                (`Background`).
+            work: Returns the results of a batch.
         """
         size = min(size, self.fits.get(key, size))
-        results: list[Any] = []
-        while len(results) < each * len(units):
-            part = units[len(results) // each :][:size]
+        done = 0
+        ahead: tuple[list[T], Callable[[], U]] | None = None
+        while done < len(units):
+            part, following = units[done : done + size], units[done + size : done + 2 * size]
+            prepared = ahead[1] if ahead and ahead[0] == part else self.background.begin(prepare, part)
+            ahead = (following, self.background.begin(prepare, following)) if following else None
             try:
-                results += work(part)
+                results = work(prepared())
             except Exception as error:
                 if len(part) == 1 or not is_out_of_memory(error):
                     raise
                 size = self.fits[key] = len(part) // 2
                 log.warning("%s: out of memory with %d channels; continuing with %d", key[0], len(part), size)
             else:
+                done += len(part)
+                yield results
                 continue
             free_memory()
-        return results
 
     def pictures(
         self,
@@ -306,7 +331,20 @@ class Worker:
         begins: Sequence[InitialImage] = (),
         layer_mean: Sequence[float] = (),
     ) -> list[Visualization]:
-        """Return all variants of some channels of a layer, channel by channel.
+        """Return all variants of some channels of a layer, channel by channel; see `picture_batches`."""
+        batches = self.picture_batches(name, channels, canvas, preset, begins, layer_mean)
+        return [picture for batch in batches for picture in batch]
+
+    def picture_batches(
+        self,
+        name: str,
+        channels: Sequence[int],
+        canvas: tuple[int, int],
+        preset: Preset,
+        begins: Sequence[InitialImage] = (),
+        layer_mean: Sequence[float] = (),
+    ) -> Iterator[list[Visualization]]:
+        """Yield all variants of some channels of a layer in batches, channel by channel.
 
         Args:
             name: Name of the layer.
@@ -322,16 +360,21 @@ class Worker:
         own_starts = dict(zip(channels, begins, strict=True)) if begins else {}
         restarted = bool(begins) and not preset.needs_examples
 
-        def work(part: list[int]) -> list[Visualization]:
+        def prepare(part: list[int]) -> tuple[RenderJob, BatchStart]:
             # All variants of a channel stay together: batch terms compare them.
             own = [(c, v) for c in part for v in range(preset.variants)]
             recipe = self.model.preprocessing
             starts = initial_images.load_initial_images(preset, canvas, recipe, own, own_starts)
             part_job = dataclasses.replace(job, initial_images=starts)
-            return restart(part_job, own) if restarted else render(part_job, own)
+            start = draw_start(part_job, own, preset.attempts if restarted else 0)
+            return part_job, start.pinned() if self.background.pins_memory else start
+
+        def work(prepared: tuple[RenderJob, BatchStart]) -> list[Visualization]:
+            part_job, start = prepared
+            return (restart if restarted else render)(part_job, start.units, start)
 
         per_batch = config.channels_per_batch(preset, self.layers[name].channels, self.setup.device)
-        return self.in_batches((name, preset.name), list(channels), per_batch, preset.variants, work)
+        return self.in_batches((name, preset.name), list(channels), per_batch, prepare, work)
 
     def job(self, name: str, canvas: tuple[int, int], preset: Preset, layer_mean: Sequence[float] = ()) -> RenderJob:
         """Return everything that the visualizations of a layer depend on but the initial images of units.
@@ -360,7 +403,8 @@ class Worker:
 
     def _render(self, task: RenderTask) -> bytes:
         preset = self.setup.config.preset_for(task.preset, self.layers[task.layer])
-        pictures = self.pictures(task.layer, task.channels, task.canvas, preset, task.starts, task.layer_mean)
+        batches = self.picture_batches(task.layer, task.channels, task.canvas, preset, task.starts, task.layer_mean)
+        pictures, chunks = self._compressed(batches, compress=not task.restart)
         pictures = _without_example_failed(pictures, dict(zip(task.channels, task.starts, strict=False)))
         variants = self.variants(self.layers[task.layer], preset, task.canvas)
         shape = (len(task.channels), preset.variants)
@@ -402,7 +446,27 @@ class Worker:
         if task.restart:
             attributes["restart"] = task.restart
             arrays = _restarted_arrays(hdf5.from_bytes(task.silent), arrays)
-        return shards.to_bytes(attributes, arrays)
+        return shards.to_bytes(attributes, arrays, chunks={name: [wait() for wait in w] for name, w in chunks.items()})
+
+    def _compressed(
+        self, batches: Iterable[list[Visualization]], compress: bool
+    ) -> tuple[list[Visualization], dict[str, list[Callable[[], bytes]]]]:
+        """Return the visualizations of all batches, and the chunks of their shard by the name of the stack.
+
+        The images and masks of a batch are compressed while the device works on the next ones, unless that device is
+        the CPU. The shard itself is written before the task ends: an error of the disk is then one of its task.
+        """
+        pictures: list[Visualization] = []
+        chunks: dict[str, list[Callable[[], bytes]]] = {}
+        compress = compress and self.background.is_active and hdf5.compresses_alike()
+        for batch in batches:
+            pictures += batch
+            if compress:
+                for picture in batch:
+                    for name, pixels in (("images", picture.image), ("mask", picture.mask)):
+                        wait = self.background.begin(hdf5.compressed_chunk, pixels)
+                        chunks.setdefault(name, []).append(wait)
+        return pictures, chunks
 
     def _portioned(self, task: Task, work: Callable[[sweep.ExamplesConfig], T]) -> T:
         """Return the result of `work` with the configured batch, halved while the device runs out of memory."""

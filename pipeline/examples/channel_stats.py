@@ -7,14 +7,16 @@ The scale, the center of the squares and the range of the histogram are measured
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.kernels import spatial_stats
+from pipeline.kernels.transfers import CPU, upload
 
 # Bins of a histogram between `low` and `high`. There is one more at each end, for values outside this range.
 BINS = 254
@@ -158,16 +160,6 @@ class ChannelAccumulator:
     peak_least: np.ndarray
     least_mean: np.ndarray
 
-    @classmethod
-    def empty(cls, layers: Sequence[int]) -> "ChannelAccumulator":
-        """Return the accumulator of no image; `layers` are the numbers of channels of each layer."""
-        channels = sum(layers)
-        values: dict[str, Any] = {name: np.zeros(channels, np.int64) for name in (*_UNIT_BITS, "fired")}
-        values |= {name: np.zeros(len(layers), np.int64) for name in ("crowd", "crowded")}
-        values |= {name: np.full(channels, -np.inf, np.float32) for name in _MAXIMA}
-        values |= {name: np.full(channels, np.inf, np.float32) for name in _MINIMA}
-        return cls(images=0, histogram=np.zeros((channels, BINS + 2), np.int32), **values)
-
     def __add__(self, other: "ChannelAccumulator") -> "ChannelAccumulator":
         combined = {}
         for field in dataclasses.fields(self):
@@ -190,51 +182,89 @@ class ChannelAccumulator:
         return cls(**{**{f.name: arrays[f.name] for f in dataclasses.fields(cls)}, "images": int(arrays["images"])})
 
 
-def accumulate(
-    reduced: np.ndarray, ranges: HistogramRange, layers: Sequence[int], compile: bool = False
-) -> tuple[ChannelAccumulator, np.ndarray]:
-    """Compute the sums of n images.
+class RunningSums:
+    """Accumulates the reduced activations of images on one device, of which nothing is read before `total`.
 
     Args:
-        reduced: Maximum, minimum, mean d, mean d² and share of positive positions, (5, n, C) float32, as
-            `spatial_stats.Reducer` returns them.
         ranges: Ranges and scales of the channels.
         layers: Number of channels of each layer.
-        compile: Whether to use the compiled loop.
-
-    Returns:
-        The accumulator of the images, and the histogram bins of their maxima, (n, C) uint8.
+        compile: Whether to use the compiled loop, on the CPU.
+        device: Device of the activations.
     """
-    sum_block: Callable[..., Any] = spatial_stats.compile_or_fallback(block_sums) if compile else block_sums
-    rows = [torch.from_numpy(np.ascontiguousarray(row)) for row in reduced]
-    scaling = torch.from_numpy(np.stack([1 / ranges.scale, ranges.low, 1 / (ranges.high - ranges.low)]))
-    sums = np.zeros((len(_UNIT_BITS), reduced.shape[2]), np.int64)
-    codes, maxima, minima, fired = [], [], [], []
-    for block in zip(*(row.split(BLOCK) for row in rows), strict=True):
-        block_codes, added, block_maxima, block_minima, block_fired = sum_block(*block, scaling)
-        sums += added.long().numpy()
-        codes.append(block_codes)
-        maxima.append(block_maxima)
-        minima.append(block_minima)
-        fired.append(block_fired)
-    bins = torch.cat(codes).numpy()
-    largest, largest_shift = torch.stack(maxima).amax(0).numpy()
-    smallest, smallest_peak, smallest_shift = torch.stack(minima).amin(0).numpy()
-    crowd = _population_sparsity(reduced[spatial_stats.MAXIMUM], layers)
-    accumulator = ChannelAccumulator(
-        images=reduced.shape[1],
-        fired=torch.stack(fired).sum(0).numpy(),
-        histogram=_histogram(bins),
-        crowd=np.rint(np.nan_to_num(crowd) * 2.0**32).sum(0).astype(np.int64),
-        crowded=np.isfinite(crowd).sum(0),
-        max=largest,
-        best_mean=(ranges.centre + largest_shift).astype(np.float32),
-        min=smallest,
-        peak_least=smallest_peak,
-        least_mean=(ranges.centre + smallest_shift).astype(np.float32),
-        **dict(zip(_UNIT_BITS, sums, strict=True)),
-    )
-    return accumulator, bins
+
+    def __init__(
+        self,
+        ranges: HistogramRange,
+        layers: Sequence[int],
+        compile: bool = False,
+        device: torch.device = CPU,
+    ) -> None:
+        channels = sum(layers)
+        self._ranges = ranges
+        # A compiler for a GPU may contract products and sums, which changes the rounding of contributions.
+        self._sum_block: Callable[..., Any] = (
+            spatial_stats.compile_or_fallback(block_sums) if compile and device.type == "cpu" else block_sums
+        )
+        scaling = np.stack([1 / ranges.scale, ranges.low, 1 / (ranges.high - ranges.low)])
+        self._scaling = upload(scaling, device)
+        self._images = 0
+        self._sums = torch.zeros(len(_UNIT_BITS), channels, dtype=torch.int64, device=device)
+        self._fired = torch.zeros(channels, dtype=torch.int64, device=device)
+        self._maxima = torch.full((len(_MAXIMA), channels), -torch.inf, device=device)
+        self._minima = torch.full((len(_MINIMA), channels), torch.inf, device=device)
+        self._histogram = torch.zeros(channels, BINS + 2, dtype=torch.int32, device=device)
+        self._population = PopulationSparsity(layers, device)
+        self._crowd = torch.zeros(len(layers), dtype=torch.int64, device=device)
+        self._crowded = torch.zeros(len(layers), dtype=torch.int64, device=device)
+
+    def add(self, reduced: Tensor, dense: bool = False) -> Tensor:
+        """Add n images.
+
+        Args:
+            reduced: Maximum, minimum, mean d, mean d² and share of positive positions, (5, n, C) float32, as
+                `spatial_stats.Reducer` returns them.
+            dense: Whether to count bins by an operation of the device.
+
+        Returns:
+            The histogram bins of the maxima, (n, C) uint8.
+        """
+        bins = []
+        for block in zip(*(row.split(BLOCK) for row in reduced), strict=True):
+            block_bins, sums, maxima, minima, fired = self._sum_block(*block, self._scaling)
+            self._sums += sums.long()
+            self._fired += fired
+            torch.maximum(self._maxima, maxima, out=self._maxima)
+            torch.minimum(self._minima, minima, out=self._minima)
+            crowd = self._population(block[spatial_stats.MAXIMUM])
+            self._crowd += (crowd.nan_to_num() * 2.0**32).round().sum(0).long()
+            self._crowded += crowd.isfinite().sum(0)
+            bins.append(block_bins)
+        self._images += reduced.shape[1]
+        joined = torch.cat(bins)
+        (_count_on_device if dense else _count)(self._histogram, joined)
+        return joined
+
+    def total(self) -> ChannelAccumulator:
+        """Return the accumulator of all images so far."""
+
+        def array(values: Tensor) -> np.ndarray:
+            return values.to("cpu", copy=True).numpy()
+
+        largest, largest_shift = array(self._maxima)
+        smallest, smallest_peak, smallest_shift = array(self._minima)
+        return ChannelAccumulator(
+            images=self._images,
+            fired=array(self._fired),
+            histogram=array(self._histogram),
+            crowd=array(self._crowd),
+            crowded=array(self._crowded),
+            max=largest,
+            best_mean=(self._ranges.centre + largest_shift).astype(np.float32),
+            min=smallest,
+            peak_least=smallest_peak,
+            least_mean=(self._ranges.centre + smallest_shift).astype(np.float32),
+            **dict(zip(_UNIT_BITS, array(self._sums), strict=True)),
+        )
 
 
 def bins_of(positions: Tensor) -> Tensor:
@@ -289,25 +319,69 @@ def block_sums(
     return bins_of(position), torch.stack(sums), torch.stack(maxima), torch.stack(minima), (peaks > 0).sum(0)
 
 
-def _histogram(codes: np.ndarray) -> np.ndarray:
-    """Count the bins (n, C) of each channel, (C, BINS + 2) int32."""
-    counts = np.empty((codes.shape[1], BINS + 2), np.int32)
+def _count(histogram: Tensor, bins: Tensor) -> None:
+    """Add the bins (n, C) of each channel to its histogram, (C, BINS + 2) int32, on the CPU."""
+    counts, codes = histogram.numpy(), bins.numpy()
     for start in range(0, len(counts), HISTOGRAM_CHANNELS):
         part = counts[start : start + HISTOGRAM_CHANNELS]
         flat = np.arange(len(part)) * (BINS + 2) + codes[:, start : start + HISTOGRAM_CHANNELS]
-        part[:] = np.bincount(flat.ravel(), minlength=part.size).reshape(part.shape)
-    return counts
+        part += np.bincount(flat.ravel(), minlength=part.size).reshape(part.shape)
 
 
-def _population_sparsity(peaks: np.ndarray, layers: Sequence[int]) -> np.ndarray:
-    """Return the sparsity over the rectified maxima of all channels of a layer, (n, L), from maxima (n, C)."""
-    starts = np.cumsum([0, *layers[:-1]])
-    rates = np.maximum(peaks, np.float32(0)).astype(np.float64)
-    total, squares = np.add.reduceat(rates, starts, axis=1), np.add.reduceat(rates * rates, starts, axis=1)
-    return sparsity(total, squares, np.asarray(layers, np.float64))
+def _count_on_device(histogram: Tensor, bins: Tensor) -> None:
+    """As `_count`, by one operation of any device: sums of integers are exact in any order."""
+    columns = bins.T.long()
+    histogram.scatter_add_(1, columns, histogram.new_ones(()).expand_as(columns))
 
 
-def sparsity(total: np.ndarray, squares: np.ndarray, count: np.ndarray | float) -> np.ndarray:
+class PopulationSparsity:
+    """Sparsity over the rectified maxima of all channels of a layer, for L layers at once.
+
+    Args:
+        layers: Number of channels of each layer.
+        device: Device of the maxima.
+    """
+
+    def __init__(self, layers: Sequence[int], device: torch.device = CPU) -> None:
+        starts = np.cumsum([0, *layers]).tolist()
+        order = sorted(range(len(layers)), key=lambda i: layers[i])
+        # Layers with the same number of channels are summed together.
+        self._groups = [
+            [(starts[i], starts[i] + channels) for i in group]
+            for channels, group in itertools.groupby(order, key=lambda i: layers[i])
+        ]
+        self._order = upload(np.argsort(order), device)
+        self._count = upload(np.array(layers, np.float64), device)
+
+    def __call__(self, peaks: Tensor) -> Tensor:
+        """Return the sparsity, (n, L) float64, from maxima (n, C) float32; NaN where no maximum is positive."""
+        total, squares = [], []
+        for spans in self._groups:
+            rates = torch.stack([peaks[:, start:end] for start, end in spans], 1).clamp_(min=0).double()
+            squares.append(_sum_in_fixed_order(rates * rates))
+            total.append(_sum_in_fixed_order(rates))
+        total_by_layer, squares_by_layer = (torch.cat(x, 1).index_select(1, self._order) for x in (total, squares))
+        return sparsity(total_by_layer, squares_by_layer, self._count)
+
+
+def _sum_in_fixed_order(values: Tensor) -> Tensor:
+    """Return the sums over the last axis of a tensor, which it overwrites.
+
+    One half is added to the other until one value is left: the order of the terms, and with it the rounding, does not
+    depend on the device, the number of threads, or the other axes.
+    """
+    count = values.shape[-1]
+    while count > 1:
+        half = (count + 1) // 2
+        values[..., : count - half] += values[..., half:count]
+        count = half
+    return values[..., 0]
+
+
+Numbers = TypeVar("Numbers", np.ndarray, Tensor)
+
+
+def sparsity(total: Numbers, squares: Numbers, count: Numbers | float) -> Numbers:
     """Return Treves–Rolls sparsity in the form of Vinje and Gallant (2000): (1 − (Σr/n)² / (Σr²/n)) / (1 − 1/n).
 
     It is 0 if all rates are equal, 1 if only one rate is positive, and NaN if none is.
@@ -318,7 +392,7 @@ def sparsity(total: np.ndarray, squares: np.ndarray, count: np.ndarray | float) 
         count: Number n of rates.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (1 - total**2 / (count * squares)) / (1 - 1 / np.asarray(count, np.float64))
+        return (1 - total * total / (count * squares)) / (1 - 1 / count)
 
 
 def standard_deviation(total: ChannelAccumulator, ranges: HistogramRange) -> np.ndarray:
@@ -385,7 +459,9 @@ def channel_statistics(
         "fired": total.fired / n,
         "best_mean": total.best_mean,
         "least_mean": total.least_mean,
-        "sparsity": sparsity(mean["rate"] * n, mean["power"] * n, n) if n > 1 else np.full(len(total.max), np.nan),
+        "sparsity": sparsity(mean["rate"] * n, mean["power"] * n, np.array(float(n)))
+        if n > 1
+        else np.full(len(total.max), np.nan),
         "kurtosis": _excess_kurtosis(mean),
     }
     for name in ("nonzero", "fired", "sparsity"):

@@ -26,6 +26,7 @@ from pipeline.examples.shown_images import (
 )
 from pipeline.examples.sweep import LISTS, ExamplesConfig, PassContext, PassResult
 from pipeline.images import metrics
+from pipeline.kernels.transfers import upload
 from pipeline.layers.finding import Layer, capture
 from pipeline.layers.path_depths import depths_before, spatial_means
 from pipeline.models.config import Preprocessing
@@ -271,7 +272,7 @@ def localize(context: PassContext, index: SecondPassIndex, images: Sequence[int]
             batch_images[:] = [item.index for item in items]
             paths.start(batch_images)
             full = np.concatenate([batch, np.repeat(batch[-1:], config.batch - len(batch), 0)])
-            forward(torch.from_numpy(full).to(device).float() / 255)
+            forward(upload(full, device).float() / 255)
             paths.finish()
             items = [item for item in items if item.index in shown_images]
             shown.add(items, config)
@@ -293,9 +294,9 @@ class _PathMeasurements:
         self.depths = depths_before(deepest, context.depths)
         self._wanted = set(np.concatenate([np.zeros(0, np.int32), *index.paths]).tolist())
         self._indices: list[int] = []
-        self._means: dict[str, list[np.ndarray]] = {depth.name: [] for depth in self.depths}
+        self._means: dict[str, list[Tensor]] = {depth.name: [] for depth in self.depths}
         self._rows: list[int] = []
-        self._batch: dict[str, np.ndarray] = {}
+        self._batch: dict[str, Tensor] = {}
 
     def start(self, images: Sequence[int]) -> None:
         """Begin a batch of images."""
@@ -306,12 +307,13 @@ class _PathMeasurements:
     def observe(self, layer: Layer, maps: Tensor) -> None:
         """Measure the maps (B, C, H, W) of a layer, if it is a depth."""
         if layer.name in self._means and self._rows:
-            self._batch[layer.name] = metrics.to_float16(spatial_means(maps[self._rows]))
+            rows = upload(np.array(self._rows), maps.device)
+            self._batch[layer.name] = metrics.clamped_half(spatial_means(maps[rows]))
 
     def finish(self) -> None:
         """End a batch."""
         for depth in self.depths:
-            unknown = np.full((len(self._rows), depth.channels), np.nan, np.float16)
+            unknown = torch.full((len(self._rows), depth.channels), torch.nan, dtype=torch.float16)
             self._means[depth.name].append(self._batch.get(depth.name, unknown))
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -319,21 +321,25 @@ class _PathMeasurements:
         arrays: dict[str, np.ndarray] = {"path/index": np.array(self._indices, np.int32)}
         for i, depth in enumerate(self.depths):
             none = np.zeros((0, depth.channels), np.float16)
-            arrays[f"path/{i}"] = np.concatenate([none, *self._means[depth.name]])
+            arrays[f"path/{i}"] = np.concatenate([none, *(means.cpu().numpy() for means in self._means[depth.name])])
         return arrays
 
 
 class _LayerMeasurements:
-    """Positions, activation maps and crops of one layer's pairs, batch by batch."""
+    """Positions, activation maps and crops of one layer's pairs, batch by batch.
+
+    Except for crops, results stay on the device until `arrays`: a GPU does not wait for the CPU.
+    """
 
     def __init__(self, layer: Layer, index: SecondPassIndex, i: int, images: Sequence[int]) -> None:
         self._layer = layer
         self._channels = index.channels[i]
         self._top, self._paths = set(index.top[i].tolist()), set(index.paths[i].tolist())
         self._rows_of = rows_by_image(index.pairs[i], images)
-        self._parts: list[dict[str, np.ndarray]] = []
-        self._peaks: list[tuple[int, np.ndarray]] = []
-        self._means: list[tuple[int, np.ndarray]] = []
+        self._pairs: list[np.ndarray] = []
+        self._parts: list[dict[str, Tensor]] = []
+        self._peaks: list[tuple[list[int], Tensor]] = []
+        self._means: list[tuple[list[int], Tensor]] = []
         self._crops: dict[tuple[int, int], bytes] = {}
 
     def add(self, images: Sequence[int], maps: Tensor, side: int) -> None:
@@ -347,17 +353,19 @@ class _LayerMeasurements:
         for wanted, values, found in ((self._top, _peaks, self._peaks), (self._paths, spatial_means, self._means)):
             rows = [b for b, image in enumerate(images) if image in wanted]
             if rows:
-                found += zip((images[b] for b in rows), metrics.to_float16(values(maps[rows])), strict=True)
+                own = maps[upload(np.array(rows), maps.device)]
+                found.append(([images[b] for b in rows], metrics.clamped_half(values(own))))
         positions = [(b, image) for b, image in enumerate(images) if image in self._rows_of]
         if not positions:
             return
         counts = [len(self._rows_of[image]) for _, image in positions]
-        batch = torch.tensor(np.repeat([b for b, _ in positions], counts))
         rows, only_min = np.concatenate([self._rows_of[image] for _, image in positions]).T
-        channel = torch.tensor(self._channels[rows], dtype=torch.int64)
-        pair_maps = maps[batch.to(maps.device), channel.to(maps.device)].float()  # (p, H, W)
+        places = np.stack([np.repeat([b for b, _ in positions], counts), self._channels[rows].astype(np.int64)])
+        batch, channel = upload(places, maps.device)
+        pair_maps = maps[batch, channel].float()  # (p, H, W)
         pairs = np.stack([np.repeat([image for _, image in positions], counts), rows, only_min], 1)
-        self._parts.append({"pairs": pairs.astype(np.int32), **_measure_maps(pair_maps, side)})
+        self._pairs.append(pairs.astype(np.int32))
+        self._parts.append(_measure_maps(pair_maps, side))
 
     def add_crops(
         self, source_images: Mapping[int, SourceImage], recipe: Preprocessing, config: ExamplesConfig
@@ -365,8 +373,9 @@ class _LayerMeasurements:
         """Cut the crops of the last batch's pairs; `source_images` are those of this batch, by image."""
         if not self._parts:
             return
-        last = self._parts[-1]  # of an earlier batch, if the last one has no pair of this layer
-        for (image, row, only_min), place in zip(last["pairs"].tolist(), last["place"].tolist(), strict=True):
+        # Of an earlier batch, if the last one has no pair of this layer.
+        pairs, places = self._pairs[-1].tolist(), self._parts[-1]["place"].tolist()
+        for (image, row, only_min), place in zip(pairs, places, strict=True):
             if image in source_images:
                 unit = place[2:] if only_min else place[:2]
                 self._crops[image, row] = receptive_field_jpeg(self._layer, unit, source_images[image], recipe, config)
@@ -376,15 +385,17 @@ class _LayerMeasurements:
         layer = self._layer
         map_size = (min(layer.height, config.maps), min(layer.width, config.maps))
         no_pairs = {
-            "pairs": np.zeros((0, 3), np.int32),
             "place": np.zeros((0, 4), np.int16),
             "range": np.zeros((0, 2), np.float32),
             "map": np.zeros((0, *map_size), np.uint8),
         }
-        arrays = {name: np.concatenate([part[name] for part in [no_pairs, *self._parts]]) for name in no_pairs}
+        arrays: dict[str, np.ndarray] = {"pairs": np.concatenate([np.zeros((0, 3), np.int32), *self._pairs])}
+        for name, none in no_pairs.items():
+            arrays[name] = np.concatenate([none, *(part[name].cpu().numpy() for part in self._parts)])
         for index_name, name, found in (("top", "answer", self._peaks), ("paths", "mean", self._means)):
-            arrays[index_name] = np.array([image for image, _ in found], np.int32)
-            arrays[name] = np.array([values for _, values in found], np.float16).reshape(-1, layer.channels)
+            none = np.zeros((0, layer.channels), np.float16)
+            arrays[index_name] = np.array([image for images, _ in found for image in images], np.int32)
+            arrays[name] = np.concatenate([none, *(values.cpu().numpy() for _, values in found)])
         if config.store == "crops":
             arrays |= concatenate_bytes("", [self._crops[image, row] for image, row, _ in arrays["pairs"].tolist()])
         return arrays
@@ -407,7 +418,7 @@ def rows_by_image(pairs: np.ndarray, images: Sequence[int]) -> dict[int, np.ndar
     }
 
 
-def _measure_maps(maps: Tensor, side: int) -> dict[str, np.ndarray]:
+def _measure_maps(maps: Tensor, side: int) -> dict[str, Tensor]:
     """Return positions of the extremes, ranges and averaged copies of maps (p, H, W); see `localize`."""
     height, width = maps.shape[1:]
     flat = maps.flatten(1)
@@ -418,7 +429,7 @@ def _measure_maps(maps: Tensor, side: int) -> dict[str, np.ndarray]:
     span = (ends[:, 1] - ends[:, 0]).clamp(min=torch.finfo(torch.float32).tiny)
     scaled = ((small - ends[:, :1, None]) / span[:, None, None] * 255).round().clamp(0, 255)
     return {
-        "place": places.cpu().numpy().astype(np.int16),
-        "range": ends.cpu().numpy(),
-        "map": scaled.to(torch.uint8).cpu().numpy(),
+        "place": places.to(torch.int16),
+        "range": ends,
+        "map": scaled.to(torch.uint8),
     }

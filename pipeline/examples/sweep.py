@@ -21,10 +21,11 @@ from pipeline.data import image_loading
 from pipeline.data.datasets import Dataset
 from pipeline.data.image_loading import Loaded
 from pipeline.examples import topk
-from pipeline.examples.channel_stats import ChannelAccumulator, HistogramRange, accumulate
+from pipeline.examples.channel_stats import ChannelAccumulator, HistogramRange, RunningSums
 from pipeline.images import metrics
 from pipeline.kernels import spatial_stats
 from pipeline.kernels.spatial_stats import Reducer
+from pipeline.kernels.transfers import CPU, upload
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.loading import Model, inplace_activations
 
@@ -186,6 +187,7 @@ class PassAccumulator:
         subsets: ImageSubsets,
         sources: np.ndarray | None,
         compile: bool = False,
+        device: torch.device = CPU,
     ) -> None:
         """Create an accumulator without any image.
 
@@ -196,63 +198,76 @@ class PassAccumulator:
             subsets: Images for which activations or bins are stored.
             sources: Source of every image of the dataset; None if each image is its own source.
             compile: Whether to compile the computation of sums.
+            device: Device of the activations. All results stay there until `result`: if it is a GPU, it never waits
+                for the CPU.
         """
-        self._layers, self._ranges, self._subsets, self._sources = layers, ranges, subsets, sources
-        self._tops = {name: topk.empty(sum(layers), config.k) for name in LISTS}
-        self._tally = ChannelAccumulator.empty(layers)
-        self._compile = compile
-        self._centre = ranges.centre.astype(np.float32)
-        self._responses: list[tuple[np.ndarray, np.ndarray]] = []
-        self._means: list[tuple[np.ndarray, np.ndarray]] = []
-        self._codes: list[tuple[np.ndarray, np.ndarray]] = []
-        self._appearance: list[tuple[np.ndarray, np.ndarray]] = []
+        self._layers, self._subsets, self._sources = layers, subsets, sources
+        self._device, self.dense = device, device.type != "cpu"
+        self._tops = {name: upload(topk.empty(sum(layers), config.k), device) for name in LISTS}
+        self._device_sources = None if sources is None else upload(sources, device)
+        self._sums = RunningSums(ranges, layers, compile, device)
+        self._centre = upload(ranges.centre.astype(np.float32), device)
+        self._responses: list[_Rows] = []
+        self._means: list[_Rows] = []
+        self._codes: list[_Rows] = []
+        self._appearance: list[_Rows] = []
 
     def observe(self, indices: np.ndarray, images: Tensor) -> None:
         """Add contrast and chroma of images, (n, C, H, W) in [0, 1]; those outside the subset are ignored."""
-        member = np.isin(indices, self._subsets.subset)
-        if member.any():
-            look = metrics.appearance(images[torch.from_numpy(member).to(images.device)])
-            rows = torch.stack([look["contrast"], look["chroma"]], 1).cpu().numpy()
-            self._appearance.append((indices[member].astype(np.int32), rows))
+        members = self._members(indices, self._subsets.subset)
+        if members is not None:
+            look = metrics.appearance(images[members.rows])
+            self._appearance.append(_Rows(members.indices, torch.stack([look["contrast"], look["chroma"]], 1)))
 
-    def add(self, indices: np.ndarray, reduced: np.ndarray) -> None:
+    def add(self, indices: np.ndarray, reduced: Tensor) -> None:
         """Add images.
 
         Args:
             indices: Indices of the images, (n,).
             reduced: Their reduced activations, (5, n, C) float32, as `spatial_stats.Reducer` returns them.
         """
-        if not torch.from_numpy(reduced).sum().isfinite():
-            # Networks may overflow on some images, and the sums of integers have no NaN or infinity.
-            reduced = np.nan_to_num(reduced)
-        peaks = reduced[spatial_stats.MAXIMUM]
-        values = {
-            "max": peaks,
-            "mean": reduced[spatial_stats.MEAN_DEVIATION] + self._centre,
-            "min": -reduced[spatial_stats.MINIMUM],
-        }
-        for name, ranked in values.items():
-            self._tops[name] = topk.update(self._tops[name], ranked, indices, self._sources)
-        added, codes = accumulate(reduced, self._ranges, self._layers, self._compile)
-        self._tally = self._tally + added
-        _append_members(self._responses, indices, peaks, self._subsets.subset)
-        limit = np.finfo(np.float16).max
-        means = np.clip(values["mean"], -limit, limit).astype(np.float16)
-        _append_members(self._means, indices, means, self._subsets.subset)
-        _append_members(self._codes, indices, codes, self._subsets.labelled)
+        # Networks may overflow on some images, and the sums of integers have no NaN or infinity.
+        if self.dense or not reduced.sum().isfinite():
+            reduced = reduced.nan_to_num()
+        means = reduced[spatial_stats.MEAN_DEVIATION] + self._centre
+        self._update_tops("max", reduced[spatial_stats.MAXIMUM], indices)
+        self._update_tops("mean", means, indices)
+        self._update_tops("min", -reduced[spatial_stats.MINIMUM], indices)
+        codes = self._sums.add(reduced, self.dense)
+        members = self._members(indices, self._subsets.subset)
+        if members is not None:
+            self._responses.append(_Rows(members.indices, reduced[spatial_stats.MAXIMUM][members.rows]))
+            self._means.append(_Rows(members.indices, metrics.clamped_half(means[members.rows])))
+        members = self._members(indices, self._subsets.labelled)
+        if members is not None:
+            self._codes.append(_Rows(members.indices, codes[members.rows]))
+
+    def _update_tops(self, name: str, values: Tensor, indices: np.ndarray) -> None:
+        tops = self._tops[name]
+        if self.dense:
+            self._tops[name] = topk.update_dense(tops, values, upload(indices, self._device), self._device_sources)
+        else:
+            self._tops[name] = torch.from_numpy(topk.update(tops.numpy(), values.numpy(), indices, self._sources))
+
+    def _members(self, indices: np.ndarray, subset: np.ndarray) -> "_Rows | None":
+        """Return those of `indices` that are in a subset, and their places in `indices`; None if there are none."""
+        is_member = np.isin(indices, subset)
+        if not is_member.any():
+            return None
+        return _Rows(indices[is_member].astype(np.int32), upload(np.flatnonzero(is_member), self._device))
 
     def result(self, failed: Iterable[tuple[int, str]] = ()) -> PassResult:
         """Return the result for all images so far; `failed` are images that could not be read, with the reason."""
         channels = sum(self._layers)
-        responses_index, responses = _sort_by_index(self._responses, np.zeros((0, channels), np.float32))
-        _, means = _sort_by_index(self._means, np.zeros((0, channels), np.float16))
-        codes_index, codes = _sort_by_index(self._codes, np.zeros((0, channels), np.uint8))
-        observed, rows = _sort_by_index(self._appearance, np.zeros((0, 2), np.float32))
+        responses_index, responses = _sort_rows(self._responses, np.zeros((0, channels), np.float32))
+        _, means = _sort_rows(self._means, np.zeros((0, channels), np.float16))
+        codes_index, codes = _sort_rows(self._codes, np.zeros((0, channels), np.uint8))
+        observed, rows = _sort_rows(self._appearance, np.zeros((0, 2), np.float32))
         appearance = np.full((len(responses_index), 2), np.nan, np.float32)
         appearance[np.searchsorted(responses_index, observed)] = rows
         return PassResult(
-            tops=dict(self._tops),
-            tally=self._tally,
+            tops={name: keys.cpu().numpy() for name, keys in self._tops.items()},
+            tally=self._sums.total(),
             responses_index=responses_index,
             responses=responses,
             means=means,
@@ -263,13 +278,22 @@ class PassAccumulator:
         )
 
 
-def _append_members(
-    parts: list[tuple[np.ndarray, np.ndarray]], indices: np.ndarray, rows: np.ndarray, members: np.ndarray
-) -> None:
-    """Append the indices and rows of those images that are among `members`."""
-    is_member = np.isin(indices, members)
-    if is_member.any():
-        parts.append((indices[is_member].astype(np.int32), rows[is_member]))
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Values of some images.
+
+    Attributes:
+        indices: Indices of the images, (m,) int32.
+        rows: Their values, (m, …).
+    """
+
+    indices: np.ndarray
+    rows: Tensor
+
+
+def _sort_rows(parts: Sequence[_Rows], no_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices and values of all parts, sorted by index; see `_sort_by_index`."""
+    return _sort_by_index([(part.indices, part.rows.cpu().numpy()) for part in parts], no_rows)
 
 
 def _sort_by_index(
@@ -288,7 +312,7 @@ def reduce_batches(
     reducer: Reducer,
     failed: list[tuple[int, str]],
     observe: Callable[[np.ndarray, Tensor], None] = lambda *_: None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Run the network on images and reduce the feature maps of all layers.
 
     Args:
@@ -300,14 +324,14 @@ def reduce_batches(
         observe: Function that is called for each batch with the indices and the images, (n, C, H, W) in [0, 1].
 
     Yields:
-        Indices (n,) and reduced activations (5, n, C) float32 of each batch. On the CPU the latter are a view of a
-        buffer that the next batch overwrites: copy them to keep them.
+        Indices (n,) and reduced activations (5, n, C) float32 of each batch, on the device of the network. The latter
+        are a view of a buffer that the next batch overwrites: copy them to keep them.
     """
     model, layers, batch_size = context.model, context.layers, context.config.batch
     device = next(model.module.parameters()).device
     starts = np.cumsum([0, *(layer.channels for layer in layers)])
     position = {layer.name: i for i, layer in enumerate(layers)}
-    centres = [torch.from_numpy(centre[a:b].astype(np.float32)).to(device) for a, b in itertools.pairwise(starts)]
+    centres = [upload(centre[a:b].astype(np.float32), device) for a, b in itertools.pairwise(starts)]
     parts: list[Tensor] = [torch.empty(0)] * len(layers)
     joined = torch.empty(5, batch_size, int(starts[-1]), device=device)
 
@@ -323,13 +347,13 @@ def reduce_batches(
             if len(images) < batch_size:
                 images = np.concatenate([images, np.repeat(images[-1:], batch_size - len(images), 0)])
             # Change the memory format before the conversion to float, while there are fewer bytes to move.
-            full = torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last)
+            full = upload(images, device).contiguous(memory_format=torch.channels_last)
             scaled = full.float().div_(255)
             indices = np.array([item.index for item in items])
             observe(indices, scaled[: len(items)])
             forward(scaled)
             torch.cat(parts, -1, out=joined)
-            yield indices, joined[:, : len(items)].cpu().numpy()
+            yield indices, joined[:, : len(items)]
 
 
 @ieee(deterministic=True)
@@ -338,8 +362,8 @@ def measure_ranges(context: PassContext, sample: Sequence[int]) -> HistogramRang
     channels = [layer.channels for layer in context.layers]
     loaded = image_loading.load_images(context.dataset, sample, context.model.preprocessing)
     batches = reduce_batches(context, loaded, np.zeros(sum(channels)), Reducer(False), [])
-    reduced = [values.copy() for _, values in batches]
-    joined = np.concatenate([np.zeros((5, 0, sum(channels)), np.float32), *reduced], 1)
+    reduced = [values.clone() for _, values in batches]
+    joined = torch.cat([torch.zeros(5, 0, sum(channels)), *(values.cpu() for values in reduced)], 1).numpy()
     return HistogramRange.from_sample(
         joined[spatial_stats.MAXIMUM], joined[spatial_stats.MINIMUM], joined[spatial_stats.MEAN_DEVIATION], channels
     )
@@ -358,7 +382,8 @@ def sweep(context: PassContext, indices: Iterable[int], ranges: HistogramRange, 
     dataset, config, layers = context.dataset, context.config, context.layers
     compile = config.should_compile(len(dataset.images), len(layers))
     channels = [layer.channels for layer in layers]
-    accumulator = PassAccumulator(channels, config, ranges, subsets, dataset.sources, compile)
+    device = next(context.model.module.parameters()).device
+    accumulator = PassAccumulator(channels, config, ranges, subsets, dataset.sources, compile, device)
     failed: list[tuple[int, str]] = []
     loaded = image_loading.load_images(dataset, indices, context.model.preprocessing, context.threads)
     reducer, observe = Reducer(compile), accumulator.observe
@@ -366,17 +391,17 @@ def sweep(context: PassContext, indices: Iterable[int], ranges: HistogramRange, 
     return accumulator.result(failed)
 
 
-def collect(accumulator: PassAccumulator, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+def collect(accumulator: PassAccumulator, batches: Iterable[tuple[np.ndarray, Tensor]]) -> None:
     """Add the batches of `reduce_batches` to an accumulator, `BUFFER_IMAGES` images at a time.
 
     The buffer is reused: fresh memory for every batch would fragment that of the network, which then runs slower.
     """
     rows = np.empty(BUFFER_IMAGES, np.int64)
-    buffer = np.empty((5, 0, 0), np.float32)
+    buffer = torch.empty(5, 0, 0)
     filled = 0
     for indices, values in batches:
-        if not buffer.size:
-            buffer = np.empty((5, BUFFER_IMAGES, values.shape[2]), np.float32)
+        if not buffer.numel():
+            buffer = values.new_empty(5, BUFFER_IMAGES, values.shape[2])
         start = 0
         while start < len(indices):
             count = min(BUFFER_IMAGES - filled, len(indices) - start)

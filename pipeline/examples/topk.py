@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
-EMPTY_KEY = np.iinfo(np.int64).min
+EMPTY_KEY = int(np.iinfo(np.int64).min)
 _INDEX_MASK = 0xFFFFFFFF
 
 # Rebuild all lists at once when more than one in `DENSE` of the new values could enter a list; otherwise update only
@@ -112,6 +113,32 @@ def update(tops: np.ndarray, values: np.ndarray, indices: np.ndarray, sources: n
     merged = tops.copy()
     merged[rows] = select_best(np.concatenate([tops[rows], new], 1), tops.shape[1], sources)
     return merged
+
+
+def update_dense(tops: Tensor, values: Tensor, indices: Tensor, sources: Tensor | None = None) -> Tensor:
+    """As `update`, by operations whose sizes do not depend on the values, so that a GPU never waits for the CPU.
+
+    All tensors are on one device.
+    """
+    keys = torch.cat([tops, encode_tensor(values, indices).T], 1)
+    k = tops.shape[1]
+    if sources is None:
+        return keys.topk(k, dim=1).values
+    source = sources[(_INDEX_MASK - (keys & _INDEX_MASK)).clamp(max=len(sources) - 1)]
+    best = []
+    for _ in range(k):
+        top, place = keys.max(1, keepdim=True)
+        best.append(top)
+        # Entries of the same source are alternatives to this one. Empty ones stay empty.
+        keys = keys.masked_fill(source == source.gather(1, place), EMPTY_KEY)
+    return torch.cat(best, 1)
+
+
+def encode_tensor(values: Tensor, indices: Tensor) -> Tensor:
+    """Pack values (n, C) and image indices (n,) into keys (n, C); see `encode`."""
+    bits = (values + 0.0).view(torch.int32)  # −0 becomes 0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.long() << 32) | (_INDEX_MASK - indices)[:, None]
 
 
 def _deduplicate(keys: np.ndarray, sources: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ on the device of the images if it is fast in double precision, else on the CPU.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -70,11 +71,20 @@ def power(images: Tensor) -> Tensor:
 
 def _windowed(images: Tensor) -> Tensor:
     """Return images times a Hann window, after subtraction of their windowed mean."""
-    height, width = images.shape[-2:]
+    window = _window(images.shape[-2], images.shape[-1], images.dtype, images.device)
+    return (images - (images * window).sum(dim=(2, 3), keepdim=True) / window.sum()) * window
+
+
+# What depends on the size of the images alone is kept for some sizes: a GPU would wait for each upload.
+_cached = functools.lru_cache(maxsize=256)
+
+
+@_cached
+def _window(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a Hann window, (height, width)."""
     # The window is sampled at half-integer positions, so that no row or column has a weight of 0.
     down, across = (torch.sin(torch.pi * (torch.arange(n).double() + 0.5) / n).square() for n in (height, width))
-    window = (down[:, None] * across).to(images)
-    return (images - (images * window).sum(dim=(2, 3), keepdim=True) / window.sum()) * window
+    return (down[:, None] * across).to(device, dtype)
 
 
 def _frequencies(height: int, width: int) -> Tensor:
@@ -95,8 +105,14 @@ def high_frequency(energy: Tensor) -> Tensor:
     Returns:
         (B,) in 0 … 1.
     """
-    above = (_frequencies(*energy.shape[-2:]) > HIGH_FREQUENCY).to(energy)
+    above = _above_high_frequency(energy.shape[-2], energy.shape[-1], energy.dtype, energy.device)
     return (energy * above).sum(dim=(1, 2)) / energy.sum(dim=(1, 2)).clamp(min=MIN_ENERGY)
+
+
+@_cached
+def _above_high_frequency(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return 1 at the frequencies above `HIGH_FREQUENCY` and 0 at the others, (height, width) in FFT order."""
+    return (_frequencies(height, width) > HIGH_FREQUENCY).to(device, dtype)
 
 
 def checkerboard(energy: Tensor, strides: Sequence[int]) -> Tensor:
@@ -124,20 +140,27 @@ def checkerboard(energy: Tensor, strides: Sequence[int]) -> Tensor:
             continue
         for vertical, horizontal in ((1, 0), (0, 1), (1, 1)):
             row, column = round(vertical * height / stride), round(horizontal * width / stride)
-            peak, ring = _ring_mean(energy, row, column, 0, 1), _ring_mean(energy, row, column, 2, 4)
+            peak, ring = (_ring_mean(energy, (row, column), ring) for ring in ((0, 1), (2, 4)))
             ratios.append(torch.where(ring > MIN_ENERGY, peak / ring.clamp(min=MIN_ENERGY), 0.0))
     return torch.stack(ratios).amax(0)
 
 
-def _ring_mean(energy: Tensor, row: int, column: int, inner: int, outer: int) -> Tensor:
-    """Return the mean of periodic (B, H, W) over the positions at Chebyshev distances `inner` to `outer` from one."""
-    height, width = energy.shape[-2:]
-    rows, columns = [], []
-    for i, j in itertools.product(range(-outer, outer + 1), repeat=2):
-        if max(abs(i), abs(j)) >= inner:
-            rows.append((row + i) % height)
-            columns.append((column + j) % width)
+def _ring_mean(energy: Tensor, centre: tuple[int, int], ring: tuple[int, int]) -> Tensor:
+    """Return the mean of periodic (B, H, W) over the positions within a range of Chebyshev distances from a centre."""
+    rows, columns = _ring_positions((energy.shape[-2], energy.shape[-1]), centre, ring, energy.device)
     return energy[:, rows, columns].mean(1)
+
+
+@_cached
+def _ring_positions(
+    size: tuple[int, int], centre: tuple[int, int], ring: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the rows and columns of the positions at distances from `ring[0]` to `ring[1]`, both included."""
+    offsets = [
+        (i, j) for i, j in itertools.product(range(-ring[1], ring[1] + 1), repeat=2) if max(abs(i), abs(j)) >= ring[0]
+    ]
+    rows, columns = zip(*(((centre[0] + i) % size[0], (centre[1] + j) % size[1]) for i, j in offsets), strict=True)
+    return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
 
 
 def total_variation(images: Tensor) -> Tensor:
@@ -177,9 +200,14 @@ def appearance(images: Tensor) -> dict[str, Tensor]:
     if images.shape[1] != 3:
         chroma = images.new_full((len(images),), torch.nan)
         return {"contrast": images.mean(1).flatten(1).std(1, correction=0), "chroma": chroma}
-    luminance = torch.einsum("c,bchw->bhw", images.new_tensor(LUMINANCE), images)
+    luminance = torch.einsum("c,bchw->bhw", _luminance_weights(images.dtype, images.device), images)
     chroma = (images.amax(1) - images.amin(1)).flatten(1).mean(1)
     return {"contrast": luminance.flatten(1).std(1, correction=0), "chroma": chroma}
+
+
+@_cached
+def _luminance_weights(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(LUMINANCE, dtype=dtype, device=device)
 
 
 def spectral_distance(images: Tensor, natural: Spectrum) -> Tensor:
@@ -207,7 +235,7 @@ def spectral_distance(images: Tensor, natural: Spectrum) -> Tensor:
     if same_channels:
         lightness = torch.linalg.inv(torch.from_numpy(natural.colour).double())[0].to(images)
         axis = torch.einsum("c,bchw->bhw", lightness, axis)[:, None]
-    rings = _rings(height, width).to(images)
+    rings = _rings(height, width, images.dtype, images.device)
     if len(rings) < 2:
         return images.new_full((len(images),), torch.nan)
     amplitude = torch.fft.rfft2(_windowed(axis), norm="ortho").abs()[:, 0]
@@ -215,13 +243,14 @@ def spectral_distance(images: Tensor, natural: Spectrum) -> Tensor:
     return (difference - difference.mean(1, keepdim=True)).square().mean(1).sqrt()
 
 
-def _rings(height: int, width: int) -> Tensor:
+@_cached
+def _rings(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return weights that average a real spectrum over rings, (rings, H · (W // 2 + 1)); empty rings are omitted."""
     radii = _frequencies(height, width)[:, : width // 2 + 1].reshape(-1).double()
     edges = torch.logspace(-5, -1, RINGS + 1, 2.0, dtype=torch.float64)
     inside = torch.stack([(radii >= low) & (radii < high) for low, high in itertools.pairwise(edges.tolist())]).double()
     inside = inside[inside.any(1)]
-    return inside / inside.sum(1, keepdim=True)
+    return (inside / inside.sum(1, keepdim=True)).to(device, dtype)
 
 
 def _ring_levels(amplitude: Tensor, rings: Tensor) -> Tensor:
@@ -402,8 +431,13 @@ def quantile_among(values: np.ndarray, sample: np.ndarray) -> np.ndarray:
 
 def to_float16(activations: Tensor) -> np.ndarray:
     """Convert activations to float16 for storage, clamped to its range of ±65504."""
+    return clamped_half(activations).cpu().numpy()
+
+
+def clamped_half(activations: Tensor) -> Tensor:
+    """Return activations as float16 on their device, clamped to its range of ±65504."""
     largest = torch.finfo(torch.float16).max
-    return activations.clamp(-largest, largest).half().cpu().numpy()
+    return activations.clamp(-largest, largest).half()
 
 
 def example_activations(examples: np.ndarray, index: np.ndarray, activations: np.ndarray) -> np.ndarray:

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from pipeline.core.device_tensors import constant_like
 from pipeline.core.registry import Registry
 from pipeline.data.image_filters import blur
 from pipeline.kernels.affine_sample import sample
+from pipeline.kernels.transfers import constant_like
 
 TRANSFORMS = Registry("transform")
 

@@ -147,6 +147,15 @@ class Reducer:
         on_cpu = rows.device.type == "cpu"
         if on_cpu and self._c_loop:
             return self._c_loop(rows, center)
-        positions = torch.tensor(float(rows.shape[1]), dtype=torch.float64, device=rows.device)
+        positions = _positions(rows.shape[1], rows.device)
         function = reduce_maps if on_cpu else self._reduce_maps
         return function(rows.unflatten(1, (-1, chunk_length(rows.shape[1]))), center, positions)
+
+
+@functools.cache
+def _positions(count: int, device: torch.device) -> Tensor:
+    """Return a number of positions as a float64 scalar of a device, uploaded once.
+
+    A GPU multiplies by the reciprocal of a divisor that is on the CPU, which rounds differently.
+    """
+    return torch.tensor(float(count), dtype=torch.float64, device=device)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pipeline.core.config_files import ConfigFile, decode_text
-from pipeline.core.device_tensors import constant_like
 from pipeline.core.errors import AtlasError, first_line, nearest_names
 from pipeline.kernels.device_errors import is_device_failure
+from pipeline.kernels.transfers import constant_like
 from pipeline.models.checkpoints import StateDictSelector, load_checkpoint
 from pipeline.models.config import INTERPOLATIONS, ModelConfig, Preprocessing
 from pipeline.models.custom import code_digest

@@ -6,6 +6,7 @@ layer's map of the photograph, a small visualization of the direction of the act
 
 import dataclasses
 import io
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from pipeline.engine.worker import Worker
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.loading import Model
 from pipeline.runs.layer_worker import layer_worker
+from pipeline.visualization.batch import draw_start
 from pipeline.visualization.initial_images import preprocess_photograph
 from pipeline.visualization.loop import render
 from pipeline.visualization.objectives import Directions
@@ -197,5 +199,12 @@ def _render_cells(
     job = worker.job(layer.name, canvas, preset)
     units = [(0, cell) for cell in range(preset.variants)]
     size = config.engine.images_per_batch(layer.channels, worker.setup.device)
-    pictures = worker.in_batches((layer.name, preset.name), units, size, 1, lambda part: render(job, part))
+    batches = worker.in_batches(
+        (layer.name, preset.name),
+        units,
+        size,
+        lambda part: draw_start(job, part),
+        lambda start: render(job, start.units, start),
+    )
+    pictures = list(itertools.chain.from_iterable(batches))
     return np.stack([p.image for p in pictures]), np.array([p.activation for p in pictures], np.float32)

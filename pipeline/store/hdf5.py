@@ -1,10 +1,14 @@
 """HDF5 files: creation on disk and in memory, checksummed datasets, image stacks, typed access to groups."""
 
 import contextlib
+import functools
 import hashlib
 import io
+import logging
 import os
-from collections.abc import Iterator, Mapping
+import types
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,15 @@ import numpy as np
 
 from pipeline.core.atomic_io import atomic_path
 
+log = logging.getLogger(__name__)
+
 # HDF5 1.10 is the newest format that MATLAB, HDFView and old versions of h5dump can all read.
 LIBVER = ("earliest", "v110")
+
+# Level of compression of images and masks.
+GZIP_LEVEL = 4
+
+NO_CHUNKS: Mapping[str, Sequence[bytes]] = types.MappingProxyType({})
 
 
 class _FullDiskSink(io.RawIOBase):
@@ -113,7 +124,12 @@ def create_file(path: Path) -> Iterator[h5py.File]:
             raise sink.failure
 
 
-def to_bytes(attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray], compression: str = "gzip") -> bytes:
+def to_bytes(
+    attributes: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    compression: str = "gzip",
+    chunks: Mapping[str, Sequence[bytes]] = NO_CHUNKS,
+) -> bytes:
     """Serialize arrays to the bytes of an HDF5 file, in memory: a full disk cannot leave a truncated file.
 
     Args:
@@ -121,10 +137,11 @@ def to_bytes(attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray], co
         arrays: Arrays by path inside the file. A uint8 stack of images (N, V, H, W, C) is chunked by image and gets
             a second dataset `<name>_sha256`, (N, V, 32) uint8, the sha256 of the pixels of each image.
         compression: "gzip", or "lzf" (three times as fast) for files that only this program reads.
+        chunks: `compressed_chunk` of each image or mask, by the name of the stack, where it is known already.
     """
     with h5py.File("memory", "w", driver="core", backing_store=False, libver=LIBVER) as file:
         for name, array in arrays.items():
-            write_array(file, name, array, compression)
+            write_array(file, name, array, compression, chunks.get(name, ()))
             if array.dtype == np.uint8 and array.ndim == 5:
                 write_array(file, f"{name}_sha256", image_digests(array))
         for key, value in attributes.items():
@@ -152,11 +169,44 @@ def image_digests(images: np.ndarray) -> np.ndarray:
     return np.frombuffer(b"".join(digests), np.uint8).reshape(*images.shape[:2], 32)
 
 
-def write_array(group: h5py.Group, name: str, array: np.ndarray, compression: str = "gzip") -> h5py.Dataset:
+def compressed_chunk(pixels: np.ndarray) -> bytes:
+    """Return the bytes that HDF5 stores of an image or mask of `create_images` or `create_masks`.
+
+    They are a zlib stream with HDF5's checksum behind it (the filters `deflate` and `fletcher32`). Other threads run
+    meanwhile, which they do not while HDF5 itself compresses.
+    """
+    stream = zlib.compress(pixels.tobytes(), GZIP_LEVEL)
+    return stream + _fletcher32(stream).to_bytes(4, "little")
+
+
+def _fletcher32(data: bytes) -> int:
+    """Return the checksum of HDF5's filter `fletcher32`, of big-endian words of 16 bits, the last one padded."""
+    words = np.frombuffer(data + bytes(len(data) % 2), ">u2").astype(np.int64)
+    sums = int(words.sum()), int((words * np.arange(len(words), 0, -1)).sum())
+    # HDF5 adds the carry back, which leaves 65535 where a remainder is 0.
+    first, second = ((total - 1) % 0xFFFF + 1 if total else 0 for total in sums)
+    return second << 16 | first
+
+
+@functools.cache
+def compresses_alike() -> bool:
+    """Return whether `compressed_chunk` returns what the HDF5 library stores; a library may contain another zlib."""
+    sample = np.random.default_rng(0).integers(0, 40, (1, 1, 32, 33, 3), np.uint8).cumsum(3, np.uint8)
+    with h5py.File("memory", "w", driver="core", backing_store=False, libver=LIBVER) as file:
+        stored = write_array(file, "images", sample).id.read_direct_chunk((0,) * sample.ndim)[1]
+    if stored == compressed_chunk(sample[0, 0]):
+        return True
+    log.info("HDF5 compresses images itself: its zlib differs from Python's")
+    return False
+
+
+def write_array(
+    group: h5py.Group, name: str, array: np.ndarray, compression: str = "gzip", chunks: Sequence[bytes] = ()
+) -> h5py.Dataset:
     """Create a compressed, checksummed dataset from `array`.
 
     Text becomes variable-length UTF-8, and a uint8 stack of images (N, V, H, W, C) or masks (N, V, H, W) is chunked by
-    image.
+    image; `chunks` are the `compressed_chunk` of each, if known.
     """
     if array.dtype.kind in "OU":
         # A file name need not be valid UTF-8: undecodable bytes are written as escapes.
@@ -166,8 +216,10 @@ def write_array(group: h5py.Group, name: str, array: np.ndarray, compression: st
     if array.dtype == np.uint8 and array.ndim in (4, 5):
         create = create_images if array.ndim == 5 else create_masks
         images = create(group, name, array.shape)
-        for i in range(array.shape[0]):
-            for v in range(array.shape[1]):
+        for number, (i, v) in enumerate(np.ndindex(*array.shape[:2])):
+            if chunks:
+                images.id.write_direct_chunk((i, v, *(0,) * (array.ndim - 2)), chunks[number])
+            else:
                 images[i, v] = array[i, v]
         return images
     if array.size == 0 or array.ndim == 0:
@@ -179,7 +231,13 @@ def create_images(group: h5py.Group, name: str, shape: tuple[int, ...]) -> h5py.
     """Create an empty uint8 stack of images (N, V, H, W, C), one chunk per image; H5Web and HDFView display it."""
     chunks = (1, 1, *shape[2:])
     images = group.create_dataset(
-        name, shape=shape, dtype=np.uint8, chunks=chunks, compression="gzip", compression_opts=4, fletcher32=True
+        name,
+        shape=shape,
+        dtype=np.uint8,
+        chunks=chunks,
+        compression="gzip",
+        compression_opts=GZIP_LEVEL,
+        fletcher32=True,
     )
     images.attrs["CLASS"] = np.bytes_("IMAGE")
     images.attrs["IMAGE_VERSION"] = np.bytes_("1.2")
@@ -198,7 +256,7 @@ def create_masks(group: h5py.Group, name: str, shape: tuple[int, ...]) -> h5py.D
         dtype=np.uint8,
         chunks=(1, 1, *shape[2:]),
         compression="gzip",
-        compression_opts=4,
+        compression_opts=GZIP_LEVEL,
         fletcher32=True,
         fillvalue=255,
     )

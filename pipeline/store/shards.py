@@ -126,9 +126,14 @@ class Shard:
         return ""
 
 
-def to_bytes(attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray], compression: str = "gzip") -> bytes:
+def to_bytes(
+    attributes: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    compression: str = "gzip",
+    chunks: Mapping[str, Sequence[bytes]] = hdf5.NO_CHUNKS,
+) -> bytes:
     """Serialize a shard to the bytes of its file; see `pipeline.store.hdf5.to_bytes`."""
-    return hdf5.to_bytes({**attributes, "shard_version": SHARD_VERSION, "complete": True}, arrays, compression)
+    return hdf5.to_bytes({**attributes, "shard_version": SHARD_VERSION, "complete": True}, arrays, compression, chunks)
 
 
 def write(path: Path, attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.core.device_tensors import upload
 from pipeline.core.registry import registered_name
 from pipeline.core.seeds import seed_of
 from pipeline.images.parameterizations import FromImage
 from pipeline.images.transforms import ROBUSTNESS_TRANSFORMS, draw_random, resampling_matrices
 from pipeline.images.transparency import resized_sums
+from pipeline.kernels.transfers import pinned, upload
 from pipeline.layers.finding import Layer
 from pipeline.models.loading import Model
 from pipeline.visualization.network_penalties import Normalization
@@ -158,6 +158,57 @@ class RenderJob:
         return self.model if variant is None or self.preset.requires_original_weights else variant
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchStart:
+    """What the images of a batch start from, on the CPU: it can be drawn while another batch is optimized.
+
+    Attributes:
+        units: The B pairs of (channel, variant).
+        seeds: Seed of each image.
+        initial: (B, …) parameters before the first step.
+        transform_random: (steps, B, R) random numbers of the transformations.
+        robustness_random: (copies, B, R) random numbers of the transformations that measure robustness.
+    """
+
+    units: Sequence[ChannelVariant]
+    seeds: Sequence[int]
+    initial: Tensor
+    transform_random: Tensor
+    robustness_random: Tensor
+
+    def pinned(self) -> "BatchStart":
+        """Return a copy in page-locked memory, from which a GPU copies without waiting for the host."""
+        names = ("initial", "transform_random", "robustness_random")
+        return dataclasses.replace(self, **{name: pinned(getattr(self, name)) for name in names})
+
+
+def draw_start(job: RenderJob, units: Sequence[ChannelVariant], attempt: int) -> BatchStart:
+    """Draw the initial parameters and random numbers of some units; those of each depend on its seed alone.
+
+    Args:
+        job: The network, the layer, the preset and the seed of the run.
+        units: Pairs of (channel, variant).
+        attempt: Number of the attempt, from 0; it enters the seeds.
+    """
+    preset = job.preset
+    seeds, initial, transform_random, robustness_random = [], [], [], []
+    for unit in units:
+        seed = _seed(job, unit, attempt)
+        # The generator is on the CPU for every device, so that all machines draw the same numbers.
+        generator = torch.Generator().manual_seed(seed)
+        initial.append(_initial_parameters(job, unit, generator))
+        transform_random.append(draw_random(preset.transforms, generator, preset.steps))
+        robustness_random.append(draw_random(ROBUSTNESS_TRANSFORMS, generator, ROBUST_COPIES))
+        seeds.append(seed)
+    return BatchStart(
+        units=units,
+        seeds=seeds,
+        initial=torch.stack(initial),
+        transform_random=torch.stack(transform_random, dim=1),
+        robustness_random=torch.stack(robustness_random, dim=1),
+    )
+
+
 class Batch:
     """The images of one attempt and the state of their optimization.
 
@@ -189,45 +240,35 @@ class Batch:
             each pixel, at the size of the canvas without its margin.
     """
 
-    def __init__(self, job: RenderJob, units: Sequence[ChannelVariant], attempt: int) -> None:
+    def __init__(self, job: RenderJob, start: BatchStart) -> None:
         preset = job.preset
-        self.units = list(units)
-        self.seeds: list[int] = []
+        self.units, self.seeds = list(start.units), list(start.seeds)
         self._optimizer, self._canvas = preset.optimizer, preset.canvas
-        initial, transform_random, robustness_random = [], [], []
-        for unit in units:
-            seed = _seed(job, unit, attempt)
-            # The generator is on the CPU for every device, so that all machines draw the same numbers.
-            generator = torch.Generator().manual_seed(seed)
-            initial.append(_initial_parameters(job, unit, generator))
-            transform_random.append(draw_random(preset.transforms, generator, preset.steps))
-            robustness_random.append(draw_random(ROBUSTNESS_TRANSFORMS, generator, ROBUST_COPIES))
-            self.seeds.append(seed)
         device = next(job.model.module.parameters()).device
-        self.initial = torch.stack(initial).to(device)
+        self.initial = start.initial.to(device, non_blocking=True)
         self.reference = None
         if preset.layer_penalties or any(regularizer.anchored for regularizer in preset.penalties):
             self.reference = self._canvas.image(self.initial, job.canvas(preset.stages[0]))
         self._compares_seeds = bool(preset.layer_penalties)
         self.target = None if job.target_image is None else job.target_image.to(device)
-        self.robustness_random = torch.stack(robustness_random, dim=1).to(device)
-        self._random = torch.stack(transform_random, dim=1)  # on the CPU
-        self._random_table = self._random.to(device)
+        self.robustness_random = start.robustness_random.to(device, non_blocking=True)
+        self._random = start.transform_random  # on the CPU
+        self._random_table = self._random.to(device, non_blocking=True)
         self._matrix_tables: list[Tensor] = []
-        self.all_channels = torch.tensor([channel for channel, _ in units], device=device)
-        self.all_variants = torch.tensor([variant for _, variant in units], device=device)
-        self.trace = torch.zeros(preset.steps, len(units), device=device)
-        self.steps = torch.full((len(units),), preset.steps)
+        self.all_channels = torch.tensor([channel for channel, _ in self.units], device=device)
+        self.all_variants = torch.tensor([variant for _, variant in self.units], device=device)
+        self.trace = torch.zeros(preset.steps, len(self.units), device=device)
+        self.steps = torch.full((len(self.units),), preset.steps)
         self._final: Tensor | None = None
         self._final_sums: Tensor | None = None
-        self.active = torch.arange(len(units), device=device)
+        self.active = torch.arange(len(self.units), device=device)
         self.parameters = self.initial.clone().requires_grad_(True)
         self.channels, self.variants = self.all_channels, self.all_variants
         weights = torch.tensor([regularizer.weight for regularizer in preset.penalties], device=device)
-        self.multipliers = weights[:, None].repeat(1, len(units))
-        self.balance = self.initial.new_zeros(len(preset.layer_penalties), len(units))
+        self.multipliers = weights[:, None].repeat(1, len(self.units))
+        self.balance = self.initial.new_zeros(len(preset.layer_penalties), len(self.units))
         self.is_balanced = False
-        self.gradient_sums = self.initial.new_zeros(len(units), *job.canvas_without_margin(preset.stages[0]))
+        self.gradient_sums = self.initial.new_zeros(len(self.units), *job.canvas_without_margin(preset.stages[0]))
         self._start_optimizer()
 
     @property

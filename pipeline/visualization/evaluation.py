@@ -143,12 +143,14 @@ def evaluate(job: RenderJob, batch: Batch) -> Evaluation:
         if sums.shape[-2:] != size:
             sums = resized_sums(sums, size)
     sign = -1 if preset.negative else 1
+    # One copy from the device for all of them.
+    activation, robust, start = (sign * torch.stack([clean.values, robust, start])).tolist()
     return Evaluation(
         images=(images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy(),
         masks=to_mask(sums.cpu()).numpy(),
-        activation=(sign * clean.values).tolist(),
-        robust=(sign * robust).tolist(),
-        start=(sign * start).tolist(),
+        activation=activation,
+        robust=robust,
+        start=start,
         responses=metrics.to_float16(clean.activations.flatten(2).amax(2)),
         path_means=metrics.to_float16(path_means),
         measures=_measures(job, images, clean.activations, batch.all_channels),
@@ -239,7 +241,8 @@ def _measures(job: RenderJob, images: Tensor, activations: Tensor, channels: Ten
         height, width = job.model.preprocessing.size
         stride = round(min(height / layer.height, width / layer.width))
     measures = metrics.image_metrics(images, metrics.strides(stride), packaged_spectrum()) | own
-    return {metric.name: measures[metric.name].tolist() for metric in IMAGE_METRICS}
+    names = [metric.name for metric in IMAGE_METRICS]
+    return dict(zip(names, torch.stack([measures[name].double() for name in names]).tolist(), strict=True))
 
 
 def _budget_values(preset: Preset, batch: Batch, images: Tensor) -> np.ndarray:

@@ -15,7 +15,7 @@ from pipeline.acceleration.precision import steps_in
 from pipeline.acceleration.redirected_relu import REDIRECTED_STEPS
 from pipeline.core.registry import registered_name
 from pipeline.core.seeds import seed_of
-from pipeline.visualization.batch import Batch, RenderJob
+from pipeline.visualization.batch import Batch, BatchStart, RenderJob, draw_start
 from pipeline.visualization.captured_steps import CapturedSteps, can_be_captured, captured_steps
 from pipeline.visualization.evaluation import RESTARTED, SILENT, Visualization, evaluate, to_pictures
 from pipeline.visualization.forward import ObjectiveForward, objective_forward
@@ -24,7 +24,7 @@ from pipeline.visualization.preset import ChannelVariant, Preset
 from pipeline.visualization.step import constrain, parameter_gradient
 
 
-def render(job: RenderJob, units: Sequence[ChannelVariant]) -> list[Visualization]:
+def render(job: RenderJob, units: Sequence[ChannelVariant], start: BatchStart | None = None) -> list[Visualization]:
     """Render feature visualizations of some units of a layer, in one batch.
 
     An image whose objective did not rise, or was not finite, is rendered again with another seed and half the learning
@@ -34,6 +34,7 @@ def render(job: RenderJob, units: Sequence[ChannelVariant]) -> list[Visualizatio
     Args:
         job: The network, the layer, the preset and the seed.
         units: Pairs of (channel, variant). With batch terms, all variants of a channel must follow each other.
+        start: `draw_start` of the units for attempt 0, if it is known already.
 
     Returns:
         One visualization for each unit, in the order of `units`.
@@ -41,7 +42,8 @@ def render(job: RenderJob, units: Sequence[ChannelVariant]) -> list[Visualizatio
     finished: dict[ChannelVariant, Visualization] = {}
     pending = list(units)
     for attempt in range(job.preset.attempts):
-        pictures = _attempt(job, pending, attempt, rate=0.5**attempt)
+        drawn = start if start is not None and attempt == 0 else draw_start(job, pending, attempt)
+        pictures = _attempt(job, drawn, attempt, rate=0.5**attempt)
         is_last = attempt == job.preset.attempts - 1
         retries = set() if is_last else _units_to_retry(job.preset, pictures)
         finished.update({picture.unit: picture for picture in pictures if picture.unit not in retries})
@@ -51,12 +53,13 @@ def render(job: RenderJob, units: Sequence[ChannelVariant]) -> list[Visualizatio
     return [finished[unit] for unit in units]
 
 
-def restart(job: RenderJob, units: Sequence[ChannelVariant]) -> list[Visualization]:
+def restart(job: RenderJob, units: Sequence[ChannelVariant], start: BatchStart | None = None) -> list[Visualization]:
     """Render units that stayed silent in all attempts of `render` once more, from `job.initial_images`.
 
     Args:
         job: As for `render`, with an initial image of each unit.
         units: As for `render`.
+        start: `draw_start` of the units for attempt `job.preset.attempts`, if it is known already.
 
     Returns:
         One visualization for each unit, in the order of `units`, with the status "restarted", or "failed" if its
@@ -64,7 +67,7 @@ def restart(job: RenderJob, units: Sequence[ChannelVariant]) -> list[Visualizati
     """
     attempts = job.preset.attempts
     restarted = []
-    for picture in _attempt(job, units, attempts, rate=1.0):
+    for picture in _attempt(job, start or draw_start(job, units, attempts), attempts, rate=1.0):
         if picture.status == "failed":
             reason = f"{SILENT}; from its best dataset example: {picture.reason}"
             restarted.append(dataclasses.replace(picture, reason=reason))
@@ -84,14 +87,14 @@ def _units_to_retry(preset: Preset, pictures: Sequence[Visualization]) -> set[Ch
     return {picture.unit for picture in pictures if picture.channel in channels}
 
 
-def _attempt(job: RenderJob, units: Sequence[ChannelVariant], attempt: int, rate: float) -> list[Visualization]:
-    """Optimize and evaluate one image for each unit; `rate` is a factor of the learning rate."""
+def _attempt(job: RenderJob, start: BatchStart, attempt: int, rate: float) -> list[Visualization]:
+    """Optimize and evaluate one image for each unit of `start`; `rate` is a factor of the learning rate."""
     start_time = time.perf_counter()
-    batch = Batch(job, units, attempt)
+    batch = Batch(job, start)
     with steps_in(job.precision):
         _optimize(job, batch, rate)
     evaluation = evaluate(job, batch)
-    seconds = (time.perf_counter() - start_time) / len(units)
+    seconds = (time.perf_counter() - start_time) / len(batch.units)
     return to_pictures(job, batch, evaluation, attempt, seconds)
 
 

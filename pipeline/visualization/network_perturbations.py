@@ -16,10 +16,10 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from pipeline.core.config_files import ConfigFile
-from pipeline.core.device_tensors import upload
 from pipeline.core.errors import AtlasError
 from pipeline.core.registry import Registry
 from pipeline.core.seeds import seed_of
+from pipeline.kernels.transfers import upload
 
 AUGMENTATIONS = Registry("augmentation")
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from pipeline.acceleration.redirected_relu import has_zero_gradient, redirected
-from pipeline.core.device_tensors import constant_like
 from pipeline.data.image_filters import rms
 from pipeline.images.transforms import apply_transforms, center_crop
 from pipeline.images.transparency import gradient_magnitude
+from pipeline.kernels.transfers import constant_like
 from pipeline.visualization.batch import Batch, RenderJob, StepDraws
 from pipeline.visualization.forward import ForwardResult, ObjectiveForward
 from pipeline.visualization.layer_regularizers import balance

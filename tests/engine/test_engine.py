@@ -142,11 +142,11 @@ CONTEXT_LOST = RuntimeError("CUDA error: an illegal memory access was encountere
 def out_of_memory_over(limit: int, sizes: list[int], error: RuntimeError = ALLOCATOR_FULL) -> Any:
     whole = worker.render
 
-    def render(job: Any, units: list[Any]) -> Any:
+    def render(job: Any, units: list[Any], start: Any) -> Any:
         sizes.append(len(units))
         if len(units) > limit:
             raise error
-        return whole(job, units)
+        return whole(job, units, start)
 
     return render
 

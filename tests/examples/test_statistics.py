@@ -49,7 +49,7 @@ def setting(maps: np.ndarray, sources: np.ndarray | None) -> tuple[HistogramRang
 def gathered(maps: np.ndarray, rows: np.ndarray, sources: np.ndarray | None, given: tuple) -> PassResult:
     ranges, drawn, config = given
     gathering = PassAccumulator(LAYERS, config, ranges, drawn, sources)
-    gathering.add(rows, reduced(maps[rows], ranges.centre))
+    gathering.add(rows, torch.from_numpy(reduced(maps[rows], ranges.centre)))
     return gathering.result([(int(i) + 1000, "cut off: x") for i in rows if i % 5 == 0])
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.cli.main import main
 from pipeline.core.errors import AtlasError
 from pipeline.core.metric_specs import share
-from pipeline.examples.channel_stats import HistogramRange, accumulate, channel_statistics
+from pipeline.examples.channel_stats import HistogramRange, RunningSums, channel_statistics
 from pipeline.examples.label_association import LabeledSources, associate_by_activations
 from pipeline.images import metrics
 from pipeline.layers.connectivity import find_connectivity
@@ -106,7 +106,9 @@ def test_former_statistics_take_zero_for_a_threshold_everywhere() -> None:
     ranges = HistogramRange.from_sample(peaks, lows, means, [2])
     d = maps - ranges.centre.astype(np.float32)[:, None]
     reduced = np.stack([peaks, lows, d.mean(2), (d**2).mean(2), (maps > 0).mean(2)]).astype(np.float32)
-    total, _ = accumulate(reduced, ranges, [2])
+    sums = RunningSums(ranges, [2])
+    sums.add(torch.from_numpy(reduced))
+    total = sums.total()
     old, now = former.zero_statistics(total, ranges), channel_statistics(total, ranges, np.zeros(2, bool))
     assert old["nonzero"] == pytest.approx([0.5, 1], abs=0.05) and old["fired"][1] == 1 and not old["inactive"].any()
     assert all(np.isnan(now[name]).all() for name in ("nonzero", "fired", "sparsity"))

@@ -42,6 +42,23 @@ def pictures(seed: int, count: int, variants: int = 1) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.skipif(not hdf5.compresses_alike(), reason="HDF5 and Python have different versions of zlib")
+@pytest.mark.parametrize("shape", [(40, 1, 64, 63, 3), (3, 2, 9, 9, 1), (2, 1, 600, 600, 3)])
+def test_images_compressed_beforehand_give_the_same_file(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    # Noise, which takes more space compressed than before; smooth images; a constant one.
+    images = rng.integers(0, 256, shape, np.uint8)
+    images[1::2] = images[1::2].astype(np.uint32).cumsum(3) >> 8
+    images[0, 0] = 0
+    arrays = {"images": images, "mask": images[..., 0].copy(), "trace": rng.random((shape[0], 5))}
+    chunks = {
+        name: [hdf5.compressed_chunk(pixels) for variants in arrays[name] for pixels in variants]
+        for name in ("images", "mask")
+    }
+    assert hdf5.to_bytes({"a": 1}, arrays, chunks=chunks) == hdf5.to_bytes({"a": 1}, arrays)
+    assert np.array_equal(hdf5.from_bytes(hdf5.to_bytes({}, arrays, chunks=chunks))["images"], images)
+
+
 def measured(seed: int, count: int, variants: int = 1) -> dict[str, np.ndarray]:
     """What a shard holds besides since pictures are measured."""
     rng = np.random.default_rng(seed)

@@ -13,7 +13,7 @@ from pipeline.core.config_files import load_config_files
 from pipeline.images.parameterizations import Fourier, Laplacian, Maco, Parameterization, Pixel
 from pipeline.layers.finding import Layer, enumerate_layers
 from pipeline.models.loading import Model
-from pipeline.visualization.batch import Batch, RenderJob
+from pipeline.visualization.batch import Batch, RenderJob, draw_start
 from pipeline.visualization.evaluation import SILENT
 from pipeline.visualization.loop import restart
 
@@ -30,7 +30,7 @@ def test_every_parameterization_starts_from_the_image(
 ) -> None:
     preset = load_config_files(dataclasses.replace(PRESET, canvas=canvas), "render")
     job = RenderJob(tiny, tiny_layers["late"], preset, 0, initial_images=dict.fromkeys(UNITS, IMAGE))
-    start = preset.canvas.image(Batch(job, UNITS, 3).parameters.detach(), (SIDE, SIDE))
+    start = preset.canvas.image(Batch(job, draw_start(job, UNITS, 3)).parameters.detach(), (SIDE, SIDE))
     if isinstance(canvas, Maco):  # keeps the phases and has its own amplitudes; noise has a correlation of 0
         assert np.corrcoef(start[0].flatten(), IMAGE.flatten())[0, 1] > 0.3
     else:
