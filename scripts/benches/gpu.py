@@ -79,10 +79,19 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def fits(wheel: str) -> bool:
+    """Return whether a wheel is for this version of Python, by its file name."""
+    tags = wheel.removesuffix(".whl").split("-")[-3].split(".")
+    return bool({"py3", f"cp{sys.version_info.major}{sys.version_info.minor}"} & set(tags))
+
+
 def unpack(carried: Path | None, folder: Path) -> list[Path]:
     """Unpack the carried wheels; return the folders that Python must search, the first first."""
     site = folder / "site"
     for wheel in sorted((carried / "wheels").glob("*.whl")) if carried else ():
+        if not fits(wheel.name):
+            print(f"left out, for another Python: {wheel.name}")
+            continue
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
     stubs = [carried.resolve() / "stubs"] if carried and not importlib.util.find_spec("IPython") else []
@@ -188,6 +197,7 @@ def supervise(command: Sequence[str], member: dict[str, Any], environment: dict[
 def main() -> int:
     begin = time.time()
     if sys.argv[1:2] == ["prepare"]:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before PyTorch is loaded
         sys.path[:0] = [str(ROOT), str(HERE)]
         from gpu_blocks import prepare
 
@@ -216,6 +226,8 @@ def main() -> int:
         sys.path[:0] = [str(HERE)]
         before = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, *before]), "PYTHONUNBUFFERED": "1"}
+        if options.device == "cpu":
+            environment.setdefault("OMP_WAIT_POLICY", "passive")
         supervise([sys.executable, str(HERE / "gpu.py")], member, environment)
     return finish(out, [block.name for block in blocks], options.device)
 

@@ -24,7 +24,7 @@ def run(bench: Bench) -> None:
 def versions(bench: Bench) -> None:
     """Print card, driver, and the versions of what computes."""
     cuda = bench.device == "cuda"
-    free, total = torch.cuda.mem_get_info() if cuda else (0, 0)
+    free, total = torch.cuda.mem_get_info() if cuda else (None, None)
     try:
         query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
@@ -40,7 +40,7 @@ def versions(bench: Bench) -> None:
         cuda=torch.version.cuda,
         cudnn=torch.backends.cudnn.version() if cuda else None,
         cores=available_cores(),
-        **{"free GB": free / 1e9, "total GB": total / 1e9},
+        **{"free GB": free and free / 1e9, "total GB": total and total / 1e9},
     )
     try:
         import triton

@@ -1,8 +1,8 @@
 """Block `correctness`: is what the device computes what it should be?
 
-Responses and a pixel gradient of five layers against double precision; sampling and Adam against the CPU; initial images and
-random numbers bit for bit; a whole rendering against that of a CPU; the values that finished images get; the same rendering
-twice, and in batches of 1 and many. Every row has `value`, `limit` and `ok`.
+Responses and a pixel gradient of five layers against double precision; sampling and Adam against the CPU; initial
+images and random numbers bit for bit; a whole rendering against that of a CPU; the values that finished images get; the
+same rendering twice, and in batches of 1 and many. Rows with a verdict have `value`, `limit` and `ok`.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from pipeline.visualization.batch import Batch
 from pipeline.visualization.evaluation import Visualization
 from pipeline.visualization.optimizers import Adam
 
-# Largest relative error of responses and of the gradient. Rounding switches single rectifiers, which changes gradients more.
+# Largest relative error of responses and of the gradient: rounding switches single rectifiers, which changes gradients.
 LIMITS = {"IEEE": (1e-4, 5e-3), "TF32": (1e-2, 0.2), "bfloat16": (0.1, 0.0)}
 SMALLEST_COSINE = 0.85
 SIZE = (references.RENDERED_SIDE, references.RENDERED_SIDE)

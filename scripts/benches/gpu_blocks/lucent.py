@@ -1,7 +1,7 @@
 """Block `lucent`: Lucent 0.1.8 on the same device and network, one channel at a time and batched by hand.
 
-Lucent optimizes one channel at 224 px for 512 steps, and runs the whole network. Its API takes a batch of images, so that
-several channels can be optimized together by an objective of one's own: that is the fair comparison of the loops.
+Lucent optimizes one channel at 224 px for 512 steps, and runs the whole network. Its API takes a batch of images, so
+that several channels can be optimized together by an objective of one's own: that is the fair comparison of the loops.
 """
 
 import contextlib

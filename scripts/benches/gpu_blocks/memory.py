@@ -51,7 +51,7 @@ def run(bench: Bench) -> None:
 
 
 def refusing(worker: Any, most: int) -> Any:
-    """Return a function for every step that raises the error of a full device until batches have at most `most` images."""
+    """Return a function for every step that raises the error of a full device for batches above `most` images."""
 
     def stop() -> None:
         if min(worker.fits.values(), default=2 * most) > most:

@@ -1,8 +1,8 @@
 """The networks that are measured, their layers, and workers that render as in a run.
 
-ResNet-50 has random weights: its trained ones do not fit into what is carried. The statistics of its batch normalizations are
-*calibrated*, by one forward pass in training mode on seeded noise, so that activations have natural sizes and shares of
-zeros. EfficientNet-Lite0 has its trained weights.
+ResNet-50 has random weights: its trained ones do not fit into what is carried. The statistics of its batch
+normalizations are *calibrated*, by one forward pass in training mode on seeded noise, so that activations have natural
+sizes and shares of zeros. EfficientNet-Lite0 has its trained weights.
 """
 
 import contextlib
@@ -174,8 +174,8 @@ def timing_preset(preset: Preset, steps: int) -> Preset:
 def bare_loop(model: Model, layer: Layer, batch: int, size: Size, dtype: torch.dtype) -> Iterator[Callable[[], Tensor]]:
     """Provide one step of the *bare loop*: the network up to a layer, forward and backward to its input, nothing else.
 
-    `model` is the folded network, of which a copy in `dtype` runs. The gradient of the mean of a channel of each image is
-    given, so that neither the objective nor the choice of the channel costs anything.
+    `model` is the folded network, of which a copy in `dtype` runs. The gradient of the mean of a channel of each image
+    is given, so that neither the objective nor the choice of the channel costs anything.
     """
     device = next(model.module.parameters()).device
     twin = model if dtype == torch.float32 else in_dtype(model, dtype)

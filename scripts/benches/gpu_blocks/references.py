@@ -20,7 +20,7 @@ from pipeline.visualization.preset import Preset
 
 # Five layers from the first to the last, of both kinds of convolutions.
 LAYERS = ("conv_stem", "blocks.1.1.conv_dw", "blocks.3.1.conv_pwl", "blocks.5.2.conv_pw", "conv_head")
-UNITS, SIDE, IMAGES = 4, 128, 4
+UNITS, SIDE, IMAGES = 4, 128, 2
 # Rendered units of each layer, and pixels of their images.
 RENDERED, RENDERED_SIDE = 2, 96
 FILE = "references.npz"
@@ -32,7 +32,7 @@ def units(layer: Layer) -> list[int]:
 
 
 def images() -> Tensor:
-    """Return the images (4, 3, 128, 128) in [0, 1] that responses are compared on, in 8 bits."""
+    """Return the images (2, 3, 128, 128) in [0, 1] that responses are compared on, in 8 bits."""
     generator = torch.Generator().manual_seed(7)
     coarse = torch.rand(IMAGES, 3, SIDE // 8, SIDE // 8, generator=generator)
     fine = torch.rand(IMAGES, 3, SIDE, SIDE, generator=generator)
@@ -41,7 +41,7 @@ def images() -> Tensor:
 
 
 def observed(model: Model, layer: Layer, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the means (4 images, 4 units) of a layer and the gradient (3, H, W) of the first one in its image."""
+    """Return the means (2 images, 4 units) of a layer and the gradient (3, H, W) of the first one in its image."""
     pixels = pixels.clone().requires_grad_(True)
     with capture(model, [layer]) as run:
         means = run(pixels)[layer.name][:, units(layer)].to(pixels.dtype).mean(dim=(2, 3))
