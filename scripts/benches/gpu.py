@@ -47,16 +47,16 @@ class Block:
 
 BLOCKS = (
     Block("environment", "ceilings:run", 25),
-    Block("correctness", "correctness:run", 65),
+    Block("correctness", "correctness:run", 70),
     Block("layers", "speed:run", 150),
     Block("batches", "speed:batches", 35),
-    Block("levers", "levers:run", 60),
+    Block("levers", "levers:run", 55),
     Block("whole", "whole:run", 30),
     Block("lucent", "lucent:run", 50),
     Block("dataset", "dataset:run", 45),
-    Block("processes", "processes:run", 45),
+    Block("processes", "processes:run", 50),
     Block("silent", "silent:run", 20),
-    Block("memory", "memory:run", 15),
+    Block("memory", "memory:run", 18),
     Block("tests", "tests:run", 30),
 )
 # Seconds at the end for the table.

@@ -52,7 +52,7 @@ class Bench:
 
     def has(self, seconds: float, what: str) -> bool:
         """Return whether there are `seconds` left for a measurement; if not, say that it is left out."""
-        if self.left() >= seconds:
+        if self.small or self.left() >= seconds:
             return True
         self.row("left out", of=what, reason=f"needs about {seconds:.0f} s, {max(self.left(), 0):.0f} s are left")
         return False

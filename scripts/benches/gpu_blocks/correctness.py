@@ -20,8 +20,8 @@ from gpu_blocks.speed import tf32
 from pipeline.acceleration.variants import cosine_of, relative_difference
 from pipeline.engine.worker import Worker
 from pipeline.images.transforms import ROBUSTNESS_TRANSFORMS, apply_transforms, draw_random
-from pipeline.layers.finding import capture
-from pipeline.visualization.batch import Batch
+from pipeline.layers.finding import Layer, capture
+from pipeline.models.loading import Model
 from pipeline.visualization.evaluation import Visualization
 from pipeline.visualization.optimizers import Adam
 
@@ -40,11 +40,10 @@ def run(bench: Bench) -> None:
         known = np.load(bench.references)
         responses(bench, net, known)
     images_and_steps(bench, net)
-    names = references.LAYERS[1:3] if bench.small else references.LAYERS
+    names = references.LAYERS[1:2] if bench.small else references.LAYERS
     if known:
         draws(bench, net, known, names)
-        renderings(bench, net, known, names)
-    measures(bench, net, names)
+    renderings(bench, net, known, names)
     repeated(bench, net)
 
 
@@ -112,7 +111,7 @@ def draws(bench: Bench, net: Network, known: Mapping[str, Any], names: Sequence[
     for name in names:
         channels = references.units(net.layers[name])[: references.RENDERED]
         job = worker.job(name, SIZE, references.preset_of(net, name))
-        batch = Batch(job, [(c, 0) for c in channels], 0)
+        batch = networks.first_batch(job, channels)
         found = [references.digest(batch.initial), references.digest(batch.transform_random)]
         expected = known[f"initial/{name}"]
         part = batch.initial[:, ..., :4].reshape(references.RENDERED, -1)[:, : expected.shape[1]].detach().cpu().numpy()
@@ -124,28 +123,40 @@ def draws(bench: Bench, net: Network, known: Mapping[str, Any], names: Sequence[
 
 
 def renderings(bench: Bench, net: Network, known: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Compare finished images with those of a CPU in float32, in each precision."""
-    for precision in networks.precisions():
+    """Compare finished images with those of a CPU in float32, and their stored activations with double precision."""
+    exact = references.in_double(net.model)
+    for precision in networks.precisions(bench.device):
         worker = networks.worker(net, bench.device, batch=references.RENDERED, precision=precision)
-        sums, worst, distances = np.zeros(2), 0.0, []
+        sums, units, distances, errors = np.zeros(2), [0.0], [], []
         for name in names:
-            if not bench.has(0 if bench.small else 3, f"rendering of {name}, {precision}"):
+            if not bench.has(3, f"rendering of {name}, {precision}"):
                 continue
             channels = references.units(net.layers[name])[: references.RENDERED]
             pictures = worker.pictures(name, channels, SIZE, references.preset_of(net, name))
-            expected = known[f"rendered/{name}/activation"]
-            found = np.array([p.activation for p in pictures])
-            scale = np.abs(expected).mean()
-            sums += (found / scale).sum(), (expected / scale).sum()
-            worst = max(worst, float(np.abs(found / expected - 1).max()))
-            distances += [
-                rms_share(p.image, image) for p, image in zip(pictures, known[f"rendered/{name}/image"], strict=True)
-            ]
+            errors += [stored_error(bench, exact, net.layers[name], picture) for picture in pictures]
+            if not known:
+                continue
+            found, expected = np.array([p.activation for p in pictures]), known[f"rendered/{name}/activation"]
+            sums += (found / np.abs(expected).mean()).sum(), (expected / np.abs(expected).mean()).sum()
+            units += np.abs(found / expected - 1).tolist()
+            distances += map(rms_share, (p.image for p in pictures), known[f"rendered/{name}/image"])
+        if errors:
+            judged(bench, "stored activation against double precision", max(errors), 1e-4, precision=precision)
         if sums[1]:
             judged(
-                bench, "activation of whole renderings against a CPU", abs(sums[0] / sums[1] - 1), 0.02,
-                precision=precision, **{"worst unit": worst, "rms ÷ contrast": float(np.mean(distances))},
+                bench, "activation of renderings against a CPU", abs(sums[0] / sums[1] - 1), 0.02,
+                precision=precision, **{"worst unit": max(units), "rms ÷ contrast": float(np.mean(distances))},
             )  # fmt: skip
+
+
+def stored_error(bench: Bench, exact: Model, layer: Layer, picture: Visualization) -> float:
+    """Return the error of the activation of a finished image, relative to the mean absolute value of its layer."""
+    pixels = torch.from_numpy(picture.image).permute(2, 0, 1)[None].to(bench.device).double() / 255
+    with torch.no_grad(), capture(exact, [layer]) as forward:
+        maps = forward(pixels)[layer.name]
+    own = maps[0, picture.channel]
+    expected = own.var(correction=0) if layer.linear_in_pixels else own.mean()
+    return abs(picture.activation - float(expected)) / float(maps.abs().mean())
 
 
 def rms_share(image: np.ndarray, expected: np.ndarray) -> float:
@@ -154,28 +165,10 @@ def rms_share(image: np.ndarray, expected: np.ndarray) -> float:
     return float(np.sqrt((difference**2).mean()) / max(expected.astype(float).std(), 1e-6))
 
 
-def measures(bench: Bench, net: Network, names: Sequence[str]) -> None:
-    """Compare the stored activation of finished images with that in double precision on the device."""
-    exact = references.in_double(net.model)
-    for precision in networks.fast_precisions():
-        worker = networks.worker(net, bench.device, batch=2, precision=precision)
-        errors = []
-        for name in names:
-            layer, preset = net.layers[name], networks.timing_preset(net.preset(name), 4 if bench.small else 24)
-            for picture in worker.pictures(name, references.units(layer)[:2], SIZE, preset):
-                pixels = torch.from_numpy(picture.image).permute(2, 0, 1)[None].to(bench.device).double() / 255
-                with torch.no_grad(), capture(exact, [layer]) as forward:
-                    maps = forward(pixels)[name]
-                value = maps[0, picture.channel]
-                expected = float(value.var(correction=0) if layer.linear_in_pixels else value.mean())
-                errors.append(abs(picture.activation - expected) / float(maps.abs().mean()))
-        judged(bench, "stored activation", max(errors), 1e-4, precision=precision)
-
-
 def repeated(bench: Bench, net: Network) -> None:
     """Render the same units twice, and one of them alone: how far are the images from each other?"""
     name = references.LAYERS[2]
-    best, _ = networks.fast_precisions()
+    best, _ = networks.fast_precisions(bench.device)
     count = 2 if bench.small else 64
     worker = networks.worker(net, bench.device, batch=count, precision=best)
     channels = spread(count, net.layers[name].channels)

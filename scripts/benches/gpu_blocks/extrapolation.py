@@ -15,6 +15,7 @@ class Point:
         step: Seconds of a steady step.
         first: Seconds of the first steps, in which units without gradient run twice, together.
         outside: Seconds besides the steps.
+        bare: Seconds of a step of the bare loop.
     """
 
     cost: float
@@ -22,6 +23,7 @@ class Point:
     step: float
     first: float
     outside: float
+    bare: float
 
 
 def interpolated(known: Sequence[tuple[float, float]], x: float) -> float:
@@ -40,8 +42,8 @@ def interpolated(known: Sequence[tuple[float, float]], x: float) -> float:
 
 def minutes(
     points: Sequence[Point], table: Sequence[tuple[float, int]], steps: int, first_steps: int
-) -> tuple[float, float]:
-    """Return the minutes of all channels: those of the steps, and with everything else that was timed.
+) -> tuple[float, float, float]:
+    """Return the minutes of all channels: those of the steps, with everything else that was timed, of the bare loop.
 
     Args:
         points: Measured layers.
@@ -49,12 +51,13 @@ def minutes(
         steps: Number of steps of an image.
         first_steps: Number of steps that `Point.first` is about.
     """
-    loop = outside = 0.0
+    loop = outside = alone = 0.0
     for cost, channels in table:
-        step, first, rest = (
+        step, first, rest, bare = (
             interpolated([(p.cost, getattr(p, name) / p.batch) for p in points], cost)
-            for name in ("step", "first", "outside")
+            for name in ("step", "first", "outside", "bare")
         )
         loop += channels * (first + (steps - first_steps) * step)
         outside += channels * rest
-    return loop / 60, (loop + outside) / 60
+        alone += channels * steps * bare
+    return loop / 60, (loop + outside) / 60, alone / 60

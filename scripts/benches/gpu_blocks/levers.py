@@ -93,6 +93,23 @@ class Lever:
     on: Switch = Switch()
 
 
+def never(*_: Any, **__: Any) -> bool:
+    """Stand in for a function that says whether something is possible."""
+    return False
+
+
+def unchanged(value: Any, *_: Any, **__: Any) -> Any:
+    """Stand in for a function that returns a changed copy of its first argument."""
+    return value
+
+
+def in_this_thread(*_: Any, **__: Any) -> Any:
+    """Stand in for the class of threads beside the device: one that calls everything where it is asked for."""
+    background: Any = importlib.import_module("pipeline.engine.background")
+    return background.Background("cpu", 1)
+
+
+# All levers, at one place. Those of the code as it is now are found by name; the others are said to be absent.
 LEVERS = (
     Lever("precision: tf32", on=Switch(engine={"precision": "tf32"})),
     Lever("precision: float32", on=Switch(engine={"precision": "float32"})),
@@ -100,9 +117,17 @@ LEVERS = (
     Lever("engine.batch: 16", on=Switch(engine={"batch": 16})),
     Lever("cuDNN benchmark", on=Switch(attributes=(("torch", "backends.cudnn.benchmark", True),))),
     Lever("cuDNN deterministic", on=Switch(attributes=(("torch", "backends.cudnn.deterministic", True),))),
-    Lever("CUDA graph", on=Switch(engine={"graph": True}), off=Switch(engine={"graph": False})),
-    Lever("Triton sampler", off=Switch(attributes=(("pipeline.kernels.triton_sample", "ENABLED", False),))),
-    Lever("fused convolutions", off=Switch(attributes=(("pipeline.acceleration.cuda_lowering", "ENABLED", False),))),
+    Lever("CUDA graph", off=Switch(attributes=(("pipeline.visualization.loop", "can_be_captured", never),))),
+    Lever("Triton sampler", off=Switch(attributes=(("pipeline.kernels.affine_sample", "is_verified", never),))),
+    Lever("Triton Adam", off=Switch(attributes=(("pipeline.kernels.adam", "is_verified", never),))),
+    Lever(
+        "fused convolutions",
+        off=Switch(attributes=(("pipeline.acceleration.lowering", "fuse_rectifiers", unchanged),)),
+    ),
+)
+# Measured by the block `whole`, since it shows in several batches only.
+BESIDE_THE_DEVICE = Lever(
+    "threads beside the device", off=Switch(attributes=(("pipeline.engine.worker", "Background", in_this_thread),))
 )
 
 
@@ -114,10 +139,12 @@ def run(bench: Bench) -> None:
     bench.row("as it is", layer=name, **numbers(plain))
     for lever in LEVERS:
         reason = lever.on.missing() or lever.off.missing()
+        if lever.on.engine.get("precision", "auto") not in ("auto", *networks.precisions(bench.device)):
+            reason = reason or f"not on {bench.device}"
         if reason:
             bench.row("lever", lever=lever.name, absent=reason)
             continue
-        if not bench.has(0 if bench.small else 6, lever.name):
+        if not bench.has(6, lever.name):
             continue
         try:
             off, on = (plain if s == Switch() else measured(bench, net, name, s) for s in (lever.off, lever.on))
@@ -131,25 +158,19 @@ def run(bench: Bench) -> None:
 
 def measured(bench: Bench, net: Network, name: str, switch: Switch) -> Timed:
     """Time the layer with a switch; the default is the best precision and the batch of the other blocks."""
-    best, _ = networks.fast_precisions()
+    best, _ = networks.fast_precisions(bench.device)
     batch = 2 if bench.small else BATCH
     engine = {"precision": best, "batch": batch, **switch.engine}
     bench.clean()
     with switch.applied():
         worker = networks.worker(net, bench.device, **engine)
         # With "auto", the number of channels is that of the worker's own batch for this layer.
-        count = engine["batch"] if isinstance(engine["batch"], int) else own_batch(worker, net, name) or batch
+        count = engine["batch"]
+        if isinstance(count, str):
+            count = worker.setup.config.engine.images_per_batch(net.layers[name].channels, bench.device)
         count = min(count, 2) if bench.small else count
         channels = spread(count, net.layers[name].channels)
         return timed(bench, worker, name, channels, size_of(bench, net, GOAL, name), net.preset(name))
-
-
-def own_batch(worker: Any, net: Network, name: str) -> int:
-    """Return the number of channels that a worker renders together if `engine.batch` is auto; 0 if it does not say."""
-    try:
-        return int(worker.setup.config.channels_per_batch(net.preset(name)))
-    except (TypeError, ValueError):
-        return 0
 
 
 def numbers(one: Timed) -> dict[str, float]:

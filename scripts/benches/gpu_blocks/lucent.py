@@ -78,9 +78,9 @@ def run(bench: Bench) -> None:
     net = networks.network(RESNET, bench.device, bench.carried)
     lucent = Lucent(bench, net)
     for name in (LAYERS[0],) if bench.small else (LAYERS[2], LAYERS[7]):
-        if bench.has(0 if bench.small else 12, name):
+        if bench.has(12, name):
             speed(bench, net, lucent, name)
-    if bench.has(0 if bench.small else 12, "activations of both on EfficientNet-Lite0"):
+    if bench.has(12, "activations of both on EfficientNet-Lite0"):
         activations(bench)
 
 
@@ -109,7 +109,7 @@ def speed(bench: Bench, net: Network, lucent: Lucent, name: str) -> None:
             **{"s a channel of 512 steps": STEPS * seconds[kind]},
         )  # fmt: skip
     bench.clean()
-    best, _ = networks.fast_precisions()
+    best, _ = networks.fast_precisions(bench.device)
     worker = networks.worker(net, bench.device, batch=2 if bench.small else BATCH, precision=best)
     channels = spread(2 if bench.small else BATCH, net.layers[name].channels)
     goal = timed(bench, worker, name, channels, size_of(bench, net, GOAL, name), net.preset(name))
@@ -128,7 +128,7 @@ def activations(bench: Bench) -> None:
     """Compare the activations of both, measured alike on the saved images, on a trained network."""
     net = networks.network(LITE, bench.device, bench.carried)
     lucent = Lucent(bench, net)
-    best, _ = networks.fast_precisions()
+    best, _ = networks.fast_precisions(bench.device)
     worker = networks.worker(net, bench.device, batch=2, precision=best)
     steps = 2 if bench.small else STEPS
     for name in references.LAYERS[2:3] if bench.small else references.LAYERS[2:4]:

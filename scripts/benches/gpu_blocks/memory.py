@@ -21,7 +21,7 @@ LEFT_GB = 4.0
 def run(bench: Bench) -> None:
     net = networks.network(RESNET, bench.device, bench.carried)
     name, asked = (LAYERS[0], 4) if bench.small else (LAYERS[8], 256)
-    best, _ = networks.fast_precisions()
+    best, _ = networks.fast_precisions(bench.device)
     worker = networks.worker(net, bench.device, batch=asked, precision=best)
     channels, size = spread(asked, net.layers[name].channels), size_of(bench, net, GOAL, name)
     preset = networks.timing_preset(net.preset(name), 4 if bench.small else 20)

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import importlib
 import json
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +25,15 @@ from pipeline.core.machine import available_cores
 from pipeline.data.datasets import Dataset
 from pipeline.engine.tasks import Setup
 from pipeline.engine.worker import Worker
+from pipeline.kernels.allocator import retain_freed_memory
 from pipeline.layers.finding import Layer, ReceptiveField, capture
 from pipeline.layers.receptive_fields import receptive_fields
 from pipeline.layers.selection import LayersConfig, list_layers, select_layers
 from pipeline.models.loading import Model, load_model, weights_digest
 from pipeline.planning import execution
 from pipeline.planning.validation import choose_canvas_sizes
+from pipeline.visualization import batch as batches
+from pipeline.visualization.batch import Batch, RenderJob
 from pipeline.visualization.preset import Preset, Size
 
 RESNET, LITE = "resnet50", "efficientnet_lite0"
@@ -100,9 +104,27 @@ def network(name: str, device: str, carried: Path | None) -> Network:
     model = load_model(config.model)
     if config.model.weights is None:
         model = calibrated(model)
+    prepare_device(config, device)
     layers = {layer["name"]: layer_from(layer) for layer in plain["layers"]}
     sizes = choose_canvas_sizes(model, list(layers.values()), config.render)
     return Network(config, model.to(device), layers, sizes)
+
+
+def prepare_device(config: Config, device: str) -> None:
+    """Do what a worker does before its network is on the device."""
+    retain_freed_memory()
+    try:
+        devices: Any = importlib.import_module("pipeline.engine.devices")
+    except ImportError:
+        return
+    devices.prepare_device(device, config.engine)
+
+
+def first_batch(job: RenderJob, channels: Sequence[int]) -> Batch:
+    """Return the batch of the first attempt before its first step."""
+    units = [(channel, 0) for channel in channels]
+    draw: Any = getattr(batches, "draw_start", None)
+    return Batch(job, draw(job, units, 0)) if draw else Batch(job, units, 0)
 
 
 def calibrated(model: Model) -> Model:
@@ -124,8 +146,8 @@ def calibrated(model: Model) -> Model:
     return dataclasses.replace(model, digest=weights_digest(model.module))
 
 
-def precisions() -> tuple[str, ...]:
-    """Return the values of `engine.precision` other than auto."""
+def precisions(device: str) -> tuple[str, ...]:
+    """Return the values of `engine.precision` other than auto; only GPUs have TF32."""
     hint = typing.get_type_hints(EngineConfig, include_extras=True)["precision"]
     found: list[str] = []
 
@@ -137,12 +159,16 @@ def precisions() -> tuple[str, ...]:
                 collect(part)
 
     collect(hint)
-    return tuple(dict.fromkeys(name for name in found if name != "auto"))
+    left_out = ("auto",) if device == "cuda" else ("auto", "tf32")
+    return tuple(dict.fromkeys(name for name in found if name not in left_out))
 
 
-def fast_precisions() -> tuple[str, str]:
-    """Return the two values of `engine.precision` that are timed: bfloat16, and float32 or the TF32 in its place."""
-    return "bfloat16", "tf32" if "tf32" in precisions() else "float32"
+def fast_precisions(device: str) -> tuple[str, str]:
+    """Return the two values of `engine.precision` that are timed: bfloat16, and TF32 or what there is in its place.
+
+    Without a name of its own, TF32 is what cuDNN uses for float32 unless told otherwise.
+    """
+    return "bfloat16", "tf32" if "tf32" in precisions(device) else "float32"
 
 
 _pairs: dict[int, Any] = {}

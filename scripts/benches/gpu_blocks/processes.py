@@ -17,7 +17,7 @@ from gpu_blocks.speed import OWN, size_of
 # Share of the memory of the device that all processes together may use.
 MEMORY_SHARE = 0.9
 # A process that is not ready by then is given up.
-START_SECONDS = 90
+START_SECONDS = 120
 
 
 class _Over(Exception):
@@ -27,7 +27,7 @@ class _Over(Exception):
 def run(bench: Bench) -> None:
     most = 2 if bench.small else 4
     names = (LAYERS[0],) if bench.small else ("layer1.1.conv2", LAYERS[7])
-    seconds = 1.0 if bench.small else 4.0
+    seconds = 1.0 if bench.small else 3.0
     bench.clean()
     context = multiprocessing.get_context("spawn")
     members: list[tuple[Any, Connection]] = []
@@ -41,14 +41,14 @@ def run(bench: Bench) -> None:
             answer(pipe, START_SECONDS)
         for name in names:
             alone = 0.0
+            for _, pipe in members:  # outside the measurements: the variants of the network, kernels
+                pipe.send((name, 0.0))
+            for _, pipe in members:
+                answer(pipe, START_SECONDS)
             for count in (n for n in (1, 2, 4) if n <= most):
-                if not bench.has(0 if bench.small else 2 * seconds, f"{name}, {count} processes"):
+                if not bench.has(2 * seconds, f"{name}, {count} processes"):
                     break
                 working = [pipe for _, pipe in members[:count]]
-                for pipe in working:  # outside the measurement: the variants of the network, kernels
-                    pipe.send((name, 0.0))
-                for pipe in working:
-                    answer(pipe, START_SECONDS)
                 for pipe in working:
                     pipe.send((name, seconds))
                 rate = sum(answer(pipe, START_SECONDS) for pipe in working)
@@ -77,13 +77,13 @@ def answer(pipe: Connection, seconds: float) -> float:
 def serve(pipe: Connection, device: str, carried: Path | None, members: int, small: bool) -> None:
     """Answer every (layer, seconds) with the image-steps a second, until the other end is closed."""
     try:
-        if device == "cuda":
-            torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE / members)
-        else:
+        if device != "cuda":
             torch.set_num_threads(1)
         bench = Bench(device, Path(), carried, small=small)
         net = networks.network(RESNET, device, carried)
-        best, _ = networks.fast_precisions()
+        if device == "cuda":
+            torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE / members)
+        best, _ = networks.fast_precisions(bench.device)
         worker = networks.worker(net, device, batch=2 if small else BATCH, precision=best)
         pipe.send(0.0)
         while True:

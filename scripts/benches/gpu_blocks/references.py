@@ -15,7 +15,6 @@ from gpu_blocks.networks import LITE, Network
 from pipeline.acceleration.batchnorm_folding import fold
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.loading import Model
-from pipeline.visualization.batch import Batch
 from pipeline.visualization.preset import Preset
 
 # Five layers from the first to the last, of both kinds of convolutions.
@@ -74,7 +73,7 @@ def made() -> dict[str, Any]:
         preset, size = preset_of(net, name), (RENDERED_SIDE, RENDERED_SIDE)
         worker = networks.worker(net, "cpu", batch=RENDERED, precision="float32")
         pictures = worker.pictures(name, units(layer)[:RENDERED], size, preset)
-        batch = Batch(worker.job(name, size, preset), [(c, 0) for c in units(layer)[:RENDERED]], 0)
+        batch = networks.first_batch(worker.job(name, size, preset), units(layer)[:RENDERED])
         found |= {
             f"rendered/{name}/image": np.stack([p.image for p in pictures]),
             f"rendered/{name}/activation": np.array([p.activation for p in pictures]),

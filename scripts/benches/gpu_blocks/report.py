@@ -63,7 +63,11 @@ def bare(rows: Sequence[Row]) -> Criterion:
     if found is None:
         return Criterion(name, None, "")
     place = f"{found['layer']}, {found['px']} px, {found['precision']}"
-    return Criterion(name, found["of bare"] >= OF_BARE, f"least {found['of bare']:.2f} ({place})")
+    all_layers = ", ".join(
+        f"{row['of bare']:.2f} {row['canvas']} {row['precision']}" for row in of(rows, "all channels")
+    )
+    said = f"least {found['of bare']:.2f} ({place}); of the whole atlas {all_layers or 'not known'}"
+    return Criterion(name, found["of bare"] >= OF_BARE, said)
 
 
 def lucent(rows: Sequence[Row]) -> Criterion:

@@ -9,7 +9,6 @@ from gpu_blocks.rendering import spread, timed
 from pipeline.acceleration.redirected_relu import REDIRECTED_STEPS
 from pipeline.engine.worker import Worker
 from pipeline.images.transforms import apply_transforms
-from pipeline.visualization.batch import Batch
 from pipeline.visualization.forward import objective_forward
 from pipeline.visualization.preset import Size
 from pipeline.visualization.schedules import Stage
@@ -19,10 +18,10 @@ LAYERS = (*references.LAYERS[1:], "blocks.6.0.conv_pwl")
 
 def run(bench: Bench) -> None:
     net = networks.network(LITE, bench.device, bench.carried)
-    best, _ = networks.fast_precisions()
+    best, _ = networks.fast_precisions(bench.device)
     worker = networks.worker(net, bench.device, batch=2 if bench.small else BATCH, precision=best)
     for name in LAYERS[:1] if bench.small else LAYERS:
-        if not bench.has(0 if bench.small else 3, name):
+        if not bench.has(3, name):
             continue
         size = (48, 48) if bench.small else net.sizes[name]
         channels = spread(worker.setup.config.engine.batch, net.layers[name].channels)
@@ -39,7 +38,7 @@ def run(bench: Bench) -> None:
 def share(net: Network, worker: Worker, name: str, channels: list[int], size: Size) -> float:
     """Return the share of units whose initial image gets no gradient at the first step."""
     job = worker.job(name, size, networks.timing_preset(net.preset(name), 2))
-    batch = Batch(job, [(c, 0) for c in channels], 0)
+    batch = networks.first_batch(job, channels)
     stage = job.preset.stages[0]
     canvas = job.preset.canvas.image(batch.parameters, job.canvas(stage)).detach().requires_grad_(True)
     seen = apply_transforms(canvas, job.preset.transforms, batch.transform_random[0], job.view(stage))

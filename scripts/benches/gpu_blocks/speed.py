@@ -18,6 +18,8 @@ from pipeline.visualization.preset import Size
 # Canvases: that of the default preset, with its steps; and the goal's side with its number of steps.
 OWN, GOAL = "own canvas", "224 px"
 GOAL_STEPS = 256
+# The first step that is profiled: later than a step is captured, if steps are.
+PROFILED = REDIRECTED_STEPS + 6
 
 
 def size_of(bench: Bench, net: Network, kind: str, name: str) -> Size:
@@ -32,12 +34,12 @@ def run(bench: Bench) -> None:
     net = networks.network(RESNET, bench.device, bench.carried)
     names = LAYERS[:2] if bench.small else LAYERS
     batch = 2 if bench.small else BATCH
-    best, other = networks.fast_precisions()
-    for precision, kind in ((best, GOAL), (best, OWN), (other, GOAL), (other, OWN)):
+    best, other = networks.fast_precisions(bench.device)
+    for precision, kind in ((best, GOAL), (best, OWN), (other, GOAL), (other, OWN))[: 3 if bench.small else 4]:
         worker = networks.worker(net, bench.device, batch=batch, precision=precision)
         points = []
         for name in names:
-            if bench.has(0 if bench.small else 4, f"{name}, {precision}, {kind}"):
+            if bench.has(4, f"{name}, {precision}, {kind}"):
                 points.append(measured(bench, net, worker, name, kind))
         if len(points) >= 2:
             total(bench, net, points, precision, kind)
@@ -72,9 +74,9 @@ def measured(bench: Bench, net: Network, worker: Worker, name: str, kind: str) -
         level=variants.level,
         reason=variants.reason[:80],
     )
-    if kind == OWN and precision == networks.fast_precisions()[0] and name in (LAYERS[0], LAYERS[-2]):
+    if kind == OWN and precision == networks.fast_precisions(bench.device)[0] and name in (LAYERS[0], LAYERS[-2]):
         profiled(bench, worker, name, channels, size)
-    return Point(cost, batch, ours.step, ours.first, ours.outside)
+    return Point(cost, batch, ours.step, ours.first, ours.outside, bare)
 
 
 def bare_seconds(bench: Bench, worker: Worker, name: str, size: Size) -> float:
@@ -108,7 +110,7 @@ def total(bench: Bench, net: Network, points: Sequence[Point], precision: str, k
         (net.gigaflops(name, size_of(bench, net, kind, name)), layer.channels) for name, layer in net.layers.items()
     ]
     steps = net.config.render.steps if kind == OWN else GOAL_STEPS
-    loop, whole = minutes(points, table, steps, REDIRECTED_STEPS)
+    loop, whole, alone = minutes(points, table, steps, REDIRECTED_STEPS)
     petaflops = sum(cost * channels for cost, channels in table) * steps / 1e6
     bench.row(
         "all channels",
@@ -118,6 +120,7 @@ def total(bench: Bench, net: Network, points: Sequence[Point], precision: str, k
         precision=precision,
         layers=len(points),
         **{"loop min": loop, "with starts and evaluation min": whole, "PFLOP": petaflops},
+        **{"bare min": alone, "of bare": alone / loop},
     )
 
 
@@ -125,14 +128,14 @@ def profiled(bench: Bench, worker: Worker, name: str, channels: Sequence[int], s
     """Print the kernels of a step and the share of the time in which the device works."""
     from torch.profiler import ProfilerActivity, profile
 
-    preset = networks.timing_preset(worker.setup.config.render.for_layer(worker.layers[name]), REDIRECTED_STEPS + 8)
+    preset = networks.timing_preset(worker.setup.config.render.for_layer(worker.layers[name]), PROFILED + steps + 2)
     cuda = bench.device == "cuda"
     recorder = profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU])
     count, marks = 0, []
 
     def stop() -> None:
         nonlocal count
-        if count in (REDIRECTED_STEPS + 2, REDIRECTED_STEPS + 2 + steps):
+        if count in (PROFILED, PROFILED + steps):
             bench.synchronize()
             if marks:
                 marks.append(bench.mark())
@@ -163,10 +166,10 @@ def batches(bench: Bench) -> None:
     """Time batches of several sizes in three layers, in the goal's size."""
     net = networks.network(RESNET, bench.device, bench.carried)
     names = (LAYERS[0],) if bench.small else (LAYERS[2], LAYERS[7], LAYERS[8])
-    best, _ = networks.fast_precisions()
+    best, _ = networks.fast_precisions(bench.device)
     for name in names:
         for batch in (1, 2) if bench.small else (16, 32, 64, 128, 256):
-            if not bench.has(0 if bench.small else 2 + batch / 64, f"{name}, batch {batch}"):
+            if not bench.has(2 + batch / 64, f"{name}, batch {batch}"):
                 continue
             bench.clean()
             worker = networks.worker(net, bench.device, batch=batch, precision=best)
