@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gpu_blocks import networks
 from gpu_blocks.bench import Bench, attributes
 from gpu_blocks.levers import BESIDE_THE_DEVICE, Switch
@@ -49,12 +51,13 @@ def measured(bench: Bench, net: Network, name: str, batches: int, switch: Switch
         seconds = time.perf_counter() - began
     arrays = found.get("channels", "status") if (found := shards.read(Path(task.path))) else {}
     complete = list(arrays.get("channels", ())) == channels
+    states = [s.decode() if isinstance(s, bytes) else str(s) for s in np.ravel(arrays.get("status", ()))]
     bench.row(
         "layer, end to end", layer=name, units=len(channels), batches=batches, px=size[0],
         off="" if switch == Switch() else BESIDE_THE_DEVICE.name, seconds=seconds,
         **{"until the first step": steps[0] - began, **spent},
         **{"steps made": len(steps) // batches, "images an hour": 3600 * len(channels) / seconds},
-        **{"failed": int((arrays["status"] == b"failed").sum() if complete else len(channels)), "complete": complete},
+        **{"failed": states.count("failed"), "complete": complete},
         **{"MB": Path(task.path).stat().st_size / 1e6},
         **bench.memory(),
     )  # fmt: skip
