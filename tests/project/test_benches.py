@@ -67,7 +67,8 @@ def gpu_machine() -> tuple[str, str]:
     folder = cache_folder("tests") / f"gpu-machine-{name}"
     python = folder / "bin" / "python"
     if not (folder / "complete").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
+        for former in folder.parent.glob("gpu-machine-*"):  # 6 GB each
+            shutil.rmtree(former, ignore_errors=True)
         subprocess.run([base, "-m", "venv", str(folder)], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
         subprocess.run([*pip, *ON_A_GPU_MACHINE], check=True, timeout=500)

@@ -3,6 +3,7 @@
 On a GPU all of its memory but a few GB is taken before. On a CPU the error is raised by hand.
 """
 
+import contextlib
 import time
 from typing import Any
 
@@ -15,7 +16,7 @@ from gpu_blocks.rendering import spread
 from gpu_blocks.speed import GOAL, size_of
 
 # Memory that is left on the card, of which the network needs a part.
-LEFT_GB = 4.0
+LEFT_GB = 4
 
 
 def run(bench: Bench) -> None:
@@ -26,12 +27,11 @@ def run(bench: Bench) -> None:
     channels, size = spread(asked, net.layers[name].channels), size_of(bench, net, GOAL, name)
     preset = networks.timing_preset(net.preset(name), 4 if bench.small else 20)
     bench.clean()
-    hog: Any = None
+    hog: list[torch.Tensor] = []
     if bench.device == "cuda":
         worker.pictures(name, channels[:2], size, networks.timing_preset(preset, 2))
         bench.clean()
-        free, _ = torch.cuda.mem_get_info()
-        hog = torch.empty(max(0, int(free - LEFT_GB * 1e9)), dtype=torch.uint8, device="cuda")
+        hog = all_but(LEFT_GB)
     else:
         worker.stop = refusing(worker, asked // 2)
     began = time.perf_counter()
@@ -40,7 +40,7 @@ def run(bench: Bench) -> None:
         bench.synchronize()
     finally:
         worker.stop = lambda: None
-        del hog
+        hog.clear()
         bench.clean()
     fits = min(worker.fits.values(), default=asked)
     finite = all(abs(p.activation) < float("inf") for p in pictures)
@@ -48,6 +48,17 @@ def run(bench: Bench) -> None:
         "out of memory", asked=asked, fits=fits, images=len(pictures), seconds=time.perf_counter() - began,
         ok=bool([p.channel for p in pictures] == channels and finite), halved=fits < asked,
     )  # fmt: skip
+
+
+def all_but(gigabytes: int) -> list[torch.Tensor]:
+    """Take all memory that this process may have on the card, but so much; also the driver has that much left."""
+    taken: list[torch.Tensor] = []
+    with contextlib.suppress(torch.OutOfMemoryError):
+        while True:
+            taken.append(torch.empty(10**9, dtype=torch.uint8, device="cuda"))
+    del taken[-gigabytes:]
+    torch.cuda.empty_cache()
+    return taken
 
 
 def refusing(worker: Any, most: int) -> Any:

@@ -75,7 +75,10 @@ def measured(bench: Bench, net: Network, worker: Worker, name: str, kind: str) -
         reason=variants.reason[:80],
     )
     if kind == OWN and precision == networks.fast_precisions(bench.device)[0] and name in (LAYERS[0], LAYERS[-2]):
-        profiled(bench, worker, name, channels, size)
+        try:
+            profiled(bench, worker, name, channels, size)
+        except RuntimeError as error:  # profilers depend on more than PyTorch
+            bench.row("profile", layer=name, failed=str(error)[:100])
     return Point(cost, batch, ours.step, ours.first, ours.outside, bare)
 
 

@@ -44,8 +44,8 @@ def measured(bench: Bench, net: Network, name: str, batches: int, switch: Switch
     with switch.applied(), counted(bench, spent):
         worker = networks.worker(net, bench.device, config=config, batch=batch, precision=best)
         worker.stop = lambda: steps.append(time.perf_counter())
-        worker.variants(net.layers[name], config.preset_for(config.render.name, net.layers[name]), size)
-        bench.synchronize()
+        preset = config.preset_for(config.render.name, net.layers[name])
+        once = bench.wall(lambda: worker.variants(net.layers[name], preset, size))
         began = time.perf_counter()
         worker.do(task)
         seconds = time.perf_counter() - began
@@ -55,7 +55,7 @@ def measured(bench: Bench, net: Network, name: str, batches: int, switch: Switch
     bench.row(
         "layer, end to end", layer=name, units=len(channels), batches=batches, px=size[0],
         off="" if switch == Switch() else BESIDE_THE_DEVICE.name, seconds=seconds,
-        **{"until the first step": steps[0] - began, **spent},
+        **{"variants, before": once, "until the first step": steps[0] - began, **spent},
         **{"steps made": len(steps) // batches, "images an hour": 3600 * len(channels) / seconds},
         **{"failed": states.count("failed"), "complete": complete},
         **{"MB": Path(task.path).stat().st_size / 1e6},
