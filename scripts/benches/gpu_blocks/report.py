@@ -9,7 +9,7 @@ Row = Mapping[str, Any]
 # Goals: minutes of all channels of ResNet-50, and the other limits.
 GOAL_MINUTES, DEFAULT_MINUTES = 15.0, 6.0
 OF_BARE, OF_LUCENT, IMAGES_A_SECOND, OF_DECODER, OF_ONE_PROCESS = 0.9, 100.0, 1000.0, 0.9, 0.97
-LONGEST = 10_500  # characters of the table
+LONGEST, LONGEST_GOAL = 9_700, 230  # characters of the table, and of the line of a goal
 LONGEST_CELL = 44
 STATES = ("started", "done", "failed", "killed", "skipped")
 
@@ -138,7 +138,9 @@ def shown(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "NO"
-    return (f"{value:.4g}" if isinstance(value, float) else str(value))[:LONGEST_CELL]
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+    return str(value)[:LONGEST_CELL]
 
 
 def worst(rows: Sequence[Row]) -> list[Row]:
@@ -174,13 +176,13 @@ def lines_of(block: str, rows: Sequence[Row]) -> list[str]:
 
 def table(rows: Sequence[Row], blocks: Sequence[str], judged: bool) -> str:
     """Return everything that is printed last: the blocks, then the goals; at most 12,000 characters."""
-    lines: list[str] = []
-    for block in blocks:
-        own = [row for row in rows if row["block"] == block]
-        if own:
-            lines += lines_of(block, own)
-    text = "\n".join(lines)
-    if len(text) > LONGEST:
-        text = text[:LONGEST].rsplit("\n", 1)[0] + "\n… the other rows are in gpu.jsonl"
-    goals = "\n".join(criterion.line(judged)[:200] for criterion in criteria(rows))
+    parts = [lines_of(block, own) for block in blocks if (own := [row for row in rows if row["block"] == block])]
+    left_out = 0
+    while sum(len(line) + 1 for part in parts for line in part) > LONGEST:
+        del max(parts, key=lambda part: sum(map(len, part)))[-1]
+        left_out += 1
+    if left_out:
+        parts.append([f"… {left_out} more rows of the longest blocks are in gpu.jsonl"])
+    text = "\n".join(line for part in parts for line in part)
+    goals = "\n".join(criterion.line(judged)[:LONGEST_GOAL] for criterion in criteria(rows))
     return f"{text}\n\n{goals}"

@@ -70,9 +70,7 @@ def measured(bench: Bench, net: Network, worker: Worker, name: str, kind: str) -
             "first s": ours.first,
             "outside s": ours.outside,
         },
-        **bench.memory(),
-        level=variants.level,
-        reason=variants.reason[:80],
+        **({"level": variants.level, "because": variants.reason[:80]} if variants.reason else {}),
     )
     if kind == OWN and precision == networks.fast_precisions(bench.device)[0] and name in (LAYERS[0], LAYERS[-2]):
         try:
