@@ -199,12 +199,9 @@ def _render_cells(
     job = worker.job(layer.name, canvas, preset)
     units = [(0, cell) for cell in range(preset.variants)]
     size = config.engine.images_per_batch(layer.channels, worker.setup.device)
+    key = (layer.name, preset.name)
     batches = worker.in_batches(
-        (layer.name, preset.name),
-        units,
-        size,
-        lambda part: draw_start(job, part),
-        lambda start: render(job, start.units, start),
+        key, units, size, lambda part: draw_start(job, part, 0), lambda start: render(job, start.units, start)
     )
     pictures = list(itertools.chain.from_iterable(batches))
     return np.stack([p.image for p in pictures]), np.array([p.activation for p in pictures], np.float32)

@@ -19,6 +19,7 @@ from pipeline.visualization import loop
 from pipeline.visualization.batch import draw_start
 
 # A device whose batches are prepared in threads, as those of a GPU are.
+KEY = ("layer", "preset")
 OTHER_DEVICE = "meta"
 
 
@@ -51,12 +52,10 @@ def test_the_next_batch_is_prepared_beside_a_device_and_not_beside_the_cpu(tiny_
         calls.append(f"work {units[0]}")
         return units
 
-    batches = list(
-        worker(tiny_plan, OTHER_DEVICE).in_batches(("layer", "preset"), list(range(7)), 3, prepare, work_beside)
-    )
+    batches = list(worker(tiny_plan, OTHER_DEVICE).in_batches(KEY, list(range(7)), 3, prepare, work_beside))
     assert batches == [[0, 1, 2], [3, 4, 5], [6]] and sorted(calls) == ["prepare 0", "prepare 3", "prepare 6"]
     calls.clear()
-    assert list(worker(tiny_plan, "cpu").in_batches(("layer", "preset"), list(range(5)), 3, prepare, work_alone)) == [
+    assert list(alone.in_batches(KEY, list(range(5)), 3, prepare, work_alone)) == [
         [0, 1, 2],
         [3, 4],
     ]
@@ -71,8 +70,8 @@ def test_halved_batches_hold_every_unit_once(tiny_plan: Plan, device: str) -> No
         return units
 
     one = worker(tiny_plan, device)
-    batches = list(one.in_batches(("layer", "preset"), list(range(10)), 8, list, work))
-    assert batches == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]] and one.fits[("layer", "preset")] == 2
+    batches = list(one.in_batches(KEY, list(range(10)), 8, list, work))
+    assert batches == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]] and one.fits[KEY] == 2
 
 
 @pytest.mark.parametrize("device", ["cpu", OTHER_DEVICE])
@@ -82,7 +81,7 @@ def test_an_error_of_the_next_batch_appears_after_the_present_one(tiny_plan: Pla
             raise OSError("unreadable")
         return units
 
-    batches = worker(tiny_plan, device).in_batches(("layer", "preset"), [0, 1, 2, 3], 2, prepare, list)
+    batches = worker(tiny_plan, device).in_batches(KEY, [0, 1, 2, 3], 2, prepare, list)
     assert next(batches) == [0, 1]
     with pytest.raises(OSError, match="unreadable"):
         next(batches)

@@ -1,0 +1,1 @@
+"""The parts of `scripts/benches/gpu.py`: one module for each block of measurements."""
