@@ -7,6 +7,7 @@ in early layers. A graph is launched at once.
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ class _Memory:
     """The memory of captured graphs: one pool, which the last graph keeps alive until the next one has taken it."""
 
     def __init__(self) -> None:
-        self.pool: object = None
+        self.pool: Any = None
         self.last: torch.cuda.CUDAGraph | None = None
 
 

@@ -86,6 +86,8 @@ class EngineConfig:
             shards are sent back by all workers that do not see the run folder.
         batch: Number of images that are optimized together; halved where a GPU runs out of memory. "auto" is 16 on a
             CPU, and on a GPU 128, or 64 in layers of at most 64 channels.
+        cuda_graphs: Whether a GPU repeats a captured optimization step instead of launching each; where that does not
+            give the same, steps are launched.
         task_seconds: Upper bound of the estimated seconds of one task.
         memory_gb: A worker that uses more is replaced; "auto" is its share of the machine.
         patience: Seconds to wait for a node with room for a worker, from the last time that a node joined.
@@ -114,6 +116,7 @@ class EngineConfig:
     ] = "auto"
     shared_fs: bool = True
     batch: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], AUTO_OR_POSITIVE] = "auto"
+    cuda_graphs: bool = True
     task_seconds: Annotated[float, Field(ge=0.001)] = 120.0
     memory_gb: Annotated[Annotated[float, Field(gt=0)] | Literal["auto"], AUTO_OR_POSITIVE] = "auto"
     patience: Annotated[float, Field(ge=1)] = 60.0

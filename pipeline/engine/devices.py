@@ -8,6 +8,7 @@ import os
 
 import torch
 
+from pipeline.acceleration.cuda_graphs import release_graphs
 from pipeline.config.schema import EngineConfig
 from pipeline.core.errors import AtlasError
 
@@ -80,6 +81,7 @@ def free_memory() -> None:
 
     After an error it must be called outside of the exception handler, which still holds the tensors.
     """
+    release_graphs()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

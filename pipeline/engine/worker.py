@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load as unpacked
 
 from pipeline.acceleration.batchnorm_folding import ConvNormPair, foldable_pairs
+from pipeline.acceleration.cuda_graphs import capture_graph
 from pipeline.acceleration.precision import capability_of, ieee, usable
 from pipeline.acceleration.variants import ModelVariants, verified_fold, verified_variants
 from pipeline.core import atomic_io, hashing
@@ -399,7 +400,13 @@ class Worker:
             layer_mean=torch.tensor(layer_mean, device=self.setup.device) if layer_mean else None,
             normalizations=self.normalizations(layer, preset),
             precision="float32" if preset.requires_original_weights else variants.precision,
+            capture=capture_graph if self._captures_graphs else None,
         )
+
+    @property
+    def _captures_graphs(self) -> bool:
+        """Whether optimization steps are captured as a CUDA graph."""
+        return self.setup.config.engine.cuda_graphs and torch.device(self.setup.device).type == "cuda"
 
     def _render(self, task: RenderTask) -> bytes:
         preset = self.setup.config.preset_for(task.preset, self.layers[task.layer])

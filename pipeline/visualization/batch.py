@@ -333,6 +333,11 @@ class Batch:
         assert isinstance(self._optimizer, TabulatedOptimizer)
         self._optimizer.apply(self.parameters, gradient, self._state, numbers)
 
+    def prepare_apply(self) -> None:
+        """Prepare `apply` for being captured."""
+        assert isinstance(self._optimizer, TabulatedOptimizer)
+        self._optimizer.prepare(self.parameters.detach(), self._state)
+
     @property
     def changing(self) -> tuple[Tensor, ...]:
         """The tensors that a step changes in place, except `trace`."""

@@ -54,6 +54,7 @@ class CapturedSteps:
         optimizer, age = job.preset.optimizer, batch.steps_of_state - first
         numbers = [optimizer.numbers(max(0, step + age), rate) for step, rate in enumerate(rates)]
         self._numbers = torch.tensor(numbers, dtype=torch.float32, device=device)
+        batch.prepare_apply()
         self._replay = job.capture(self._step)
 
     def advance(self) -> None:

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.core.registry import Registry
-from pipeline.kernels import build
+from pipeline.kernels import adam, build
 
 OPTIMIZERS = Registry("optimizer")
 
@@ -89,6 +89,9 @@ class TabulatedOptimizer(Optimizer):
     def apply(self, parameters: Tensor, gradient: Tensor, state: Any, numbers: Sequence[float] | Tensor) -> None:
         """Make the step of some `numbers`, in place; a tensor of them is on the device of the parameters."""
         raise NotImplementedError
+
+    def prepare(self, parameters: Tensor, state: Any) -> None:
+        """Prepare what `apply` with a tensor of numbers cannot do while it is captured; nothing by default."""
 
     def step(self, parameters: Tensor, gradient: Tensor, state: Any, step: int, rate: float) -> None:
         """Make one step up the gradient, in place."""
@@ -169,8 +172,11 @@ class Adam(TabulatedOptimizer):
         _, _, moment_factor, gradient_factor, _, epsilon, step_size, kept = numbers
         if self.decay:
             parameters.mul_(kept)
-        compiled = _adam() if parameters.device.type == "cpu" and not isinstance(numbers, Tensor) else None
         tensors = (parameters, gradient, first, second)
+        if isinstance(numbers, Tensor):
+            adam.step(*tensors, numbers)
+            return
+        compiled = _adam() if parameters.device.type == "cpu" else None
         if compiled is not None and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors):
             joint_size = first.numel() // second.numel()
             compiled(*(t.data_ptr() for t in tensors), len(parameters), second[0].numel(), joint_size, *numbers[:7])
@@ -183,20 +189,16 @@ class Adam(TabulatedOptimizer):
         mean_square = second.mean(dim=tuple(range(1, second.ndim)), keepdim=True)
         denominator = second.sqrt().add_(self.damping * mean_square.sqrt() + epsilon)
         direction = first * moment_factor + gradient * gradient_factor if self.nesterov else first
-        _add_ratio(parameters, direction, denominator, step_size)
+        parameters.addcdiv_(direction, denominator, value=step_size)
+
+    def prepare(self, parameters: Tensor, state: Any) -> None:
+        """Compile the kernels of a step whose numbers are a tensor."""
+        adam.prepare(parameters, *state)
 
     @property
     def decay(self) -> float:
         """Weight decay by a step with a rate of 1; there is none by default."""
         return 0.0
-
-
-def _add_ratio(parameters: Tensor, numerator: Tensor, denominator: Tensor, factor: float | Tensor) -> None:
-    """Add factor × numerator ÷ denominator to parameters."""
-    if isinstance(factor, Tensor):
-        parameters.addcdiv_(numerator * factor, denominator)
-    else:
-        parameters.addcdiv_(numerator, denominator, value=factor)
 
 
 @OPTIMIZERS.add("adamw")

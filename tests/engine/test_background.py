@@ -55,7 +55,7 @@ def test_the_next_batch_is_prepared_beside_a_device_and_not_beside_the_cpu(tiny_
     batches = list(worker(tiny_plan, OTHER_DEVICE).in_batches(KEY, list(range(7)), 3, prepare, work_beside))
     assert batches == [[0, 1, 2], [3, 4, 5], [6]] and sorted(calls) == ["prepare 0", "prepare 3", "prepare 6"]
     calls.clear()
-    assert list(alone.in_batches(KEY, list(range(5)), 3, prepare, work_alone)) == [
+    assert list(worker(tiny_plan, "cpu").in_batches(KEY, list(range(5)), 3, prepare, work_alone)) == [
         [0, 1, 2],
         [3, 4],
     ]
