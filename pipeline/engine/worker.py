@@ -166,10 +166,17 @@ class Worker:
             return []
         return self.setup.natural.of(normalizations_before(self.model, layer), self.setup.device)
 
-    @property
+    @functools.cached_property
     def precision(self) -> str:
         """Precision of the optimization steps: that of the run, if the device of this worker has it."""
-        return usable(self.setup.precision, self._kind, capability_of(self.setup.device))
+        capability = capability_of(self.setup.device)
+        precision = usable(self.setup.precision, self._kind, capability)
+        if precision != self.setup.precision:
+            found = ".".join(map(str, capability or ()))
+            log.warning(
+                "steps run in %s: a GPU of compute capability %s lacks %s", precision, found, self.setup.precision
+            )
+        return precision
 
     @property
     def _kind(self) -> str:

@@ -400,13 +400,19 @@ def test_a_worker_computes_in_float32_unless_told_otherwise(
     assert seen == [MEASURED] and flags() == WRONG
 
 
-def test_an_older_gpu_computes_in_float32(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_gpu_computes_in_float32(
+    tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its driver, without a GPU, did not know."""
     setup = make_plan(compose(tiny_run).config, timed=False).setup
     setup = dataclasses.replace(setup, device="cuda", precision="bfloat16")
     for capability, name in (((9, 0), "bfloat16"), ((7, 5), "float32")):
         with_gpu(monkeypatch, capability)
-        assert Worker(setup).precision == name
+        worker = Worker(setup)
+        assert worker.precision == worker.precision == name
+    assert [record.getMessage() for record in caplog.records if "lacks" in record.getMessage()] == [
+        "steps run in float32: a GPU of compute capability 7.5 lacks bfloat16"
+    ]
 
 
 def test_images_of_a_cpu_do_not_depend_on_the_flags(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
