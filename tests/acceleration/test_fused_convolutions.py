@@ -229,14 +229,14 @@ def test_a_wrong_fusion_is_noticed(dtype: torch.dtype, monkeypatch: pytest.Monke
     model = model_of(resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1]))
     pairs, layers = foldable_pairs(model), enumerate_layers(model)[-1:]
     name = str(dtype).removeprefix("torch.")
-    found = verified_variants(model, pairs, layers, dtype)
+    found = verified_variants(model, pairs, layers, name)
     assert found.level == f"lowered {name}"
     # What is measured does not depend on which convolution was faster.
     assert not any(isinstance(m, FusedConv2d) for m in found.exact.module.modules())
     # It rectifies what nothing rectified.
     monkeypatch.setattr(gpu_lowering, "_rectified_convolutions", lambda _, candidates: {*candidates, "fc"} - {"fc"})
     monkeypatch.setattr(gpu_lowering, "_residual_blocks", lambda *_: {})
-    found = verified_variants(model, pairs, layers, dtype)
+    found = verified_variants(model, pairs, layers, name)
     assert found.level == f"folded {name}" and not any(isinstance(m, FusedConv2d) for m in found.steps.module.modules())
 
 

@@ -210,7 +210,7 @@ def test_a_batch_that_fits_outlives_the_worker_that_learnt_it(
 ) -> None:
     sizes: list[int] = []
 
-    def render(_: Any, units: list[Any]) -> Any:
+    def render(_: Any, units: list[Any], __: Any) -> Any:
         sizes.append(len(units))
         raise DRIVER_FULL if len(units) > 3 else CONTEXT_LOST
 

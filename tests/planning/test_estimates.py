@@ -290,7 +290,7 @@ def test_passes_through_the_network_are_counted(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(cost_model._StepTimer, "timing", noted)
     monkeypatch.setattr(
-        "pipeline.visualization.loop.has_zero_gradient",
+        "pipeline.visualization.step.has_zero_gradient",
         lambda gradient: torch.ones(len(gradient), 1, 1, 1, dtype=torch.bool),
     )
     monkeypatch.setattr(cost_model, "_timing_complete", lambda counted, *_: counted >= cost_model.MAX_STEPS)

@@ -4,15 +4,19 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import compose
 
 from pipeline.cli.main import main
 from pipeline.cli.overrides import split_options, to_overrides
 from pipeline.cli.verbs import VERBS
+from pipeline.images import transforms
 from pipeline.store.reader import SCHEMA_VERSION
+from pipeline.visualization import objectives
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "jobs").rglob("*.md")])
@@ -73,7 +77,29 @@ def test_python_runs_as_printed(
     assert "layers" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_examples_of_extensions_run_as_printed() -> None:
+    """The classes of docs/architecture.md, in the names of the modules that they are to be added to."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    classes = {}
+    for name, module in (("SmoothPeak", objectives), ("Brightness", transforms)):
+        code = re.search(rf"((?:^    @.*\n)+    class {name}.*?\n)(?=\n\S)", page, re.DOTALL | re.MULTILINE)
+        assert code is not None, name
+        registry = re.search(r'@(\w+)\.add\("(\w+)"\)', code[1])
+        assert registry is not None and registry[2] not in getattr(module, registry[1])
+        source = re.sub(r"^@\w+\.add.*$", "", textwrap.dedent(code[1]), flags=re.MULTILINE)
+        names = dict(vars(module))
+        exec(compile(source, name, "exec"), names)
+        classes[name] = names[name]
+    maps = torch.randn(2, 5, 4, 4)
+    activations = objectives.Activations(maps, torch.tensor([3, 1]), torch.zeros(2, dtype=torch.long), 1)
+    expected = torch.stack([maps[0, 3], maps[1, 1]]).flatten(1).logsumexp(dim=1)
+    assert torch.equal(classes["SmoothPeak"]().value(activations), expected)
+    images, brightness = torch.rand(2, 3, 8, 8), classes["Brightness"](0.1)
+    shifted = transforms.apply_transforms(images, (brightness,), torch.tensor([[0.0], [0.75]]), (8, 8))
+    assert torch.allclose(shifted - images, torch.tensor([-0.1, 0.05]).view(2, 1, 1, 1).expand_as(images), atol=1e-6)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target

@@ -19,7 +19,7 @@ from pipeline.images.transparency import to_mask
 from pipeline.layers.finding import Layer, enumerate_layers
 from pipeline.models.config import Preprocessing
 from pipeline.models.loading import Model, prepare_module, weights_digest
-from pipeline.visualization import loop
+from pipeline.visualization import step
 from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.evaluation import Visualization
 from pipeline.visualization.loop import render
@@ -147,7 +147,7 @@ def test_no_pixel_of_any_preset_changes(
     images = {unit: torch.rand(3, side, side, generator=torch.Generator().manual_seed(1)) for unit in units}
     job = RenderJob(tiny, tiny_layers["late"], preset, 0, initial_images=images, layer_mean=torch.ones(8))
     with_mask = render(job, units)
-    monkeypatch.setattr(loop, "gradient_magnitude", lambda gradient, size: torch.zeros(()))
+    monkeypatch.setattr(step, "gradient_magnitude", lambda gradient, size: torch.zeros(()))
     for one, other in zip(with_mask, render(job, units), strict=True):
         assert np.array_equal(one.image, other.image) and one.activation == other.activation
         assert one.mask.any() and not other.mask.any()

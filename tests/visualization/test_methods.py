@@ -20,7 +20,7 @@ from pipeline.images.parameterizations import Fourier, FromImage, Maco, Pixel
 from pipeline.images.transforms import Crop, Jitter, Noise, Rotate
 from pipeline.layers.finding import Layer, capture, enumerate_layers
 from pipeline.models.loading import Model, load_model
-from pipeline.visualization import loop, preset
+from pipeline.visualization import preset, step
 from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.batch_terms import Alignment, Diversity, gram_cosine
 from pipeline.visualization.evaluation import Visualization
@@ -265,9 +265,9 @@ def test_gradients_are_redirected_in_the_member_of_the_ensemble_that_is_used(
         modules.append(module)
         return redirected(module)
 
-    monkeypatch.setattr(loop, "redirected", recorded)
+    monkeypatch.setattr(step, "redirected", recorded)
     monkeypatch.setattr(
-        loop, "has_zero_gradient", lambda gradient: torch.ones(len(gradient), 1, 1, 1, dtype=torch.bool)
+        step, "has_zero_gradient", lambda gradient: torch.ones(len(gradient), 1, 1, 1, dtype=torch.bool)
     )
     ensemble = Ensemble(checkpoints=(ConfigFile("other.pt", b"read before"),))
     config = dataclasses.replace(PRESET, augmentations=(ensemble,), steps=4, attempts=1)

@@ -195,7 +195,7 @@ def test_energy_sees_stripes_that_the_mean_of_an_edge_detector_does_not() -> Non
     activations = Activations(maps, torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), 1)
     assert torch.allclose(OBJECTIVES["channel"]().value(activations), torch.zeros(3), atol=1e-6)
     assert torch.allclose(OBJECTIVES["energy"]().value(activations), torch.tensor([0.0, 4.0, 36.0]))
-    shifted = dataclasses.replace(activations, maps=maps + 5)
+    shifted = dataclasses.replace(activations, outputs=maps + 5)
     assert torch.allclose(OBJECTIVES["energy"]().value(shifted), torch.tensor([0.0, 4.0, 36.0]), atol=1e-4)
 
 
