@@ -82,7 +82,7 @@ def test_the_examples_of_extensions_run_as_printed() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     classes = {}
     for name, module in (("SmoothPeak", objectives), ("Brightness", transforms)):
-        code = re.search(rf"((?:^    @.*\n)+    class {name}.*?\n)(?=\n\S)", page, re.DOTALL | re.MULTILINE)
+        code = re.search(rf"((?:^    @[^\n]*\n)+    class {name}.*?\n)(?=\n\S)", page, re.DOTALL | re.MULTILINE)
         assert code is not None, name
         registry = re.search(r'@(\w+)\.add\("(\w+)"\)', code[1])
         assert registry is not None and registry[2] not in getattr(module, registry[1])
