@@ -3,14 +3,15 @@
 import dataclasses
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from launch_recorder import Launches, recorded
-from test_launches import Complete, on_meta, preset_of, rendering_job
+from test_launches import Complete, Launches, preset_of, recorded, rendering_job
 
+from pipeline.acceleration.cuda_graphs import capture_graph
 from pipeline.acceleration.redirected_relu import REDIRECTED_STEPS
 from pipeline.visualization import captured_steps
 from pipeline.visualization.captured_steps import MIN_REPLAYS, WARM_UP, can_be_captured
@@ -69,7 +70,7 @@ def test_captured_steps_give_the_images_of_the_loop(name: str) -> None:
 @pytest.mark.parametrize("name", ["budget", "maco", "normalizations"])
 def test_a_captured_step_launches_only(name: str) -> None:
     """No wait and no copy, which a capture does not allow, and nothing that depends on the number of the step."""
-    job = rendering_job(on_meta(tiny_model()), preset_of("render.steps=40", *CAPTURED[name]), "late")
+    job = rendering_job(tiny_model(), preset_of("render.steps=40", *CAPTURED[name]), "late", device="meta")
     launches: list[Launches] = []
 
     def capture(work: Work) -> Work:
@@ -134,3 +135,36 @@ def test_steps_that_change_otherwise_are_not_captured() -> None:
     for preset in others:
         assert not can_be_captured(dataclasses.replace(job, preset=preset), first, 0)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["distill", "budget", "maco", "adamw", "normalizations"])
+def test_a_graph_of_a_gpu_gives_the_images_of_the_loop(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    job = rendering_job(tiny_model(), preset_of("render.steps=40", *CAPTURED[name]), "late", device="cuda")
+    graphs = []
+
+    def capture(work: Work) -> Work:
+        graphs.append(capture_graph(work))
+        return graphs[-1]
+
+    expected, found = (render(dataclasses.replace(job, capture=c), UNITS) for c in (None, capture))
+    assert len(graphs) == 1 and not caplog.messages
+    for ordinary, captured in zip(expected, found, strict=True):
+        assert np.quantile(np.abs(ordinary.image.astype(int) - captured.image.astype(int)), 0.9) <= 10
+        assert captured.trace == pytest.approx(ordinary.trace, rel=0, abs=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_a_gpu_cannot_capture_runs_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that reads a number of the device ends the capture, and the device goes on."""
+    job = rendering_job(tiny_model(), preset_of("render.steps=40"), "late", device="cuda")
+    monkeypatch.setattr(captured_steps, "_reported", set())
+
+    def constrain(*arguments: Any) -> None:
+        assert float(arguments[1].parameters.sum()) < float("inf")
+
+    monkeypatch.setattr(captured_steps, "constrain", constrain)
+    found = render(dataclasses.replace(job, capture=capture_graph), UNITS)
+    assert captured_steps._reported and all(picture.status != "failed" for picture in found)

@@ -1,8 +1,8 @@
 """What optimization steps would launch on a GPU, counted without one: no waiting for the device, no copies from it."""
 
-import copy
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import compose, tiny_model
-from launch_recorder import Launches, recorded
 
 from pipeline.acceleration.redirected_relu import REDIRECTED_STEPS
 from pipeline.core.config_files import load_config_files
-from pipeline.images.parameterizations import FromImage
-from pipeline.layers.finding import Layer, enumerate_layers
-from pipeline.layers.heads import HeadLayer
-from pipeline.models.loading import Model
 from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.loop import render
-from pipeline.visualization.network_penalties import normalizations_before
 from pipeline.visualization.preset import Preset
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts" / "benches"))
+
+from gpu_blocks.launches import Complete, Launches, recorded, rendering_job, step_launches
 
 PRESETS = [
     "accentuate",
@@ -51,53 +49,6 @@ PRESETS = [
 COUNTED, STEPS = REDIRECTED_STEPS + 2, REDIRECTED_STEPS + 6
 
 
-class Complete(Exception):
-    """Raised to leave a rendering when its step has been counted."""
-
-
-def on_meta(model: Model) -> Model:
-    """Return a copy of a network on "meta", which stands for a GPU."""
-    module = copy.deepcopy(model.module).to("meta")
-    return dataclasses.replace(model, module=module)
-
-
-def rendering_job(model: Model, preset: Preset, layer: str) -> RenderJob:
-    """Return a job for a layer of the small network, with all that a preset may need."""
-    layers = {found.name: found for found in enumerate_layers(tiny_model())}
-    preset = preset.for_layer(layers[layer])
-    others: dict[str, Layer] = {}
-    for name in preset.others:
-        others[name] = layers[name] if name in layers else _head(layers["block"], name)
-    size = (32, 32)
-    side, device = 32 + 2 * preset.margin, next(model.module.parameters()).device
-    normalizations = normalizations_before(tiny_model(), layers[layer]) if preset.network_penalties else []
-    return RenderJob(
-        model,
-        layers[layer],
-        preset,
-        seed=0,
-        size=size,
-        layers=others,
-        initial_images=_initial_images(preset, side),
-        target_image=torch.rand(3, side, side),
-        layer_mean=torch.rand(layers[layer].channels).to(device),
-        normalizations=[n.to(str(device), 1.0) for n in normalizations],
-    )
-
-
-def _head(layer: Layer, name: str) -> HeadLayer:
-    """Return a head for the five classes of the small network, on the output of one of its layers."""
-    head = HeadLayer.on(layer, 5)
-    weight, bias = torch.randn(layer.channels, 5).numpy(), torch.zeros(5).numpy()
-    return dataclasses.replace(head, name=name, weight=weight, bias=bias)
-
-
-def _initial_images(preset: Preset, side: int) -> dict[tuple[int, int], torch.Tensor]:
-    if not isinstance(preset.canvas, FromImage):
-        return {}
-    return {(c, v): torch.rand(3, side, side) for c in range(2) for v in range(preset.variants)}
-
-
 def preset_of(*overrides: str) -> Preset:
     """Return a preset whose rendering has a steady step, with its files."""
     render_overrides = [f"render.steps={STEPS}", "render.size=32", *overrides]
@@ -105,25 +56,11 @@ def preset_of(*overrides: str) -> Preset:
 
 
 def _launches(job: RenderJob, step: int = COUNTED, answer: Callable[[str], Any] = lambda place: False) -> Launches:
-    """Return the launches of one step of two units."""
-    units = [(c, v) for c in range(2) for v in range(job.preset.variants)]
-    steps = itertools.count()
-    with recorded(answer) as launches:
-
-        def on_step() -> None:
-            at = next(steps)
-            if at == step:
-                launches.clear()
-            if at == step + 1:
-                raise Complete
-
-        with pytest.raises(Complete):
-            render(dataclasses.replace(job, on_step=on_step), units)
-    return launches
+    return step_launches(job, step, answer)
 
 
 def _on_device(preset: Preset, layer: str = "late") -> RenderJob:
-    return rendering_job(on_meta(tiny_model()), preset, layer)
+    return rendering_job(tiny_model(), preset, layer, device="meta")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -202,3 +139,28 @@ def test_the_recorder_sees_what_makes_a_host_wait() -> None:
     with recorded() as found, pytest.raises(RuntimeError):
         _ = x + torch.zeros(3)
     assert found.mixed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", PRESETS)
+def test_on_a_gpu_no_steady_step_waits(name: str) -> None:
+    """PyTorch raises an error at each wait."""
+    job = rendering_job(
+        tiny_model(), preset_of(f"render={name}"), "head" if name == "oygard" else "late", device="cuda"
+    )
+    steps = itertools.count()
+
+    def on_step() -> None:
+        at = next(steps)
+        if at == COUNTED:
+            torch.cuda.set_sync_debug_mode("error")
+        if at == COUNTED + 1:
+            raise Complete
+
+    try:
+        with pytest.raises(Complete):
+            units = [(c, v) for c in range(2) for v in range(job.preset.variants)]
+            render(dataclasses.replace(job, on_step=on_step), units)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -6,6 +6,9 @@ operation of ATen on device tensors: about one kernel.
 
 import collections
 import contextlib
+import copy
+import dataclasses
+import itertools
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from pipeline.images.parameterizations import FromImage
+from pipeline.layers.finding import Layer, enumerate_layers
+from pipeline.layers.heads import HeadLayer
+from pipeline.models.loading import Model
+from pipeline.visualization.batch import RenderJob
+from pipeline.visualization.loop import render
+from pipeline.visualization.network_penalties import normalizations_before
+from pipeline.visualization.preset import Preset
 
 
 class Launches:
@@ -101,3 +113,65 @@ def recorded(answer: Callable[[str], Any] = lambda place: False) -> Iterator[Lau
     launches = Launches()
     with _Dispatched(launches, answer):
         yield launches
+
+
+class Complete(Exception):
+    """Raised to leave a rendering whose step has been counted."""
+
+
+def on_meta(model: Model) -> Model:
+    """Return a copy of a network on "meta", which stands for a GPU."""
+    return dataclasses.replace(model, module=copy.deepcopy(model.module).to("meta"))
+
+
+def rendering_job(model: Model, preset: Preset, layer: str, size: int = 32, device: str = "cpu") -> RenderJob:
+    """Return a job for a layer of a network, with random stand-ins for all else that a preset may need.
+
+    Args:
+        model: The network, on the CPU.
+        preset: The preset.
+        layer: Name of the layer.
+        size: Side of the images in pixels.
+        device: Device of the job; "meta" stands for a GPU.
+    """
+    layers = {found.name: found for found in enumerate_layers(model)}
+    preset, side = preset.for_layer(layers[layer]), size + 2 * preset.margin
+    first = next(found for found in layers.values() if found.kind == "conv")
+    norms = normalizations_before(model, layers[layer]) if preset.network_penalties else []
+    images = {(c, v): torch.rand(3, side, side) for c in range(2) for v in range(preset.variants)}
+    return RenderJob(
+        on_meta(model) if device == "meta" else model.to(device),
+        layers[layer],
+        preset,
+        seed=0,
+        size=(size, size),
+        layers={name: layers.get(name) or _head(first, name, layers[layer].channels) for name in preset.others},
+        initial_images=images if isinstance(preset.canvas, FromImage) else {},
+        target_image=torch.rand(3, side, side),
+        layer_mean=torch.rand(layers[layer].channels).to(device),
+        normalizations=[norm.to(device, 1.0) for norm in norms],
+    )
+
+
+def _head(layer: Layer, name: str, classes: int) -> HeadLayer:
+    """Return a head for the classes of a network, on the output of one of its layers."""
+    weight, bias = torch.randn(layer.channels, classes).numpy(), torch.zeros(classes).numpy()
+    return dataclasses.replace(HeadLayer.on(layer, classes), name=name, weight=weight, bias=bias)
+
+
+def step_launches(job: RenderJob, step: int, answer: Callable[[str], Any] = lambda place: False) -> Launches:
+    """Return what one step of two units launches; `answer` as for `recorded`."""
+    steps = itertools.count()
+    with recorded(answer) as launches:
+
+        def on_step() -> None:
+            at = next(steps)
+            if at == step:
+                launches.clear()
+            if at == step + 1:
+                raise Complete
+
+        units = [(c, v) for c in range(2) for v in range(job.preset.variants)]
+        with contextlib.suppress(Complete):
+            render(dataclasses.replace(job, on_step=on_step), units)
+    return launches
