@@ -60,9 +60,16 @@ ON_A_GPU_MACHINE = (
 
 def gpu_machine() -> tuple[str, str]:
     """Return a Python with only what a GPU machine has, made once and kept in the cache, and its version."""
-    homes = [Path(shutil.which("python3.12") or ""), *sorted(Path.home().glob(".pyenv/versions/3.12*/bin/python"))]
-    base = next((str(path) for path in homes if path.is_file()), sys.executable)
-    version = "3.12" if base != sys.executable else f"3.{sys.version_info.minor}"
+    candidates = ["python3.12", *map(str, Path.home().glob(".pyenv/versions/3.12*/bin/python")), sys.executable]
+    code = "import ensurepip, sys, venv; print('%d.%d' % sys.version_info[:2])"
+    for base in candidates:
+        try:  # a version manager's shim may stand for no Python
+            version = subprocess.run([base, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+            break
+        except (OSError, subprocess.CalledProcessError):
+            continue
+    else:
+        raise AssertionError("no Python has venv")
     name = hashlib.sha256(repr((base, ON_A_GPU_MACHINE)).encode()).hexdigest()[:12]
     folder = cache_folder("tests") / f"gpu-machine-{name}"
     python = folder / "bin" / "python"
