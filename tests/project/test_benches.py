@@ -90,7 +90,7 @@ def test_the_gpu_bench_runs_on_a_machine_with_only_what_a_gpu_machine_has(tmp_pa
     python, version = gpu_machine()
     absent = ("ray", "hydra", "omegaconf", "antlr4", "pydantic", "pipeline")
     code = f"import importlib.util as u; print([m for m in {absent} if u.find_spec(m)])"
-    found = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    found = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "[]"
     carried = tmp_path / "carried"
     command = [sys.executable, str(BENCHES / "gpu.py"), "prepare", str(carried), "--python", version]
