@@ -60,9 +60,16 @@ ON_A_GPU_MACHINE = (
 
 def gpu_machine() -> tuple[str, str]:
     """Return a Python with only what a GPU machine has, made once and kept in the cache, and its version."""
-    homes = [Path(shutil.which("python3.12") or ""), *sorted(Path.home().glob(".pyenv/versions/3.12*/bin/python"))]
-    base = next((str(path) for path in homes if path.is_file()), sys.executable)
-    version = "3.12" if base != sys.executable else f"3.{sys.version_info.minor}"
+    candidates = ["python3.12", *map(str, Path.home().glob(".pyenv/versions/3.12*/bin/python")), sys.executable]
+    code = "import ensurepip, sys, venv; print('%d.%d' % sys.version_info[:2])"
+    for base in candidates:
+        try:  # a version manager's shim may stand for no Python
+            version = subprocess.run([base, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+            break
+        except (OSError, subprocess.CalledProcessError):
+            continue
+    else:
+        raise AssertionError("no Python has venv")
     name = hashlib.sha256(repr((base, ON_A_GPU_MACHINE)).encode()).hexdigest()[:12]
     folder = cache_folder("tests") / f"gpu-machine-{name}"
     python = folder / "bin" / "python"
@@ -83,7 +90,7 @@ def test_the_gpu_bench_runs_on_a_machine_with_only_what_a_gpu_machine_has(tmp_pa
     python, version = gpu_machine()
     absent = ("ray", "hydra", "omegaconf", "antlr4", "pydantic", "pipeline")
     code = f"import importlib.util as u; print([m for m in {absent} if u.find_spec(m)])"
-    found = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    found = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "[]"
     carried = tmp_path / "carried"
     command = [sys.executable, str(BENCHES / "gpu.py"), "prepare", str(carried), "--python", version]

@@ -113,8 +113,8 @@ def draws(bench: Bench, net: Network, known: Mapping[str, Any], names: Sequence[
     for name in names:
         channels = references.units(net.layers[name])[: references.RENDERED]
         job = worker.job(name, SIZE, references.preset_of(net, name))
-        batch = networks.first_batch(job, channels)
-        found = [references.digest(batch.initial), references.digest(batch.transform_random)]
+        batch, random = networks.first_batch(job, channels)
+        found = [references.digest(batch.initial), references.digest(random)]
         expected = known[f"initial/{name}"]
         part = batch.initial[:, ..., :4].reshape(references.RENDERED, -1)[:, : expected.shape[1]].detach().cpu().numpy()
         same = [a == b for a, b in zip(found, known[f"draws/{name}"].tolist(), strict=True)]

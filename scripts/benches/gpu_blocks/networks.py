@@ -120,11 +120,16 @@ def prepare_device(config: Config, device: str) -> None:
     devices.prepare_device(device, config.engine)
 
 
-def first_batch(job: RenderJob, channels: Sequence[int]) -> Batch:
-    """Return the batch of the first attempt before its first step."""
+def first_batch(job: RenderJob, channels: Sequence[int]) -> tuple[Batch, Tensor]:
+    """Return the batch of the first attempt before its first step, and the (B, R) random numbers of that step."""
     units = [(channel, 0) for channel in channels]
+    # Versions of the loop differ in who draws the numbers of a batch, and in where a step finds them.
     draw: Any = getattr(batches, "draw_start", None)
-    return Batch(job, draw(job, units, 0)) if draw else Batch(job, units, 0)
+    batch: Any = Batch(job, draw(job, units, 0)) if draw else Batch(job, units, 0)
+    if hasattr(batch, "start_stage"):
+        batch.start_stage(job, job.preset.stages[0])
+        return batch, batch.draws(0).random
+    return batch, batch.transform_random[0]
 
 
 def calibrated(model: Model) -> Model:

@@ -73,12 +73,12 @@ def made() -> dict[str, Any]:
         preset, size = preset_of(net, name), (RENDERED_SIDE, RENDERED_SIDE)
         worker = networks.worker(net, "cpu", batch=RENDERED, precision="float32")
         pictures = worker.pictures(name, units(layer)[:RENDERED], size, preset)
-        batch = networks.first_batch(worker.job(name, size, preset), units(layer)[:RENDERED])
+        batch, random = networks.first_batch(worker.job(name, size, preset), units(layer)[:RENDERED])
         found |= {
             f"rendered/{name}/image": np.stack([p.image for p in pictures]),
             f"rendered/{name}/activation": np.array([p.activation for p in pictures]),
             f"rendered/{name}/start": np.array([p.start for p in pictures]),
-            f"draws/{name}": np.array([digest(batch.initial), digest(batch.transform_random)]),
+            f"draws/{name}": np.array([digest(batch.initial), digest(random)]),
             f"initial/{name}": batch.initial[:, ..., :4].reshape(RENDERED, -1)[:, :4096].detach().numpy(),
         }
     return found

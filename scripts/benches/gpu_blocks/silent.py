@@ -38,10 +38,10 @@ def run(bench: Bench) -> None:
 def share(net: Network, worker: Worker, name: str, channels: list[int], size: Size) -> float:
     """Return the share of units whose initial image gets no gradient at the first step."""
     job = worker.job(name, size, networks.timing_preset(net.preset(name), 2))
-    batch = networks.first_batch(job, channels)
+    batch, random = networks.first_batch(job, channels)
     stage = job.preset.stages[0]
     canvas = job.preset.canvas.image(batch.parameters, job.canvas(stage)).detach().requires_grad_(True)
-    seen = apply_transforms(canvas, job.preset.transforms, batch.transform_random[0], job.view(stage))
+    seen = apply_transforms(canvas, job.preset.transforms, random, job.view(stage))
     with objective_forward(job, job.step_models[0], Stage()) as forward:
         values = forward(seen, batch.channels, batch.variants).values
         gradient = torch.autograd.grad(values.sum(), canvas)[0]
