@@ -52,13 +52,13 @@ from pipeline.layers.path_depths import depths_before
 from pipeline.models.loading import Model, load_ensemble_member, load_model
 from pipeline.store import hdf5, shards
 from pipeline.visualization import initial_images
-from pipeline.visualization.batch import BatchStart, RenderJob, draw_start
 from pipeline.visualization.evaluation import SILENT, Visualization
 from pipeline.visualization.initial_images import InitialImage
 from pipeline.visualization.loop import render, restart
 from pipeline.visualization.network_penalties import Normalization, normalizations_before
 from pipeline.visualization.network_perturbations import Ensemble
 from pipeline.visualization.preset import Preset
+from pipeline.visualization.render_job import BatchStart, RenderJob, draw_start
 
 log = logging.getLogger(__name__)
 

@@ -23,11 +23,11 @@ from pipeline.kernels.device_errors import is_out_of_memory
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.config import Preprocessing
 from pipeline.models.loading import Model
-from pipeline.visualization.batch import ROBUST_COPIES, RenderJob
 from pipeline.visualization.loop import render
 from pipeline.visualization.network_penalties import Normalization
 from pipeline.visualization.network_perturbations import Ensemble
 from pipeline.visualization.preset import Preset, Size
+from pipeline.visualization.render_job import ROBUST_COPIES, RenderJob
 from pipeline.visualization.schedules import Fixed, expand_schedule
 
 # Largest number of steps that are started for timing. The first is a warm-up (it compiles loops and kernels) and is

@@ -24,11 +24,11 @@ from pipeline.engine.worker import Worker
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.loading import Model
 from pipeline.runs.layer_worker import layer_worker
-from pipeline.visualization.batch import draw_start
 from pipeline.visualization.initial_images import preprocess_photograph
 from pipeline.visualization.loop import render
 from pipeline.visualization.objectives import Directions
 from pipeline.visualization.preset import Preset
+from pipeline.visualization.render_job import draw_start
 
 # Side and margin of a cell in pixels, where the preset leaves them open (`render.size=auto`).
 CELL_SIDE, CELL_MARGIN = 64, 8

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pipeline.acceleration.redirected_relu import REDIRECTED_STEPS
 from pipeline.core.errors import first_line
-from pipeline.visualization.batch import Batch, RenderJob
+from pipeline.visualization.batch import Batch
 from pipeline.visualization.forward import ObjectiveForward
 from pipeline.visualization.optimizers import TabulatedOptimizer
+from pipeline.visualization.render_job import RenderJob
 from pipeline.visualization.schedules import StepSettings
 from pipeline.visualization.step import constrain, parameter_gradient
 

@@ -19,9 +19,10 @@ from pipeline.images.transforms import ROBUSTNESS_TRANSFORMS, apply_transforms, 
 from pipeline.images.transparency import resized_sums, to_mask
 from pipeline.layers.finding import Layer
 from pipeline.layers.path_depths import depths_before, spatial_means
-from pipeline.visualization.batch import NOTHING_COMPARED, Batch, ComparedImages, RenderJob
+from pipeline.visualization.batch import NOTHING_COMPARED, Batch, ComparedImages
 from pipeline.visualization.forward import objective_forward
 from pipeline.visualization.preset import ChannelVariant, Preset
+from pipeline.visualization.render_job import RenderJob
 from pipeline.visualization.schedules import Stage, is_flat
 
 # Number of values of the objective that are stored with an image.

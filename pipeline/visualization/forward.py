@@ -11,10 +11,11 @@ from pipeline.core.units import Unit
 from pipeline.layers.finding import Layer, capture
 from pipeline.layers.path_depths import spatial_means
 from pipeline.models.loading import Model
-from pipeline.visualization.batch import NOTHING_COMPARED, ComparedImages, RenderJob
+from pipeline.visualization.batch import NOTHING_COMPARED, ComparedImages
 from pipeline.visualization.network_penalties import Normalization, weighted_penalties
 from pipeline.visualization.objectives import Activations
 from pipeline.visualization.preset import Preset
+from pipeline.visualization.render_job import RenderJob
 from pipeline.visualization.schedules import Stage
 
 

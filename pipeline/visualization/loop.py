@@ -15,12 +15,13 @@ from pipeline.acceleration.precision import steps_in
 from pipeline.acceleration.redirected_relu import REDIRECTED_STEPS
 from pipeline.core.registry import registered_name
 from pipeline.core.seeds import seed_of
-from pipeline.visualization.batch import Batch, BatchStart, RenderJob, draw_start
+from pipeline.visualization.batch import Batch
 from pipeline.visualization.captured_steps import CapturedSteps, can_be_captured, captured_steps
 from pipeline.visualization.evaluation import RESTARTED, SILENT, Visualization, evaluate, to_pictures
 from pipeline.visualization.forward import ObjectiveForward, objective_forward
 from pipeline.visualization.network_perturbations import ActivePerturbation, Ensemble
 from pipeline.visualization.preset import ChannelVariant, Preset
+from pipeline.visualization.render_job import BatchStart, RenderJob, draw_start
 from pipeline.visualization.step import constrain, parameter_gradient
 
 

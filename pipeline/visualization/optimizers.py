@@ -169,13 +169,13 @@ class Adam(TabulatedOptimizer):
     def apply(self, parameters: Tensor, gradient: Tensor, state: Any, numbers: Sequence[float] | Tensor) -> None:
         """Make one Adam step up the gradient, in place."""
         first, second = state
-        _, _, moment_factor, gradient_factor, _, epsilon, step_size, kept = numbers
-        if self.decay:
-            parameters.mul_(kept)
         tensors = (parameters, gradient, first, second)
+        if self.decay:
+            parameters.mul_(numbers[7])
         if isinstance(numbers, Tensor):
             adam.step(*tensors, numbers)
             return
+        _, _, moment_factor, gradient_factor, _, epsilon, step_size, _ = numbers
         compiled = _adam() if parameters.device.type == "cpu" else None
         if compiled is not None and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors):
             joint_size = first.numel() // second.numel()

@@ -11,10 +11,11 @@ from pipeline.data.image_filters import rms
 from pipeline.images.transforms import apply_transforms, center_crop
 from pipeline.images.transparency import gradient_magnitude
 from pipeline.kernels.transfers import constant_like
-from pipeline.visualization.batch import Batch, RenderJob, StepDraws
+from pipeline.visualization.batch import Batch, StepDraws
 from pipeline.visualization.forward import ForwardResult, ObjectiveForward
 from pipeline.visualization.layer_regularizers import balance
 from pipeline.visualization.preset import Preset
+from pipeline.visualization.render_job import RenderJob
 from pipeline.visualization.schedules import StepSettings
 
 ALL = slice(None)

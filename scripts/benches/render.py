@@ -33,8 +33,8 @@ from pipeline.layers.receptive_fields import receptive_fields
 from pipeline.layers.selection import LayersConfig, list_layers, select_layers
 from pipeline.models.loading import Model, load_model
 from pipeline.planning.validation import choose_canvas_sizes
-from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.loop import render
+from pipeline.visualization.render_job import RenderJob
 
 # The time of a step is measured between these two: after the first steps, in which units without gradient run twice.
 SHORT, LONG = REDIRECTED_STEPS, REDIRECTED_STEPS + 8

@@ -28,8 +28,8 @@ from pipeline.planning.folder import RunFolder
 from pipeline.planning.planner import Plan, make_plan
 from pipeline.runs.maintenance import verify
 from pipeline.runs.runner import run
-from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.loop import render
+from pipeline.visualization.render_job import RenderJob
 
 ACTS = {"none": nn.Identity(), "relu": nn.ReLU(), "relu6": nn.ReLU6()}
 
@@ -263,7 +263,7 @@ def test_an_atlas_says_what_its_steps_were_computed_in(
     assert verify(folder, other, 3) == []
     # A picture from another start is another picture.
     whole = worker.render
-    monkeypatch.setattr(worker, "render", lambda job, units: whole(dataclasses.replace(job, seed=99), units))
+    monkeypatch.setattr(worker, "render", lambda job, units, _: whole(dataclasses.replace(job, seed=99), units))
     assert len(verify(folder, other, 3)) == 3
 
 

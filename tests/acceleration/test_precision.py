@@ -42,8 +42,8 @@ from pipeline.layers.finding import Layer
 from pipeline.models.loading import Model, prepare_module
 from pipeline.planning import heads, natural_deviations
 from pipeline.planning.planner import make_plan
-from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.loop import render
+from pipeline.visualization.render_job import RenderJob
 
 BACKENDS: Any = torch.backends
 

@@ -16,7 +16,7 @@ from pipeline.planning.plan import Plan
 from pipeline.planning.planner import make_plan
 from pipeline.store import shards
 from pipeline.visualization import loop
-from pipeline.visualization.batch import draw_start
+from pipeline.visualization.render_job import draw_start
 
 # A device whose batches are prepared in threads, as those of a GPU are.
 KEY = ("layer", "preset")

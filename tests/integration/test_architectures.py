@@ -14,8 +14,8 @@ from pipeline.layers.finding import Layer, capture, enumerate_layers
 from pipeline.layers.receptive_fields import receptive_fields
 from pipeline.layers.selection import LayersConfig, select_layers
 from pipeline.models.loading import Model, ModelConfig, load_model, weights_digest
-from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.loop import render
+from pipeline.visualization.render_job import RenderJob
 
 CIFAR_NET = """
 from torch import nn

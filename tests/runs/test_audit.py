@@ -92,7 +92,7 @@ def test_a_picture_that_cannot_be_rendered_again_is_told(
 
     whole = worker.render
 
-    def otherwise(job: Any, units: Any) -> Any:
+    def otherwise(job: Any, units: Any, _: Any) -> Any:
         return whole(dataclasses.replace(job, seed=99), units)
 
     monkeypatch.setattr(worker, "render", otherwise)

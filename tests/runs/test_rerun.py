@@ -46,9 +46,9 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     made: list[tuple[str, int]] = []
     whole = worker.render
 
-    def counting(job: Any, units: Any) -> Any:
+    def counting(job: Any, units: Any, start: Any) -> Any:
         made.extend((job.layer.name, channel) for channel, _ in units)
-        return whole(job, units)
+        return whole(job, units, start)
 
     monkeypatch.setattr(worker, "render", counting)
     return made

@@ -163,11 +163,11 @@ def test_a_failing_task_is_set_aside_and_the_run_goes_on(
     tries: list[str] = []
     whole = worker.render
 
-    def sometimes(job, units):  # type: ignore[no-untyped-def]
+    def sometimes(job, units, start):  # type: ignore[no-untyped-def]
         if job.layer.name == "conv_head":
             tries.append(str(units))
             raise RuntimeError("out of luck")
-        return whole(job, units)
+        return whole(job, units, start)
 
     monkeypatch.setattr(worker, "render", sometimes)
     assert main(["run", *tiny_run]) == 1

@@ -14,9 +14,9 @@ from conftest import compose, tiny_model
 
 from pipeline.acceleration.redirected_relu import REDIRECTED_STEPS
 from pipeline.core.config_files import load_config_files
-from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.loop import render
 from pipeline.visualization.preset import Preset
+from pipeline.visualization.render_job import RenderJob
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts" / "benches"))
 

@@ -20,12 +20,12 @@ from pipeline.layers.finding import Layer, enumerate_layers
 from pipeline.models.config import Preprocessing
 from pipeline.models.loading import Model, prepare_module, weights_digest
 from pipeline.visualization import step
-from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.evaluation import Visualization
 from pipeline.visualization.loop import render
 from pipeline.visualization.objectives import Channel
 from pipeline.visualization.optimizers import Adam
 from pipeline.visualization.preset import Preset
+from pipeline.visualization.render_job import RenderJob
 from pipeline.visualization.schedules import Plateau, Stage
 
 PRESETS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "render").glob("*.yaml"))

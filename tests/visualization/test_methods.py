@@ -21,7 +21,6 @@ from pipeline.images.transforms import Crop, Jitter, Noise, Rotate
 from pipeline.layers.finding import Layer, capture, enumerate_layers
 from pipeline.models.loading import Model, load_model
 from pipeline.visualization import preset, step
-from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.batch_terms import Alignment, Diversity, gram_cosine
 from pipeline.visualization.evaluation import Visualization
 from pipeline.visualization.loop import render
@@ -29,6 +28,7 @@ from pipeline.visualization.network_perturbations import Dropout, Ensemble, Netw
 from pipeline.visualization.objectives import OBJECTIVES, Auto, Channel, Interpolate, Neuron
 from pipeline.visualization.optimizers import Adam, Sgd
 from pipeline.visualization.preset import Preset
+from pipeline.visualization.render_job import RenderJob
 from pipeline.visualization.schedules import Plateau, Stage, check, expand_schedule, is_flat
 
 PRESET = Preset(

@@ -25,7 +25,6 @@ from pipeline.planning import natural_deviations
 from pipeline.planning.planner import make_plan
 from pipeline.runs.runner import plan_run
 from pipeline.visualization import preset as presets
-from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.loop import render
 from pipeline.visualization.network_penalties import (
     NaturalDeviations,
@@ -34,6 +33,7 @@ from pipeline.visualization.network_penalties import (
     weighted_penalties,
 )
 from pipeline.visualization.objectives import Energy
+from pipeline.visualization.render_job import RenderJob
 
 
 def images(count: int = 3, side: int = 32) -> Tensor:

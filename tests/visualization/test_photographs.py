@@ -22,11 +22,11 @@ from pipeline.images.transforms import Jitter, Noise, Zoom
 from pipeline.layers.finding import Layer, capture, enumerate_layers
 from pipeline.models.loading import Model
 from pipeline.planning.preset_inputs import default_layer
-from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.initial_images import preprocess_photograph
 from pipeline.visualization.layer_regularizers import LAYER_PENALTIES, SeedDistance, balance
 from pipeline.visualization.loop import render
 from pipeline.visualization.objectives import Activations, Caricature, Directions
+from pipeline.visualization.render_job import RenderJob
 
 
 def photograph(seed: int = 3, side: int = 40) -> np.ndarray:

@@ -15,11 +15,11 @@ from pipeline.images.parameterizations import Fourier
 from pipeline.images.transforms import Jitter, Rotate, Scale
 from pipeline.layers.finding import Layer, ReceptiveField, capture, enumerate_layers
 from pipeline.models.loading import Model
-from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.loop import render
 from pipeline.visualization.objectives import Channel, Neuron, WholeLayer
 from pipeline.visualization.optimizers import Adam
 from pipeline.visualization.preset import Preset, canvas_size
+from pipeline.visualization.render_job import RenderJob
 
 PRESET = Preset(
     name="test",

@@ -13,9 +13,10 @@ from pipeline.core.config_files import load_config_files
 from pipeline.images.parameterizations import Fourier, Laplacian, Maco, Parameterization, Pixel
 from pipeline.layers.finding import Layer, enumerate_layers
 from pipeline.models.loading import Model
-from pipeline.visualization.batch import Batch, RenderJob, draw_start
+from pipeline.visualization.batch import Batch
 from pipeline.visualization.evaluation import SILENT
 from pipeline.visualization.loop import restart
+from pipeline.visualization.render_job import RenderJob, draw_start
 
 SIDE = 40
 IMAGE = torch.nn.functional.interpolate(

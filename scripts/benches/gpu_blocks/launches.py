@@ -22,10 +22,10 @@ from pipeline.images.parameterizations import FromImage
 from pipeline.layers.finding import Layer, enumerate_layers
 from pipeline.layers.heads import HeadLayer
 from pipeline.models.loading import Model
-from pipeline.visualization.batch import RenderJob
 from pipeline.visualization.loop import render
 from pipeline.visualization.network_penalties import normalizations_before
 from pipeline.visualization.preset import Preset
+from pipeline.visualization.render_job import RenderJob
 
 
 class Launches:

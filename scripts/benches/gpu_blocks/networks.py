@@ -33,8 +33,9 @@ from pipeline.models.loading import Model, load_model, weights_digest
 from pipeline.planning import execution
 from pipeline.planning.validation import choose_canvas_sizes
 from pipeline.visualization import batch as batches
-from pipeline.visualization.batch import Batch, RenderJob
+from pipeline.visualization.batch import Batch
 from pipeline.visualization.preset import Preset, Size
+from pipeline.visualization.render_job import RenderJob
 
 RESNET, LITE = "resnet50", "efficientnet_lite0"
 OVERRIDES = {RESNET: ("model.weights=null",), LITE: ()}
