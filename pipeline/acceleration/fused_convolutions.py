@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipeline.acceleration.batchnorm_folding import only_argument, plain_forward
 from pipeline.acceleration.redirected_relu import FusedRectifier, redirect
 from pipeline.core.errors import first_line
+from pipeline.kernels.device_errors import is_device_failure
 from pipeline.kernels.triton_check import on_device_of
 from pipeline.kernels.types import PassRange
 
@@ -142,9 +143,9 @@ def _tried(function: Callable[[], _T], key: tuple[Any, ...]) -> _T | None:
     """Call a function that runs the fused convolution; return None and log the error if it raises one."""
     try:
         return function()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_device_failure(error):
+            raise
         # One line for all shapes: usually it is the version of cuDNN.
         level = logging.DEBUG if _failures else logging.WARNING
         _failures.add(str(key))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.errors import first_line
+from pipeline.kernels.device_errors import is_device_failure
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def is_verified(name: str, device: torch.device, check: Callable[[torch.device],
         check: Runs the kernel on a small example, and raises an error if that fails or if the result is wrong.
 
     Raises:
-        torch.OutOfMemoryError: If there is no memory for the example. The next call tries again.
+        RuntimeError: If there is no memory for the example, or the device has failed. The next call tries again.
     """
     if (name, device) not in _works:
         # The check waits for the device, which is an error while a CUDA graph is captured.
@@ -45,9 +46,9 @@ def _passes(name: str, device: torch.device, check: Callable[[torch.device], Non
     try:
         with torch.enable_grad():
             check(device)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_device_failure(error):
+            raise
         # Triton and the compilers that it calls raise errors of many classes.
         log.warning(
             "the Triton kernel %s does not work on %s (%s: %s): PyTorch computes the same, more slowly.",
