@@ -19,8 +19,9 @@ from pipeline.planning import manifest
 from pipeline.planning.cost_model import PlanRow
 from pipeline.planning.folder import RunFolder
 from pipeline.planning.plan import Plan
-from pipeline.runs.dataset_pass import DatasetPass
+from pipeline.runs.dataset_pass import DatasetPass, devices_of
 from pipeline.store import shards
+from pipeline.store.shards import Shard
 
 # Arrays of the first pass with one row per layer, and those with one row per image and one column per channel. All
 # others have one row per channel, or concern the images alone.
@@ -104,9 +105,12 @@ class PassSubset:
         ranges = self._ranges()
         content = hashing.arrays_digest(ranges)
         path = target.path("ranges", "ranges", target.ranges_digest)
-        shards.write(path, {"digest": target.ranges_digest, "content": content}, ranges)
+        assert self.source.histogram_ranges is not None
+        device = _device_of(self.source.histogram_ranges)
+        shards.write(path, {"digest": target.ranges_digest, "content": content, **device}, ranges)
         for (start, end), shard in self.source.swept_ranges.items():
-            attributes = {"digest": target.digest, "start": start, "end": end, "ranges": content}
+            place = {"digest": target.digest, "start": start, "end": end}
+            attributes = {**place, "ranges": content, **_device_of(shard)}
             data = shards.to_bytes(attributes, self._first_pass_arrays(shard.arrays()), "lzf")
             atomic_io.write_atomic(target.path("examples", f"{start}-{end}", target.digest), data)
         return 1 + len(self.source.swept_ranges)
@@ -142,7 +146,7 @@ class PassSubset:
                 continue
             arrays = _second_pass_arrays(shard.arrays(), index, slice(start, end), selections)
             arrays |= _path_arrays(shard.arrays(), index, self._num_depths)
-            attributes = {"digest": target.localize_digest, "start": start, "end": end}
+            attributes = {"digest": target.localize_digest, "start": start, "end": end, **_device_of(shard)}
             path = target.path("localize", f"{start}-{end}", target.localize_digest)
             atomic_io.write_atomic(path, shards.to_bytes(attributes, arrays, "lzf"))
             count += 1
@@ -166,6 +170,12 @@ class PassSubset:
             rows[source_row] = np.arange(len(source_row))
             selections.append(_LayerSelection(source, keys, rows, index.top[i], index.paths[i]))
         return selections
+
+
+def _device_of(shard: Shard) -> dict[str, str]:
+    """Return the attribute of a copy that names the device of the original; empty for a shard of a former version."""
+    device = devices_of([shard])
+    return {"device": device} if device else {}
 
 
 def _second_pass_arrays(

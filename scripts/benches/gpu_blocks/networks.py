@@ -9,7 +9,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import importlib
 import json
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from pipeline.acceleration.batchnorm_folding import fold, foldable_pairs
 from pipeline.config.schema import Config, EngineConfig, from_tree
 from pipeline.core.machine import available_cores
 from pipeline.data.datasets import Dataset
+from pipeline.engine import devices
 from pipeline.engine.tasks import Setup
 from pipeline.engine.worker import Worker
 from pipeline.kernels.allocator import retain_freed_memory
@@ -32,10 +32,9 @@ from pipeline.layers.selection import LayersConfig, list_layers, select_layers
 from pipeline.models.loading import Model, load_model, weights_digest
 from pipeline.planning import execution
 from pipeline.planning.validation import choose_canvas_sizes
-from pipeline.visualization import batch as batches
 from pipeline.visualization.batch import Batch
 from pipeline.visualization.preset import Preset, Size
-from pipeline.visualization.render_job import RenderJob
+from pipeline.visualization.render_job import RenderJob, draw_start
 
 RESNET, LITE = "resnet50", "efficientnet_lite0"
 OVERRIDES = {RESNET: ("model.weights=null",), LITE: ()}
@@ -114,23 +113,15 @@ def network(name: str, device: str, carried: Path | None) -> Network:
 def prepare_device(config: Config, device: str) -> None:
     """Do what a worker does before its network is on the device."""
     retain_freed_memory()
-    try:
-        devices: Any = importlib.import_module("pipeline.engine.devices")
-    except ImportError:
-        return
     devices.prepare_device(device, config.engine)
 
 
 def first_batch(job: RenderJob, channels: Sequence[int]) -> tuple[Batch, Tensor]:
     """Return the batch of the first attempt before its first step, and the (B, R) random numbers of that step."""
     units = [(channel, 0) for channel in channels]
-    # Versions of the loop differ in who draws the numbers of a batch, and in where a step finds them.
-    draw: Any = getattr(batches, "draw_start", None)
-    batch: Any = Batch(job, draw(job, units, 0)) if draw else Batch(job, units, 0)
-    if hasattr(batch, "start_stage"):
-        batch.start_stage(job, job.preset.stages[0])
-        return batch, batch.draws(0).random
-    return batch, batch.transform_random[0]
+    batch = Batch(job, draw_start(job, units, 0))
+    batch.start_stage(job, job.preset.stages[0])
+    return batch, batch.draws(0).random
 
 
 def calibrated(model: Model) -> Model:
