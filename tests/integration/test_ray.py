@@ -321,9 +321,14 @@ def test_workers_join_and_leave_with_their_nodes(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_a_node_that_others_occupy_is_waited_for(tmp_path: Path) -> None:
     """It has room, so that a worker may start later: the wait is longer, and the message says why it ended."""
+    from ray._private.services import node_ip_address_from_perspective
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    # Ray replaces 127.0.0.1 in an address by the machine's own, where a head that was started on the loopback device
+    # does not listen: one in a process that has used Ray on it before is.
+    own = node_ip_address_from_perspective()
+    head = {"num_cpus": 2, "include_dashboard": False, "node_ip_address": own}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         with (
             holding(cluster.address, cpus=2),
