@@ -169,7 +169,7 @@ def _outputs(model: Model, paths: Sequence[str]) -> dict[str, Tensor]:
     )
     try:
         with torch.no_grad():
-            model.module(model.normalize(noise.to(next(model.module.parameters()).device)))
+            model.module(model.normalize(noise.to(model.device)))
     finally:
         for handle in handles:
             handle.remove()

@@ -60,7 +60,7 @@ def lower(
             operators that need them.
         visible: Paths of folded normalizations whose output is read: a rectifier after them stays a module.
     """
-    on_cpu = next(folded.module.parameters()).device.type == "cpu"
+    on_cpu = folded.device.type == "cpu"
     if not on_cpu and dtype == torch.float32:
         return folded
     model = in_precision(folded, dtype, exact_norms=not on_cpu)

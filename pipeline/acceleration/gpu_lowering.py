@@ -118,7 +118,7 @@ def _rectified_convolutions(folded: Model, candidates: Collection[str]) -> set[s
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(1, folded.preprocessing.channels, *folded.preprocessing.size, generator=generator)
     try:
-        images = noise.to(next(folded.module.parameters()).device).requires_grad_(True)
+        images = noise.to(folded.device).requires_grad_(True)
         with torch.enable_grad():
             outputs = folded.module(folded.normalize(images))
     finally:

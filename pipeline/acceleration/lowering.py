@@ -12,7 +12,7 @@ from pipeline.models.loading import Model
 
 def is_on_gpu(model: Model) -> bool:
     """Return whether a network is on a CUDA device."""
-    return next(model.module.parameters()).device.type == "cuda"
+    return model.device.type == "cuda"
 
 
 def lower(

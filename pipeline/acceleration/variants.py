@@ -337,7 +337,7 @@ def probe_images(model: Model, size: tuple[int, int]) -> Tensor:
     fine = torch.rand(1, model.preprocessing.channels, *size, generator=generator)
     coarse = torch.rand(1, model.preprocessing.channels, *(max(1, side // 8) for side in size), generator=generator)
     coarse = torch.nn.functional.interpolate(coarse, size, mode="bilinear", align_corners=False)
-    return torch.cat([fine, coarse]).to(next(model.module.parameters()).device)
+    return torch.cat([fine, coarse]).to(model.device)
 
 
 def observe(model: Model, layers: Sequence[Layer], images: Tensor) -> Observed:

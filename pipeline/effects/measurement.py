@@ -61,7 +61,7 @@ class EffectsContext:
     @property
     def device(self) -> torch.device:
         """Device of the network."""
-        return next(self.model.module.parameters()).device
+        return self.model.device
 
 
 @ieee(deterministic=True)

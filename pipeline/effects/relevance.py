@@ -188,7 +188,7 @@ def _measure_image(
 ) -> list[tuple[tuple[int, int], np.ndarray]]:
     """Return the place and the mask of each unit (layer number, row, channel) in an image (C, H, W) uint8."""
     model = context.model
-    device = next(model.module.parameters()).device
+    device = model.device
     image = torch.from_numpy(array)[None].to(device).float().div(255)
     numbers = sorted({i for i, _, _ in units})
     layers = [context.layers[i] for i in numbers]

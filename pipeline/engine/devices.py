@@ -5,12 +5,18 @@ Everything here is in time before CUDA starts in a process: PyTorch reads its se
 
 import gc
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from pipeline.acceleration.cuda_graphs import release_graphs
 from pipeline.config.schema import EngineConfig
 from pipeline.core.errors import AtlasError
+from pipeline.core.machine import COMPILER_LIMIT
+from pipeline.kernels.device_errors import is_out_of_memory
+
+T = TypeVar("T")
 
 # Variables with the settings of PyTorch's allocator on GPUs; the first since PyTorch 2.9, which warns of the second.
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -67,8 +73,8 @@ def prepare_device(device: str, config: EngineConfig) -> None:
         return
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         os.environ[ALLOCATOR_VARIABLES[0 if torch.__version__ >= "2.9" else 1]] = ALLOCATOR_SETTINGS
-    # A pool of processes for each worker compiles nothing faster: there are two small functions.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    for name, value in COMPILER_LIMIT.items():
+        os.environ.setdefault(name, value)
     if ":" in device:
         torch.cuda.set_device(device)
     share = config.gpus_per_worker
@@ -85,6 +91,25 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def halved_until_it_fits(size: int, work: Callable[[int], T], note: Callable[[int, int], None] = lambda *_: None) -> T:
+    """Return the result of `work` with batches of `size`, halved while the device runs out of memory.
+
+    Args:
+        size: Size of the first attempt.
+        work: Called with a size.
+        note: Called with each size that does not fit and the one that is tried next.
+    """
+    while True:
+        try:
+            return work(size)
+        except Exception as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+        note(size, size // 2)
+        size //= 2
+        free_memory()
 
 
 def device_name(device: str) -> str:

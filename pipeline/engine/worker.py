@@ -26,7 +26,7 @@ from pipeline.core.registry import registered_name
 from pipeline.effects import measurement, relevance
 from pipeline.effects.measurement import EffectsContext
 from pipeline.engine.background import Background
-from pipeline.engine.devices import device_name, free_memory, prepare_device
+from pipeline.engine.devices import device_name, free_memory, halved_until_it_fits, prepare_device
 from pipeline.engine.resources import memory_share
 from pipeline.engine.tasks import (
     Done,
@@ -494,16 +494,12 @@ class Worker:
 
         Values of a smaller batch may differ in their last bit: the price of images that do not fit on the device.
         """
-        batch = min(batch, self.fits.get(key, batch))
-        while True:
-            try:
-                return work(batch)
-            except Exception as error:
-                if batch == 1 or not is_out_of_memory(error):
-                    raise
-                log.warning("%s: out of memory with %d images; continuing with %d", key[0], batch, batch // 2)
-            batch = self.fits[key] = batch // 2
-            free_memory()
+
+        def note(size: int, smaller: int) -> None:
+            self.fits[key] = smaller
+            log.warning("%s: out of memory with %d images; continuing with %d", key[0], size, smaller)
+
+        return halved_until_it_fits(min(batch, self.fits.get(key, batch)), work, note)
 
     @functools.cached_property
     def drawn(self) -> sweep.ImageSubsets:

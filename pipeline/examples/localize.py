@@ -251,7 +251,7 @@ def localize(context: PassContext, index: SecondPassIndex, images: Sequence[int]
         `shown/offset`.
     """
     model, config = context.model, context.config
-    device = next(model.module.parameters()).device
+    device = model.device
     shown_images = set(index.shown.tolist())
     paths = _PathMeasurements(context, index)
     measurements = {layer.name: _LayerMeasurements(layer, index, i, images) for i, layer in enumerate(context.layers)}

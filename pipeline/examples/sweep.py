@@ -328,7 +328,7 @@ def reduce_batches(
         are a view of a buffer that the next batch overwrites: copy them to keep them.
     """
     model, layers, batch_size = context.model, context.layers, context.config.batch
-    device = next(model.module.parameters()).device
+    device = model.device
     starts = np.cumsum([0, *(layer.channels for layer in layers)])
     position = {layer.name: i for i, layer in enumerate(layers)}
     centres = [upload(centre[a:b].astype(np.float32), device) for a, b in itertools.pairwise(starts)]
@@ -382,7 +382,7 @@ def sweep(context: PassContext, indices: Iterable[int], ranges: HistogramRange, 
     dataset, config, layers = context.dataset, context.config, context.layers
     compile = config.should_compile(len(dataset.images), len(layers))
     channels = [layer.channels for layer in layers]
-    device = next(context.model.module.parameters()).device
+    device = context.model.device
     accumulator = PassAccumulator(channels, config, ranges, subsets, dataset.sources, compile, device)
     failed: list[tuple[int, str]] = []
     loaded = image_loading.load_images(dataset, indices, context.model.preprocessing, context.threads)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.acceleration.precision import capability_of, float64_device
 from pipeline.data.natural_spectrum import LOGIT_MARGIN, Spectrum
+from pipeline.kernels.transfers import constant_like
 
 # High frequencies are those above this number of cycles per pixel, which an image of half the size could not contain.
 HIGH_FREQUENCY = 0.25
@@ -200,14 +201,9 @@ def appearance(images: Tensor) -> dict[str, Tensor]:
     if images.shape[1] != 3:
         chroma = images.new_full((len(images),), torch.nan)
         return {"contrast": images.mean(1).flatten(1).std(1, correction=0), "chroma": chroma}
-    luminance = torch.einsum("c,bchw->bhw", _luminance_weights(images.dtype, images.device), images)
+    luminance = torch.einsum("c,bchw->bhw", constant_like(images, LUMINANCE), images)
     chroma = (images.amax(1) - images.amin(1)).flatten(1).mean(1)
     return {"contrast": luminance.flatten(1).std(1, correction=0), "chroma": chroma}
-
-
-@_cached
-def _luminance_weights(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(LUMINANCE, dtype=dtype, device=device)
 
 
 def spectral_distance(images: Tensor, natural: Spectrum) -> Tensor:

@@ -109,7 +109,7 @@ def _affine(model: Model, taps: Sequence[Layer]) -> list[bool]:
     shape = (1, model.preprocessing.channels, *model.preprocessing.size)
     # Pixels are black or white, so that rectifiers that the images pass on their way switch.
     first, second = (torch.randint(0, 2, shape, generator=generator).float() for _ in range(2))
-    device = next(model.module.parameters()).device
+    device = model.device
     try:
         a, b, middle = (_read(model, taps, image.to(device)) for image in (first, second, (first + second) / 2))
     except AtlasError as error:  # what the network computes depends on the image

@@ -70,7 +70,7 @@ def rectified_taps(model: Model, taps: Collection[Tap]) -> set[Tap]:
     handles = [observer.attach(path, side, modules[path], taps) for path, side in places]
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(1, model.preprocessing.channels, *model.preprocessing.size, generator=generator)
-    images = images.to(next(model.module.parameters()).device)
+    images = images.to(model.device)
     try:
         with torch.no_grad(), observer:
             model.module(model.normalize(images))

@@ -68,7 +68,7 @@ def _failing_module(model: Model, images: Tensor) -> tuple[str, nn.Module]:
 def _run(model: Model, images: Tensor) -> None:
     """Run the network on images in [0, 1]."""
     with torch.no_grad():
-        model.module(model.normalize(images.to(next(model.module.parameters()).device)))
+        model.module(model.normalize(images.to(model.device)))
 
 
 def _advice(model: Model, images: Tensor, cause: Exception, module: nn.Module) -> str:
@@ -129,7 +129,7 @@ def _working_settings(model: Model, images: Tensor, text: str) -> Iterator[str]:
         try:
             with torch.no_grad():
                 # Not normalized: that would turn zeros into other constants, which change no shape.
-                model.module(torch.zeros(1, channels, *size, device=next(model.module.parameters()).device))
+                model.module(torch.zeros(1, channels, *size, device=model.device))
         except Exception:
             continue
         size_setting = f"model.input_size={size[0]}" if size != configured else ""

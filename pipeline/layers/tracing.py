@@ -166,7 +166,7 @@ class Trace:
         images = torch.rand(2, model.preprocessing.channels, *self.size, generator=generator)[: 2 if single else 1]
         if grey:
             images = torch.full_like(images, 0.5)
-        images = images.to(next(model.module.parameters()).device)
+        images = images.to(model.device)
         recorder = _CallRecorder(single)
         handles = [recorder.attach(path, module) for path, module in modules.items()]
         try:

@@ -53,6 +53,11 @@ class Model:
     channels_last: bool = True
 
     @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        return next(self.module.parameters()).device
+
+    @property
     def memory_format(self) -> torch.memory_format:
         """Memory format that the network runs in. Channels-last is faster for convolutions."""
         return torch.channels_last if self.channels_last else torch.contiguous_format

@@ -4,9 +4,9 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,8 @@ from pipeline.acceleration.variants import ModelVariants
 from pipeline.config.schema import Config
 from pipeline.data import image_loading
 from pipeline.data.datasets import Dataset
-from pipeline.engine.devices import free_memory
+from pipeline.engine.devices import halved_until_it_fits
 from pipeline.engine.progress import clock
-from pipeline.kernels.device_errors import is_out_of_memory
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.config import Preprocessing
 from pipeline.models.loading import Model
@@ -61,8 +60,6 @@ MIN_STEP_SECONDS = 1e-4
 # Cost of an optimization step as a multiple of the forward pass, assumed to separate the part of a step that does not
 # depend on the network.
 STEP_TO_FORWARD = 2.7
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +197,7 @@ class _Networks:
     @property
     def device(self) -> torch.device:
         """Device of the networks."""
-        return _device_of(self.folded)
+        return self.folded.device
 
     def full_batch(self, row: PlanRow, preset: Preset) -> int:
         """Return the number of channels in a batch of a layer with enough of them."""
@@ -252,8 +249,10 @@ def estimate(
     """
     steps = {preset.name: preset.variants * preset.steps for preset in config.rendered_presets}
     passes = images + STEP_TO_FORWARD * sum(len(row.channels) * steps[row.preset] for row in rows)
-    batch = config.examples.batch if times_whole_batches(_device_of(variants.folded)) else TIMED_BATCH
-    forward_seconds, forward = _fitting(batch, lambda size: _time_forward(variants.folded, chosen, passes, size))
+    batch = config.examples.batch if times_whole_batches(variants.folded.device) else TIMED_BATCH
+    forward_seconds, forward = halved_until_it_fits(
+        batch, lambda size: _time_forward(variants.folded, chosen, passes, size)
+    )
     norms = normalizations or {}
     networks = _Networks(variants.folded, variants.steps, others, forward_seconds, norms, variants.precision, config)
     timed: dict[tuple[str, str], PlanRow] = {}
@@ -303,27 +302,11 @@ def times_whole_batches(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _device_of(model: Model) -> torch.device:
-    return next(model.module.parameters()).device
-
-
-def _fitting(size: int, work: Callable[[int], T]) -> T:
-    """Return the result of `work` with batches of `size`, halved while the device runs out of memory."""
-    while True:
-        try:
-            return work(size)
-        except Exception as error:
-            if size == 1 or not is_out_of_memory(error):
-                raise
-        size //= 2
-        free_memory()
-
-
 def _time_forward(
     folded: Model, layers: Sequence[Layer], run_passes: float, batch: int
 ) -> tuple[dict[str, float], Span]:
     """Return one image's seconds up to each layer, and up to the last one with their range; without the warm-up."""
-    device = _device_of(folded)
+    device = folded.device
     images = torch.rand(batch, folded.preprocessing.channels, *folded.preprocessing.size, device=device)
     passes: list[dict[str, float]] = []
     warm = limit = 0.0
@@ -485,7 +468,9 @@ def _time_step(networks: _Networks, row: PlanRow, preset: Preset, run_steps: int
         return _time_channels(networks, row, preset, run_steps, count)
     full = networks.full_batch(row, preset)
     count = min(len(row.channels), full)
-    count, timing = _fitting(count, lambda size: (size, _time_channels(networks, row, preset, run_steps, size)))
+    count, timing = halved_until_it_fits(
+        count, lambda size: (size, _time_channels(networks, row, preset, run_steps, size))
+    )
     small = count // SMALLER_BATCH
     if small == 0:
         return dataclasses.replace(timing, fixed_share=1.0, seconds=timing.seconds * (count / full))

@@ -460,7 +460,7 @@ def _normalizations(plan: Plan, model: Model, rows: Sequence[PlanRow]) -> dict[s
     natural = plan.setup.natural
     if natural is None:
         return {}
-    device = str(next(model.module.parameters()).device)
+    device = str(model.device)
     layers = [row.layer for row in rows if plan.config.preset_for(row.preset, row.layer).network_penalties]
     return {layer.name: natural.of(normalizations_before(model, layer), device) for layer in layers}
 

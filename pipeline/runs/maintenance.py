@@ -311,7 +311,7 @@ def _recompute_activation(
     preset = worker.setup.config.preset_for(row.preset, row.layer)
     layers = {row.layer.name: row.layer} | worker.setup.others_of(preset)
     model = worker.model
-    device = next(model.module.parameters()).device
+    device = model.device
     batch = torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float() / 255
     with torch.no_grad(), capture(model, list(layers.values())) as forward:
         maps = {name: activations.float() for name, activations in forward(batch).items()}

@@ -91,7 +91,7 @@ class Batch:
         preset = job.preset
         self.units, self.seeds = list(start.units), list(start.seeds)
         self._optimizer, self._canvas = preset.optimizer, preset.canvas
-        device = next(job.model.module.parameters()).device
+        device = job.model.device
         self.initial = start.initial.to(device, non_blocking=True)
         self.reference = None
         if preset.layer_penalties or any(regularizer.anchored for regularizer in preset.penalties):

@@ -85,13 +85,14 @@ def can_be_captured(job: RenderJob, step: int, stage_began: int) -> bool:
         step: The step.
         stage_began: First step of its stage.
     """
-    preset, settings = job.preset, job.schedule[step]
+    preset = job.preset
     if job.capture is None or preset.augmentations or preset.layer_penalties:
         return False
     if not isinstance(preset.optimizer, TabulatedOptimizer) or not preset.optimizer.is_tabulated:
         return False
     if step < max(REDIRECTED_STEPS, stage_began) + WARM_UP:
         return False
+    settings = job.schedule[step]
     rest = [later for later in job.schedule[step:] if later.stage == settings.stage]
     return len(rest) > MIN_REPLAYS and all(_constant(later) == _constant(settings) for later in rest)
 

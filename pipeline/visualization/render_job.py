@@ -1,6 +1,7 @@
 """The job that visualizations of a layer are rendered for, and what the images of a batch start from."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -86,7 +87,7 @@ class RenderJob:
         """The network that finished images are evaluated with."""
         return self._variant(self.exact_model)
 
-    @property
+    @functools.cached_property
     def schedule(self) -> list[StepSettings]:
         """The settings of every step."""
         return expand_schedule(self.preset.schedule, self.preset.steps)

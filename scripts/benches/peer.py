@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from gpu_blocks.lucent import restore_moved_functions
 from peer_judges import Made, dataset_values, seen
 from PIL import Image, ImageDraw
 from render import config_of, say
@@ -85,11 +86,7 @@ class Lucent:
     def __init__(self, home: Path, model: Model, threads: int) -> None:
         torch.set_num_threads(threads)
         sys.path.append(str(home))
-        kornia: Any = importlib.import_module("kornia")
-        geometry: Any = importlib.import_module("kornia.geometry.transform")
-        for name in ("get_rotation_matrix2d", "warp_affine"):
-            if not hasattr(kornia, name):
-                setattr(kornia, name, getattr(geometry, name))
+        restore_moved_functions()
         self.optvis: Any = importlib.import_module("lucent.optvis.render")
         self.param: Any = importlib.import_module("lucent.optvis.param")
         self.transform: Any = importlib.import_module("lucent.optvis.transform")

@@ -24,15 +24,20 @@ from pipeline.models.loading import Model
 STEPS, TIMED_STEPS = 512, 64
 
 
+def restore_moved_functions() -> None:
+    """Restore two functions of kornia that Lucent 0.1.8 needs, and kornia has moved."""
+    kornia: Any = importlib.import_module("kornia")
+    geometry: Any = importlib.import_module("kornia.geometry.transform")
+    for name in ("get_rotation_matrix2d", "warp_affine"):
+        if not hasattr(kornia, name):
+            setattr(kornia, name, getattr(geometry, name))
+
+
 class Lucent:
     """Lucent's `render_vis`, called as in its README; two functions that kornia has moved are restored."""
 
     def __init__(self, bench: Bench, net: Network) -> None:
-        kornia: Any = importlib.import_module("kornia")
-        geometry: Any = importlib.import_module("kornia.geometry.transform")
-        for name in ("get_rotation_matrix2d", "warp_affine"):
-            if not hasattr(kornia, name):
-                setattr(kornia, name, getattr(geometry, name))
+        restore_moved_functions()
         self.optvis: Any = importlib.import_module("lucent.optvis.render")
         self.objectives: Any = importlib.import_module("lucent.optvis.objectives")
         self.param: Any = importlib.import_module("lucent.optvis.param")
