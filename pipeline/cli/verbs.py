@@ -72,7 +72,9 @@ def site(request: Request, _: Options) -> int:
     folder = request.folder.existing()
     with folder.locked():
         check_structure(folder.path)
-        pages.build_site(request, folder)
+        # Only the command line can give this permission: the stored configuration may be a stranger's.
+        trusted = request.config.site.own_image and request.config.run.trust
+        pages.build_site(request, folder, _stored_config(folder) if trusted else None)
     return COMPLETE
 
 
@@ -193,7 +195,8 @@ def compare_runs(request: Request, options: Options) -> int:
         result = build_comparison(opened, out, config.site)
     print_comparison(result.comparison, console(160))
     size = f"{result.host.files:,} files, {result.host.bytes / 1e6:.1f} MB"
-    print(f"{out / 'index.html'}: {size}; compare.csv, summary.csv")
+    tables = ["compare.csv", "summary.csv", *(["effects.csv"] if result.comparison.effects else [])]
+    print(f"{out / 'index.html'}: {size}; {', '.join(tables)}")
     return COMPLETE
 
 

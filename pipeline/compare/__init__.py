@@ -1,7 +1,7 @@
 """Compare runs unit by unit: statistics, tables, and a site that shows their feature visualizations side by side.
 
-    from pipeline.compare import align, opened
-    with opened(["distill", "tv"]) as inputs:
+    from pipeline.compare import align, open_runs
+    with open_runs(["distill", "tv"]) as inputs:
         comparison = align(inputs)
     print(comparison.summary())     # medians, intervals, wins, losses and p values, for all units and for each layer
     table = comparison.units()      # pandas: one row per unit and contender

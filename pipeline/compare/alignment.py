@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
+from pipeline.compare.effects import MEASURES, EffectsChange, compare_effects, numbers_of
 from pipeline.compare.runs import Contender, RunComparison
 from pipeline.compare.statistics import Median, PairedTest, median, paired_test
 from pipeline.core.metric_specs import (
@@ -66,11 +67,13 @@ class Comparison:
         contenders: The contenders.
         measures: Measures that at least one contender has, in display order.
         layers: Numbers by layer, in network order.
+        effects: Changes of the effects of units between runs, by layer; empty unless runs have different effects.
     """
 
     contenders: tuple[Contender, ...]
     measures: tuple[Metric, ...]
     layers: tuple[Part, ...]
+    effects: tuple[EffectsChange, ...] = ()
 
     @property
     def main(self) -> Metric:
@@ -205,10 +208,11 @@ def align(inputs: RunComparison) -> Comparison:
     The result has every layer and channel that at least one contender has, in the order of the first one with it.
     """
     names = list(dict.fromkeys(name for atlas in inputs.atlases for name in atlas.layers))
-    parts = [part for name in names if (part := _part(inputs, name)) is not None]
-    measures = in_comparison_order(name for part in parts for name in part.values)
+    changes = compare_effects(inputs)
+    parts = [part for name in names if (part := _part(inputs, name, bool(changes))) is not None]
+    measures = [MEASURES.get(m.name, m) for m in in_comparison_order(name for part in parts for name in part.values)]
     finite = [m for m in measures if any(np.isfinite(part.of(m.name)).any() for part in parts)]
-    return Comparison(inputs.contenders, tuple(finite), tuple(parts))
+    return Comparison(inputs.contenders, tuple(finite), tuple(parts), changes)
 
 
 def views(inputs: RunComparison, layer: str) -> list[LayerView | None]:
@@ -220,8 +224,14 @@ def views(inputs: RunComparison, layer: str) -> list[LayerView | None]:
     return layer_views
 
 
-def _part(inputs: RunComparison, name: str) -> Part | None:
-    """Return the numbers of one layer, or None if no contender has feature visualizations of it."""
+def _part(inputs: RunComparison, name: str, with_effects: bool) -> Part | None:
+    """Return the numbers of one layer, or None if no contender has feature visualizations of it.
+
+    Args:
+        inputs: The open runs.
+        name: Name of the layer.
+        with_effects: Whether effects of units are among the numbers.
+    """
     contenders = inputs.contenders
     layer_views = views(inputs, name)
     available = [view for view in layer_views if view is not None]
@@ -247,6 +257,8 @@ def _part(inputs: RunComparison, name: str) -> Part | None:
         for key, array in numbers.items():
             if not _is_ratio(key) and array.ndim == 2 and array.dtype.kind in "fiu":
                 values.setdefault(key, np.full(shape, np.nan))[at, rows] = _median_over_variants(array, status)
+        for key, array in numbers_of(view).items() if with_effects else ():
+            values.setdefault(key, np.full(shape, np.nan))[at, rows] = array
     _fill_dataset_max(dataset_max, contenders)
     for best in best_of.values():
         _fill_dataset_max(best, contenders)

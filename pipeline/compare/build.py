@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.compare.alignment import Comparison, Part, align
 from pipeline.compare.contact_sheets import choose, per_thumb, shapes, write_sheets
+from pipeline.compare.effects import table
 from pipeline.compare.pages import Pages, code
 from pipeline.compare.runs import RunComparison
 from pipeline.core.hashing import digest_of
@@ -75,7 +76,7 @@ def build(
     config: SiteConfig,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Compared:
-    """Compare runs, and write compare.parquet, compare.csv, summary.csv and the site to `out`.
+    """Compare runs, and write compare.parquet, compare.csv, summary.csv, effects.csv and the site to `out`.
 
     An existing comparison is replaced once everything is written. The same atlases give the same bytes.
 
@@ -100,7 +101,8 @@ def build(
             progress(done, total)
         comparison = dataclasses.replace(comparison, layers=tuple(result.part for result in results))
         digests = [result.digest for result in results]
-        identity = digest_of([digests, [contender.label for contender in comparison.contenders], code()])[:12]
+        effects = [str(one) for one in comparison.effects]
+        identity = digest_of([digests, [contender.label for contender in comparison.contenders], effects, code()])[:12]
         _write_indices(context, comparison, results, identity)
         _write_tables(root, comparison)
         pages = Pages(root, inputs, comparison, [result.facts for result in results], config, identity)
@@ -114,6 +116,8 @@ def _write_tables(root: Path, comparison: Comparison) -> None:
     units.to_parquet(root / "compare.parquet", index=False)
     units.to_csv(root / "compare.csv", index=False)
     comparison.summary().to_csv(root / "summary.csv", index=False)
+    if comparison.effects:
+        table(comparison.effects).to_csv(root / "effects.csv", index=False)
 
 
 def _facts(inputs: RunComparison, part: Part, order: int) -> LayerSummary:

@@ -17,6 +17,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     for at in range(1, len(comparison.contenders)):
         console.print(_paired_tests(comparison, at))
     console.print(_layers(comparison))
+    if comparison.effects:
+        console.print(_effects(comparison))
     all_units = comparison.all_units
     for at, contender in enumerate(comparison.contenders):
         missing, failed = int((~all_units.rendered[at]).sum()), int(all_units.failed[at].sum())
@@ -76,6 +78,19 @@ def _layers(comparison: Comparison) -> Table:
     for part in comparison.layers:
         medians = [comparison.median(part, comparison.main, at) for at in range(len(labels))]
         table.add_row(escape(part.name), *map(cell, medians), str(part.shared_units))
+    return table
+
+
+def _effects(comparison: Comparison) -> Table:
+    """Return the changes of the effects of units, by layer and pair of runs."""
+    with_outputs = any(change.outputs for change in comparison.effects)
+    columns = ["runs", "units", "rank correlation", "change of the mean effect", "change of the size"]
+    table = _table("effects, by layer", *columns, *(["outputs that changed most"] if with_outputs else []))
+    for one in comparison.effects:
+        row = [f"{one.contender} − {one.against}", str(one.units), number(one.rank_correlation).text]
+        row += [_value_and_interval(one.change), _value_and_interval(one.size_change)]
+        outputs = ", ".join(f"{name} {number(moved).text}" for name, moved in one.outputs) or "—"
+        table.add_row(escape(one.layer), *map(escape, [*row, *([outputs] if with_outputs else [])]))
     return table
 
 

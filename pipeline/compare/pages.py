@@ -81,13 +81,16 @@ class Pages:
         comparison, all_units = self._comparison, self._comparison.all_units
         attributes = self._inputs.first.attributes
         shared = [(word, str(attributes.get(key) or "none")) for key, word in SHARED.items()]
+        table, pairings, main = self._table(all_units), self._pairings(all_units), comparison.main.name
         self._render(
             "index.html",
             "index.html",
             root="",
             part=all_units,
-            table=self._table(all_units),
-            pairings=self._pairings(all_units),
+            table=table,
+            main_table=[row for row in table if row[0].name == main],
+            pairings=pairings,
+            main_pairings=[(a, b, [row for row in rows if row[0].name == main]) for a, b, rows in pairings],
             medians=self._medians(),
             profile=profile(comparison),
             scatters=self._scatters(comparison.layers, ""),

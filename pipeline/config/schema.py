@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from pipeline.activation_atlas.config import ActivationAtlasConfig
 from pipeline.config.unit_filter import UnitFilter
 from pipeline.core.config_files import is_url
 from pipeline.core.errors import AtlasError
@@ -51,8 +52,9 @@ class RunConfig:
         seed: Seed of visualizations.
         update: Whether an existing run folder may continue with another configuration: only what changed is made again.
         check: Number of visualizations that `atlas verify` makes again.
-        trust: Whether `atlas verify` may load the network, code and checkpoints that the config.yaml of a run folder
-            names. Only what is typed counts, never what a run folder has stored.
+        trust: Whether `atlas verify`, and `atlas site` for `site.own_image`, may load the network, code and
+            checkpoints that the config.yaml of a run folder names. Only what is typed counts, never what a run folder
+            has stored.
     """
 
     name: str
@@ -172,6 +174,7 @@ class Config:
         also: Further presets that visualize all units.
         judges: Other networks that the visualizations are shown to, by name.
         effects: Settings of the effects of units on the outputs.
+        activation_atlas: Settings of the activation atlases of layers.
         base: Folder of a run whose results are reused.
         units: Table of units that replaces the selection of layers and channels.
         only: Condition on the visualizations of the base run that selects units.
@@ -189,6 +192,7 @@ class Config:
     also: Annotated[tuple[Preset, ...], Keyed] = ()
     judges: Mapping[str, ModelConfig] = dataclasses.field(default_factory=dict)
     effects: EffectsConfig = dataclasses.field(default_factory=EffectsConfig)
+    activation_atlas: ActivationAtlasConfig = dataclasses.field(default_factory=ActivationAtlasConfig)
     base: str | None = None
     units: str | None = None
     only: str | None = None
@@ -255,8 +259,9 @@ class Config:
 
 
 # Sections that a run folder may change between commands. Device and precision are in the digests of visualizations;
-# judges, effects and display images change no other result, and the identity of an atlas contains what they add.
-FREE_SECTIONS = ("engine", "site", "run", "base", "judges", "effects", "display")
+# judges, effects, activation atlases and display images change no other result, and the identity of an atlas contains
+# what they add.
+FREE_SECTIONS = ("engine", "site", "run", "base", "judges", "effects", "activation_atlas", "display")
 
 
 def from_tree(tree: Mapping[str, Any]) -> Config:

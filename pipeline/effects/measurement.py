@@ -74,35 +74,37 @@ def measure(context: EffectsContext, indices: Sequence[int]) -> EffectsPart:
     failed: list[tuple[int, str]] = []
     parts: list[EffectsPart] = []
     loaded = image_loading.load_images(context.dataset, indices, context.model.preprocessing, context.threads)
-    rests = [RestOfNetwork(context.model, layer, context.outputs) for layer in context.layers]
-    for items in _groups(loaded, context.batch):
+    ablated = [number for number, channels in enumerate(context.ablated) if channels]
+    rest = RestOfNetwork(context.model, [context.layers[number] for number in ablated], context.outputs)
+    for items in grouped(loaded, context.batch):
         readable = [item for item in items if item.array is not None]
         failed += [(item.index, item.reason) for item in items if item.array is None]
         if not readable:
             continue
         context.stop()
-        images = _images(context, [item.array for item in readable if item.array is not None])
+        arrays = [item.array for item in readable if item.array is not None]
+        images = full_batch(arrays, context.batch, context.device)
         outputs, attribution, relevance = (values[: len(readable)] for values in attribute(context, images))
         top = outputs.argmax(1)
-        exact = [_ablate(context, rests, images[i : i + 1], int(top[i])) for i in range(len(readable))]
+        exact = [_ablate(context, rest, ablated, images[i : i + 1]) for i in range(len(readable))]
         index = np.array([item.index for item in readable], np.int32)
         sums = _ablations(top, exact, outputs.shape[1])
         parts.append(EffectsPart(index, top.astype(np.int32), attribution, relevance, sums))
     return EffectsPart.joined(parts, failed)
 
 
-def _groups(loaded: Iterator[Any], size: int) -> Iterator[list[Any]]:
+def grouped(loaded: Iterator[Any], size: int) -> Iterator[list[Any]]:
     """Yield lists of `size` loaded images, whether they can be read or not."""
     while group := list(itertools.islice(loaded, size)):
         yield group
 
 
-def _images(context: EffectsContext, arrays: Sequence[np.ndarray]) -> Tensor:
+def full_batch(arrays: Sequence[np.ndarray], batch: int, device: torch.device) -> Tensor:
     """Return a full batch of images in [0, 1]: kernels that are chosen by batch size round differently."""
     stacked = np.stack(arrays)
-    if len(stacked) < context.batch:
-        stacked = np.concatenate([stacked, np.repeat(stacked[-1:], context.batch - len(stacked), 0)])
-    return torch.from_numpy(stacked).to(context.device).float().div_(255)
+    if len(stacked) < batch:
+        stacked = np.concatenate([stacked, np.repeat(stacked[-1:], batch - len(stacked), 0)])
+    return torch.from_numpy(stacked).to(device).float().div_(255)
 
 
 def attribute(context: EffectsContext, images: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -185,22 +187,34 @@ def _keeper(names: Sequence[str], taps: dict[str, Tensor]) -> Edit:
     return keep
 
 
-def _ablate(context: EffectsContext, rests: Sequence[RestOfNetwork], image: Tensor, top: int) -> dict[str, np.ndarray]:
-    """Return the effects of all ablated units on the outputs for one image, (U, K) float32, by replacement."""
+def _ablate(
+    context: EffectsContext, rest: RestOfNetwork, ablated: Sequence[int], image: Tensor
+) -> dict[str, np.ndarray]:
+    """Return the effects of all ablated units on the outputs for one image, (U, K) float32, by replacement.
+
+    Args:
+        context: Network, layers and units.
+        rest: The parts of the network behind the layers with ablated units.
+        ablated: The numbers of these layers in the context.
+        image: (1, C, H, W) in [0, 1].
+    """
     effects: dict[str, list[np.ndarray]] = {name: [] for name in REPLACEMENTS}
+    if not ablated:
+        return {}
     with torch.no_grad():
-        for rest, layer, channels, mean in zip(rests, context.layers, context.ablated, context.means, strict=True):
-            if not channels:
-                continue
+        outputs = rest.record(image)
+        for number, of_context in enumerate(ablated):
             context.stop()
-            outputs = rest.record(image)
+            layer, channels = context.layers[of_context], context.ablated[of_context]
+            mean = context.means[of_context]
             for name in REPLACEMENTS:
                 values = mean[list(channels)] if name == "mean" else np.zeros(len(channels), np.float32)
                 for start in range(0, len(channels), context.batch):
                     part = slice(start, start + context.batch)
-                    removed = rest.outputs_with(removal(layer, channels[part], values[part]), len(channels[part]))
+                    edit = removal(layer, channels[part], values[part])
+                    removed = rest.outputs_with(number, edit, len(channels[part]))
                     effects[name].append((outputs - removed).cpu().numpy())
-    return {name: np.concatenate(found) for name, found in effects.items() if found}
+    return {name: np.concatenate(found) for name, found in effects.items()}
 
 
 def removal(layer: Layer, channels: Sequence[int], values: np.ndarray) -> Edit:

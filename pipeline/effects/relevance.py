@@ -9,10 +9,12 @@ rule is gradient × input, Ancona et al. 2018, arXiv 1711.06104.)
 The *mask* of a unit in an image says which pixels this part comes from. It is that of the response R = Σ wₚ aₚ, the
 unit's activations weighted by their gradients at the image where their relevance is positive. The change of R from a
 blurred image to the image is divided among the pixels by integrated gradients (Sundararajan et al. 2017,
-arXiv 1703.01365), in `STEPS` steps, and averaged over the cells of a grid.
+arXiv 1703.01365), in `STEPS` steps, and averaged over the cells of a grid. A unit that responds to the blurred image
+nearly as much has no such pixels, and an empty mask: its gradients would be noise.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -25,7 +27,7 @@ from pipeline.data import image_loading
 from pipeline.data.datasets import Dataset
 from pipeline.effects.measurement import pass_with_gradients
 from pipeline.examples.localize import rows_by_image
-from pipeline.examples.shown_images import ShownImages, source_copier
+from pipeline.examples.shown_images import ShownImages, concatenate_bytes, receptive_field_jpeg, source_copier
 from pipeline.examples.sweep import ExamplesConfig
 from pipeline.layers.finding import Layer
 from pipeline.models.loading import Model
@@ -34,6 +36,9 @@ from pipeline.models.loading import Model
 MASK_SIDE = 28
 STEPS = 4
 BLUR = 0.18
+
+# The mask is empty if the blurred image gets at least this share of the response to the image.
+UNCHANGED = 0.9
 
 
 def select_relevant(relevance: np.ndarray, images: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,11 +156,14 @@ def measure_relevance(context: RelevanceContext, index: RelevanceIndex, images: 
 
     Returns:
         Arrays by name, as a shard stores them: for layer i `i/pairs` (p, 2) int32, `i/place` (p, 2) int16, row and
-        column of the largest relevance, and `i/mask` (p, h, w) uint8, 255 for the largest value of each mask. Of the
+        column of the largest relevance, and `i/mask` (p, h, w) uint8, 255 for the largest value of each mask, all 0 for
+        units that do not need the details of the image; with
+        `store="crops"` also `i/jpeg` and `i/offset`, a crop for each pair, in the form of `concatenate_bytes`. Of the
         images that the atlas does not have yet, the arrays `shown/…` of `localize.localize`.
     """
     rows = [rows_by_image(pairs, images) for pairs in index.pairs]
     found: list[list[tuple[int, int, tuple[int, int], np.ndarray]]] = [[] for _ in context.layers]
+    crops: list[list[bytes]] = [[] for _ in context.layers]
     stored = set(index.stored.tolist())
     shown, failed = ShownImages(), []
     recipe = context.model.preprocessing
@@ -173,6 +181,8 @@ def measure_relevance(context: RelevanceContext, index: RelevanceIndex, images: 
         ]
         for (i, row, _), (place, mask) in zip(units, _measure_image(context, item.array, units), strict=True):
             found[i].append((item.index, row, place, mask))
+            if context.config.store == "crops":
+                crops[i].append(receptive_field_jpeg(context.layers[i], place, item.extra, recipe, context.config))
         if item.index not in stored:
             shown.add([item], context.config)
     arrays = shown.arrays(failed, context.config.store)
@@ -180,6 +190,8 @@ def measure_relevance(context: RelevanceContext, index: RelevanceIndex, images: 
         arrays[f"{i}/pairs"] = np.array([entry[:2] for entry in entries], np.int32).reshape(-1, 2)
         arrays[f"{i}/place"] = np.array([entry[2] for entry in entries], np.int16).reshape(-1, 2)
         arrays[f"{i}/mask"] = np.array([entry[3] for entry in entries], np.uint8).reshape(-1, *context.mask_size)
+        if context.config.store == "crops":
+            arrays |= concatenate_bytes(f"{i}/", crops[i])
     return arrays
 
 
@@ -202,6 +214,9 @@ def _measure_image(
     start = blurred(image)
     shares = (torch.arange(STEPS, device=device) + 0.5) / STEPS
     path = start + shares[:, None, None, None] * (image - start)
+    with torch.no_grad():
+        _, tensors, _ = pass_with_gradients(model, layers, context.outputs, start)
+    at_start = {i: layer.maps(tensor, 1)[0].float() for i, layer, tensor in zip(numbers, layers, tensors, strict=True)}
     inputs, tensors, _ = pass_with_gradients(model, layers, context.outputs, path)
     along = {i: layer.maps(tensor, STEPS) for i, layer, tensor in zip(numbers, layers, tensors, strict=True)}
     results = []
@@ -209,14 +224,17 @@ def _measure_image(
         maps, gradient = (values[channel] for values in at_image[i])
         relevance = maps * gradient
         best = int(relevance.argmax())
+        place = divmod(best, maps.shape[1])
         weights = gradient * (relevance > 0)
-        activations = along[i][:, channel].float()
-        if context.layers[i].rectified:
-            activations = activations.clamp(min=0)
+        lowest = 0.0 if context.layers[i].rectified else -math.inf
+        response, unchanged = ((x.clamp(min=lowest) * weights).sum() for x in (maps, at_start[i][channel]))
+        if float(unchanged) >= UNCHANGED * float(response):
+            results.append((place, np.zeros(context.mask_size, np.uint8)))
+            continue
+        activations = along[i][:, channel].float().clamp(min=lowest)
         (slope,) = torch.autograd.grad((activations * weights).sum(), [inputs], retain_graph=True)
         share = (slope.mean(0, keepdim=True) * (image - start)).sum(1, keepdim=True)
-        width = maps.shape[1]
-        results.append(((best // width, best % width), _mask(share, context.mask_size)))
+        results.append((place, _mask(share, context.mask_size)))
     return results
 
 

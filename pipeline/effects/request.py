@@ -24,6 +24,7 @@ class EffectsRequest:
         batch: Images in one forward pass.
         channels: Channels of each layer that are in the atlas.
         examples: Number of images per unit that are listed by relevance.
+        connected: Dataset images over which connections are measured, ascending.
     """
 
     outputs: Layer
@@ -33,28 +34,43 @@ class EffectsRequest:
     batch: int
     channels: tuple[tuple[int, ...], ...] = ()
     examples: int = 0
+    connected: tuple[int, ...] = ()
 
     @property
     def passes(self) -> float:
         """Estimated work for one image, in forward passes through the whole network.
 
-        A backward pass counts as two. For each layer with ablated units there is one pass that is recorded, and
-        one from the layer on for each unit and replacement.
+        A backward pass counts as two. With ablated units one pass is recorded, and there is one from the layer on for
+        each unit and replacement.
         """
         total = self._total_cost
         pairs = zip(self.layers, self.ablated, strict=True)
-        return 3 + sum(len(own) * len(REPLACEMENTS) * (1 - layer.cost / total) + 1 for layer, own in pairs if own)
+        removed = sum(len(own) * len(REPLACEMENTS) * (1 - layer.cost / total) for layer, own in pairs)
+        return 3 + any(self.ablated) + removed
 
     @property
     def relevance_passes(self) -> float:
         """Estimated work for all masks, in forward passes through the whole network.
 
-        An image is read for each pair at the worst, with a forward and a backward pass, and `STEPS` forward passes; a
-        pair has a backward pass over so many images as far as the layer.
+        An image is read for each pair at the worst, with a forward and a backward pass, and `STEPS` + 1 forward passes;
+        a pair has a backward pass over `STEPS` images as far as the layer.
         """
         total = self._total_cost
         costs = [len(own) * layer.cost / total for layer, own in zip(self.layers, self.channels, strict=True)]
-        return self.relevant_images * (3 + STEPS) + self.examples * sum(costs) * 2 * STEPS
+        return self.relevant_images * (3 + 1 + STEPS) + self.examples * sum(costs) * 2 * STEPS
+
+    @property
+    def connection_passes(self) -> float:
+        """Estimated work for the connections of one image, in forward passes through the whole network.
+
+        Each unit of the atlas has a backward pass to the layer before; a backward pass counts as two.
+        """
+        costs = [layer.cost / self._total_cost for layer in self.layers]
+        backward = sum(
+            2 * len(own) * max(0.0, cost - before)
+            for own, cost, before in zip(self.channels[1:], costs[1:], costs, strict=False)
+        )
+        return 3 + backward
 
     @property
     def relevant_images(self) -> int:
@@ -96,6 +112,7 @@ def request_effects(
         config.batch,
         tuple(tuple(channels) for _, channels in measured),
         config.examples,
+        choose_images(dataset, min(config.connections, config.images)) if config.connections else (),
     )
 
 

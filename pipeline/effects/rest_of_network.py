@@ -1,7 +1,8 @@
 """Run the rest of a network from a layer on, with other values at the layer.
 
-The results of all module calls that are finished before the layer are stored, and take the place of these calls. Of
-nested calls only the outermost are stored: in a network of blocks nothing before the block of the layer is computed
+One complete pass over an image is recorded for all layers: the results of module calls, and the times at which calls
+were finished and layers were reached. For a layer, the results that are finished before it take the place of their
+calls; of nested calls only the outermost. In a network of blocks nothing before the block of the layer is computed
 again. What a network computes outside of its modules is computed again, from the stored results.
 """
 
@@ -9,7 +10,9 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,86 +39,116 @@ VIEWS, COPIES = "views", "copies"
 
 @dataclasses.dataclass
 class _Call:
-    """A module call of the recorded pass: its module, its place in time, and its result while that is stored."""
+    """A module call of the recorded pass.
+
+    Attributes:
+        path: Path of the module.
+        start: Time at which it began.
+        end: Time at which it was finished; infinite before.
+        result: Its result, until no layer needs it.
+        stored: Whether the result takes the place of the call: it was finished before the layer in question.
+    """
 
     path: str
     start: int
-    end: int = -1
+    end: float = math.inf
     result: Any = None
     stored: bool = False
 
 
 class RestOfNetwork:
-    """The part of a network from a layer to its outputs.
+    """The parts of a network from each of some layers to its outputs.
 
     Args:
         model: The network.
-        layer: The layer.
+        layers: The layers; all other arguments name a layer by its number among them.
         outputs: The layer of the outputs.
 
     Attributes:
-        repetition: How stored results are repeated: the first of `VIEWS` and `COPIES` with which the outputs are those
-            of a complete pass; "" if neither does. Then every pass is a complete one, which gives the same numbers.
+        repetitions: How stored results are repeated for each layer: the first of `VIEWS` and `COPIES` with which the
+            outputs are those of a complete pass; "" if neither does. Then every pass from this layer on is a complete
+            one, which gives the same numbers.
     """
 
-    def __init__(self, model: Model, layer: Layer, outputs: Layer) -> None:
-        self._model, self._layer, self._outputs = model, layer, outputs
+    def __init__(self, model: Model, layers: Sequence[Layer], outputs: Layer) -> None:
+        self._model, self._layers, self._outputs = model, tuple(layers), outputs
         self._modules = modules_of(model.module)
         self._image: Tensor | None = None
-        self._calls: list[_Call] = []
-        self.repetition = VIEWS
+        self._calls: dict[int, list[_Call]] = {}
+        self.repetitions = [VIEWS] * len(self._layers)
         self._checked = False
 
     def record(self, image: Tensor) -> Tensor:
-        """Run the network on one image (1, C, H, W) in [0, 1], keep it, and return its outputs (1, K) float32."""
-        self._image, self._calls = image, []
-        if not self.repetition:
-            return self._complete_pass(1, None)
-        recorder = _Recorder(self._modules, self._layer)
-        with recorder.attached():
-            outputs = self._complete_pass(1, None)
-        if recorder.tap is None:
-            raise AtlasError(f"{self._model.name} did not run {self._layer.name} for a dataset image.")
-        self._calls = recorder.calls
+        """Run the network on one image (1, C, H, W) in [0, 1], keep it, and return its outputs (1, K) float32.
+
+        Raises:
+            AtlasError: If the network does not run one of the layers.
+        """
+        self._image = image
+        outputs = self._recorded_pass()
         if not self._checked:
             self._checked = True
-            self._check(outputs)
+            for number in range(len(self._layers)):
+                self._check(number, outputs)
         return outputs
 
-    def outputs_with(self, edit: Edit, copies: int) -> Tensor:
-        """Return the outputs (copies, K) float32 for copies of the recorded image with other values at the layer.
+    def outputs_with(self, number: int, edit: Edit, copies: int) -> Tensor:
+        """Return the outputs (copies, K) float32 for copies of the recorded image with other values at a layer.
 
         Args:
+            number: Number of the layer.
             edit: Receives the tensor at the layer for `copies` copies of the image, and returns it changed.
             copies: Number of copies.
         """
-        if not self.repetition:
-            return self._complete_pass(copies, edit)
-        return self._replay(edit, copies)
+        if not self.repetitions[number]:
+            return self._complete_pass(copies, {number: edit})
+        return self._replay(number, edit, copies)
 
-    def _replay(self, edit: Edit, copies: int) -> Tensor:
-        with _replaced_calls(self._modules, self._calls, functools.partial(REPEAT[self.repetition], copies=copies)):
-            return self._complete_pass(copies, edit, self._calls)
+    def _recorded_pass(self) -> Tensor:
+        """Run the network on the image, keep what the layers need of it, and return the outputs."""
+        wanted = {number: self._layers[number] for number, repetition in enumerate(self.repetitions) if repetition}
+        self._calls = {}
+        if not wanted:
+            return self._complete_pass(1)
+        recorder = _Recorder(self._modules, wanted)
+        with recorder.attached():
+            outputs = self._complete_pass(1)
+        for number, layer in wanted.items():
+            if number not in recorder.taps:
+                raise AtlasError(f"{self._model.name} did not run {layer.name} for a dataset image.")
+            self._calls[number] = _calls_before(recorder.calls, recorder.taps[number])
+        return outputs
 
-    def _check(self, outputs: Tensor) -> None:
+    def _replay(self, number: int, edit: Edit, copies: int) -> Tensor:
+        calls = self._calls[number]
+        repeat = functools.partial(REPEAT[self.repetitions[number]], copies=copies)
+        with _replaced_calls(self._modules, calls, repeat):
+            return self._complete_pass(copies, {number: edit}, calls)
+
+    def _check(self, number: int, outputs: Tensor) -> None:
         """Choose the repetition of stored results that gives the outputs of the complete pass."""
         reason, scale = "", float(outputs.abs().max()) or 1.0
-        for self.repetition in (VIEWS, COPIES):
+        for repetition in (VIEWS, COPIES):
+            self.repetitions[number] = repetition
             try:
-                replayed = self._replay(lambda tensor: tensor, 2)
+                replayed = self._replay(number, lambda tensor: tensor, 2)
             except Exception as error:  # whatever the code of a network raises for results that it does not expect
                 if is_device_failure(error):
                     raise
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                continue
-            if float((replayed - outputs).abs().max()) <= TOLERANCE * scale:
-                return
-            reason = "the outputs differ"
-        log.info("%s: ablations run the complete network: %s", self._layer.name, reason)
-        self.repetition, self._calls = "", []
+            else:
+                if float((replayed - outputs).abs().max()) <= TOLERANCE * scale:
+                    return
+                reason = "the outputs differ"
+            # The network may have changed stored results, which other layers use as well.
+            self._recorded_pass()
+        log.info("%s: ablations run the complete network: %s", self._layers[number].name, reason)
+        self.repetitions[number] = ""
 
-    def _complete_pass(self, copies: int, edit: Edit | None, stored: "list[_Call] | None" = None) -> Tensor:
-        """Run the network with an edit at the layer; calls before it may be replaced by stored results."""
+    def _complete_pass(
+        self, copies: int, edits: Mapping[int, Edit] | None = None, stored: list[_Call] | None = None
+    ) -> Tensor:
+        """Run the network with an edit at a layer; calls before it may be replaced by stored results."""
         assert self._image is not None
         kept: list[Tensor] = []
 
@@ -123,15 +156,14 @@ class RestOfNetwork:
             kept.append(tensor)
             return tensor
 
-        tap = _calls_of_module(stored, self._layer.module, self._layer.call) if stored else self._layer.call
+        def hooked_layer(layer: Layer, edit: Edit) -> contextlib.AbstractContextManager[None]:
+            call = _calls_of_module(stored, layer.module, layer.call) if stored else layer.call
+            return hooked(self._modules[layer.module], layer.side, {call: edit})
+
         with contextlib.ExitStack() as stack:
-            if edit is not None:
-                stack.enter_context(hooked(self._modules[self._layer.module], self._layer.side, {tap: edit}))
-            calls = self._outputs.call
-            if stored:
-                calls = _calls_of_module(stored, self._outputs.module, calls)
-            module = self._modules[self._outputs.module]
-            stack.enter_context(hooked(module, self._outputs.side, {calls: keep}))
+            for number, edit in (edits or {}).items():
+                stack.enter_context(hooked_layer(self._layers[number], edit))
+            stack.enter_context(hooked_layer(self._outputs, keep))
             images = self._image.expand(copies, *self._image.shape[1:])
             images = images.contiguous(memory_format=self._model.memory_format)
             self._model.module(self._model.normalize(images))
@@ -173,20 +205,25 @@ def hooked(module: nn.Module, side: str, edits: Mapping[int, Edit]) -> Iterator[
 
 
 class _Recorder:
-    """Hooks on all modules that store the results of the outermost calls that are finished before a layer.
+    """Hooks on all modules that store the results of the calls that are finished before the last of some layers.
+
+    Args:
+        modules: The modules by path.
+        layers: The layers by number.
 
     Attributes:
-        calls: All calls that began before the layer, in the order in which they began.
-        tap: Time at which the tensor of the layer existed; None before.
+        calls: All calls that began before the last layer, in the order in which they began.
+        taps: Times at which the tensors of the layers existed, by number.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], layer: Layer) -> None:
-        self._modules, self._layer = modules, layer
+    def __init__(self, modules: dict[str, nn.Module], layers: Mapping[int, Layer]) -> None:
+        self._modules, self._layers = modules, layers
+        self._ends = {(layer.module, layer.side) for layer in layers.values()}
         self.calls: list[_Call] = []
-        self.tap: int | None = None
-        self._time = 0
+        self.taps: dict[int, int] = {}
+        self._time = self._last_tap = 0
         self._open: list[_Call] = []
-        self._calls_of_layer = 0
+        self._count: Counter[tuple[str, str]] = Counter()
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -202,21 +239,25 @@ class _Recorder:
             for handle in handles:
                 handle.remove()
 
-    def _reaches_layer(self, path: str, side: str) -> bool:
-        """Count the calls of the layer's module; note the time if this is the one whose tensor is the layer."""
-        if (path, side) != (self._layer.module, self._layer.side):
-            return False
-        self._calls_of_layer += 1
-        if self._calls_of_layer == self._layer.call:
-            self.tap = self._time
-        return self.tap is not None
+    @property
+    def _complete(self) -> bool:
+        return len(self.taps) == len(self._layers)
+
+    def _advance(self, path: str, side: str) -> bool:
+        """Go on to the next begin or end of a call, and note which layers it is; false if it is the last layer."""
+        self._time += 1
+        end = path, side
+        if end not in self._ends:
+            return True
+        self._count[end] += 1
+        for number, layer in self._layers.items():
+            if (layer.module, layer.side) == end and layer.call == self._count[end]:
+                self.taps[number] = self._last_tap = self._time
+        return not self._complete
 
     def _before(self, path: str) -> Callable[..., None]:
         def before(*_: Any) -> None:
-            if self.tap is not None:
-                return
-            self._time += 1
-            if self._reaches_layer(path, "in"):
+            if self._complete or not self._advance(path, "in"):
                 return
             call = _Call(path, self._time)
             self.calls.append(call)
@@ -226,25 +267,28 @@ class _Recorder:
 
     def _after(self, path: str) -> Callable[..., None]:
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
-            if self.tap is not None:
-                return
-            self._time += 1
-            if self._reaches_layer(path, "out"):
+            if self._complete or not self._advance(path, "out"):
                 return
             call = self._open.pop()
             # The network may change its tensors in place afterwards.
-            call.end, call.result, call.stored = self._time, map_tensors(output, Tensor.clone), True
+            call.end, call.result = self._time, map_tensors(output, Tensor.clone)
             for inner in reversed(self.calls):
                 if inner is call:
                     break
-                inner.result, inner.stored = None, False
+                if inner.end >= self._last_tap:  # no layer lies between the ends of the inner and the outer call
+                    inner.result = None
 
         return after
 
 
+def _calls_before(calls: list[_Call], tap: int) -> list[_Call]:
+    """Return the calls that began before the time of a layer; those finished before it are stored."""
+    return [dataclasses.replace(call, stored=call.end < tap) for call in calls if call.start < tap]
+
+
 def _executed(calls: list[_Call]) -> Iterator[_Call]:
     """Yield the calls that happen when stored results replace calls: all but those inside replaced calls."""
-    end = -1
+    end = -math.inf
     for call in calls:
         if call.start < end:
             continue

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from pipeline.examples.results import Localizations
+
 # What the map of an ablated unit is set to.
 REPLACEMENTS = ("zero", "mean")
 
@@ -131,7 +133,8 @@ class RelevantImages:
         y: Row of the largest relevance in the layer's map, (C', k) int16.
         x: Its column.
         mask: Pixels that the relevance comes from, in cells of the network's input, (C', k, h, w) uint8; 255 for the
-            largest value of each mask.
+            largest value of each mask; all 0 for a unit that responds to a blurred copy of the image as well.
+        crop: Number of the crop among those of the layer, (C', k) int32; −1 for none. None where no crops are stored.
     """
 
     value: np.ndarray
@@ -139,6 +142,23 @@ class RelevantImages:
     y: np.ndarray
     x: np.ndarray
     mask: np.ndarray
+    crop: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectionAttribution:
+    """Attributions of the connections between the units of two layers, means over dataset images.
+
+    Attributes:
+        source: Name of the layer before.
+        value: Attributions of the target's channels in the atlas, by channel of the source, (C', I) float32; see
+            `effects.connections`.
+        images: Number of images.
+    """
+
+    source: str
+    value: np.ndarray
+    images: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +171,11 @@ class EffectsResult:
         top: The largest output of each, (n,) int32.
         layers: Effects by layer name.
         relevant: Images by relevance for the units of the atlas, by layer name; empty without such lists.
+        crops: Arrays `i/jpeg` and `i/offset` with crops of these images, for each number i of a layer in `layers`; None
+            where no crops are stored.
         device: Kinds of the devices that effects were measured on, such as "cpu cuda"; empty if parts of former
             versions do not say it.
+        connections: Attributions of connections, by the name of the target; empty without.
     """
 
     outputs: str
@@ -160,7 +183,9 @@ class EffectsResult:
     top: np.ndarray
     layers: Mapping[str, LayerEffects]
     relevant: Mapping[str, RelevantImages] = dataclasses.field(default_factory=dict)
+    crops: Localizations | None = None
     device: str = ""
+    connections: Mapping[str, ConnectionAttribution] = dataclasses.field(default_factory=dict)
 
 
 def split_by_layer(

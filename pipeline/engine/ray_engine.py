@@ -33,7 +33,7 @@ from pipeline.engine.connection import ConnectionWatch
 from pipeline.engine.deadlines import Deadlines
 from pipeline.engine.progress import WorkerStats
 from pipeline.engine.resources import Node, size_pool
-from pipeline.engine.tasks import Done, RenderTask, Setup, Task, write_result
+from pipeline.engine.tasks import CellsTask, Done, RenderTask, Setup, Task, write_result
 from pipeline.engine.worker import DeviceLost, Worker
 from pipeline.models.loading import serialize_weights
 
@@ -448,7 +448,7 @@ class RayEngine:
 
     def _files(self, task: Task) -> Any:
         """Return the dataset images of a task in the object store, if workers cannot read the files of the driver."""
-        if self.config.shared_fs or isinstance(task, RenderTask):
+        if self.config.shared_fs or isinstance(task, RenderTask | CellsTask):
             return None
         assert self._setup is not None
         files = image_loading.encoded_images(self._setup.dataset, task.images)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pipeline.activation_atlas.request import ActivationAtlasRequest
 from pipeline.config.schema import Config
 from pipeline.core import hashing
 from pipeline.core.atomic_io import write_atomic
@@ -25,7 +26,11 @@ EXAMPLES_VERSION = 3
 LOCALIZE_VERSION = 5
 RESTART_VERSION = 1
 EFFECTS_VERSION = 2
-RELEVANCE_VERSION = 1
+CONNECTIONS_VERSION = 1
+RELEVANCE_VERSION = 2
+SAMPLES_VERSION = 1
+LAYOUT_VERSION = 1
+CELLS_VERSION = 1
 
 # Version of visualizations by presets with regularizers in the space of a layer, beside `RENDER_VERSION`. Version 1,
 # whose weight was relative to the value of the objective, was not part of digests.
@@ -54,6 +59,7 @@ class Setup:
         mark: A file in the run folder, of another name in each run: workers that see it write their shards there,
             others send them back. Empty if all see the folder.
         effects: The effects that are measured; None without.
+        activation_atlas: The activation atlases that are made; None without.
     """
 
     config: Config
@@ -69,6 +75,7 @@ class Setup:
     depths: tuple[Layer, ...] = ()
     mark: str = ""
     effects: EffectsRequest | None = None
+    activation_atlas: ActivationAtlasRequest | None = None
 
     def others_of(self, preset: Preset) -> dict[str, Layer]:
         """Return those of `others` that `preset` reads, by name."""
@@ -256,18 +263,81 @@ class RelevanceTask(PartTask):
     index: bytes
 
 
-DatasetTask = RangesTask | SweepTask | LocalizeTask | EffectsTask | RelevanceTask
-Task = RenderTask | DatasetTask
+@dataclasses.dataclass(frozen=True)
+class ConnectionsTask(PartTask):
+    """Attributions of connections between units for some dataset images.
+
+    Attributes:
+        start: Position of the first image in `EffectsRequest.connected`, a multiple of `EffectsRequest.batch`.
+        end: One past the position of the last image.
+        images: Indices of the dataset images.
+        means: Mean of each channel of each layer over the dataset, as bytes of a shard with one array for each layer.
+    """
+
+    stage, noun = "connections", "connections"
+
+    means: bytes
 
 
-# What the memory of a task depends on: layer and preset of visualizations, which determine their canvas; otherwise the
-# stage.
+@dataclasses.dataclass(frozen=True)
+class SamplesTask(PartTask):
+    """Activations at random positions of some dataset images.
+
+    Attributes:
+        start: Position of the first image in `ActivationAtlasRequest.images`, a multiple of its `batch`.
+        end: One past the position of the last image.
+        images: Indices of the dataset images.
+    """
+
+    stage, noun = "samples", "activation samples"
+
+
+@dataclasses.dataclass(frozen=True)
+class CellsTask(_Task):
+    """Visualize some cells of the activation atlas of a layer.
+
+    Attributes:
+        layer: Name of the layer.
+        start: The first cell, a multiple of the number of images that are optimized together.
+        end: One past the last cell.
+        directions: Direction of each cell, as bytes of a shard.
+    """
+
+    stage = "cells"
+
+    layer: str
+    start: int
+    end: int
+    directions: bytes
+
+    @property
+    def name(self) -> str:
+        """Description for messages."""
+        return f"{self.layer}, cells {self.start}…{self.end - 1}"
+
+    @property
+    def size(self) -> int:
+        """Number of cells."""
+        return self.end - self.start
+
+
+DatasetTask = RangesTask | SweepTask | LocalizeTask | EffectsTask | RelevanceTask | ConnectionsTask | SamplesTask
+Task = RenderTask | CellsTask | DatasetTask
+
+
+# What the memory of a task depends on: layer and preset of visualizations, which determine their canvas, or layer and
+# stage of cells; otherwise the stage.
 MemoryKey = tuple[str, ...]
 
 
 def memory_key(task: Task) -> MemoryKey:
     """Return what batch sizes that fit into memory are kept by."""
-    return (task.layer, task.preset) if isinstance(task, RenderTask) else (task.stage,)
+    match task:
+        case RenderTask():
+            return task.layer, task.preset
+        case CellsTask():
+            return task.layer, task.stage
+    return (task.stage,)
 
 
 def device_kind(device: str) -> str:
@@ -359,6 +429,7 @@ def restart_digest(setup: Setup, render: str, examples: str) -> str:
             "render": render,
             "examples": examples,
             "side": config.side,
+            "crop_side": config.crop_side,
             "jpeg_quality": config.jpeg_quality,
         }
     )
@@ -455,6 +526,29 @@ def effects_digest(setup: Setup, examples: str) -> str:
     )
 
 
+def connections_digest(setup: Setup, examples: str) -> str:
+    """Return the digest of everything that changes the attributions of connections.
+
+    Args:
+        setup: The setup of the workers, with effects.
+        examples: Digest of the first pass, which has the means of the channels.
+    """
+    request = setup.effects
+    assert request is not None
+    return hashing.digest_of(
+        {
+            "result": "connections",
+            "version": CONNECTIONS_VERSION,
+            "examples": examples,
+            "outputs": request.outputs.tap,
+            "layers": [layer.tap for layer in request.layers],
+            "channels": [list(numbers) for numbers in request.channels],
+            "images": len(request.connected),
+            "batch": request.batch,
+        }
+    )
+
+
 def relevance_digest(setup: Setup, examples: str) -> str:
     """Return the digest of everything that changes which images are listed by relevance, and their masks.
 
@@ -473,6 +567,78 @@ def relevance_digest(setup: Setup, examples: str) -> str:
             "examples": request.examples,
             "store": config.store,
             "side": config.side,
+            "crop_side": config.crop_side,
             "jpeg_quality": config.jpeg_quality,
+        }
+    )
+
+
+def samples_digest(setup: Setup, fingerprint: str) -> str:
+    """Return the digest of everything that changes the samples of activation atlases.
+
+    Args:
+        setup: The setup of the workers, with activation atlases.
+        fingerprint: Digest of the dataset and the preprocessing.
+    """
+    request = setup.activation_atlas
+    assert request is not None
+    return hashing.digest_of(
+        {
+            "result": "samples",
+            "version": SAMPLES_VERSION,
+            "weights": setup.weights,
+            "arguments": _arguments(setup.config),
+            "dataset": fingerprint,
+            "layers": [[layer.tap, layer.rectified] for layer in request.layers],
+            "outputs": request.outputs.tap if request.outputs is not None else None,
+            "images": len(request.images),
+            "positions": request.config.positions,
+            "seed": setup.config.run.seed,
+            "batch": request.batch,
+        }
+    )
+
+
+def layout_digest(setup: Setup, samples: str, layer: Layer) -> str:
+    """Return the digest of everything that changes the layout of the samples of a layer, but the method.
+
+    The method is the best that is installed when the samples are laid out; it is recorded with the layout.
+
+    Args:
+        setup: The setup of the workers, with activation atlases.
+        samples: Digest of the samples.
+        layer: The layer.
+    """
+    request = setup.activation_atlas
+    assert request is not None
+    return hashing.digest_of(
+        {
+            "result": "layout",
+            "version": LAYOUT_VERSION,
+            "samples": samples,
+            "layer": layer.tap,
+            "grid": request.config.grid,
+            "min_count": request.config.min_count,
+        }
+    )
+
+
+def cells_digest(setup: Setup, layer: Layer, content: str) -> str:
+    """Return the digest of everything that changes the visualizations of the cells of a layer.
+
+    Args:
+        setup: The setup of the workers, with activation atlases.
+        layer: The layer.
+        content: Digest of the layout, by its values.
+    """
+    request = setup.activation_atlas
+    assert request is not None
+    return hashing.digest_of(
+        {
+            "result": "cells",
+            "version": CELLS_VERSION,
+            "render": render_digest(setup, layer, request.canvas(layer), setup.config.render.name),
+            "steps": request.config.steps,
+            "layout": content,
         }
     )

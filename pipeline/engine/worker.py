@@ -19,16 +19,19 @@ from pipeline.acceleration.batchnorm_folding import ConvNormPair, foldable_pairs
 from pipeline.acceleration.cuda_graphs import capture_graph
 from pipeline.acceleration.precision import capability_of, ieee, usable
 from pipeline.acceleration.variants import ModelVariants, verified_fold, verified_variants
+from pipeline.activation_atlas import sampling
 from pipeline.core import atomic_io, hashing
 from pipeline.core.errors import AtlasError
 from pipeline.core.metric_specs import IMAGE_METRICS, RENDER_METRICS
 from pipeline.core.registry import registered_name
-from pipeline.effects import measurement, relevance
+from pipeline.effects import connections, measurement, relevance
 from pipeline.effects.measurement import EffectsContext
 from pipeline.engine.background import Background
 from pipeline.engine.devices import device_name, free_memory, halved_until_it_fits, prepare_device
 from pipeline.engine.resources import memory_share
 from pipeline.engine.tasks import (
+    CellsTask,
+    ConnectionsTask,
     Done,
     EffectsTask,
     LocalizeTask,
@@ -37,6 +40,7 @@ from pipeline.engine.tasks import (
     RangesTask,
     RelevanceTask,
     RenderTask,
+    SamplesTask,
     Setup,
     SweepTask,
     Task,
@@ -257,6 +261,12 @@ class Worker:
                 return self._relevance(task)
             case EffectsTask():
                 return self._effects(task)
+            case ConnectionsTask():
+                return self._connections(task)
+            case SamplesTask():
+                return self._samples(task)
+            case CellsTask():
+                return self._cells(task)
 
     @contextlib.contextmanager
     def _dataset_files(self, files: ImageFiles | None) -> Iterator[None]:
@@ -543,11 +553,10 @@ class Worker:
         )
         return self._part_bytes(task, arrays)
 
-    def _effects(self, task: EffectsTask) -> bytes:
-        request, threads = self.setup.effects, max(2, self.setup.threads)
+    def _effects_context(self, task: EffectsTask | ConnectionsTask) -> EffectsContext:
+        request, means = self.setup.effects, hdf5.from_bytes(task.means)
         assert request is not None
-        means = hdf5.from_bytes(task.means)
-        context = EffectsContext(
+        return EffectsContext(
             model=self.measured,
             layers=request.layers,
             outputs=request.outputs,
@@ -556,11 +565,26 @@ class Worker:
             dataset=self.dataset,
             batch=request.batch,
             stop=self.stop,
-            threads=threads,
+            threads=max(2, self.setup.threads),
         )
-        result = self._halved(
+
+    def _connections(self, task: ConnectionsTask) -> bytes:
+        request, context = self.setup.effects, self._effects_context(task)
+        assert request is not None
+        arrays = self._halved(
             memory_key(task),
             request.batch,
+            lambda batch: connections.measure_connections(
+                dataclasses.replace(context, batch=batch), request.channels, task.images
+            ),
+        )
+        return self._part_bytes(task, arrays)
+
+    def _effects(self, task: EffectsTask) -> bytes:
+        context = self._effects_context(task)
+        result = self._halved(
+            memory_key(task),
+            context.batch,
             lambda batch: measurement.measure(dataclasses.replace(context, batch=batch), task.images),
         )
         return self._part_bytes(task, result.arrays())
@@ -580,6 +604,51 @@ class Worker:
         index = relevance.RelevanceIndex.from_arrays(hdf5.from_bytes(task.index))
         arrays = relevance.measure_relevance(context, index, task.images)
         return self._part_bytes(task, arrays)
+
+    def _samples(self, task: SamplesTask) -> bytes:
+        request = self.setup.activation_atlas
+        assert request is not None
+        context = sampling.SamplingContext(
+            model=self.measured,
+            layers=request.layers,
+            outputs=request.outputs,
+            dataset=self.dataset,
+            positions=request.config.positions,
+            seed=self.setup.config.run.seed,
+            batch=request.batch,
+            stop=self.stop,
+            threads=max(2, self.setup.threads),
+        )
+        result = self._halved(
+            memory_key(task),
+            request.batch,
+            lambda batch: sampling.sample(dataclasses.replace(context, batch=batch), task.images),
+        )
+        return self._part_bytes(task, result.arrays())
+
+    def _cells(self, task: CellsTask) -> bytes:
+        request, config = self.setup.activation_atlas, self.setup.config
+        assert request is not None
+        layer, directions = self.layers[task.layer], hdf5.from_bytes(task.directions)["directions"]
+        preset = request.preset(config.render, layer, directions)
+        job = self.job(task.layer, request.canvas(layer), preset)
+        cells = [(0, cell) for cell in range(len(directions))]
+        size = config.engine.images_per_batch(layer.channels, self.setup.device)
+        batches = self.in_batches(
+            memory_key(task),
+            cells,
+            size,
+            lambda part: draw_start(job, part, 0),
+            lambda start: render(job, start.units, start),
+        )
+        pictures = [picture for batch in batches for picture in batch]
+        arrays = {
+            "images": np.stack([p.image for p in pictures])[:, None],
+            "activation": np.array([p.activation for p in pictures], np.float32),
+            "failed": np.array([p.status == "failed" for p in pictures], bool),
+        }
+        place = {"digest": task.digest, "start": task.start, "end": task.end, "device": self._kind}
+        return shards.to_bytes({**place, "precision": job.precision}, arrays)
 
     def _part_bytes(self, task: SweepTask | PartTask, arrays: Mapping[str, np.ndarray], **attributes: str) -> bytes:
         """Return the result of a part of a list of images as bytes of a shard, which knows its place in the list."""

@@ -250,11 +250,37 @@ def localize(context: PassContext, index: SecondPassIndex, images: Sequence[int]
         input), `shown/lost` (images that could not be read), and with `store="images"` `shown/jpeg` and
         `shown/offset`.
     """
-    model, config = context.model, context.config
-    device = model.device
-    shown_images = set(index.shown.tolist())
     paths = _PathMeasurements(context, index)
     measurements = {layer.name: _LayerMeasurements(layer, index, i, images) for i, layer in enumerate(context.layers)}
+    shown, lost = _measure_images(context, set(index.shown.tolist()), images, paths, measurements)
+    arrays = shown.arrays(lost, context.config.store) | paths.arrays()
+    for i, layer in enumerate(context.layers):
+        own = measurements[layer.name].arrays(context.config)
+        arrays |= {f"{i}/{name}": array for name, array in own.items()}
+    return arrays
+
+
+def _measure_images(
+    context: PassContext,
+    shown_images: set[int],
+    images: Sequence[int],
+    paths: "_PathMeasurements",
+    measurements: "Mapping[str, _LayerMeasurements]",
+) -> tuple[ShownImages, list[tuple[int, str]]]:
+    """Run the network on images, and collect what is measured of them.
+
+    Args:
+        context: Network, layers, dataset and settings.
+        shown_images: The images of pairs.
+        images: Images to read.
+        paths: Receives the spatial means.
+        measurements: Receive the maps of each layer, by its name.
+
+    Returns:
+        The images of pairs, and those of them that could not be read, with the reasons.
+    """
+    model, config = context.model, context.config
+    device = model.device
     shown = ShownImages()
     failed: list[tuple[int, str]] = []
     batch_images: list[int] = []
@@ -280,10 +306,7 @@ def localize(context: PassContext, index: SecondPassIndex, images: Sequence[int]
                 source_images = {item.index: item.extra for item in items}
                 for layer_measurements in measurements.values():
                     layer_measurements.add_crops(source_images, model.preprocessing, config)
-    arrays = shown.arrays([one for one in failed if one[0] in shown_images], config.store) | paths.arrays()
-    for i, layer in enumerate(context.layers):
-        arrays |= {f"{i}/{name}": array for name, array in measurements[layer.name].arrays(config).items()}
-    return arrays
+    return shown, [one for one in failed if one[0] in shown_images]
 
 
 class _PathMeasurements:

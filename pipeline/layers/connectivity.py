@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.layers.circuits.kernels import DirectKernels
 from pipeline.layers.finding import Layer
 from pipeline.layers.tracing import CONVS, Call, Trace, class_of, kind_of
 from pipeline.models.loading import Model
@@ -70,6 +71,13 @@ class Connectivity:
         approximate: Paths of modules that are in the weights only in part: normalizations that divide by statistics
             of each image (their γ is included if they have one), and convolutions that change their weights in the
             forward pass (the stored weights are used).
+        kernel: The effective kernels, cropped to their middle, (C, k, h, w) float16; None if they are no images.
+        path: Paths of the convolutions and linear layers that lie between the two layers.
+        bypassed: Those of `path` that a residual path or a parallel branch goes around.
+        gated: Paths of the activation functions between, if `linearized`.
+        linearized: Whether the weights are those of `circuits.paths.LinearPath`; False for layers that feed each other
+            through channel-wise modules, whose activation functions are left out.
+        residual: Sums of the kernels along the paths around all of `bypassed`, (C, k) float32; None without such paths.
     """
 
     layer: str
@@ -79,6 +87,12 @@ class Connectivity:
     strength: np.ndarray
     scale: Scale = "1"
     approximate: tuple[str, ...] = ()
+    kernel: np.ndarray | None = None
+    path: tuple[str, ...] = ()
+    bypassed: tuple[str, ...] = ()
+    gated: tuple[str, ...] = ()
+    linearized: bool = False
+    residual: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +105,7 @@ class _Link:
         norm: Product of the norms of the depthwise kernels, (I,) or (1,).
         sum: Product of their sums, (I,) or (1,).
         approximate: See `Connectivity`.
+        depthwise: Paths of the depthwise convolutions, the nearest to the reading layer first.
     """
 
     source: str
@@ -98,6 +113,7 @@ class _Link:
     norm: np.ndarray
     sum: np.ndarray
     approximate: tuple[str, ...]
+    depthwise: tuple[str, ...]
 
 
 def find_connectivity(
@@ -128,14 +144,31 @@ def find_connectivity(
         kernels = None if link is None else _effective_weights(trace, call, weighted, link)
         if link is None or kernels is None:
             continue
-        norm, total, approximate = kernels
+        norm, total, approximate, direct = kernels
         deviation = (deviations or {}).get(link.source)
         strength = norm if deviation is None else norm * np.nan_to_num(deviation, nan=0.0, posinf=0.0)
         scale: Scale = "1" if deviation is None else "sd"
-        inputs[name] = _strongest(Connectivity(link.source, _NONE, norm, total, strength, scale, approximate))
-        output = Connectivity(name, _NONE, norm.T, total.T, strength.T, scale, approximate)
-        outputs.setdefault(link.source, _strongest(output))
+        between = link.depthwise[::-1]
+        reading = strongest(Connectivity(link.source, _NONE, norm, total, strength, scale, approximate, path=between))
+        inputs[name] = dataclasses.replace(reading, kernel=_kernels_of(direct, reading, reads=True))
+        if link.source not in outputs:
+            read = strongest(Connectivity(name, _NONE, norm.T, total.T, strength.T, scale, approximate, path=between))
+            outputs[link.source] = dataclasses.replace(read, kernel=_kernels_of(direct, read, reads=False))
     return inputs, outputs
+
+
+def _kernels_of(kernels: DirectKernels, found: Connectivity, reads: bool) -> np.ndarray | None:
+    """Return the kernels of the connections of each channel, (C, k, h, w) float16; zeros where there is none.
+
+    Args:
+        kernels: Kernels between the two layers.
+        found: Connections of each channel.
+        reads: Whether these channels are those that read.
+    """
+    own = np.broadcast_to(np.arange(len(found.channel))[:, None], found.channel.shape)
+    other = np.maximum(found.channel, 0)
+    values = kernels.of(own, other) if reads else kernels.of(other, own)
+    return None if values is None else values * (found.channel >= 0)[..., None, None]
 
 
 def expanded_weights(
@@ -212,26 +245,28 @@ def normalization_gain(module: nn.Module) -> tuple[np.ndarray | None, bool]:
 
 def _effective_weights(
     trace: Trace, call: Call, weighted: Mapping[str, Layer], link: _Link
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | None:
-    """Return norms (O, I), sums (O, I) and approximate modules of the kernels from `link.source` to the call's layer.
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], DirectKernels] | None:
+    """Return norms (O, I), sums (O, I), approximate modules and kernels from `link.source` to the call's layer.
 
     None if the weights do not match the channels of the source.
     """
-    module = trace.modules[call.path]
-    weights = expanded_weights(module, weighted[link.source].channels, link.gain)
+    module, source = trace.modules[call.path], weighted[link.source]
+    weights = expanded_weights(module, source.channels, link.gain)
     if weights is None:
         return None
     approximate = link.approximate if _applies_plain_weight(module) else (*link.approximate, call.path)
     norm, total = weights[0] * link.norm, weights[1] * link.sum
-    own = _own_normalization(weighted[call.name])
+    own, factor = _own_normalization(weighted[call.name]), np.ones(1, np.float32)
     if own is not None:
         gain, exact = normalization_gain(trace.modules[own[0]])
         if gain is not None and len(gain) == len(norm):
-            norm, total = norm * np.abs(gain)[:, None], total * gain[:, None]
+            norm, total, factor = norm * np.abs(gain)[:, None], total * gain[:, None], gain
         else:
             exact = False
         approximate = approximate if exact else (*approximate, own[0])
-    return norm, total, approximate
+    depthwise = [trace.modules[path] for path in link.depthwise]
+    size = (source.height, source.width)
+    return norm, total, approximate, DirectKernels(module, link.gain, factor, depthwise, source.channels, size)
 
 
 def _applies_plain_weight(module: nn.Module) -> bool:
@@ -269,6 +304,7 @@ def _link(trace: Trace, producers: Mapping[int, Call], call: Call, weighted: Map
     """Return the layer that feeds `call`, and what is between; None if channels are mixed before any layer."""
     gain = norm = total = np.ones(1, np.float32)
     approximate: list[str] = []
+    depthwise: list[str] = []
     calls = list(_upstream(producers, call))
     names = [producer.name for producer in calls]
     end = next((i for i, name in enumerate(names) if name in weighted), None)
@@ -281,6 +317,7 @@ def _link(trace: Trace, producers: Mapping[int, Call], call: Call, weighted: Map
             kernels = _depthwise_kernels(module)
             if kernels is None:
                 return None
+            depthwise.append(producer.path)
             norm, total = norm * np.linalg.norm(kernels, axis=1), total * kernels.sum(1)
             if not _applies_plain_weight(module):
                 approximate.append(producer.path)
@@ -290,7 +327,7 @@ def _link(trace: Trace, producers: Mapping[int, Call], call: Call, weighted: Map
             gain = gain if combined is None else combined
             if combined is None or not exact:
                 approximate.append(producer.path)
-    return _Link(names[end], gain, norm, total, tuple(approximate))
+    return _Link(names[end], gain, norm, total, tuple(approximate), tuple(depthwise))
 
 
 def _upstream(producers: Mapping[int, Call], call: Call) -> Iterator[Call]:
@@ -318,7 +355,7 @@ def _multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
     return np.repeat(a, length // len(a)) * np.repeat(b, length // len(b))
 
 
-def _strongest(every: Connectivity) -> Connectivity:
+def strongest(every: Connectivity) -> Connectivity:
     """Select the largest strengths of each row of (O, I) norms, sums and strengths; `channel` is computed here."""
     count = min(NUM_CONNECTIONS, every.strength.shape[1])
     order = np.argsort(-every.strength, axis=1, kind="stable")[:, :count]

@@ -187,8 +187,9 @@ class _ActivationRecorder:
         self._num_calls.clear()
         self._missing = len(self._required)
         height, width = self.model.preprocessing.size
-        self._batch = images.shape[0]
-        self._relative_size = (images.shape[-2] / height, images.shape[-1] / width)
+        # Plain numbers: while a network is traced for an export, sizes are tensors.
+        self._batch = int(images.shape[0])
+        self._relative_size = (int(images.shape[-2]) / height, int(images.shape[-1]) / width)
         images = images.contiguous(memory_format=self.model.memory_format)
         self._running = True
         try:

@@ -105,18 +105,18 @@ def filter_layers(candidates: Sequence[Layer], layers: Sequence[Layer], config: 
     """
     for key, patterns in (("include", config.include), ("exclude", config.exclude)):
         for pattern in patterns:
-            if not any(_matches(layer, pattern) for layer in layers):
+            if not any(matches(layer, pattern) for layer in layers):
                 names = [name for layer in layers for name in (layer.name, layer.alias) if name]
                 raise AtlasError(f"layers.{key}: no layer matches {pattern!r}. {nearest_names(pattern, names)}")
     included = [
         layer
         for layer in candidates
-        if not config.include or any(_matches(layer, pattern) for pattern in config.include)
+        if not config.include or any(matches(layer, pattern) for pattern in config.include)
     ]
-    return [layer for layer in included if not any(_matches(layer, pattern) for pattern in config.exclude)]
+    return [layer for layer in included if not any(matches(layer, pattern) for pattern in config.exclude)]
 
 
-def _matches(layer: Layer, pattern: str) -> bool:
+def matches(layer: Layer, pattern: str) -> bool:
     """Return whether a glob matches the name or the alias of a layer."""
     return fnmatch.fnmatchcase(layer.name, pattern) or fnmatch.fnmatchcase(layer.alias, pattern)
 

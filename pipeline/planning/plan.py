@@ -57,6 +57,10 @@ class RemainingWork:
         localizations: Images that the second pass has to read; 0 until the first pass is complete.
         effects: Images for which effects are not measured.
         relevant: Images in lists by relevance that are not measured.
+        connected: Images for which connections are not measured.
+        samples: Images that activation atlases have not sampled.
+        cells: Number of cells of activation atlases without a visualization, by layer; about, until the samples are
+            laid out.
         existing: Results that are already available.
         reuse_blocker: Why the dataset pass of the base run cannot be reused; empty if it can.
     """
@@ -68,16 +72,19 @@ class RemainingWork:
     reuse_blocker: str = ""
     effects: int = 0
     relevant: int = 0
+    connected: int = 0
+    samples: int = 0
+    cells: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def reads(self) -> int:
         """Number of dataset images that are still to be read, in all passes."""
-        return self.images + self.localizations + self.effects + self.relevant
+        return self.images + self.localizations + self.effects + self.relevant + self.connected + self.samples
 
     @property
     def nothing(self) -> bool:
         """Whether all results exist."""
-        return not (self.reads or any(self.channels.values()))
+        return not (self.reads or any(self.channels.values()) or any(self.cells.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +171,7 @@ class Plan:
         """Estimated seconds of all remaining work, from the start of workers to the site, with their range."""
         amount = self._amount
         pictures = sum((row.span(self._left(row)) for row in self.rows), ZERO_SPAN) * (1 / self.pool.workers)
-        pictures += self.judge_span + self.effects_span
+        pictures += self.judge_span + self.effects_span + self.activation_atlas_span
         if self.overheads is None:
             return pictures + Span.exact(self._examples_seconds)
         costs = self.overheads
@@ -202,10 +209,43 @@ class Plan:
         if request is None or costs is None:
             return total
         relevance = request.relevance_passes / max(1, request.relevant_images)
-        for images, passes in ((self.left.effects, request.passes), (self.left.relevant, relevance)):
+        for images, passes in (
+            (self.left.effects, request.passes),
+            (self.left.relevant, relevance),
+            (self.left.connected, request.connection_passes),
+        ):
             if images:
                 total += (costs.forward * passes + costs.reading) * (images / min(self.pool.workers, images))
         return total
+
+    @functools.cached_property
+    def activation_atlas_span(self) -> Span:
+        """Estimated seconds in which all workers make what is left of the activation atlases."""
+        request, costs, total = self.setup.activation_atlas, self.overheads, ZERO_SPAN
+        if request is None or costs is None:
+            return total
+        if self.left.samples:
+            total += (costs.forward + costs.reading) * (self.left.samples / min(self.pool.workers, self.left.samples))
+        for layer in request.layers:
+            count = self.left.cells.get(layer.name, 0)
+            batch = self.config.engine.images_per_batch(layer.channels, self.setup.device)
+            total += self.cell_span(layer) * (count / max(1, min(self.pool.workers, math.ceil(count / batch))))
+        return total
+
+    def cell_span(self, layer: Layer) -> Span:
+        """Estimated seconds of one worker for the visualization of a cell of the activation atlas of a layer.
+
+        They follow from a step of the main preset for the layer, if one was timed, else from a forward pass.
+        """
+        request, costs, preset = self.setup.activation_atlas, self.overheads, self.config.render
+        if request is None or costs is None:
+            return Span.exact(1.0)
+        for row in self.rows:
+            if (row.layer.name, row.preset) == (layer.name, preset.name) and self._left(row):
+                pixels = (row.canvas[0] + 2 * preset.margin) * (row.canvas[1] + 2 * preset.margin)
+                share = request.config.steps * request.pixels(preset, layer) / (preset.steps * pixels)
+                return row.span(1) * (share / preset.variants)
+        return costs.forward * request.cell_passes(preset, layer)
 
     @property
     def _judged_images(self) -> float:
@@ -300,8 +340,13 @@ class Plan:
         if self.judge_span.expected:
             lines.append(f"of this, judges ({', '.join(j.name for j in self.judges)}): about {self.judge_span.text()}")
         if self.effects_span.expected:
-            images = self.left.effects or self.left.relevant
+            images = self.left.effects or self.left.relevant or self.left.connected
             lines.append(f"of this, effects over {images:,} images: about {self.effects_span.text()}")
+        if self.activation_atlas_span.expected:
+            cells = ", ".join(f"{count:,} cells of {name}" for name, count in self.left.cells.items() if count)
+            images = f"{self.left.samples:,} images" if self.left.samples else ""
+            what = "; ".join(filter(None, [images, cells and f"about {cells}"]))
+            lines.append(f"of this, activation atlas ({what}): about {self.activation_atlas_span.text()}")
         return lines
 
     def _left(self, row: PlanRow) -> int:
@@ -319,6 +364,10 @@ class Plan:
         if self.overheads is not None:
             judges = self.judge_span.expected
             effects = self.effects_span.expected
+            atlas = self.activation_atlas_span.expected
+            if atlas:
+                cells = sum(self.left.cells.values())
+                rows.insert(0, {"kind": "activation atlas", "units": cells, "seconds": round(atlas, 1)})
             if effects:
                 rows.insert(0, {"kind": "effects", "units": self.units, "seconds": round(effects, 1)})
             if judges:

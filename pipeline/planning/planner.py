@@ -13,6 +13,7 @@ import torch
 from pipeline.acceleration.batchnorm_folding import ConvNormPair, fold, foldable_pairs
 from pipeline.acceleration.precision import capability_of, usable
 from pipeline.acceleration.variants import ModelVariants, layers_without_gradient, verified_variants
+from pipeline.activation_atlas.request import ActivationAtlasRequest, request_activation_atlas
 from pipeline.config.schema import Config
 from pipeline.core.errors import AtlasError
 from pipeline.data import datasets
@@ -286,7 +287,7 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
         setup = dataclasses.replace(setup, begins=examples_digest(setup, inputs.fingerprint))
     chosen_units = [(layer, channels[layer.name]) for layer in chosen.layers]
     effects = request_effects(config.effects, inputs.dataset, chosen_units, chosen.candidates, chosen.logits)
-    setup = dataclasses.replace(setup, effects=effects)
+    setup = dataclasses.replace(setup, effects=effects, activation_atlas=_activation_atlas(inputs, chosen))
     compared = natural_deviations.compared_layers(model, chosen.rendered, config.presets, inputs.dataset)
     if compared:
         setup = dataclasses.replace(setup, natural=_natural_deviations(inputs, compared, network))
@@ -307,6 +308,9 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
             images,
             effects=len(effects.images) if effects else 0,
             relevant=effects.relevant_images if effects else 0,
+            connected=len(effects.connected) if effects else 0,
+            samples=len(setup.activation_atlas.images) if setup.activation_atlas else 0,
+            cells=setup.activation_atlas.expected if setup.activation_atlas else {},
         ),
         unrendered=tuple(
             Unrendered(layer, channels[layer.name], chosen.reasons[layer.name])
@@ -315,6 +319,24 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
         ),
         network_layers=chosen.candidates,
     )
+
+
+def _activation_atlas(inputs: _Inputs, chosen: _Units) -> ActivationAtlasRequest | None:
+    """Return the activation atlases of a run; None without any."""
+    config, model = inputs.config, inputs.model
+    size, batch = model.preprocessing.size, config.examples.batch
+    request = request_activation_atlas(
+        config.activation_atlas, inputs.dataset, chosen.rendered, config.render, chosen.logits, batch, size
+    )
+    if request is None:
+        return None
+    preset = request.sized(config.render)
+    try:
+        sizes = choose_canvas_sizes(model, request.layers, preset)
+    except AtlasError:
+        # A network with one input size, such as many transformers.
+        sizes = choose_canvas_sizes(model, request.layers, dataclasses.replace(preset, size="input"))
+    return dataclasses.replace(request, canvases=tuple(sizes[layer.name] for layer in request.layers))
 
 
 def _display_rows(config: Config, model: Model, measured: Sequence[PlanRow]) -> list[PlanRow]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.acceleration.precision import ieee
+from pipeline.activation_atlas.cells import direction_preset
 from pipeline.config.schema import Config
 from pipeline.core.atomic_io import atomic_path
 from pipeline.core.config_files import ConfigFile
@@ -26,7 +27,6 @@ from pipeline.models.loading import Model
 from pipeline.runs.layer_worker import layer_worker
 from pipeline.visualization.initial_images import preprocess_photograph
 from pipeline.visualization.loop import render
-from pipeline.visualization.objectives import Directions
 from pipeline.visualization.preset import Preset
 from pipeline.visualization.render_job import draw_start
 
@@ -35,9 +35,6 @@ CELL_SIDE, CELL_MARGIN = 64, 8
 
 # Largest number of cells on a side; longer maps are averaged over blocks of positions.
 MAX_CELLS = 14
-
-# Power of the cosine in the objective: a cell shows the direction of its activation, not only its largest components.
-POWER = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,11 +176,7 @@ def cell_vectors(model: Model, request: GridRequest, photograph: np.ndarray) -> 
 
 def cell_preset(preset: Preset, vectors: np.ndarray) -> Preset:
     """Return a preset with one variant for each of (R, Q, N) vectors."""
-    rows = vectors.reshape(-1, vectors.shape[2])
-    buffer = io.BytesIO()
-    np.save(buffer, rows)
-    objective = Directions(ConfigFile("activations of the photograph", buffer.getvalue()), POWER)
-    preset = dataclasses.replace(preset, objective=objective, variants=len(rows), couplings=(), attempts=1)
+    preset = direction_preset(preset, vectors.reshape(-1, vectors.shape[2]), "activations of the photograph")
     if preset.size == "auto":
         return dataclasses.replace(preset, size=CELL_SIDE, margin=CELL_MARGIN)
     return preset

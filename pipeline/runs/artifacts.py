@@ -10,6 +10,7 @@ from pipeline.engine.tasks import render_digest, restart_digest
 from pipeline.planning.cost_model import PlanRow
 from pipeline.planning.folder import RunFolder
 from pipeline.planning.plan import Plan
+from pipeline.runs.atlas_pass import ActivationAtlasPass
 from pipeline.runs.dataset_pass import DatasetPass
 from pipeline.runs.effects_pass import EffectsPass
 from pipeline.store import shards, writer
@@ -35,6 +36,7 @@ class Artifacts:
     Attributes:
         dataset_pass: State of the dataset pass.
         effects: State of the measurement of effects.
+        activation_atlas: State of the activation atlases.
         visualizations: Shards with visualizations of each row; parts of atlas.h5 count as shards. The first one with a
             channel provides it: shards of restarted units come first.
         total: Number of dataset images.
@@ -54,6 +56,7 @@ class Artifacts:
         self._small: dict[tuple[Path, str], dict[str, np.ndarray]] = dict(previous._small) if previous else {}
         self.dataset_pass = DatasetPass(plan, folder.shards, read_only, ignored)
         self.effects = EffectsPass(plan, folder.shards, self.dataset_pass, ignored)
+        self.activation_atlas = ActivationAtlasPass(plan, folder.shards, read_only, ignored)
         self.visualizations: dict[PlanRow, list[Shard]] = {}
         in_atlas = writer.render_groups(folder.atlas)
         for row in plan.rows:

@@ -12,7 +12,7 @@ from pipeline.core.errors import AtlasError
 from pipeline.engine.base import Failure
 from pipeline.examples.channel_stats import standard_deviation
 from pipeline.examples.results import DatasetPassResult
-from pipeline.layers import connectivity
+from pipeline.layers.circuits.search import find_circuits
 from pipeline.layers.finding import Layer
 from pipeline.layers.pixel_kernels import pixel_kernels
 from pipeline.models.loading import load_model
@@ -54,6 +54,9 @@ def consolidate(
     folder, dataset_pass = artifacts.folder, artifacts.dataset_pass
     if dataset_pass.swept_ranges and not dataset_pass.complete:
         log.warning("The dataset pass is not complete: atlas.h5 has no dataset examples until it is")
+    atlases = artifacts.activation_atlas
+    if atlases.layers and not atlases.complete:
+        log.warning("The activation atlas is not complete: atlas.h5 has none until it is")
     unreadable = dataset_pass.sweep.failed if dataset_pass.complete else ()
     _report_unreadable(unreadable, plan)
     failures = _failure_rows(plan, artifacts, set_aside, unreadable)
@@ -117,6 +120,9 @@ def _identity(
             "schema": SCHEMA_VERSION,
             **(judged if judgements else {}),
             **({"restarts": restarts} if restarts else {}),
+            **(
+                {"activation atlas": artifacts.activation_atlas.identity} if artifacts.activation_atlas.complete else {}
+            ),
             **({"effects": artifacts.effects.identity} if artifacts.effects.complete else {}),
         }
     )
@@ -133,7 +139,7 @@ def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, 
     network = load_model(config.model).to("cpu")
     layers = [layer for layer, _ in plan.layers]
     deviations = channel_deviations(layers, result) if result else None
-    inputs, outputs = connectivity.find_connectivity(network, layers, deviations)
+    inputs, outputs = find_circuits(network, plan.layers, deviations)
     return writer.Content(
         identity=identity,
         run=config.run.name,
@@ -160,6 +166,8 @@ def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, 
         dataset_pass=artifacts.dataset_pass.digest if result else "",
         displays={row.preset: config.render.name for row in plan.rows if row.display},
         effects=effects.result if effects is not None else None,
+        # Its samples are rows of the dataset, which an atlas has with its dataset pass.
+        activation_atlases=artifacts.activation_atlas.results if result and artifacts.activation_atlas.complete else {},
     )
 
 

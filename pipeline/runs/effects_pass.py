@@ -1,7 +1,8 @@
 """State and tasks of the measurement of effects of a run.
 
 It has two rounds: effects and relevance of all units, which need the first pass over the dataset for the means; and the
-images with the largest relevance for each unit, of which positions and masks are measured.
+images with the largest relevance for each unit, of which positions and masks are measured. Connections between units
+are measured beside both.
 """
 
 import dataclasses
@@ -13,9 +14,18 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.core import hashing
+from pipeline.effects.connections import merged
 from pipeline.effects.relevance import RelevanceIndex, select_relevant
 from pipeline.effects.results import EffectsPart, EffectsResult, RelevantImages, split_by_layer
-from pipeline.engine.tasks import EffectsTask, RelevanceTask, Task, effects_digest, relevance_digest
+from pipeline.engine.tasks import (
+    ConnectionsTask,
+    EffectsTask,
+    RelevanceTask,
+    Task,
+    connections_digest,
+    effects_digest,
+    relevance_digest,
+)
 from pipeline.examples.channel_stats import channel_statistics
 from pipeline.planning.plan import Plan
 from pipeline.runs.dataset_pass import (
@@ -31,7 +41,7 @@ from pipeline.runs.localized_arrays import LocalizedArrays
 from pipeline.store import shards
 from pipeline.store.shards import Shard
 
-KIND, RELEVANCE = "effects", "relevance"
+KIND, RELEVANCE, CONNECTIONS = "effects", "relevance", "connections"
 
 
 class EffectsPass:
@@ -48,6 +58,8 @@ class EffectsPass:
         ranges: Shards by (start, end) in the list of images, without overlap.
         relevance_digest: Digest of the second round; empty if there is none.
         relevance_ranges: Its shards by (start, end) in `index.images`, without overlap.
+        connections_digest: Digest of the connections; empty if none are measured.
+        connection_ranges: Their shards by (start, end) in the list of their images, without overlap.
     """
 
     def __init__(
@@ -58,7 +70,10 @@ class EffectsPass:
         self.digest = effects_digest(plan.setup, dataset_pass.digest) if self._request is not None else ""
         listed = self._request is not None and self._request.examples > 0
         self.relevance_digest = relevance_digest(plan.setup, dataset_pass.digest) if listed else ""
+        connected = self._request is not None and self._request.connected
+        self.connections_digest = connections_digest(plan.setup, dataset_pass.digest) if connected else ""
         self.ranges = self._found(KIND, self.digest)
+        self.connection_ranges = self._found(CONNECTIONS, self.connections_digest)
         self.relevance_ranges = self._found(RELEVANCE, self.relevance_digest)
 
     def _found(self, kind: str, digest: str) -> dict[tuple[int, int], Shard]:
@@ -89,9 +104,24 @@ class EffectsPass:
         return sum(end - start for start, end in gaps(self.relevance_ranges, self.relevant))
 
     @property
+    def connected(self) -> int:
+        """Number of images for connections."""
+        return len(self._request.connected) if self._request is not None else 0
+
+    @property
+    def connected_missing(self) -> int:
+        """Number of images for connections that are left."""
+        return sum(end - start for start, end in gaps(self.connection_ranges, self.connected))
+
+    @property
+    def nothing_missing(self) -> bool:
+        """Whether all images have been measured, or there are none."""
+        return not (self.missing or self.relevant_missing or self.connected_missing)
+
+    @property
     def complete(self) -> bool:
-        """Whether there are effects, and all images of both rounds have been measured."""
-        return self._request is not None and not self.missing and not self.relevant_missing
+        """Whether there are effects, and all images have been measured."""
+        return self._request is not None and self.nothing_missing
 
     @property
     def image_seconds(self) -> float:
@@ -100,6 +130,14 @@ class EffectsPass:
         if costs is None or self._request is None:
             return 1.0
         return costs.forward.expected * self._request.passes + costs.reading.expected
+
+    @property
+    def connection_seconds(self) -> float:
+        """Estimated seconds of one worker for the connections of one image."""
+        costs = self._plan.overheads
+        if costs is None or self._request is None:
+            return 1.0
+        return costs.forward.expected * self._request.connection_passes + costs.reading.expected
 
     @property
     def relevance_seconds(self) -> float:
@@ -114,6 +152,7 @@ class EffectsPass:
         """Return all files."""
         index = self._index_path
         parts = [shard.path for shard in (*self.ranges.values(), *self.relevance_ranges.values())]
+        parts += [shard.path for shard in self.connection_ranges.values()]
         return [*parts, *([index] if index.is_file() and index not in self._ignored else [])]
 
     @property
@@ -145,8 +184,10 @@ class EffectsPass:
             for layer, own in zip(request.layers, request.channels, strict=True)
         ]
 
-    def tasks(self, workers: int, excluded: Sequence[Task] = ()) -> Sequence[EffectsTask | RelevanceTask]:
-        """Return the tasks of the next round; none before the first pass is complete.
+    def tasks(
+        self, workers: int, excluded: Sequence[Task] = ()
+    ) -> Sequence[EffectsTask | RelevanceTask | ConnectionsTask]:
+        """Return the tasks of the next round, and those of connections; none before the first pass is complete.
 
         Args:
             workers: Number of workers.
@@ -154,20 +195,41 @@ class EffectsPass:
         """
         if self._request is None or not self._dataset_pass.covered:
             return []
+        connections = self._connections_tasks(workers, excluded)
         if not self.missing:
-            return self._relevance_tasks(workers, excluded)
+            return [*self._relevance_tasks(workers, excluded), *connections]
+        return [*self._effects_tasks(workers, excluded), *connections]
+
+    def _effects_tasks(self, workers: int, excluded: Sequence[Task]) -> list[EffectsTask]:
+        assert self._request is not None
         lost = [(task.start, task.end) for task in excluded if isinstance(task, EffectsTask)]
         todo = gaps([*self.ranges, *lost], self.total)
         if not todo:
             return []
         means, tasks = self._means(), []
-        size = self._images_per_task(sum(end - start for start, end in todo), workers)
+        size = self._images_per_task(sum(end - start for start, end in todo), workers, self.image_seconds)
         for begin, end in todo:
             for start in range(begin, end, size):
                 part = self._request.images[start : min(start + size, end)]
                 path = shard_path(self.folder, KIND, f"{start}-{start + len(part)}", self.digest)
                 cost = self.image_seconds * len(part)
                 tasks.append(EffectsTask(str(path), self.digest, cost, start, start + len(part), part, means))
+        return tasks
+
+    def _connections_tasks(self, workers: int, excluded: Sequence[Task]) -> list[ConnectionsTask]:
+        assert self._request is not None
+        lost = [(task.start, task.end) for task in excluded if isinstance(task, ConnectionsTask)]
+        todo = gaps([*self.connection_ranges, *lost], self.connected)
+        if not todo:
+            return []
+        means, tasks, digest = self._means(), [], self.connections_digest
+        size = self._images_per_task(sum(end - start for start, end in todo), workers, self.connection_seconds)
+        for begin, end in todo:
+            for start in range(begin, end, size):
+                part = self._request.connected[start : min(start + size, end)]
+                path = shard_path(self.folder, CONNECTIONS, f"{start}-{start + len(part)}", digest)
+                cost = self.connection_seconds * len(part)
+                tasks.append(ConnectionsTask(str(path), digest, cost, start, start + len(part), part, means))
         return tasks
 
     def _relevance_tasks(self, workers: int, excluded: Sequence[Task]) -> list[RelevanceTask]:
@@ -184,11 +246,11 @@ class EffectsPass:
             tasks.append(RelevanceTask(str(path), self.relevance_digest, cost, start, stop, numbers, index))
         return tasks
 
-    def _images_per_task(self, count: int, workers: int) -> int:
+    def _images_per_task(self, count: int, workers: int, seconds: float) -> int:
         """Return a multiple of the batch: batches begin at the same images however the work is divided."""
         assert self._request is not None
         batch = self._request.batch
-        longest = self._plan.config.engine.task_seconds / max(self.image_seconds, 1e-9)
+        longest = self._plan.config.engine.task_seconds / max(seconds, 1e-9)
         return batch * max(1, math.floor(min(longest, count / max(workers, 1)) / batch))
 
     def _means(self) -> bytes:
@@ -217,11 +279,20 @@ class EffectsPass:
         Raises:
             DamagedShardError: If a shard cannot be read.
         """
-        parts = [*self.ranges.values(), *self.relevance_ranges.values()]
-        result = dataclasses.replace(self._first_round, device=devices_of(parts))
-        if not self.relevance_digest:
+        parts = [*self.ranges.values(), *self.relevance_ranges.values(), *self.connection_ranges.values()]
+        connections = merged(
+            [shard.arrays() for _, shard in sorted(self.connection_ranges.items())], list(self._first_round.layers)
+        )
+        result = dataclasses.replace(self._first_round, device=devices_of(parts), connections=connections)
+        if not self.relevance_ranges:  # no lists were asked for, or no unit has a positive relevance
             return result
-        return dataclasses.replace(result, relevant=dict(zip(result.layers, self._relevant_images(), strict=True)))
+        relevant = dict(zip(result.layers, self._relevant_images(), strict=True))
+        crops = self.more_images if self._stores_crops else None
+        return dataclasses.replace(result, relevant=relevant, crops=crops)
+
+    @property
+    def _stores_crops(self) -> bool:
+        return self._plan.config.examples.store == "crops"
 
     def _relevant_images(self) -> list[RelevantImages]:
         """Return the lists by relevance of each layer, with the positions and masks of the second round."""
@@ -230,12 +301,14 @@ class EffectsPass:
             pairs, place, mask = (measured[f"{i}/{name}"] for name in ("pairs", "place", "mask"))
             places = np.zeros((*index.shape, 2), np.int16)
             masks = np.zeros((*index.shape, *mask.shape[1:]), np.uint8)
+            crops = np.full(index.shape, -1, np.int32)
             where = {pair: n for n, pair in enumerate(map(tuple, pairs.tolist()))}
             for row, k in np.argwhere(index >= 0).tolist():
                 n = where.get((int(index[row, k]), row))
                 if n is not None:
-                    places[row, k], masks[row, k] = place[n], mask[n]
-            result.append(RelevantImages(value, index, places[..., 0], places[..., 1], masks))
+                    places[row, k], masks[row, k], crops[row, k] = place[n], mask[n], n
+            numbers = crops if self._stores_crops else None
+            result.append(RelevantImages(value, index, places[..., 0], places[..., 1], masks, numbers))
         return result
 
     @property
@@ -246,4 +319,5 @@ class EffectsPass:
     @property
     def identity(self) -> str:
         """Digest of everything that an atlas contains of the effects; empty until they are complete."""
-        return hashing.digest_of([KIND, self.digest, self.relevance_digest]) if self.complete else ""
+        connections = [self.connections_digest] if self.connections_digest else []
+        return hashing.digest_of([KIND, self.digest, self.relevance_digest, *connections]) if self.complete else ""

@@ -41,6 +41,9 @@ class LocalizedArrays(Localizations):
     def __len__(self) -> int:
         return len(self._names)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # without reading the array, as `Mapping` would
+
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._names:
             raise KeyError(name)
@@ -93,6 +96,9 @@ class WithMoreImages(Localizations):
 
     def __len__(self) -> int:
         return len(self._first)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._first
 
     def __getitem__(self, name: str) -> np.ndarray:
         if not name.startswith("shown/"):

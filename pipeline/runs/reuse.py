@@ -21,6 +21,7 @@ from pipeline.planning.folder import RunFolder
 from pipeline.planning.plan import ExistingWork, Plan, RemainingWork
 from pipeline.runs import maintenance
 from pipeline.runs.artifacts import Artifacts
+from pipeline.runs.atlas_pass import ActivationAtlasPass
 from pipeline.runs.dataset_pass import DatasetPass, gaps, without_overlap
 from pipeline.runs.effects_pass import EffectsPass
 from pipeline.runs.pass_subset import PassSubset
@@ -72,19 +73,61 @@ def _remaining_work(plan: Plan, folder: RunFolder, ignored: Collection[Path]) ->
     reason = ""
     if base is not None and missing == len(plan.setup.dataset.images):
         reason = _reuse_blocker(plan, base)
-    effects, relevant = _remaining_effects(plan, artifacts, ignored)
-    return RemainingWork(channels, missing, second_pass, existing, reason, effects, relevant)
+    effects, relevant, connected = _remaining_effects(plan, artifacts, ignored)
+    samples, cells = _remaining_activation_atlas(plan, artifacts, ignored)
+    return RemainingWork(channels, missing, second_pass, existing, reason, effects, relevant, connected, samples, cells)
 
 
-def _remaining_effects(plan: Plan, artifacts: Artifacts, ignored: Collection[Path]) -> tuple[int, int]:
-    """Return the numbers of images that neither round of the effects has measured, here or in other runs."""
+def _remaining_activation_atlas(
+    plan: Plan, artifacts: Artifacts, ignored: Collection[Path]
+) -> tuple[int, dict[str, int]]:
+    """Return the images that no run has sampled, and the cells of each layer that no run has a visualization of."""
+    own = artifacts.activation_atlas
+    cells = own.missing_cells
+    if not own.missing and not any(cells.values()):
+        return 0, cells
+    found = [own, *(other for _, other in _activation_atlases_elsewhere(plan, ignored))]
+    ranges = without_overlap(shard for one in found for shard in one.ranges.values())
+    missing = sum(end - start for start, end in gaps(ranges, own.total))
+    for other in found:
+        cells = {name: min(cells[name], count) for name, count in other.missing_cells.items()}
+    return missing, cells
+
+
+def _activation_atlases_elsewhere(
+    plan: Plan, ignored: Collection[Path]
+) -> Iterator[tuple[RunFolder, ActivationAtlasPass]]:
+    """Yield the other runs with parts of the same activation atlases."""
+    for candidate in candidate_runs(plan):
+        found = ActivationAtlasPass(plan, candidate.shards, True, ignored)
+        if found.ranges:
+            yield candidate, found
+
+
+def _reuse_activation_atlases(plan: Plan, folder: RunFolder, ignored: Collection[Path]) -> None:
+    """Link shards of the same activation atlases of other runs."""
+    if plan.setup.activation_atlas is None:
+        return
+    own = ActivationAtlasPass(plan, folder.shards, True, ignored)
+    if not own.missing and not any(own.missing_cells.values()):
+        return
+    for candidate, found in _activation_atlases_elsewhere(plan, ignored):
+        count = sum(_link(path, folder.shards / path.relative_to(found.folder)) for path in found.paths())
+        if count:
+            log.info("Reusing the activation atlas of %s (%d shards)", candidate.path, count)
+
+
+def _remaining_effects(plan: Plan, artifacts: Artifacts, ignored: Collection[Path]) -> tuple[int, int, int]:
+    """Return the numbers of images left for effects, relevance and connections, which no run has measured."""
     own = artifacts.effects
-    if not own.missing and not own.relevant_missing:
-        return 0, 0
+    if own.nothing_missing:
+        return 0, 0, 0
     found = [own, *(effects for _, effects in _effects_elsewhere(plan, ignored))]
     ranges = without_overlap(shard for effects in found for shard in effects.ranges.values())
     missing = sum(end - start for start, end in gaps(ranges, own.total))
-    return missing, 0 if any(effects.complete for effects in found) else own.relevant_missing
+    connected = without_overlap(shard for effects in found for shard in effects.connection_ranges.values())
+    unconnected = sum(end - start for start, end in gaps(connected, own.connected))
+    return missing, 0 if any(effects.complete for effects in found) else own.relevant_missing, unconnected
 
 
 def _effects_elsewhere(plan: Plan, ignored: Collection[Path]) -> Iterator[tuple[RunFolder, EffectsPass]]:
@@ -92,14 +135,14 @@ def _effects_elsewhere(plan: Plan, ignored: Collection[Path]) -> Iterator[tuple[
     for candidate in candidate_runs(plan):
         same_pass = DatasetPass(plan, candidate.shards, True, ignored)
         effects = EffectsPass(plan, candidate.shards, same_pass, ignored)
-        if effects.ranges:
+        if effects.ranges or effects.connection_ranges:
             yield candidate, effects
 
 
 def _reuse_effects(plan: Plan, folder: RunFolder, ignored: Collection[Path]) -> None:
     """Link shards of the same effects of other runs."""
     effects = Artifacts(plan, folder, ignored=ignored).effects
-    if not effects.missing and not effects.relevant_missing:
+    if effects.nothing_missing:
         return
     for candidate, effects in _effects_elsewhere(plan, ignored):
         count = sum(_link(path, folder.shards / path.relative_to(effects.folder)) for path in effects.paths())
@@ -176,6 +219,7 @@ def reuse_results(plan: Plan, folder: RunFolder, stages: tuple[str, ...]) -> Non
     if "examples" in stages:
         without_damaged(lambda ignored: _reuse_pass(plan, folder, ignored))
         without_damaged(lambda ignored: _reuse_effects(plan, folder, ignored))
+        without_damaged(lambda ignored: _reuse_activation_atlases(plan, folder, ignored))
     base = find_base_run(plan.config)
     if "render" in stages and base is not None:
         _reuse_visualizations(plan, folder, base)

@@ -344,15 +344,28 @@ class _Session:
             if effects.total:
                 cost = effects.image_seconds * effects.missing
                 counts.append(Stage("effects", "images", effects.total, effects.total - effects.missing, cost))
+            if effects.connected:
+                left = effects.connected_missing
+                cost = effects.connection_seconds * left
+                counts.append(Stage("connections", "images", effects.connected, effects.connected - left, cost))
             if effects.relevant and not effects.missing:
                 left = effects.relevant_missing
                 cost = effects.relevance_seconds * left
                 counts.append(Stage("relevance", "images", effects.relevant, effects.relevant - left, cost))
+            samples = artifacts.activation_atlas
+            if samples.total:
+                cost = samples.image_seconds * samples.missing
+                counts.append(Stage("samples", "images", samples.total, samples.total - samples.missing, cost))
         if "render" in self.stages:
             missing_channels = {row: len(set(row.channels) - artifacts.channels(row)) for row in plan.rows}
             cost = sum(row.cost(count) for row, count in missing_channels.items())
             done = plan.work - sum(missing_channels.values())
             counts.append(Stage("render", "units", plan.work, done, cost))
+            atlases = artifacts.activation_atlas
+            if atlases.total and not atlases.missing:
+                left_cells, total = atlases.missing_cells, sum(atlases.cells.values())
+                cost = sum(left_cells[layer.name] * atlases.cell_seconds(layer) for layer in atlases.layers)
+                counts.append(Stage("cells", "cells", total, total - sum(left_cells.values()), cost))
         return counts
 
     def _tasks(self, workers: int) -> list[Task]:
@@ -366,6 +379,7 @@ class _Session:
         if "examples" in self.stages:
             tasks += artifacts.dataset_pass.tasks(workers, excluded)
             tasks += artifacts.effects.tasks(workers, excluded)
+            tasks += artifacts.activation_atlas.sample_tasks(workers, excluded)
         if "render" in self.stages and not any(isinstance(task, RangesTask | SweepTask) for task in tasks):
             done = {row: artifacts.channels(row) for row in plan.rows}
             rows = {(row.layer.name, row.preset): row for row in plan.rows}
@@ -374,6 +388,7 @@ class _Session:
                     done[rows[task.layer, task.preset]] |= set(task.channels)
             missing = plan.render_tasks(plan.config.folder.absolute() / "shards", done, workers)
             tasks += self._with_dataset_results(missing) if plan.setup.begins else missing
+            tasks += artifacts.activation_atlas.cell_tasks(workers, excluded)
         return tasks
 
     def _with_dataset_results(self, tasks: list[RenderTask]) -> list[RenderTask]:

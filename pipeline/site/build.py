@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipeline.activation_atlas.projection import principal_components
 from pipeline.core.hashing import digest_of
 from pipeline.core.source import package_digest
 from pipeline.site import output, workers
@@ -17,7 +18,7 @@ from pipeline.site.context import families
 from pipeline.site.context.home import Home
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, shown_lists, summarize
 from pipeline.site.context.wall import choose as choose_wall
-from pipeline.site.data import api, search_index
+from pipeline.site.data import activation_atlas, api, search_index
 from pipeline.site.data.class_index import PER_SHARD
 from pipeline.site.data.js_shards import to_json
 from pipeline.site.hosting import hosts
@@ -28,6 +29,7 @@ from pipeline.site.media.chunks import STRIP_PX, SUFFIX, Chunk, ChunkResult, cho
 from pipeline.site.media.size_budget import Inventory, Sizes, choose, encode
 from pipeline.site.media.sprites import sheet, side
 from pipeline.site.output import BUILT, write
+from pipeline.site.own_image.files import Export, OwnImage, prepare
 from pipeline.site.pages import Pages
 from pipeline.site.sharing import Extent, Sharing, copied_bytes
 from pipeline.store.reader import Atlas
@@ -36,7 +38,9 @@ from pipeline.store.reader import Atlas
 REUSED_FOLDERS = ("media/{slug}", "data/{slug}")
 CARD_FOLDER = "cards/{slug}"
 # Settings that affect no layer's files.
-SETTINGS_OUTSIDE_LAYERS = ("title", "author", "url", "atlas_url", "copy_atlas", "families", "aliases", "workers")
+SETTINGS_OUTSIDE_LAYERS = (
+    "title", "author", "url", "atlas_url", "copy_atlas", "families", "aliases", "workers", "own_image", "onnxruntime",
+)  # fmt: skip
 # Bytes of a display image for each pixel, about; larger images compress better than those of units' sheets.
 DISPLAY_BYTES = 0.4
 # The smallest images and the strip are encoded at this much lower quality.
@@ -54,6 +58,7 @@ class SiteReport:
         pictures: Number of feature visualizations shown.
         rebuilt_units: Number of units whose files were written; the files of all other units were reused.
         level: Size level that was chosen; 0 is the best.
+        own_image: The page on which the network runs, without its files.
     """
 
     host: hosts.Report
@@ -62,6 +67,7 @@ class SiteReport:
     pictures: int
     rebuilt_units: int
     level: int
+    own_image: OwnImage
 
     @property
     def files(self) -> int:
@@ -124,6 +130,7 @@ class BuildContext:
         digests: Digests of the layers' files, by layer name.
         reused: Names of layers whose files are reused from `target`.
         sharing: Writer of what makes the site shareable.
+        own_image: The page on which the network runs.
     """
 
     atlas: Atlas
@@ -139,6 +146,7 @@ class BuildContext:
     digests: Mapping[str, str]
     reused: frozenset[str]
     sharing: Sharing
+    own_image: OwnImage
 
     @property
     def reused_units(self) -> int:
@@ -151,6 +159,7 @@ def build_site(
     target: Path,
     config: SiteConfig,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    export: Export | None = None,
 ) -> SiteReport:
     """Write the site of `atlas` to `target`, replacing an existing site.
 
@@ -162,6 +171,8 @@ def build_site(
         target: Folder of the site.
         config: Configuration of the site.
         progress: Function that is called with (units done, units in all) as the site is built.
+        export: Function that exports the network of the atlas, for `config.own_image`; the page is left out if it
+            raises `AtlasError`.
 
     Raises:
         AtlasError: If `target` contains files that are not a site of this program, or the families file is invalid.
@@ -169,7 +180,8 @@ def build_site(
     target = target.absolute()
     previous = output.built(target)
     summary = _summarize(atlas, config)
-    inventory = _inventory(atlas, summary, config)
+    own_image = prepare(atlas, config, export, target, previous)
+    inventory = _inventory(atlas, summary, config, own_image)
     sizes = _sizes(atlas, inventory, config, previous)
     shared_digest = digest_of(
         [
@@ -187,7 +199,7 @@ def build_site(
         sharing = Sharing(atlas, root, config, summary.layers)
         context = BuildContext(
             atlas, config, summary, sizes, target, root, previous, shared_digest, ranks, unit_map, digests, reused,
-            sharing,
+            sharing, own_image,
         )  # fmt: skip
         progress(context.reused_units, summary.units)
         rebuilt_units = summary.units - context.reused_units
@@ -199,7 +211,8 @@ def build_site(
         _write_state(context, inventory, _write_map_tiles(context))
         report = hosts.weighed(root)
     pictures = sum(facts.pictures for facts in summary.layers)
-    return SiteReport(report, len(summary.layers), summary.units, pictures, rebuilt_units, sizes.level)
+    told = dataclasses.replace(own_image, files={})
+    return SiteReport(report, len(summary.layers), summary.units, pictures, rebuilt_units, sizes.level, told)
 
 
 def _summarize(atlas: Atlas, config: SiteConfig) -> AtlasSummary:
@@ -214,8 +227,7 @@ def _summarize(atlas: Atlas, config: SiteConfig) -> AtlasSummary:
         used += [np.unique(examples.index) for examples in lists]
         example_counts.append({examples.name: examples.count for examples in lists})
         response_digests.append(layer.fingerprint("responses"))
-        connections = [layer.connectivity(direction) for direction in ("inputs", "outputs")]
-        wired_layers.append(tuple(wiring.layer for wiring in connections if wiring is not None))
+        wired_layers.append(layer.connected_layers)
         digests.append(digest_of([dataset_digest, repr(facts), layer.fingerprint()]))
     units = {facts.name: frozenset(facts.channels) for facts in layers}
     groups = families.read_families(families.find_families(config.families, atlas.path.parent), units)
@@ -253,7 +265,7 @@ def _settings(config: SiteConfig) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in SETTINGS_OUTSIDE_LAYERS}
 
 
-def _inventory(atlas: Atlas, summary: AtlasSummary, config: SiteConfig) -> Inventory:
+def _inventory(atlas: Atlas, summary: AtlasSummary, config: SiteConfig, own_image: OwnImage) -> Inventory:
     store, boxes = atlas.examples_store, bool(image_table(atlas))
     crops = []
     heat_maps = []
@@ -268,12 +280,16 @@ def _inventory(atlas: Atlas, summary: AtlasSummary, config: SiteConfig) -> Inven
         crops.append(sum(counts.get(name, 0) for name in showing.celled))
         heat_maps.append(layer.heat_maps() is not None and config.licence != "ids")
     extent, layers = Extent.of(config, summary.units), len(summary.layers)
-    other_files = 40 + 5 * layers + len(summary.families) + extent.files(layers, summary.units)
+    other_files = 43 + 5 * layers + len(summary.families) + extent.files(layers, summary.units)
     displays = [r.display for facts in summary.layers for r in facts.rendered if r.display is not None]
     other_files += sum(len(display.channels) for display in displays) + map_tiles.files_for(summary.units)
+    cells = [facts.atlas.cells for facts in summary.layers if facts.atlas is not None]
+    other_files += sum(map(activation_atlas.files_for, cells))
     other_files += math.ceil((len(summary.catalogue.classes) + len(summary.catalogue.names)) / PER_SHARD)
     pixels = sum(len(display.channels) * display.height * display.width for display in displays)
     other_bytes = extent.bytes(layers, summary.units) + copied_bytes(atlas, config) + int(DISPLAY_BYTES * pixels)
+    other_bytes += activation_atlas.CELL_BYTES * sum(cells)
+    other_files, other_bytes = other_files + own_image.count, other_bytes + own_image.bytes
     images = len(summary.used_images) if any_whole else 0
     return Inventory(summary.layers, crops, heat_maps, images, other_files, other_bytes)
 
@@ -346,7 +362,7 @@ def _layout(
         ranks.append(
             embedding.sheet_order(embedding.layer_components(part), sizes.per_tiny) if len(part) else np.arange(0)
         )
-    method, places = embedding.project(vectors, embedding.principal_components(vectors))
+    method, places = embedding.project(principal_components(vectors))
     return ranks, search_index.UnitMap(key, method, places, np.concatenate(ranks))
 
 
@@ -413,14 +429,21 @@ def _write_pages(context: BuildContext) -> None:
     home = Home.of(atlas, config, layers, summary.catalogue, wall)
     if config.copy_atlas:
         output.link(atlas.path, root / home.file)
-    version = digest_of([sorted(digests.items()), context.shared_digest])[:8]
-    pages = Pages(root, config, summary.families, version)
+    own_image = context.own_image
+    own_image.write(root)
+    version = digest_of([sorted(digests.items()), context.shared_digest, own_image.key])[:8]
+    pages = Pages(root, config, summary.families, version, own_image.key)
     pages.write_static()
     for i, facts in enumerate(layers):
         before = layers[i - 1] if i > 0 else None
         after = layers[i + 1] if i + 1 < len(layers) else None
         pages.write_layer(home, facts, before, after, context.sizes)
-    pages.write_others(home, context.map is not None, classes)
+    atlases = activation_atlas.ActivationAtlasFiles(root, atlas, summary.catalogue, config, context.sizes.quality)
+    for facts in layers:
+        if facts.atlas is not None:
+            atlases.write(facts)
+            pages.write_activation_atlas(home, facts)
+    pages.write_others(home, context.map is not None, classes, any(context.summary.wired_layers))
     if context.sharing.extent.pages:
         for facts in layers:
             for text in context.sharing.texts(facts, summary.catalogue):
@@ -501,6 +524,7 @@ def _write_state(context: BuildContext, inventory: Inventory, tiles: Mapping[str
         "fits": [_inventory_digest(inventory, context.config), dataclasses.asdict(context.sizes)],
         "map": context.map and context.map.state(),
         "tiles": tiles,
+        "own_image": context.own_image.key,
     }
     write(context.root, BUILT, to_json(state))
 

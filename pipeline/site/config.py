@@ -53,6 +53,9 @@ class SiteConfig:
         aliases: Current layer names by former layer names, so that old links keep working.
         max_bytes: Largest size of the site in bytes.
         max_files: Largest number of files.
+        own_image: Whether the site has the page `own-image.html`, on which the network runs in the browser. It needs
+            the network, the package `onnx`, and ONNX Runtime Web from the npm registry.
+        onnxruntime: Folder with the unpacked npm package onnxruntime-web; None fetches it once into the user's cache.
         workers: Number of encoding processes; `auto` chooses by the amount of work and the number of CPUs.
     """
 
@@ -81,4 +84,6 @@ class SiteConfig:
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     max_bytes: Annotated[int, Field(ge=1_000_000)] = 900_000_000
     max_files: Annotated[int, Field(ge=100)] = 10_000
+    own_image: bool = False
+    onnxruntime: str | None = None
     workers: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], Use("auto or a number from 1")] = "auto"

@@ -18,9 +18,10 @@ from pipeline.site.context.home import Home
 from pipeline.site.context.layer_summary import LayerSummary
 from pipeline.site.context.unit_text import UnitText, layer_card, unit_link
 from pipeline.site.context.wall import WALL_PX
+from pipeline.site.data.activation_atlas import preview_size
 from pipeline.site.data.api import table_name
 from pipeline.site.data.links import HOME_CARD, absolute, atlas_title
-from pipeline.site.hosting.hosts import HEADERS, POLICY
+from pipeline.site.hosting.hosts import HEADERS, OWN_IMAGE_POLICY, POLICY
 from pipeline.site.media.chunks import STRIP_PX, SUFFIX
 from pipeline.site.media.size_budget import Sizes
 from pipeline.site.media.sprites import side
@@ -32,17 +33,20 @@ HERE = Path(__file__).parent
 STATIC = (
     *("atlas.css", "icon.svg", "icon.png", "theme.js", "core.js", "layer.js", "map.js", "missing.js", "share.js"),
     *("magnifier.js", "pixels.js", "lightbox.js", "listing.js", "units.js", "unit.js", "pinned.js", "embed.js"),
-    "class.js",
+    *("class.js", "wires.js", "circuit.js", "activation-atlas.js", "resample.js", "own-image.js"),
 )
 
 
 class Pages:
     """Writer of pages below `root`. All values from the atlas are HTML-escaped."""
 
-    def __init__(self, root: Path, config: SiteConfig, groups: Sequence[Family], version: str) -> None:
+    def __init__(
+        self, root: Path, config: SiteConfig, groups: Sequence[Family], version: str, own_image: str = ""
+    ) -> None:
         self._root = root
         self._config = config
         self._groups = groups
+        self._own_image = own_image
         self.addresses: list[str] = []
         self._environment = environment(config, HERE / "templates")
         self._environment.globals.update(
@@ -55,6 +59,8 @@ class Pages:
             url=config.url,
             absolute=lambda path: absolute(config.url, path),
             wall_px=WALL_PX[0],
+            own_image=own_image,
+            preview_size=preview_size,
             home_card=HOME_CARD if config.cards != "none" else "",
         )
 
@@ -84,10 +90,25 @@ class Pages:
             "layer.html", facts.href, home=home, facts=facts, before=before, after=after, sheets=sheets, card=card
         )
 
-    def write_others(self, home: Home, mapped: bool, classes: int) -> None:
-        """Write all other pages; `mapped` is whether the atlas has a map, `classes` the number of its classes."""
+    def write_activation_atlas(self, home: Home, facts: LayerSummary) -> None:
+        """Write the page of the activation atlas of a layer."""
+        self._render_page("activation_atlas.html", facts.atlas_href, home=home, facts=facts)
+
+    def write_others(self, home: Home, mapped: bool, classes: int, wired: bool) -> None:
+        """Write all other pages.
+
+        Args:
+            home: What the home page shows.
+            mapped: Whether the atlas has a map.
+            classes: The number of its classes.
+            wired: Whether it has connections between units.
+        """
+        if wired:
+            self._render_page("circuit.html", "circuit.html", home=home)
         if classes:
             self._render_page("class.html", "class.html", home=home)
+        if self._own_image:
+            self._render_page("own-image.html", "own-image.html", home=home, policy=OWN_IMAGE_POLICY)
         self._render_page("index.html", "index.html", home=home)
         self._render_page("unit.html", "unit.html", home=home)
         self._render_page("pinned.html", "pinned.html", home=home)
@@ -111,7 +132,7 @@ class Pages:
         """Write a page with the head that all pages share."""
         self._render(template, to, root="../" * to.count("/"), address=to, **context)
         # These pages show nothing without the names of units.
-        if to not in ("unit.html", "pinned.html", "embed.html"):
+        if to not in ("unit.html", "pinned.html", "embed.html", "circuit.html"):
             self.addresses.append(to)
 
     def _render(self, template: str, to: str, **context: Any) -> None:
@@ -129,7 +150,7 @@ def environment(config: SiteConfig, *folders: Path) -> jinja2.Environment:
     )
     templates.filters["thousands"] = lambda count: f"{count:,}"
     templates.filters["number"] = lambda value: number(value).text
-    templates.globals.update(title=config.title, policy=POLICY, suffix=SUFFIX[config.format])
+    templates.globals.update(title=config.title, policy=POLICY, suffix=SUFFIX[config.format], own_image="")
     templates.globals["titles"] = {metric.name: metric.title for metric in METRICS}
     return templates
 

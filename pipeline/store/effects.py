@@ -11,7 +11,7 @@ from scipy import stats
 from pipeline.core.errors import AtlasError
 from pipeline.effects.results import REPLACEMENTS, EffectsResult, LayerEffects, RelevantImages
 from pipeline.store import hdf5
-from pipeline.store.hdf5 import write_array
+from pipeline.store.hdf5 import write_array, write_jpegs
 from pipeline.store.shards import safe_name
 
 # Two-sided 95 % quantile of the normal distribution.
@@ -25,7 +25,7 @@ def write_effects(file: h5py.File, effects: EffectsResult) -> None:
         file["effects"].attrs["device"] = effects.device
     write_array(file, "effects/index", effects.index)
     write_array(file, "effects/top", effects.top)
-    for name, layer in effects.layers.items():
+    for number, (name, layer) in enumerate(effects.layers.items()):
         group = hdf5.group(file, f"layers/{safe_name(name)}")
         own = layer.attribution[hdf5.read_array(group, "channels")]
         write_array(group, "effects/attribution", own)
@@ -35,7 +35,12 @@ def write_effects(file: h5py.File, effects: EffectsResult) -> None:
             _write_ablations(group, layer)
         if name in effects.relevant:
             for field in dataclasses.fields(RelevantImages):
-                write_array(group, f"examples/relevant/{field.name}", getattr(effects.relevant[name], field.name))
+                array = getattr(effects.relevant[name], field.name)
+                if array is not None:
+                    write_array(group, f"examples/relevant/{field.name}", array)
+            if effects.crops is not None:
+                pieces = effects.crops.pieces(f"{number}/jpeg")
+                write_jpegs(hdf5.group(group, "examples/relevant"), effects.crops[f"{number}/offset"], pieces)
 
 
 def _write_ablations(group: h5py.Group, layer: LayerEffects) -> None:

@@ -8,7 +8,7 @@ import logging
 import os
 import types
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +225,28 @@ def write_array(
     if array.size == 0 or array.ndim == 0:
         return group.create_dataset(name, data=array)
     return group.create_dataset(name, data=array, chunks=True, compression=compression, fletcher32=True)
+
+
+def write_jpegs(group: h5py.Group, offset: np.ndarray, pieces: Iterable[np.ndarray]) -> None:
+    """Write the datasets `offset` and `jpeg` of a group of images.
+
+    The JPEG bytes get a checksum, but no second compression. They are written in parts: those of a large dataset do not
+    fit in memory.
+
+    Args:
+        group: The group.
+        offset: Where each image begins, and where the last ends, (n + 1,).
+        pieces: The bytes of all images, in parts.
+    """
+    write_array(group, "offset", offset)
+    if not offset[-1]:
+        write_array(group, "jpeg", np.zeros(0, np.uint8))
+        return
+    target = group.create_dataset("jpeg", (int(offset[-1]),), np.uint8, chunks=True, fletcher32=True)
+    start = 0
+    for piece in pieces:
+        target[start : start + len(piece)] = piece
+        start += len(piece)
 
 
 def create_images(group: h5py.Group, name: str, shape: tuple[int, ...]) -> h5py.Dataset:

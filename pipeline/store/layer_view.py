@@ -22,7 +22,9 @@ from pipeline.examples.association import Association
 from pipeline.images.opacity import with_opacity
 from pipeline.judges.judgement import NUMBERS, Judgement, Kind
 from pipeline.store import hdf5
+from pipeline.store.activation_atlas import ActivationAtlas, AtlasExtent, read_activation_atlas, read_extent
 from pipeline.store.effects import UnitEffects, read_effects
+from pipeline.store.wiring import SIDES, Attributed, Wiring, read_attributed, read_wiring
 
 # Attribute of a group `render/<preset>` of display images: the preset whose visualizations they show larger.
 DISPLAY_OF = "display_of"
@@ -67,6 +69,7 @@ class Examples:
         y: Row of the activation in the layer's map, (C', k).
         x: Column of the activation in the layer's map, (C', k).
         map: Numbers of the heat maps for `LayerView.heat_map`, (C', k); −1 where there is none.
+        crop: Numbers of the crops for `LayerView.crop`, (C', k); −1 where the atlas stores none.
     """
 
     value: np.ndarray
@@ -74,6 +77,7 @@ class Examples:
     y: np.ndarray
     x: np.ndarray
     map: np.ndarray
+    crop: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,30 +129,6 @@ class Histogram:
     under: np.ndarray
     over: np.ndarray
     ends: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Wiring:
-    """The most strongly connected units in an adjacent layer, for each unit; strongest first.
-
-    Attributes:
-        layer: Name of the adjacent layer.
-        channel: Channels of that layer, (C', k); −1 where there are fewer than k.
-        norm: Norms of the effective weights between the two units, (C', k).
-        sum: Sums of the effective weights between the two units, (C', k).
-        strength: Norms times the scale of the source unit, (C', k); what connections are ranked by.
-        scale: The scale: "sd" for the standard deviation over the dataset, "1" for none. "" in atlases of former
-            versions, whose weights leave out normalizations; their strengths are the norms.
-        approximate: Paths of modules that are in the weights only in part; see `layers.connectivity.Connectivity`.
-    """
-
-    layer: str
-    channel: np.ndarray
-    norm: np.ndarray
-    sum: np.ndarray
-    strength: np.ndarray
-    scale: str = ""
-    approximate: tuple[str, ...] = ()
 
 
 class Stack:
@@ -459,8 +439,12 @@ class LayerView:
             return None
         group = hdf5.group(self._group, path)
         arrays = {key: self._get(group, key) for key in ("value", "index", "y", "x")}
-        no_maps = np.full(arrays["index"].shape, -1, np.int32)
-        return Examples(**arrays, map=self._get(group, "map") if "map" in group else no_maps)
+        nothing = np.full(arrays["index"].shape, -1, np.int32)
+        maps = self._get(group, "map") if "map" in group else nothing
+        crops = maps if "examples/maps/jpeg" in self._group else nothing
+        if which == "relevant":
+            crops = self._get(group, "crop") if "crop" in group else nothing
+        return Examples(**arrays, map=maps, crop=crops)
 
     def relevance_masks(self) -> np.ndarray | None:
         """Return which pixels of the images `examples("relevant")` the unit's relevance comes from, or None.
@@ -494,11 +478,17 @@ class LayerView:
         """Return the activations that 0 and 255 of each heat map represent, (pairs, 2) float32."""
         return self._get(self._group, "examples/maps/range") if "examples/maps" in self._group else None
 
-    def crop(self, number: int) -> Image.Image | None:
-        """Return the receptive field of heat map `number` as an image, where the atlas stores crops of the dataset."""
-        if number < 0 or "examples/maps/jpeg" not in self._group:
+    def crop(self, number: int, which: str = "max") -> Image.Image | None:
+        """Return the receptive field of an example as an image, where the atlas stores crops of the dataset.
+
+        Args:
+            number: Number of the crop, as in `Examples.crop`.
+            which: Name of the list that the example is in: crops of "relevant" have numbers of their own.
+        """
+        group = "examples/relevant" if which == "relevant" else "examples/maps"
+        if number < 0 or f"{group}/jpeg" not in self._group:
             return None
-        return jpeg_image(hdf5.group(self._group, "examples/maps"), int(number))
+        return jpeg_image(hdf5.group(self._group, group), int(number))
 
     def stats(self) -> dict[str, np.ndarray]:
         """Return statistics over the dataset by name (mean, sd, max, nonzero, inactive, …), (C',) each."""
@@ -597,25 +587,31 @@ class LayerView:
         return dataclasses.replace(empty, **stored)  # atlases before schema 5 have neither `p` nor `chosen`
 
     def connectivity(self, side: str) -> Wiring | None:
-        """Return the strongest connections of each unit to an adjacent layer, or None if they were not computed.
+        """Return the strongest connections of each unit to another layer of the atlas, or None if there are none.
 
         Args:
             side: "inputs" for the layer before, "outputs" for the layer after.
         """
-        if f"wiring/{side}" not in self._group:
-            return None
-        group = hdf5.group(self._group, f"wiring/{side}")
-        attributes = hdf5.all_attributes(group)
-        norm = self._get(group, "norm")
-        return Wiring(
-            layer=attributes["layer"],
-            channel=self._get(group, "channel"),
-            norm=norm,
-            sum=self._get(group, "sum"),
-            strength=self._get(group, "strength") if "strength" in group else norm,
-            scale=attributes.get("scale", ""),
-            approximate=tuple(filter(None, attributes.get("approximate", "").split("\n"))),
-        )
+        return read_wiring(self._group, side)
+
+    def attributed_connections(self, side: str) -> Attributed | None:
+        """Return the connections of each unit with the largest attributions over the dataset, or None.
+
+        Args:
+            side: "inputs" for the layer before, "outputs" for the layer after.
+        """
+        return read_attributed(self._group, side)
+
+    @property
+    def connected_layers(self) -> tuple[str, ...]:
+        """Names of the layers that the units of this one have connections to."""
+        groups = [
+            hdf5.group(self._group, f"{kind}/{side}")
+            for kind in ("wiring", "attributed")
+            for side in SIDES
+            if f"{kind}/{side}" in self._group
+        ]
+        return tuple(dict.fromkeys(hdf5.text_attribute(group, "layer") for group in groups))
 
     def dataset_activations(self) -> np.ndarray | None:
         """Return the maxima of every unit on the images `Atlas.responses_index`, (C', n) float16, or None."""
@@ -624,6 +620,15 @@ class LayerView:
     def effects(self) -> UnitEffects | None:
         """Return the effects of the units on the outputs of the network, over `Atlas.effects_index`, or None."""
         return read_effects(self._group, self.channels)
+
+    def activation_atlas(self) -> ActivationAtlas | None:
+        """Return the activation atlas of the layer, or None; see `pipeline.activation_atlas.layout`."""
+        return read_activation_atlas(self._group)
+
+    @property
+    def activation_atlas_extent(self) -> AtlasExtent | None:
+        """Size of the activation atlas of the layer; None without one."""
+        return read_extent(self._group)
 
     def similar(self, channel: int, count: int = 8) -> pd.DataFrame:
         """Return the units of this layer whose activations correlate most with those of `channel`, best first.

@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 import torch
 
+from pipeline.activation_atlas.results import AtlasResult
 from pipeline.core.errors import AtlasError, first_line
 from pipeline.core.metric_specs import IMAGE_METRICS, METRICS, RENDER_METRICS, Metric, is_minimized
 from pipeline.core.seeds import seed_of
@@ -25,7 +26,7 @@ from pipeline.data.readers.samples import credits_of
 from pipeline.effects.results import EffectsResult
 from pipeline.examples.channel_stats import channel_statistics
 from pipeline.examples.localize import TopExamples
-from pipeline.examples.results import DatasetPassResult, Localizations
+from pipeline.examples.results import DatasetPassResult
 from pipeline.examples.rotation import rotation_number
 from pipeline.images import metrics
 from pipeline.judges.judgement import RANGES, Judgement
@@ -33,17 +34,17 @@ from pipeline.layers.connectivity import Connectivity
 from pipeline.layers.finding import Layer
 from pipeline.layers.pixel_kernels import PixelKernels
 from pipeline.store import hdf5, shards, structure
+from pipeline.store.activation_atlas import activation_atlas_faults, write_activation_atlas
 from pipeline.store.effects import write_effects
-from pipeline.store.hdf5 import write_array
+from pipeline.store.hdf5 import write_array, write_jpegs
 from pipeline.store.layer_view import DISPLAY_OF, LayerView
 from pipeline.store.path_relations import PATH_LAYERS, PathUnits, path_layers, stored_path, write_path_similarity
 from pipeline.store.reader import NETWORK_LAYER_ARRAYS, SCHEMA, SCHEMA_VERSION, open_atlas, published, structural_faults
 from pipeline.store.shards import DamagedShardError, Shard, safe_name
+from pipeline.store.wiring import SEPARATOR, write_attributed, write_wiring
 from pipeline.visualization.objectives import not_of_activations
 
 LIBRARIES = ("neuron-atlas", "torch", "torchvision", "timm", "h5py", "numpy", "pillow")
-# Separates several values in one attribute; no reason for a fallback is longer than one line.
-SEPARATOR = "\n"
 # Bytes that `verify` reads at once.
 READ_BYTES = 1 << 24
 
@@ -63,8 +64,8 @@ class Content:
         photos: All dataset images.
         dataset_fingerprint: Digest of the dataset.
         examples: Result of the dataset pass, or None.
-        inputs: Connectivity to the preceding layer, by layer name.
-        outputs: Connectivity to the following layer, by layer name.
+        inputs: Connections to a layer before, by layer name.
+        outputs: Connections to a layer after, by layer name.
         failures: Number of units that failed.
         identity: Digest of everything that the atlas was made from.
         unrendered: Why a layer cannot have visualizations, by layer name.
@@ -75,6 +76,7 @@ class Content:
         dataset_pass: Digest of the first pass over the dataset; "" without one.
         displays: For presets of display images, the preset whose visualizations they show larger.
         effects: Effects of the units on the outputs of the network, or None.
+        activation_atlases: Activation atlases, by layer name.
     """
 
     run: str
@@ -99,6 +101,7 @@ class Content:
     dataset_pass: str = ""
     displays: Mapping[str, str] = dataclasses.field(default_factory=dict)
     effects: EffectsResult | None = None
+    activation_atlases: Mapping[str, AtlasResult] = dataclasses.field(default_factory=dict)
 
 
 def read_identity(path: Path) -> str | None:
@@ -180,7 +183,7 @@ def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str],
                 group["kernel"].attrs["exact"] = kernels.exact
             for side, connectivity in (("inputs", content.inputs), ("outputs", content.outputs)):
                 if layer.name in connectivity:
-                    _write_wiring(group, side, channels, connectivity[layer.name])
+                    write_wiring(group, side, channels, connectivity[layer.name])
             for (name, preset), preset_shards in rendered.items():
                 if name == layer.name and preset_shards:
                     _write_visualizations(group, preset, channels, preset_shards)
@@ -205,6 +208,9 @@ def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str],
             _write_pass_results(groups, layers, content.examples)
         if content.effects is not None:
             write_effects(file, content.effects)
+            write_attributed(file, content.effects.connections)
+        for name, result in content.activation_atlases.items():
+            write_activation_atlas(hdf5.group(file, f"layers/{safe_name(name)}"), result)
         start = 0
         for i, (group, layer) in enumerate(zip(groups, layers, strict=True)):
             _write_relations(group, layer, content.examples, i, slice(start, start + layer.channels))
@@ -246,16 +252,6 @@ def _write_layer_attributes(group: h5py.Group, layer: Layer, order: int, input_s
     group.attrs["receptive_field_stride"] = np.array(field.stride if field else (0, 0), np.int32)
     group.attrs["receptive_field_offset"] = np.array(field.offset if field else (0, 0), np.int32)
     group.attrs["input_size"] = np.array(input_size, np.int32)
-
-
-def _write_wiring(group: h5py.Group, side: str, channels: Sequence[int], connectivity: Connectivity) -> None:
-    rows = np.array(channels, int)
-    for key in ("channel", "norm", "sum", "strength"):
-        write_array(group, f"wiring/{side}/{key}", getattr(connectivity, key)[rows])
-    attributes = group[f"wiring/{side}"].attrs
-    attributes["layer"] = connectivity.layer
-    attributes["scale"] = connectivity.scale
-    attributes["approximate"] = SEPARATOR.join(connectivity.approximate)
 
 
 def _write_visualizations(
@@ -456,26 +452,11 @@ def _write_dataset(file: h5py.File, pass_result: DatasetPassResult) -> None:
         file["dataset"].attrs["device"] = pass_result.device
     group = file.create_group("dataset/shown")
     group.attrs["store"] = pass_result.store
-    for name in ("index", "size", "box", "offset", "jpeg"):
+    for name in ("index", "size", "box"):
         if f"shown/{name}" in pass_result.localizations:
-            _put_jpeg(group, name, pass_result.localizations, "shown")
-
-
-def _put_jpeg(group: h5py.Group, name: str, localizations: Localizations, prefix: str) -> None:
-    """Write one dataset of a group of JPEG images, whose arrays are `prefix`/….
-
-    The JPEG bytes get a checksum, but no second compression. They are written in parts: those of a large dataset do not
-    fit in memory.
-    """
-    size = int(localizations[f"{prefix}/offset"][-1]) if name == "jpeg" else 0
-    if not size:
-        write_array(group, name, localizations[f"{prefix}/{name}"])
-        return
-    target = group.create_dataset(name, (size,), np.uint8, chunks=True, fletcher32=True)
-    start = 0
-    for piece in localizations.pieces(f"{prefix}/{name}"):
-        target[start : start + len(piece)] = piece
-        start += len(piece)
+            write_array(group, name, pass_result.localizations[f"shown/{name}"])
+    if "shown/jpeg" in pass_result.localizations:
+        write_jpegs(group, pass_result.localizations["shown/offset"], pass_result.localizations.pieces("shown/jpeg"))
 
 
 def _write_pass_results(groups: Sequence[h5py.Group], layers: Sequence[Layer], pass_result: DatasetPassResult) -> None:
@@ -535,8 +516,8 @@ def _write_examples(group: h5py.Group, i: int, examples: TopExamples, pass_resul
     write_array(group, "examples/maps/value", pass_result.localizations[f"{i}/map"])
     write_array(group, "examples/maps/range", pass_result.localizations[f"{i}/range"])
     if f"{i}/jpeg" in pass_result.localizations:
-        for name in ("offset", "jpeg"):
-            _put_jpeg(hdf5.group(group, "examples/maps"), name, pass_result.localizations, str(i))
+        pieces = pass_result.localizations.pieces(f"{i}/jpeg")
+        write_jpegs(hdf5.group(group, "examples/maps"), pass_result.localizations[f"{i}/offset"], pieces)
 
 
 def verify(path: Path, planned: Mapping[str, Sequence[int]]) -> list[tuple[str, str]]:
@@ -570,6 +551,8 @@ def verify(path: Path, planned: Mapping[str, Sequence[int]]) -> list[tuple[str, 
                 faults.append((layer.name, f"{len(absent)} planned channels are not in the atlas, e.g. {absent[:3]}"))
             try:
                 faults += _layer_faults(layer, bool(planned), dataset_images)
+                group = hdf5.group(file, f"layers/{safe_name(layer.name)}")
+                faults += [(layer.name, fault) for fault in activation_atlas_faults(group, dataset_images)]
             except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
                 faults.append((layer.name, f"is not as docs/store.md describes it: {first_line(error)}"))
     return faults

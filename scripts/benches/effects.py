@@ -87,23 +87,29 @@ def removed(module: torch.nn.Module, layer: Layer, channel: int, value: float) -
     return module.register_forward_hook(lambda _module, _args, output: changed(output))
 
 
-def by_loop(context: EffectsContext, images: Tensor, tops: np.ndarray) -> list[np.ndarray]:
-    """Return the effects of ablations to the mean, (images, units) by layer, each by a complete pass with a hook."""
-    found = []
+def by_loop(context: EffectsContext, images: Tensor, tops: np.ndarray) -> np.ndarray:
+    """Return the effects of ablations to the mean, (images, units of all layers), by complete passes with a hook."""
     with torch.no_grad():
+        batches = [
+            images[i : i + context.batch].contiguous(memory_format=context.model.memory_format)
+            for i in range(0, len(images), context.batch)
+        ]
+        full = _largest(context, batches, tops)
+        columns = []
         for layer, mean, own in zip(context.layers, context.means, context.ablated, strict=True):
             assert layer.call == 1, "the loop changes the first call of a module"
             module = context.model.module.get_submodule(layer.module)
-            effects = np.zeros((len(images), len(own)), np.float32)
-            for i in range(len(images)):
-                image = images[i : i + 1].contiguous(memory_format=context.model.memory_format)
-                full = context.model.module(context.model.normalize(image))[0, tops[i]]
-                for j, channel in enumerate(own):
-                    handle = removed(module, layer, channel, float(mean[channel]))
-                    effects[i, j] = float(full - context.model.module(context.model.normalize(image))[0, tops[i]])
-                    handle.remove()
-            found.append(effects)
-    return found
+            for channel in own:
+                handle = removed(module, layer, channel, float(mean[channel]))
+                columns.append(full - _largest(context, batches, tops))
+                handle.remove()
+    return np.stack(columns, 1)
+
+
+def _largest(context: EffectsContext, batches: list[Tensor], tops: np.ndarray) -> np.ndarray:
+    """Return one output of each image, (images,), by complete passes."""
+    outputs = torch.cat([context.model.module(context.model.normalize(batch)) for batch in batches])
+    return outputs[torch.arange(len(outputs)), torch.from_numpy(tops).long()].numpy()
 
 
 def bare(model: Model, images: Tensor) -> None:
@@ -128,23 +134,28 @@ def main() -> None:
     parser.add_argument("--checked", type=int, default=4)
     options = parser.parse_args()
     network, layers, outputs, dataset, arrays = prepared(options)
-    images = torch.from_numpy(np.stack(arrays)).float() / 255
-    means = mean_activations(network, layers, images[:64])
+    images = torch.from_numpy(np.stack(arrays[:64])).float() / 255
+    means = mean_activations(network, layers, images)
     ablated = [spread(range(layer.channels), options.units) for layer in layers]
     context = EffectsContext(network, layers, outputs, means, ablated, dataset, 16)
-    began = time.perf_counter()
-    part = measure(context, range(options.images))
-    seconds = (time.perf_counter() - began) / options.images
-    began = time.perf_counter()
-    loop = np.concatenate(by_loop(context, images[: options.checked], part.top), 1)
-    per_image = (time.perf_counter() - began) / options.checked
-    exact = part.ablations["mean"][0]
-    scale = float(np.abs(exact).max())
-    units = sum(map(len, ablated))
-    print(f"{units} units in {len(layers)} layers, {options.images} photographs: {seconds:.2f} s an image, with both")
-    print(f"replacements and attributions; a loop of complete passes for one of them: {per_image:.2f} s an image")
-    difference = np.abs(loop - exact[: options.checked]).max()
-    print(f"largest difference from the loop: {difference:.1e}; largest effect {scale:.2f} logits")
+    parts, differences, seconds, of_loop = [], [], 0.0, 0.0
+    for start in range(0, options.images, 16):
+        began = time.perf_counter()
+        parts.append(measure(context, range(start, min(start + 16, options.images))))
+        seconds += time.perf_counter() - began
+        checked = min(start + 16, options.checked) - start
+        if checked > 0:
+            began = time.perf_counter()
+            compared = torch.from_numpy(np.stack(arrays[start : start + checked])).float() / 255
+            loop = by_loop(context, compared, parts[-1].top[:checked])
+            of_loop += time.perf_counter() - began
+            differences.append(np.abs(loop - parts[-1].ablations["mean"][0][:checked]).max())
+    part = EffectsPart.joined(parts)
+    units, scale = sum(map(len, ablated)), float(np.abs(part.ablations["mean"][0]).max())
+    print(f"{units} units in {len(layers)} layers, {options.images} photographs: {seconds / options.images:.2f} s an")
+    print(f"image, with both replacements and attributions. {options.checked} of them by a loop of complete passes for")
+    print(f"one replacement: {of_loop / options.checked:.2f} s an image, largest difference {max(differences):.1e}")
+    print(f"logits; largest effect {scale:.2f} logits")
     agreement(context, part)
     batch, channels = images[:16], sum(layer.channels for layer in layers)
     ours, plain = alternate(lambda: attribute(context, batch), lambda: bare(network, batch))

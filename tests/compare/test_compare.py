@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -14,12 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 from test_site import LAYERS, SMALL, check_links, shard, write_atlas
 
 from pipeline.cli.main import main
 from pipeline.cli.overrides import split_compare, split_options, to_overrides
 from pipeline.compare import Comparison, align, open_runs
 from pipeline.compare.build import build
+from pipeline.compare.console import print_comparison
 from pipeline.compare.image_distance import FEATURES, difference, features
 from pipeline.compare.plots import axis, scatter
 from pipeline.compare.runs import differing_settings
@@ -310,6 +313,68 @@ def test_a_run_without_photographs_borrows_what_they_reached(root: Path, tmp_pat
     assert np.isfinite(found.layers[0].of("mean_ratio")[1]).sum() == 5
 
 
+# ---------------------------------------------------------------------- effects
+
+
+def add_effects(path: Path, mean: Sequence[float], raised: Sequence[float], ablated: Sequence[int] = (1, 3)) -> None:
+    """Mean effects of the six units of stem over two images, and of some by ablation on the first outputs."""
+    with h5py.File(path, "r+") as file:
+        group, columns = "layers/stem/effects", np.array(mean, np.float32)
+        write_array(file, "effects/index", np.arange(2, dtype=np.int32))
+        write_array(file, f"{group}/attribution", np.stack([columns + 1, columns - 1], 1))
+        write_array(file, f"{group}/mean", columns)
+        write_array(file, f"{group}/size", np.abs(columns) + 1)
+        write_array(file, f"{group}/ablation/channel", np.array(ablated, np.int32))
+        effects = np.zeros((len(ablated), 5), np.float32)
+        effects[:, : len(raised)] = raised
+        for replacement in ("zero", "mean"):
+            for name, array in (("top", np.zeros((len(ablated), 2), np.float32)), ("mean", effects), ("sd", effects)):
+                write_array(file, f"{group}/ablation/{replacement}/{name}", array)
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    """Runs `less` and `more` with different effects, `same` with those of `less`, and `none` without."""
+    for name in ("less", "more", "same", "none"):
+        write_atlas(tmp_path / f"{name}.h5")
+    for name in ("less", "same"):
+        add_effects(tmp_path / f"{name}.h5", [1, 2, 3, 4, 5, np.nan], [0.5, 0.1])
+    add_effects(tmp_path / "more.h5", [2, 3, 5, 4, 6, 7], [0.25, 0.2, 0.0], ablated=(0, 3))
+    return tmp_path
+
+
+def test_effects_of_other_images_are_compared(measured: Path, capsys: pytest.CaptureFixture) -> None:
+    found = compare(measured, *(str(measured / f"{name}.h5") for name in ("less", "none", "more")))
+    (change,) = found.effects
+    assert (change.layer, change.contender, change.against) == ("stem", "more.h5", "less.h5")
+    assert change.units == 5 and change.change.value == 1 and change.size_change.value == 1
+    # The ranks 1 2 3 4 5 became 1 2 4 3 5.
+    assert change.rank_correlation == pytest.approx(0.9)
+    # Unit 3 is ablated in both.
+    assert change.ablated == 1 and [round(moved, 3) for _, moved in change.outputs] == [0.25, 0.1]
+    units = found.units().set_index(["layer", "contender"])
+    assert units.loc[("stem", "more.h5"), "effect"].tolist() == [2, 3, 5, 4, 6, 7]
+    assert units.loc[("stem", "none.h5"), "effect_size"].isna().all()
+    row = found.summary().set_index(["layer", "measure", "contender", "against"])
+    assert row.loc[("stem", "effect", "more.h5", "less.h5")]["median"] == 1
+    print_comparison(found, Console(width=200, file=sys.stdout))
+    assert "more.h5 − less.h5" in capsys.readouterr().out
+
+
+def test_the_site_shows_changes_of_effects_where_there_are_any(measured: Path) -> None:
+    for names, shown in ((("less", "more"), True), (("less", "same"), False), (("less", "none"), False)):
+        with open_runs([str(measured / f"{name}.h5") for name in names], ["distill"]) as inputs:
+            made = build(inputs, measured / "site", SMALL)
+        table = measured / "site" / "effects.csv"
+        page = (measured / "site" / "index.html").read_text()
+        assert bool(made.comparison.effects) == shown == table.is_file() == ("Effects on the outputs" in page)
+        assert ("effect" in made.comparison.units().columns) == shown
+        check_links(measured / "site")
+        if shown:
+            row = pd.read_csv(table).iloc[0]
+            assert row.units == 5 and row.effect_change == 1 and row.output_1_change == pytest.approx(0.25)
+
+
 # --------------------------------------------------------------------- refusals
 
 
@@ -395,7 +460,9 @@ def test_shards_hold_the_numbers_and_the_places_of_pictures(site: Path, root: Pa
     assert values[0][0] == [1, 2, 3, 4, 5, 6] and values[0][2][4:] == [None] * 2
     row = 5
     unit = shard(site, f"stem/u{row - row % index['sizes']['shard']}")["units"][row % index["sizes"]["shard"]]
-    assert unit["channel"] == 5 and unit["values"]["activation"] == [6, 7, None] and unit["label"]
+    assert unit["channel"] == 5 and unit["values"]["activation"] == [6, 7, None]
+    # A receptive field of 3 pixels shows no object, and a label names no unit of the stem.
+    assert "label" not in unit and any(one.get("label") for one in shard(site, "blocks.0.conv/u0")["units"])
     assert [p and p[0]["status"] for p in unit["pictures"]] == ["converged", "converged", None]
     assert np.float32(unit["values"]["mean_ratio"][1]) == np.float32(found.layers[0].of("mean_ratio")[1][5])
     # The pictures of stem are plain colours: those of the sheets are those of the atlas.

@@ -1,5 +1,7 @@
 """Effects of units: exact ablation against a plain loop, attribution where it is exact, any division of the work."""
 
+import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,15 +184,69 @@ def test_stored_results_are_used_where_they_give_the_same_outputs(
     layers = {layer.name: layer for layer in enumerate_layers(model)}
     layer = layers["act"] if "act" in layers else layers["conv"]
     images = images_of(model, dataset, 1)
-    rest = RestOfNetwork(model, layer, layers["head"])
+    rest = RestOfNetwork(model, [layer], layers["head"])
     with torch.no_grad():
         full = rest.record(images)
-        removed = rest.outputs_with(removal(layer, (0, 2), np.array([0.0, 0.5], np.float32)), 2)
-    assert rest.repetition == repetition
+        removed = rest.outputs_with(0, removal(layer, (0, 2), np.array([0.0, 0.5], np.float32)), 2)
+    assert rest.repetitions == [repetition]
     for copy, (channel, value) in enumerate(((0, 0.0), (2, 0.5))):
         expected = plain_effects(model, layer, channel, value, images)[0]
         np.testing.assert_allclose((full - removed).numpy()[copy], expected, rtol=1e-4, atol=1e-6)
     assert all("forward" not in module.__dict__ for module in model.module.modules())
+
+
+def test_one_recorded_pass_serves_all_layers(dataset: Dataset) -> None:
+    """The outputs without a unit are to the last bit those of a recording for its layer alone."""
+    model, batch = tiny_model(), 3
+    layers = [layer for layer in enumerate_layers(model) if layer.name not in ("head", "output")]
+    head = enumerate_layers(model)[-1]
+    calls: Counter[str] = Counter()
+    for name, module in model.module.named_modules():
+        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    with torch.no_grad():
+        together = RestOfNetwork(model, layers, head)
+        for images in images_of(model, dataset, 3).split(1):
+            calls.clear()
+            full = together.record(images)
+        assert calls[""] == 1 and together.repetitions == [VIEWS] * len(layers)
+        for number, layer in enumerate(layers):
+            edit = removal(layer, range(batch), np.linspace(-1, 1, batch, dtype=np.float32))
+            alone = RestOfNetwork(model, [layer], head)
+            assert torch.equal(alone.record(images), full)
+            removed = together.outputs_with(number, edit, batch)
+            assert torch.equal(alone.outputs_with(0, edit, batch), removed) and not torch.equal(removed[:1], full)
+    assert all("forward" not in module.__dict__ for module in model.module.modules())
+
+
+class Scribbling(Linear):
+    """Writes into what a module returned, behind all guards: a repeated result of a recording is spoilt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Conv2d(5, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.conv(x)
+        for image in first:
+            image += 1
+        return self.head(self.second(first).mean((2, 3)))
+
+
+def test_the_pass_is_recorded_again_where_a_check_spoils_its_results(dataset: Dataset) -> None:
+    model = model_of(Scribbling())
+    layers = {layer.name: layer for layer in enumerate_layers(model)}
+    images = images_of(model, dataset, 1)
+    rest = RestOfNetwork(model, [layers["conv"], layers["second"]], layers["head"])
+    with torch.no_grad():
+        full = rest.record(images)
+        removed = [
+            rest.outputs_with(n, removal(layers[name], (1,), np.zeros(1, np.float32)), 1)
+            for n, name in enumerate(("conv", "second"))
+        ]
+    assert rest.repetitions == [VIEWS, COPIES]
+    for name, outputs in zip(("conv", "second"), removed, strict=True):
+        expected = plain_effects(model, layers[name], 1, 0.0, images)
+        np.testing.assert_allclose((full - outputs).numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_layers_that_no_gradient_reaches_have_no_attribution(dataset: Dataset) -> None:
@@ -223,7 +279,11 @@ def test_what_is_measured(dataset: Dataset, tiny: Model, tiny_layers: dict[str, 
     assert request is not None and request.outputs == head
     assert len(request.images) == 20 and list(request.images) == sorted(request.images)
     assert "head" not in [layer.name for layer in request.layers]
-    assert all(len(own) == 3 for own in request.ablated) and request.passes > 3 + len(request.layers)
+    assert all(len(own) == 3 for own in request.ablated)
+    # A forward and a backward pass, one that is recorded for all layers, and parts of passes without the units.
+    parts = 3 * 2 * sum(1 - layer.cost / head.cost for layer in request.layers)
+    assert request.passes == pytest.approx(3 + 1 + parts)
+    assert dataclasses.replace(request, ablated=((),) * len(request.layers)).passes == 3
     # Without a classifier the outputs are the last layer.
     features = request_effects(EffectsConfig(images=5), dataset, units[:2], candidates[:3], [])
     assert features is not None and features.outputs == candidates[2] and len(features.layers) == 2

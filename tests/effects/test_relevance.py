@@ -128,6 +128,18 @@ def test_shares_of_pixels_add_up(patches: Dataset, monkeypatch: pytest.MonkeyPat
         assert float(share.sum()) == pytest.approx(float(change), rel=0.01) and change > 0
 
 
+def test_a_unit_that_needs_no_details_has_an_empty_mask(patches: Dataset) -> None:
+    """With a large bias, the red unit responds to a blurred image as much: no pixels in particular."""
+    module = TwoPatches()
+    with torch.no_grad():
+        module.conv.bias.fill_(30)
+    for network, empty in ((TwoPatches(), False), (module, True)):
+        context = context_of(model_of(network, SIDE), patches, "head")
+        index = RelevanceIndex.of([np.arange(1)], [np.array([[0, 1, 2]])], np.zeros(0, int))
+        arrays = measure_relevance(context, index, [0, 1, 2])
+        assert (arrays["0/mask"].reshape(3, -1).max(1) == (0 if empty else 255)).all()
+
+
 def test_any_division_gives_the_same_bytes(photo_folder: Path) -> None:
     dataset = list_dataset(DataConfig(source="folder", root=str(photo_folder)), 3)
     context = context_of(tiny_model(), dataset, "head")

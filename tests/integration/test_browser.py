@@ -123,7 +123,13 @@ def visit(browser, base) -> Iterator[Callable[..., Any]]:
 
 
 UNIT = "unit.html#blocks.0.conv:20"
-OTHERS = ("class.html", "class.html#goldfish", "embed.html#blocks.0.conv:20", "pinned.html#blocks.0.conv:20,stem:1")
+OTHERS = (
+    "circuit.html#stem:1,blocks.0.conv:20",
+    "class.html",
+    "class.html#goldfish",
+    "embed.html#blocks.0.conv:20",
+    "pinned.html#blocks.0.conv:20,stem:1",
+)
 EVERY = (HOME, STEM, EVEN, GREY, HOSTILE, HEAD, UNIT, "unit.html#../../x:1", MAP, METHOD, FAMILY, *OTHERS)
 
 
@@ -143,7 +149,7 @@ def unit_under_pointer(page: Any, spot: dict[str, float], places: range) -> str:
         page.mouse.move(spot["x"] + x, spot["y"] + spot["height"] / 2)
         if page.locator("#map-tip").is_visible():
             break
-    return page.locator("#map-tip").inner_text()
+    return page.locator("#map-tip b").inner_text()
 
 
 def arrives(page: Any, name: str) -> None:
@@ -273,6 +279,55 @@ def test_wired_units_are_shown(visit):
     arrives(page, "stem:5")
 
 
+def test_kernels_of_connections_are_drawn(visit):
+    page = visit("unit.html#stem:1")
+    near = page.locator(".wiring .near")
+    label = near.first.get_attribute("aria-label")
+    assert label == "blocks.0.conv:20, +1.25, excites, sum of weights +1.50"
+    canvas = page.locator(".wiring canvas").first
+    assert canvas.get_attribute("aria-label") == "Kernel of 3 × 3 weights: excites, sum +1.50"
+    colors = canvas.evaluate("c => Array.from(c.getContext('2d').getImageData(0, 0, 3, 3).data)")
+    assert colors[:3] == [38, 96, 188] and colors[16:19] == [226, 224, 219] and colors[32:35] == [196, 62, 36]
+    note = page.locator(".wiring .note").inner_text()
+    assert "through a.project; past a.expand and through them (residual)" in note and "mean gates" in note
+
+
+def test_a_circuit_is_walked_and_the_walk_is_in_the_address(visit, base):
+    def goes_on(name: str) -> None:
+        page.wait_for_function(
+            "name => document.body?.dataset.ready === name && document.querySelector('.walk')", arg=name
+        )
+
+    page = visit("unit.html#stem:1")
+    page.get_by_text("Walk the circuit").click()
+    page.wait_for_url(base + "circuit.html#stem:1")
+    goes_on("stem:1")
+    assert page.locator(".walk .inputs .note").inner_text() == "This atlas has no connections to a layer before."
+    first = page.locator(".walk .outputs a.wire").first
+    text = " ".join(first.inner_text().split())
+    assert text.startswith(
+        "blocks.0.conv:20 excites strength +1.25 sum of weights +1.50 of it by the residual path +1.25"
+    )
+    assert text.endswith("attribution +0.500") and first.locator("canvas").count() == 1
+    assert "attribution −0.750" in " ".join(page.locator(".attributed .wire").inner_text().split())
+    first.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_url(base + "circuit.html#stem:1,blocks.0.conv:20")
+    goes_on("blocks.0.conv:20")
+    assert page.locator(".trail li").all_inner_texts() == ["stem:1", "blocks.0.conv:20"]
+    # A connection without a kernel has no empty image.
+    assert page.locator(".walk .inputs .wire").count() == 2 and page.locator(".walk canvas").count() == 0
+    page.locator(".walk .inputs a.wire").first.click()
+    goes_on("stem:5")
+    page.keyboard.press("Backspace")
+    goes_on("blocks.0.conv:20")
+    assert page.url == base + "circuit.html#stem:1,blocks.0.conv:20"
+    page.locator(".trail a").first.click()
+    goes_on("stem:1")
+    page.goto(base + "circuit.html#stem:1,<img src=x onerror=alert(9)>:1")
+    page.get_by_text("This atlas has no such unit.").wait_for()
+
+
 def test_several_pictures_of_a_unit(visit):
     page = visit("unit.html#blocks.1.conv:5")
     titles = page.locator(".pictures figcaption b").all_inner_texts()
@@ -323,7 +378,7 @@ def test_measures_of_pictures_are_told_with_a_word_on_each(visit, folder):
     page = visit("unit.html#blocks.1.conv:5")
     table = page.locator(".quality table")
     heads = table.locator("thead th").all_inner_texts()
-    assert heads == ["measure", "distill", "neuron, 1", "neuron, 2", "meaning"]
+    assert heads == ["measure", "distill", "neuron, 1", "neuron, 2"]
     with open_atlas(folder / "somewhere/below") as atlas:
         layer = atlas["blocks.1.conv"]
         row = layer.row(5)
@@ -336,7 +391,8 @@ def test_measures_of_pictures_are_told_with_a_word_on_each(visit, folder):
             stored = [v for preset in layer.presets for v in layer.measurements(preset)[name][row] if np.isfinite(v)]
             assert [np.float32(text) for text in written] == stored, name
             assert line.locator("th").inner_text() == metric_named(name).title
-            assert line.locator("td").last.inner_text() == metric_named(name).explanation and len(written) > 0
+            meaning = page.locator(f".quality [data-meaning={name}]")
+            assert meaning.text_content() == metric_named(name).explanation and len(written) > 0
     # An atlas of before there were measures has no such table.
     assert visit("unit.html#stem:2").locator(".quality").count() == 0
 
@@ -551,7 +607,7 @@ def test_map(visit):
     assert page.locator("#map").get_attribute("data-near") == str(sum(len(layer[3]) for layer in LAYERS))
     box = page.get_by_label("Highlight")
     box.fill("goldfish")
-    page.wait_for_function("() => document.querySelector('#map-count').textContent.startsWith('8 ')")
+    page.wait_for_function("() => document.querySelector('#map-count').textContent.startsWith('7 ')")
     page.locator("#map").scroll_into_view_if_needed()
     spot = page.locator("#map").bounding_box()
     page.mouse.move(spot["x"] + spot["width"] / 2, spot["y"] + spot["height"] / 2)
@@ -590,7 +646,7 @@ def test_search_lights_up_the_map(visit, base):
 
 def test_families(visit):
     page = visit(FAMILY)
-    page.locator(".card h3 a").click()
+    page.locator(".card h2 a").click()
     page.wait_for_url("**/families/*")
     page.wait_for_function("() => document.querySelector('.mini').style.backgroundImage")
     assert page.locator(".members li").count() == 4

@@ -279,3 +279,17 @@ def test_without_script_there_are_numbers_and_plots(visit):
     page = visit(HOME, script=False)
     assert page.locator("table").count() >= 4 and page.locator(".plot svg").count() >= 1
     assert "compare.csv" in page.locator("noscript").inner_text() and not page.locator(".controls").is_visible()
+
+
+def test_the_first_page_begins_with_the_main_measure(visit):
+    page = home(visit)
+    rows = page.locator("#numbers tbody tr").filter(visible=True)
+    ratios = rows.count()
+    assert ratios == 1  # of four contenders, all six pairs are among the other measures
+    contenders = page.locator(".contenders li").all_inner_texts()
+    assert len(contenders) == 4 and contenders[0].startswith("one/distill: run ") and "preset distill" in contenders[0]
+    page.get_by_text("All measures", exact=True).click()
+    assert rows.count() > ratios + 5
+    # All visualizations have the same number of steps, and no interval around it.
+    steps = page.locator("#numbers details tr").filter(has=page.get_by_role("rowheader", name=re.compile("^steps")))
+    assert steps.first.locator("data").first.inner_text() == "512" and steps.first.locator(".interval").count() == 0

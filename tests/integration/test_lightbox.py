@@ -31,6 +31,9 @@ def folder(tmp_path_factory) -> Path:
         for name, row, value in (
             ("dataset/source", ..., np.arange(PHOTOS) // 3),
             ("layers/blocks.1.conv/render/neuron/status", (1, 1), "failed"),
+            ("layers/blocks.1.conv/render/distill/status", (0, 0), "limit"),
+            ("layers/blocks.1.conv/render/distill/saturation", ..., [[0.75], [0.25], [0.25]]),
+            ("layers/blocks.1.conv/render/neuron/saturation", ..., 0.25),
             ("layers/blocks.1.conv/examples/maps/range", ..., [-2, 6]),
         ):
             array = file[name]
@@ -282,6 +285,16 @@ def test_a_failed_visualization_of_any_preset_says_so(visit):
     page.goto(page.url.split("#")[0] + "#blocks.1.conv:7")
     arrives(page, "blocks.1.conv:7")
     assert page.locator(".subtitle .flag").count() == 0
+
+
+@ONE_BASE
+def test_a_saturated_image_and_one_that_was_still_rising_say_so(visit):
+    page = unit(visit, "blocks.1.conv:2")
+    assert page.locator(".subtitle .flag").all_inner_texts() == ["distill saturated"]
+    assert page.locator(".provenance tbody td").first.inner_text() == "still rising at the last step"
+    # Explanations are there for all readers, folded.
+    page.locator(".figures summary").click()
+    assert "Over all positions of all dataset images." in page.locator(".figures .meanings").inner_text()
 
 
 @ONE_BASE

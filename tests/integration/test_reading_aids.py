@@ -10,6 +10,7 @@ import pytest
 import test_browser
 from PIL import Image
 from test_browser import MAP, STEM, arrives
+from test_site import LABELS
 
 from pipeline.site.pages import STATIC
 
@@ -58,6 +59,38 @@ def test_one_finger_scrolls_the_page_and_two_zoom_the_map(telephone, base):
     page.wait_for_function(
         "near => Number(document.querySelector('#map').dataset.near) < Number(near)", arg=near, timeout=5000
     )
+
+
+@ONE_BASE
+def test_a_swipe_goes_to_the_next_image(telephone, base):
+    page = telephone
+    page.goto(base + UNIT + "&image=example/max/1")
+    page.locator("#lightbox .lens .pic").wait_for()
+    place = page.locator("#lightbox .count").inner_text()
+    number, count = place.split(" of ")
+    box = page.locator("#lightbox .lens").bounding_box()
+    assert box is not None
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    gesture(page, *([(x - 20 * step, y)] for step in range(5)))
+    page.get_by_text(f"{int(number) + 1} of {count}").wait_for(timeout=5000)
+    gesture(page, *([(x + 20 * step, y)] for step in range(5)))
+    page.get_by_text(place).wait_for(timeout=5000)
+
+
+@ONE_BASE
+def test_the_map_names_a_unit_with_its_label(visit):
+    page = visit(MAP)
+    page.wait_for_function("() => Number(document.querySelector('#map').dataset.shown) > 10")
+    page.locator("#map").scroll_into_view_if_needed()
+    spot = page.locator("#map").bounding_box()
+    assert spot is not None
+    page.evaluate("ATLAS.need('search', ATLAS.index.identity)")
+    label = "document.querySelector('#map-tip span span')?.textContent"
+    found = []
+    for x in range(60, int(spot["width"]) - 60, 15):
+        page.mouse.move(spot["x"] + x, spot["y"] + spot["height"] / 2)
+        found.append(page.evaluate(label))
+    assert {text.strip() for text in found if text} & set(LABELS)
 
 
 @ONE_BASE

@@ -1,6 +1,7 @@
 """Layers: what is found, what a name stands for, and that looking leaves no trace."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -167,6 +168,22 @@ def test_a_transformer_has_features_for_channels() -> None:
     model = load_model(ModelConfig("timm", "test_vit", weights=None))
     block = next(la for la in enumerate_layers(model) if la.name == "blocks.0")
     assert block.layout == "tokens" and block.channels == model.module.embed_dim
+
+
+def test_the_maps_of_tokens_can_be_traced() -> None:
+    """As for an export, in which sizes are tensors."""
+    model = load_model(ModelConfig("timm", "test_vit", weights=None))
+    layers = [la for la in enumerate_layers(model) if la.name == "blocks.0"]
+
+    class Tapped(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return forward(image)["blocks.0"]
+
+    images = [torch.rand(1, 3, *model.preprocessing.size) for _ in range(2)]
+    with capture(model, layers) as forward, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(Tapped(), images[0], check_trace=False)
+        assert torch.allclose(traced(images[1]), forward(images[1])["blocks.0"])
 
 
 class Bottleneck(nn.Module):

@@ -20,7 +20,7 @@ from pipeline.runs.dataset_pass import gaps
 
 EFFECTS = ["effects.images=12", "effects.ablated=2", "effects.batch=4", "effects.examples=2"]
 # Groups of atlas.h5 that effects add to.
-OF_EFFECTS = ("effects", "examples/relevant", "dataset/shown")
+OF_EFFECTS = ("effects", "examples/relevant", "dataset/shown", "attribut")
 
 
 def digests(atlas: Path) -> dict[str, str]:
@@ -134,6 +134,53 @@ def test_effects_continue_and_are_reused(
         assert names == {path.name for path in (finished / "shards" / kind).glob("*.h5")} and len(names) > 1
 
 
+def test_connections_are_attributed_and_continue(
+    finished: Path, tiny_run: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    asked = [*tiny_run, *EFFECTS, "effects.connections=6"]
+    assert main(["run", *asked, "engine.task_seconds=0.01"]) == 0
+    shards = sorted((finished / "shards" / "connections").glob("*.h5"))
+    assert [path.name.split("-")[:2] for path in shards] == [["0", "4"], ["4", "6"]]
+    with pipeline.open_atlas(finished) as atlas:
+        before = {layer.name: layer.attributed_connections("inputs") for layer in atlas}
+        for name, found in before.items():
+            if found is None:
+                continue
+            layer, source = atlas[name], atlas[found.layer]
+            assert found.images == 6 and found.channel.shape == found.value.shape == (len(layer.channels), 8)
+            assert (np.diff(np.abs(found.value), axis=1) <= 0).all()
+            wiring = layer.connectivity("inputs")
+            assert wiring is not None and wiring.attribution is not None and wiring.layer == found.layer
+            # The same numbers beside the strongest connections by weights.
+            pairs = {
+                (r, c): v
+                for r, row in enumerate(found.channel.tolist())
+                for c, v in zip(row, found.value[r], strict=True)
+            }
+            for r, k in np.argwhere(wiring.channel >= 0).tolist():
+                assert pairs.get((r, int(wiring.channel[r, k])), wiring.attribution[r, k]) == wiring.attribution[r, k]
+            back = source.attributed_connections("outputs")
+            assert back is not None and set(back.channel.ravel().tolist()) <= {-1, *layer.channels.tolist()}
+        assert sum(found is not None for found in before.values()) >= 3
+    shards[1].unlink()
+    (finished / "atlas.h5").unlink()
+    assert main(["run", *asked]) == 0  # the other division is kept, and the rest measured again
+    with pipeline.open_atlas(finished) as atlas:
+        for name, found in before.items():
+            again = atlas[name].attributed_connections("inputs")
+            assert (found is None) == (again is None)
+            assert found is None or again is None or found.value.tobytes() == again.value.tobytes()
+    assert main(["verify", str(finished)]) == 0
+    assert main(["compact", str(finished)]) == 0
+    capsys.readouterr()
+    assert main(["plan", *asked]) == 0
+    assert "nothing is missing" in capsys.readouterr().out
+    (path,) = (finished / "site" / "api" / "v1").rglob("blocks.1.0.conv_pwl*.json")
+    for unit in json.loads(path.read_text())["units"]:
+        assert len(unit["wiring"]["inputs"]["attribution"]) == len(unit["wiring"]["inputs"]["units"])
+        assert unit["attributed"]["inputs"]["images"] == 6
+
+
 @pytest.mark.long
 def test_other_lists_repeat_no_effects(finished: Path, tiny_run: list[str], capsys: pytest.CaptureFixture) -> None:
     """A lost part of the second round is measured again; more images per unit repeat the second round only."""
@@ -172,6 +219,57 @@ def test_a_damaged_part_is_measured_again(finished: Path, tiny_run: list[str]) -
         after = atlas["conv_head"].effects()
     assert before is not None and after is not None
     assert before.attribution.tobytes() == after.attribution.tobytes()
+
+
+def test_images_that_use_a_unit_are_shown_as_crops(finished: Path, tiny_run: list[str]) -> None:
+    """Where an atlas stores no whole images: each receptive field at the largest relevance, also on the site."""
+    assert main(["run", *tiny_run, *EFFECTS, "examples.store=crops", "run.update=true"]) == 0
+    shown = 0
+    with pipeline.open_atlas(finished) as atlas:
+        for name in ("conv_stem", "conv_head"):
+            layer = atlas[name]
+            lists = layer.examples("relevant")
+            assert lists is not None and layer.crop(-1, "relevant") is None
+            numbers = lists.crop[lists.index >= 0]
+            assert sorted(numbers.tolist()) == list(range(len(numbers))) and (lists.crop[lists.index < 0] == -1).all()
+            for row, k in np.argwhere(lists.index >= 0).tolist():
+                crop = layer.crop(int(lists.crop[row, k]), "relevant")
+                box = layer.crop_box(int(lists.y[row, k]), int(lists.x[row, k])) or (0, 0, *layer.input_size)
+                assert crop is not None
+                assert crop.size[0] / crop.size[1] == pytest.approx((box[2] - box[0]) / (box[3] - box[1]), rel=0.1)
+                shown += 1
+            (path,) = (finished / "site" / "api" / "v1").rglob(f"{name}*.json")
+            entries = [e for unit in json.loads(path.read_text())["units"] for e in unit["examples"]["relevant"]]
+            assert len(entries) == len(numbers) and all(entry[5] >= 0 for entry in entries)
+    assert shown > 4
+    assert main(["verify", str(finished)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("network", "layers", "used"),
+    [
+        ("test_efficientnet", "conv_stem,blocks.1.0.*", True),
+        # Without weights the branches of its residual blocks are multiplied by zero: no unit has a positive relevance.
+        ("resnet18", "layer1.0.conv1,layer4.1.conv1", False),
+    ],
+)
+def test_a_network_without_a_classifier(
+    network: str, layers: str, used: bool, tiny_run: list[str], tmp_path: Path
+) -> None:
+    """The outputs are the means of its last layer's channels; a run ends also if no image uses a unit."""
+    own = [f"model.name={network}", "model.arguments={num_classes: 0}", f"layers.include=[{layers}]"]
+    assert main(["run", *tiny_run, *own, *EFFECTS]) == 0
+    with pipeline.open_atlas(tmp_path / "tiny") as atlas:
+        assert atlas.effects_outputs and not atlas.labels and len(atlas.effects_index) == 12
+        name = list(atlas.layers)[-1]
+        effects, lists = atlas[name].effects(), atlas[name].examples("relevant")
+        assert effects is not None and effects.attribution.any() == used == (lists is not None)
+        outputs = effects.ablations["zero"]["mean"].shape[1]
+        assert outputs == effects.on_outputs(int(effects.ablated[0])).shape[0] > 3
+    (path,) = (tmp_path / "tiny" / "site" / "api" / "v1").rglob(f"{name}*.json")
+    record = json.loads(path.read_text())["units"][0]["effects"]
+    assert record["images"] == 12 and ("raises" in record)
+    assert main(["verify", str(tmp_path / "tiny")]) == 0
 
 
 def test_bad_settings(tiny_run: list[str], capsys: pytest.CaptureFixture) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pipeline.runs.localized_arrays import LocalizedArrays
-from pipeline.store import shards, writer
+from pipeline.store import shards
+from pipeline.store.hdf5 import write_jpegs
 from pipeline.store.shards import DamagedShardError, Shard
 
 PARTS, SIZE = 8, 1_000_000
@@ -52,7 +53,7 @@ def test_shown_images_are_written_in_the_memory_of_one_part(parts: list[Shard], 
     with h5py.File(tmp_path / "atlas.h5", "w") as file:
         tracemalloc.start()
         try:
-            writer._put_jpeg(file.create_group("shown"), "jpeg", joined, "shown")
+            write_jpegs(file.create_group("shown"), joined["shown/offset"], joined.pieces("shown/jpeg"))
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()

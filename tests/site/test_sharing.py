@@ -111,7 +111,7 @@ def test_the_sitemap_lists_all_pages(shared):
     space = "{http://www.sitemaps.org/schemas/sitemap/0.9}"
     found = [str(entry.findtext(f"{space}loc")) for entry in tree.getroot()]
     listed = {local(shared, address).resolve() for address in found}
-    unlisted = {"404.html", "unit.html", "pinned.html", "embed.html"}
+    unlisted = {"404.html", "unit.html", "pinned.html", "embed.html", "circuit.html"}
     assert listed == {path for path in pages_of(shared) if path.name not in unlisted}
     assert len(found) == len(listed) and {entry.findtext(f"{space}lastmod") for entry in tree.getroot()} == {
         "2026-01-02"

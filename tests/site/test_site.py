@@ -31,6 +31,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.activation_atlas.projection import principal_components
 from pipeline.core.errors import AtlasError
 from pipeline.core.metric_specs import IMAGE_METRICS, METRICS, RATIO_METRICS, RELATION_METRICS
 from pipeline.judges.judgement import NUMBERS, RANGES
@@ -240,6 +241,30 @@ def write_examples(group: h5py.Group, rng, name: str, count: int, side: int, bes
         group["wiring/inputs"].attrs["layer"] = "stem"
         group["wiring/inputs"].attrs["scale"] = "sd"
         group["wiring/inputs"].attrs["approximate"] = "blocks.0.norm\nblocks.0.conv"
+    if name == "stem":
+        write_path_connections(group, count)
+
+
+def write_path_connections(group: h5py.Group, count: int) -> None:
+    """Outputs of the units of the first layer, with everything that a linear path has."""
+    kernel = np.arange(-4, 5, dtype=np.float16).reshape(3, 3)
+    columns = {
+        "channel": np.array([[20, 4, -1]], np.int32),
+        "norm": np.array([[2.5, 0.5, 0]], np.float32),
+        "sum": np.array([[1.5, -0.25, 0]], np.float32),
+        "strength": np.array([[1.25, 0.75, 0]], np.float32),
+        "kernel": np.stack([kernel, -kernel, 0 * kernel])[None],
+        "residual": np.array([[1.25, 0.5, 0]], np.float32),
+        "attribution": np.array([[0.5, np.nan, np.nan]], np.float32),
+    }
+    for key, values in columns.items():
+        write_array(group, f"wiring/outputs/{key}", np.repeat(values, count, 0))
+    attributes = {"layer": "blocks.0.conv", "scale": "sd", "approximate": "", "linearized": True}
+    attributes |= {"path": "a.expand\na.project", "bypassed": "a.expand", "gated": "a.act"}
+    group["wiring/outputs"].attrs.update(attributes)
+    write_array(group, "attributed/outputs/channel", np.repeat(np.array([[4, -1]], np.int32), count, 0))
+    write_array(group, "attributed/outputs/value", np.repeat(np.array([[-0.75, 0]], np.float32), count, 0))
+    group["attributed/outputs"].attrs.update({"layer": "blocks.0.conv", "images": 12})
 
 
 def write_photos(file: h5py.File) -> None:
@@ -451,8 +476,11 @@ def test_numbers_are_those_of_the_store(site):
                 assert labels is not None and maps is not None
                 label = atlas.dataset_labels[labels.over[row, 0]]
                 assert unit["labels"]["over"][0] == [label, 1 if row == 0 else 4, 2.5, 0.25]
-                assert unit["labels"].get("name") == (None if row == 0 else label)
-                if layer.name != "head":  # its units are classes
+                # The stem sees 3 pixels, which no label is about.
+                assert unit["labels"].get("name") == (None if row == 0 or layer.name == "stem" else label)
+                if layer.name == "stem":
+                    assert "label" not in grid
+                elif layer.name != "head":  # its units are classes
                     assert (grid["label"][row] < 0) == (row == 0)
                 similar = layer.similar(channel)
                 assert [s[0] for s in unit["similar"]] == similar["channel"].tolist()
@@ -474,6 +502,33 @@ def test_wiring_is_that_of_the_store(site):
     units = [[5, 2.5, -1.5, ranks[0], 1.25], [0, 0.5, 0.25, ranks[1], 0.75]]
     approximate = ["blocks.0.norm", "blocks.0.conv"]
     assert unit["wiring"] == {"inputs": {"layer": "stem", "scale": "sd", "units": units, "approximate": approximate}}
+
+
+def test_connections_along_a_path_are_those_of_the_store(site):
+    with open_atlas(site.parent) as atlas:
+        unit, _ = unit_of(site, atlas["stem"], 1)
+        places = [unit_of(site, atlas["blocks.0.conv"], channel)[0]["tiny"] for channel in (20, 4)]
+    found = unit["wiring"]["outputs"]
+    assert found["units"] == [[20, 2.5, 1.5, places[0], 1.25], [4, 0.5, -0.25, places[1], 0.75]]
+    assert (found["path"], found["bypassed"], found["gated"]) == (["a.expand", "a.project"], ["a.expand"], ["a.act"])
+    assert found["linearized"] and found["residual"] == [1.25, 0.5] and found["attribution"] == [0.5, None]
+    assert found["kernels"]["size"] == [3, 3] and len(found["kernels"]["values"]) == 2
+    first = np.frombuffer(base64.b64decode(found["kernels"]["values"][0]), np.uint8)
+    assert first.tolist() == [1, 33, 64, 96, 128, 160, 192, 223, 255]
+    attributed = {"layer": "blocks.0.conv", "images": 12, "units": [[4, places[1], -0.75]]}
+    assert unit["attributed"] == {"outputs": attributed}
+
+
+def test_an_atlas_without_connections_has_no_page_of_circuits(site, tmp_path):
+    path = write_atlas(tmp_path / "atlas.h5")
+    with h5py.File(path, "r+") as file:
+        found: list[str] = []
+        file.visit(found.append)
+        for name in found:
+            if name.endswith(("/wiring", "/attributed")):
+                del file[name]
+    build(path, tmp_path / "plain")
+    assert not (tmp_path / "plain/circuit.html").exists() and (site / "circuit.html").is_file()
 
 
 def test_layers_say_what_judges_say(site):
@@ -972,7 +1027,7 @@ def test_sizes_are_chosen_to_fit(tmp_path):
     few = build(path, tmp_path / "few", dataclasses.replace(SMALL, max_files=110))
     # The images of the home page and the cards have files of their own in any case.
     others = len(list((tmp_path / "few/wall").iterdir())) + len(list((tmp_path / "few/cards").rglob("*.jpg")))
-    assert few.files < plain.files and few.files - others <= 110
+    assert few.files < plain.files and few.files - others <= 116
     with open_atlas(path) as atlas:
         layers = LAYERS[1:2]
         assert layers
@@ -1233,10 +1288,10 @@ def test_like_units_lie_together():
     responses = (centres[kind] + 0.1 * rng.normal(0, 1, (300, 40))).astype(np.float16)
     vectors = embedding.unit_vectors([responses[:100], responses[100:]])
     assert vectors is not None
-    components = embedding.principal_components(vectors)
-    method_, places = embedding.project(vectors, components)
+    components = principal_components(vectors)
+    method_, places = embedding.project(components)
     assert method_ in ("PCA", "UMAP") and places.min() >= 0 and places.max() <= embedding.GRID
-    again = embedding.project(vectors, embedding.principal_components(vectors))[1]
+    again = embedding.project(principal_components(vectors))[1]
     assert np.array_equal(places, again)
     middles = np.stack([places[kind == k].mean(0) for k in range(5)])
     within = max(places[kind == k].std(0).max() for k in range(5))
@@ -1282,8 +1337,8 @@ def test_shares_and_ratios_do_not_lie():
         ("images", 0.2, "full", 1, ("max", "min"), True),
         ("images", 0.5, "full", 1, (), True),
         ("images", 0.5, "full", 4, ("max", "min"), True),
-        ("images", 0.5, "crop", 1, ("max", "mean", "min", "spectrum"), False),
-        ("crops", 0.5, "full", 1, ("max", "mean", "min", "spectrum"), False),
+        ("images", 0.5, "crop", 1, ("max", "mean", "min", "spectrum", "relevant"), False),
+        ("crops", 0.5, "full", 1, ("max", "mean", "min", "spectrum", "relevant"), False),
         ("images", 0.5, "ids", 1, (), False),
     ],
 )

@@ -20,6 +20,7 @@ import pipeline
 from pipeline.core import atomic_io, hashing
 from pipeline.core.errors import AtlasError
 from pipeline.core.metric_specs import IMAGE_METRICS, RATIO_METRICS, RELATION_METRICS
+from pipeline.effects.results import ConnectionAttribution, EffectsResult
 from pipeline.layers.connectivity import Connectivity
 from pipeline.layers.finding import Layer, ReceptiveField
 from pipeline.store import hdf5, shards, writer
@@ -257,6 +258,44 @@ def test_connections_come_back_and_those_of_former_versions_open(tmp_path: Path)
         found = atlas[LAYER.name].connectivity("inputs")
         assert found is not None and (found.scale, found.approximate) == ("", ())
         assert np.array_equal(found.strength, norm[[2, 5]])
+        assert found.kernel is None and found.residual is None and found.attribution is None
+        assert not found.linearized and found.path == found.bypassed == found.gated == ()
+
+
+def test_kernels_paths_and_attributions_of_connections_come_back(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    norm, total, strength = rng.normal(size=(3, 9, 3)).astype(np.float32)
+    channel = np.tile(np.array([3, 1, -1], np.int32), (9, 1))
+    kernel, residual = rng.normal(size=(9, 3, 5, 3)).astype(np.float16), norm + 1
+    paths = {"path": ("a", "b"), "bypassed": ("b",), "gated": ("c",), "linearized": True}
+    wired = Connectivity("before", channel, norm, total, strength, "sd", (), kernel, residual=residual, **paths)
+    value = np.array([[1, -3, 0, 2], [0, 0, 0, 4]], np.float32)
+    effects = EffectsResult(
+        "head", np.zeros(0, np.int32), np.zeros(0, np.int32), {},
+        connections={LAYER.name: ConnectionAttribution("before", value, 7)},
+    )  # fmt: skip
+    before = dataclasses.replace(LAYER, name="before", channels=4)
+    both = dataclasses.replace(
+        content((2, 5)), layers=[(before, (0, 3)), (LAYER, (2, 5))], inputs={LAYER.name: wired}, effects=effects
+    )
+    path = tmp_path / "atlas.h5"
+    writer.consolidate(path, both, {})
+    with pipeline.open_atlas(path) as atlas:
+        layer = atlas[LAYER.name]
+        found, strongest = layer.connectivity("inputs"), layer.attributed_connections("inputs")
+        assert found is not None and found.kernel is not None and found.residual is not None
+        assert np.array_equal(found.kernel, kernel[[2, 5]]) and np.array_equal(found.residual, residual[[2, 5]])
+        assert (found.path, found.bypassed, found.gated, found.linearized) == (("a", "b"), ("b",), ("c",), True)
+        assert found.attribution is not None
+        assert np.array_equal(found.attribution, np.array([[2, -3, np.nan], [4, 0, np.nan]]), equal_nan=True)
+        assert strongest is not None and (strongest.layer, strongest.images) == ("before", 7)
+        assert strongest.channel.tolist() == [[1, 3, 0, -1], [3, -1, -1, -1]]
+        assert strongest.value.tolist() == [[-3, 2, 1, 0], [4, 0, 0, 0]]
+        back = atlas["before"].attributed_connections("outputs")
+        assert (
+            back is not None and back.channel.tolist() == [[2, -1], [5, 2]] and back.value.tolist() == [[1, 0], [4, 2]]
+        )
+        assert layer.connected_layers == ("before",) and atlas["before"].connected_layers == (LAYER.name,)
 
 
 def test_a_lost_picture_is_marked_and_reported(tmp_path: Path) -> None:

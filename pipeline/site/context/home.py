@@ -144,6 +144,11 @@ class Home:
         )
 
     @property
+    def activation_atlases(self) -> list[LayerSummary]:
+        """The layers with an activation atlas."""
+        return [facts for facts in self.layers if facts.atlas is not None]
+
+    @property
     def stages(self) -> list[Stage[LayerSummary]]:
         """Stages of the layers, which the page folds; empty if there are so few layers that it shows all of them."""
         return stages_of(self.layers) if len(self.layers) > FOLD_ABOVE else []

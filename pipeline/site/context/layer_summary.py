@@ -13,6 +13,7 @@ from pipeline.site.config import SiteConfig
 from pipeline.site.data.label_names import readable_labels
 from pipeline.site.media.kernel_images import kernel_views, layer_scale
 from pipeline.store import Atlas, LayerView
+from pipeline.store.activation_atlas import AtlasExtent
 from pipeline.store.shards import safe_name
 
 
@@ -112,6 +113,7 @@ class LayerSummary:
         reference: What its statistics compare activations with; see `LayerView.reference`.
         kernels: Image of the kernel of each channel as a data URI, if the layer is linear in the pixels.
         kernel_size: (height, width) of the kernels in pixels.
+        atlas: Extent of its activation atlas; None without one.
     """
 
     name: str
@@ -130,11 +132,22 @@ class LayerSummary:
     rotation_number: float | None = None
     kernels: tuple[str, ...] = ()
     kernel_size: tuple[int, int] = (0, 0)
+    atlas: AtlasExtent | None = None
 
     @property
     def href(self) -> str:
         """Path of the layer's page, relative to the root of the site."""
         return f"layers/{self.slug}.html"
+
+    @property
+    def atlas_slug(self) -> str:
+        """Name of its activation atlas in names of files, relative to the root of the site or of a kind of files."""
+        return f"activation-atlas/{self.slug}"
+
+    @property
+    def atlas_href(self) -> str:
+        """Path of the page of its activation atlas, relative to the root of the site."""
+        return f"{self.atlas_slug}.html"
 
     @property
     def complete(self) -> bool:
@@ -193,6 +206,7 @@ def summarize(layer: LayerView, order: int, classes: Sequence[str]) -> LayerSumm
         reference=layer.reference,
         kernels=() if kernels is None else _kernel_images(kernels),
         kernel_size=(0, 0) if kernels is None else (kernels.shape[2], kernels.shape[3]),
+        atlas=layer.activation_atlas_extent,
     )
 
 
@@ -298,6 +312,7 @@ class ShownExamples:
         y: Row of the activation in the layer's map, (C', k).
         x: Column of the activation in the layer's map, (C', k).
         pair: Numbers of the heat maps, (C', k).
+        crop: Numbers of the stored crops, (C', k).
     """
 
     name: str
@@ -306,6 +321,7 @@ class ShownExamples:
     y: np.ndarray
     x: np.ndarray
     pair: np.ndarray
+    crop: np.ndarray
 
     @property
     def count(self) -> int:
@@ -341,7 +357,7 @@ def shown_lists(layer: LayerView, config: SiteConfig) -> list[ShownExamples]:
             bins = max(1, len(layer.spectrum_edges) - 1)
             per_bin = examples.index.shape[1] // bins
             columns = np.concatenate([np.arange(min(limit, per_bin)) + per_bin * i for i in range(bins)])
-        arrays = (examples.value, examples.index, examples.y, examples.x, examples.map)
+        arrays = (examples.value, examples.index, examples.y, examples.x, examples.map, examples.crop)
         lists.append(ShownExamples(name, *(array[:, columns] for array in arrays)))
     return lists
 

@@ -15,6 +15,7 @@ from pipeline.core.metric_specs import GRID_METRICS, MAIN_METRICS, metric_named
 from pipeline.examples.association import Association
 from pipeline.judges.judgement import Judgement
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, ShownExamples
+from pipeline.site.data.connection_records import attributed_of, wiring_of
 from pipeline.site.data.js_shards import rounded_decimals, shortest_decimals
 from pipeline.site.layout import embedding
 from pipeline.site.media.kernel_images import kernel_views, layer_scale
@@ -22,6 +23,9 @@ from pipeline.store.effects import UnitEffects
 from pipeline.store.layer_view import Histogram, LayerView, PathCurves
 
 BARS = 64
+
+# Least side of a receptive field, in pixels, in which there can be what a label says.
+MIN_NAMED_FIELD = 16
 
 # Outputs in the record of an ablated unit that it raises most, and that it lowers most.
 EFFECTS = 5
@@ -65,6 +69,17 @@ def worst(status: np.ndarray) -> list[str]:
     return [max(map(str, row), key=lambda s: severity.get(s, 0)) for row in status]
 
 
+def naming_of(labels: Association | None, facts: LayerSummary) -> np.ndarray:
+    """Return the label that names each unit of a layer, (C',) int; −1 for none.
+
+    Units with a receptive field below `MIN_NAMED_FIELD` see colors and edges, no objects: they have no name.
+    """
+    field = facts.receptive_field
+    if labels is None or (field is not None and min(field) < MIN_NAMED_FIELD):
+        return np.full(len(facts.channels), -1)
+    return labels.naming
+
+
 def labels_of(layer: LayerView, facts: LayerSummary, catalogue: Catalogue) -> tuple[list[int], list[str]]:
     """Return a word for each unit: its class in a classifier, else the label of the dataset that names it.
 
@@ -74,9 +89,10 @@ def labels_of(layer: LayerView, facts: LayerSummary, catalogue: Catalogue) -> tu
     if facts.classifier:
         words = [catalogue.classes[c] for c in facts.channels]
     else:
-        labels = layer.labels()
-        naming = labels.naming if labels is not None else np.full(len(facts.channels), -1)
-        words = [catalogue.names[i] if 0 <= i < len(catalogue.names) else "" for i in naming.tolist()]
+        words = [
+            catalogue.names[i] if 0 <= i < len(catalogue.names) else ""
+            for i in naming_of(layer.labels(), facts).tolist()
+        ]
     used = sorted({word for word in words if word})
     place = {word: i for i, word in enumerate(used)}
     return [place.get(word, -1) for word in words], used
@@ -137,9 +153,10 @@ class Recorder:
         }
         self._stats = {k: v.tolist() if v.dtype == bool else shortest_decimals(v) for k, v in layer.stats().items()}
         self._labels = layer.labels()
-        self._naming = None if self._labels is None else self._labels.naming
+        self._naming = naming_of(self._labels, facts)
         self._vectors = embedding.unit_vectors([layer.dataset_activations()]) if similar else None
         self._wiring = wiring_of(layer, places.others)
+        self._attributed = attributed_of(layer, places.others)
         self._effects = effects_of(layer.effects(), catalogue.classes)
         self._masks = layer.relevance_masks() if any(shown.name == "relevant" for shown in lists) else None
         self._kernels = layer.kernels()
@@ -198,6 +215,8 @@ class Recorder:
                 unit["similar"] = similar[i]
             if self._wiring is not None:
                 unit["wiring"] = self._wiring(row)
+            if self._attributed is not None:
+                unit["attributed"] = self._attributed(row)
             if self._effects is not None:
                 unit["effects"] = self._effects(row)
             records.append(unit)
@@ -260,7 +279,7 @@ class Recorder:
         record: dict[str, Any] = {
             "over": [[names[label], count, lift, p] for label, count, lift, p in over if label >= 0]
         }
-        if self._naming is not None and self._naming[row] >= 0:
+        if self._naming[row] >= 0:
             record["name"] = names[self._naming[row]]
         best, chosen = int(labels.best[row]), labels.chosen[row].tolist()
         if best >= 0:
@@ -370,40 +389,6 @@ def effects_of(effects: UnitEffects | None, classes: Sequence[str]) -> Callable[
             count = min(EFFECTS, len(entries) // 2)
             record |= {"raises": entries[:count], "lowers": entries[::-1][:count]}
             record["rank_correlation"] = None if np.isnan(effects.rank_correlation) else effects.rank_correlation
-        return record
-
-    return record_of
-
-
-def wiring_of(layer: LayerView, ranks: Mapping[str, Mapping[int, int]]) -> Callable[[int], dict[str, Any]] | None:
-    """Return a function from a row to the strongest connections of its unit, or None if the atlas has none.
-
-    Args:
-        layer: The layer.
-        ranks: Places in the sheets of tiny images, by layer name and channel. The record of a unit that is not in
-            the atlas has −1.
-    """
-    wirings = {side: wiring for side in ("inputs", "outputs") if (wiring := layer.connectivity(side)) is not None}
-    if not wirings:
-        return None
-    weights = {
-        side: tuple(shortest_decimals(array) for array in (wiring.norm, wiring.sum, wiring.strength))
-        for side, wiring in wirings.items()
-    }
-
-    def record_of(row: int) -> dict[str, Any]:
-        record = {}
-        for side, wiring in wirings.items():
-            places = ranks.get(wiring.layer, {})
-            connections = zip(wiring.channel[row].tolist(), *(values[row] for values in weights[side]), strict=True)
-            units = [
-                [channel, norm, total, places.get(channel, -1), strength]
-                for channel, norm, total, strength in connections
-                if channel >= 0
-            ]
-            record[side] = {"layer": wiring.layer, "scale": wiring.scale, "units": units}
-            if wiring.approximate:
-                record[side]["approximate"] = list(wiring.approximate)
         return record
 
     return record_of

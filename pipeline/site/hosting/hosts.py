@@ -137,6 +137,8 @@ def weighed(folder: Path) -> Report:
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'"
 )
+# The page that runs the network compiles WebAssembly. It can send nothing: there is no connect-src.
+OWN_IMAGE_POLICY = POLICY.replace("script-src 'self'", "script-src 'self' 'wasm-unsafe-eval'")
 HEADERS = f"""/*
   Content-Security-Policy: {POLICY}; frame-ancestors 'self'
   X-Content-Type-Options: nosniff
@@ -144,6 +146,9 @@ HEADERS = f"""/*
 /embed.html
   ! Content-Security-Policy
   Content-Security-Policy: {POLICY}; frame-ancestors *
+/own-image.html
+  ! Content-Security-Policy
+  Content-Security-Policy: {OWN_IMAGE_POLICY}; frame-ancestors 'self'
 /media/*
   Cache-Control: public, max-age=31536000
 /photos/*

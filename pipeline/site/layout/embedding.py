@@ -6,14 +6,12 @@ vectors are projected by UMAP (McInnes, Healy & Melville 2018) if `umap-learn` i
 principal components.
 """
 
-import importlib.util
 from collections.abc import Sequence
 
 import numpy as np
 
-# Principal components are computed from about this many units, evenly spaced, and applied to all.
-FITTED = 4096
-AXES = 8
+from pipeline.activation_atlas.projection import AXES, planar
+
 GRID = 4095
 
 
@@ -30,20 +28,6 @@ def unit_vectors(responses: Sequence[np.ndarray | None]) -> np.ndarray | None:
     return np.divide(stacked, norm, out=np.zeros_like(stacked), where=norm > 0)
 
 
-def principal_components(vectors: np.ndarray, count: int = AXES) -> np.ndarray:
-    """Return principal components, (units, n) → (units, count), by decreasing variance and with fixed signs."""
-    sample = vectors[:: max(1, len(vectors) // FITTED)]
-    mean = sample.mean(0)
-    scatter = (sample - mean).T @ (sample - mean)
-    _, eigenvectors = np.linalg.eigh(scatter.astype(np.float64))
-    directions = eigenvectors[:, ::-1][:, :count]
-    # The sign of an eigenvector is arbitrary: make its largest element positive.
-    largest = directions[np.abs(directions).argmax(0), np.arange(directions.shape[1])]
-    directions = directions * np.sign(largest)
-    components = (vectors - mean) @ directions.astype(np.float32)
-    return np.pad(components, ((0, 0), (0, max(0, count - components.shape[1]))))
-
-
 def layer_components(vectors: np.ndarray, count: int = AXES) -> np.ndarray:
     """Return the leading components of one layer, (units, n) → (units, count), by four steps of subspace iteration.
 
@@ -55,23 +39,16 @@ def layer_components(vectors: np.ndarray, count: int = AXES) -> np.ndarray:
     return vectors @ basis
 
 
-def project(vectors: np.ndarray, components: np.ndarray) -> tuple[str, np.ndarray]:
+def project(components: np.ndarray) -> tuple[str, np.ndarray]:
     """Return the coordinates of all units on the map; the same vectors give the same coordinates.
 
     Args:
-        vectors: Unit vectors from `unit_vectors`, (units, n).
-        components: Their principal components from `axes`, (units, count).
+        components: Principal components of their unit vectors (`unit_vectors`), (units, count).
 
     Returns:
         The name of the method, and the coordinates, (units, 2) int, 0 … 4095.
     """
-    method, places = "PCA", components[:, :2]
-    if importlib.util.find_spec("umap") is not None and len(vectors) >= 16:
-        import umap  # pyright: ignore[reportMissingImports]
-
-        method = "UMAP"
-        # On a few components: distances in a thousand dimensions cost more and hardly change the map.
-        places = umap.UMAP(n_neighbors=15, min_dist=0.3, random_state=0, n_jobs=1).fit_transform(components)
+    method, places = planar(components, ("UMAP",))
     low, high = (np.percentile(places, q, axis=0) for q in (0.2, 99.8))
     scaled = (np.asarray(places) - low) / np.maximum(high - low, 1e-9)
     return method, np.clip(np.round(scaled * GRID), 0, GRID).astype(int)

@@ -10,7 +10,7 @@ from pipeline.data.multiband import to_display_image
 from pipeline.site.config import SiteConfig
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary
 from pipeline.site.context.unit_text import SEPARATOR, UnitText, unit_texts
-from pipeline.site.media.photo_crops import DatasetImages
+from pipeline.site.media.photo_crops import DatasetImages, ExamplePlace
 from pipeline.site.media.size_budget import encode
 from pipeline.site.media.sprites import square
 from pipeline.site.output import write
@@ -48,8 +48,9 @@ class CardImages:
         best = layer.examples("max")
         if self._examples is None or best is None:
             return []
-        places = zip(*(array[row, :count].tolist() for array in (best.index, best.y, best.x, best.map)), strict=True)
-        crops = [self._examples.crop(layer, index, y, x, pair) for index, y, x, pair in places if index >= 0]
+        columns = (array[row, :count].tolist() for array in (best.index, best.y, best.x, best.map, best.crop))
+        places = [ExamplePlace(*place) for place in zip(*columns, strict=True)]
+        crops = [self._examples.crop(layer, place) for place in places if place.index >= 0]
         return [self._examples.blurred(crop) for crop in crops if crop is not None]
 
     def first(self, layer: LayerView, facts: LayerSummary, row: int) -> Image.Image | None:

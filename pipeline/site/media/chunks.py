@@ -18,7 +18,7 @@ from pipeline.site.context.layer_summary import Catalogue, LayerSummary, ShownEx
 from pipeline.site.data.js_shards import shard_script, shortest_decimals, to_json
 from pipeline.site.data.unit_records import Recorder, TinyPlaces, example_key
 from pipeline.site.media.cards import CardWriter
-from pipeline.site.media.photo_crops import GREY, DatasetImages
+from pipeline.site.media.photo_crops import GREY, DatasetImages, ExamplePlace
 from pipeline.site.media.size_budget import CHUNK, Sizes, encode
 from pipeline.site.media.sprites import sheet, shrunk, side, square
 from pipeline.site.output import write
@@ -270,11 +270,11 @@ class ChunkWriter:
             for row in range(start, min(start + per_sheet, rows.stop)):
                 first = len(cells)
                 for examples in stored_lists:
-                    for index, y, x, pair in _examples(examples, row):
-                        key = (row, example_key(pair, index))
+                    for example in _examples(examples, row):
+                        key = (row, example_key(example.pair, example.index))
                         if key in cell_of:
                             continue
-                        crop = self._images.crop(layer.view, index, y, x, pair)
+                        crop = self._images.crop(layer.view, example, examples.name)
                         if crop is not None:
                             cell_of[key] = len(cells) - first
                             cells.append(self._images.blurred(crop))
@@ -291,8 +291,8 @@ class ChunkWriter:
             return
         for i, row in enumerate(range(rows.start, rows.stop)):
             if thumbs[i] is None:
-                for index, y, x, pair in _examples(best, row)[:1]:
-                    crop = self._images.crop(layer.view, index, y, x, pair)
+                for example in _examples(best, row)[:1]:
+                    crop = self._images.crop(layer.view, example)
                     thumbs[i] = crop and square(self._images.blurred(crop), self._sizes.thumb_px)
 
     def _write_shards(self, layer: _LayerInputs, rows: slice, records: list[str]) -> None:
@@ -341,10 +341,11 @@ class ChunkWriter:
             write(self._root, f"data/{slug}/h{start}.js", shard_script(f"{slug}/h{start}", body))
 
 
-def _examples(examples: ShownExamples, row: int) -> list[tuple[int, int, int, int]]:
-    """Return (dataset image, y, x, heat map) of each example of a unit in one list."""
-    columns = (array[row].tolist() for array in (examples.index, examples.y, examples.x, examples.pair))
-    return [(i, y, x, pair) for i, y, x, pair in zip(*columns, strict=True) if i >= 0]
+def _examples(examples: ShownExamples, row: int) -> list[ExamplePlace]:
+    """Return the examples of a unit in one list."""
+    arrays = (examples.index, examples.y, examples.x, examples.pair, examples.crop)
+    places = [ExamplePlace(*place) for place in zip(*(array[row].tolist() for array in arrays), strict=True)]
+    return [place for place in places if place.index >= 0]
 
 
 def choose_showing(store: str, boxes: bool, share: float, config: SiteConfig, sizes: Sizes) -> Showing:
@@ -360,7 +361,7 @@ def choose_showing(store: str, boxes: bool, share: float, config: SiteConfig, si
     if config.licence == "ids" or store == "ids":
         return Showing((), False)
     if config.licence == "crop" or store == "crops" or not boxes:
-        return Showing(("max", "mean", "min", "spectrum"), False)
+        return Showing(("max", "mean", "min", "spectrum", "relevant"), False)
     # Pages cut receptive fields out of the whole images, unless they are so small that they would look coarse, or
     # whole images share files, which are slow to view one by one.
     return Showing(() if share > COARSE and sizes.per_photo == 1 else ("max", "min"), True)

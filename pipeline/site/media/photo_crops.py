@@ -1,5 +1,6 @@
 """Dataset images of an atlas: cropped to a receptive field, or whole; blurred if the licence setting requires it."""
 
+import dataclasses
 from collections import OrderedDict
 
 from PIL import Image, ImageFilter, ImageOps
@@ -9,6 +10,25 @@ from pipeline.store.reader import Atlas, LayerView
 # Size of the cache of decoded dataset images in bytes; the same image is an example of many units.
 CACHE_BYTES = 400_000_000
 GREY = (128, 128, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExamplePlace:
+    """An example of a unit.
+
+    Attributes:
+        index: Index of the dataset image.
+        y: Row of the position in the activation map.
+        x: Column of the position in the activation map.
+        pair: Number of the heat map; −1 for none.
+        crop: Number of the stored crop; −1 for none.
+    """
+
+    index: int
+    y: int
+    x: int
+    pair: int
+    crop: int
 
 
 class DatasetImages:
@@ -28,26 +48,24 @@ class DatasetImages:
         self._cache: OrderedDict[int, Image.Image | None] = OrderedDict()
         self._cache_bytes = 0
 
-    def crop(self, layer: LayerView, index: int, y: int, x: int, pair: int) -> Image.Image | None:
+    def crop(self, layer: LayerView, example: ExamplePlace, which: str = "max") -> Image.Image | None:
         """Return the receptive field of a position in a dataset image.
 
         Args:
             layer: The layer.
-            index: Index of the dataset image.
-            y: Row of the position in the activation map.
-            x: Column of the position in the activation map.
-            pair: Number of the example among the layer's stored crops.
+            example: The example.
+            which: Name of the list that it is in.
 
         Returns:
             A square RGB image, or None if the atlas does not store it.
         """
         if self._stores_crops:
-            stored = layer.crop(pair)
+            stored = layer.crop(example.crop, which)
             return stored and self._square(stored.convert("RGB"))
-        image = self._input_image(index)
+        image = self._input_image(example.index)
         if image is None:
             return None
-        box, size = layer.crop_box(y, x), layer.input_size
+        box, size = layer.crop_box(example.y, example.x), layer.input_size
         if box is None:
             return self._square(image)
         across, down = image.width / size[1], image.height / size[0]

@@ -204,7 +204,8 @@ window.ATLAS = (function () {
   // A comparison site has no map.
   const mapped = all(".places a").some((a) => a.href.endsWith("map.html"));
 
-  // Units whose label contains `word`, in the layers `only` if given: at most `most` as [layer, row, label], and the total.
+  // Units whose label contains `word`, in the layers `only` if given: at most `most` as [layer, row, label], the total,
+  // and the number of layers that they are in.
   function labelled(word, words, only, most) {
     const wanted = word.toLowerCase();
     const match = new Map();
@@ -212,6 +213,7 @@ window.ATLAS = (function () {
     const exact = [];
     const others = [];
     let total = 0;
+    const layers = new Set();
     if (match.size) {
       words.units.forEach((labels, order) => {
         const layer = layerAt(order);
@@ -219,15 +221,17 @@ window.ATLAS = (function () {
         for (let row = 0; row < labels.length; row++) {
           if (!match.has(labels[row])) continue;
           total++;
+          layers.add(order);
           const list = match.get(labels[row]) ? exact : others;
           if (list.length < most) list.push([layer, row, words.words[labels[row]]]);
         }
       });
     }
-    return { units: exact.concat(others).slice(0, most), total };
+    return { units: exact.concat(others).slice(0, most), total, layers: layers.size };
   }
 
-  // Results of a query: {results: [{text, detail, href, layer, row}], total, says}; `says` explains an empty result.
+  // Results of a query: {results: [{text, detail, href, layer, row}], total, units, layers, says}, with the number of units that a
+  // label was found for and of their layers; `says` explains an empty result.
   function search(query, words, most) {
     const text = query.trim();
     const results = [];
@@ -265,13 +269,14 @@ window.ATLAS = (function () {
       results.push({ text: layer.name + ":" + channel, detail: label, href: linkTo(layer.name, channel), layer, row });
     }
     const says = results.length ? "" : "Nothing is called “" + text + "”.";
-    return { results: results.slice(0, most), total: results.length - found.units.length + found.total, says };
+    return { results: results.slice(0, most), total: results.length - found.units.length + found.total, units: found.total, layers: found.layers, says };
   }
 
   function searchBox() {
     const form = find(".search");
     const box = find("#search");
     const list = find("#results");
+    const choices = find("#options");
     if (!form) return;
     form.hidden = false;
     let active = -1;
@@ -292,22 +297,30 @@ window.ATLAS = (function () {
       const known = await words();
       if (turn !== latest) return null;
       const answer = search(box.value, known, 40);
-      list.replaceChildren();
+      list.replaceChildren(choices);
+      choices.replaceChildren();
+      let group = null; // units of one layer that were found by their label
       answer.results.forEach((r, i) => {
         const picture = make("span", { class: "pic" });
         const option = make("a", { role: "option", id: "result-" + i, href: r.href, tabindex: "-1", "aria-selected": "false" },
           r.layer ? picture : null, make("b", { text: r.text }), r.detail ? make("span", { class: "detail", text: r.detail }) : null);
         if (r.layer) option.dataset.unit = r.text;
-        list.append(option);
+        if (!r.layer || !r.detail) group = null;
+        else if (!group || group.layer !== r.layer) {
+          group = { layer: r.layer, element: make("div", { role: "group", "aria-label": r.layer.name }, make("p", { class: "group", "aria-hidden": "true", text: r.layer.name })) };
+          choices.append(group.element);
+        }
+        (group ? group.element : choices).append(option);
       });
       // The image belongs to the element inside the option; the option keeps its plain background.
       lazily(options().filter((o) => o.dataset.unit), (option) => {
         const r = answer.results[Number(option.id.slice(7))];
         need(r.layer.slug + "/layer", r.layer.version).then((l) => tiny(find(".pic", option), r.layer, l.tiny[r.row]));
       });
-      if (answer.says || answer.total > answer.results.length) {
-        list.append(make("p", { class: "detail", text: answer.says || answer.results.length + " of " + answer.total + " shown" }));
-      }
+      const counted = answer.units ? answer.units + (answer.units === 1 ? " unit" : " units") + " in " + answer.layers + (answer.layers === 1 ? " layer" : " layers") : "";
+      const cut = answer.total > answer.results.length ? answer.results.length + " of " + answer.total + " shown" : "";
+      const told = answer.says || [counted, cut].filter(Boolean).join("; ");
+      if (told) list.append(make("p", { class: "detail", text: told }));
       if (mapped && answer.results.some((r) => r.layer)) {
         list.append(make("a", { class: "detail", href: root + "map.html#q=" + encodeURIComponent(box.value.trim()), text: "Highlight them on the map", tabindex: "-1" }));
       }
@@ -364,7 +377,7 @@ window.ATLAS = (function () {
   // Pages add their own shortcuts: keys[key] = function.
   const keys = {};
   function goLayer(by) {
-    const link = find("link[rel=" + (by < 0 ? "prev" : "next") + "]");
+    const link = find("a[rel=" + (by < 0 ? "prev" : "next") + "]");
     if (link) window.location.assign(link.href);
     else if (here() === undefined && by > 0 && index.layers.length) window.location.assign(root + "layers/" + index.layers[0][1] + ".html");
   }

@@ -83,7 +83,7 @@
     }
     if (columns.label) sort.append(make("option", { value: "label", text: "by label" }));
     if (columns.status) sort.append(make("option", { value: "status", text: "by status" }));
-    for (const name of Array.from(new Set(columns.status || [])).sort()) status.append(make("option", { value: name, text: name || "unknown" }));
+    for (const name of Array.from(new Set(columns.status || [])).sort()) status.append(make("option", { value: name, text: listing.statusOf(name) }));
 
     // Show the units that the controls select, in their order, with the values that decide it.
     const counted = find("#count");

@@ -13,6 +13,7 @@ ATLAS.lightbox = (function () {
   let latest = 0;
   let heat = null; // of the item that is shown, if its heat map is
   let opacity = Number(remembered("heat-opacity") ?? 1);
+  const SWIPE = 40; // pixels
   const STEP = 0.15; // of the image, for each key press
 
   const item = () => items[at];
@@ -42,14 +43,28 @@ ATLAS.lightbox = (function () {
         found.views, found.heat, found.facts,
         make("div", { class: "tools-of" }, button("Save PNG", "The image as it is shown, without zoom", act(pixels.savePng)), button("Copy image", "The image as it is shown, without zoom", act(pixels.copyPng)),
           button("Copy link", "The address of this image", () => ATLAS.copyText(item().link + (item().views.length > 1 ? "&view=" + keyOf(item()) : ""), "link"))),
-        make("p", { class: "note", text: "Scroll, pinch or + and − zoom; drag or Shift with arrow keys moves; ← and → change the image." }),
+        make("p", { class: "note", text: "Scroll, pinch or + and − zoom; drag or Shift with arrow keys moves; ← and →, or a swipe, change the image." }),
         make("p", { class: "says", role: "status", "aria-live": "polite" })));
     magnifier.add(found.lens);
+    swiped(found.lens);
     found.dialog.addEventListener("keydown", pressed);
     found.dialog.addEventListener("click", (event) => { if (event.target === found.dialog) found.dialog.close(); });
     found.dialog.addEventListener("close", () => { latest++; magnifier.whole(); if (opener && opener.isConnected) opener.focus(); });
     document.body.append(found.dialog);
     return found;
+  }
+
+  // A finger that moves sideways over an image that is not zoomed goes to the next or previous one.
+  function swiped(lens) {
+    let from = null;
+    lens.addEventListener("pointerdown", (event) => { from = event.pointerType === "touch" && event.isPrimary && magnifier.view.scale === 1 ? [event.clientX, event.clientY] : null; });
+    lens.addEventListener("pointercancel", () => { from = null; });
+    lens.addEventListener("pointerup", (event) => {
+      if (!from || !event.isPrimary || magnifier.view.scale > 1) return;
+      const [x, y] = [event.clientX - from[0], event.clientY - from[1]];
+      from = null;
+      if (Math.abs(x) > SWIPE && Math.abs(x) > 2 * Math.abs(y)) go(x < 0 ? 1 : -1);
+    });
   }
 
   function pressed(event) {
@@ -105,7 +120,9 @@ ATLAS.lightbox = (function () {
         fade();
         box.append(pixels.placed(found.canvas, view.area));
         const { low, high } = found;
-        const ends = low < 0 && high > 0 ? [low, 0, high] : [low, high];
+        // Near an end, the zero would be written over its value.
+        const zero = -low / (high - low);
+        const ends = zero > 0.15 && zero < 0.85 ? [low, 0, high] : [low, high];
         const marks = ends.map((v) => { const mark = make("span", { text: number(v) }); mark.style.left = (100 * (v - low)) / (high - low || 1) + "%"; return mark; });
         parts.scale.replaceChildren(pixels.colorBar(low, high), make("div", { class: "ends" }, marks),
           found.note ? make("p", { class: "note", text: found.note }) : "");

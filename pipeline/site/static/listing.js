@@ -9,6 +9,10 @@ ATLAS.listing = (function () {
     max: "maximum activation", mean: "mean activation", sparsity: "sparsity", nonzero: "share above zero", ratio: "activation ratio",
   };
 
+  // Statuses that do not explain themselves, in words; the stored ones are in the addresses of listings.
+  const STATUSES = { limit: "still rising at the last step" };
+  const statusOf = (status) => STATUSES[status] || status || "unknown";
+
   // The listing that a part of an address describes: name=value, joined by "&". Other names are ignored.
   function parse(text) {
     const listing = { ...DEFAULT };
@@ -72,10 +76,10 @@ ATLAS.listing = (function () {
     return [
       titles.has(key) ? "by " + titles.get(key) + (direction === "down" ? ", highest first" : ", lowest first") : key === "label" || key === "status" ? "by " + key : "by channel",
       wanted && (/^\d+$/.test(wanted) ? "channels beginning with " : "labels containing ") + "“" + wanted + "”",
-      listing.status && "status " + listing.status,
+      listing.status && "status: " + statusOf(listing.status),
       titles.has(listing.measure) && limits.length && titles.get(listing.measure) + " " + limits.join(" "),
     ].filter(Boolean).join("; ");
   }
 
-  return { parse, format, measures, label, rows, deciding, describe };
+  return { parse, format, measures, label, rows, deciding, describe, statusOf };
 })();

@@ -244,7 +244,12 @@
       if (p) {
         const pic = make("span", { class: "pic" });
         ATLAS.tiny(pic, p.layer, p.rank);
-        tip.replaceChildren(pic, make("b", { text: nameOf(p) }));
+        const word = make("span", {});
+        tip.replaceChildren(pic, make("span", {}, make("b", { text: nameOf(p) }), word));
+        need("search", ATLAS.index.identity).then((words) => {
+          const label = (words.units[p.layer.order] || [])[p.row];
+          if (label >= 0) word.textContent = " " + words.words[label];
+        });
         tip.style.left = Math.min(x + 14, size()[0] - 190) + "px";
         tip.style.top = y + 14 + "px";
       }

@@ -3,7 +3,7 @@
 (function () {
   "use strict";
 
-  const { make, find, number, share, data, need, keys, say, remember, remembered, sprite, tiny, pixels, lightbox, listing } = ATLAS;
+  const { make, find, number, share, data, need, keys, say, remember, remembered, sprite, tiny, pixels, lightbox, listing, wires } = ATLAS;
   const { parse, decoded, fragmentOf, nameOf, load, cellOf, viewOf, LISTS, DOT, clamp, shape, exampleView, maskOf, heatOf } = ATLAS.units;
   const root = ATLAS.root;
   const place = find("#unit");
@@ -130,7 +130,7 @@
           (times === null ? "" : ", " + times[1] + " " + number(times[0]) + " times the maximum activation over the dataset") + (failed ? "; failed" : ""));
         const opener = make("button", { type: "button", class: "zoomed-by", "aria-haspopup": "dialog", title: "Enlarge", "data-image": id, onclick: () => lightbox.open(unit.items, id, "", opener) }, box);
         unit.items.push({ id, title: nameOf(unit) + ", " + title, alt: box.getAttribute("aria-label"), views: [], view: () => viewOf(unit, rendered, i, variant, transparent), heat: null, name: fileName(unit, rendered, variant), link: linkOf(unit, id),
-          facts: [[measured, exact(p.activation)], times === null ? null : [times[1] + " ÷ dataset maximum", exact(times[0])], ["status", (p.status || "—") + (p.reason ? ": " + p.reason : "")],
+          facts: [[measured, exact(p.activation)], times === null ? null : [times[1] + " ÷ dataset maximum", exact(times[0])], ["status", listing.statusOf(p.status) + (p.reason ? ": " + p.reason : "")],
             p.seed ? ["seed", String(p.seed)] : null, rendered.digest ? ["digest", make("code", { text: rendered.digest.slice(0, 12), title: rendered.digest })] : null].filter(Boolean) });
         found.push(make("figure", { class: failed ? "failed" : "" }, opener,
           make("figcaption", {}, make("b", { text: title }), " · " + measured + " ", data(p.activation), times === null ? "" : [" · " + times[1] + " ", number(times[0]), " × dataset maximum"],
@@ -371,13 +371,17 @@
   // Statistics that compare activations with zero.
   const AGAINST_ZERO = ["nonzero", "fired", "sparsity"];
 
+  // Statistics that compare the positions of a map, or its mean.
+  const OF_MAPS = ["fired", "best_mean", "least_mean"];
+
   const metric = (name) => ATLAS.index.metrics[name];
 
   function numbers(unit) {
     const main = unit.facts.rendered[0];
     const p = main && unit.record.pictures[main.key][0];
     const items = [];
-    const item = (name, node, hint, strong) => items.push(make("div", { class: strong ? "main" : "", title: hint }, make("dt", { text: name }), make("dd", {}, node)));
+    const meanings = [];
+    const item = (name, node, hint, strong) => { if (hint) meanings.push(make("dt", { text: name }), make("dd", { text: hint })); items.push(make("div", { class: strong ? "main" : "", title: hint }, make("dt", { text: name }), make("dd", {}, node))); };
     if (p && p.status !== "missing") {
       // What the objective is, which these three numbers share; the statistics of the dataset below are of single positions.
       const over = ["mean", "least"].includes(main.natural) ? " (mean over positions)" : "";
@@ -388,7 +392,9 @@
     }
     const stats = unit.record.stats || {};
     const linear = unit.facts.reference === "none";
-    for (const [key, name, form, hint] of STATS) if (key in stats && !(linear && AGAINST_ZERO.includes(key))) item(name, data(stats[key], form), hint);
+    // With one position, means over the map are its only value.
+    const single = Math.max(...unit.facts.map) <= 1;
+    for (const [key, name, form, hint] of STATS) if (key in stats && !(single && OF_MAPS.includes(key)) && !(linear && AGAINST_ZERO.includes(key))) item(name, data(stats[key], form), hint);
     if (linear) item("above zero, sparsity", "linear output: no zero", "No rectifier follows this layer, so the sign of its activations has no meaning.");
     for (const key of Object.keys(stats)) if (!STATS.some(([k]) => k === key) && typeof stats[key] === "number") item(key.replace(/_/g, " "), data(stats[key]), "");
     let says = null;
@@ -401,7 +407,8 @@
     else if (main && main.objective === "energy") says = make("p", { class: "says", text: "The feature visualization raises the energy of the channel (its variance over the map), which is not measured on the dataset: there is no activation ratio." });
     if (stats.inactive === true) says = make("p", { class: "says bad", text: "No dataset image activated this unit above zero." });
     return make("section", { class: "figures" }, make("h2", { text: "Numbers" }), says, judged(unit), make("dl", { class: "numbers" }, items),
-      make("p", { class: "note" }, make("a", { href: root + "method.html#numbers", text: "What the numbers mean" })));
+      make("details", { class: "meanings" }, make("summary", { text: "What each number is" }), make("dl", { class: "table" }, meanings)),
+      make("p", { class: "note" }, "Activations are in the layer’s own scale: compare them within a layer only. ", make("a", { href: root + "method.html#numbers", text: "What the numbers mean" })));
   }
 
   // One line for each visualization and judge; none without judges.
@@ -454,22 +461,24 @@
     const list = (unit.record.examples || {}).relevant || [];
     if (!list.length) return null;
     const figures = list.map((entry, i) => {
-      const view = exampleView(unit, entry, "crop", "mean"); // the whole input of the network
+      const view = exampleView(unit, entry, "crop", "mean"); // the whole input of the network, or the crop if the site has no whole images
       const mask = maskOf(unit, entry[1]);
       return figureOf(unit, "relevant", i, { view, kind: "Dataset image with mask", opensAs: "heat", title: "", draw(inner) {
         if (mask) inner.append(pixels.placed(pixels.veil(mask.width, mask.height, mask.bytes), view.area));
       } });
     });
     return make("section", { class: "relevant" }, make("h2", { text: "Images that use the unit" }),
-      make("p", { class: "note", text: "The images, of those that effects were measured on, with the largest relevance: the part of the image’s largest output that passes through the unit, by activation × gradient. The bright parts are the pixels that it comes from." }),
+      make("p", { class: "note", text: "The images, of those that effects were measured on, with the largest relevance: the part of the image’s largest output that passes through the unit, by activation × gradient. The bright parts are the pixels that it comes from; an image without dark parts is one whose blurred copy the unit responds to nearly as much." }),
       make("div", { class: "row of-relevant" }, figures));
   }
 
-  function neighbour(layer, channel, rank, text) {
+  // `drawn` is shown below the text, and `more` is what it shows, in words.
+  function neighbour(layer, channel, rank, text, drawn, more) {
     const name = layer.name + ":" + channel;
     const pic = make("span", { class: "pic" });
-    if (rank < 0) return make("span", { class: "near", title: name + " is not in this atlas" }, pic, make("b", { text: String(channel) }), make("span", { text }));
-    const link = make("a", { class: "near", href: ATLAS.linkTo(layer.name, channel), title: name, "aria-label": name + ", " + text }, pic, make("b", { text: String(channel) }), make("span", { text }));
+    const inside = [pic, make("b", { text: String(channel) }), make("span", { text }), drawn];
+    if (rank < 0) return make("span", { class: "near", title: name + " is not in this atlas" + (more ? "; it " + more : "") }, inside);
+    const link = make("a", { class: "near", href: ATLAS.linkTo(layer.name, channel), title: name + (more ? ", " + more : ""), "aria-label": name + ", " + text + (more ? ", " + more : "") }, inside);
     ATLAS.lazily([link], () => tiny(pic, layer, rank), "0px");
     return link;
   }
@@ -485,16 +494,15 @@
         make("div", { class: "nears" }, similar.map(([channel, r, rank]) => neighbour(unit.layer, channel, rank, r.toFixed(2).replace("-", "−"))))));
     }
     const wiring = unit.record.wiring || {};
-    for (const [key, title, text, source] of [["inputs", "Strongest inputs", "from", "the input unit"], ["outputs", "Strongest outputs", "to", "this unit"]]) {
-      const wires = wiring[key];
-      const other = wires && ATLAS.layer(wires.layer);
-      if (!other || !wires.units.length) continue;
-      found.push(make("section", { class: "wiring" }, make("h2", { text: title }),
-        make("p", { class: "note" }, "By the L2 norm of the " + (wires.scale ? "effective " : "") + "weights " + text + " ", make("a", { href: root + "layers/" + other.slug + ".html", text: other.name }),
-          wires.scale === "sd" ? ", times the standard deviation of " + source + " over the dataset" : "", ", with the sign of the weights’ sum: + excitatory, − inhibitory. ",
-          wires.scale ? "Normalizations and depthwise convolutions between are included, activation functions are not." : "Normalizations and activation functions are not included.",
-          wires.approximate ? " Included only in part: " + wires.approximate.join(", ") + "." : ""),
-        make("div", { class: "nears" }, wires.units.map(([channel, , sum, rank, strength]) => neighbour(other, channel, rank, (sum < 0 ? "−" : "+") + number(strength))))));
+    for (const [key, title] of wires.SIDES) {
+      const side = wiring[key];
+      const other = side && ATLAS.layer(side.layer);
+      if (!other || !side.units.length) continue;
+      const [before, source] = key === "inputs" ? ["from " + other.name + ",", "the input unit"] : ["to " + other.name + ",", "this unit"];
+      const near = ([channel, , sum, rank, strength], i) => neighbour(other, channel, rank, (sum < 0 ? "−" : "+") + number(strength), wires.kernel(side, i), wires.says(sum) + (side.kernels ? ", sum of weights " + wires.signed(sum) : ""));
+      found.push(make("section", { class: "wiring" }, make("h2", {}, title + " ", make("a", { class: "onward", href: wires.walk(nameOf(unit)), text: "Walk the circuit" })),
+        make("p", { class: "note", text: wires.method(side, before, source) }),
+        make("div", { class: "nears" }, side.units.map(near))));
     }
     return found;
   }
@@ -509,10 +517,12 @@
     const there = ATLAS.index.quality.filter((key) => shown.some(([, p]) => typeof p[key] === "number"));
     if (!there.some((key) => !key.endsWith("_ratio") && key !== "robust_share")) return null;
     const rows = there.map((key) => make("tr", { "data-measure": key }, make("th", { scope: "row", text: metric(key).title }),
-      shown.map(([, p]) => make("td", {}, typeof p[key] === "number" ? data(p[key], metric(key).percent ? share : number) : "—")), make("td", { text: metric(key).explanation })));
+      shown.map(([, p]) => make("td", {}, typeof p[key] === "number" ? data(p[key], metric(key).percent ? share : number) : "—"))));
+    const meanings = there.flatMap((key) => [make("dt", { text: metric(key).title }), make("dd", { "data-meaning": key, text: metric(key).explanation })]);
     return make("section", { class: "quality" }, make("h2", { text: shown.length > 1 ? "Quality of the feature visualizations" : "Quality of the feature visualization" }),
       make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Quality measures" }, make("table", {},
-        make("thead", {}, make("tr", {}, make("th", { scope: "col", text: "measure" }), shown.map(([title]) => make("th", { scope: "col", text: title })), make("th", { scope: "col", text: "meaning" }))), make("tbody", {}, rows))),
+        make("thead", {}, make("tr", {}, make("th", { scope: "col", text: "measure" }), shown.map(([title]) => make("th", { scope: "col", text: title })))), make("tbody", {}, rows))),
+      make("details", { class: "meanings" }, make("summary", { text: "What each measure is" }), make("dl", { class: "table" }, meanings)),
       make("p", { class: "note" }, "Measured on the saved images; none of the measures was optimized. ", make("a", { href: root + "method.html#numbers", text: "Definitions" }), "."));
   }
 
@@ -561,7 +571,7 @@
         const trace = (p.trace || []).filter((v) => v !== null);
         const low = Math.min(...trace);
         const line = trace.length > 1 ? make("svg", { class: "trace", viewBox: "0 0 80 20", "aria-hidden": "true" }, make("polyline", { points: trace.map((v, i) => (80 * i) / (trace.length - 1) + "," + (19 - (18 * (v - low)) / (Math.max(...trace) - low || 1))).join(" ") })) : "—";
-        rows.push(make("tr", {}, make("th", { scope: "row", text: rendered.title + (variant ? ", " + (variant + 1) : "") }), make("td", { text: (p.status || "—") + (p.reason ? ": " + p.reason : "") }),
+        rows.push(make("tr", {}, make("th", { scope: "row", text: rendered.title + (variant ? ", " + (variant + 1) : "") }), make("td", { text: listing.statusOf(p.status) + (p.reason ? ": " + p.reason : "") }),
           make("td", {}, data(p.activation)), make("td", {}, data(p.robust)), make("td", {}, data(p.start)), make("td", {}, data(p.natural)), make("td", {}, data(p.steps, String)), make("td", {}, data(p.seconds)), make("td", {}, p.seed ? make("data", { value: p.seed, text: p.seed }) : "—"), make("td", {}, line),
           make("td", {}, make("code", { text: rendered.digest.slice(0, 12) || "—", title: rendered.digest }))));
       });
@@ -575,11 +585,15 @@
 
   // ----------------------------------------------------------------------- page
 
+  // Images with a larger share of values near black or white say little; the wall of the home page leaves them out too (context/wall.py).
+  const MAX_SATURATION = 0.5;
+
   function page(unit, families, part) {
     const name = nameOf(unit);
     const word = unit.record.class || (unit.record.labels || {}).name || "";
     const tags = (families[name] || []).map((i) => make("a", { class: "tag", href: root + ATLAS.index.families[i][1], text: ATLAS.index.families[i][0] }));
     const failed = unit.facts.rendered.filter((rendered) => (unit.record.pictures[rendered.key] || []).some((p) => p.status === "failed"));
+    const saturated = unit.facts.rendered.filter((rendered) => (unit.record.pictures[rendered.key] || []).some((p) => p.status !== "failed" && p.saturation > MAX_SATURATION));
     const { before, after, address, words } = unit.around;
     const step = (row, text) => row >= 0 ? make("a", { href: ATLAS.linkTo(unit.layer.name, ATLAS.channelAt(unit.layer, row)) + (address && "&" + address), text: text(ATLAS.channelAt(unit.layer, row)) }) : make("span", { text: "" });
     let photographs = null;
@@ -603,7 +617,7 @@
         words ? make("p", { class: "note listed" }, words, ". ", make("a", { href: "#" + fragmentOf(unit), text: "All units in the order of channels" })) : null,
         make("h1", { class: "layer" }, make("span", { text: unit.layer.name + ":" }), String(unit.channel)),
         make("p", { class: "subtitle" }, !word ? "" : unit.record.class ? make("a", { class: "class", href: root + "class.html#" + encodeURIComponent(word), text: word }) : make("span", { class: "class", text: word }), " ", tags,
-          failed.map((rendered) => make("strong", { class: "flag", text: (unit.facts.rendered.length > 1 ? rendered.title + " " : "") + "failed" })), (unit.record.stats || {}).inactive ? make("span", { class: "flag quiet", text: "never above zero" }) : ""),
+          saturated.length ? make("strong", { class: "flag", title: "More than half of the values are near black or white", text: (unit.facts.rendered.length > 1 ? saturated.map((rendered) => rendered.title).join(", ") + " " : "") + "saturated" }) : "", failed.map((rendered) => make("strong", { class: "flag", text: (unit.facts.rendered.length > 1 ? rendered.title + " " : "") + "failed" })), (unit.record.stats || {}).inactive ? make("span", { class: "flag quiet", text: "never above zero" }) : ""),
         actions),
       kernel(unit),
       make("div", { class: "evidence" }, visualizations, make("div", { class: "beside" }, photographs)),

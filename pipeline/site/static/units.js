@@ -111,10 +111,12 @@ ATLAS.units = (function () {
     return ofPhoto([left + l * ax, top + t * ay, left + r * ax, top + b * ay].map(clamp));
   }
 
-  // Which pixels of an image that uses the unit its relevance comes from: bytes of cells over the network's input.
+  // Which pixels of an image that uses the unit its relevance comes from: bytes of cells over the network's input; null where it needs
+  // no part of the image in particular.
   function maskOf(unit, index) {
     const { size: [height, width], values } = unit.record.masks || { size: [0, 0], values: {} };
-    return values[index] ? { height, width, bytes: ATLAS.pixels.bytesOf(values[index]) } : null;
+    const bytes = values[index] && ATLAS.pixels.bytesOf(values[index]);
+    return bytes && bytes.some((value) => value > 0) ? { height, width, bytes } : null;
   }
 
   // The heat map of an example; of an image that uses the unit, which has none, its mask.
