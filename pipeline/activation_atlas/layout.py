@@ -65,9 +65,7 @@ def place(vectors: np.ndarray, grid: int) -> tuple[str, np.ndarray, tuple[int, i
         The name of the method; x and y of each vector in cells, (S, 2) float32; and the numbers of rows and columns.
     """
     centered = vectors - vectors.mean(0, dtype=np.float64).astype(np.float32)
-    norms = np.linalg.norm(centered, axis=1, keepdims=True)
-    units = np.divide(centered, norms, out=np.zeros_like(centered), where=norms > 0)
-    method, places = planar(principal_components(units, COMPONENTS))
+    method, places = planar(principal_components(_unit(centered), COMPONENTS))
     places = np.asarray(places, np.float64)
     low, high = np.percentile(places, EDGES, axis=0)
     # One scale for both axes: distances in the plane are all that the layout means.
@@ -110,6 +108,7 @@ def lay_out(samples: SamplesPart, number: int, grid: int, min_count: int) -> Atl
     if len(keys):
         moment, shrinkage = shrunk_moment(vectors[active])
         matrix = whitening(moment)
+        # Of length 1: the objective, and the step sizes with it, must not depend on the cell.
         direction = _unit(mean.astype(np.float64) @ matrix @ matrix).astype(np.float32)
     classes, class_count = _classes(top, cell, len(keys))
     return AtlasLayout(
@@ -134,7 +133,7 @@ def lay_out(samples: SamplesPart, number: int, grid: int, min_count: int) -> Atl
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    """Return vectors (K, C) of length 1: the objective, and the step sizes with it, must not depend on the cell."""
+    """Return vectors (K, C) of length 1; zeros stay zeros."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
 

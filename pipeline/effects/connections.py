@@ -15,7 +15,6 @@ One backward pass between the two layers is needed for each target unit and batc
 layer before it that gradients reach.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -24,11 +23,9 @@ from torch import Tensor
 
 from pipeline.acceleration.precision import ieee
 from pipeline.data import image_loading
-from pipeline.effects.measurement import EffectsContext, full_batch, pass_with_gradients
+from pipeline.effects.measurement import EffectsContext, full_batch, grouped, pass_with_gradients
 from pipeline.effects.results import SUM_BITS, ConnectionAttribution, exact_sum
-
-# How many of the layers before a layer are tried as its source; those of parallel branches do not feed it.
-TRIED = 6
+from pipeline.layers.circuits.search import TRIED
 
 
 @ieee(deterministic=True)
@@ -53,7 +50,7 @@ def measure_connections(
     sources: dict[int, int] = {}
     count = 0
     loaded = image_loading.load_images(context.dataset, indices, context.model.preprocessing, context.threads)
-    while items := list(itertools.islice(loaded, context.batch)):
+    for items in grouped(loaded, context.batch):
         arrays = [item.array for item in items if item.array is not None]
         if not arrays:
             continue

@@ -50,14 +50,14 @@ class EffectsRequest:
 
     @property
     def relevance_passes(self) -> float:
-        """Estimated work for all masks, in forward passes through the whole network.
+        """Estimated work for one image of the lists by relevance, in forward passes through the whole network.
 
         An image is read for each pair at the worst, with a forward and a backward pass, and `STEPS` + 1 forward passes;
         a pair has a backward pass over `STEPS` images as far as the layer.
         """
         total = self._total_cost
         costs = [len(own) * layer.cost / total for layer, own in zip(self.layers, self.channels, strict=True)]
-        return self.relevant_images * (3 + 1 + STEPS) + self.examples * sum(costs) * 2 * STEPS
+        return 3 + 1 + STEPS + self.examples * sum(costs) * 2 * STEPS / max(1, self.relevant_images)
 
     @property
     def connection_passes(self) -> float:

@@ -208,10 +208,9 @@ class Plan:
         request, costs, total = self.setup.effects, self.overheads, ZERO_SPAN
         if request is None or costs is None:
             return total
-        relevance = request.relevance_passes / max(1, request.relevant_images)
         for images, passes in (
             (self.left.effects, request.passes),
-            (self.left.relevant, relevance),
+            (self.left.relevant, request.relevance_passes),
             (self.left.connected, request.connection_passes),
         ):
             if images:

@@ -6,8 +6,7 @@ visualizations of the cells. The driver lays out the samples in between, once, a
 
 import functools
 import logging
-import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from pipeline.data import image_loading
 from pipeline.engine.tasks import CellsTask, SamplesTask, Task, cells_digest, layout_digest, samples_digest
 from pipeline.layers.finding import Layer
 from pipeline.planning.plan import Plan
-from pipeline.runs.dataset_pass import devices_of, gaps, shard_path, without_overlap
+from pipeline.runs.dataset_pass import devices_of, gaps, shard_path, whole_batches, without_overlap
 from pipeline.store import hdf5, shards
 from pipeline.store.shards import DamagedShardError, Shard, safe_name
 
@@ -187,7 +186,7 @@ class ActivationAtlasPass:
         lost = [(task.start, task.end) for task in excluded if isinstance(task, SamplesTask)]
         todo = gaps([*self.ranges, *lost], self.total)
         tasks = []
-        for start, end in _parts(todo, request.batch, workers, self._longest(each)):
+        for start, end in whole_batches(todo, request.batch, workers, self._longest(each)):
             path = shard_path(self.folder, SAMPLES, f"{start}-{end}", self.digest)
             images = request.images[start:end]
             tasks.append(SamplesTask(str(path), self.digest, each * len(images), start, end, images))
@@ -206,7 +205,7 @@ class ActivationAtlasPass:
             lost = [(t.start, t.end) for t in excluded if isinstance(t, CellsTask) and t.layer == layer.name]
             todo = gaps([*self.cell_ranges(layer), *lost], layout.cells)
             batch = self._plan.config.engine.images_per_batch(layer.channels, self._plan.setup.device)
-            for start, end in _parts(todo, batch, workers, self._longest(each)):
+            for start, end in whole_batches(todo, batch, workers, self._longest(each)):
                 path = shard_path(self.folder / CELLS, safe_name(layer.name), f"{start}-{end}", digest)
                 directions = shards.to_bytes({}, {"directions": layout.direction[start:end]})
                 cost = each * (end - start)
@@ -247,22 +246,6 @@ class ActivationAtlasPass:
             return ""
         parts = [cells_digest(self._plan.setup, layer, self._layouts[layer.name][1]) for layer in self.layers]
         return hashing.digest_of([LAYOUTS, *parts])
-
-
-def _parts(ranges: Sequence[tuple[int, int]], batch: int, workers: int, longest: float) -> Iterator[tuple[int, int]]:
-    """Cut (start, end) ranges into parts whose lengths are multiples of a batch: batches begin at the same items
-    however the work is divided.
-
-    Args:
-        ranges: The ranges.
-        batch: Items in a batch.
-        workers: Number of workers.
-        longest: Largest number of items of a part, unless that is less than a batch.
-    """
-    count = sum(end - start for start, end in ranges)
-    size = batch * max(1, math.floor(min(longest, count / max(workers, 1)) / batch))
-    for begin, end in ranges:
-        yield from ((start, min(start + size, end)) for start in range(begin, end, size))
 
 
 def _checked_arrays(shard: Shard) -> dict[str, np.ndarray]:

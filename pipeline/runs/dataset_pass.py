@@ -362,6 +362,25 @@ def even_parts(
         yield from itertools.pairwise(np.linspace(begin, end, parts + 1).astype(int).tolist())
 
 
+def whole_batches(
+    ranges: Sequence[tuple[int, int]], batch: int, workers: int, longest: float
+) -> Iterator[tuple[int, int]]:
+    """Cut (start, end) ranges into parts whose lengths are multiples of a batch, but for the last of a range.
+
+    Batches begin at the same items however the work is divided.
+
+    Args:
+        ranges: The ranges.
+        batch: Items in a batch.
+        workers: Number of workers.
+        longest: Largest number of items of a part, unless that is less than a batch.
+    """
+    count = sum(end - start for start, end in ranges)
+    size = batch * max(1, math.floor(min(longest, count / max(workers, 1)) / batch))
+    for begin, end in ranges:
+        yield from ((start, min(start + size, end)) for start in range(begin, end, size))
+
+
 def gaps(ranges: Iterable[tuple[int, int]], total: int) -> list[tuple[int, int]]:
     """Return the (start, end) ranges of 0 … `total` - 1 that `ranges` do not cover."""
     missing, position = [], 0

@@ -8,14 +8,16 @@ are measured beside both.
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from pipeline.core import hashing
 from pipeline.effects.connections import merged
 from pipeline.effects.relevance import RelevanceIndex, select_relevant
+from pipeline.effects.request import EffectsRequest
 from pipeline.effects.results import EffectsPart, EffectsResult, RelevantImages, split_by_layer
 from pipeline.engine.tasks import (
     ConnectionsTask,
@@ -35,6 +37,7 @@ from pipeline.runs.dataset_pass import (
     even_parts,
     gaps,
     shard_path,
+    whole_batches,
     without_overlap,
 )
 from pipeline.runs.localized_arrays import LocalizedArrays
@@ -42,6 +45,27 @@ from pipeline.store import shards
 from pipeline.store.shards import Shard
 
 KIND, RELEVANCE, CONNECTIONS = "effects", "relevance", "connections"
+
+BatchedTask = TypeVar("BatchedTask", EffectsTask, ConnectionsTask)
+
+
+@dataclasses.dataclass(frozen=True)
+class _BatchedWork:
+    """A round over images, whose batches begin at the same images however it is divided.
+
+    Attributes:
+        folder: Folder of its shards.
+        digest: Digest of its results.
+        images: Its images.
+        ranges: Its shards by (start, end) in `images`.
+        seconds: Estimated seconds of one worker for an image.
+    """
+
+    folder: str
+    digest: str
+    images: tuple[int, ...]
+    ranges: Mapping[tuple[int, int], Shard]
+    seconds: float
 
 
 class EffectsPass:
@@ -126,27 +150,24 @@ class EffectsPass:
     @property
     def image_seconds(self) -> float:
         """Estimated seconds of one worker for one image."""
-        costs = self._plan.overheads
-        if costs is None or self._request is None:
-            return 1.0
-        return costs.forward.expected * self._request.passes + costs.reading.expected
+        return self._seconds(lambda request: request.passes)
 
     @property
     def connection_seconds(self) -> float:
         """Estimated seconds of one worker for the connections of one image."""
-        costs = self._plan.overheads
-        if costs is None or self._request is None:
-            return 1.0
-        return costs.forward.expected * self._request.connection_passes + costs.reading.expected
+        return self._seconds(lambda request: request.connection_passes)
 
     @property
     def relevance_seconds(self) -> float:
         """Estimated seconds of one worker for one image of the second round."""
+        return self._seconds(lambda request: request.relevance_passes)
+
+    def _seconds(self, passes: Callable[[EffectsRequest], float]) -> float:
+        """Return the estimated seconds of one worker for an image that takes so many forward passes."""
         costs = self._plan.overheads
         if costs is None or self._request is None:
             return 1.0
-        passes = self._request.relevance_passes / max(1, self._request.relevant_images)
-        return costs.forward.expected * passes + costs.reading.expected
+        return costs.forward.expected * passes(self._request) + costs.reading.expected
 
     def paths(self) -> list[Path]:
         """Return all files."""
@@ -195,41 +216,29 @@ class EffectsPass:
         """
         if self._request is None or not self._dataset_pass.covered:
             return []
-        connections = self._connections_tasks(workers, excluded)
+        request = self._request
+        connected = _BatchedWork(
+            CONNECTIONS, self.connections_digest, request.connected, self.connection_ranges, self.connection_seconds
+        )
+        connections = self._batched_tasks(ConnectionsTask, connected, workers, excluded)
         if not self.missing:
             return [*self._relevance_tasks(workers, excluded), *connections]
-        return [*self._effects_tasks(workers, excluded), *connections]
+        measured = _BatchedWork(KIND, self.digest, request.images, self.ranges, self.image_seconds)
+        return [*self._batched_tasks(EffectsTask, measured, workers, excluded), *connections]
 
-    def _effects_tasks(self, workers: int, excluded: Sequence[Task]) -> list[EffectsTask]:
+    def _batched_tasks(
+        self, kind: type[BatchedTask], work: _BatchedWork, workers: int, excluded: Sequence[Task]
+    ) -> list[BatchedTask]:
+        """Return the tasks of a round whose batches begin at the same images however it is divided."""
         assert self._request is not None
-        lost = [(task.start, task.end) for task in excluded if isinstance(task, EffectsTask)]
-        todo = gaps([*self.ranges, *lost], self.total)
-        if not todo:
-            return []
-        means, tasks = self._means(), []
-        size = self._images_per_task(sum(end - start for start, end in todo), workers, self.image_seconds)
-        for begin, end in todo:
-            for start in range(begin, end, size):
-                part = self._request.images[start : min(start + size, end)]
-                path = shard_path(self.folder, KIND, f"{start}-{start + len(part)}", self.digest)
-                cost = self.image_seconds * len(part)
-                tasks.append(EffectsTask(str(path), self.digest, cost, start, start + len(part), part, means))
-        return tasks
-
-    def _connections_tasks(self, workers: int, excluded: Sequence[Task]) -> list[ConnectionsTask]:
-        assert self._request is not None
-        lost = [(task.start, task.end) for task in excluded if isinstance(task, ConnectionsTask)]
-        todo = gaps([*self.connection_ranges, *lost], self.connected)
-        if not todo:
-            return []
-        means, tasks, digest = self._means(), [], self.connections_digest
-        size = self._images_per_task(sum(end - start for start, end in todo), workers, self.connection_seconds)
-        for begin, end in todo:
-            for start in range(begin, end, size):
-                part = self._request.connected[start : min(start + size, end)]
-                path = shard_path(self.folder, CONNECTIONS, f"{start}-{start + len(part)}", digest)
-                cost = self.connection_seconds * len(part)
-                tasks.append(ConnectionsTask(str(path), digest, cost, start, start + len(part), part, means))
+        lost = [(task.start, task.end) for task in excluded if isinstance(task, kind)]
+        todo = gaps([*work.ranges, *lost], len(work.images))
+        longest = self._plan.config.engine.task_seconds / max(work.seconds, 1e-9)
+        means, tasks = self._means if todo else b"", []
+        for start, end in whole_batches(todo, self._request.batch, workers, longest):
+            path = shard_path(self.folder, work.folder, f"{start}-{end}", work.digest)
+            cost = work.seconds * (end - start)
+            tasks.append(kind(str(path), work.digest, cost, start, end, work.images[start:end], means))
         return tasks
 
     def _relevance_tasks(self, workers: int, excluded: Sequence[Task]) -> list[RelevanceTask]:
@@ -246,15 +255,9 @@ class EffectsPass:
             tasks.append(RelevanceTask(str(path), self.relevance_digest, cost, start, stop, numbers, index))
         return tasks
 
-    def _images_per_task(self, count: int, workers: int, seconds: float) -> int:
-        """Return a multiple of the batch: batches begin at the same images however the work is divided."""
-        assert self._request is not None
-        batch = self._request.batch
-        longest = self._plan.config.engine.task_seconds / max(seconds, 1e-9)
-        return batch * max(1, math.floor(min(longest, count / max(workers, 1)) / batch))
-
+    @functools.cached_property
     def _means(self) -> bytes:
-        """Return the mean of each channel of each measured layer over the dataset, as bytes of a shard."""
+        """The mean of each channel of each measured layer over the dataset, as bytes of a shard."""
         assert self._request is not None
         swept, layers = self._dataset_pass.sweep, [layer for layer, _ in self._plan.layers]
         columns = sum(layer.channels for layer in layers)
