@@ -7,6 +7,7 @@
     examples = pipeline.dataset_examples(model, "layer4.1.conv2", "images/")  # those with the largest activations
     with pipeline.open_atlas("runs/efficientnet_lite0-distill") as atlas:     # what `atlas run` has made
         print(atlas.units())
+    table = pipeline.unit_names("runs/efficientnet_lite0-distill")              # by people, labels and CLIP models
 
 Importing the package loads neither torch nor the site builder; the functions load what they need.
 """
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.api import activation_grid as activation_grid
     from pipeline.api import dataset_examples as dataset_examples
     from pipeline.api import visualize as visualize
+    from pipeline.names.book import unit_names as unit_names
     from pipeline.store.reader import Atlas as Atlas
     from pipeline.store.reader import open_atlas as open_atlas
 
@@ -35,6 +37,7 @@ _EXPORTS = {
     "UnitImage": "pipeline.api",
     "activation_grid": "pipeline.api",
     "dataset_examples": "pipeline.api",
+    "unit_names": "pipeline.names.book",
     "visualize": "pipeline.api",
 }
 

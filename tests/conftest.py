@@ -5,6 +5,7 @@ import os
 import shutil
 import tarfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -35,6 +36,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "photos"
+
+if TYPE_CHECKING:
+    from pipeline.names.clip_model import ClipModel
 
 # Overrides that make any run small: a tiny timm network with random weights, few steps, no Ray.
 TINY = [
@@ -145,3 +149,19 @@ def tiny_result(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) ->
 def finished(tiny_result: Path, tmp_path: Path, tiny_run: list[str]) -> Path:
     """A finished run of its own, which `tiny_run` goes on with."""
     return Path(shutil.copytree(tiny_result, tmp_path / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny CLIP model."""
+    from tiny_clip import make_clip  # loads transformers, which few tests need
+
+    return make_clip(tmp_path_factory.mktemp("clip") / "tiny-clip")
+
+
+@pytest.fixture(scope="session")
+def clip(clip_folder: Path) -> "ClipModel":
+    """A tiny CLIP model."""
+    from pipeline.names.clip_model import ClipModel
+
+    return ClipModel(str(clip_folder))

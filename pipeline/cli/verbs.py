@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipeline import compare
+from pipeline.cli import names as naming
 from pipeline.cli.overrides import Options
 from pipeline.cli.tables import console, print_pairs, print_plan
 from pipeline.cli.trust import untrusted_note
@@ -13,10 +15,13 @@ from pipeline.compare.build import build as build_comparison
 from pipeline.compare.console import print_comparison
 from pipeline.config.schema import Config, from_tree
 from pipeline.core.atomic_io import atomic_path
-from pipeline.core.config_files import ConfigFile, is_url, load_config_files
+from pipeline.core.config_files import ConfigFile, is_url, load_config_files, load_yaml
 from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.core.formatting import clock
+from pipeline.core.validation import build
 from pipeline.data import datasets, image_loading, natural_spectrum
+from pipeline.dictionaries import fitting
+from pipeline.dictionaries.config import DictionaryConfig
 from pipeline.engine.progress import report_lines
 from pipeline.kernels.allocator import retain_freed_memory
 from pipeline.layers.selection import list_layers
@@ -247,6 +252,34 @@ def grid(request: Request, options: Options) -> int:
     return COMPLETE
 
 
+def _scalar(text: str, key: str) -> Any:
+    """Return the value of an option as YAML reads it, and 1e-3 as a number, which is text in YAML."""
+    try:
+        return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        return load_yaml(text, key)
+
+
+def dictionary(request: Request, options: Options) -> int:
+    """Fit a dictionary to the activations of a layer, and write it to a file for `layers.dictionary`."""
+    values = {key: _scalar(value, key) for key, value in options.values.items()}
+    missing = [key for key in ("layer", "out") if not values.get(key)]
+    if missing:
+        example = "atlas dictionary layer=blocks.5.3 latents=4096 out=sae.safetensors"
+        raise AtlasError(f"`atlas dictionary` needs {missing[0]}=…, as in {example}.")
+    wanted = build(DictionaryConfig, values)
+    config = request.config
+    model = load_model(config.model).to("cpu")
+    layers = {layer.name: layer for layer in list_layers(model, config.layers, config.model.aliases)}
+    if wanted.layer not in layers:
+        raise AtlasError(f"{model.name} has no layer {wanted.layer!r}. {nearest_names(wanted.layer, layers)}")
+    dataset = datasets.list_dataset(config.data, model.preprocessing.channels)
+    facts = fitting.fit(model, layers[wanted.layer], dataset, wanted)
+    print(f"{wanted.out}: {', '.join(f'{name} {value}' for name, value in fitting.described(facts))}")
+    print(f"its latents as units: atlas run layers.dictionary={wanted.out}@{wanted.layer}")
+    return COMPLETE
+
+
 def _fetched(run: str, config: Config) -> str:
     """Return the folder of a run to compare on this machine; one in an object store is fetched."""
     url = run if is_url(run) else f"{config.run.root.rstrip('/')}/{run}"
@@ -309,11 +342,24 @@ VERBS = {
     "repair": Verb(repair, "set aside damaged files and keep their intact parts; `run` makes the rest again", True),
     "compact": Verb(compact, "delete the shards whose content atlas.h5 has", True),
     "export": Verb(export, "write the table of units: --parquet (default) or --csv", True, flags=("parquet", "csv")),
+    "names": Verb(
+        naming.names,
+        "names of units: a table (out=FILE.csv --all); import=FILE.csv author=NAME; or by a local CLIP model: "
+        "clip=FOLDER with words=FILE, text=…, image=FILE or other=RUN",
+        True,
+        naming.KEYS,
+        naming.FLAGS,
+    ),
     "compare": Verb(compare_runs, "compare runs, as tables and a site: runs=[distill,tv] presets=[…] out=FOLDER"),
     "grid": Verb(
         grid,
         "what a layer sees at each position of a photograph: layer=NAME image=FILE out=grid.png cells=14",
         keys=("layer", "image", "out", "cells"),
+    ),
+    "dictionary": Verb(
+        dictionary,
+        "fit a sparse autoencoder, a decomposition or a concept to a layer: layer=NAME out=FILE.safetensors",
+        keys=tuple(field.name for field in dataclasses.fields(DictionaryConfig)),
     ),
     "spectrum": Verb(spectrum, "measure the amplitude spectrum of the images in data=…: out=mine.npz", keys=("out",)),
 }

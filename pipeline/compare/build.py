@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.compare.alignment import Comparison, Part, align
 from pipeline.compare.contact_sheets import choose, per_thumb, shapes, write_sheets
 from pipeline.compare.effects import table
+from pipeline.compare.examples import LayerExamples, write_examples
 from pipeline.compare.pages import Pages, code
 from pipeline.compare.runs import RunComparison
 from pipeline.core.hashing import digest_of
@@ -146,17 +147,19 @@ def _write_layer(context: BuildContext, measures: Sequence[Metric], part: Part, 
     sheets = write_sheets(context.root, context.inputs, part, facts.slug, context.sizes, context.config)
     part = dataclasses.replace(part, difference=sheets.difference)
     labels = _labels(context.inputs, part)
+    examples = write_examples(context.root, context.inputs, part, facts.slug, context.sizes, context.config)
     layer = {
         "name": part.name,
         "tiny": list(range(len(part.channels))),
         "sheets": [shape and shape.sheet(context.sizes) for shape in shapes(context.inputs, part.name)],
+        "examples": examples.groups,
     }
-    units = _unit_records(context.inputs, measures, part, labels)
+    units = _unit_records(context.inputs, measures, part, labels, examples)
     per_shard = context.sizes.per_shard
     shards: dict[str, Any] = {"layer": layer}
     for start in range(0, len(units), per_shard):
         shards[f"u{start}"] = {"units": units[start : start + per_shard]}
-    digest = hashlib.sha256(sheets.digest.encode())
+    digest = hashlib.sha256((sheets.digest + examples.digest).encode())
     for name, value in shards.items():
         content = to_json(value)
         digest.update(content.encode())
@@ -165,7 +168,7 @@ def _write_layer(context: BuildContext, measures: Sequence[Metric], part: Part, 
 
 
 def _unit_records(
-    inputs: RunComparison, measures: Sequence[Metric], part: Part, labels: Sequence[str]
+    inputs: RunComparison, measures: Sequence[Metric], part: Part, labels: Sequence[str], examples: LayerExamples
 ) -> list[dict[str, Any]]:
     """Return the JSON record of each unit of a layer."""
     images = _image_records(inputs, part)
@@ -180,6 +183,8 @@ def _unit_records(
             "difference": difference[row],
             "pictures": [records.get(channel) for records in images],
         }
+        if examples.records:
+            unit["examples"] = [by_channel.get(channel, []) for by_channel in examples.records]
         if labels[row]:
             unit["label"] = labels[row]
         units.append(unit)
@@ -237,6 +242,7 @@ def _index(
         "model": str(context.inputs.first.attributes.get("model", "")),
         "identity": identity,
         "suffix": SUFFIX[config.format],
+        "photo_suffix": SUFFIX[config.photo_format],
         "layers": layers,
         "families": [],
         "aliases": {},

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.compare import image_distance
 from pipeline.compare.alignment import Part, views
+from pipeline.compare.examples import BYTES_PER_PIXEL, groups_of
 from pipeline.compare.runs import RunComparison
 from pipeline.data.multiband import to_display_image
 from pipeline.site.config import SiteConfig
@@ -66,14 +67,19 @@ def per_thumb(sizes: Sizes, contenders: int) -> int:
 def choose(inputs: RunComparison, parts: Sequence[Part], config: SiteConfig) -> Sizes:
     """Return the best sizes that fit `max_files` and `max_bytes`, or the smallest if none does."""
     layers = [(len(part.channels), shapes(inputs, part.name)) for part in parts]
+    crops = [[group.count for group in groups_of(inputs, part.name, config)] for part in parts]
     sample = _sample(inputs, parts)
     sizes = levels(config)[0]
     for level in levels(config):
         for spread in SPREADS:
             sizes = dataclasses.replace(level, spread=spread)
-            if _files(sizes, layers, len(inputs.contenders)) <= config.max_files:
+            counted = _files(sizes, layers, len(inputs.contenders)) + _example_files(sizes, layers, crops)
+            if counted <= config.max_files:
                 break
-        if _bytes(sizes, layers, sample, config) <= MARGIN * config.max_bytes:
+        pixels = sizes.example_px**2 * sum(
+            units * sum(counts) for (units, _), counts in zip(layers, crops, strict=True)
+        )
+        if _bytes(sizes, layers, sample, config) + BYTES_PER_PIXEL * pixels <= MARGIN * config.max_bytes:
             break
     return sizes
 
@@ -169,6 +175,14 @@ def _files(sizes: Sizes, layers: Sequence[tuple[int, Sequence[Shape | None]]], c
         units_per_file += [shape.sheet(sizes)[0] for shape in layer_shapes if shape is not None]
         total += sum(math.ceil(units / n) for n in units_per_file)
     return total
+
+
+def _example_files(
+    sizes: Sizes, layers: Sequence[tuple[int, Sequence[Shape | None]]], crops: Sequence[Sequence[int]]
+) -> int:
+    """Return the number of sheets of dataset examples; `crops` are the examples per unit of each group, by layer."""
+    pairs = zip(layers, crops, strict=True)
+    return sum(math.ceil(units / sizes.per_crops(count)) for (units, _), counts in pairs for count in counts)
 
 
 def _sample(inputs: RunComparison, parts: Sequence[Part]) -> list[Image.Image]:

@@ -13,7 +13,7 @@ import pandas as pd
 from pipeline.compare.runs import RunComparison
 from pipeline.compare.statistics import Median, median
 from pipeline.core.metric_specs import Metric
-from pipeline.site.data.label_names import readable_labels
+from pipeline.names.readable import readable_labels
 from pipeline.store.effects import UnitEffects, rank_correlation
 from pipeline.store.layer_view import LayerView
 from pipeline.store.reader import Atlas

@@ -21,6 +21,7 @@ from pipeline.core.validation import Keyed, NullMeans, Use, build
 from pipeline.data.config import DataConfig
 from pipeline.effects.config import EffectsConfig
 from pipeline.examples.sweep import ExamplesConfig
+from pipeline.facets.config import FacetsConfig
 from pipeline.layers.finding import Layer
 from pipeline.layers.selection import LayersConfig
 from pipeline.models.config import ModelConfig
@@ -175,6 +176,7 @@ class Config:
         judges: Other networks that the visualizations are shown to, by name.
         effects: Settings of the effects of units on the outputs.
         activation_atlas: Settings of the activation atlases of layers.
+        facets: Settings of the facets of units.
         base: Folder of a run whose results are reused.
         units: Table of units that replaces the selection of layers and channels.
         only: Condition on the visualizations of the base run that selects units.
@@ -193,6 +195,7 @@ class Config:
     judges: Mapping[str, ModelConfig] = dataclasses.field(default_factory=dict)
     effects: EffectsConfig = dataclasses.field(default_factory=EffectsConfig)
     activation_atlas: ActivationAtlasConfig = dataclasses.field(default_factory=ActivationAtlasConfig)
+    facets: FacetsConfig = dataclasses.field(default_factory=FacetsConfig)
     base: str | None = None
     units: str | None = None
     only: str | None = None
@@ -259,9 +262,9 @@ class Config:
 
 
 # Sections that a run folder may change between commands. Device and precision are in the digests of visualizations;
-# judges, effects, activation atlases and display images change no other result, and the identity of an atlas contains
-# what they add.
-FREE_SECTIONS = ("engine", "site", "run", "base", "judges", "effects", "activation_atlas", "display")
+# judges, effects, activation atlases, facets and display images change no other result, and the identity of an atlas
+# contains what they add.
+FREE_SECTIONS = ("engine", "site", "run", "base", "judges", "effects", "activation_atlas", "facets", "display")
 
 
 def from_tree(tree: Mapping[str, Any]) -> Config:

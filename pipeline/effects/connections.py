@@ -115,7 +115,7 @@ def _sums(
     """
     (before, values), (after, tensor, slope) = graph
     source, target = context.layers[before], context.layers[after]
-    responses = target.maps(tensor, batch).float() * target.maps(slope, batch).float()
+    responses = target.maps(tensor, batch).float() * target.slopes(slope, batch).float()
     totals = responses.sum((0, 2, 3))
     center = torch.from_numpy(np.asarray(context.means[before], np.float32)).to(values.device)[:, None, None]
     change = source.maps(values.detach(), batch).float() - center
@@ -123,7 +123,7 @@ def _sums(
     for channel in channels:
         context.stop()
         (gradient,) = torch.autograd.grad(totals[channel], values, retain_graph=True)
-        rows.append(exact_sum((change * source.maps(gradient, batch).float()).sum((2, 3)).cpu().numpy()))
+        rows.append(exact_sum((change * source.slopes(gradient, batch).float()).sum((2, 3)).cpu().numpy()))
     return np.stack(rows)
 
 

@@ -132,7 +132,7 @@ def attribute(context: EffectsContext, images: Tensor) -> tuple[np.ndarray, np.n
             columns.append((unknown, unknown))
             continue
         with torch.no_grad():
-            maps, slopes = layer.maps(tensor, batch).float(), layer.maps(gradient, batch).float()
+            maps, slopes = layer.maps(tensor, batch).float(), layer.slopes(gradient, batch).float()
             center = torch.from_numpy(np.asarray(mean, np.float32)).to(maps.device)[:, None, None]
             columns.append((((maps - center) * slopes).sum((2, 3)).cpu(), (maps * slopes).sum((2, 3)).cpu()))
     attribution, relevance = (torch.cat(values, 1).numpy() for values in zip(*columns, strict=True))
@@ -230,11 +230,10 @@ def removal(layer: Layer, channels: Sequence[int], values: np.ndarray) -> Edit:
         changed = tensor.clone(memory_format=torch.preserve_format)
         if 0 in changed.stride():  # an expanded tensor keeps its strides in a copy of some layouts
             changed = tensor.contiguous().clone()
-        maps = layer.maps(changed, len(channels))
+        maps = layer.source.maps(changed, len(channels))
         if maps.untyped_storage().data_ptr() != changed.untyped_storage().data_ptr():
             raise AtlasError(f"{layer.name}: units of this layout cannot be ablated; set effects.ablated=0.")
-        for copy, (channel, value) in enumerate(zip(channels, values, strict=True)):
-            maps[copy, channel] = float(value)
+        layer.set_channels(maps, channels, values)
         return changed
 
     return edit

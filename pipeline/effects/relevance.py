@@ -207,7 +207,7 @@ def _measure_image(
     inputs, tensors, outputs = pass_with_gradients(model, layers, context.outputs, image)
     slopes = torch.autograd.grad(outputs.amax(1).sum(), tensors)
     at_image = {
-        i: (layer.maps(tensor, 1)[0].detach().float(), layer.maps(slope, 1)[0].float())
+        i: (layer.maps(tensor, 1)[0].detach().float(), layer.slopes(slope, 1)[0].float())
         for i, layer, tensor, slope in zip(numbers, layers, tensors, slopes, strict=True)
     }
     del inputs, outputs

@@ -9,6 +9,7 @@ from pipeline.data.datasets import Dataset
 from pipeline.effects.config import EffectsConfig
 from pipeline.effects.relevance import STEPS
 from pipeline.effects.results import REPLACEMENTS
+from pipeline.layers.dictionaries import channel_layers
 from pipeline.layers.finding import Layer
 
 
@@ -99,7 +100,7 @@ def request_effects(
         candidates: All layers of the network, in its order.
         logits: Layers of logits; without, the outputs are the last of `candidates`.
     """
-    outputs = (logits or candidates)[-1]
+    outputs = (logits or channel_layers(candidates))[-1]
     ends = [layer.tap[1:4] for layer in (*logits, outputs)]
     measured = [(layer, channels) for layer, channels in layers if layer.tap[1:4] not in ends]
     if not config.images or not measured:

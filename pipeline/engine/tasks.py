@@ -12,6 +12,7 @@ from pipeline.core.atomic_io import write_atomic
 from pipeline.core.registry import canonical
 from pipeline.data.datasets import Dataset
 from pipeline.effects.request import EffectsRequest
+from pipeline.facets.request import FacetsRequest
 from pipeline.layers.finding import Layer
 from pipeline.models.config import LOCATION_FIELDS
 from pipeline.visualization.initial_images import InitialImage
@@ -31,6 +32,9 @@ RELEVANCE_VERSION = 2
 SAMPLES_VERSION = 1
 LAYOUT_VERSION = 1
 CELLS_VERSION = 1
+RESPONSES_VERSION = 1
+GROUPS_VERSION = 1
+FACETS_VERSION = 1
 
 # Version of visualizations by presets with regularizers in the space of a layer, beside `RENDER_VERSION`. Version 1,
 # whose weight was relative to the value of the objective, was not part of digests.
@@ -60,6 +64,7 @@ class Setup:
             others send them back. Empty if all see the folder.
         effects: The effects that are measured; None without.
         activation_atlas: The activation atlases that are made; None without.
+        facets: The units that get facets; None without.
     """
 
     config: Config
@@ -76,6 +81,7 @@ class Setup:
     mark: str = ""
     effects: EffectsRequest | None = None
     activation_atlas: ActivationAtlasRequest | None = None
+    facets: FacetsRequest | None = None
 
     def others_of(self, preset: Preset) -> dict[str, Layer]:
         """Return those of `others` that `preset` reads, by name."""
@@ -321,12 +327,59 @@ class CellsTask(_Task):
         return self.end - self.start
 
 
-DatasetTask = RangesTask | SweepTask | LocalizeTask | EffectsTask | RelevanceTask | ConnectionsTask | SamplesTask
-Task = RenderTask | CellsTask | DatasetTask
+@dataclasses.dataclass(frozen=True)
+class ResponsesTask(PartTask):
+    """The examples of units with facets among some dataset images, and the responses of other layers to them.
+
+    Attributes:
+        start: The first image, a multiple of `FacetsRequest.batch`.
+        end: One past the last image.
+        images: Indices of the dataset images.
+    """
+
+    stage, noun = "responses", "responses"
+
+
+@dataclasses.dataclass(frozen=True)
+class FacetsTask(_Task):
+    """Visualize some facets of the units of a layer.
+
+    Attributes:
+        layer: Name of the layer.
+        start: The first facet.
+        end: One past the last facet.
+        images: Indices of the dataset images that are read: the nearest examples of all of them.
+        facets: Of each facet the channel, center and nearest examples, and what centers are standardized by, as bytes
+            of a shard.
+    """
+
+    stage = "facets"
+
+    layer: str
+    start: int
+    end: int
+    images: tuple[int, ...]
+    facets: bytes
+
+    @property
+    def name(self) -> str:
+        """Description for messages."""
+        return f"{self.layer}, facets {self.start}…{self.end - 1}"
+
+    @property
+    def size(self) -> int:
+        """Number of facets."""
+        return self.end - self.start
+
+
+DatasetTask = (
+    RangesTask | SweepTask | LocalizeTask | EffectsTask | RelevanceTask | ConnectionsTask | SamplesTask | ResponsesTask
+)
+Task = RenderTask | CellsTask | FacetsTask | DatasetTask
 
 
 # What the memory of a task depends on: layer and preset of visualizations, which determine their canvas, or layer and
-# stage of cells; otherwise the stage.
+# stage of cells and facets; otherwise the stage.
 MemoryKey = tuple[str, ...]
 
 
@@ -335,7 +388,7 @@ def memory_key(task: Task) -> MemoryKey:
     match task:
         case RenderTask():
             return task.layer, task.preset
-        case CellsTask():
+        case CellsTask() | FacetsTask():
             return task.layer, task.stage
     return (task.stage,)
 
@@ -640,5 +693,76 @@ def cells_digest(setup: Setup, layer: Layer, content: str) -> str:
             "render": render_digest(setup, layer, request.canvas(layer), setup.config.render.name),
             "steps": request.config.steps,
             "layout": content,
+        }
+    )
+
+
+def responses_digest(setup: Setup, fingerprint: str) -> str:
+    """Return the digest of everything that changes the examples of units with facets, and the responses to them.
+
+    Args:
+        setup: The setup of the workers, with facets.
+        fingerprint: Digest of the dataset and the preprocessing.
+    """
+    request = setup.facets
+    assert request is not None
+    return hashing.digest_of(
+        {
+            "result": "responses",
+            "version": RESPONSES_VERSION,
+            "weights": setup.weights,
+            "arguments": _arguments(setup.config),
+            "dataset": fingerprint,
+            "layers": [layer.tap for layer in request.layers],
+            "channels": [list(numbers) for numbers in request.channels],
+            "embeddings": [[layer.tap, layer.rectified] for layer in request.embeddings],
+            "reference": len(request.reference),
+            "count": request.count,
+            "batch": request.batch,
+        }
+    )
+
+
+def groups_digest(setup: Setup, responses: str, layer: Layer) -> str:
+    """Return the digest of everything that changes the facets of the units of a layer.
+
+    Args:
+        setup: The setup of the workers, with facets.
+        responses: Digest of the responses.
+        layer: The layer.
+    """
+    request = setup.facets
+    assert request is not None
+    return hashing.digest_of(
+        {
+            "result": "facet groups",
+            "version": GROUPS_VERSION,
+            "responses": responses,
+            "layer": layer.tap,
+            "embedding": request.embedding(layer).tap,
+            "level": request.config.level,
+        }
+    )
+
+
+def facets_digest(setup: Setup, layer: Layer, content: str) -> str:
+    """Return the digest of everything that changes the images of the facets of a layer.
+
+    Args:
+        setup: The setup of the workers, with facets.
+        layer: The layer.
+        content: Digest of the facets, by their values.
+    """
+    request, config = setup.facets, setup.config
+    assert request is not None
+    return hashing.digest_of(
+        {
+            "result": "facets",
+            "version": FACETS_VERSION,
+            "render": render_digest(setup, layer, request.canvas(layer), config.render.name),
+            "steps": request.config.steps,
+            "power": request.config.power,
+            "facets": content,
+            "store": config.examples.store != "ids",
         }
     )

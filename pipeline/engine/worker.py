@@ -34,12 +34,14 @@ from pipeline.engine.tasks import (
     ConnectionsTask,
     Done,
     EffectsTask,
+    FacetsTask,
     LocalizeTask,
     MemoryKey,
     PartTask,
     RangesTask,
     RelevanceTask,
     RenderTask,
+    ResponsesTask,
     SamplesTask,
     Setup,
     SweepTask,
@@ -49,6 +51,8 @@ from pipeline.engine.tasks import (
 )
 from pipeline.examples import localize, sweep
 from pipeline.examples.channel_stats import HistogramRange
+from pipeline.facets import images as facet_images
+from pipeline.facets.responses import ResponsesContext, measure_responses
 from pipeline.kernels.allocator import retain_freed_memory
 from pipeline.kernels.device_errors import is_device_lost, is_out_of_memory
 from pipeline.layers.finding import Layer
@@ -267,6 +271,10 @@ class Worker:
                 return self._samples(task)
             case CellsTask():
                 return self._cells(task)
+            case ResponsesTask():
+                return self._responses(task)
+            case FacetsTask():
+                return self._facets(task)
 
     @contextlib.contextmanager
     def _dataset_files(self, files: ImageFiles | None) -> Iterator[None]:
@@ -647,6 +655,52 @@ class Worker:
             "activation": np.array([p.activation for p in pictures], np.float32),
             "failed": np.array([p.status == "failed" for p in pictures], bool),
         }
+        place = {"digest": task.digest, "start": task.start, "end": task.end, "device": self._kind}
+        return shards.to_bytes({**place, "precision": job.precision}, arrays)
+
+    def _responses(self, task: ResponsesTask) -> bytes:
+        request = self.setup.facets
+        assert request is not None
+        context = ResponsesContext(
+            model=self.measured,
+            layers=request.layers,
+            channels=request.channels,
+            embeddings=request.embeddings,
+            reference=request.reference,
+            count=request.count,
+            dataset=self.dataset,
+            batch=request.batch,
+            stop=self.stop,
+            threads=max(2, self.setup.threads),
+        )
+        result = self._halved(
+            memory_key(task),
+            request.batch,
+            lambda batch: measure_responses(dataclasses.replace(context, batch=batch), task.images),
+        )
+        return self._part_bytes(task, result.arrays())
+
+    def _facets(self, task: FacetsTask) -> bytes:
+        request, config = self.setup.facets, self.setup.config
+        assert request is not None
+        layer, facets = self.layers[task.layer], hdf5.from_bytes(task.facets)
+        targets = {name: facets[name] for name in ("center", "mean", "deviation")}
+        preset = request.preset(config.render, layer, targets)
+        job = self.job(task.layer, request.canvas(layer), preset)
+        units = [(channel, number) for number, channel in enumerate(facets["channel"].tolist())]
+        loaded = facet_images.load(self.dataset, task.images, self.model.preprocessing, max(2, self.setup.threads))
+        starts = facet_images.starts(job, units, facets["nearest"], loaded)
+        job = dataclasses.replace(job, initial_images=starts)
+        batches = self.in_batches(
+            memory_key(task),
+            units,
+            config.engine.images_per_batch(layer.channels, self.setup.device),
+            lambda part: draw_start(job, part, 0),
+            lambda start: render(job, start.units, start),
+        )
+        pictures = [picture for batch in batches for picture in batch]
+        side = 0 if config.examples.store == "ids" else config.examples.crop_side
+        arrays = facet_images.arrays(job, pictures, facet_images.thumbnails(facets["nearest"], loaded, side))
         place = {"digest": task.digest, "start": task.start, "end": task.end, "device": self._kind}
         return shards.to_bytes({**place, "precision": job.precision}, arrays)
 

@@ -4,9 +4,6 @@ import dataclasses
 
 import numpy as np
 
-# A label names a unit if at least so many of its top sources have it: one source says nothing about the others.
-MIN_NAMING_SOURCES = 2
-
 
 @dataclasses.dataclass(frozen=True)
 class Association:
@@ -36,13 +33,6 @@ class Association:
     chosen: np.ndarray
     selectivity: np.ndarray
     auroc: np.ndarray
-
-    @property
-    def naming(self) -> np.ndarray:
-        """The label that names each unit, (C,) int32: the first of `over` that several sources have; −1 for none."""
-        named = (self.over >= 0) & (self.count >= MIN_NAMING_SOURCES)
-        first = np.take_along_axis(self.over, named.argmax(1)[:, None], 1)[:, 0]
-        return np.where(named.any(1), first, -1)
 
     @classmethod
     def empty(cls, method: str, channels: int, top: int) -> "Association":

@@ -9,7 +9,7 @@ PERCENTILE = 95.0
 MIN_IMAGES = 100
 
 
-def rotation_number(activations: np.ndarray, seed: int) -> float:
+def rotation_number(activations: np.ndarray, seed: int, directions: np.ndarray | None = None) -> float:
     """Return the share of channels that single out an image more than random directions of the layer do.
 
     For each channel, s is the largest standard score of its mean activation over the images. The channels are then
@@ -21,22 +21,29 @@ def rotation_number(activations: np.ndarray, seed: int) -> float:
     After the comparisons of units with random directions of Szegedy et al. 2014, "Intriguing properties of neural
     networks" (section 3), and Bau et al. 2017, "Network Dissection" (section 3.2).
 
+    Latents of a dictionary are compared with random directions of the layer that they are computed from, without what
+    follows their encoder: behind a gate that sets most values to 0, any direction singles out images.
+
     Args:
         activations: (n, C) means of the activation maps for n dataset images.
         seed: Seed of the rotations.
+        directions: For latents, their encoder (N, C): the share is that of its rows. None for the channels themselves.
 
     Returns:
         0 … 1; NaN for fewer than `MIN_IMAGES` images or fewer than two channels that vary.
     """
     values = np.asarray(activations, np.float64)
     deviation = values.std(0)
-    values = values[:, deviation > 1e-6 * max(float(np.median(deviation)), np.finfo(float).tiny)]
+    varies = deviation > 1e-6 * max(float(np.median(deviation)), np.finfo(float).tiny)
+    units = None if directions is None else values @ np.asarray(directions, np.float64).T
+    values = values[:, varies]
     if len(values) < MIN_IMAGES or values.shape[1] < 2:
         return float("nan")
     standardized = ((values - values.mean(0)) / values.std(0)).astype(np.float32)
     generator = np.random.default_rng(seed)
     rotated = [_scores(standardized @ _rotation(generator, values.shape[1])) for _ in range(ROTATIONS)]
-    return float((_scores(standardized) > np.percentile(np.concatenate(rotated), PERCENTILE)).mean())
+    scores = _scores(standardized) if units is None else _scores(units[:, units.std(0) > 0])
+    return float((scores > np.percentile(np.concatenate(rotated), PERCENTILE)).mean())
 
 
 def _rotation(generator: np.random.Generator, size: int) -> np.ndarray:

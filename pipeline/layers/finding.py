@@ -12,6 +12,7 @@ import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -105,6 +106,45 @@ class Layer:
             size: (height, width) of the images relative to the network's own input size.
         """
         return as_maps(output, Axes(self.layout, self.prefix, self.grid), batch, self.part, size)
+
+    def slopes(self, gradient: Tensor, batch: int) -> Tensor:
+        """Return the derivatives of a scalar with respect to the units of this layer, (B, C, H, W).
+
+        Args:
+            gradient: Its gradient with respect to the tensor at this layer.
+            batch: Number of images, B.
+        """
+        return self.maps(gradient, batch)
+
+    def set_channels(self, maps: Tensor, channels: Sequence[int], values: np.ndarray) -> None:
+        """Set one unit of each image to a value at all positions, in place.
+
+        Args:
+            maps: Maps (B, C, H, W) of `source` for B copies of one image.
+            channels: The unit of each copy.
+            values: Its value in each copy, (B,).
+        """
+        for image, (channel, value) in enumerate(zip(channels, values, strict=True)):
+            maps[image, channel] = float(value)
+
+    @property
+    def source(self) -> "Layer":
+        """The layer that is read in the network, under the name of this one: another if units are computed from it."""
+        return self
+
+    @property
+    def ungated(self) -> "Layer":
+        """The layer with the same values, and gradients as if no activation function were part of it."""
+        return self
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The fields of every kind of layer by name, as plain data; without arrays that a layer may have besides."""
+        return {
+            field.name: dataclasses.asdict(value) if isinstance(value, ReceptiveField) else value
+            for field in dataclasses.fields(Layer)
+            for value in [getattr(self, field.name)]
+        }
 
 
 class _StopForward(Exception):

@@ -93,6 +93,7 @@ def receptive_fields(model: Model, layers: Sequence[Layer]) -> dict[str, Recepti
     Returns:
         Receptive fields by layer name; None if a unit sees the whole image, or if the layer is not spatial.
     """
+    layers = [layer.source for layer in layers]
     fields: dict[str, ReceptiveField | None] = dict.fromkeys((layer.name for layer in layers), None)
     spatial = [layer for layer in layers if layer.spatial]
     local = _local(model, spatial) if spatial else []

@@ -4,12 +4,16 @@ import dataclasses
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, get_args
 
 from pydantic import Field
 from torch import nn
 
 from pipeline.core.errors import AtlasError, nearest_names
+from pipeline.core.validation import Use
+from pipeline.layers.dictionaries import SEPARATOR, channel_layers, dictionary_layers
+from pipeline.layers.dictionary_files import with_dictionaries
 from pipeline.layers.finding import Layer, enumerate_layers
 from pipeline.layers.layouts import Part
 from pipeline.layers.pixel_kernels import linear_in_pixels
@@ -26,20 +30,37 @@ class LayersConfig:
         include: Globs on layer names and aliases; see `choose`.
         exclude: Globs of layers to leave out.
         channels: Channels of each layer; see `channels_of`.
+        visualized: Those of them that get visualizations, as in `visualized_of`; the others have dataset examples only.
         count: Number of layers of the policy `tour`.
         layouts: Layouts by glob on layer names, for layers whose channel axis is not detected correctly.
         tokens: Which tokens of a transformer layer make up its map: patches, all or prefix.
         prefix: Number of tokens that are not patches; None to detect it.
+        dictionary: Dictionaries whose latents are units, as FILE@LAYER; see `dictionary_files.read_dictionary`.
     """
 
     policy: str = "tour"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     channels: str | int | tuple[int, ...] = "all"
+    visualized: str | int | tuple[int, ...] = "all"
     count: Annotated[int, Field(ge=1)] = 9
     layouts: Mapping[str, str] | None = None
     tokens: str = "patches"
     prefix: int | None = None
+    dictionary: Annotated[str | tuple[str, ...], Use("FILE@LAYER, as in sae.safetensors@blocks.5.3, or a list")] = ()
+
+    @property
+    def dictionaries(self) -> tuple[str, ...]:
+        """The dictionaries."""
+        return (self.dictionary,) if isinstance(self.dictionary, str) else self.dictionary
+
+    def within(self, folder: Path) -> "LayersConfig":
+        """Return the settings with paths of dictionaries that do not depend on the working directory."""
+        if not self.dictionaries:
+            return self
+        parts = [text.rpartition(SEPARATOR) for text in self.dictionaries]
+        absolute = tuple(f"{folder / Path(path).expanduser()}{sign}{layer}" for path, sign, layer in parts)
+        return dataclasses.replace(self, dictionary=absolute)
 
 
 def list_layers(model: Model, config: LayersConfig, aliases: Mapping[str, str] | None = None) -> list[Layer]:
@@ -60,7 +81,8 @@ def list_layers(model: Model, config: LayersConfig, aliases: Mapping[str, str] |
         raise AtlasError(f"layers.prefix={config.prefix} is negative: use a number of tokens, or null to detect it.")
     layers = enumerate_layers(model, config.layouts, part, config.prefix, aliases)
     linear = linear_in_pixels(model, layers)
-    return [dataclasses.replace(layer, linear_in_pixels=layer.name in linear) for layer in layers]
+    layers = [dataclasses.replace(layer, linear_in_pixels=layer.name in linear) for layer in layers]
+    return with_dictionaries(layers, config.dictionaries)
 
 
 def select_layers(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:
@@ -72,7 +94,8 @@ def select_layers(model: Model, layers: Sequence[Layer], config: LayersConfig) -
     Args:
         model: The network.
         layers: All layers of the network.
-        config: The settings; `policy`, `include`, `exclude` and `count` are used.
+        config: The settings; `policy`, `include`, `exclude` and `count` are used. Layers of latents are part of every
+            policy.
 
     Raises:
         AtlasError: If the policy is unknown, if a glob matches no layer, or if no layer remains.
@@ -82,7 +105,10 @@ def select_layers(model: Model, layers: Sequence[Layer], config: LayersConfig) -
     if config.include and config.policy == "tour":
         candidates = list(layers)
     else:
-        candidates = POLICIES[config.policy](model, layers, config)
+        candidates = POLICIES[config.policy](model, channel_layers(layers), config)
+        if latents := dictionary_layers(layers):
+            names = {layer.name for layer in (*candidates, *latents)}
+            candidates = [layer for layer in layers if layer.name in names]
     selected = filter_layers(candidates, layers, config)
     if not selected:
         raise AtlasError(
@@ -121,13 +147,14 @@ def matches(layer: Layer, pattern: str) -> bool:
     return fnmatch.fnmatchcase(layer.name, pattern) or fnmatch.fnmatchcase(layer.alias, pattern)
 
 
-def channels_of(layer: Layer, channels: str | int | Sequence[int]) -> tuple[int, ...]:
+def channels_of(layer: Layer, channels: str | int | Sequence[int], key: str = "layers.channels") -> tuple[int, ...]:
     """Return the selected channels of one layer.
 
     Args:
         layer: The layer.
         channels: "all", a slice ("0:12", "::64"), "spread:12" (twelve channels, evenly over the layer), a number, or
             several numbers. Numbers beyond the channels of the layer are ignored.
+        key: The setting, for the error message.
 
     Raises:
         AtlasError: If `channels` is another string.
@@ -144,7 +171,24 @@ def channels_of(layer: Layer, channels: str | int | Sequence[int]) -> tuple[int,
         return tuple(sorted({(2 * i + 1) * n // (2 * count) for i in range(count)}))
     if re.fullmatch(r"\d*:\d*(:[1-9]\d*)?", channels):
         return tuple(range(n)[slice(*(int(number) if number else None for number in channels.split(":")))])
-    raise AtlasError(f"layers.channels={channels!r}: use all, 0:12, ::64, spread:12, a number or a list [3,7].")
+    raise AtlasError(f"{key}={channels!r}: use all, 0:12, ::64, spread:12, a number or a list [3,7].")
+
+
+def visualized_of(layer: Layer, channels: Sequence[int], visualized: str | int | Sequence[int]) -> tuple[int, ...]:
+    """Return those of the selected channels of a layer that get visualizations.
+
+    Args:
+        layer: The layer.
+        channels: Its selected channels, ascending.
+        visualized: As `channels` in `channels_of`; "spread:12" are twelve of the selected ones, evenly.
+
+    Raises:
+        AtlasError: If `visualized` is another string.
+    """
+    if isinstance(visualized, str) and visualized.startswith("spread:"):
+        selected = dataclasses.replace(layer, channels=len(channels))
+        return tuple(channels[place] for place in channels_of(selected, visualized, "layers.visualized"))
+    return tuple(sorted(set(channels) & set(channels_of(layer, visualized, "layers.visualized"))))
 
 
 def _all(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:

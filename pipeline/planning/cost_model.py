@@ -302,6 +302,15 @@ def times_whole_batches(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def time_batched_forward(folded: Model, layer: Layer, batch: int) -> Span:
+    """Return the seconds of one image in a forward pass of `batch` images up to a layer.
+
+    Ablations run the network so often that what a pass costs apart from its images counts.
+    """
+    _, span = halved_until_it_fits(batch, lambda size: _time_forward(folded, [layer], size, size))
+    return span
+
+
 def _time_forward(
     folded: Model, layers: Sequence[Layer], run_passes: float, batch: int
 ) -> tuple[dict[str, float], Span]:

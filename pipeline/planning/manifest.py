@@ -48,8 +48,9 @@ class Manifest:
 
     def text(self) -> str:
         """Return the content of inputs.json."""
-        layers = [{**dataclasses.asdict(layer), "units": list(channels)} for layer, channels in self.layers]
-        return json.dumps({**dataclasses.asdict(self), "layers": layers}, indent=1) + "\n"
+        layers = [{**layer.plain, "units": list(channels)} for layer, channels in self.layers]
+        others = dataclasses.asdict(dataclasses.replace(self, layers=()))
+        return json.dumps({**others, "layers": layers}, indent=1) + "\n"
 
     def receptive_fields(self, network: str, layers: Sequence[Layer]) -> dict[str, ReceptiveField | None]:
         """Return the stored receptive fields of `layers`, by layer name.
@@ -62,9 +63,9 @@ class Manifest:
             return {}
         stored = {layer.name: layer for layer, _ in self.layers}
 
-        def without_field(layer: Layer) -> Layer:
+        def without_field(layer: Layer) -> dict[str, Any]:
             # These change no receptive field, and manifests of former versions lack them.
-            return dataclasses.replace(layer, field=None, alias="", rectified=True, linear_in_pixels=False)
+            return {**layer.plain, "field": None, "alias": "", "rectified": True, "linear_in_pixels": False}
 
         fields = {}
         for layer in layers:

@@ -135,6 +135,7 @@ class Overheads:
         warm_up: Warm-up of a process's first step.
         forward: Forward pass of one image.
         reading: Decoding of one image by one worker.
+        batched: Forward pass of one image in a batch of those that effects are measured on; None if it was not timed.
     """
 
     start: Span
@@ -142,6 +143,7 @@ class Overheads:
     warm_up: Span
     forward: Span
     reading: Span
+    batched: Span | None = None
 
     @property
     def image_seconds(self) -> float:

@@ -61,6 +61,8 @@ class RemainingWork:
         samples: Images that activation atlases have not sampled.
         cells: Number of cells of activation atlases without a visualization, by layer; about, until the samples are
             laid out.
+        responses: Images whose responses have not been measured for facets.
+        facets: Number of facets without an image, by layer; about, until the examples are grouped.
         existing: Results that are already available.
         reuse_blocker: Why the dataset pass of the base run cannot be reused; empty if it can.
     """
@@ -75,16 +77,20 @@ class RemainingWork:
     connected: int = 0
     samples: int = 0
     cells: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    responses: int = 0
+    facets: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def reads(self) -> int:
         """Number of dataset images that are still to be read, in all passes."""
-        return self.images + self.localizations + self.effects + self.relevant + self.connected + self.samples
+        passes = self.images + self.localizations + self.effects + self.relevant + self.connected
+        return passes + self.samples + self.responses
 
     @property
     def nothing(self) -> bool:
         """Whether all results exist."""
-        return not (self.reads or any(self.channels.values()) or any(self.cells.values()))
+        made = (self.channels, self.cells, self.facets)
+        return not (self.reads or any(any(counts.values()) for counts in made))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +129,7 @@ class Plan:
         judges: The other networks that visualizations are shown to.
         network_layers: All layers that units could be chosen from, in the order of the network.
         timed_on: Device that the estimates were measured on, for example "cpu"; empty if nothing was timed.
+        channels: Channels of each layer, by its name; those of the rows get visualizations.
     """
 
     config: Config
@@ -141,6 +148,7 @@ class Plan:
     judges: tuple[PlannedJudge, ...] = ()
     network_layers: tuple[Layer, ...] = ()
     timed_on: str = ""
+    channels: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def inputs(self) -> Manifest:
@@ -151,10 +159,7 @@ class Plan:
     @property
     def layers(self) -> tuple[tuple[Layer, tuple[int, ...]], ...]:
         """Each layer with its channels."""
-        main = self.config.render.name
-        channels = {row.layer.name: row.channels for row in self.rows if row.preset == main}
-        channels |= {one.layer.name: one.channels for one in self.unrendered}
-        return tuple((layer, channels[layer.name]) for layer in self.setup.layers)
+        return tuple((layer, self.channels[layer.name]) for layer in self.setup.layers)
 
     @property
     def units(self) -> int:
@@ -171,7 +176,7 @@ class Plan:
         """Estimated seconds of all remaining work, from the start of workers to the site, with their range."""
         amount = self._amount
         pictures = sum((row.span(self._left(row)) for row in self.rows), ZERO_SPAN) * (1 / self.pool.workers)
-        pictures += self.judge_span + self.effects_span + self.activation_atlas_span
+        pictures += self.judge_span + self.effects_span + self.activation_atlas_span + self.facets_span
         if self.overheads is None:
             return pictures + Span.exact(self._examples_seconds)
         costs = self.overheads
@@ -214,7 +219,8 @@ class Plan:
             (self.left.connected, request.connection_passes),
         ):
             if images:
-                total += (costs.forward * passes + costs.reading) * (images / min(self.pool.workers, images))
+                forward = costs.batched or costs.forward
+                total += (forward * passes + costs.reading) * (images / min(self.pool.workers, images))
         return total
 
     @functools.cached_property
@@ -245,6 +251,28 @@ class Plan:
                 share = request.config.steps * request.pixels(preset, layer) / (preset.steps * pixels)
                 return row.span(1) * (share / preset.variants)
         return costs.forward * request.cell_passes(preset, layer)
+
+    @functools.cached_property
+    def facets_span(self) -> Span:
+        """Estimated seconds in which all workers make what is left of the facets."""
+        request, costs, total = self.setup.facets, self.overheads, ZERO_SPAN
+        if request is None or costs is None:
+            return total
+        if self.left.responses:
+            workers = min(self.pool.workers, self.left.responses)
+            total += (costs.forward + costs.reading) * (self.left.responses / workers)
+        for layer in request.layers:
+            count = self.left.facets.get(layer.name, 0)
+            batch = self.config.engine.images_per_batch(layer.channels, self.setup.device)
+            total += self.facet_span(layer) * (count / max(1, min(self.pool.workers, math.ceil(count / batch))))
+        return total
+
+    def facet_span(self, layer: Layer) -> Span:
+        """Estimated seconds of one worker for the image of a facet of a layer, from a forward pass."""
+        request, costs = self.setup.facets, self.overheads
+        if request is None or costs is None:
+            return Span.exact(1.0)
+        return costs.forward * request.passes(self.config.render, layer)
 
     @property
     def _judged_images(self) -> float:
@@ -346,6 +374,11 @@ class Plan:
             images = f"{self.left.samples:,} images" if self.left.samples else ""
             what = "; ".join(filter(None, [images, cells and f"about {cells}"]))
             lines.append(f"of this, activation atlas ({what}): about {self.activation_atlas_span.text()}")
+        if self.facets_span.expected:
+            facets = ", ".join(f"{count:,} of {name}" for name, count in self.left.facets.items() if count)
+            images = f"{self.left.responses:,} images" if self.left.responses else ""
+            what = "; ".join(filter(None, [images, facets and f"about {facets}"]))
+            lines.append(f"of this, facets ({what}): about {self.facets_span.text()}")
         return lines
 
     def _left(self, row: PlanRow) -> int:
@@ -363,7 +396,10 @@ class Plan:
         if self.overheads is not None:
             judges = self.judge_span.expected
             effects = self.effects_span.expected
-            atlas = self.activation_atlas_span.expected
+            atlas, facets = self.activation_atlas_span.expected, self.facets_span.expected
+            if facets:
+                count = sum(self.left.facets.values())
+                rows.insert(0, {"kind": "facets", "units": count, "seconds": round(facets, 1)})
             if atlas:
                 cells = sum(self.left.cells.values())
                 rows.insert(0, {"kind": "activation atlas", "units": cells, "seconds": round(atlas, 1)})

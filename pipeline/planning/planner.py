@@ -23,8 +23,10 @@ from pipeline.engine.devices import check_device, free_memory, prepare_device
 from pipeline.engine.own_process import in_own_process
 from pipeline.engine.resources import WorkerPool, local_resources, size_pool
 from pipeline.engine.tasks import Setup, examples_digest
+from pipeline.facets.request import request_facets
 from pipeline.kernels.device_errors import is_device_lost
 from pipeline.layers import selection
+from pipeline.layers.dictionaries import channel_layers
 from pipeline.layers.finding import Layer, ReceptiveField
 from pipeline.layers.heads import HeadLayer
 from pipeline.layers.path_depths import choose_depths
@@ -34,7 +36,15 @@ from pipeline.planning import execution, judging, manifest, natural_deviations
 from pipeline.planning import heads as fitted_heads
 from pipeline.planning.advice import known_rotation_numbers, linear_output_advice
 from pipeline.planning.base_run import check_same_sources, find_base_run
-from pipeline.planning.cost_model import ZERO_SPAN, PlanRow, Span, Timings, estimate, time_image_loading
+from pipeline.planning.cost_model import (
+    ZERO_SPAN,
+    PlanRow,
+    Span,
+    Timings,
+    estimate,
+    time_batched_forward,
+    time_image_loading,
+)
 from pipeline.planning.folder import RunFolder
 from pipeline.planning.judging import PlannedJudge
 from pipeline.planning.manifest import network_digest
@@ -50,6 +60,7 @@ from pipeline.planning.validation import (
     with_labels,
 )
 from pipeline.visualization.network_penalties import NaturalDeviations, Normalization, normalizations_before
+from pipeline.visualization.preset import Preset, Size
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +109,7 @@ class _Units:
     Attributes:
         layers: Layers with at least one channel, in the order of the network.
         channels: Channels of each layer.
+        visualized: Those of them that get visualizations.
         reasons: Why layers cannot be visualized, by name.
         others: Layers that presets read besides the layer of the unit.
         class_layers: Names of those whose channels are the classes that the network has names of.
@@ -108,6 +120,7 @@ class _Units:
 
     layers: tuple[Layer, ...]
     channels: dict[str, tuple[int, ...]]
+    visualized: dict[str, tuple[int, ...]]
     reasons: dict[str, str]
     others: tuple[Layer, ...]
     class_layers: tuple[str, ...] = ()
@@ -146,7 +159,7 @@ def make_plan(
         inputs, chosen = _find_units(_load_inputs(config, listed), units)
         config = inputs.config
         judges = judging.check_judges(config.judges, inputs.model, chosen.class_layers)
-        visualizations = sum(len(chosen.channels[layer.name]) for layer in chosen.rendered) * len(config.presets)
+        visualizations = sum(len(chosen.visualized[layer.name]) for layer in chosen.rendered) * len(config.presets)
         pool = size_pool(config.engine, [(cpus, gpus)], visualizations)
         network = network_digest(inputs.model, config.model)
         chosen = _with_receptive_fields(chosen, inputs, network)
@@ -174,6 +187,7 @@ def _load_inputs(config: Config, listed: tuple[Dataset, str] | None = None) -> _
         # Workers may have another working directory.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, folder=str(Path.cwd())))
     config = dataclasses.replace(config, judges=judging.with_folder(config.judges, Path.cwd()))
+    config = dataclasses.replace(config, layers=config.layers.within(Path.cwd()))
     start, loading = process_start(), Stopwatch()
     with loading:
         model = load_model(config.model).to("cpu")
@@ -219,6 +233,11 @@ def _find_units(inputs: _Inputs, units: Units | None) -> tuple[_Inputs, _Units]:
     reasons = layers_without_gradient(model, layers)
     for name, reason in reasons.items():
         log.warning("%s gets dataset examples but no visualizations: %s", name, reason)
+    visualized = {
+        layer.name: selection.visualized_of(layer, channels[layer.name], config.layers.visualized) for layer in layers
+    }
+    nothing = "layers.visualized selects none of its units"
+    reasons |= {name: nothing for name, numbers in visualized.items() if not numbers}
     natural_deviations.check_normalizations(
         model, [layer for layer in layers if layer.name not in reasons], config.presets
     )
@@ -227,9 +246,9 @@ def _find_units(inputs: _Inputs, units: Units | None) -> tuple[_Inputs, _Units]:
     inputs = dataclasses.replace(inputs, model=model)
     if unfitted:
         others = _with_fitted_heads(inputs, others, unfitted, heads[-1])
-    depths = choose_depths(model, candidates, {path for pair in inputs.pairs for path in pair})
+    depths = choose_depths(model, channel_layers(candidates), {path for pair in inputs.pairs for path in pair})
     return inputs, _Units(
-        tuple(layers), channels, reasons, others, class_layers, depths, tuple(candidates), tuple(heads)
+        tuple(layers), channels, visualized, reasons, others, class_layers, depths, tuple(candidates), tuple(heads)
     )
 
 
@@ -278,7 +297,7 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
     for preset in config.presets:
         sizes = choose_canvas_sizes(model, chosen.rendered, preset)
         for layer in chosen.rendered:
-            numbers = channels[layer.name]
+            numbers = chosen.visualized[layer.name]
             rows.append(PlanRow(layer, numbers, sizes[layer.name], len(numbers), preset.name))
     rows += _display_rows(config, model, rows[: len(chosen.rendered)])
     setup = Setup(config, model.digest, chosen.layers, inputs.dataset, pool.threads, pool.device, chosen.others)
@@ -288,6 +307,7 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
     chosen_units = [(layer, channels[layer.name]) for layer in chosen.layers]
     effects = request_effects(config.effects, inputs.dataset, chosen_units, chosen.candidates, chosen.logits)
     setup = dataclasses.replace(setup, effects=effects, activation_atlas=_activation_atlas(inputs, chosen))
+    setup = _with_facets(setup, inputs, chosen)
     compared = natural_deviations.compared_layers(model, chosen.rendered, config.presets, inputs.dataset)
     if compared:
         setup = dataclasses.replace(setup, natural=_natural_deviations(inputs, compared, network))
@@ -311,6 +331,8 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
             connected=len(effects.connected) if effects else 0,
             samples=len(setup.activation_atlas.images) if setup.activation_atlas else 0,
             cells=setup.activation_atlas.expected if setup.activation_atlas else {},
+            responses=images if setup.facets else 0,
+            facets=setup.facets.expected if setup.facets else {},
         ),
         unrendered=tuple(
             Unrendered(layer, channels[layer.name], chosen.reasons[layer.name])
@@ -318,6 +340,7 @@ def _assemble(inputs: _Inputs, chosen: _Units, pool: WorkerPool, network: str) -
             if layer.name in chosen.reasons
         ),
         network_layers=chosen.candidates,
+        channels=channels,
     )
 
 
@@ -330,13 +353,37 @@ def _activation_atlas(inputs: _Inputs, chosen: _Units) -> ActivationAtlasRequest
     )
     if request is None:
         return None
-    preset = request.sized(config.render)
+    return dataclasses.replace(request, canvases=_canvases(model, request.layers, request.sized(config.render)))
+
+
+def _canvases(model: Model, layers: Sequence[Layer], preset: Preset) -> tuple[Size, ...]:
+    """Return the (height, width) of the images of layers by a preset, or that of the network's input."""
     try:
-        sizes = choose_canvas_sizes(model, request.layers, preset)
+        sizes = choose_canvas_sizes(model, layers, preset)
     except AtlasError:
         # A network with one input size, such as many transformers.
-        sizes = choose_canvas_sizes(model, request.layers, dataclasses.replace(preset, size="input"))
-    return dataclasses.replace(request, canvases=tuple(sizes[layer.name] for layer in request.layers))
+        sizes = choose_canvas_sizes(model, layers, dataclasses.replace(preset, size="input"))
+    return tuple(sizes[layer.name] for layer in layers)
+
+
+def _with_facets(setup: Setup, inputs: _Inputs, chosen: _Units) -> Setup:
+    """Return the setup of workers with the units that get facets, and the layers that their images read."""
+    config, model = inputs.config, inputs.model
+    request = request_facets(
+        config.facets,
+        inputs.dataset,
+        [(layer, chosen.visualized[layer.name]) for layer in chosen.rendered],
+        config.render,
+        chosen.candidates,
+        chosen.logits,
+        config.examples.batch,
+    )
+    if request is None:
+        return setup
+    canvases = _canvases(model, request.layers, request.sized(config.render))
+    others = {layer.name: layer for layer in (*setup.others, *request.embeddings)}
+    facets = dataclasses.replace(request, input_size=model.preprocessing.size, canvases=canvases)
+    return dataclasses.replace(setup, facets=facets, others=tuple(others.values()))
 
 
 def _display_rows(config: Config, model: Model, measured: Sequence[PlanRow]) -> list[PlanRow]:
@@ -374,7 +421,14 @@ def _with_estimates(plan: Plan, inputs: _Inputs, chosen: _Units) -> Plan:
     loading = time_image_loading(inputs.dataset, inputs.model.preprocessing) if plan.left.reads else ZERO_SPAN
     read = loading * (1 / plan.pool.threads)
     warm_up = max(timings.warm_up for _, timings in groups)
-    costs = Overheads(inputs.start, Span.exact(inputs.loading.seconds), Span.exact(warm_up), groups[0][1].forward, read)
+    costs = Overheads(
+        inputs.start,
+        Span.exact(inputs.loading.seconds),
+        Span.exact(warm_up),
+        groups[0][1].forward,
+        read,
+        measured.batched,
+    )
     rows = {(row.layer.name, row.preset): row for estimated, _ in groups for row in estimated}
     return dataclasses.replace(
         plan,
@@ -394,11 +448,13 @@ class _Measured:
         device: The device.
         groups: Rows that run on one variant of the network, with estimated seconds, and the timings of no row.
         judges: The judges, with estimates of their time.
+        batched: See `Overheads.batched`.
     """
 
     device: str
     groups: Sequence[tuple[list[PlanRow], Timings]]
     judges: tuple[PlannedJudge, ...]
+    batched: Span | None = None
 
 
 def _measured(plan: Plan, inputs: _Inputs, chosen: _Units) -> _Measured:
@@ -438,7 +494,10 @@ def _measure(plan: Plan, chosen: _Units, model: Model, pairs: tuple[ConvNormPair
     open_rows = [row for row in plan.rows if plan.left.channels[row.layer.name, row.preset]]
     place = _Place(model.to(device), pairs, device)
     groups = [_estimated(plan, place, chosen, rows) for rows in _by_normalizations(plan, open_rows)]
-    return _Measured(device, groups, tuple(judge.timed(device) for judge in plan.judges))
+    effects, batched = plan.setup.effects, None
+    if effects is not None and (plan.left.effects or plan.left.relevant or plan.left.connected):
+        batched = time_batched_forward(fold(place.model, pairs), effects.outputs, effects.batch)
+    return _Measured(device, groups, tuple(judge.timed(device) for judge in plan.judges), batched)
 
 
 @dataclasses.dataclass(frozen=True)

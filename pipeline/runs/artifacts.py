@@ -13,6 +13,7 @@ from pipeline.planning.plan import Plan
 from pipeline.runs.atlas_pass import ActivationAtlasPass
 from pipeline.runs.dataset_pass import DatasetPass
 from pipeline.runs.effects_pass import EffectsPass
+from pipeline.runs.facets.state import FacetsPass
 from pipeline.store import shards, writer
 from pipeline.store.shards import DamagedShardError, Shard
 from pipeline.visualization.evaluation import RESTARTED, SILENT
@@ -37,6 +38,7 @@ class Artifacts:
         dataset_pass: State of the dataset pass.
         effects: State of the measurement of effects.
         activation_atlas: State of the activation atlases.
+        facets: State of the facets of units.
         visualizations: Shards with visualizations of each row; parts of atlas.h5 count as shards. The first one with a
             channel provides it: shards of restarted units come first.
         total: Number of dataset images.
@@ -57,6 +59,7 @@ class Artifacts:
         self.dataset_pass = DatasetPass(plan, folder.shards, read_only, ignored)
         self.effects = EffectsPass(plan, folder.shards, self.dataset_pass, ignored)
         self.activation_atlas = ActivationAtlasPass(plan, folder.shards, read_only, ignored)
+        self.facets = FacetsPass(plan, folder.shards, read_only, ignored)
         self.visualizations: dict[PlanRow, list[Shard]] = {}
         in_atlas = writer.render_groups(folder.atlas)
         for row in plan.rows:

@@ -13,6 +13,7 @@ from pipeline.engine.base import Failure
 from pipeline.examples.channel_stats import standard_deviation
 from pipeline.examples.results import DatasetPassResult
 from pipeline.layers.circuits.search import find_circuits
+from pipeline.layers.dataflow import find_dataflow
 from pipeline.layers.finding import Layer
 from pipeline.layers.pixel_kernels import pixel_kernels
 from pipeline.models.loading import load_model
@@ -57,6 +58,8 @@ def consolidate(
     atlases = artifacts.activation_atlas
     if atlases.layers and not atlases.complete:
         log.warning("The activation atlas is not complete: atlas.h5 has none until it is")
+    if artifacts.facets.layers and not artifacts.facets.complete:
+        log.warning("The facets are not complete: atlas.h5 has none until they are")
     unreadable = dataset_pass.sweep.failed if dataset_pass.complete else ()
     _report_unreadable(unreadable, plan)
     failures = _failure_rows(plan, artifacts, set_aside, unreadable)
@@ -124,6 +127,7 @@ def _identity(
                 {"activation atlas": artifacts.activation_atlas.identity} if artifacts.activation_atlas.complete else {}
             ),
             **({"effects": artifacts.effects.identity} if artifacts.effects.complete else {}),
+            **({"facets": artifacts.facets.identity} if artifacts.facets.complete else {}),
         }
     )
 
@@ -163,11 +167,13 @@ def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, 
         },
         depths=[depth.name for depth in plan.setup.depths],
         network_layers=plan.network_layers,
+        dataflow=find_dataflow(network, plan.network_layers),
         dataset_pass=artifacts.dataset_pass.digest if result else "",
         displays={row.preset: config.render.name for row in plan.rows if row.display},
         effects=effects.result if effects is not None else None,
         # Its samples are rows of the dataset, which an atlas has with its dataset pass.
         activation_atlases=artifacts.activation_atlas.results if result and artifacts.activation_atlas.complete else {},
+        facets=artifacts.facets.results if result and artifacts.facets.complete else {},
     )
 
 

@@ -101,8 +101,9 @@ class _JudgePass:
             _write(where, {"digest": digest, "judge": self._planned.name, "kind": kind}, part, numbers)
             known |= {picture.key: numbers[i] for i, picture in enumerate(part)}
         variants = self._plan.config.preset(row.preset).variants
-        table = np.full((len(row.channels), variants, len(NUMBERS[kind])), np.nan, np.float32)
-        place = {channel: i for i, channel in enumerate(row.channels)}
+        channels = self._plan.channels[row.layer.name]
+        table = np.full((len(channels), variants, len(NUMBERS[kind])), np.nan, np.float32)
+        place = {channel: i for i, channel in enumerate(channels)}
         for picture in pictures:
             table[place[picture.channel], picture.variant] = known[picture.key]
         named = {name: table[..., i] for i, name in enumerate(NUMBERS[kind])}

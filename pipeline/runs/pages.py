@@ -11,6 +11,7 @@ from pipeline.core.formatting import clock
 from pipeline.core.source import package_digest
 from pipeline.layers.selection import list_layers
 from pipeline.models.loading import load_model
+from pipeline.names.book import NameBook, names_digest
 from pipeline.planning.folder import RunFolder, write_text
 from pipeline.planning.request import Request
 from pipeline.site.build import build_site as write_site
@@ -33,6 +34,7 @@ def refresh_site(request: Request, folder: RunFolder) -> None:
         {
             "atlas": writer.read_identity(folder.atlas),
             "settings": dataclasses.asdict(request.config.site),
+            "names": names_digest(folder.path),
             "families": families.read_bytes().hex() if families and families.is_file() else "",
             "code": package_digest(),
         }
@@ -66,6 +68,7 @@ def build_site(request: Request, folder: RunFolder, network: Config | None = Non
             log.info("site: %d of %d units, %.0f/s", done, total, done / max(now - began, 1e-6))
 
     with open_atlas(folder.path) as atlas:
+        _report_absent(NameBook(atlas))
         report = write_site(atlas, folder.site, config.site, progress, lambda a: _exported(network or config, a))
     (folder.path / MARK).unlink(missing_ok=True)
     reused = report.units - report.rebuilt_units
@@ -84,6 +87,14 @@ def build_site(request: Request, folder: RunFolder, network: Config | None = Non
         log.warning("The site has no page own-image.html: %s", report.own_image.missing)
     log.info("open %s", folder.site / "index.html")
     return not report.own_image.missing
+
+
+def _report_absent(book: NameBook) -> None:
+    """Log the units of names.csv that the atlas does not have."""
+    absent = book.absent()
+    if absent:
+        some = ", ".join(map(str, absent[:5])) + (", …" if len(absent) > 5 else "")
+        log.warning("names.csv has %d units that are not in the atlas, which no page shows: %s", len(absent), some)
 
 
 def _exported(config: Config, atlas: Atlas) -> OnnxNetwork:

@@ -24,6 +24,7 @@ from pipeline.runs.artifacts import Artifacts
 from pipeline.runs.atlas_pass import ActivationAtlasPass
 from pipeline.runs.dataset_pass import DatasetPass, gaps, without_overlap
 from pipeline.runs.effects_pass import EffectsPass
+from pipeline.runs.facets.reuse import remaining_facets, reuse_facets
 from pipeline.runs.pass_subset import PassSubset
 from pipeline.store import shards
 from pipeline.store.shards import DamagedShardError
@@ -75,7 +76,21 @@ def _remaining_work(plan: Plan, folder: RunFolder, ignored: Collection[Path]) ->
         reason = _reuse_blocker(plan, base)
     effects, relevant, connected = _remaining_effects(plan, artifacts, ignored)
     samples, cells = _remaining_activation_atlas(plan, artifacts, ignored)
-    return RemainingWork(channels, missing, second_pass, existing, reason, effects, relevant, connected, samples, cells)
+    responses, facets = remaining_facets(plan, artifacts.facets, candidate_runs(plan), ignored)
+    return RemainingWork(
+        channels,
+        missing,
+        second_pass,
+        existing,
+        reason,
+        effects=effects,
+        relevant=relevant,
+        connected=connected,
+        samples=samples,
+        cells=cells,
+        responses=responses,
+        facets=facets,
+    )
 
 
 def _remaining_activation_atlas(
@@ -220,6 +235,7 @@ def reuse_results(plan: Plan, folder: RunFolder, stages: tuple[str, ...]) -> Non
         without_damaged(lambda ignored: _reuse_pass(plan, folder, ignored))
         without_damaged(lambda ignored: _reuse_effects(plan, folder, ignored))
         without_damaged(lambda ignored: _reuse_activation_atlases(plan, folder, ignored))
+        without_damaged(lambda ignored: reuse_facets(plan, folder, candidate_runs(plan), ignored, _link))
     base = find_base_run(plan.config)
     if "render" in stages and base is not None:
         _reuse_visualizations(plan, folder, base)

@@ -356,6 +356,10 @@ class _Session:
             if samples.total:
                 cost = samples.image_seconds * samples.missing
                 counts.append(Stage("samples", "images", samples.total, samples.total - samples.missing, cost))
+            responses = artifacts.facets
+            if responses.total:
+                left, cost = responses.missing, responses.image_seconds * responses.missing
+                counts.append(Stage("responses", "images", responses.total, responses.total - left, cost))
         if "render" in self.stages:
             missing_channels = {row: len(set(row.channels) - artifacts.channels(row)) for row in plan.rows}
             cost = sum(row.cost(count) for row, count in missing_channels.items())
@@ -366,6 +370,11 @@ class _Session:
                 left_cells, total = atlases.missing_cells, sum(atlases.cells.values())
                 cost = sum(left_cells[layer.name] * atlases.cell_seconds(layer) for layer in atlases.layers)
                 counts.append(Stage("cells", "cells", total, total - sum(left_cells.values()), cost))
+            facets = artifacts.facets
+            if facets.total and not facets.missing:
+                left_facets, total = facets.missing_facets, sum(facets.counts.values())
+                cost = sum(left_facets[layer.name] * facets.facet_seconds(layer) for layer in facets.layers)
+                counts.append(Stage("facets", "facets", total, total - sum(left_facets.values()), cost))
         return counts
 
     def _tasks(self, workers: int) -> list[Task]:
@@ -380,6 +389,7 @@ class _Session:
             tasks += artifacts.dataset_pass.tasks(workers, excluded)
             tasks += artifacts.effects.tasks(workers, excluded)
             tasks += artifacts.activation_atlas.sample_tasks(workers, excluded)
+            tasks += artifacts.facets.response_tasks(workers, excluded)
         if "render" in self.stages and not any(isinstance(task, RangesTask | SweepTask) for task in tasks):
             done = {row: artifacts.channels(row) for row in plan.rows}
             rows = {(row.layer.name, row.preset): row for row in plan.rows}
@@ -389,6 +399,7 @@ class _Session:
             missing = plan.render_tasks(plan.config.folder.absolute() / "shards", done, workers)
             tasks += self._with_dataset_results(missing) if plan.setup.begins else missing
             tasks += artifacts.activation_atlas.cell_tasks(workers, excluded)
+            tasks += artifacts.facets.facet_tasks(workers, excluded)
         return tasks
 
     def _with_dataset_results(self, tasks: list[RenderTask]) -> list[RenderTask]:

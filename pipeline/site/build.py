@@ -18,7 +18,7 @@ from pipeline.site.context import families
 from pipeline.site.context.home import Home
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, shown_lists, summarize
 from pipeline.site.context.wall import choose as choose_wall
-from pipeline.site.data import activation_atlas, api, search_index
+from pipeline.site.data import activation_atlas, api, search_index, similar_units
 from pipeline.site.data.class_index import PER_SHARD
 from pipeline.site.data.js_shards import to_json
 from pipeline.site.hosting import hosts
@@ -26,6 +26,8 @@ from pipeline.site.layout import embedding
 from pipeline.site.media import map_tiles
 from pipeline.site.media.cards import TILES
 from pipeline.site.media.chunks import STRIP_PX, SUFFIX, Chunk, ChunkResult, choose_showing, chunks_of, image_table
+from pipeline.site.media.facet_sheets import FACET_BYTES, FacetFiles
+from pipeline.site.media.facet_sheets import files_for as facet_files
 from pipeline.site.media.size_budget import Inventory, Sizes, choose, encode
 from pipeline.site.media.sprites import sheet, side
 from pipeline.site.output import BUILT, write
@@ -40,6 +42,7 @@ CARD_FOLDER = "cards/{slug}"
 # Settings that affect no layer's files.
 SETTINGS_OUTSIDE_LAYERS = (
     "title", "author", "url", "atlas_url", "copy_atlas", "families", "aliases", "workers", "own_image", "onnxruntime",
+    "similar",
 )  # fmt: skip
 # Bytes of a display image for each pixel, about; larger images compress better than those of units' sheets.
 DISPLAY_BYTES = 0.4
@@ -131,6 +134,7 @@ class BuildContext:
         reused: Names of layers whose files are reused from `target`.
         sharing: Writer of what makes the site shareable.
         own_image: The page on which the network runs.
+        similar: What the files of similar units are made from.
     """
 
     atlas: Atlas
@@ -147,6 +151,7 @@ class BuildContext:
     reused: frozenset[str]
     sharing: Sharing
     own_image: OwnImage
+    similar: similar_units.SimilarUnits
 
     @property
     def reused_units(self) -> int:
@@ -177,7 +182,17 @@ def build_site(
     Raises:
         AtlasError: If `target` contains files that are not a site of this program, or the families file is invalid.
     """
-    target = target.absolute()
+    with atlas.caching():  # pages, indices and tables show the same numbers
+        return _build(atlas, target.absolute(), config, progress, export)
+
+
+def _build(
+    atlas: Atlas,
+    target: Path,
+    config: SiteConfig,
+    progress: Callable[[int, int], None],
+    export: Export | None,
+) -> SiteReport:
     previous = output.built(target)
     summary = _summarize(atlas, config)
     own_image = prepare(atlas, config, export, target, previous)
@@ -194,12 +209,13 @@ def build_site(
     )
     ranks, unit_map = _layout(atlas, summary, sizes, previous)
     digests = _digests(summary, shared_digest, ranks)
+    similar = similar_units.SimilarUnits.of(atlas, summary.layers, ranks, summary.response_digests, config.similar)
     with output.replacing(target) as root:
         reused = _reuse_layers(summary, digests, previous, _Folders(target, root, config.cards != "none"))
         sharing = Sharing(atlas, root, config, summary.layers)
         context = BuildContext(
             atlas, config, summary, sizes, target, root, previous, shared_digest, ranks, unit_map, digests, reused,
-            sharing, own_image,
+            sharing, own_image, similar,
         )  # fmt: skip
         progress(context.reused_units, summary.units)
         rebuilt_units = summary.units - context.reused_units
@@ -228,7 +244,8 @@ def _summarize(atlas: Atlas, config: SiteConfig) -> AtlasSummary:
         example_counts.append({examples.name: examples.count for examples in lists})
         response_digests.append(layer.fingerprint("responses"))
         wired_layers.append(layer.connected_layers)
-        digests.append(digest_of([dataset_digest, repr(facts), layer.fingerprint()]))
+        names = catalogue.book.digest(layer)
+        digests.append(digest_of([dataset_digest, repr(facts), layer.fingerprint(), *([names] if names else [])]))
     units = {facts.name: frozenset(facts.channels) for facts in layers}
     groups = families.read_families(families.find_families(config.families, atlas.path.parent), units)
     used_images = np.unique(np.concatenate(used))
@@ -280,15 +297,19 @@ def _inventory(atlas: Atlas, summary: AtlasSummary, config: SiteConfig, own_imag
         crops.append(sum(counts.get(name, 0) for name in showing.celled))
         heat_maps.append(layer.heat_maps() is not None and config.licence != "ids")
     extent, layers = Extent.of(config, summary.units), len(summary.layers)
-    other_files = 43 + 5 * layers + len(summary.families) + extent.files(layers, summary.units)
+    other_files = 44 + 5 * layers + len(summary.families) + extent.files(layers, summary.units)
     displays = [r.display for facts in summary.layers for r in facts.rendered if r.display is not None]
     other_files += sum(len(display.channels) for display in displays) + map_tiles.files_for(summary.units)
     cells = [facts.atlas.cells for facts in summary.layers if facts.atlas is not None]
     other_files += sum(map(activation_atlas.files_for, cells))
+    facets = [facts.facets.facets for facts in summary.layers if facts.facets is not None]
+    other_files += sum(map(facet_files, facets))
     other_files += math.ceil((len(summary.catalogue.classes) + len(summary.catalogue.names)) / PER_SHARD)
+    other_files += similar_units.files_for(summary.units)
     pixels = sum(len(display.channels) * display.height * display.width for display in displays)
     other_bytes = extent.bytes(layers, summary.units) + copied_bytes(atlas, config) + int(DISPLAY_BYTES * pixels)
-    other_bytes += activation_atlas.CELL_BYTES * sum(cells)
+    other_bytes += activation_atlas.CELL_BYTES * sum(cells) + FACET_BYTES * sum(facets)
+    other_bytes += similar_units.BYTES * config.similar * summary.units
     other_files, other_bytes = other_files + own_image.count, other_bytes + own_image.bytes
     images = len(summary.used_images) if any_whole else 0
     return Inventory(summary.layers, crops, heat_maps, images, other_files, other_bytes)
@@ -422,7 +443,9 @@ def _write_pages(context: BuildContext) -> None:
         unit_map=context.map,
         digests=digests,
         reused=context.reused,
+        similar=context.similar.index(),
     )
+    context.similar.write(root, context.target, context.previous.get("similar", ""))
     classes = search_index.write_all(root, inputs)
     wall = choose_wall(atlas, layers, SUFFIX[config.format])
     context.sharing.write_wall(wall, context.sizes.quality)
@@ -439,7 +462,9 @@ def _write_pages(context: BuildContext) -> None:
         after = layers[i + 1] if i + 1 < len(layers) else None
         pages.write_layer(home, facts, before, after, context.sizes)
     atlases = activation_atlas.ActivationAtlasFiles(root, atlas, summary.catalogue, config, context.sizes.quality)
+    facets = FacetFiles(root, atlas, config, context.sizes.quality)
     for facts in layers:
+        facets.write(facts)
         if facts.atlas is not None:
             atlases.write(facts)
             pages.write_activation_atlas(home, facts)
@@ -449,7 +474,7 @@ def _write_pages(context: BuildContext) -> None:
             for text in context.sharing.texts(facts, summary.catalogue):
                 pages.write_unit(text, context.sharing.card_of(facts, text), facts, home)
     context.sharing.write_sitemap(pages.addresses)
-    api.write_index(root, atlas, layers, summary.catalogue, config)
+    api.write_index(root, atlas, layers, summary.catalogue, config, bool(context.similar.key))
 
 
 def _collect_layers(context: BuildContext, pool: workers.EncoderPool, progress: Callable[[int, int], None]) -> None:
@@ -525,6 +550,7 @@ def _write_state(context: BuildContext, inventory: Inventory, tiles: Mapping[str
         "map": context.map and context.map.state(),
         "tiles": tiles,
         "own_image": context.own_image.key,
+        "similar": context.similar.key,
     }
     write(context.root, BUILT, to_json(state))
 

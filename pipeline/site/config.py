@@ -45,7 +45,7 @@ class SiteConfig:
         least: Number of dataset examples with the lowest activations per unit.
         relevant: Number of dataset images that use a unit most, if the atlas has effects.
         per_bin: Number of dataset examples per quantile bin of a unit's activations.
-        similar: Number of similar units of the same layer per unit.
+        similar: Number of similar units of all layers per unit, at most.
         strip: Number of images in a layer's strip on the home page.
         licence: What may be shown of dataset images: `full` (crops and whole images), `crop` (only receptive fields),
             `blur` (both, blurred) or `ids` (only paths).

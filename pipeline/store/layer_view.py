@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import json
 import math
 import zlib
 from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +25,8 @@ from pipeline.judges.judgement import NUMBERS, Judgement, Kind
 from pipeline.store import hdf5
 from pipeline.store.activation_atlas import ActivationAtlas, AtlasExtent, read_activation_atlas, read_extent
 from pipeline.store.effects import UnitEffects, read_effects
+from pipeline.store.facets import FacetsExtent, UnitFacets, read_facets, read_facets_extent
+from pipeline.store.path_relations import depth_means, path_layers
 from pipeline.store.wiring import SIDES, Attributed, Wiring, read_attributed, read_wiring
 
 # Attribute of a group `render/<preset>` of display images: the preset whose visualizations they show larger.
@@ -182,7 +185,8 @@ class LayerView:
 
     def with_cache(self) -> "LayerView":
         """Cache every array that is read from now on, as a read-only array, and return this view."""
-        self._cache = {}
+        if self._cache is None:
+            self._cache = {}
         return self
 
     def _get(self, parent: h5py.Group, name: str) -> np.ndarray:
@@ -373,6 +377,24 @@ class LayerView:
         group = self._render(preset)
         return self._get(group, "response") if "response" in group else None
 
+    def depth_activations(self, preset: str | None = None) -> tuple[str, np.ndarray]:
+        """Return a layer before this one, and the spatial means of its channels for each visualization.
+
+        It is the last of the fixed depths before the layer, but for one that the preset's diversity term compares: what
+        the visualizations of a unit were made to differ in says little about how much they differ.
+
+        Returns:
+            The name and (C', V, D) float32, NaN where a visualization is missing; "" and (C', V, 0) if there is none.
+        """
+        group = self._render(preset)
+        if "depth_agreement" not in group or "model/layers/name" not in self._group.file:
+            return depth_means(group, {})
+        columns = [self._get(self._group.file, f"model/layers/{key}").tolist() for key in ("name", "channels")]
+        widths = dict(zip(*columns, strict=True))
+        name = hdf5.text_attribute(hdf5.dataset(group, "depth_agreement"), "layer")
+        later = set(path_layers(hdf5.all_attributes(group))) - {name}
+        return depth_means(group, widths, later)
+
     def judgements(self, preset: str | None = None) -> tuple[Judgement, ...]:
         """Return what other networks say about the visualizations; empty without the setting `judges`.
 
@@ -415,6 +437,25 @@ class LayerView:
         attributes, values = self.render_attributes(preset), self._get(group, "budget_value")
         pairs = zip(attributes["budget_names"], np.asarray(attributes["budget_target"]).tolist(), strict=True)
         return [BudgetValues(str(name), target, values[..., i]) for i, (name, target) in enumerate(pairs)]
+
+    @property
+    def dictionary(self) -> dict[str, Any] | None:
+        """Of a layer of latents, what is known of its dictionary (`layers.dictionaries.DictionaryLayer.description`).
+
+        With `never_active`, the number of its latents that are 0 on all dataset images, if there was a dataset pass.
+        """
+        if "dictionary" not in self._group.attrs:
+            return None
+        try:
+            found = json.loads(str(self._group.attrs["dictionary"]))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise AtlasError(f"{self.name}: the attribute dictionary is not JSON. Make the atlas again from its run.")
+        stats = self._group.get("stats")
+        if isinstance(stats, h5py.Group) and "never_active" in stats.attrs:
+            found["never_active"] = int(hdf5.integer_attribute(stats, "never_active")[0])
+        return found
 
     @property
     def unrendered(self) -> str:
@@ -624,6 +665,15 @@ class LayerView:
     def activation_atlas(self) -> ActivationAtlas | None:
         """Return the activation atlas of the layer, or None; see `pipeline.activation_atlas.layout`."""
         return read_activation_atlas(self._group)
+
+    def facets(self) -> UnitFacets | None:
+        """Return the facets of the units of the layer, with their images and examples, or None."""
+        return read_facets(self._group)
+
+    @property
+    def facets_extent(self) -> FacetsExtent | None:
+        """Numbers of the facets of the layer, among them its monosemanticity; None without any."""
+        return read_facets_extent(self._group)
 
     @property
     def activation_atlas_extent(self) -> AtlasExtent | None:

@@ -1,7 +1,7 @@
 """Path similarity of the visualizations in an atlas: joins stored spatial means with those of dataset images."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import h5py
@@ -14,7 +14,6 @@ from pipeline.images.path_similarity import NaturalPaths, PathSimilarity, path_s
 from pipeline.layers.finding import Layer
 from pipeline.layers.path_depths import depths_before
 from pipeline.store import hdf5
-from pipeline.store.hdf5 import write_array
 from pipeline.store.shards import Shard
 
 # Attribute of a shard and of a group `render/<preset>`: names of the layers whose spatial means `path_means` has, one
@@ -37,6 +36,34 @@ def stored_path(shards: Sequence[Shard]) -> tuple[tuple[str, ...], int]:
     return (), 0
 
 
+def depth_means(
+    group: h5py.Group,
+    widths: Mapping[str, int],
+    excluded: Collection[str] = (),
+    rows: np.ndarray | slice = slice(None),
+) -> tuple[str, np.ndarray]:
+    """Return the last depth before the layer of a group `render/<preset>`, and the spatial means of its channels.
+
+    Args:
+        group: The group.
+        widths: Number of channels of each depth, by name.
+        excluded: Names of depths that are passed over: those that the preset optimizes.
+        rows: Rows of the units.
+
+    Returns:
+        The name and (G, V, D) float32; "" and (G, V, 0) if there is no such depth.
+    """
+    names = path_layers(hdf5.all_attributes(group))[:-1]
+    if "path_means" not in group or any(name not in widths for name in names):
+        names = ()
+    for number in reversed(range(len(names))):
+        if names[number] not in excluded:
+            start = sum(widths[name] for name in names[:number])
+            means = hdf5.dataset(group, "path_means")[rows, :, start : start + widths[names[number]]]
+            return names[number], np.asarray(means, np.float32)
+    return "", np.zeros((*hdf5.dataset(group, "activation")[rows].shape, 0), np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class PathUnits:
     """Units of a layer whose visualizations are compared.
@@ -46,24 +73,26 @@ class PathUnits:
         number: Its number in the dataset pass.
         channels: Channels of the units, (G,) int64.
         natural: Dataset statistic of the objective, which decides the dataset examples.
+        rows: Those of them that are compared.
     """
 
     layer: Layer
     number: int
     channels: Tensor
     natural: str
+    rows: np.ndarray | slice
 
 
-def write_path_similarity(target: h5py.Group, units: PathUnits, pass_result: DatasetPassResult) -> None:
-    """Write the path similarity of the visualizations in a group `render/<preset>`, whose `path_means` are stored.
+def path_relations(target: h5py.Group, units: PathUnits, pass_result: DatasetPassResult) -> dict[str, np.ndarray]:
+    """Return the path similarity of visualizations in a group `render/<preset>` by name, of the units `units.rows`.
 
-    Nothing is written if these are not of the depths of the dataset pass.
+    Empty if the stored `path_means` are not of the depths of the dataset pass.
     """
     depths = depths_before(units.layer, pass_result.paths.depths)
     expected = (*(depth.name for depth in depths), units.layer.name)
     if "path_means" not in target or path_layers(hdf5.all_attributes(target)) != expected:
-        return
-    means = torch.from_numpy(hdf5.read_array(target, "path_means").astype(np.float32))
+        return {}
+    means = torch.from_numpy(hdf5.dataset(target, "path_means")[units.rows].astype(np.float32))
     widths = [depth.channels for depth in depths]
     own_means = means[..., sum(widths) :]
     parts = means[..., : sum(widths)].split(widths, -1) if widths else ()
@@ -71,7 +100,7 @@ def write_path_similarity(target: h5py.Group, units: PathUnits, pass_result: Dat
         path_similarity(part, _natural(pass_result, units, "path/index", f"path/{i}")) for i, part in enumerate(parts)
     ]
     own = _natural(pass_result, units, f"{units.number}/paths", f"{units.number}/mean")
-    found.append(path_similarity(own_means, own, units.channels))
+    found.append(path_similarity(own_means, own, units.channels[units.rows]))
     similarity = PathSimilarity.stacked(found)
     averages = similarity.averages()
     arrays = {
@@ -83,15 +112,14 @@ def write_path_similarity(target: h5py.Group, units: PathUnits, pass_result: Dat
         "path_curve_natural": similarity.natural,
         "path_curve_random": similarity.random,
     }
-    for name, values in arrays.items():
-        write_array(target, name, values.numpy().astype(np.float32))
+    return {name: values.numpy().astype(np.float32) for name, values in arrays.items()}
 
 
 def _natural(pass_result: DatasetPassResult, units: PathUnits, index_name: str, means_name: str) -> NaturalPaths:
     """Return the dataset images at one depth: the units' best examples and the random images."""
     index = pass_result.localizations[index_name]
     order = np.argsort(index, kind="stable")
-    examples = pass_result.examples[units.number].path_examples(units.natural)
+    examples = pass_result.examples[units.number].path_examples(units.natural)[units.rows]
     example_rows, sample_rows = (_rows(images, index, order) for images in (examples, pass_result.paths.sample))
     sample_rows = sample_rows[sample_rows >= 0]  # some images cannot be read
     # Only the images of this layer, of all those of the pass.

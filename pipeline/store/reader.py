@@ -11,6 +11,7 @@
 The site and the comparison of runs read atlases through this module only.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -52,12 +53,15 @@ class NetworkLayer:
         kind: Kind of the layer.
         channels: Number of its channels.
         map_size: (height, width) of its activation map.
+        source: What it reads: the number of a layer, or the number of all layers plus that of a join
+            (`Atlas.network_joins`); −1 if it reads no layer. None in old files.
     """
 
     name: str
     kind: str
     channels: int
     map_size: tuple[int, int]
+    source: int | None = None
 
 
 class Atlas:
@@ -109,6 +113,7 @@ class Atlas:
         groups = [hdf5.group(parent, name) for name in hdf5.member_names(parent)]
         groups.sort(key=lambda group: hdf5.integer_attribute(group, "order"))
         self._layers = {hdf5.text_attribute(group, "name"): group for group in groups}
+        self._views: dict[str, LayerView] | None = None
         self._shown = np.zeros(0, np.int32)  # sorted rows of the dataset images that are examples of some unit
         if "dataset/shown" in self._file:
             self._shown = hdf5.read_array(self._file, "dataset/shown/index")
@@ -124,12 +129,31 @@ class Atlas:
         self.close()
 
     def __iter__(self) -> Iterator[LayerView]:
-        return (LayerView(group) for group in self._layers.values())
+        return map(self._view, self._layers)
 
     def __getitem__(self, name: str) -> LayerView:
         if name not in self._layers:
             raise AtlasError(f"This atlas has no layer {name!r}. {nearest_names(name, self._layers)}")
-        return LayerView(self._layers[name])
+        return self._view(name)
+
+    def _view(self, name: str) -> LayerView:
+        if self._views is None:
+            return LayerView(self._layers[name])
+        if name not in self._views:
+            self._views[name] = LayerView(self._layers[name]).with_cache()
+        return self._views[name]
+
+    @contextlib.contextmanager
+    def caching(self) -> Iterator[None]:
+        """Keep the arrays of layers that are read in this context, as read-only arrays, until it ends.
+
+        For callers that read the same numbers in several ways; images are not kept.
+        """
+        self._views = {}
+        try:
+            yield
+        finally:
+            self._views = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -168,10 +192,29 @@ class Atlas:
         if "model/layers" not in self._file:
             return ()
         columns = [hdf5.read_array(self._file, f"model/layers/{key}").tolist() for key in NETWORK_LAYER_ARRAYS]
-        return tuple(
-            NetworkLayer(name, kind, channels, (height, width))
-            for name, kind, channels, height, width in zip(*columns, strict=True)
+        has_sources = "model/layers/source" in self._file
+        sources = (
+            hdf5.read_array(self._file, "model/layers/source").tolist() if has_sources else [None] * len(columns[0])
         )
+        return tuple(
+            NetworkLayer(name, kind, channels, (height, width), source)
+            for name, kind, channels, height, width, source in zip(*columns, sources, strict=True)
+        )
+
+    @property
+    def network_joins(self) -> tuple[tuple[int, ...], ...]:
+        """Where values of several layers come together, as sums or concatenations: what each is made of.
+
+        Numbers are those of `NetworkLayer.source`. Empty in old files.
+        """
+        if "model/joins" not in self._file:
+            return ()
+        pairs = hdf5.read_array(self._file, "model/joins").tolist()
+        joins: list[list[int]] = []
+        for join, node in pairs:
+            joins += [[] for _ in range(join + 1 - len(joins))]
+            joins[join].append(node)
+        return tuple(map(tuple, joins))
 
     def dataset(self) -> pd.DataFrame:
         """Return the dataset, one row per image: path, label, source (equal for crops of one source image)."""
@@ -279,14 +322,19 @@ class Atlas:
 
         The columns are layer, channel, preset, objective, variant, those of `LayerView.measurements`, natural
         (`LayerView.dataset_max`), the statistics of `LayerView.stats`, the numbers of `LayerView.judgements` as
-        JUDGE.rank, JUDGE.probability and so on, and of `LayerView.effects` the mean as effect and the size as
-        effect_size.
+        JUDGE.rank, JUDGE.probability and so on, of `LayerView.effects` the mean as effect and the size as effect_size,
+        and of `LayerView.facets` facets, the number of facets, and monosemanticity.
         """
         frames = []
         for layer in self:
             stats, effects = layer.stats(), layer.effects()
             if effects is not None:
                 stats |= {"effect": effects.mean, "effect_size": effects.size}
+            facets = layer.facets()
+            if facets is not None:
+                rows = pd.Index(facets.channel).get_indexer(pd.Index(layer.channels))
+                for name, values in (("facets", facets.count), ("monosemanticity", facets.monosemanticity)):
+                    stats[name] = np.where(rows >= 0, values[rows], np.nan)
             for preset in layer.presets:
                 numbers = layer.measurements(preset)
                 variants = numbers["activation"].shape[1]

@@ -6,17 +6,21 @@ recompression. The file is written under a temporary name and then renamed, so t
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.activation_atlas.results import AtlasResult
+from pipeline.core.config_files import stored_settings
 from pipeline.core.errors import AtlasError, first_line
 from pipeline.core.metric_specs import IMAGE_METRICS, METRICS, RENDER_METRICS, Metric, is_minimized
 from pipeline.core.seeds import seed_of
@@ -28,17 +32,28 @@ from pipeline.examples.channel_stats import channel_statistics
 from pipeline.examples.localize import TopExamples
 from pipeline.examples.results import DatasetPassResult
 from pipeline.examples.rotation import rotation_number
+from pipeline.facets.results import FacetsResult
 from pipeline.images import metrics
 from pipeline.judges.judgement import RANGES, Judgement
 from pipeline.layers.connectivity import Connectivity
+from pipeline.layers.dataflow import Dataflow
+from pipeline.layers.dictionaries import DictionaryLayer
 from pipeline.layers.finding import Layer
 from pipeline.layers.pixel_kernels import PixelKernels
 from pipeline.store import hdf5, shards, structure
 from pipeline.store.activation_atlas import activation_atlas_faults, write_activation_atlas
 from pipeline.store.effects import write_effects
+from pipeline.store.facets import facets_faults, write_facets
 from pipeline.store.hdf5 import write_array, write_jpegs
 from pipeline.store.layer_view import DISPLAY_OF, LayerView
-from pipeline.store.path_relations import PATH_LAYERS, PathUnits, path_layers, stored_path, write_path_similarity
+from pipeline.store.path_relations import (
+    PATH_LAYERS,
+    PathUnits,
+    depth_means,
+    path_layers,
+    path_relations,
+    stored_path,
+)
 from pipeline.store.reader import NETWORK_LAYER_ARRAYS, SCHEMA, SCHEMA_VERSION, open_atlas, published, structural_faults
 from pipeline.store.shards import DamagedShardError, Shard, safe_name
 from pipeline.store.wiring import SEPARATOR, write_attributed, write_wiring
@@ -47,6 +62,8 @@ from pipeline.visualization.objectives import not_of_activations
 LIBRARIES = ("neuron-atlas", "torch", "torchvision", "timm", "h5py", "numpy", "pillow")
 # Bytes that `verify` reads at once.
 READ_BYTES = 1 << 24
+# Activations of dataset examples that are compared at once.
+TRANSFER_VALUES = 1 << 27
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +90,12 @@ class Content:
         kernels: Kernels of the channels of layers that are linear in the pixels, by layer name.
         depths: Names of the fixed depths of the network at which the paths of images are measured.
         network_layers: All layers that units could be chosen from, in the order of the network.
+        dataflow: What these layers read, if it is known.
         dataset_pass: Digest of the first pass over the dataset; "" without one.
         displays: For presets of display images, the preset whose visualizations they show larger.
         effects: Effects of the units on the outputs of the network, or None.
         activation_atlases: Activation atlases, by layer name.
+        facets: Facets of units, by layer name.
     """
 
     run: str
@@ -98,10 +117,12 @@ class Content:
     kernels: Mapping[str, PixelKernels] = dataclasses.field(default_factory=dict)
     depths: Sequence[str] = ()
     network_layers: Sequence[Layer] = ()
+    dataflow: Dataflow | None = None
     dataset_pass: str = ""
     displays: Mapping[str, str] = dataclasses.field(default_factory=dict)
     effects: EffectsResult | None = None
     activation_atlases: Mapping[str, AtlasResult] = dataclasses.field(default_factory=dict)
+    facets: Mapping[str, FacetsResult] = dataclasses.field(default_factory=dict)
 
 
 def read_identity(path: Path) -> str | None:
@@ -211,9 +232,11 @@ def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str],
             write_attributed(file, content.effects.connections)
         for name, result in content.activation_atlases.items():
             write_activation_atlas(hdf5.group(file, f"layers/{safe_name(name)}"), result)
+        for name, found in content.facets.items():
+            write_facets(hdf5.group(file, f"layers/{safe_name(name)}"), found)
         start = 0
         for i, (group, layer) in enumerate(zip(groups, layers, strict=True)):
-            _write_relations(group, layer, content.examples, i, slice(start, start + layer.channels))
+            _write_relations(group, layer, content, i, slice(start, start + layer.channels))
             start += layer.channels
 
 
@@ -238,6 +261,10 @@ def _write_root(file: h5py.File, content: Content) -> None:
         values = [getattr(layer, key) for layer in content.network_layers]
         array = np.array(values, object if isinstance(values[0], str) else np.int32)
         write_array(file, f"model/layers/{key}", array)
+    if content.network_layers and content.dataflow is not None:
+        write_array(file, "model/layers/source", np.array(content.dataflow.sources, np.int32))
+        pairs = [(join, node) for join, nodes in enumerate(content.dataflow.joins) for node in nodes]
+        write_array(file, "model/joins", np.array(pairs, np.int32).reshape(-1, 2))
 
 
 def _write_layer_attributes(group: h5py.Group, layer: Layer, order: int, input_size: tuple[int, int]) -> None:
@@ -252,6 +279,8 @@ def _write_layer_attributes(group: h5py.Group, layer: Layer, order: int, input_s
     group.attrs["receptive_field_stride"] = np.array(field.stride if field else (0, 0), np.int32)
     group.attrs["receptive_field_offset"] = np.array(field.offset if field else (0, 0), np.int32)
     group.attrs["input_size"] = np.array(input_size, np.int32)
+    if isinstance(layer, DictionaryLayer):
+        group.attrs["dictionary"] = json.dumps(layer.description, sort_keys=True)
 
 
 def _write_visualizations(
@@ -261,15 +290,19 @@ def _write_visualizations(
     with preset_shards[0].opened() as source:
         image_shape = hdf5.dataset(source, "images").shape[1:]
         lengths = {name: hdf5.dataset(source, name).shape[-1] for name in ("trace", "budget_value") if name in source}
-    path, lengths["path_means"] = stored_path(preset_shards)
+    path, path_length = stored_path(preset_shards)
     target = _create_render_group(group, preset, preset_shards)
     images = hdf5.create_images(target, "images", (len(channels), *image_shape))
     masks = _create_masks(target, preset_shards, images.shape[:-1])
     size = (len(channels), image_shape[0])
-    arrays = _missing_measurements(size, lengths, hdf5.integer_attribute(group, "channels")[0])
+    arrays = _missing_measurements(size, lengths)
+    long_rows = {
+        "response": _Rows(target, "response", (*size, hdf5.integer_attribute(group, "channels")[0])),
+        "path_means": _Rows(target, "path_means", (*size, path_length)),
+    }
     digests = np.zeros((*size, 32), np.uint8)
     target_row = {channel: i for i, channel in enumerate(channels)}
-    optional = {*(metric.name for metric in IMAGE_METRICS), "response", "budget_value", "path_means"}
+    optional = {*(metric.name for metric in IMAGE_METRICS), "budget_value"}
     stored: set[str] = set()
     filled: set[int] = set()
     for shard in preset_shards:
@@ -279,12 +312,14 @@ def _write_visualizations(
             for name, array in arrays.items():
                 if name in optional and name not in source:
                     continue
-                if name == "path_means" and path_layers(shard.attributes) != path:
-                    continue  # of other depths
                 stored.add(name)
                 values = hdf5.read_array(source, name)
                 for i, j in rows:
                     array[j] = values[i]
+            for name, long in long_rows.items():
+                of_other_depths = name == "path_means" and path_layers(shard.attributes) != path
+                if name in source and not of_other_depths:
+                    long.set(rows, hdf5.read_array(source, name))
             source_digests = hdf5.read_array(source, "images_sha256")
             source_images = hdf5.dataset(source, "images")
             for i, j in rows:
@@ -300,7 +335,7 @@ def _write_visualizations(
     for name, array in arrays.items():
         if name in stored:
             write_array(target, name, array)
-    if "path_means" in stored:
+    if {name for name, long in long_rows.items() if long.write()} & {"path_means"}:
         target.attrs[PATH_LAYERS] = list(path)
     write_array(target, "images_sha256", digests)
 
@@ -341,18 +376,15 @@ def _distinct(preset_shards: Sequence[Shard], key: str) -> str:
     return SEPARATOR.join(sorted(values - {""}))
 
 
-def _missing_measurements(
-    size: tuple[int, int], lengths: Mapping[str, int], layer_channels: int
-) -> dict[str, np.ndarray]:
+def _missing_measurements(size: tuple[int, int], lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Return the measurements of missing visualizations.
 
-    Shards of former versions lack `IMAGE_METRICS`, `response` and `path_means`: these are NaN for their channels, and
-    not written at all if no shard has them. The same holds for `budget_value` and presets without budgets.
+    Shards of former versions lack `IMAGE_METRICS`: these are NaN for their channels, and not written at all if no shard
+    has them. The same holds for `budget_value` and presets without budgets, and for `_Rows`.
 
     Args:
         size: (C', V).
-        lengths: Length of the last axis of `trace`, of `path_means` and, for presets with budgets, of `budget_value`.
-        layer_channels: Number of channels of the layer in the network.
+        lengths: Length of the last axis of `trace` and, for presets with budgets, of `budget_value`.
     """
 
     def missing(metrics: Sequence[Metric]) -> dict[str, np.ndarray]:
@@ -362,13 +394,47 @@ def _missing_measurements(
         "status": np.full(size, "missing", object),
         "reason": np.full(size, "", object),
         **missing(RENDER_METRICS),
-        **{
-            name: np.full((*size, length), np.nan, np.float16 if name == "path_means" else np.float32)
-            for name, length in lengths.items()
-        },
+        **{name: np.full((*size, length), np.nan, np.float32) for name, length in lengths.items()},
         **missing(IMAGE_METRICS),
-        "response": np.full((*size, layer_channels), np.nan, np.float16),
     }
+
+
+class _Rows:
+    """An array with a long last axis, (C', V, n) float16, of which the rows of some units arrive one after the other.
+
+    Where few of many units have visualizations, as of a dictionary, only their rows are held and stored; the others are
+    NaN by the fill value of the array.
+
+    Args:
+        target: Group of the visualizations.
+        name: Name of the array.
+        shape: (C', V, n).
+    """
+
+    def __init__(self, target: h5py.Group, name: str, shape: tuple[int, int, int]) -> None:
+        self._target, self._name, self._shape = target, name, shape
+        self._rows: dict[int, np.ndarray] = {}
+
+    def set(self, rows: Sequence[tuple[int, int]], values: np.ndarray) -> None:
+        """Set the rows (i, j): row j of the atlas is `values[i]`."""
+        self._rows |= {j: values[i] for i, j in rows}
+
+    def write(self) -> bool:
+        """Write the array and return whether there is any row; without, nothing is written."""
+        if not self._rows or not self._shape[2]:
+            return False
+        if 2 * len(self._rows) >= self._shape[0]:
+            array = np.full(self._shape, np.nan, np.float16)
+            for j, row in self._rows.items():
+                array[j] = row
+            write_array(self._target, self._name, array)
+            return True
+        chunks = (1, *self._shape[1:])
+        options: dict[str, Any] = {"chunks": chunks, "compression": "gzip", "fletcher32": True, "fillvalue": np.nan}
+        dataset = self._target.create_dataset(self._name, self._shape, np.float16, **options)
+        for j, row in sorted(self._rows.items()):
+            dataset[j] = row
+        return True
 
 
 def finished_rows(shard: Shard, target_row: Mapping[int, int]) -> list[tuple[int, int]]:
@@ -403,20 +469,41 @@ def _copy_chunks(source: h5py.Dataset, i: int, target: h5py.Dataset, j: int) -> 
             target.id.write_direct_chunk(to, chunk, filter_mask)
 
 
-def _write_relations(
-    group: h5py.Group, layer: Layer, pass_result: DatasetPassResult | None, i: int, columns: slice
-) -> None:
+def _write_depth_agreement(target: h5py.Group, content: Content, rows: np.ndarray | slice) -> None:
+    """Write how similar the visualizations of the units in `rows` are in a layer that the preset does not optimize."""
+    widths = {layer.name: layer.channels for layer in content.network_layers}
+    optimized = compared_layers(content.config_yaml, hdf5.text_attribute(target, "preset"))
+    name, means = depth_means(target, widths, optimized, rows)
+    found = metrics.agreement(torch.from_numpy(means)).numpy() if name else np.full(means.shape[:2], np.nan, np.float32)
+    _write_rows(target, rows, "depth_agreement", found)
+    target["depth_agreement"].attrs["layer"] = name
+
+
+def compared_layers(config: str, preset: str) -> set[str]:
+    """Return the layers that the batch terms of a preset name, from a stored configuration (YAML)."""
+    tree = stored_settings(config)
+    found = [tree.get("render"), *(also.values() if isinstance(also := tree.get("also"), Mapping) else ())]
+    named = [one for one in found if isinstance(one, Mapping) and one.get("name") == preset]
+    terms = [term for one in named if isinstance(one.get("couplings"), Mapping) for term in one["couplings"].values()]
+    return {str(term["layer"]) for term in terms if isinstance(term, Mapping) and term.get("layer")}
+
+
+def _write_relations(group: h5py.Group, layer: Layer, content: Content, i: int, columns: slice) -> None:
     """Write the metrics of `RELATION_METRICS`, which compare visualizations with each other and with dataset images.
 
     The layer has number `i` and the `columns` of the dataset pass.
     """
+    pass_result = content.examples
     channels = torch.from_numpy(hdf5.read_array(group, "channels").astype(np.int64))
     unrelated = not_of_activations()
     for target in hdf5.group(group, "render").values() if "render" in group else ():
         if "response" not in target:
             continue
-        activations = torch.from_numpy(hdf5.read_array(target, "response").astype(np.float32))
-        write_array(target, "agreement", metrics.agreement(activations).numpy())
+        rows = _visualized_rows(target)
+        activations = torch.from_numpy(hdf5.dataset(target, "response")[rows].astype(np.float32))
+        spread = functools.partial(_write_rows, target, rows)
+        spread("agreement", metrics.agreement(activations).numpy())
+        _write_depth_agreement(target, content, rows)
         if pass_result is None or not len(pass_result.first_pass.responses):
             continue
         for column, name in enumerate(("contrast", "chroma")):
@@ -428,19 +515,52 @@ def _write_relations(
             continue  # the dataset examples of a unit are those with its highest activations
         statistic = hdf5.text_attribute(target, "natural")
         negative = is_minimized(statistic)
-        examples = metrics.example_activations(
-            pass_result.examples[i].top(negative),
-            pass_result.localizations[f"{i}/top"],
-            pass_result.localizations[f"{i}/answer"],
-        )
+        top = pass_result.examples[i].top(negative)[rows]
         natural = torch.from_numpy(pass_result.first_pass.responses[:, columns])
-        transfer = metrics.transfer(activations, channels, torch.from_numpy(examples), natural)
-        write_array(target, "transfer", transfer.value.numpy())
-        write_array(target, "transfer_ceiling", transfer.ceiling.numpy())
-        write_array(target, "transfer_floor", transfer.floor.numpy())
-        write_path_similarity(target, PathUnits(layer, i, channels, statistic), pass_result)
+        for name, values in _transfer(activations, channels[rows], natural, (top, i, pass_result)).items():
+            spread(name, values)
+        for name, values in path_relations(target, PathUnits(layer, i, channels, statistic, rows), pass_result).items():
+            spread(name, values)
         if not negative:  # the stored activations are maxima
-            write_array(target, "margin", metrics.margin(activations, channels, natural).numpy())
+            spread("margin", metrics.margin(activations, channels[rows], natural).numpy())
+
+
+def _visualized_rows(target: h5py.Group) -> np.ndarray | slice:
+    """Return the rows of the units with visualizations if they are few of many, else all."""
+    missing = (hdf5.read_array(target, "status") == "missing").any(-1)
+    return np.flatnonzero(~missing) if 2 * missing.sum() > len(missing) else slice(None)
+
+
+def _write_rows(target: h5py.Group, rows: np.ndarray | slice, name: str, values: np.ndarray) -> None:
+    """Write an array of all units, of which `values` are some rows; the others are NaN."""
+    if not isinstance(rows, slice):
+        complete = np.full((len(hdf5.dataset(target, "status")), *values.shape[1:]), np.nan, values.dtype)
+        complete[rows] = values
+        values = complete
+    write_array(target, name, values)
+
+
+def _transfer(
+    activations: Tensor, channels: Tensor, natural: Tensor, examples: tuple[np.ndarray, int, DatasetPassResult]
+) -> dict[str, np.ndarray]:
+    """Return the transfer of visualizations, its ceiling and its floor, by name; see `metrics.transfer`.
+
+    Args:
+        activations: (G, V, C).
+        channels: (G,).
+        natural: (n, C).
+        examples: The best dataset images of each unit, (G, k), the number of the layer, and the dataset pass.
+    """
+    top, number, pass_result = examples
+    index, answers = (pass_result.localizations[f"{number}/{name}"] for name in ("top", "answer"))
+    step = max(1, TRANSFER_VALUES // max(1, top.shape[1] * answers.shape[1]))
+    parts = []
+    for start in range(0, max(1, len(top)), step):
+        part = slice(start, start + step)
+        of_examples = torch.from_numpy(metrics.example_activations(top[part], index, answers))
+        parts.append(metrics.transfer(activations[part], channels[part], of_examples, natural))
+    names = {"transfer": "value", "transfer_ceiling": "ceiling", "transfer_floor": "floor"}
+    return {name: torch.cat([getattr(part, key) for part in parts]).numpy() for name, key in names.items()}
 
 
 def _write_dataset(file: h5py.File, pass_result: DatasetPassResult) -> None:
@@ -476,8 +596,9 @@ def _write_pass_results(groups: Sequence[h5py.Group], layers: Sequence[Layer], p
         group["stats"].attrs["reference"] = "zero" if layer.rectified else "none"
         group["stats"].attrs["population_sparsity"] = sparsity_sums[i] / active_images if active_images else np.nan
         group["stats"].attrs["images"] = tally.images
-        means = pass_result.first_pass.means[:, start - layer.channels : start]
-        group["stats"].attrs["rotation_number"] = rotation_number(means, seed_of("rotation", layer.name))
+        if isinstance(layer, DictionaryLayer):
+            group["stats"].attrs["never_active"] = int((tally.max[start - layer.channels : start] <= 0).sum())
+        group["stats"].attrs["rotation_number"] = _rotation_number(layers, i, pass_result.first_pass.means)
         write_array(group, "histogram/counts", tally.histogram[columns])
         write_array(group, "histogram/range", np.stack([ranges.low[columns], ranges.high[columns]], 1))
         write_array(group, "histogram/ends", np.stack([tally.peak_least[columns], tally.max[columns]], 1))
@@ -488,6 +609,23 @@ def _write_pass_results(groups: Sequence[h5py.Group], layers: Sequence[Layer], p
             for key, array in association.arrays().items():
                 write_array(group, f"labels/{key}", array)
             group["labels"].attrs["method"] = association.method
+
+
+def _rotation_number(layers: Sequence[Layer], i: int, means: np.ndarray) -> float:
+    """Return the rotation number of layer number `i`, from means (n, C) of all channels of all layers side by side.
+
+    That of latents is NaN unless the layer that they are computed from is one of the layers.
+    """
+    layer, ends = layers[i], np.cumsum([layer.channels for layer in layers])
+    seed = seed_of("rotation", layer.name)
+    if not isinstance(layer, DictionaryLayer):
+        return rotation_number(means[:, ends[i] - layer.channels : ends[i]], seed)
+    assert layer.base is not None and layer.dictionary is not None
+    base = next((number for number, other in enumerate(layers) if other.name == layer.base.name), None)
+    if base is None:
+        return float("nan")
+    columns = means[:, ends[base] - layers[base].channels : ends[base]]
+    return rotation_number(columns, seed, layer.dictionary.encoder)
 
 
 def _write_examples(group: h5py.Group, i: int, examples: TopExamples, pass_result: DatasetPassResult) -> None:
@@ -550,18 +688,20 @@ def verify(path: Path, planned: Mapping[str, Sequence[int]]) -> list[tuple[str, 
             if absent:
                 faults.append((layer.name, f"{len(absent)} planned channels are not in the atlas, e.g. {absent[:3]}"))
             try:
-                faults += _layer_faults(layer, bool(planned), dataset_images)
+                faults += _layer_faults(layer, planned.get(layer.name, ()) if planned else None, dataset_images)
                 group = hdf5.group(file, f"layers/{safe_name(layer.name)}")
                 faults += [(layer.name, fault) for fault in activation_atlas_faults(group, dataset_images)]
+                faults += [(layer.name, fault) for fault in facets_faults(group, dataset_images)]
             except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
                 faults.append((layer.name, f"is not as docs/store.md describes it: {first_line(error)}"))
     return faults
 
 
-def _layer_faults(layer: LayerView, planned: bool, dataset_images: int) -> list[tuple[str, str]]:
+def _layer_faults(layer: LayerView, planned: Sequence[int] | None, dataset_images: int) -> list[tuple[str, str]]:
+    """Return the faults of a layer, of whose channels `planned` should have visualizations; None for all."""
     faults: list[tuple[str, str]] = []
     for preset in (*layer.presets, *layer.displays.values()):
-        faults += [(f"{layer.name}/{preset}", fault) for fault in _measurement_faults(layer, preset)]
+        faults += [(f"{layer.name}/{preset}", fault) for fault in _measurement_faults(layer, preset, planned)]
         faults += [(f"{layer.name}/{preset}", fault) for fault in _judgement_faults(layer, preset)]
     if planned and not layer.presets:
         faults.append((layer.name, "has no feature visualizations; `atlas run` or `atlas render` makes them"))
@@ -571,9 +711,10 @@ def _layer_faults(layer: LayerView, planned: bool, dataset_images: int) -> list[
     return faults
 
 
-def _measurement_faults(layer: LayerView, preset: str) -> Iterator[str]:
+def _measurement_faults(layer: LayerView, preset: str, planned: Sequence[int] | None) -> Iterator[str]:
     numbers = layer.measurements(preset)
-    missing = int((numbers["status"] == "missing").any(-1).sum())
+    expected = np.ones(len(layer.channels), bool) if planned is None else np.isin(layer.channels, planned)
+    missing = int(((numbers["status"] == "missing").any(-1) & expected).sum())
     if missing and preset in layer.presets:
         yield f"{missing} feature visualizations are missing; `atlas run` makes them"
     succeeded = (numbers["status"] != "missing") & (numbers["status"] != "failed")

@@ -154,7 +154,7 @@ def objective_forward(
     """
     preset = job.preset
     layer = job.layers[stage.layer] if stage.layer else job.layer
-    captured = _captured(job, layer)
+    captured = {name: read.ungated for name, read in _captured(job, layer).items()}
     seed_layers = {term.layer or layer.name: captured[term.layer or layer.name] for term in preset.layer_penalties}
     normalizations = job.normalizations if penalized else ()
     with (

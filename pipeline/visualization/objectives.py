@@ -489,3 +489,88 @@ class Interpolate(Objective):
         first = activations.own_maps.mean(dim=(1, 2))
         second = activations.other_maps[layer][:, channel].mean(dim=(1, 2))
         return (1 - t) * first + t * second
+
+
+@OBJECTIVES.add("facet")
+@dataclasses.dataclass(frozen=True)
+class Facet(Objective):
+    """Softened channel mean × f(cosine)^power of the response of another layer with that to some images.
+
+    One image for each facet of a unit: `embedding` is the layer whose responses its dataset examples were grouped by,
+    and `targets` an .npz file: `center` (V, D), the mean standardized response to the images of the facet of each
+    variant, and `mean` and `deviation` (D,), which the spatial means of the layer are standardized by. f is the cosine
+    itself from 0.1 on and falls exponentially below. The channel mean a is softened to s · log(1 + exp(a / s)), where s
+    is the length of the center: it is positive, so that the product rises with both factors from any image. All
+    variants of a unit get the same transformations.
+
+    Nguyen, Yosinski & Clune 2016 find facets by the responses of a later layer, and guide the image by its start alone;
+    Goh et al. 2021 ("Multimodal Neurons") add the dot product of a linear probe with activation × gradient in an
+    earlier layer.
+    """
+
+    targets: ConfigFile
+    embedding: str = ""
+    power: Annotated[float, Field(ge=0)] = 1.0
+    rectify: bool = False
+
+    aligned: ClassVar[bool] = True
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The first unit of the layer of the responses, which is read as a whole."""
+        return (f"{self.embedding}:0",)
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """`center` (V, D), `mean` and `deviation` (D,), float32."""
+        found = self.targets.arrays()
+        if set(found) != {"center", "mean", "deviation"} or any(a.dtype.kind not in "fiu" for a in found.values()):
+            raise AtlasError(f"{self.targets.path} must be an .npz file of numbers `center`, `mean` and `deviation`.")
+        return {name: array.astype(np.float32) for name, array in found.items()}
+
+    def check(self, info: LayerInfo) -> None:
+        """Raise `AtlasError` if the targets do not fit the layer of the responses, or there is not one per variant."""
+        if not self.embedding:
+            raise AtlasError(
+                "render.objective.embedding is missing: facet needs the layer whose responses it compares."
+            )
+        super().check(info)
+        width, arrays = info.all_channels[self.embedding], self.arrays
+        if any(arrays[name].shape != (width,) for name in ("mean", "deviation")) or arrays["center"].shape[1:] != (
+            width,
+        ):
+            raise AtlasError(f"{self.targets.path} does not fit {self.embedding}, which has {width} channels.")
+        if len(arrays["center"]) != info.num_variants:
+            count = len(arrays["center"])
+            raise AtlasError(f"{self.targets.path} holds {count} centers: set render.variants={count}.")
+
+    def cosine(self, maps: Tensor, variants: Tensor) -> Tensor:
+        """Return the cosines of standardized responses with the centers, (B,).
+
+        Args:
+            maps: Maps (B, D, H, W) of the layer of the responses.
+            variants: Variant of each image, (B,).
+        """
+        center, mean, scale = _facet_targets(self, maps.dtype, maps.device)
+        response = (maps.clamp(min=0) if self.rectify else maps).mean(dim=(2, 3))
+        return F.cosine_similarity((response - mean) * scale, center[variants], dim=1, eps=1e-12)
+
+    def value(self, activations: Activations) -> Tensor:
+        """Return softened channel mean × f(cosine)^power, (B,)."""
+        maps = activations.own_maps
+        scale = _facet_targets(self, maps.dtype, maps.device)[0][activations.variants].norm(dim=1).clamp(min=1e-6)
+        own = scale * F.softplus(maps.mean(dim=(1, 2)) / scale)
+        cosine = self.cosine(activations.other_maps[self.embedding], activations.variants)
+        low = MIN_COSINE * torch.exp(cosine.clamp(max=MIN_COSINE) / MIN_COSINE - 1)
+        factor = torch.where(cosine > MIN_COSINE, cosine, low) ** self.power
+        return own * factor
+
+
+@functools.lru_cache(maxsize=8)
+def _facet_targets(objective: Facet, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return centers, means and inverse deviations on a device; the inverse of a deviation of 0 is 0."""
+    arrays = objective.arrays
+    deviation = arrays["deviation"]
+    scale = np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > 0)
+    found = [torch.from_numpy(array).to(device, dtype) for array in (arrays["center"], arrays["mean"], scale)]
+    return found[0], found[1], found[2]

@@ -3,8 +3,9 @@
 scripts/bench diversity [folder=runs/diversity] [key=value …]
 
 Default: 10 channels of blocks.5.1 of the default network, four visualizations each, `render=diverse` against the same
-preset without its batch term. Measured on the saved 8-bit images: mean pairwise cosine of the Gram matrices at the
-unit's layer, and activation. Writes diversity.csv, and diversity.jpg: one unit per row, plain left, diverse right.
+preset without its batch term. Measured on the saved 8-bit images: mean pairwise cosine of the Gram matrices at a later
+layer, which the term does not see, and at the unit's layer, which it lowers by construction; and activation. Writes
+diversity.csv, and diversity.jpg: one unit per row, plain left, diverse right.
 """
 
 import sys
@@ -23,6 +24,8 @@ from pipeline.models.loading import Model, ModelConfig, load_model
 from pipeline.visualization.batch_terms import gram_cosine
 
 LAYER = "blocks.5.1"
+# The layer that decides: the term compares maps of `LAYER`.
+JUDGE = "blocks.6.0"
 
 
 def cosines(model: Model, layer: Layer, images: np.ndarray) -> float:
@@ -36,7 +39,7 @@ def cosines(model: Model, layer: Layer, images: np.ndarray) -> float:
 
 def measure(folder: Path, more: list[str]) -> tuple[pd.DataFrame, Image.Image]:
     model = load_model(ModelConfig("package", "efficientnet_lite0")).to("cpu")
-    layer = next(la for la in list_layers(model, LayersConfig("blocks"), {}) if la.name == LAYER)
+    by_name = {la.name: la for la in list_layers(model, LayersConfig("blocks"), {})}
     rows: dict[int, dict[str, float]] = {}
     strips: dict[int, list[np.ndarray]] = {}
     for name, extra in (("plain", ["render/couplings=[]"]), ("diverse", [])):
@@ -52,7 +55,11 @@ def measure(folder: Path, more: list[str]) -> tuple[pd.DataFrame, Image.Image]:
             for row, channel in enumerate(map(int, view.channels)):
                 images = view.images()[row]
                 rows.setdefault(channel, {"channel": channel}).update(
-                    {f"cosine, {name}": cosines(model, layer, images), f"activation, {name}": activation[row].mean()}
+                    {
+                        f"cosine, {name}": cosines(model, by_name[JUDGE], images),
+                        f"cosine at {LAYER}, {name}": cosines(model, by_name[LAYER], images),
+                        f"activation, {name}": activation[row].mean(),
+                    }
                 )
                 strips.setdefault(channel, []).append(np.concatenate(list(images), 1))
     side = 8
@@ -70,6 +77,7 @@ if __name__ == "__main__":
     mean = table.mean()
     cosine, activation = (mean[f"{k}, diverse"] / mean[f"{k}, plain"] for k in ("cosine", "activation"))
     print(
-        f"mean pairwise Gram cosine {mean['cosine, plain']:.3f} → {mean['cosine, diverse']:.3f} ({cosine - 1:+.0%}), "
+        f"mean pairwise Gram cosine at {JUDGE} {mean['cosine, plain']:.3f} → {mean['cosine, diverse']:.3f} "
+        f"({cosine - 1:+.0%}), "
         f"activation {mean['activation, plain']:.3f} → {mean['activation, diverse']:.3f} ({activation:.0%})"
     )

@@ -20,6 +20,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -124,7 +125,9 @@ def run_blocks(member: dict[str, Any]) -> int:
         if bench.left() < min(seconds / 4, 5):
             bench.row("skipped", reason="the time of the call is over")
             continue
-        bench.row("started", deadline=bench.deadline, kill=min(member["end"], bench.deadline + max(15, seconds / 4)))
+        kill = min(member["end"], bench.deadline + max(15, seconds / 4))
+        # Times as integers: rows round other numbers to five digits, and these have ten.
+        bench.row("started", deadline=math.ceil(bench.deadline), kill=math.ceil(kill))
         module, function = block.place.split(":")
         try:
             getattr(importlib.import_module(f"gpu_blocks.{module}"), function)(bench)

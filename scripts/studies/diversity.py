@@ -9,7 +9,7 @@ from page import Report, compared, medians, pairs, sheet, told
 from pipeline.compare.statistics import median, paired_test
 from pipeline.store.reader import open_atlas
 
-MEASURES = ("peak_ratio", "robust_share", "agreement", "high_frequency", "seconds")
+MEASURES = ("peak_ratio", "robust_share", "depth_agreement", "high_frequency", "seconds")
 
 
 def facets(responses: np.ndarray) -> np.ndarray:
@@ -30,20 +30,25 @@ def facets(responses: np.ndarray) -> np.ndarray:
 
 
 def report(run: Path) -> Report:
-    """Return facets by preset and layer, their cost, and four visualizations of a unit under each preset."""
+    """Return facets by preset and layer, their cost, and four visualizations of a unit under each preset.
+
+    Facets are counted by the activations at a depth before the layer of the unit: the term lowers the cosines in the
+    layer itself, whatever the images show. Layers without such a depth are left out.
+    """
     found = compared(run)
     presets = [contender.preset for contender in found.contenders]
     counted: dict[str, list[np.ndarray]] = {preset: [] for preset in presets}
     rows = []
     with open_atlas(run) as atlas:
+        names = []
         for layer in atlas:
+            if not layer.depth_activations(presets[0])[0]:
+                continue
+            names.append(layer.name)
             for preset in presets:
-                answers = layer.image_activations(preset)
-                assert answers is not None, "this atlas was made before answers to pictures were kept"
-                counted[preset].append(facets(answers.astype(np.float64)))
+                counted[preset].append(facets(layer.depth_activations(preset)[1].astype(np.float64)))
             pictures = [layer.images(preset)[0] for preset in presets]
             rows += [(f"{layer.name}:{layer.channels[0]}", list(pictures[0])), ("", list(pictures[-1]))]
-        names = list(atlas.layers)
     lines = []
     first = np.concatenate(counted[presets[0]])
     for preset in presets:
@@ -59,11 +64,11 @@ def report(run: Path) -> Report:
     figure = sheet(
         [f"start {i + 1}" for i in range(pictures)], [(name or f"  {presets[-1]}", images) for name, images in rows]
     )
-    measures = ("peak_ratio", "robust_share", "agreement")
+    measures = ("peak_ratio", "robust_share", "depth_agreement")
     return Report(
         {
             f"Effective number of different pictures among {pictures}, medians over {len(first)} units, with 95 % "
-            "intervals, and by layer:": pd.DataFrame(lines),
+            "intervals, and by layer, by activations before that layer:": pd.DataFrame(lines),
             "What it costs, medians over units of a unit's median picture:": medians(found, MEASURES),
             f"Difference to `{presets[0]}` over the same units, and on how many each was better:": pairs(
                 found, presets[0], measures

@@ -1,5 +1,6 @@
 """Comparisons without a browser: medians, intervals, wins, alignment, refusals, the table and the files of the site."""
 
+import dataclasses
 import json
 import math
 import re
@@ -535,3 +536,48 @@ def test_the_command(
     assert "needs two runs" in capsys.readouterr().err
     index = json.loads((tmp_path / "mine/data/index.js").read_text().removeprefix('ATLAS.put("index",')[:-3])
     assert len(index["contenders"]) == 3
+
+
+# ------------------------------------------------------------- dataset examples
+
+
+def test_dataset_examples_stand_beside_the_pictures(site: Path, root: Path) -> None:
+    """The examples of the store, once for runs that have the same ones, as crops in sheets."""
+    with open_runs(["one"], ["distill", "neuron"], root) as inputs:
+        layer = inputs.first["blocks.0.conv"]
+        best, paths = layer.examples("max"), inputs.first.dataset()
+    assert best is not None
+    facts = shard(site, "blocks.0.conv/layer")
+    group, other = facts["examples"]
+    assert (group["runs"], other["runs"]) == (["one", "two"], ["few"])
+    per, each, columns, px = group["sheet"]
+    assert each == SMALL.examples
+    unit = shard(site, "blocks.0.conv/u0")["units"][3]
+    shown = unit["examples"][0]
+    row = layer.row(unit["channel"])
+    indices = [i for i in best.index[row, :each].tolist() if i >= 0]
+    assert [np.float32(value) for value, _ in shown] == best.value[row, : len(indices)].tolist()
+    assert [name for _, name in shown] == [paths["label"][i] or paths["path"][i] for i in indices]
+    with Image.open(site / "media/blocks.0.conv/x0-0.jpg") as image:
+        assert image.size == (columns * px, math.ceil(min(per, len(layer.channels)) * each / columns) * px)
+        cell = 3 * each
+        left, top = cell % columns * px, cell // columns * px
+        assert np.asarray(image)[top : top + px, left : left + px].std() > 5
+
+
+@pytest.mark.parametrize(("licence", "images"), [("ids", 0), ("blur", 1)])
+def test_licences_hold_for_comparisons(root: Path, tmp_path: Path, licence: str, images: int) -> None:
+    with open_runs(["one", "two"], ["distill"], root) as inputs:
+        build(inputs, tmp_path / "site", dataclasses.replace(SMALL, licence=licence))
+    assert bool(list((tmp_path / "site/media").rglob("x*.jpg"))) == bool(images)
+    assert (shard(tmp_path / "site", "stem/layer")["examples"][0]["sheet"] is not None) == bool(images)
+
+
+def test_runs_without_dataset_examples_show_none(tmp_path: Path) -> None:
+    for name, seed in (("one", 0), ("two", 3)):
+        (tmp_path / name).mkdir()
+        write_atlas(tmp_path / name / "atlas.h5", examples=False, seed=seed)
+    with open_runs(["one", "two"], ["distill"], tmp_path) as inputs:
+        build(inputs, tmp_path / "site", SMALL)
+    assert shard(tmp_path / "site", "stem/layer")["examples"] == []
+    assert "examples" not in shard(tmp_path / "site", "stem/u0")["units"][0]

@@ -349,22 +349,12 @@ def test_few_sources_a_label_give_counts_and_say_so() -> None:
     found = label_association.associate_by_counts(best, of, np.arange(6))
     assert found.method == "counts" and found.over[0].tolist() == [0, 1, -1] and found.count[0].tolist() == [2, 1, 0]
     assert found.over[1].tolist() == [-1, -1, -1] and np.isnan(found.auroc).all() and np.isnan(found.p).all()
-    assert found.naming.tolist() == [0, -1]
 
 
-def test_a_label_of_a_single_source_names_no_unit() -> None:
+def test_counts_are_of_sources_and_not_of_crops() -> None:
     """Unit 0 has a label once; unit 1 twice, but by crops of one source; unit 2 by two sources."""
     labels = np.array([3, 4, 4, 5, 5, 6], np.int32)
     sources = np.array([0, 1, 1, 2, 3, 4])
     best = np.array([[0, 5, -1], [1, 2, 0], [0, 3, 4]])
     found = label_association.associate_by_counts(best, labels, sources)
     assert found.over[:, 0].tolist() == [3, 3, 5] and found.count[:, :2].tolist() == [[1, 1], [1, 1], [2, 1]]
-    assert found.naming.tolist() == [-1, -1, 5]
-
-
-def test_the_label_that_names_a_unit_is_the_first_of_several_sources() -> None:
-    """Also of labels that pass the permutation test, the one with the largest lift may be that of a single source."""
-    found = Association.empty("responses", 2, 3)
-    found.over[:] = [[7, 2, 4], [7, -1, -1]]
-    found.count[:] = [[1, 3, 5], [1, 0, 0]]
-    assert found.naming.tolist() == [2, -1]

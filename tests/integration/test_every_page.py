@@ -230,7 +230,8 @@ def keyboard(window: Window) -> list[str]:
     count = window.evaluate("window.tabbable.length")
     reached: set[int] = set()
     faults = [] if count else ["nothing to reach"]
-    for _ in range(count + 3):
+    # Sections that are filled when they come near, such as similar units, add more on the way.
+    for _ in range(2 * count + 40):
         window.tab()
         at, ringed, text = window.evaluate(RING)
         if at >= 0 and at not in reached and not ringed:

@@ -75,6 +75,7 @@ def test_an_activation_atlas_is_added_to_a_finished_run(
     assert digests(finished / "atlas.h5", within=True) == {}
 
 
+@pytest.mark.long
 def test_any_division_and_any_interruption_give_the_same_bytes(
     finished: Path, tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

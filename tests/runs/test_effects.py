@@ -134,6 +134,7 @@ def test_effects_continue_and_are_reused(
         assert names == {path.name for path in (finished / "shards" / kind).glob("*.h5")} and len(names) > 1
 
 
+@pytest.mark.long
 def test_connections_are_attributed_and_continue(
     finished: Path, tiny_run: list[str], capsys: pytest.CaptureFixture
 ) -> None:

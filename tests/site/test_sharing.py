@@ -297,7 +297,7 @@ def network(count: int) -> list[NetworkLayer]:
 
 @pytest.mark.parametrize("count", [9, 60, 200])
 def test_the_diagram_drops_no_caption_and_names_all_layers(count):
-    drawn = diagram.draw(diagram.drawn_layers([], network(count)) or [
+    drawn = diagram.draw([
         diagram.DrawnLayer(layer.name, layer.kind, layer.channels, layer.map_size, None) for layer in network(count)
     ])  # fmt: skip
     captions = [text for *_, text in drawn.stages]

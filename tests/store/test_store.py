@@ -22,6 +22,7 @@ from pipeline.core.errors import AtlasError
 from pipeline.core.metric_specs import IMAGE_METRICS, RATIO_METRICS, RELATION_METRICS
 from pipeline.effects.results import ConnectionAttribution, EffectsResult
 from pipeline.layers.connectivity import Connectivity
+from pipeline.layers.dataflow import Dataflow
 from pipeline.layers.finding import Layer, ReceptiveField
 from pipeline.store import hdf5, shards, writer
 from pipeline.store.writer import Content
@@ -101,10 +102,16 @@ def test_budgets_and_the_values_reached_come_back(tmp_path: Path) -> None:
 
 def test_all_layers_of_the_network_come_back(tmp_path: Path) -> None:
     other = Layer("é<b>", "linear", "x", 1, "out", "vector", 10, 1, 1, 1.0)
-    whole = dataclasses.replace(content((0,)), network_layers=(LAYER, other))
+    flow = Dataflow((-1, 2), ((0, -1), (1, 2, 0)))
+    whole = dataclasses.replace(content((0,)), network_layers=(LAYER, other), dataflow=flow)
     writer.consolidate(tmp_path / "atlas.h5", whole, {})
     with pipeline.open_atlas(tmp_path) as atlas:
         first, second = atlas.network_layers
+        assert atlas.network_joins == flow.joins
+    assert (first.source, second.source) == flow.sources
+    writer.consolidate(tmp_path / "atlas.h5", dataclasses.replace(whole, dataflow=None), {})
+    with pipeline.open_atlas(tmp_path) as atlas:  # as older files
+        assert [layer.source for layer in atlas.network_layers] == [None, None] and atlas.network_joins == ()
     assert (first.name, first.kind, first.channels, first.map_size) == (LAYER.name, "conv", 9, (7, 7))
     assert (second.name, second.kind, second.channels, second.map_size) == ("é<b>", "linear", 10, (1, 1))
     writer.consolidate(tmp_path / "atlas.h5", content((0,)), {})
@@ -172,6 +179,33 @@ def test_pictures_come_back_bit_by_bit_from_several_shards(tmp_path: Path) -> No
         with pytest.raises(AtlasError, match=r"Nearest: a/b\.\.c"):
             atlas["a/b"]
     assert writer.verify(tmp_path / "atlas.h5", {LAYER.name: [0, 2, 4, 8]}) == []
+
+
+@pytest.mark.parametrize(("compared", "depth"), [("", "second"), ("second", "first")])
+def test_variants_agree_in_another_layer_than_their_diversity_term_compares(
+    tmp_path: Path, compared: str, depth: str
+) -> None:
+    """The own layer's answers say that variants differ, the last depth that no term compares that they are equal."""
+    rng = np.random.default_rng(0)
+    first, second = (np.repeat(rng.normal(size=(2, 1, width)), 2, 1) for width in (3, 5))
+    own = rng.normal(size=(2, 2, LAYER.channels))
+    if compared:
+        second = rng.normal(size=(2, 2, 5))
+    arrays = {"channels": np.array([0, 4], np.int32), **pictures(1, 2, 2), **measured(1, 2, 2)}
+    arrays["path_means"] = np.concatenate([first, second, own], 2).astype(np.float16)
+    attributes = {"digest": "d", "objective": "channel", "natural": "mean", "preset": "test", "layer": LAYER.name}
+    attributes["path_layers"] = ["first", "second", LAYER.name]
+    shards.write(tmp_path / "s" / "x.h5", attributes, arrays)
+    depths = [dataclasses.replace(LAYER, name=name, channels=n) for name, n in (("first", 3), ("second", 5))]
+    term = f"layer: {compared or 'null'}"
+    config = f"render: {{name: test, couplings: {{diversity: {{weight: 1.0, {term}}}}}}}\n"
+    found = dataclasses.replace(content((0, 4)), config_yaml=config, network_layers=(*depths, LAYER))
+    writer.consolidate(tmp_path / "atlas.h5", found, {(LAYER.name, "test"): shards.find(tmp_path / "s", "d")})
+    with pipeline.open_atlas(tmp_path) as atlas:
+        numbers = atlas[LAYER.name].measurements()
+        name, means = atlas[LAYER.name].depth_activations()
+    assert name == depth and means == pytest.approx(first if compared else second, abs=1e-2)
+    assert numbers["depth_agreement"] == pytest.approx(1, abs=1e-3) and (numbers["agreement"] < 0.9).all()
 
 
 def test_paths_of_former_versions_and_of_other_depths_are_not_known(tmp_path: Path) -> None:

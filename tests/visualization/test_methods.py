@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 from collections.abc import Callable
 
 import numpy as np
@@ -25,7 +26,7 @@ from pipeline.visualization.batch_terms import Alignment, Diversity, gram_cosine
 from pipeline.visualization.evaluation import Visualization
 from pipeline.visualization.loop import render
 from pipeline.visualization.network_perturbations import Dropout, Ensemble, NetworkPerturbation, WeightNoise
-from pipeline.visualization.objectives import OBJECTIVES, Auto, Channel, Interpolate, Neuron
+from pipeline.visualization.objectives import OBJECTIVES, Auto, Channel, Facet, Interpolate, Neuron
 from pipeline.visualization.optimizers import Adam, Sgd
 from pipeline.visualization.preset import Preset
 from pipeline.visualization.render_job import RenderJob
@@ -85,7 +86,7 @@ def test_alone_and_in_a_batch_the_same_rising_picture(tiny: Model, tiny_layers: 
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(OBJECTIVES) - {"direction", "directions", "joint", "interpolate", "caricature"})
+    "name", sorted(set(OBJECTIVES) - {"direction", "directions", "joint", "interpolate", "caricature", "facet"})
 )
 def test_every_objective_rises_and_is_that_of_the_saved_picture(
     tiny: Model, tiny_layers: dict[str, Layer], name: str
@@ -100,6 +101,37 @@ def test_every_objective_rises_and_is_that_of_the_saved_picture(
         maps = forward(image)[layer.name]
         value = objective.value(Activations(maps, torch.tensor([3]), torch.tensor([0]), 1)).item()
     assert picture.activation == pytest.approx(value, abs=1e-5) and picture.activation > picture.start
+
+
+def test_a_facet_raises_the_unit_and_the_cosine_with_its_own_center(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
+    late, head = tiny_layers["late"], tiny_layers["head"]
+
+    def responses(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Return the means of channel 3 of `late`, (B,), and those of all channels of `head`, (B, 5)."""
+        with capture(tiny, [late, head]) as forward, torch.no_grad():
+            maps = forward(images)
+        return maps["late"][:, 3].mean((1, 2)).numpy(), maps["head"].mean((2, 3)).numpy()
+
+    colors = torch.eye(3)[:2, :, None, None].expand(2, 3, 32, 32)
+    red, green = responses(colors)[1]
+    deviation = np.where(np.arange(len(red)) == 1, 0.0, 0.1)  # a channel that does not count
+    center, buffer = np.stack([red - green, green - red]), io.BytesIO()
+    np.savez(buffer, center=center, mean=(red + green) / 2, deviation=deviation)
+    objective = Facet(ConfigFile("facets.npz", buffer.getvalue()), "head", 1.0)
+    pair = made(tiny, late, [(3, 0), (3, 1)], objective=objective, variants=2, steps=48)
+    pixels = torch.from_numpy(np.stack([picture.image for picture in pair])).permute(0, 3, 1, 2).float() / 255
+    means, z = responses(pixels)
+    z = np.where(deviation > 0, z - (red + green) / 2, 0) / 0.1
+    cosine = z @ center.T / np.linalg.norm(z, axis=1)[:, None] / np.linalg.norm(center, axis=1)
+    for row, picture in enumerate(pair):
+        own = cosine[row, row]
+        factor = own if own > 0.1 else 0.1 * np.exp(own / 0.1 - 1)
+        scale = np.linalg.norm(center[row])
+        expected = scale * np.logaddexp(0, means[row] / scale) * factor
+        assert picture.activation == pytest.approx(expected, rel=1e-3) and picture.activation > picture.start
+    assert cosine[0, 0] > 0.3 and cosine[1, 1] > 0.3
+    (alone,) = made(tiny, late, [(3, 1)], objective=objective, variants=2, steps=48)
+    assert apart(alone, pair[1]) <= 1
 
 
 def test_a_budget_is_met_whatever_the_weight_begins_with(tiny: Model, tiny_layers: dict[str, Layer]) -> None:

@@ -1,6 +1,7 @@
 """Objectives, penalties, couplings and preconditioners: gradients against finite differences, and what they mean."""
 
 import dataclasses
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from pipeline.visualization.objectives import (
     OBJECTIVES,
     Activations,
     Direction,
+    Facet,
     Interpolate,
     Joint,
     LayerInfo,
@@ -32,6 +34,14 @@ from pipeline.visualization.schedules import (
     StepSettings,
 )
 from pipeline.visualization.step import regularizer_gradients
+
+
+def facet_targets(channels: int, variants: int = 2) -> ConfigFile:
+    """Targets of the objective `facet` for a layer of so many channels."""
+    rng, buffer = np.random.default_rng(1), io.BytesIO()
+    center, mean = rng.standard_normal((variants, channels)), rng.standard_normal(channels)
+    np.savez(buffer, center=center, mean=mean, deviation=np.abs(mean) + 0.5)
+    return ConfigFile("facets.npz", buffer.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +58,7 @@ def built(name: str, vectors: ConfigFile) -> Objective:
         "directions": {"vectors": vectors, "power": 1.0},
         "caricature": {"power": 1.0},
         "interpolate": {"to": "deep:3"},
+        "facet": {"targets": facet_targets(8, 3), "embedding": "deep", "power": 2.0},
     }
     return OBJECTIVES[name](**settings.get(name, {}))
 
@@ -232,6 +243,10 @@ def facts(classifier: bool = False, variants: int = 1) -> LayerInfo:
         (Joint(with_units=("stem:2",), weights=(1.0, 2.0)), "as many entries as with_units"),
         (Joint(with_units=("stam:2",)), "no layer 'stam'"),
         (Joint(with_units=("stem:6",)), "stem has 6 channels"),
+        (Facet(facet_targets(6)), "embedding is missing"),
+        (Facet(facet_targets(6), "stem"), r"holds 2 centers: set render\.variants=2"),
+        (Facet(facet_targets(4), "stam"), "no layer 'stam'"),
+        (Facet(facet_targets(4), "stem"), "does not fit stem, which has 6 channels"),
         (Joint(with_units=("stem",)), "is not a unit: write layer:channel"),
         (OBJECTIVES["logit"](), "needs the classifier's logits, which late does not hold"),
         (OBJECTIVES["probability"](), "render/objective=channel"),

@@ -118,6 +118,30 @@
       } }, ATLAS.index.contenders.map((c, i) => make("option", { value: String(i), text: c.label, selected: i === asked[key] })));
   }
 
+  // ------------------------------------------------------------- dataset examples
+
+  // The examples of each group of runs that have the same ones, from sheets with `each` crops a unit.
+  function examples() {
+    const groups = now.facts.examples || [];
+    const shown = groups.map((group, i) => [group, ((now.record.examples || [])[i] || []), i]).filter(([, found]) => found.length);
+    if (!shown.length) return null;
+    return make("section", { class: "examples", "aria-labelledby": "examples" }, make("h2", { id: "examples", text: "Dataset examples" }),
+      make("p", { class: "note", text: "The dataset images with the highest activations of the unit, by the maximum of the map: what the feature visualizations are to be judged by." + (groups.length > 1 ? "" : " All runs that have dataset examples have these.") }),
+      shown.flatMap(([group, found, i]) => [
+        groups.length > 1 ? make("h3", { text: group.runs.join(", ") }) : null,
+        make("div", { class: "row" }, found.map(([value, name], k) => make("figure", { class: "example" }, crop(group, i, k, name, value), make("figcaption", {}, data(value), make("span", { text: name }))))),
+      ]));
+  }
+  function crop(group, i, k, name, value) {
+    if (!group.sheet) return make("span", { class: "frame absent", text: name });
+    const [per, each, columns] = group.sheet;
+    const start = now.row - (now.row % per);
+    const cells = Math.min(per, ATLAS.count(now.layer) - start) * each;
+    const box = make("span", { class: "pic square", role: "img", "aria-label": "Dataset image " + name + ", maximum activation " + number(value) });
+    sprite(box, ATLAS.media(now.layer, "x" + i + "-" + start, ATLAS.index.photo_suffix), columns, Math.ceil(cells / columns), (now.row - start) * each + k);
+    return box;
+  }
+
   // --------------------------------------------------------------------- numbers
 
   // Contenders with the best value; none if they are not comparable or no direction is better.
@@ -182,6 +206,7 @@
         make("div", { class: "actions" }, buttons.map(([title, key, act]) => make("button", { type: "button", title: title + " (" + key + ")", text: title, onclick: () => act() })), chosen)),
       make("section", { class: "sides" + (many > 3 ? " several" : ""), "aria-label": "Feature visualizations" }, ATLAS.index.contenders.map((_, i) => figure(i)), swipe()),
       make("p", { class: "note", text: "Scroll or pinch to zoom all images at once; drag to move them. " + (order.known(now.record.difference) ? "Image distance: " + number(now.record.difference) + " (0 to 1)." : "") }),
+      examples(),
       make("section", { "aria-labelledby": "its" }, make("h2", { id: "its", text: "Numbers" }), numbers())));
     magnifier.apply();
   }

@@ -24,6 +24,8 @@ from pipeline.models.loading import Model
 
 # Channels of the target whose weights are yielded together.
 BATCH = 16
+# Kinds of layers that mix the channels before them.
+MIXING = ("conv", "linear", "dictionary")
 # Sides of images are multiples of this, in pixels.
 SIZE_STEP = 32
 
@@ -109,7 +111,7 @@ class LinearPath:
             self._model.module(self._model.normalize(images))
         if "source" not in kept or "target" not in kept or not kept["target"].requires_grad:
             return None, [], mode.stopped
-        maps = self._target.maps(kept["target"], 1)
+        maps = self._target.ungated.maps(kept["target"], 1)
         return (kept["source"], maps), mode.passed, mode.stopped
 
     def _describe(self, passed: Sequence[Passed]) -> None:
@@ -122,7 +124,7 @@ class LinearPath:
         between = [one for one, gradient in zip(passed, found, strict=True) if gradient is not None]
         own = self._target.name.partition("#")[0]
         mixing = [one for one in between if one.mixes and one.path != self._source.name.partition("#")[0]]
-        self.mixes = bool(mixing) or self._target.kind in ("conv", "linear")
+        self.mixes = bool(mixing) or self._target.kind in MIXING
         self.path = tuple(dict.fromkeys(one.path for one in mixing if one.path != own))
         self.gated = tuple(dict.fromkeys(one.path for one in between if one.gated))
         self.approximate = tuple(dict.fromkeys(one.path for one in between if one.approximate))
@@ -180,7 +182,7 @@ class LinearPath:
         # Signs that cannot cancel each other in all channels at once.
         signs = torch.rand(middle.shape, generator=torch.Generator().manual_seed(1)).to(middle) + 0.5
         (gradient,) = torch.autograd.grad((middle * signs).sum(), source, retain_graph=True)
-        used = self._source.maps(gradient, 1)[0].abs().sum(0)
+        used = self._source.slopes(gradient, 1)[0].abs().sum(0)
         return _window(used.amax(1)), _window(used.amax(0))
 
     def weights(self, channels: Sequence[int]) -> Iterator[tuple[list[int], Weights]]:
@@ -201,7 +203,7 @@ class LinearPath:
         """Return the gradients of target channels with respect to the source's maps, (len(channels), I, H, W)."""
         source, maps = graph
         values = self._middle(maps)[list(channels)]
-        return torch.stack([self._source.maps(one, 1)[0] for one in gradients_of(values, source)]).float()
+        return torch.stack([self._source.slopes(one, 1)[0] for one in gradients_of(values, source)]).float()
 
 
 def _reaches(graph: tuple[Tensor, Tensor], blocked: Collection[Any] = ()) -> bool:

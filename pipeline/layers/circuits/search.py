@@ -11,13 +11,14 @@ from pipeline.kernels.device_errors import is_device_failure
 from pipeline.layers.circuits.kernels import cropped
 from pipeline.layers.circuits.paths import LinearPath, Weights
 from pipeline.layers.connectivity import NUM_CONNECTIONS, Connectivity, Scale, find_connectivity
+from pipeline.layers.dictionaries import KIND, channel_layers, dictionary_layers
 from pipeline.layers.finding import Layer
 from pipeline.models.loading import Model
 
 log = logging.getLogger(__name__)
 
 # Kinds of layers that linear paths begin and end at.
-KINDS = ("conv", "linear", "block")
+KINDS = ("conv", "linear", "block", KIND)
 # How many of the layers before a layer are tried as its source; in parallel branches the nearest ones do not feed it.
 TRIED = 6
 
@@ -30,7 +31,9 @@ def find_circuits(
     """Return the connections between the layers of an atlas.
 
     Layers that feed each other through channel-wise modules have those of `find_connectivity`. Any other layer has
-    those along the linear path from the nearest layer before it that reaches it.
+    those along the linear path from the nearest layer before it that reaches it. Latents of a dictionary read the
+    nearest layer before theirs, of latents if there is one, by their encoder; they are read, by their decoder, by the
+    nearest layer after theirs. Layers of channels have no connections from latents: these stand for their own channels.
 
     Args:
         model: The network, on a CPU; its normalizations must not be folded.
@@ -47,16 +50,58 @@ def find_circuits(
     for number, (target, channels) in enumerate(layers):
         if target.name in inputs or target.kind not in KINDS or not channels:
             continue
-        before = [layer for layer, _ in layers[max(0, number - TRIED) : number] if layer.kind in KINDS]
+        before = _candidates([layer for layer, _ in layers[:number]], target)
         path, source = _nearest(model, before[::-1], target)
         if path is None or source is None:
             continue
-        found = _Collector(path, source, target, (deviations or {}).get(source.name))
-        for part, weights in path.weights(channels):
-            found.add(part, weights)
+        found = _collected(path, source, (target, channels), deviations)
         inputs[target.name] = found.inputs()
         outputs.setdefault(source.name, found.outputs())
+    for source in dictionary_layers([layer for layer, _ in layers if layer.name not in outputs]):
+        target, path = _reader(model, source, layers)
+        if path is not None and target is not None:
+            outputs[source.name] = _collected(path, source, target, deviations).outputs()
     return inputs, outputs
+
+
+def _candidates(before: Sequence[Layer], target: Layer) -> list[Layer]:
+    """Return the layers before a layer that are tried as what it reads, in their order."""
+    if target.kind != KIND:
+        before = channel_layers(before)
+    place = (target.module, target.call, target.side)
+    others = [layer for layer in before if (layer.module, layer.call, layer.side) != place]
+    return [layer for layer in others[-TRIED:] if layer.kind in KINDS]
+
+
+def _reader(
+    model: Model, source: Layer, layers: Sequence[tuple[Layer, Sequence[int]]]
+) -> tuple[tuple[Layer, Sequence[int]] | None, LinearPath | None]:
+    """Return the nearest layer of channels after a layer of latents that reads them, and the linear path to it."""
+    place = (source.module, source.call, source.side)
+    names = [layer.name for layer, _ in layers]
+    after = [
+        (layer, channels)
+        for layer, channels in layers[names.index(source.name) + 1 :]
+        if layer.kind in KINDS and layer.kind != KIND and channels and (layer.module, layer.call, layer.side) != place
+    ]
+    for layer, channels in after[:TRIED]:
+        path, _ = _nearest(model, [source], layer)
+        if path is not None:
+            return (layer, channels), path
+    return None, None
+
+
+def _collected(
+    path: LinearPath,
+    source: Layer,
+    target: tuple[Layer, Sequence[int]],
+    deviations: Mapping[str, np.ndarray] | None,
+) -> "_Collector":
+    """Return the strongest connections along a linear path to some channels of the target."""
+    found = _Collector(path, source, target[0], (deviations or {}).get(source.name))
+    for part, weights in path.weights(target[1]):
+        found.add(part, weights)
+    return found
 
 
 def _nearest(model: Model, before: Sequence[Layer], target: Layer) -> tuple[LinearPath | None, Layer | None]:

@@ -134,7 +134,7 @@ class Home:
             layers=layers,
             makings=_makings(layers),
             presets=method.describe(atlas.config),
-            diagram=draw(drawn_layers(layers, atlas.network_layers)),
+            diagram=draw(*drawn_layers(layers, atlas.network_layers, atlas.network_joins)),
             examples=any(layer.examples("max") is not None for layer in atlas),
             licence=config.licence,
             wall=wall,

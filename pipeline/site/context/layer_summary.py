@@ -9,11 +9,13 @@ import numpy as np
 
 from pipeline.judges.judgement import Judgement
 from pipeline.judges.ridge import MIN_CORRELATION
+from pipeline.names.book import NameBook
+from pipeline.names.readable import readable_labels
 from pipeline.site.config import SiteConfig
-from pipeline.site.data.label_names import readable_labels
 from pipeline.site.media.kernel_images import kernel_views, layer_scale
 from pipeline.store import Atlas, LayerView
 from pipeline.store.activation_atlas import AtlasExtent
+from pipeline.store.facets import FacetsExtent
 from pipeline.store.shards import safe_name
 
 
@@ -114,6 +116,8 @@ class LayerSummary:
         kernels: Image of the kernel of each channel as a data URI, if the layer is linear in the pixels.
         kernel_size: (height, width) of the kernels in pixels.
         atlas: Extent of its activation atlas; None without one.
+        facets: Numbers of the facets of its units; None without any.
+        dictionary: What is known of the dictionary that its units are latents of, as names and texts; empty for others.
     """
 
     name: str
@@ -133,6 +137,8 @@ class LayerSummary:
     kernels: tuple[str, ...] = ()
     kernel_size: tuple[int, int] = (0, 0)
     atlas: AtlasExtent | None = None
+    facets: FacetsExtent | None = None
+    dictionary: tuple[tuple[str, str], ...] = ()
 
     @property
     def href(self) -> str:
@@ -207,7 +213,26 @@ def summarize(layer: LayerView, order: int, classes: Sequence[str]) -> LayerSumm
         kernels=() if kernels is None else _kernel_images(kernels),
         kernel_size=(0, 0) if kernels is None else (kernels.shape[2], kernels.shape[3]),
         atlas=layer.activation_atlas_extent,
+        facets=layer.facets_extent,
+        dictionary=_dictionary(layer),
     )
+
+
+def _dictionary(layer: LayerView) -> tuple[tuple[str, str], ...]:
+    """Return what is known of the dictionary of a layer of latents, as names and texts; empty for other layers."""
+    found = layer.dictionary
+    if found is None:
+        return ()
+    gates = {"none": "dot product", "relu": "ReLU", "topk": f"top {found.get('k', '?')}", "jumprelu": "JumpReLU"}
+    pairs = [("reads", str(found.get("reads", ""))), ("after the encoder", gates.get(str(found.get("gate")), ""))]
+    facts = found.get("facts")
+    shown = ("layer", "gate", "k", "latents")
+    for name, value in facts.items() if isinstance(facts, dict) else ():
+        if name not in shown:
+            pairs.append((str(name), f"{value:,.4g}" if isinstance(value, int | float) else str(value)))
+    if "never_active" in found:
+        pairs.append(("0 on all dataset images", f"{found['never_active']:,} of {layer.total_channels:,} latents"))
+    return tuple(pair for pair in pairs if pair[1])
 
 
 def _kernel_images(kernels: np.ndarray) -> tuple[str, ...]:
@@ -372,6 +397,7 @@ class Catalogue:
         names: All labels of the dataset, as pages show them; records refer to them by index.
         classes: Class names of the network, as pages show them.
         sources: Number of images that the dataset images were cropped from.
+        book: The names of the units; it reads the atlas, which must remain open.
     """
 
     paths: tuple[str, ...]
@@ -379,6 +405,7 @@ class Catalogue:
     names: tuple[str, ...]
     classes: tuple[str, ...]
     sources: int
+    book: NameBook
 
     @staticmethod
     def of(atlas: Atlas) -> "Catalogue":
@@ -388,4 +415,4 @@ class Catalogue:
         names = readable_labels(atlas.dataset_labels)
         shown = dict(zip(atlas.dataset_labels, names, strict=True)) | {"": ""}
         labels = tuple(shown[label] for label in table["label"])
-        return Catalogue(tuple(table["path"]), labels, names, readable_labels(atlas.labels), sources)
+        return Catalogue(tuple(table["path"]), labels, names, readable_labels(atlas.labels), sources, NameBook(atlas))

@@ -28,6 +28,8 @@ SYMBOLS = {
     "directions": "maxₓ  ⟨vᵢ, a(x)⟩ for a vector vᵢ of each image",
     "caricature": "maxₓ  1/(HW) · Σ a(x) · a(t) · max(0.1, cos(a(x), a(t)))ᵖ for a photograph t",
     "joint": "maxₓ  Σₖ wₖ · aₖ(x) over several units",
+    "facet": "maxₓ  softplus(1/(HW) · Σᵢⱼ a₍c,i,j₎(x)) · cos(z(x), f)ᵖ for the standardized response z of another "
+    "layer and its mean f over a facet",
     "interpolate": "maxₓ  (1 − t) · a₁(x) + t · a₂(x)",
 }
 

@@ -13,6 +13,7 @@ from pipeline.core.metric_specs import METRICS, Metric
 from pipeline.site.config import SiteConfig
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary
 from pipeline.site.context.unit_text import layer_card, unit_card, unit_link, unit_page
+from pipeline.site.data import similar_units
 from pipeline.site.data.js_shards import to_json
 from pipeline.site.data.links import citation
 from pipeline.site.media.size_budget import Sizes
@@ -92,7 +93,7 @@ def write_units(root: Path, facts: LayerSummary, records: Sequence[str], build: 
 
 
 def write_index(
-    root: Path, atlas: Atlas, layers: Sequence[LayerSummary], catalogue: Catalogue, config: SiteConfig
+    root: Path, atlas: Atlas, layers: Sequence[LayerSummary], catalogue: Catalogue, config: SiteConfig, similar: bool
 ) -> None:
     """Write the index of the API, the list of dataset images, the JSON Schema, the table of units and the citation."""
     attributes = atlas.attributes
@@ -104,6 +105,7 @@ def write_index(
         "schema": f"{API}/schema.json",
         "photographs": f"{API}/photographs.json",
         "table": table_name(),
+        **({"similar": similar_units.API_FILE} if similar else {}),
         "layers": [_layer_entry(facts, config) for facts in layers],
         **({"url": config.url} if config.url else {}),
         **({"atlas": config.atlas_url} if config.atlas_url else {}),

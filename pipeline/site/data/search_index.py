@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.core.hashing import digest_of
 from pipeline.core.metric_specs import GRID_METRICS, METRICS, UNIT_METRICS
+from pipeline.core.units import Unit
+from pipeline.names.book import earned_words
 from pipeline.site.config import SiteConfig
 from pipeline.site.context.families import Family
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, PresetSummary, list_limits
@@ -64,6 +67,7 @@ class IndexInputs:
         unit_map: The map of units, or None if there is none.
         digests: Digest of each layer's files, by layer name.
         reused: Names of the layers whose files were taken over from the previous build.
+        similar: What the pages need to find the similar units.
     """
 
     atlas: Atlas
@@ -76,6 +80,7 @@ class IndexInputs:
     unit_map: UnitMap | None
     digests: Mapping[str, str]
     reused: Collection[str]
+    similar: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 def write_all(root: Path, inputs: IndexInputs) -> int:
@@ -87,10 +92,15 @@ def write_all(root: Path, inputs: IndexInputs) -> int:
     views = [inputs.atlas[facts.name].with_cache() for facts in inputs.layers]
     search = _write_layers(root, inputs, views)
     entries = class_entries(views, inputs.layers, inputs.ranks, inputs.catalogue)
-    _shard(root, "index", _index(inputs, len(entries)))
     for start in range(0, len(entries), PER_SHARD):
         _shard(root, f"classes/{start}", [entry.record() for entry in entries[start : start + PER_SHARD]])
-    _shard(root, "search", search | {"classes": [entry.name for entry in entries]})
+    search["classes"] = [entry.name for entry in entries]
+    _shard(root, "search", search)
+    concepts = _concepts(inputs)
+    if concepts:
+        _shard(root, "concepts", concepts)
+    versions = {"words": digest_of(search)[:8], "concepts": digest_of(concepts)[:8] if concepts else ""}
+    _shard(root, "index", _index(inputs, len(entries)) | {key: value for key, value in versions.items() if value})
     family_numbers: dict[str, list[int]] = {}
     for number, family in enumerate(inputs.families):
         for member in family.present:
@@ -109,6 +119,27 @@ def write_all(root: Path, inputs: IndexInputs) -> int:
     return len(entries)
 
 
+def _concepts(inputs: IndexInputs) -> dict[str, Any]:
+    """Return words and the units nearest to each in the space of the first CLIP model; empty without one.
+
+    A word has the number of the layer, the row and the cosine in thousandths of each unit, one after the other.
+    """
+    if not inputs.catalogue.book.clip:
+        return {}
+    found = inputs.catalogue.book.clip[0]
+    known = {
+        Unit(facts.name, channel): (facts.order, row)
+        for facts in inputs.layers
+        for row, channel in enumerate(facts.channels)
+    }
+    places = [known.get(found.unit(number)) for number in range(len(found.layer))]
+    units = []
+    for numbers, cosines in zip(found.search_units.tolist(), found.search_cosines.tolist(), strict=True):
+        shown = [(places[n], cosine) for n, cosine in zip(numbers, cosines, strict=True) if n >= 0]
+        units.append([value for place, cosine in shown if place for value in (*place, round(1000 * cosine))])
+    return {"model": found.model, "words": list(found.search_words), "units": units}
+
+
 def _index(inputs: IndexInputs, classes: int) -> dict[str, Any]:
     """Return what every page needs: the layers, the families, the number of classes, and how images are in files."""
     attributes, config, sizes, digests = inputs.atlas.attributes, inputs.config, inputs.sizes, inputs.digests
@@ -124,6 +155,7 @@ def _index(inputs: IndexInputs, classes: int) -> dict[str, Any]:
         "images": len(inputs.catalogue.paths),
         "sources": inputs.catalogue.sources,
         "classes": classes,
+        **inputs.similar,
         "layers": [[f.name, f.slug, f.kind, runs(f.channels), digests[f.name][:8], f.total] for f in inputs.layers],
         "families": [[family.name, family.href, len(family.present)] for family in inputs.families],
         "aliases": dict(config.aliases),
@@ -147,20 +179,26 @@ def _index(inputs: IndexInputs, classes: int) -> dict[str, Any]:
 def _write_layers(root: Path, inputs: IndexInputs, views: Sequence[LayerView]) -> dict[str, Any]:
     """Write two shards for each layer that is not reused; return the words of all units for the search.
 
-    A unit has the index of its word, −1 for none; a layer without any word has an empty list.
+    A unit has the index of its word, −1 for none; a layer without any word has an empty list. `more` has the other
+    names that are earned: number of the layer, row of the unit and index of the word, one after the other.
     """
     vocabulary: dict[str, int] = {}
-    word_numbers = []
+    word_numbers, more = [], []
     store, boxes = inputs.atlas.examples_store, bool(image_table(inputs.atlas))
     for layer, facts, rank in zip(views, inputs.layers, inputs.ranks, strict=True):
         places, words = labels_of(layer, facts, inputs.catalogue)
         numbers = [vocabulary.setdefault(word, len(vocabulary)) for word in words]
         word_numbers.append([numbers[i] if i >= 0 else -1 for i in places] if words else [])
+        for row, names in enumerate(inputs.catalogue.book.names(layer)):
+            title = words[places[row]] if places[row] >= 0 else ""
+            for word in earned_words(names):
+                if word != title:
+                    more += [facts.order, row, vocabulary.setdefault(word, len(vocabulary))]
         if facts.name not in inputs.reused:
             showing = choose_showing(store, boxes, max(facts.aperture), inputs.config, inputs.sizes)
             _shard(root, f"{facts.slug}/layer", _layer(layer, facts, showing.celled, inputs, rank))
             _shard(root, f"{facts.slug}/grid", columns(layer, facts, inputs.catalogue))
-    return {"words": list(vocabulary), "units": word_numbers}
+    return {"words": list(vocabulary), "units": word_numbers, "more": more}
 
 
 def _layer(
@@ -188,7 +226,16 @@ def _layer(
         "heat": layer.heat_maps() is not None and config.licence != "ids",
         "tiny": rank.tolist(),
         "rendered": [_rendered(rendered, sizes) for rendered in facts.rendered],
+        "absent": _absent(layer, facts),
     }
+
+
+def _absent(layer: LayerView, facts: LayerSummary) -> list[int]:
+    """Return the rows of the units without the first visualization: their small images show something else."""
+    if not facts.rendered:
+        return []
+    status = layer.measurements(facts.rendered[0].key, ("status",))["status"][:, 0]
+    return np.flatnonzero(status == "missing").tolist()
 
 
 def _example_counts(layer: LayerView, config: SiteConfig) -> dict[str, int]:

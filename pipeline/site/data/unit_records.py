@@ -14,18 +14,15 @@ import numpy as np
 from pipeline.core.metric_specs import GRID_METRICS, MAIN_METRICS, metric_named
 from pipeline.examples.association import Association
 from pipeline.judges.judgement import Judgement
+from pipeline.names.book import Meaning, UnitName, earned_words, is_shown
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, ShownExamples
 from pipeline.site.data.connection_records import attributed_of, wiring_of
 from pipeline.site.data.js_shards import rounded_decimals, shortest_decimals
-from pipeline.site.layout import embedding
 from pipeline.site.media.kernel_images import kernel_views, layer_scale
 from pipeline.store.effects import UnitEffects
 from pipeline.store.layer_view import Histogram, LayerView, PathCurves
 
 BARS = 64
-
-# Least side of a receptive field, in pixels, in which there can be what a label says.
-MIN_NAMED_FIELD = 16
 
 # Outputs in the record of an ablated unit that it raises most, and that it lowers most.
 EFFECTS = 5
@@ -69,19 +66,8 @@ def worst(status: np.ndarray) -> list[str]:
     return [max(map(str, row), key=lambda s: severity.get(s, 0)) for row in status]
 
 
-def naming_of(labels: Association | None, facts: LayerSummary) -> np.ndarray:
-    """Return the label that names each unit of a layer, (C',) int; −1 for none.
-
-    Units with a receptive field below `MIN_NAMED_FIELD` see colors and edges, no objects: they have no name.
-    """
-    field = facts.receptive_field
-    if labels is None or (field is not None and min(field) < MIN_NAMED_FIELD):
-        return np.full(len(facts.channels), -1)
-    return labels.naming
-
-
 def labels_of(layer: LayerView, facts: LayerSummary, catalogue: Catalogue) -> tuple[list[int], list[str]]:
-    """Return a word for each unit: its class in a classifier, else the label of the dataset that names it.
+    """Return a word for each unit: its class in a classifier, else the first of its names that are earned.
 
     Returns:
         For each unit the index of its word, −1 for none; and the sorted list of words.
@@ -89,10 +75,7 @@ def labels_of(layer: LayerView, facts: LayerSummary, catalogue: Catalogue) -> tu
     if facts.classifier:
         words = [catalogue.classes[c] for c in facts.channels]
     else:
-        words = [
-            catalogue.names[i] if 0 <= i < len(catalogue.names) else ""
-            for i in naming_of(layer.labels(), facts).tolist()
-        ]
+        words = [next(iter(earned_words(names)), "") for names in catalogue.book.names(layer)]
     used = sorted({word for word in words if word})
     place = {word: i for i, word in enumerate(used)}
     return [place.get(word, -1) for word in words], used
@@ -124,7 +107,7 @@ class Recorder:
         catalogue: Dataset images and labels.
         lists: The example lists that the site shows.
         places: Places of its units and of those that it is wired to.
-        similar: Number of similar units in each record; 0 for none.
+        facets: Returns the record of the facets of a channel (`data.facets`); None without facets.
     """
 
     def __init__(
@@ -134,14 +117,13 @@ class Recorder:
         catalogue: Catalogue,
         lists: Sequence[ShownExamples],
         places: TinyPlaces,
-        similar: int,
+        facets: Callable[[int], dict[str, Any] | None] | None = None,
     ) -> None:
         self._layer = layer
         self._facts = facts
         self._catalogue = catalogue
         self._lists = lists
         self._ranks = places.own
-        self._similar = similar
         self._pictures = {
             r.key: _with_paths(
                 _with_judgements(
@@ -153,11 +135,11 @@ class Recorder:
         }
         self._stats = {k: v.tolist() if v.dtype == bool else shortest_decimals(v) for k, v in layer.stats().items()}
         self._labels = layer.labels()
-        self._naming = naming_of(self._labels, facts)
-        self._vectors = embedding.unit_vectors([layer.dataset_activations()]) if similar else None
+        self._names, self._meanings = catalogue.book.names(layer), catalogue.book.meanings(layer)
         self._wiring = wiring_of(layer, places.others)
         self._attributed = attributed_of(layer, places.others)
         self._effects = effects_of(layer.effects(), catalogue.classes)
+        self._facets = facets
         self._masks = layer.relevance_masks() if any(shown.name == "relevant" for shown in lists) else None
         self._kernels = layer.kernels()
         self._histogram = layer.histogram()
@@ -189,7 +171,6 @@ class Recorder:
         """
         facts, classes = self._facts, self._catalogue.classes
         records: list[dict[str, Any]] = []
-        similar = self._similar_units(rows)
         entries = {shown.name: self._entries(shown, rows, cells) for shown in self._lists}
         for i, row in enumerate(range(rows.start, rows.stop)):
             channel = facts.channels[row]
@@ -211,31 +192,22 @@ class Recorder:
                 unit["masks"] = _mask_record(self._masks[row], images)
             if self._labels is not None:
                 unit["labels"] = self._labels_record(self._labels, row)
-            if similar is not None:
-                unit["similar"] = similar[i]
+            named = [_name_record(name) for name in self._names[row] if is_shown(name)]
+            if named:
+                unit["names"] = named
+            if self._meanings[row]:
+                unit["meanings"] = list(map(_meaning_record, self._meanings[row]))
             if self._wiring is not None:
                 unit["wiring"] = self._wiring(row)
             if self._attributed is not None:
                 unit["attributed"] = self._attributed(row)
             if self._effects is not None:
                 unit["effects"] = self._effects(row)
+            facets = self._facets(channel) if self._facets is not None else None
+            if facets is not None:
+                unit["facets"] = facets
             records.append(unit)
         return records
-
-    def _similar_units(self, rows: slice) -> list[list[list[Any]]] | None:
-        """Return [channel, correlation, place among tiny images] of the similar units of each unit in `rows`."""
-        if self._vectors is None:
-            return None
-        numbers, correlations = embedding.most_correlated(self._vectors, rows, self._similar)
-        correlations = np.round(correlations.astype(np.float64), 4)
-        return [
-            [
-                [self._facts.channels[n], correlation, int(self._ranks[n])]
-                for n, correlation in zip(unit_numbers, unit_correlations, strict=True)
-                if n >= 0
-            ]
-            for unit_numbers, unit_correlations in zip(numbers.tolist(), correlations.tolist(), strict=True)
-        ]
 
     def _histogram_record(self, histogram: Histogram, row: int) -> dict[str, Any]:
         return {
@@ -279,8 +251,6 @@ class Recorder:
         record: dict[str, Any] = {
             "over": [[names[label], count, lift, p] for label, count, lift, p in over if label >= 0]
         }
-        if self._naming[row] >= 0:
-            record["name"] = names[self._naming[row]]
         best, chosen = int(labels.best[row]), labels.chosen[row].tolist()
         if best >= 0:
             record["best"] = names[best]
@@ -289,6 +259,24 @@ class Recorder:
         if best >= 0 or min(chosen) >= 0:
             record["selectivity"], record["auroc"] = self._best[row]
         return record
+
+
+def _name_record(name: UnitName) -> dict[str, Any]:
+    """Return the record of a name, without what its method does not have."""
+    record = {"name": name.name, "author": name.author, "method": name.method, "earned": name.earned}
+    numbers = {key: getattr(name, key) for key in ("confidence", "score", "p", "q")}
+    counts = {key: getattr(name, key) for key in ("support", "examined") if name.examined}
+    said = {"comment": name.comment} if name.comment else {}
+    return record | said | counts | {k: float(f"{v:.6g}") for k, v in numbers.items() if v is not None}
+
+
+def _meaning_record(meaning: Meaning) -> dict[str, Any]:
+    """Return the record of what a CLIP model says about a unit; what is not known is null."""
+    clarity, polysemanticity, similarity = rounded_decimals(
+        np.array([meaning.clarity, meaning.polysemanticity, meaning.similarity])
+    )
+    similar = None if meaning.similar is None else [*meaning.similar, similarity]
+    return {"model": meaning.model, "clarity": clarity, "polysemanticity": polysemanticity, "similar": similar}
 
 
 def _measurements(numbers: Mapping[str, np.ndarray], natural: np.ndarray) -> list[list[dict[str, Any]]]:

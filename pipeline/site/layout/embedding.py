@@ -74,30 +74,3 @@ def sheet_order(components: np.ndarray, size: int) -> np.ndarray:
     places = np.empty(len(components), int)
     places[order] = np.arange(len(components))
     return places
-
-
-def most_correlated(vectors: np.ndarray, rows: slice, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the units of a layer with the highest correlation to those in `rows`, best first.
-
-    Args:
-        vectors: Unit vectors of the layer from `unit_vectors`, (C', n).
-        rows: The units to compare.
-        count: Number of similar units to return.
-
-    Returns:
-        Rows of the units and their correlations, (rows, count) each. The row is −1 where there are fewer units, and
-        for units that never change.
-    """
-    correlation = vectors[rows] @ vectors.T
-    # −2 excludes a unit itself and all units that never change.
-    selected = np.arange(len(vectors))[rows]
-    correlation[np.arange(len(selected)), selected] = -2
-    correlation[:, ~vectors.any(1)] = -2
-    correlation[~vectors[rows].any(1)] = -2
-    # Select the best by partition, then sort only these; ties are in the order of their rows.
-    best = np.argpartition(-correlation, min(count, correlation.shape[1] - 1), axis=1)[:, :count]
-    best = np.sort(best, axis=1)
-    ranked = np.argsort(-np.take_along_axis(correlation, best, 1), axis=1, kind="stable")
-    order = np.take_along_axis(best, ranked, 1)
-    value = np.take_along_axis(correlation, order, 1)
-    return np.where(value > -2, order, -1), value

@@ -15,6 +15,7 @@ from PIL import Image
 from pipeline.images.opacity import opacity
 from pipeline.site.config import SiteConfig
 from pipeline.site.context.layer_summary import Catalogue, LayerSummary, ShownExamples, shown_lists, summarize
+from pipeline.site.data.facets import facets_of
 from pipeline.site.data.js_shards import shard_script, shortest_decimals, to_json
 from pipeline.site.data.unit_records import Recorder, TinyPlaces, example_key
 from pipeline.site.media.cards import CardWriter
@@ -175,7 +176,8 @@ class ChunkWriter:
             facts = summarize(view, chunk.order, self._catalogue.classes)
             lists = shown_lists(view, self._config)
             places = TinyPlaces(chunk.ranks, chunk.wired_ranks)
-            recorder = Recorder(view, facts, self._catalogue, lists, places, self._config.similar)
+            facets = facets_of(view.facets(), self._catalogue, self._config.licence != "ids")
+            recorder = Recorder(view, facts, self._catalogue, lists, places, facets)
             heat_maps = view.heat_maps()
             share = max(facts.aperture)
             showing = choose_showing(self._atlas.examples_store, bool(self._table), share, self._config, self._sizes)

@@ -32,7 +32,7 @@
       numbers.map(([word, value]) => make("span", { class: "number" }, make("br", {}), word + " ", data(value, wires.signed))));
     if (rank < 0) return make("div", { class: "wire", title: name + " is not in this atlas" }, make("span", {}), kernel || make("span", {}), said);
     const link = make("a", { class: "wire", href: onward(name), title: "Go on to " + name, "data-name": name }, pic, kernel || make("span", {}), said);
-    ATLAS.lazily([link], () => tiny(pic, layer, rank), "200px");
+    ATLAS.lazily([link], () => tiny(pic, layer, rank, ATLAS.rowOf(layer, channel)), "200px");
     return link;
   }
   const word = (sum) => make("span", { class: wires.says(sum).split(" ")[0], text: wires.says(sum) });

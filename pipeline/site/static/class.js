@@ -47,7 +47,7 @@
     const pic = make("span", { class: "pic" });
     const name = layer.name + ":" + channel;
     const link = make("a", { class: "near", href: unitLink(layer, channel), title: name + (title ? ", " + title : ""), "aria-label": name + ", " + (title || text) }, pic, make("b", { text: String(channel) }), make("span", { text }));
-    ATLAS.lazily([link], () => tiny(pic, layer, rank), "200px");
+    ATLAS.lazily([link], () => tiny(pic, layer, rank, ATLAS.rowOf(layer, channel)), "200px");
     return link;
   }
 
@@ -99,7 +99,7 @@
   async function show() {
     const turn = ++latest;
     const asked = decoded(window.location.hash.slice(1));
-    const { classes } = await need("search", ATLAS.index.identity);
+    const { classes } = await ATLAS.words();
     if (turn !== latest) return;
     if (!asked) { list(classes); return; }
     const at = classes.indexOf(asked);

@@ -141,6 +141,9 @@ window.ATLAS = (function () {
     return [];
   }
 
+  // Class of a unit, or its first name that is earned; "" if there is none.
+  const wordOf = (record) => record.class || ((record.names || []).find((n) => n.earned) || {}).name || "";
+
   // ------------------------------------------------------------------- sprites
 
   // Show one cell of a sheet as the background of `element`. Set by script, because the policy of the pages forbids inline styles.
@@ -163,10 +166,33 @@ window.ATLAS = (function () {
     const rows = Math.ceil(Math.min(per, total - start) / columns);
     sprite(element, media(layer, prefix + start), columns, rows, at - start);
   }
-  function tiny(element, layer, rank) {
-    const [per, columns] = index.sizes.tiny;
+  // The small image of a unit; `row` is its row in the layer, for `sharpen`.
+  function tiny(element, layer, rank, row) {
+    const [per, columns, px] = index.sizes.tiny;
     cell(element, layer, "b", per, columns, rank, count(layer));
+    sharpen(element, layer, row, px);
     return element;
+  }
+  // On a screen of high density, show the unit's cell of the sheets of feature visualizations in place of a smaller image of `px` pixels,
+  // as soon as that sheet is loaded. Other screens never load it.
+  function sharpen(element, layer, row, px) {
+    if (!(row >= 0) || window.devicePixelRatio < 1.5) return;
+    need(layer.slug + "/layer", layer.version).then((found) => {
+      const [first] = found.rendered || [];
+      if (!first || found.absent.includes(row) || element.clientWidth * window.devicePixelRatio <= px) return;
+      const [per, variants, columns, width, height] = first.sheet;
+      const short = Math.min(width, height);
+      if (short <= px) return;
+      const start = row - (row % per);
+      const rows = Math.ceil((Math.min(per, count(layer) - start) * variants) / columns);
+      const url = media(layer, "p0-" + start);
+      const image = new Image();
+      image.onload = () => {
+        element.dataset.sharp = "";
+        sprite(element, url, columns, rows, (row - start) * variants, [(1 - short / width) / 2, (1 - short / height) / 2, short / width, short / height]);
+      };
+      image.src = url;
+    });
   }
 
   // Call `then` once for each element, when it comes near the visible area or the page is printed.
@@ -194,7 +220,7 @@ window.ATLAS = (function () {
       const layer = byName.get(name.slice(0, name.lastIndexOf(":")));
       const channel = Number(name.slice(name.lastIndexOf(":") + 1));
       if (!layer || rowOf(layer, channel) < 0) return;
-      need(layer.slug + "/layer", layer.version).then((found) => tiny(element, layer, found.tiny[rowOf(layer, channel)]));
+      need(layer.slug + "/layer", layer.version).then((found) => tiny(element, layer, found.tiny[rowOf(layer, channel)], rowOf(layer, channel)));
     });
   }
 
@@ -214,20 +240,39 @@ window.ATLAS = (function () {
     const others = [];
     let total = 0;
     const layers = new Set();
+    const seen = new Set();
+    const found = (order, row, word) => {
+      const layer = layerAt(order);
+      const unit = order + ":" + row;
+      if (!match.has(word) || (only && !only.includes(layer)) || seen.has(unit)) return;
+      seen.add(unit);
+      total++;
+      layers.add(order);
+      const list = match.get(word) ? exact : others;
+      if (list.length < most) list.push([layer, row, words.words[word]]);
+    };
     if (match.size) {
       words.units.forEach((labels, order) => {
-        const layer = layerAt(order);
-        if (only && !only.includes(layer)) return;
-        for (let row = 0; row < labels.length; row++) {
-          if (!match.has(labels[row])) continue;
-          total++;
-          layers.add(order);
-          const list = match.get(labels[row]) ? exact : others;
-          if (list.length < most) list.push([layer, row, words.words[labels[row]]]);
-        }
+        for (let row = 0; row < labels.length; row++) found(order, row, labels[row]);
       });
+      // Names beside the one in the title.
+      const more = words.more || [];
+      for (let i = 0; i < more.length; i += 3) found(more[i], more[i + 1], more[i + 2]);
     }
     return { units: exact.concat(others).slice(0, most), total, layers: layers.size };
+  }
+
+  // Units whose dataset examples are nearest to a word of the list that was computed beforehand: [layer, row, word, cosine × 1000].
+  function nearTo(word, concepts, only) {
+    if (!concepts) return [];
+    const at = concepts.words.findIndex((w) => w.toLowerCase() === word.toLowerCase());
+    const found = [];
+    for (let i = 0; at >= 0 && i < concepts.units[at].length; i += 3) {
+      const [order, row, cosine] = concepts.units[at].slice(i, i + 3);
+      const layer = layerAt(order);
+      if (!only || only.includes(layer)) found.push([layer, row, concepts.words[at], cosine]);
+    }
+    return found;
   }
 
   // Results of a query: {results: [{text, detail, href, layer, row}], total, units, layers, says}, with the number of units that a
@@ -268,8 +313,20 @@ window.ATLAS = (function () {
       const channel = channelAt(layer, row);
       results.push({ text: layer.name + ":" + channel, detail: label, href: linkTo(layer.name, channel), layer, row });
     }
+    const named = new Set(results.map((r) => r.text));
+    for (const [layer, row, word, cosine] of nearTo(within ? within[2] : text, words.concepts, only && only.length ? only : null)) {
+      const unit = layer.name + ":" + channelAt(layer, row);
+      if (!named.has(unit)) results.push({ text: unit, detail: "near “" + word + "”, " + number(cosine / 1000), href: linkTo(layer.name, channelAt(layer, row)), layer, row });
+    }
     const says = results.length ? "" : "Nothing is called “" + text + "”.";
     return { results: results.slice(0, most), total: results.length - found.units.length + found.total, units: found.total, layers: found.layers, says };
+  }
+
+  // What `search` needs: the names of units and classes, and the words of a CLIP model.
+  async function words() {
+    const known = await need("search", index.layers.length ? index.words || index.identity : "");
+    if (index.concepts && !known.concepts) known.concepts = await need("concepts", index.concepts).catch(() => null);
+    return known;
   }
 
   function searchBox() {
@@ -281,7 +338,6 @@ window.ATLAS = (function () {
     form.hidden = false;
     let active = -1;
     let latest = 0;
-    const words = () => need("search", index.layers.length ? index.identity : "");
     const options = () => all("[role=option]", list);
     const close = () => { list.hidden = true; box.setAttribute("aria-expanded", "false"); box.removeAttribute("aria-activedescendant"); active = -1; };
     const mark = (to) => {
@@ -315,7 +371,7 @@ window.ATLAS = (function () {
       // The image belongs to the element inside the option; the option keeps its plain background.
       lazily(options().filter((o) => o.dataset.unit), (option) => {
         const r = answer.results[Number(option.id.slice(7))];
-        need(r.layer.slug + "/layer", r.layer.version).then((l) => tiny(find(".pic", option), r.layer, l.tiny[r.row]));
+        need(r.layer.slug + "/layer", r.layer.version).then((l) => tiny(find(".pic", option), r.layer, l.tiny[r.row], r.row));
       });
       const counted = answer.units ? answer.units + (answer.units === 1 ? " unit" : " units") + " in " + answer.layers + (answer.layers === 1 ? " layer" : " layers") : "";
       const cut = answer.total > answer.results.length ? answer.results.length + " of " + answer.total + " shown" : "";
@@ -463,8 +519,8 @@ window.ATLAS = (function () {
   else start();
 
   return {
-    put, need, ready, indexed, make, find, all, number, share, data, remember, remembered, lazily, sprite, cell, tiny, media, fill, search,
-    rowOf, channelAt, count, linkTo, layersNamed, layerAt, keys, say, copyText, random, root, html, pin, pinned, PINS,
+    put, need, ready, indexed, make, find, all, number, share, data, remember, remembered, lazily, sprite, cell, tiny, sharpen, media, fill, search, words,
+    rowOf, channelAt, count, wordOf, linkTo, layersNamed, layerAt, keys, say, copyText, random, root, html, pin, pinned, PINS,
     layer: (name) => byName.get(name), get index() { return index; },
   };
 })();

@@ -33,7 +33,7 @@
   }
 
   function draw(unit) {
-    const word = unit.record.class || (unit.record.labels || {}).name || "";
+    const word = ATLAS.wordOf(unit.record);
     const examples = ((unit.record.examples || {}).max || []).slice(0, EXAMPLES).map((entry) => example(unit, entry)).filter(Boolean);
     const shown = visualization(unit);
     const name = nameOf(unit);

@@ -44,11 +44,14 @@
     grid.hidden = controls.hidden = false;
     const fill = (item) => {
       const tile = item.firstChild;
+      if (tile.firstChild.dataset.sharp !== undefined) return;
       cell(tile.firstChild, layer, "a", per, across, Number(tile.dataset.row), total);
     };
     // At first, load little more than the visible part. At the first input of the reader, load far enough ahead that
     // scrolling shows no gray tiles, then all other sheets one by one, for jumps.
     const seen = ATLAS.lazily(tiles, fill, "100px 0px 200px");
+    // On screens of high density, sharper images of the visible part only.
+    if (window.devicePixelRatio >= 1.5) ATLAS.lazily(tiles.map((item) => item.firstChild.firstChild), (pic) => ATLAS.sharpen(pic, layer, Number(pic.parentNode.dataset.row), ATLAS.index.sizes.thumb[2]), "0px");
     const signs = ["scroll", "wheel", "pointermove", "pointerdown", "touchstart", "keydown"];
     if (seen) for (const sign of signs) window.addEventListener(sign, ahead, { passive: true });
     function ahead() {

@@ -104,14 +104,16 @@
     return image.complete && image.naturalWidth ? image : null;
   }
 
-  // The image of a unit from its sheet, or null until the sheet is loaded; units close to each other share few sheets.
-  function picture(p) {
-    const [per, columns, px] = ATLAS.index.sizes.tiny;
-    const start = p.rank - (p.rank % per);
-    const url = ATLAS.media(p.layer, "b" + start);
-    const image = loaded(url);
-    const at = p.rank - start;
-    return image ? [image, (at % columns) * px, Math.floor(at / columns) * px, px] : null;
+  // The image of a unit from its sheet, or null until the sheet is loaded; units close to each other share few sheets. Few units on a
+  // screen of high density are shown from the sheets of larger images, in the order of the layer, once these are loaded.
+  function picture(p, large) {
+    const of = (name, [per, columns, px], place) => {
+      const start = place - (place % per);
+      const image = loaded(ATLAS.media(p.layer, name + start));
+      const at = place - start;
+      return image ? [image, (at % columns) * px, Math.floor(at / columns) * px, px] : null;
+    };
+    return (large && of("a", ATLAS.index.sizes.thumb, p.row)) || of("b", ATLAS.index.sizes.tiny, p.rank);
   }
 
   // The unit of each cell of a level: the nearest to its middle, by the rule that the tiles were made by.
@@ -194,7 +196,7 @@
       const place = Math.floor(p.px / side) + "," + Math.floor(p.py / side);
       if (taken.has(place)) continue;
       taken.add(place);
-      const found = picture(p);
+      const found = picture(p, ratio >= 1.5 && near.length <= 400);
       if (!found) continue;
       const [image, sx, sy, px] = found;
       context.globalAlpha = dim && !hits.has(p) ? 0.25 : 1;
@@ -243,10 +245,10 @@
       tip.hidden = !p;
       if (p) {
         const pic = make("span", { class: "pic" });
-        ATLAS.tiny(pic, p.layer, p.rank);
+        ATLAS.tiny(pic, p.layer, p.rank, p.row);
         const word = make("span", {});
         tip.replaceChildren(pic, make("span", {}, make("b", { text: nameOf(p) }), word));
-        need("search", ATLAS.index.identity).then((words) => {
+        ATLAS.words().then((words) => {
           const label = (words.units[p.layer.order] || [])[p.row];
           if (label >= 0) word.textContent = " " + words.words[label];
         });
@@ -312,7 +314,7 @@
   async function light() {
     const text = box.value.trim();
     if (!text) { hits = null; find("#map-count").textContent = ""; draw(); return; }
-    const words = await need("search", ATLAS.index.identity);
+    const words = await ATLAS.words();
     if (box.value.trim() !== text) return;
     const answer = ATLAS.search(text, words, 100000);
     const wanted = new Set(answer.results.filter((r) => r.layer).map((r) => r.layer.order + ":" + r.row));

@@ -79,7 +79,7 @@
 
   function head(unit) {
     const name = nameOf(unit);
-    const word = unit.record.class || (unit.record.labels || {}).name || "";
+    const word = ATLAS.wordOf(unit.record);
     return make("th", { scope: "col" }, make("a", { href: ATLAS.linkTo(unit.layer.name, unit.channel), text: name }), word ? make("span", { class: "class", text: word }) : "",
       make("button", { type: "button", text: "Remove", "aria-label": "Remove " + name, onclick: () => remove(name) }));
   }

@@ -430,6 +430,23 @@
     return lines.map((line) => make("p", { class: "says judged" }, line));
   }
 
+  // Who or what gave the name, and how sure that is.
+  function reasonOf(n) {
+    if (n.method === "person") return ["by ", n.author, ...(typeof n.confidence === "number" ? [", confidence ", data(n.confidence, share)] : [])];
+    if (n.method === "labels") return ["label of ", data(n.support), " of the ", data(n.examined), " strongest dataset images; p ", data(n.p), ", false discovery rate ", data(n.q)];
+    return [n.author, ", soft-WPMI ", data(n.score), "; p ", data(n.p), ", false discovery rate ", data(n.q)];
+  }
+  function names(unit) {
+    const found = unit.record.names || [];
+    const meanings = unit.record.meanings || [];
+    if (!found.length && !meanings.length) return null;
+    return make("section", { class: "called" }, make("h2", { text: "Names" }),
+      found.length ? make("ul", {}, found.map((n) => make("li", {},
+        make("b", { text: n.name }), " ", make("span", { class: "note" }, ...reasonOf(n), "."), n.comment ? make("span", { class: "comment", text: " " + n.comment }) : ""))) : null,
+      meanings.map((m) => make("p", { class: "note" }, "By ", m.model, ": clarity ", data(m.clarity), ", polysemanticity ", data(m.polysemanticity),
+        m.similar ? [", most similar unit ", make("a", { href: ATLAS.linkTo(m.similar[0], m.similar[1]), text: m.similar[0] + ":" + m.similar[1] }), " (", data(m.similar[2]), ")"] : "", ". ", make("a", { href: root + "method.html#names", text: "What these are" }), ".")));
+  }
+
   function labels(unit) {
     const l = unit.record.labels;
     if (!l || (!l.over.length && !l.best && !l.chosen)) return null;
@@ -472,27 +489,66 @@
       make("div", { class: "row of-relevant" }, figures));
   }
 
-  // `drawn` is shown below the text, and `more` is what it shows, in words.
-  function neighbour(layer, channel, rank, text, drawn, more) {
+  // Groups of the images with the highest mean activation, each with an image of its own.
+  function facets(unit) {
+    const found = unit.record.facets;
+    if (!found || !found.facets.length) return null;
+    const [per, columns, total] = found.sheet;
+    const cell = (at, kind, words, title) => {
+      const start = at.row - (at.row % per);
+      const url = root + "media/facets-" + unit.layer.slug + "/" + start / per + "." + ATLAS.index.photo_suffix + "?v=" + unit.layer.version;
+      const frame = make("span", { class: "frame " + kind, role: "img", "aria-label": words, title: title || words });
+      ATLAS.sprite(frame, url, columns, Math.min(per, total - start), (at.row - start) * columns + at.column);
+      return frame;
+    };
+    const many = found.facets.length;
+    const rows = found.facets.map((facet, i) => make("figure", { class: "facet" },
+      make("div", { class: "cells" }, cell({ row: facet.row, column: 0 }, "made", "Visualization of facet " + (i + 1)),
+        facet.nearest.map(([path, label], k) => (found.pictured ? cell({ row: facet.row, column: k + 1 }, "", "Dataset image: " + (label || path), path)
+          : make("span", { class: "frame absent", role: "img", "aria-label": "Dataset image: " + (label || path), title: path, text: path })))),
+      make("figcaption", {}, many > 1 ? "Facet " + (i + 1) + ": " : "", data(facet.size), " of ", data(found.examples), " examples",
+        typeof facet.separation === "number" ? [" · separation ", data(facet.separation)] : "",
+        " · image: activation ", data(facet.activation), ", cosine with the facet ", data(facet.cosine),
+        facet.failed ? [" ", make("strong", { class: "flag", text: "failed" })] : "")));
+    return make("section", { class: "facets" }, make("h2", { text: many > 1 ? many + " facets" : "One facet" }),
+      make("p", { class: "note" }, "The ", data(found.examples), " dataset images with the highest mean activation, grouped by the responses of " + found.embedding + ", with one visualization for each group and its most typical images. ",
+        typeof found.monosemanticity === "number" ? ["Monosemanticity ", data(found.monosemanticity), ": 0 for images as alike as random ones, 1 for images as alike as the nearest neighbors of an image."] : ""),
+      rows);
+  }
+
+  // `drawn` is shown below the text, and `more` is what it shows, in words; the layer is named if they are of several.
+  function neighbour(layer, channel, rank, text, drawn, more, several) {
     const name = layer.name + ":" + channel;
     const pic = make("span", { class: "pic" });
-    const inside = [pic, make("b", { text: String(channel) }), make("span", { text }), drawn];
+    const inside = [pic, several ? make("small", { text: layer.name }) : null, make("b", { text: String(channel) }), make("span", { text }), drawn];
     if (rank < 0) return make("span", { class: "near", title: name + " is not in this atlas" + (more ? "; it " + more : "") }, inside);
     const link = make("a", { class: "near", href: ATLAS.linkTo(layer.name, channel), title: name + (more ? ", " + more : ""), "aria-label": name + ", " + text + (more ? ", " + more : "") }, inside);
-    ATLAS.lazily([link], () => tiny(pic, layer, rank), "0px");
+    ATLAS.lazily([link], () => tiny(pic, layer, rank, ATLAS.rowOf(layer, channel)), "0px");
     return link;
   }
 
-  const SIMILAR = 0.2;
+  // The units of all layers with the most similar activations, from a shard that is loaded when the section comes near.
+  function similar(unit) {
+    const [per, least, version] = ATLAS.index.similar || [];
+    if (!per) return null;
+    const body = make("div", { class: "nears with-layers" });
+    const section = make("section", { class: "similar" }, make("h2", { text: "Most similar units of all layers" }), make("p", { class: "note" }, "By the correlation of their maximum activations per dataset image, at least " + least + ". ", make("a", { href: root + "method.html#numbers", text: "Definition" }), "."), body);
+    let number_ = unit.row;
+    for (let order = 0; order < unit.layer.order; order++) number_ += ATLAS.count(ATLAS.layerAt(order));
+    const start = number_ - (number_ % per);
+    ATLAS.lazily([section], () => need("similar/" + start, version).then((shard) => {
+      const flat = shard[number_ - start];
+      if (!flat.length) { section.querySelector(".note").textContent = "No unit has a correlation of at least " + least + " with this one."; return; }
+      for (let i = 0; i < flat.length; i += 4) {
+        const [order, channel, r, rank] = flat.slice(i, i + 4);
+        body.append(neighbour(ATLAS.layerAt(order), channel, rank, r.toFixed(2), null, "", true));
+      }
+    }).catch(() => section.remove()), "300px");
+    return section;
+  }
 
   function relations(unit) {
-    const found = [];
-    // With a few hundred images, correlations of unrelated units are below this.
-    const similar = (unit.record.similar || []).filter(([, r]) => r >= SIMILAR);
-    if (similar.length) {
-      found.push(make("section", { class: "similar" }, make("h2", { text: "Most similar units of the layer" }), make("p", { class: "note", text: "By the correlation of their activations over the dataset, at least " + SIMILAR + "." }),
-        make("div", { class: "nears" }, similar.map(([channel, r, rank]) => neighbour(unit.layer, channel, rank, r.toFixed(2).replace("-", "−"))))));
-    }
+    const found = [similar(unit)].filter(Boolean);
     const wiring = unit.record.wiring || {};
     for (const [key, title] of wires.SIDES) {
       const side = wiring[key];
@@ -590,7 +646,7 @@
 
   function page(unit, families, part) {
     const name = nameOf(unit);
-    const word = unit.record.class || (unit.record.labels || {}).name || "";
+    const word = ATLAS.wordOf(unit.record);
     const tags = (families[name] || []).map((i) => make("a", { class: "tag", href: root + ATLAS.index.families[i][1], text: ATLAS.index.families[i][0] }));
     const failed = unit.facts.rendered.filter((rendered) => (unit.record.pictures[rendered.key] || []).some((p) => p.status === "failed"));
     const saturated = unit.facts.rendered.filter((rendered) => (unit.record.pictures[rendered.key] || []).some((p) => p.status !== "failed" && p.saturation > MAX_SATURATION));
@@ -621,8 +677,8 @@
         actions),
       kernel(unit),
       make("div", { class: "evidence" }, visualizations, make("div", { class: "beside" }, photographs)),
-      make("div", { class: "two" }, drawn, make("div", {}, numbers(unit), labels(unit))),
-      quality(unit), path(unit), effects(unit), relevant(unit), relations(unit), provenance(unit));
+      make("div", { class: "two" }, drawn, make("div", {}, numbers(unit), names(unit), labels(unit))),
+      facets(unit), quality(unit), path(unit), effects(unit), relevant(unit), relations(unit), provenance(unit));
   }
 
   // --------------------------------------------------------------------- actions

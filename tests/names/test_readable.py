@@ -1,6 +1,6 @@
 """Readable names of labels."""
 
-from pipeline.site.data.label_names import readable_labels
+from pipeline.names.readable import readable_labels
 
 
 def test_numbers_of_synsets_and_underscores_are_removed():

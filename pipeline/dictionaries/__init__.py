@@ -1,0 +1,1 @@
+"""Dictionaries fitted to the activations of a layer: sparse autoencoders, decompositions, concepts."""
