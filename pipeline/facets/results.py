@@ -1,6 +1,7 @@
 """Responses to the examples of units, their facets, and the images of these."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -104,7 +105,7 @@ class LayerFacets:
         """Number of facets of all units, F."""
         return len(self.unit)
 
-    @property
+    @functools.cached_property
     def targets(self) -> np.ndarray:
         """Centers for the objective `facet`, as long as the unit's largest activation by its examples, (F, D)."""
         scale = np.nanmax(np.abs(self.value), axis=1, initial=1e-6)

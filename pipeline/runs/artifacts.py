@@ -10,10 +10,10 @@ from pipeline.engine.tasks import render_digest, restart_digest
 from pipeline.planning.cost_model import PlanRow
 from pipeline.planning.folder import RunFolder
 from pipeline.planning.plan import Plan
-from pipeline.runs.atlas_pass import ActivationAtlasPass
 from pipeline.runs.dataset_pass import DatasetPass
 from pipeline.runs.effects_pass import EffectsPass
-from pipeline.runs.facets.state import FacetsPass
+from pipeline.runs.layer_images.activation_atlas import ActivationAtlasPass
+from pipeline.runs.layer_images.facets import FacetsPass
 from pipeline.store import shards, writer
 from pipeline.store.shards import DamagedShardError, Shard
 from pipeline.visualization.evaluation import RESTARTED, SILENT

@@ -21,10 +21,12 @@ from pipeline.planning.folder import RunFolder
 from pipeline.planning.plan import ExistingWork, Plan, RemainingWork
 from pipeline.runs import maintenance
 from pipeline.runs.artifacts import Artifacts
-from pipeline.runs.atlas_pass import ActivationAtlasPass
 from pipeline.runs.dataset_pass import DatasetPass, gaps, without_overlap
 from pipeline.runs.effects_pass import EffectsPass
-from pipeline.runs.facets.reuse import remaining_facets, reuse_facets
+from pipeline.runs.layer_images import rounds
+from pipeline.runs.layer_images.activation_atlas import ActivationAtlasPass
+from pipeline.runs.layer_images.facets import FacetsPass
+from pipeline.runs.layer_images.rounds import Make
 from pipeline.runs.pass_subset import PassSubset
 from pipeline.store import shards
 from pipeline.store.shards import DamagedShardError
@@ -75,8 +77,9 @@ def _remaining_work(plan: Plan, folder: RunFolder, ignored: Collection[Path]) ->
     if base is not None and missing == len(plan.setup.dataset.images):
         reason = _reuse_blocker(plan, base)
     effects, relevant, connected = _remaining_effects(plan, artifacts, ignored)
-    samples, cells = _remaining_activation_atlas(plan, artifacts, ignored)
-    responses, facets = remaining_facets(plan, artifacts.facets, candidate_runs(plan), ignored)
+    atlases_in, facets_in = _layer_images(plan, ignored)
+    samples, cells = rounds.remaining(artifacts.activation_atlas, atlases_in, candidate_runs(plan))
+    responses, facets = rounds.remaining(artifacts.facets, facets_in, candidate_runs(plan))
     return RemainingWork(
         channels,
         missing,
@@ -93,43 +96,18 @@ def _remaining_work(plan: Plan, folder: RunFolder, ignored: Collection[Path]) ->
     )
 
 
-def _remaining_activation_atlas(
-    plan: Plan, artifacts: Artifacts, ignored: Collection[Path]
-) -> tuple[int, dict[str, int]]:
-    """Return the images that no run has sampled, and the cells of each layer that no run has a visualization of."""
-    own = artifacts.activation_atlas
-    cells = own.missing_cells
-    if not own.missing and not any(cells.values()):
-        return 0, cells
-    found = [own, *(other for _, other in _activation_atlases_elsewhere(plan, ignored))]
-    ranges = without_overlap(shard for one in found for shard in one.ranges.values())
-    missing = sum(end - start for start, end in gaps(ranges, own.total))
-    for other in found:
-        cells = {name: min(cells[name], count) for name, count in other.missing_cells.items()}
-    return missing, cells
+def _layer_images(plan: Plan, ignored: Collection[Path]) -> tuple[Make[ActivationAtlasPass], Make[FacetsPass]]:
+    """Return what makes the states of activation atlases and facets in folders in which nothing may be written."""
+    return (
+        lambda folder: ActivationAtlasPass(plan, folder, True, ignored),
+        lambda folder: FacetsPass(plan, folder, True, ignored),
+    )
 
 
-def _activation_atlases_elsewhere(
-    plan: Plan, ignored: Collection[Path]
-) -> Iterator[tuple[RunFolder, ActivationAtlasPass]]:
-    """Yield the other runs with parts of the same activation atlases."""
-    for candidate in candidate_runs(plan):
-        found = ActivationAtlasPass(plan, candidate.shards, True, ignored)
-        if found.ranges:
-            yield candidate, found
-
-
-def _reuse_activation_atlases(plan: Plan, folder: RunFolder, ignored: Collection[Path]) -> None:
-    """Link shards of the same activation atlases of other runs."""
-    if plan.setup.activation_atlas is None:
-        return
-    own = ActivationAtlasPass(plan, folder.shards, True, ignored)
-    if not own.missing and not any(own.missing_cells.values()):
-        return
-    for candidate, found in _activation_atlases_elsewhere(plan, ignored):
-        count = sum(_link(path, folder.shards / path.relative_to(found.folder)) for path in found.paths())
-        if count:
-            log.info("Reusing the activation atlas of %s (%d shards)", candidate.path, count)
+def _reuse_layer_images(plan: Plan, folder: RunFolder, ignored: Collection[Path]) -> None:
+    """Link shards of the same activation atlases and facets of other runs."""
+    for make in _layer_images(plan, ignored):
+        rounds.reuse(folder, make, candidate_runs(plan), _link)
 
 
 def _remaining_effects(plan: Plan, artifacts: Artifacts, ignored: Collection[Path]) -> tuple[int, int, int]:
@@ -234,8 +212,7 @@ def reuse_results(plan: Plan, folder: RunFolder, stages: tuple[str, ...]) -> Non
     if "examples" in stages:
         without_damaged(lambda ignored: _reuse_pass(plan, folder, ignored))
         without_damaged(lambda ignored: _reuse_effects(plan, folder, ignored))
-        without_damaged(lambda ignored: _reuse_activation_atlases(plan, folder, ignored))
-        without_damaged(lambda ignored: reuse_facets(plan, folder, candidate_runs(plan), ignored, _link))
+        without_damaged(lambda ignored: _reuse_layer_images(plan, folder, ignored))
     base = find_base_run(plan.config)
     if "render" in stages and base is not None:
         _reuse_visualizations(plan, folder, base)

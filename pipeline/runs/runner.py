@@ -352,29 +352,19 @@ class _Session:
                 left = effects.relevant_missing
                 cost = effects.relevance_seconds * left
                 counts.append(Stage("relevance", "images", effects.relevant, effects.relevant - left, cost))
-            samples = artifacts.activation_atlas
-            if samples.total:
-                cost = samples.image_seconds * samples.missing
-                counts.append(Stage("samples", "images", samples.total, samples.total - samples.missing, cost))
-            responses = artifacts.facets
-            if responses.total:
-                left, cost = responses.missing, responses.image_seconds * responses.missing
-                counts.append(Stage("responses", "images", responses.total, responses.total - left, cost))
+            for name, state in (("samples", artifacts.activation_atlas), ("responses", artifacts.facets)):
+                if state.total:
+                    cost = state.image_seconds * state.missing
+                    counts.append(Stage(name, "images", state.total, state.total - state.missing, cost))
         if "render" in self.stages:
             missing_channels = {row: len(set(row.channels) - artifacts.channels(row)) for row in plan.rows}
             cost = sum(row.cost(count) for row, count in missing_channels.items())
             done = plan.work - sum(missing_channels.values())
             counts.append(Stage("render", "units", plan.work, done, cost))
-            atlases = artifacts.activation_atlas
-            if atlases.total and not atlases.missing:
-                left_cells, total = atlases.missing_cells, sum(atlases.cells.values())
-                cost = sum(left_cells[layer.name] * atlases.cell_seconds(layer) for layer in atlases.layers)
-                counts.append(Stage("cells", "cells", total, total - sum(left_cells.values()), cost))
-            facets = artifacts.facets
-            if facets.total and not facets.missing:
-                left_facets, total = facets.missing_facets, sum(facets.counts.values())
-                cost = sum(left_facets[layer.name] * facets.facet_seconds(layer) for layer in facets.layers)
-                counts.append(Stage("facets", "facets", total, total - sum(left_facets.values()), cost))
+            for name, state in (("cells", artifacts.activation_atlas), ("facets", artifacts.facets)):
+                if state.total and not state.missing:
+                    total, left = sum(state.counts.values()), sum(state.missing_items.values())
+                    counts.append(Stage(name, name, total, total - left, state.missing_seconds))
         return counts
 
     def _tasks(self, workers: int) -> list[Task]:
@@ -388,8 +378,8 @@ class _Session:
         if "examples" in self.stages:
             tasks += artifacts.dataset_pass.tasks(workers, excluded)
             tasks += artifacts.effects.tasks(workers, excluded)
-            tasks += artifacts.activation_atlas.sample_tasks(workers, excluded)
-            tasks += artifacts.facets.response_tasks(workers, excluded)
+            tasks += artifacts.activation_atlas.image_tasks(workers, excluded)
+            tasks += artifacts.facets.image_tasks(workers, excluded)
         if "render" in self.stages and not any(isinstance(task, RangesTask | SweepTask) for task in tasks):
             done = {row: artifacts.channels(row) for row in plan.rows}
             rows = {(row.layer.name, row.preset): row for row in plan.rows}
@@ -398,8 +388,8 @@ class _Session:
                     done[rows[task.layer, task.preset]] |= set(task.channels)
             missing = plan.render_tasks(plan.config.folder.absolute() / "shards", done, workers)
             tasks += self._with_dataset_results(missing) if plan.setup.begins else missing
-            tasks += artifacts.activation_atlas.cell_tasks(workers, excluded)
-            tasks += artifacts.facets.facet_tasks(workers, excluded)
+            tasks += artifacts.activation_atlas.item_tasks(workers, excluded)
+            tasks += artifacts.facets.item_tasks(workers, excluded)
         return tasks
 
     def _with_dataset_results(self, tasks: list[RenderTask]) -> list[RenderTask]:

@@ -88,7 +88,7 @@ def test_any_division_and_any_interruption_give_the_same_bytes(
     samples[1].unlink(), cells[1].unlink(), cells[2].unlink()
     plan = make_plan(compose([*tiny_run, *ATLAS]).config, timed=False)
     left = Artifacts(plan, compose(tiny_run).folder, read_only=True).activation_atlas
-    assert left.missing == 4 and left.missing_cells[LAYER] == 4 and not left.complete
+    assert left.missing == 4 and left.missing_items[LAYER] == 4 and not left.complete
     (finished / "atlas.h5").unlink()
     assert main(["run", *tiny_run, *ATLAS]) == 0  # in larger parts
     assert digests(finished / "atlas.h5", within=True) == first

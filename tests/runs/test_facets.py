@@ -103,7 +103,7 @@ def test_any_division_and_any_interruption_give_the_same_bytes(
     responses[1].unlink(), images[1].unlink()
     plan = make_plan(compose([*tiny_run, *options]).config, timed=False)
     left = Artifacts(plan, compose(tiny_run).folder, read_only=True).facets
-    assert left.missing == 4 and left.missing_facets[LAYER] > 0 and not left.complete
+    assert left.missing == 4 and left.missing_items[LAYER] > 0 and not left.complete
     (finished / "atlas.h5").unlink()
     for kind in ("responses", "facets/classifier", "facet_groups"):
         for path in (finished / "shards" / kind).glob("*.h5"):

@@ -1,1 +1,0 @@
-"""Facets in a run: their state and tasks, and the reuse of those of other runs."""
