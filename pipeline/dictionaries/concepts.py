@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 
 from pipeline.core.errors import AtlasError
+from pipeline.core.ridge import feature_scale
 from pipeline.layers.dictionary_files import BIAS, CENTER, DECODER, ENCODER, Arrays
 
 # Parts of cross-validation, and random splits of all images into two sets that the accuracy is compared with.
@@ -60,8 +61,8 @@ def fit_concept(positive: np.ndarray, negative: np.ndarray, seed: int) -> Concep
     labels = np.arange(len(values)) < len(positive)
     splits = [labels, *(generator.permutation(labels) for _ in range(NULL_SPLITS))]
     accuracy = _accuracies(values, np.stack(splits, 1), generator.permutation(len(values)) % FOLDS)
-    center, scale = _standardization(values)
-    weight = _probes((values - center) / scale, labels[:, None])[0][:, 0] / scale
+    center, scale = feature_scale(values)
+    weight = _probes((values - center) * scale, labels[:, None])[0][:, 0] * scale
     vector = weight / max(float(np.linalg.norm(weight)), 1e-12)
     arrays = {ENCODER: vector[:, None], DECODER: vector[None], BIAS: np.array([-center @ vector]), CENTER: center}
     plain = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
@@ -79,16 +80,10 @@ def _accuracies(values: np.ndarray, labels: np.ndarray, parts: np.ndarray) -> np
     right = np.zeros(labels.shape, bool)
     for part in range(FOLDS):
         test = parts == part
-        center, scale = _standardization(values[~test])
-        weights, thresholds = _probes((values[~test] - center) / scale, labels[~test])
-        right[test] = (((values[test] - center) / scale) @ weights > thresholds) == labels[test]
+        center, scale = feature_scale(values[~test])
+        weights, thresholds = _probes((values[~test] - center) * scale, labels[~test])
+        right[test] = (((values[test] - center) * scale) @ weights > thresholds) == labels[test]
     return ((right & labels).sum(0) / labels.sum(0) + (right & ~labels).sum(0) / (~labels).sum(0)) / 2
-
-
-def _standardization(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and deviation of each column; a column that does not vary is divided by infinity."""
-    scale = values.std(0)
-    return values.mean(0), np.where(scale > 0, scale, np.inf)
 
 
 def _probes(values: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

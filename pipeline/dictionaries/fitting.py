@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +212,6 @@ def _means(network: Model, layer: Layer, dataset: Dataset, most: int) -> np.ndar
     return np.concatenate([np.zeros((0, layer.channels), np.float32), *found])
 
 
-def described(facts: Facts) -> Sequence[tuple[str, str]]:
+def described(facts: Facts) -> list[tuple[str, str]]:
     """Return facts as pairs of texts."""
-    form: Callable[[str | float], str] = lambda value: f"{value:,.4g}" if isinstance(value, float) else str(value)  # noqa: E731
-    return [(name, form(value)) for name, value in facts.items()]
+    return [(name, f"{value:,.4g}" if isinstance(value, float) else str(value)) for name, value in facts.items()]

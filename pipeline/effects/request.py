@@ -101,8 +101,8 @@ def request_effects(
         logits: Layers of logits; without, the outputs are the last of `candidates`.
     """
     outputs = (logits or channel_layers(candidates))[-1]
-    ends = [layer.tap[1:4] for layer in (*logits, outputs)]
-    measured = [(layer, channels) for layer, channels in layers if layer.tap[1:4] not in ends]
+    ends = [layer.place for layer in (*logits, outputs)]
+    measured = [(layer, channels) for layer, channels in layers if layer.place not in ends]
     if not config.images or not measured:
         return None
     return EffectsRequest(

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pipeline.core.errors import first_line
 from pipeline.kernels.device_errors import is_device_failure
 from pipeline.layers.finding import Layer
-from pipeline.layers.tracing import modules_of, tensor_of, tensors_in
+from pipeline.layers.tracing import modules_of, run_on_noise, tensor_of, tensors_in
 from pipeline.models.loading import Model
 
 log = logging.getLogger(__name__)
@@ -58,12 +58,9 @@ def find_dataflow(model: Model, layers: Sequence[Layer]) -> Dataflow | None:
     handles = [
         observer.attach(modules[path], side, calls) for (path, side), calls in numbers.items() if path in modules
     ]
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(1, model.preprocessing.channels, *model.preprocessing.size, generator=generator)
-    images = images.to(model.device)
     try:
         with torch.no_grad(), observer:
-            model.module(model.normalize(images))
+            run_on_noise(model)
     except Exception as error:
         if is_device_failure(error):
             raise

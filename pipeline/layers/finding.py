@@ -92,6 +92,11 @@ class Layer:
         return [self.name, self.module, self.call, self.side, self.layout, self.prefix, self.grid, self.part]
 
     @property
+    def place(self) -> tuple[str, int, Side]:
+        """Module, call and side: layers with the same place read the same tensor."""
+        return self.module, self.call, self.side
+
+    @property
     def spatial(self) -> bool:
         """Whether positions in its map correspond to positions in the image."""
         patches = self.layout in ("tokens", "tokens_first", "flat") and self.grid is not None and self.part == "patches"

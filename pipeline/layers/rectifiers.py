@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipeline.core.errors import first_line
 from pipeline.kernels.device_errors import is_device_failure
-from pipeline.layers.tracing import modules_of, tensor_of, tensors_in
+from pipeline.layers.tracing import modules_of, run_on_noise, tensor_of, tensors_in
 from pipeline.models.loading import Model
 
 log = logging.getLogger(__name__)
@@ -68,12 +68,9 @@ def rectified_taps(model: Model, taps: Collection[Tap]) -> set[Tap]:
     observer = _Observer()
     places = {(path, side) for path, _, side in taps}
     handles = [observer.attach(path, side, modules[path], taps) for path, side in places]
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(1, model.preprocessing.channels, *model.preprocessing.size, generator=generator)
-    images = images.to(model.device)
     try:
         with torch.no_grad(), observer:
-            model.module(model.normalize(images))
+            run_on_noise(model)
     except Exception as error:
         if is_device_failure(error):
             raise

@@ -81,6 +81,18 @@ def tensor_of(value: Any) -> Tensor | None:
     return next(tensors_in(value), None)
 
 
+def run_on_noise(model: Model, size: tuple[int, ...] | None = None) -> None:
+    """Run the network on one image of noise, always the same, for what hooks and modes observe.
+
+    Args:
+        model: The network.
+        size: (height, width) of the image; None for the network's own.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(1, model.preprocessing.channels, *(size or model.preprocessing.size), generator=generator)
+    model.module(model.normalize(images.to(model.device)))
+
+
 def modules_of(module: nn.Module) -> dict[str, nn.Module]:
     """Return all modules that accept hooks, by path: not script modules and the modules inside them."""
     modules: dict[str, nn.Module] = {}

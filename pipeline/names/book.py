@@ -113,6 +113,7 @@ class NameBook:
         self._atlas, self.folder = atlas, folder or atlas.path.parent
         self._labelled: dict[str, LabelNames | None] = {}
         self._numbers: dict[str, list[tuple[ClipNames, dict[int, int]]]] = {}
+        self._names: dict[str, list[list[UnitName]]] = {}
 
     @functools.cached_property
     def _people(self) -> Mapping[Unit, Sequence[people.PersonsName]]:
@@ -188,6 +189,11 @@ class NameBook:
         Earned names come first: those of people by confidence (0.5 if not stated), then the label, then CLIP-Dissect.
         Labels and words of CLIP-Dissect that are not earned follow, as candidates for tables; pages leave them out.
         """
+        if layer.name not in self._names:
+            self._names[layer.name] = self._all_names(layer)
+        return self._names[layer.name]
+
+    def _all_names(self, layer: LayerView) -> list[list[UnitName]]:
         labelled = self.by_labels(layer)
         result = []
         for row, channel in enumerate(layer.channels.tolist()):

@@ -116,20 +116,12 @@ def activation_atlas_faults(group: h5py.Group, dataset_images: int) -> Iterator[
     found = read_activation_atlas(group)
     if found is None:
         return
-    stored = hdf5.read_array(hdf5.group(group, GROUP), "images_sha256")
-    wrong = int((hdf5.image_digests(found.images[:, None]) != stored).any(-1).sum())
-    if wrong:
-        yield (
-            f"{wrong} images of the activation atlas can't be used: they do not have their digests; `atlas repair` "
-            "sets the file aside, and `atlas run` writes it again"
-        )
-    for name, values, limit in (
+    limits = (
         ("dataset image", found.image, dataset_images),
         ("cell", found.cell, len(found.count)),
         ("nearest sample", found.nearest, len(found.image)),
-    ):
-        if values.size and int(values.max()) >= limit:
-            yield f"the number of a {name} of the activation atlas is beyond the end"
+    )
+    yield from hdf5.faults_of_images(hdf5.group(group, GROUP), "the activation atlas", found.images, limits)
 
 
 @dataclasses.dataclass(frozen=True)

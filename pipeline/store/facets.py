@@ -174,17 +174,9 @@ def facets_faults(group: h5py.Group, dataset_images: int) -> Iterator[str]:
     found = read_facets(group)
     if found is None:
         return
-    stored = hdf5.read_array(hdf5.group(group, GROUP), "images_sha256")
-    wrong = int((hdf5.image_digests(found.images[:, None]) != stored).any(-1).sum())
-    if wrong:
-        yield (
-            f"{wrong} images of facets can't be used: they do not have their digests; `atlas repair` sets the file "
-            "aside, and `atlas run` writes it again"
-        )
-    for name, values, limit in (
+    limits = (
         ("dataset image", found.image, dataset_images),
         ("nearest example", found.nearest, dataset_images),
         ("unit", found.unit, len(found.channel)),
-    ):
-        if values.size and int(values.max()) >= limit:
-            yield f"the number of a {name} of the facets is beyond the end"
+    )
+    yield from hdf5.faults_of_images(hdf5.group(group, GROUP), "the facets", found.images, limits)

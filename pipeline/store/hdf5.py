@@ -316,6 +316,28 @@ def read_array(parent: h5py.Group, name: str) -> np.ndarray:
     return np.asarray(item.asstr()[:] if h5py.check_string_dtype(item.dtype) else item[()])
 
 
+def faults_of_images(
+    group: h5py.Group, what: str, images: np.ndarray, limits: Iterable[tuple[str, np.ndarray, int]]
+) -> Iterator[str]:
+    """Yield what is wrong with the images of a group and with numbers that point elsewhere.
+
+    Args:
+        group: The group, with the digests `images_sha256`.
+        what: What the images are of, for the messages.
+        images: The images, (n, H, W, C).
+        limits: Of each kind of numbers its name, the numbers, and the limit that they must be below.
+    """
+    wrong = int((image_digests(images[:, None]) != read_array(group, "images_sha256")).any(-1).sum())
+    if wrong:
+        yield (
+            f"{wrong} images of {what} can't be used: they do not have their digests; `atlas repair` sets the file "
+            "aside, and `atlas run` writes it again"
+        )
+    for name, values, limit in limits:
+        if values.size and int(values.max()) >= limit:
+            yield f"the number of a {name} of {what} is beyond the end"
+
+
 def member_names(parent: h5py.Group) -> list[str]:
     """Return the names of the direct members of a group."""
     return [str(name) for name in parent]

@@ -214,14 +214,7 @@ def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str],
                     for judgement in content.judgements.get((name, preset), ()):
                         _write_judgement(hdf5.group(group, f"render/{safe_name(preset)}"), judgement)
         if content.photos:
-            images = ImageTable.of(content.photos)
-            names, numbers = images.labels
-            write_array(file, "dataset/path", np.array(list(images.paths()), object))
-            write_array(file, "dataset/label", np.array([*names, ""], object)[numbers])  # −1 is the last of them
-            write_array(file, "dataset/source", images.sources)
-            credits = credits_of(images.paths())
-            if credits:
-                write_array(file, "dataset/credits", np.array(credits, object))
+            _write_image_list(file, content.photos)
         layers = [layer for layer, _ in content.layers]
         groups = [hdf5.group(file, f"layers/{safe_name(layer.name)}") for layer in layers]
         if content.examples is not None:
@@ -238,6 +231,18 @@ def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str],
         for i, (group, layer) in enumerate(zip(groups, layers, strict=True)):
             _write_relations(group, layer, content, i, slice(start, start + layer.channels))
             start += layer.channels
+
+
+def _write_image_list(file: h5py.File, photos: Sequence[DatasetImage]) -> None:
+    """Write paths, labels, sources and credits of all dataset images."""
+    images = ImageTable.of(photos)
+    names, numbers = images.labels
+    write_array(file, "dataset/path", np.array(list(images.paths()), object))
+    write_array(file, "dataset/label", np.array([*names, ""], object)[numbers])  # −1 is the last of them
+    write_array(file, "dataset/source", images.sources)
+    credits = credits_of(images.paths())
+    if credits:
+        write_array(file, "dataset/credits", np.array(credits, object))
 
 
 def _write_root(file: h5py.File, content: Content) -> None:

@@ -19,7 +19,7 @@ from pipeline.kernels.device_errors import is_device_failure
 from pipeline.layers.circuits.kernels import KERNEL_SIDE
 from pipeline.layers.circuits.linearized import LinearGradients, Passed
 from pipeline.layers.finding import Layer
-from pipeline.layers.tracing import modules_of, tensor_of
+from pipeline.layers.tracing import modules_of, run_on_noise, tensor_of
 from pipeline.models.loading import Model
 
 # Channels of the target whose weights are yielded together.
@@ -95,9 +95,6 @@ class LinearPath:
             blocked: Paths of modules whose outputs pass no gradient.
         """
         mode, kept = LinearGradients(), {}
-        generator = torch.Generator().manual_seed(0)
-        channels = self._model.preprocessing.channels
-        images = torch.rand(1, channels, *self._size, generator=generator).to(self._model.device)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_taps(self._model.module, self._source, self._target, mode, kept))
             stack.enter_context(mode.watching(self._model.module))
@@ -108,7 +105,7 @@ class LinearPath:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(mode)
             stack.enter_context(contextlib.suppress(_TargetReached))
-            self._model.module(self._model.normalize(images))
+            run_on_noise(self._model, self._size)
         if "source" not in kept or "target" not in kept or not kept["target"].requires_grad:
             return None, [], mode.stopped
         maps = self._target.ungated.maps(kept["target"], 1)

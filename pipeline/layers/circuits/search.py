@@ -68,8 +68,7 @@ def _candidates(before: Sequence[Layer], target: Layer) -> list[Layer]:
     """Return the layers before a layer that are tried as what it reads, in their order."""
     if target.kind != KIND:
         before = channel_layers(before)
-    place = (target.module, target.call, target.side)
-    others = [layer for layer in before if (layer.module, layer.call, layer.side) != place]
+    others = [layer for layer in before if layer.place != target.place]
     return [layer for layer in others[-TRIED:] if layer.kind in KINDS]
 
 
@@ -77,12 +76,11 @@ def _reader(
     model: Model, source: Layer, layers: Sequence[tuple[Layer, Sequence[int]]]
 ) -> tuple[tuple[Layer, Sequence[int]] | None, LinearPath | None]:
     """Return the nearest layer of channels after a layer of latents that reads them, and the linear path to it."""
-    place = (source.module, source.call, source.side)
     names = [layer.name for layer, _ in layers]
     after = [
         (layer, channels)
         for layer, channels in layers[names.index(source.name) + 1 :]
-        if layer.kind in KINDS and layer.kind != KIND and channels and (layer.module, layer.call, layer.side) != place
+        if layer.kind in KINDS and layer.kind != KIND and channels and layer.place != source.place
     ]
     for layer, channels in after[:TRIED]:
         path, _ = _nearest(model, [source], layer)
