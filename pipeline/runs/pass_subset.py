@@ -84,7 +84,8 @@ class PassSubset:
         main = plan.config.render.name
         rows = tuple(PlanRow(layer, channels, (0, 0), 0.0, main) for layer, channels in source.layers)
         setup = dataclasses.replace(plan.setup, layers=tuple(layer for layer, _ in source.layers))
-        source_plan = dataclasses.replace(plan, rows=rows, setup=setup)
+        channels = {layer.name: channels for layer, channels in source.layers}
+        source_plan = dataclasses.replace(plan, rows=rows, setup=setup, channels=channels)
         return cls(plan, DatasetPass(source_plan, folder.shards, True, ignored))
 
     def can_copy_first_pass(self, target: DatasetPass) -> bool:
