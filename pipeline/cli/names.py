@@ -104,19 +104,20 @@ def _export(folder: RunFolder, out: str | None, everything: bool) -> int:
 def _clip(request: Request, folder: RunFolder, values: Mapping[str, str]) -> int:
     """Name the units by a CLIP model, search them, or compare them with those of another run."""
     # PyTorch and transformers are loaded for this only.
-    from pipeline.names import clip_names, clip_search
+    from pipeline.names import clip_search, examine
     from pipeline.names.clip_model import load_clip
+    from pipeline.names.embeddings import FOLDER
 
     count = values.get("count", str(COUNT))
     if not count.isdigit() or not int(count):
         raise AtlasError(f"count={count!r} must be a number from 1.")
-    words = clip_names.read_words(Path(values["words"]).expanduser()) if "words" in values else []
+    words = examine.read_words(Path(values["words"]).expanduser()) if "words" in values else []
     model = load_clip(values["clip"])
     if words:
         with folder.locked(), open_atlas(folder.path) as atlas:
-            found, made = clip_names.examine(atlas, model, words)
+            found, made = examine.examine(atlas, model, words)
         earned = int(((found.q <= FALSE_DISCOVERIES) & (found.word >= 0)).sum())
-        print(f"{folder.path / clip_names.FOLDER / model.key}: {made:,} crops embedded, {len(words):,} words")
+        print(f"{folder.path / FOLDER / model.key}: {made:,} crops embedded, {len(words):,} words")
         print(
             f"{earned:,} of {len(found.layer):,} units named; medians: clarity {_median(found.clarity)}, "
             f"polysemanticity {_median(found.polysemanticity)}; redundancy {found.redundancy:.3f}"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pipeline.examples.results import Localizations
+from pipeline.examples.localizations import Localizations
 
 # What the map of an ablated unit is set to.
 REPLACEMENTS = ("zero", "mean")

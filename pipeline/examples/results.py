@@ -1,12 +1,13 @@
 """The result of a complete dataset pass."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from pipeline.examples.association import Association
 from pipeline.examples.channel_stats import HistogramRange
+from pipeline.examples.localizations import Localizations
 from pipeline.examples.localize import TopExamples
 from pipeline.examples.sweep import PassResult
 from pipeline.layers.finding import Layer
@@ -25,14 +26,6 @@ class PathInputs:
     depths: Sequence[Layer]
     sample: np.ndarray
     sources: np.ndarray
-
-
-class Localizations(Mapping[str, np.ndarray]):
-    """Arrays of the second pass by name."""
-
-    def pieces(self, name: str) -> Iterator[np.ndarray]:
-        """Yield an array in parts that can be in memory one at a time."""
-        yield self[name]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ import numpy as np
 from pipeline.examples import topk
 from pipeline.facets import clustering
 from pipeline.facets.clustering import Reference
-from pipeline.facets.results import NEAREST, LayerFacets, ResponsesPart
+from pipeline.facets.responses import ResponsesPart
+from pipeline.facets.results import NEAREST, LayerFacets
 
 
 def group_units(

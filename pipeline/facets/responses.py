@@ -1,7 +1,7 @@
 """One forward pass over dataset images: the examples of units, and the responses of other layers to them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,9 +12,56 @@ from pipeline.data import image_loading
 from pipeline.data.datasets import Dataset
 from pipeline.effects.measurement import full_batch, grouped
 from pipeline.examples import topk
-from pipeline.facets.results import ResponsesPart
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.loading import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class ResponsesPart:
+    """What one part of the dataset contributes to the examples of units.
+
+    Attributes:
+        index: Images whose responses are kept, ascending, (n,) int32: those in a list of this part, and the reference.
+        responses: For each layer that is read, responses of these images, (n, D) float32.
+        keys: For each layer with facets, the images of this part with the highest mean activation of each of its U
+            units, as keys of `topk`, (U, k) int64.
+        failed: Images that could not be read, with the reason.
+    """
+
+    index: np.ndarray
+    responses: tuple[np.ndarray, ...]
+    keys: tuple[np.ndarray, ...]
+    failed: tuple[tuple[int, str], ...] = ()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the arrays by name, as a shard stores them."""
+        arrays = {"index": self.index}
+        arrays |= {f"responses/{i}": array for i, array in enumerate(self.responses)}
+        arrays |= {f"keys/{i}": array for i, array in enumerate(self.keys)}
+        arrays["failed/index"] = np.array([i for i, _ in self.failed], np.int32)
+        arrays["failed/reason"] = np.array([reason for _, reason in self.failed], object)
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "ResponsesPart":
+        """Create from the result of `arrays`."""
+        failed = zip(arrays["failed/index"].tolist(), map(str, arrays["failed/reason"].tolist()), strict=True)
+        numbered = [
+            tuple(arrays[f"{kind}/{i}"] for i in range(sum(name.startswith(f"{kind}/") for name in arrays)))
+            for kind in ("responses", "keys")
+        ]
+        return cls(arrays["index"], numbered[0], numbered[1], tuple(failed))
+
+    @classmethod
+    def merged(cls, parts: Sequence["ResponsesPart"], k: int, sources: np.ndarray | None) -> "ResponsesPart":
+        """Return disjoint parts as one, with lists of length k and at most one image of each source."""
+        order = np.argsort(np.concatenate([part.index for part in parts]), kind="stable")
+        return cls(
+            np.concatenate([part.index for part in parts])[order],
+            tuple(np.concatenate(own)[order] for own in zip(*(part.responses for part in parts), strict=True)),
+            tuple(topk.merge(own, k, sources) for own in zip(*(part.keys for part in parts), strict=True)),
+            tuple(one for part in parts for one in part.failed),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

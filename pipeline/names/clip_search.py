@@ -10,7 +10,7 @@ from pipeline.core.errors import AtlasError, first_line
 from pipeline.core.units import Unit
 from pipeline.names import scores
 from pipeline.names.clip_model import ClipModel
-from pipeline.names.clip_names import unit_embeddings
+from pipeline.names.examine import unit_embeddings
 from pipeline.store.reader import Atlas
 
 # Heading of the table of two networks.

@@ -14,16 +14,19 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from pipeline.core.atomic_io import atomic_path
 from pipeline.core.errors import AtlasError, first_line
-from pipeline.names.clip_model import ClipModel
 from pipeline.store.layer_view import Examples, LayerView
 from pipeline.store.reader import Atlas
 from pipeline.store.shards import safe_name
+
+if TYPE_CHECKING:  # with the model comes torch, which the processes that write a site do not need
+    from pipeline.names.clip_model import ClipModel
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +128,7 @@ class CropEmbeddings:
         # Half precision is kept; the length is 1 again.
         return result / np.maximum(np.linalg.norm(result, axis=2, keepdims=True), 1e-12)
 
-    def embed(self, model: ClipModel) -> int:
+    def embed(self, model: "ClipModel") -> int:
         """Embed all crops that are not kept yet; return their number.
 
         Raises:
@@ -141,7 +144,7 @@ class CropEmbeddings:
             made += self._embed_layer(layer, model, f"layer {number} of {len(layers)}, {layer.name}")
         return made
 
-    def _embed_layer(self, layer: LayerView, model: ClipModel, what: str) -> int:
+    def _embed_layer(self, layer: LayerView, model: "ClipModel", what: str) -> int:
         examples = layer.examples("max")
         if examples is None:
             return 0
@@ -168,7 +171,7 @@ class CropEmbeddings:
         examples: Examples,
         missing: Mapping[bytes, tuple[int, int]],
         found: dict[bytes, np.ndarray],
-        model: ClipModel,
+        model: "ClipModel",
         what: str,
     ) -> int:
         """Embed the `missing` crops of a layer into `found`, and write it from time to time; return their number."""

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 
 import numpy as np
-from scipy import stats
+from scipy.special import betaln
 
 from pipeline.core.seeds import seed_of
 
@@ -61,6 +61,29 @@ class LabelNames:
         return (self.label >= 0) & enough & (self.q <= FALSE_DISCOVERIES)
 
 
+def hypergeometric_pmf(count: np.ndarray, total: int, marked: np.ndarray, drawn: int) -> np.ndarray:
+    """Return P(X = k) for the number X of marked items among items drawn without replacement.
+
+    It is C(marked, k) C(total − marked, drawn − k) / C(total, drawn), as in `scipy.stats.hypergeom`, which takes longer
+    to load than names take to compute.
+
+    Args:
+        count: k, any shape that broadcasts with `marked`.
+        total: Number of items.
+        marked: How many of them are marked.
+        drawn: Number of items that are drawn.
+    """
+    left, rest = total - marked, drawn - count
+    possible = (count <= marked) & (rest >= 0) & (rest <= left)
+
+    def log_choose(items: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        return -np.log(items + 1) - betaln(items - chosen + 1, chosen + 1)
+
+    k, other = np.where(possible, count, 0), np.where(possible, rest, 0)
+    logarithm = log_choose(marked, k) + log_choose(left, other) - log_choose(np.asarray(total), np.asarray(drawn))
+    return np.where(possible, np.exp(logarithm), 0.0)
+
+
 class LabelNull:
     """The labels of a dataset, and what random images have of them.
 
@@ -88,7 +111,7 @@ class LabelNull:
         if examined not in self._tails:
             values, inverse = np.unique(self._sizes, return_inverse=True)
             counts = np.arange(examined + 1)
-            pmf = stats.hypergeom.pmf(counts, self._count, values[:, None], examined)
+            pmf = hypergeometric_pmf(counts, self._count, values[:, None], examined)
             self._tails[examined] = pmf[:, ::-1].cumsum(1)[:, ::-1][inverse]
         return self._tails[examined]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pipeline.examples.results import Localizations
+from pipeline.examples.localizations import Localizations
 from pipeline.store.shards import Shard
 
 # Copies of images are passed on in pieces of at least so many bytes.

@@ -1,5 +1,6 @@
 """Build a site: plan it, reuse unchanged layers of the previous build, and write all files."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -92,9 +93,7 @@ class AtlasSummary:
         layers: Summaries of the layers.
         catalogue: Paths and labels of the dataset images.
         example_counts: Number of dataset examples per unit, by list.
-        response_digests: Fingerprints of the activations that the map and the order of similarity are computed from.
         used_images: Sorted indices of all dataset images shown, (n,) integers.
-        digests: Digests of the contents of the layers.
         families: Families of units.
         wired_layers: Names of the layers that each layer is connected to.
     """
@@ -103,9 +102,7 @@ class AtlasSummary:
     layers: list[LayerSummary]
     catalogue: Catalogue
     example_counts: list[dict[str, int]]
-    response_digests: list[str]
     used_images: np.ndarray
-    digests: list[str]
     families: tuple[families.Family, ...]
     wired_layers: list[tuple[str, ...]]
 
@@ -116,8 +113,34 @@ class AtlasSummary:
 
 
 @dataclasses.dataclass(frozen=True)
-class BuildContext:
-    """Inputs and decisions that all steps of one build share.
+class LayerDigests:
+    """Digests of what an atlas has of each layer, in the order of the layers.
+
+    Attributes:
+        contents: Digests of all that is shown of a layer.
+        responses: Fingerprints of the activations that the map and the order of similarity are computed from.
+    """
+
+    contents: list[str]
+    responses: list[str]
+
+    @staticmethod
+    def of(
+        atlas: Atlas, summary: AtlasSummary, fingerprints: Callable[[], list[workers.Fingerprints]]
+    ) -> "LayerDigests":
+        """Return the digests of the layers of an atlas; `fingerprints` waits for their fingerprints."""
+        names = [summary.catalogue.book.digest(layer) for layer in atlas]
+        stored = fingerprints()
+        contents = [
+            digest_of([summary.dataset_digest, repr(facts), fingerprint, *([name] if name else [])])
+            for facts, (fingerprint, _), name in zip(summary.layers, stored, names, strict=True)
+        ]
+        return LayerDigests(contents, [responses for _, responses in stored])
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildInputs:
+    """Inputs and decisions that whole dataset images are written from, before all others are known.
 
     Attributes:
         atlas: The atlas to show.
@@ -128,13 +151,7 @@ class BuildContext:
         root: Folder that the new site is written to; it replaces `target` at the end.
         previous: State written by the previous build of `target`; empty if there is none.
         shared_digest: Digest of everything that affects the files of all layers: sizes, settings, code, class names.
-        ranks: Positions of each layer's units in its sheets of small images, (units,) integers per layer.
-        map: Map of all units, or None without stored activations.
-        digests: Digests of the layers' files, by layer name.
-        reused: Names of layers whose files are reused from `target`.
-        sharing: Writer of what makes the site shareable.
         own_image: The page on which the network runs.
-        similar: What the files of similar units are made from.
     """
 
     atlas: Atlas
@@ -145,12 +162,34 @@ class BuildContext:
     root: Path
     previous: Mapping[str, Any]
     shared_digest: str
+    own_image: OwnImage
+
+    @property
+    def images_digest(self) -> str:
+        """Digest of the files of whole dataset images."""
+        fingerprint = self.atlas.attributes.get("dataset_fingerprint", "")
+        summary = self.summary
+        return digest_of([self.shared_digest, fingerprint, summary.dataset_digest, summary.used_images.tolist()])
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildContext(BuildInputs):
+    """Inputs and decisions that all other steps of one build share.
+
+    Attributes:
+        ranks: Positions of each layer's units in its sheets of small images, (units,) integers per layer.
+        map: Map of all units, or None without stored activations.
+        digests: Digests of the layers' files, by layer name.
+        reused: Names of layers whose files are reused from `target`.
+        sharing: Writer of what makes the site shareable.
+        similar: What the files of similar units are made from.
+    """
+
     ranks: list[np.ndarray]
     map: search_index.UnitMap | None
     digests: Mapping[str, str]
     reused: frozenset[str]
     sharing: Sharing
-    own_image: OwnImage
     similar: similar_units.SimilarUnits
 
     @property
@@ -194,47 +233,74 @@ def _build(
     export: Export | None,
 ) -> SiteReport:
     previous = output.built(target)
-    summary = _summarize(atlas, config)
-    own_image = prepare(atlas, config, export, target, previous)
-    inventory = _inventory(atlas, summary, config, own_image)
-    sizes = _sizes(atlas, inventory, config, previous)
-    shared_digest = digest_of(
-        [
-            dataclasses.asdict(sizes),
-            _settings(config),
-            package_digest(),
-            summary.catalogue.classes,
-            dataclasses.asdict(Extent.of(config, summary.units)),
-        ]
-    )
-    ranks, unit_map = _layout(atlas, summary, sizes, previous)
-    digests = _digests(summary, shared_digest, ranks)
-    similar = similar_units.SimilarUnits.of(atlas, summary.layers, ranks, summary.response_digests, config.similar)
-    with output.replacing(target) as root:
-        reused = _reuse_layers(summary, digests, previous, _Folders(target, root, config.cards != "none"))
-        sharing = Sharing(atlas, root, config, summary.layers)
-        context = BuildContext(
-            atlas, config, summary, sizes, target, root, previous, shared_digest, ranks, unit_map, digests, reused,
-            sharing, own_image, similar,
-        )  # fmt: skip
-        progress(context.reused_units, summary.units)
-        rebuilt_units = summary.units - context.reused_units
-        with workers.open_pool(atlas.path, root, config, sizes, rebuilt_units) as pool:
-            pool.start(_chunks(context), _image_groups(context))
-            # Pages and indices need no image, so they are written while the pool encodes images.
-            _write_pages(context)
-            _collect_layers(context, pool, progress)
-        _write_state(context, inventory, _write_map_tiles(context))
-        report = hosts.weighed(root)
+    units = sum(len(layer.channels) for layer in atlas)
+    with contextlib.closing(workers.AtlasReader(atlas.path, units)) as reader:
+        summary = _summarize(atlas, config)
+        own_image = prepare(atlas, config, export, target, previous)
+        inventory = _inventory(atlas, summary, config, own_image)
+        sizes = _sizes(atlas, inventory, config, previous)
+        shared_digest = digest_of(
+            [
+                dataclasses.asdict(sizes),
+                _settings(config),
+                package_digest(),
+                summary.catalogue.classes,
+                dataclasses.asdict(Extent.of(config, summary.units)),
+            ]
+        )
+        with output.replacing(target) as root:
+            inputs = BuildInputs(atlas, config, summary, sizes, target, root, previous, shared_digest, own_image)
+            context = _write(inputs, reader, progress)
+            _write_state(context, inventory, _write_map_tiles(context))
+            report = hosts.weighed(root)
+    rebuilt_units = summary.units - context.reused_units
     pictures = sum(facts.pictures for facts in summary.layers)
     told = dataclasses.replace(own_image, files={})
     return SiteReport(report, len(summary.layers), summary.units, pictures, rebuilt_units, sizes.level, told)
 
 
+def _write(inputs: BuildInputs, reader: workers.AtlasReader, progress: Callable[[int, int], None]) -> BuildContext:
+    """Write all files but the tiles of the map and the state."""
+    atlas, config, summary = inputs.atlas, inputs.config, inputs.summary
+    with contextlib.closing(
+        workers.EncoderPool(atlas.path, inputs.root, config, inputs.sizes, summary.catalogue)
+    ) as pool:
+        # Whole dataset images need nothing of what follows, so they are written meanwhile.
+        pool.write_images(_image_groups(inputs), summary.units)
+        reader.write_table(inputs.root)
+        context = _context(inputs, reader.fingerprints)
+        progress(context.reused_units, summary.units)
+        pool.write_chunks(_chunks(context))
+        # Pages and indices need no image, so they are written while the pool encodes images.
+        _write_pages(context)
+        _collect_layers(context, pool, progress)
+    reader.finish()
+    return context
+
+
+def _context(inputs: BuildInputs, fingerprints: Callable[[], list[workers.Fingerprints]]) -> BuildContext:
+    """Arrange the units, and take over the files of unchanged layers."""
+    atlas, config, summary, previous = inputs.atlas, inputs.config, inputs.summary, inputs.previous
+    layers = LayerDigests.of(atlas, summary, fingerprints)
+    ranks, unit_map = _layout(inputs, layers.responses)
+    digests = _digests(summary, layers.contents, inputs.shared_digest, ranks)
+    similar = similar_units.SimilarUnits.of(atlas, summary.layers, ranks, layers.responses, config.similar)
+    reused = _reuse_layers(summary, digests, previous, _Folders(inputs.target, inputs.root, config.cards != "none"))
+    return BuildContext(
+        **vars(inputs),
+        ranks=ranks,
+        map=unit_map,
+        digests=digests,
+        reused=reused,
+        sharing=Sharing(atlas, inputs.root, config, summary.layers),
+        similar=similar,
+    )
+
+
 def _summarize(atlas: Atlas, config: SiteConfig) -> AtlasSummary:
     catalogue = Catalogue.of(atlas)
     dataset_digest = _dataset_digest(atlas, catalogue)
-    layers, digests, wired_layers, example_counts, response_digests = [], [], [], [], []
+    layers, wired_layers, example_counts = [], [], []
     used = [np.zeros(0, np.int64)]
     for order, layer in enumerate(atlas):
         facts = summarize(layer, order, catalogue.classes)
@@ -242,25 +308,22 @@ def _summarize(atlas: Atlas, config: SiteConfig) -> AtlasSummary:
         layers.append(facts)
         used += [np.unique(examples.index) for examples in lists]
         example_counts.append({examples.name: examples.count for examples in lists})
-        response_digests.append(layer.fingerprint("responses"))
         wired_layers.append(layer.connected_layers)
-        names = catalogue.book.digest(layer)
-        digests.append(digest_of([dataset_digest, repr(facts), layer.fingerprint(), *([names] if names else [])]))
     units = {facts.name: frozenset(facts.channels) for facts in layers}
     groups = families.read_families(families.find_families(config.families, atlas.path.parent), units)
     used_images = np.unique(np.concatenate(used))
-    return AtlasSummary(
-        dataset_digest, layers, catalogue, example_counts, response_digests, used_images[used_images >= 0], digests,
-        groups, wired_layers,
-    )  # fmt: skip
+    used_images = used_images[used_images >= 0]
+    return AtlasSummary(dataset_digest, layers, catalogue, example_counts, used_images, groups, wired_layers)
 
 
-def _digests(summary: AtlasSummary, shared_digest: str, ranks: Sequence[np.ndarray]) -> dict[str, str]:
+def _digests(
+    summary: AtlasSummary, contents: Sequence[str], shared_digest: str, ranks: Sequence[np.ndarray]
+) -> dict[str, str]:
     """Return a digest of each layer's files: its contents, how they are shown, and the ranks of connected layers."""
     ranks_by_name = {facts.name: ranks[facts.order].tolist() for facts in summary.layers}
     return {
         facts.name: digest_of([shared_digest, digest, [[name, ranks_by_name.get(name)] for name in wired]])
-        for facts, digest, wired in zip(summary.layers, summary.digests, summary.wired_layers, strict=True)
+        for facts, digest, wired in zip(summary.layers, contents, summary.wired_layers, strict=True)
     }
 
 
@@ -365,13 +428,12 @@ def _reuse_layer(paths: _Folders, facts: LayerSummary) -> bool:
     return all(output.adopt(target, root, folder) for folder in folders)
 
 
-def _layout(
-    atlas: Atlas, summary: AtlasSummary, sizes: Sizes, previous: Mapping[str, Any]
-) -> tuple[list[np.ndarray], search_index.UnitMap | None]:
+def _layout(inputs: BuildInputs, responses: Sequence[str]) -> tuple[list[np.ndarray], search_index.UnitMap | None]:
     """Return the positions of each layer's units in its sheets of small images, and the map of all units."""
-    counts = [len(facts.channels) for facts in summary.layers]
-    key = digest_of([summary.response_digests, counts, sizes.per_tiny])
-    state = previous.get("map")
+    atlas, sizes = inputs.atlas, inputs.sizes
+    counts = [len(facts.channels) for facts in inputs.summary.layers]
+    key = digest_of([responses, counts, sizes.per_tiny])
+    state = inputs.previous.get("map")
     if state and state.get("key") == key:
         unit_map = search_index.UnitMap.from_state(state)
         return np.split(unit_map.ranks, np.cumsum(counts)[:-1]), unit_map
@@ -387,25 +449,18 @@ def _layout(
     return ranks, search_index.UnitMap(key, method, places, np.concatenate(ranks))
 
 
-def _images_digest(context: BuildContext) -> str:
-    """Return a digest of the files of whole dataset images."""
-    fingerprint = context.atlas.attributes.get("dataset_fingerprint", "")
-    summary = context.summary
-    return digest_of([context.shared_digest, fingerprint, summary.dataset_digest, summary.used_images.tolist()])
-
-
-def _image_groups(context: BuildContext) -> list[workers.Group]:
+def _image_groups(inputs: BuildInputs) -> list[workers.Group]:
     """Return the whole dataset images to write, by file; empty if they are not shown or could be reused."""
-    table = image_table(context.atlas)
-    showing = choose_showing(context.atlas.examples_store, bool(table), 0.0, context.config, context.sizes)
+    table = image_table(inputs.atlas)
+    showing = choose_showing(inputs.atlas.examples_store, bool(table), 0.0, inputs.config, inputs.sizes)
     if not showing.whole_images:
         return []
-    unchanged = context.previous.get("photos") == _images_digest(context)
-    if unchanged and output.adopt(context.target, context.root, "photos"):
+    unchanged = inputs.previous.get("photos") == inputs.images_digest
+    if unchanged and output.adopt(inputs.target, inputs.root, "photos"):
         return []
-    per_file = context.sizes.per_photo
+    per_file = inputs.sizes.per_photo
     if per_file == 1:
-        return [(int(i), [int(i)]) for i in context.summary.used_images]
+        return [(int(i), [int(i)]) for i in inputs.summary.used_images]
     indices = list(table)
     return [(start, indices[start : start + per_file]) for start in range(0, len(indices), per_file)]
 
@@ -545,7 +600,7 @@ def _write_state(context: BuildContext, inventory: Inventory, tiles: Mapping[str
     """Write what the next build compares itself with."""
     state = {
         "layers": context.digests,
-        "photos": _images_digest(context),
+        "photos": context.images_digest,
         "fits": [_inventory_digest(inventory, context.config), dataclasses.asdict(context.sizes)],
         "map": context.map and context.map.state(),
         "tiles": tiles,

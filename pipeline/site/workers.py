@@ -1,19 +1,23 @@
-"""Pool of processes that write the chunks of a site; a small site is written by the calling process itself."""
+"""Pool of processes that write the chunks of a site; a small site is written by a thread of the calling process."""
 
 import contextlib
 import gc
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 from pipeline.core.machine import available_cores
 from pipeline.site.config import SiteConfig
+from pipeline.site.context.layer_summary import Catalogue
+from pipeline.site.data import api
 from pipeline.site.media.chunks import Chunk, ChunkResult, ChunkWriter
 from pipeline.site.media.size_budget import Sizes
+from pipeline.store.reader import open_atlas
 
 # Number of units that justify one more process: starting it takes a second, as long as a few hundred units.
 UNITS_PER_PROCESS = 600
@@ -30,37 +34,42 @@ _writer: ChunkWriter | None = None
 # A file of whole dataset images: the first position and the indices of the images.
 Group = tuple[int, Sequence[int]]
 
+# Of a layer and of its activations.
+Fingerprints = tuple[str, str]
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
 
 class EncoderPool:
-    """Writer of chunks, in the processes of `executor`, or in this process if it is None."""
+    """Writer of whole dataset images and chunks, beside the calling thread.
 
-    def __init__(self, writer: ChunkWriter, executor: Executor | None) -> None:
-        self._writer = writer
-        self._executor = executor
-        self._chunks: list[Chunk] = []
-        self._groups: list[Group] = []
+    It has processes if there is much to write, which are started with the first task, or else one thread: most of its
+    time is spent in decoding and encoding, which leave the other threads alone.
+    """
+
+    def __init__(self, path: Path, root: Path, config: SiteConfig, sizes: Sizes, catalogue: Catalogue) -> None:
+        self._inputs = (path, root, config, sizes)
+        self._catalogue = catalogue
+        self._executor: Executor | None = None
+        self._writer: ChunkWriter | None = None
         self._chunk_futures: list[Future[list[ChunkResult]]] = []
         self._image_futures: list[Future[int]] = []
 
-    def start(self, chunks: Sequence[Chunk], groups: Sequence[Group]) -> None:
-        """Start to write `chunks` and files of whole dataset images."""
-        self._chunks, self._groups = list(chunks), list(groups)
-        if self._executor is None:
-            return
-        # The largest tasks first and the images last, so that all processes finish at about the same time.
+    def write_images(self, groups: Sequence[Group], units: int) -> None:
+        """Start to write files of whole dataset images; about `units` units follow."""
+        tasks = [groups[i : i + IMAGE_FILES_PER_TASK] for i in range(0, len(groups), IMAGE_FILES_PER_TASK)]
+        if tasks:
+            self._image_futures = self._submit(_write_images, tasks, units)
+
+    def write_chunks(self, chunks: Sequence[Chunk]) -> None:
+        """Start to write chunks."""
+        # The largest tasks first, so that all processes finish at about the same time.
         tasks = sorted(_tasks(chunks), key=lambda task: task[0].start - task[-1].stop)
-        image_tasks = [groups[i : i + IMAGE_FILES_PER_TASK] for i in range(0, len(groups), IMAGE_FILES_PER_TASK)]
-        with _spawn_environment():
-            self._chunk_futures = [self._executor.submit(_write_chunks, task) for task in tasks]
-            self._image_futures = [self._executor.submit(_write_images, task) for task in image_tasks]
+        self._chunk_futures = self._submit(_write_chunks, tasks, sum(chunk.stop - chunk.start for chunk in chunks))
 
     def results(self) -> Iterator[ChunkResult]:
         """Yield the result of each chunk, in any order; after the last one, all dataset images are written too."""
-        if self._executor is None:
-            yield from map(self._writer.write, self._chunks)
-            for group in self._groups:
-                self._writer.write_images(*group)
-            return
         while self._chunk_futures:
             future = next(as_completed(self._chunk_futures))
             self._chunk_futures.remove(future)  # results are large: release each one as soon as it is consumed
@@ -68,21 +77,69 @@ class EncoderPool:
         for image_future in self._image_futures:
             image_future.result()
 
+    def close(self) -> None:
+        """Stop, without the tasks that have not begun."""
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+        if self._writer is not None:
+            self._writer.close()
 
-@contextlib.contextmanager
-def open_pool(path: Path, root: Path, config: SiteConfig, sizes: Sizes, units: int) -> Iterator[EncoderPool]:
-    """Open a pool that writes `units` units of the atlas at `path` to files below `root`."""
-    count = int(config.workers) if config.workers != "auto" else _auto_processes(units)
-    with contextlib.closing(ChunkWriter(path, root, config, sizes)) as writer:
-        if count < 2:
-            yield EncoderPool(writer, None)
-            return
+    def _submit(
+        self, work: Callable[[ChunkWriter, Task], Result], tasks: Sequence[Task], units: int
+    ) -> list[Future[Result]]:
+        if self._executor is None:
+            config = self._inputs[2]
+            count = int(config.workers) if config.workers != "auto" else _auto_processes(units)
+            self._executor = self._processes(count) if count > 1 else ThreadPoolExecutor(1)
+            if count < 2:
+                self._writer = ChunkWriter(*self._inputs, self._catalogue)
+        if self._writer is not None:
+            return [self._executor.submit(work, self._writer, task) for task in tasks]
+        with _spawn_environment():
+            return [self._executor.submit(_in_process, work, task) for task in tasks]
+
+    def _processes(self, count: int) -> Executor:
         # Spawned, because a forked process would share the locks of HDF5 and Ray with this one.
-        executor = ProcessPoolExecutor(count, get_context("spawn"), _initialize, (path, root, config, sizes))
-        try:
-            yield EncoderPool(writer, executor)
-        finally:
-            executor.shutdown(cancel_futures=True)
+        return ProcessPoolExecutor(count, get_context("spawn"), _initialize, self._inputs)
+
+
+class AtlasReader:
+    """Reader of what needs nothing but the atlas at `path`, beside the calling thread: in a process if it is large."""
+
+    def __init__(self, path: Path, units: int) -> None:
+        self._path = path
+        is_large = units >= 2 * UNITS_PER_PROCESS
+        self._executor = ProcessPoolExecutor(1, get_context("spawn")) if is_large else ThreadPoolExecutor(1)
+        with _spawn_environment():
+            self._fingerprints = self._executor.submit(_fingerprints, path)
+        self._table: Future[None] | None = None
+
+    def fingerprints(self) -> list[Fingerprints]:
+        """Return the fingerprint of each layer and that of its activations."""
+        return self._fingerprints.result()
+
+    def write_table(self, root: Path) -> None:
+        """Start to write the table of all units below `root`."""
+        self._table = self._executor.submit(_write_table, self._path, root)
+
+    def finish(self) -> None:
+        """Wait until the table is written."""
+        if self._table is not None:
+            self._table.result()
+
+    def close(self) -> None:
+        """Stop."""
+        self._executor.shutdown(cancel_futures=True)
+
+
+def _fingerprints(path: Path) -> list[Fingerprints]:
+    with open_atlas(path) as atlas:
+        return [(layer.fingerprint(), layer.fingerprint("responses")) for layer in atlas]
+
+
+def _write_table(path: Path, root: Path) -> None:
+    with open_atlas(path) as atlas:
+        api.write_table(root, atlas)
 
 
 def _auto_processes(units: int) -> int:
@@ -129,11 +186,15 @@ def _initialize(path: Path, root: Path, config: SiteConfig, sizes: Sizes) -> Non
     _writer = ChunkWriter(path, root, config, sizes)
 
 
-def _write_chunks(task: Sequence[Chunk]) -> list[ChunkResult]:
+def _in_process(work: Callable[[ChunkWriter, Task], Result], task: Task) -> Result:
+    """Do a task in a process of the pool."""
     assert _writer is not None
-    return [_writer.write(chunk) for chunk in task]
+    return work(_writer, task)
 
 
-def _write_images(groups: Sequence[Group]) -> int:
-    assert _writer is not None
-    return sum(_writer.write_images(*group) for group in groups)
+def _write_chunks(writer: ChunkWriter, task: Sequence[Chunk]) -> list[ChunkResult]:
+    return [writer.write(chunk) for chunk in task]
+
+
+def _write_images(writer: ChunkWriter, groups: Sequence[Group]) -> int:
+    return sum(writer.write_images(*group) for group in groups)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import h5py
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from pipeline.core.errors import AtlasError
 from pipeline.effects.results import REPLACEMENTS, EffectsResult, LayerEffects, RelevantImages
@@ -60,7 +59,9 @@ def rank_correlation(attribution: np.ndarray, ablation: np.ndarray) -> float:
     pair = np.stack([attribution.ravel(), ablation.ravel()]).astype(np.float64)
     if not np.isfinite(pair).all() or (np.ptp(pair, axis=1) == 0).any():
         return float("nan")
-    return float(np.corrcoef(stats.rankdata(pair, axis=1))[0, 1])
+    from scipy.stats import rankdata  # takes a second to load, for which the processes that write a site don't wait
+
+    return float(np.corrcoef(rankdata(pair, axis=1))[0, 1])
 
 
 def half_interval(deviation: np.ndarray, images: int) -> np.ndarray:

@@ -26,7 +26,7 @@ from pipeline.store import hdf5
 from pipeline.store.activation_atlas import ActivationAtlas, AtlasExtent, read_activation_atlas, read_extent
 from pipeline.store.effects import UnitEffects, read_effects
 from pipeline.store.facets import FacetsExtent, UnitFacets, read_facets, read_facets_extent
-from pipeline.store.path_relations import depth_means, path_layers
+from pipeline.store.path_means import depth_means, path_layers
 from pipeline.store.wiring import SIDES, Attributed, Wiring, read_attributed, read_wiring
 
 # Attribute of a group `render/<preset>` of display images: the preset whose visualizations they show larger.

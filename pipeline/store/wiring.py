@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 
 from pipeline.effects.results import ConnectionAttribution
-from pipeline.layers.connectivity import NUM_CONNECTIONS, Connectivity
+from pipeline.layers.connections import NUM_CONNECTIONS, Connectivity
 from pipeline.store import hdf5
 from pipeline.store.hdf5 import write_array
 from pipeline.store.shards import safe_name
@@ -31,7 +31,7 @@ class Wiring:
         strength: Norms times the scale of the source unit, (C', k); what connections are ranked by.
         scale: The scale: "sd" for the standard deviation over the dataset, "1" for none. "" in atlases of former
             versions, whose weights leave out normalizations; their strengths are the norms.
-        approximate: Paths of modules that are in the weights only in part; see `layers.connectivity.Connectivity`.
+        approximate: Paths of modules that are in the weights only in part; see `layers.connections.Connectivity`.
         kernel: The effective weights as small kernels, cropped to their middle, (C', k, h, w) float16; None if they are
             no images, and in older atlases.
         path: Paths of the convolutions and linear layers that lie between the two layers.

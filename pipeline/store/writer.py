@@ -35,7 +35,7 @@ from pipeline.examples.rotation import rotation_number
 from pipeline.facets.results import FacetsResult
 from pipeline.images import metrics
 from pipeline.judges.judgement import RANGES, Judgement
-from pipeline.layers.connectivity import Connectivity
+from pipeline.layers.connections import Connectivity
 from pipeline.layers.dataflow import Dataflow
 from pipeline.layers.dictionaries import DictionaryLayer
 from pipeline.layers.finding import Layer
@@ -46,14 +46,8 @@ from pipeline.store.effects import write_effects
 from pipeline.store.facets import facets_faults, write_facets
 from pipeline.store.hdf5 import write_array, write_jpegs
 from pipeline.store.layer_view import DISPLAY_OF, LayerView
-from pipeline.store.path_relations import (
-    PATH_LAYERS,
-    PathUnits,
-    depth_means,
-    path_layers,
-    path_relations,
-    stored_path,
-)
+from pipeline.store.path_means import PATH_LAYERS, depth_means, path_layers, stored_path
+from pipeline.store.path_relations import PathUnits, path_relations
 from pipeline.store.reader import NETWORK_LAYER_ARRAYS, SCHEMA, SCHEMA_VERSION, open_atlas, published, structural_faults
 from pipeline.store.shards import DamagedShardError, Shard, safe_name
 from pipeline.store.wiring import SEPARATOR, write_attributed, write_wiring

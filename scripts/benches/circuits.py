@@ -33,7 +33,8 @@ from pipeline.effects.rest_of_network import RestOfNetwork
 from pipeline.layers.circuits import linearized
 from pipeline.layers.circuits.paths import LinearPath
 from pipeline.layers.circuits.search import find_circuits
-from pipeline.layers.connectivity import Connectivity, find_connectivity
+from pipeline.layers.connections import Connectivity
+from pipeline.layers.connectivity import find_connectivity
 from pipeline.layers.finding import Layer, capture
 from pipeline.layers.selection import LayersConfig, list_layers, select_layers
 from pipeline.models.loading import Model

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.examples.channel_stats import BINS, ChannelAccumulator, HistogramRange, channel_statistics
-from pipeline.layers.connectivity import SCALED_NORMS, Connectivity, find_connectivity
+from pipeline.layers.connections import Connectivity
+from pipeline.layers.connectivity import SCALED_NORMS, find_connectivity
 from pipeline.layers.finding import Layer
 from pipeline.models.loading import Model
 

@@ -31,7 +31,8 @@ from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.examples.channel_stats import ChannelAccumulator, HistogramRange, standard_deviation
 from pipeline.examples.localize import TOP
 from pipeline.images import metrics
-from pipeline.layers.connectivity import Connectivity, find_connectivity
+from pipeline.layers.connections import Connectivity
+from pipeline.layers.connectivity import find_connectivity
 from pipeline.layers.finding import Layer, capture
 from pipeline.layers.selection import list_layers
 from pipeline.models.loading import Model, load_model

@@ -14,8 +14,8 @@ from pipeline.data.datasets import list_dataset
 from pipeline.examples import topk
 from pipeline.facets import images
 from pipeline.facets.grouping import group_units
-from pipeline.facets.responses import ResponsesContext, measure_responses
-from pipeline.facets.results import NEAREST, ResponsesPart
+from pipeline.facets.responses import ResponsesContext, ResponsesPart, measure_responses
+from pipeline.facets.results import NEAREST
 from pipeline.layers.selection import LayersConfig, list_layers
 from pipeline.models.config import Preprocessing
 from pipeline.models.loading import Model

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from pipeline.layers.circuits.linearized import mean_gate
 from pipeline.layers.circuits.search import find_circuits
-from pipeline.layers.connectivity import Connectivity
+from pipeline.layers.connections import Connectivity
 from pipeline.layers.finding import enumerate_layers
 
 

@@ -10,7 +10,8 @@ from timm.layers.norm_act import BatchNormAct2d
 from timm.layers.std_conv import StdConv2d
 from torch import nn
 
-from pipeline.layers.connectivity import NUM_CONNECTIONS, Connectivity, expanded_weights, find_connectivity
+from pipeline.layers.connections import NUM_CONNECTIONS, Connectivity
+from pipeline.layers.connectivity import expanded_weights, find_connectivity
 from pipeline.layers.finding import capture, enumerate_layers
 from pipeline.models.config import Preprocessing
 from pipeline.models.loading import Model, prepare_module

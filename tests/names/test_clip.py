@@ -14,8 +14,9 @@ from pipeline.core.errors import AtlasError
 from pipeline.names import dissect, scores
 from pipeline.names.book import NameBook, earned_words
 from pipeline.names.clip_model import ClipModel, find_folder
-from pipeline.names.clip_names import examine, find_clip_names, read_clip_names, read_words
+from pipeline.names.clip_names import find_clip_names, read_clip_names
 from pipeline.names.embeddings import CropEmbeddings
+from pipeline.names.examine import examine, read_words
 
 transformers = pytest.importorskip("transformers")
 

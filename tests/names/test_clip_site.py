@@ -13,8 +13,8 @@ from tiny_clip import COLORS, WORDS, colored, write_color_atlas
 from pipeline import open_atlas
 from pipeline.cli.main import main
 from pipeline.names.clip_model import ClipModel
-from pipeline.names.clip_names import examine
 from pipeline.names.clip_search import compare, search
+from pipeline.names.examine import examine
 from pipeline.site.build import build_site
 from pipeline.site.config import SiteConfig
 from pipeline.site.data import api

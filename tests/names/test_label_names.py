@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import hypergeom
 
-from pipeline.names.label_names import LabelNull, false_discovery_rates, name_by_labels
+from pipeline.names.label_names import LabelNull, false_discovery_rates, hypergeometric_pmf, name_by_labels
 
 
 def examples_of(truth: np.ndarray, content: np.ndarray, distance: float, k: int = 16, seed: int = 0) -> np.ndarray:
@@ -83,3 +84,9 @@ def test_the_null_is_the_same_in_every_process() -> None:
     labels = np.repeat(np.arange(20), 5)
     first, second = (LabelNull(labels, np.arange(100)).smallest(9) for _ in range(2))
     assert np.array_equal(first, second)
+
+
+def test_the_distribution_is_that_of_scipy() -> None:
+    marked, count = np.array([0, 1, 3, 50, 990, 1000])[:, None], np.arange(21)
+    expected = hypergeom.pmf(count, 1000, marked, 20)
+    assert np.allclose(hypergeometric_pmf(count, 1000, marked, 20), expected, rtol=1e-9, atol=1e-12)

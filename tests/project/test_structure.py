@@ -8,6 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# Each process that writes a site begins with this.
+SITE_WORKERS = "pipeline.site.workers"
+
 
 def structure(*arguments: str) -> str:
     command = [sys.executable, ROOT / "scripts" / "structure", *arguments]
@@ -46,8 +49,12 @@ def test_an_import_against_the_layers_is_found(tmp_path: Path) -> None:
     assert wrong.returncode == 1 and "pipeline.core.seeds -> pipeline.runs.runner" in wrong.stdout
 
 
-@pytest.mark.parametrize("module", ["pipeline", "pipeline.config", "pipeline.core.registry", "pipeline.site.config"])
+@pytest.mark.parametrize(
+    "module",
+    ["pipeline", "pipeline.config", "pipeline.core.registry", "pipeline.site.config", "pipeline.store", SITE_WORKERS],
+)
 def test_what_an_import_does_not_load(module: str) -> None:
-    code = f"import sys, {module}; print([m for m in ('torch', 'jinja2', 'ray', 'hydra') if m in sys.modules])"
+    slow = ("torch", "jinja2", "ray", "hydra", "scipy.stats", "sklearn")
+    code = f"import sys, {module}; print([m for m in {slow} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"

@@ -43,8 +43,6 @@ def responses_of(kind: str) -> np.ndarray:
 @pytest.mark.parametrize("block", [similarity.BLOCK, 4096])
 def test_the_search_finds_what_comparing_all_pairs_finds(kind, block, monkeypatch):
     monkeypatch.setattr(similarity, "BLOCK", block)
-    monkeypatch.setattr(similarity, "AXES", 16)
-    monkeypatch.setattr(similarity, "MOST_CANDIDATES", 40)
     vectors = embedding.unit_vectors([responses_of(kind)])
     assert vectors is not None
     for count in (1, 8):

@@ -21,7 +21,7 @@ from pipeline.core import atomic_io, hashing
 from pipeline.core.errors import AtlasError
 from pipeline.core.metric_specs import IMAGE_METRICS, RATIO_METRICS, RELATION_METRICS
 from pipeline.effects.results import ConnectionAttribution, EffectsResult
-from pipeline.layers.connectivity import Connectivity
+from pipeline.layers.connections import Connectivity
 from pipeline.layers.dataflow import Dataflow
 from pipeline.layers.finding import Layer, ReceptiveField
 from pipeline.store import hdf5, shards, writer

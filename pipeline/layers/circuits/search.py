@@ -10,7 +10,8 @@ from pipeline.core.errors import first_line
 from pipeline.kernels.device_errors import is_device_failure
 from pipeline.layers.circuits.kernels import cropped
 from pipeline.layers.circuits.paths import LinearPath, Weights
-from pipeline.layers.connectivity import NUM_CONNECTIONS, Connectivity, Scale, find_connectivity
+from pipeline.layers.connections import NUM_CONNECTIONS, Connectivity, Scale
+from pipeline.layers.connectivity import find_connectivity
 from pipeline.layers.dictionaries import KIND, channel_layers, dictionary_layers
 from pipeline.layers.finding import Layer
 from pipeline.models.loading import Model

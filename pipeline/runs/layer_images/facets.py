@@ -14,7 +14,8 @@ from pipeline.core import hashing
 from pipeline.engine.tasks import FacetsTask, ResponsesTask, Task, facets_digest, groups_digest, responses_digest
 from pipeline.facets.grouping import group_units
 from pipeline.facets.request import FacetsRequest
-from pipeline.facets.results import FacetsResult, LayerFacets, ResponsesPart
+from pipeline.facets.responses import ResponsesPart
+from pipeline.facets.results import FacetsResult, LayerFacets
 from pipeline.layers.finding import Layer
 from pipeline.runs.dataset_pass import devices_of
 from pipeline.runs.layer_images.rounds import TwoRounds

@@ -410,7 +410,7 @@ class Catalogue:
     @staticmethod
     def of(atlas: Atlas) -> "Catalogue":
         """Read the catalogue of an atlas."""
-        table = atlas.dataset()
+        table = {key: column.to_numpy().tolist() for key, column in atlas.dataset().items()}
         sources = len(set(table["source"]))
         names = readable_labels(atlas.dataset_labels)
         shown = dict(zip(atlas.dataset_labels, names, strict=True)) | {"": ""}

@@ -95,7 +95,7 @@ def write_units(root: Path, facts: LayerSummary, records: Sequence[str], build: 
 def write_index(
     root: Path, atlas: Atlas, layers: Sequence[LayerSummary], catalogue: Catalogue, config: SiteConfig, similar: bool
 ) -> None:
-    """Write the index of the API, the list of dataset images, the JSON Schema, the table of units and the citation."""
+    """Write the index of the API, the list of dataset images, the JSON Schema and the citation."""
     attributes = atlas.attributes
     index = {
         "title": config.title,
@@ -115,6 +115,11 @@ def write_index(
     write(root, f"{API}/photographs.json", to_json(photographs) + "\n")
     write(root, f"{API}/schema.json", json.dumps(schema(), indent=1) + "\n")
     write(root, "CITATION.cff", citation(attributes, config))
+
+
+def write_table(root: Path, atlas: Atlas) -> None:
+    """Write the table of all visualizations."""
+    (root / API).mkdir(parents=True, exist_ok=True)
     table = atlas.units()
     if "trace" in table:
         table = table.drop(columns="trace")

@@ -86,6 +86,7 @@ def class_entries(
         for channel in facts.channels if facts.classifier else ():
             name = catalogue.classes[channel]
             entries.setdefault(_key(name), ClassEntry(name, (facts.order, channel)))
+    keys = [_key(name) for name in catalogue.names]
     for view, facts, places in zip(views, layers, ranks, strict=True):
         labels = view.labels()
         if labels is None or labels.method != "responses":
@@ -95,10 +96,10 @@ def class_entries(
         for row in np.argsort(-np.nan_to_num(labels.auroc), kind="stable").tolist():
             best = int(labels.best[row])
             if best >= 0:
-                name = catalogue.names[best]
-                entries.setdefault(_key(name), ClassEntry(name))
+                if keys[best] not in entries:
+                    entries[keys[best]] = ClassEntry(catalogue.names[best])
                 unit = [facts.channels[row], int(places[row]), auroc[row], selectivity[row]]
-                found.setdefault(_key(name), []).append(unit)
+                found.setdefault(keys[best], []).append(unit)
         for key, units in found.items():
             entries[key].layers.append((facts.order, units))
     for view, facts, places in zip(views, layers, ranks, strict=True):

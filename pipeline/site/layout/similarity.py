@@ -3,31 +3,27 @@
 An activation is the maximum of the unit's map for an image, and the images are those of `Atlas.responses_index`. The
 correlation is the dot product of the unit vectors of `embedding.unit_vectors`.
 
-The search is exact. Most pairs are ruled out by a bound, a product of short vectors: with P the projection to leading
-axes and r the length of the rest of a vector, v · w ≤ Pv · Pw + r(v) r(w). Only pairs whose bound reaches the lowest of
-a unit's best correlations so far are multiplied out, in double precision and each for itself. So neither the division
-into blocks nor the number of threads changes a result. A unit that the bound leaves too many candidates of is compared
-with all others.
+The search is exact. Every pair of vectors is multiplied out once, block by block and in single precision, for both of
+its units. Pairs that may be among the best of a unit are kept, and those that may still be at the end are multiplied
+out again, in double precision and each for itself. So neither the division into blocks nor the number of threads
+changes a result.
 """
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-# Axes of the bound, and vectors that they are computed from.
-AXES = 64
-FITTED = 2048
-ITERATIONS = 3
-# Elements of a block of bounds, 64 MB.
+# Products of a block, 64 MB.
 BLOCK = 1 << 24
-# Every so many columns of a block are reduced to their maximum before they are compared.
+# So many products are reduced to their maximum before they are compared.
 FOLD = 16
-# A unit with more candidates than this is compared with all others at once.
-MOST_CANDIDATES = 384
-# Pairs that are multiplied out at once.
-PAIRS = 4096
+# Pairs that are multiplied out again at once: their products stay in the cache of a core.
+PAIRS = 128
 # Correlations are rounded to so many decimals; equal ones are in the order of the units.
 DECIMALS = 4
-# Bound of the rounding errors of products in single precision, and of the squared lengths of rests.
-ERROR, SQUARED_ERROR = 2e-5, 4e-6
+# Bound of the rounding error of a product in single precision.
+ERROR = 2e-5
+# A product so far below another may still be rounded to the same correlation.
+MARGIN = 2 * ERROR + 10.0**-DECIMALS
 
 
 def most_similar(vectors: np.ndarray, count: int, least: float) -> tuple[np.ndarray, np.ndarray]:
@@ -46,111 +42,106 @@ def most_similar(vectors: np.ndarray, count: int, least: float) -> tuple[np.ndar
     numbers = np.full((len(vectors), count), -1, np.int32)
     correlations = np.zeros((len(vectors), count))
     varying = np.flatnonzero(vectors.any(1))
-    if count and len(varying) > 1:
-        search = _Search(vectors if len(varying) == len(vectors) else vectors[varying], count, least)
-        for start in range(0, len(varying), search.rows_per_block):
-            rows = np.arange(start, min(start + search.rows_per_block, len(varying)))
-            row, other, value = search.pairs(rows)
-            place = _places(row)
-            kept = place < count
-            own = varying[row[kept]]
-            numbers[own, place[kept]] = varying[other[kept]]
-            correlations[own, place[kept]] = value[kept]
+    if not count or len(varying) < 2:
+        return numbers, correlations
+    own = vectors if len(varying) == len(vectors) else vectors[varying]
+    # One thread: the processes that encode images use the other cores, and idle threads of a product would spin.
+    with threadpool_limits(1, "blas"):
+        row, other = _candidates(own, count, least)
+    value = np.round(_correlations(own, row, other), DECIMALS)
+    order = np.lexsort((other, -value, row))
+    order = order[value[order] >= least]
+    row, other, value = row[order], other[order], value[order]
+    place = _places(row)
+    kept = place < count
+    numbers[varying[row[kept]], place[kept]] = varying[other[kept]]
+    correlations[varying[row[kept]], place[kept]] = value[kept]
     return numbers, correlations
 
 
-class _Search:
-    """Search among vectors of length 1."""
+class _Best:
+    """The best pairs of each unit so far.
 
-    def __init__(self, vectors: np.ndarray, count: int, least: float) -> None:
-        self._vectors = vectors
-        self._count = min(count, len(vectors) - 1)
-        self._least = least
-        axes = _leading_axes(vectors[:: max(1, len(vectors) // FITTED)])
-        short = vectors @ axes
-        rest = np.sqrt(np.maximum(1 - np.square(short).sum(1), 0) + SQUARED_ERROR)
-        # With the length of the rest as one more component, the dot product is the bound.
-        self._short = np.concatenate([short, rest[:, None]], 1)
-        # Blocks are folded, and filled up with bounds that nothing reaches. New memory for each would take longer.
-        self._width = -(-len(vectors) // FOLD)
-        self._block = np.full((max(1, BLOCK // (self._width * FOLD)), self._width * FOLD), -2, np.float32)
+    Attributes:
+        lowest: What the product of a pair must reach, but for `MARGIN`, to be one of them, (units,).
+    """
 
-    @property
-    def rows_per_block(self) -> int:
-        """The largest number of rows of `pairs`."""
-        return len(self._block)
+    def __init__(self, units: int, count: int, least: float) -> None:
+        self.lowest = np.full(units, least, np.float32)
+        self._values = np.full((units, count), -np.inf, np.float32)
+        self._pairs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def pairs(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return at least the best pairs of each of `rows`: rows, other rows and correlations.
+    def add(self, first: int, folded: np.ndarray, others: int) -> None:
+        """Add the products of consecutive units with others.
 
-        They are sorted by row, by falling correlation and by the other row.
+        Args:
+            first: The first of the units.
+            folded: Products (units, `FOLD`, m); those of a unit belong to the others in this order.
+            others: The first of the others.
         """
-        total = len(self._vectors)
-        bounds = self._block[: len(rows)]
-        np.matmul(self._short[rows], self._short.T, out=bounds[:, :total])
-        bounds[np.arange(len(rows)), rows] = -2
-        folded = bounds.reshape(len(rows), FOLD, self._width)
+        count, width = self._values.shape[1], folded.shape[2]
+        lowest = self.lowest[first : first + len(folded)]
         highest = folded.max(1)
-        threshold = self._thresholds(rows, folded, highest)
-        here, group = np.nonzero(highest >= threshold[:, None])
-        crowded = np.bincount(here, minlength=len(rows)) > MOST_CANDIDATES // 4
-        keep = ~crowded[here]
-        here, group = here[keep], group[keep]
-        each, slot = np.nonzero(folded[here, :, group] >= threshold[here, None])
-        row, other = here[each], slot * self._width + group[each]
-        many = np.bincount(row, minlength=len(rows)) > MOST_CANDIDATES
-        crowded |= many
-        keep = ~many[row]
-        found = [(row[keep], other[keep]), self._compared_with_all(rows, np.flatnonzero(crowded))]
-        row, other = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        value = np.round(self._correlations(rows[row], other), DECIMALS)
-        keep = value >= self._least
-        row, other, value = row[keep], other[keep], value[keep]
-        order = np.lexsort((other, -value, row))
-        return rows[row[order]], other[order], value[order]
+        if count <= width:
+            # Each of the highest is a pair of its own, so that the last of the best is not below.
+            lowest = np.maximum(lowest, np.partition(highest, width - count, axis=1)[:, width - count])
+        lowest = lowest - MARGIN
+        unit, group = np.nonzero(highest >= lowest[:, None])
+        each, slot = np.nonzero(folded[unit, :, group] >= lowest[unit, None])
+        unit, group = unit[each], group[each]
+        self._merge(first + unit, others + slot * width + group, folded[unit, slot, group])
 
-    def _thresholds(self, rows: np.ndarray, folded: np.ndarray, highest: np.ndarray) -> np.ndarray:
-        """Return a lower bound of the lowest correlation of each row's best units, (rows,)."""
-        count = min(self._count, self._width)
-        group = np.argpartition(-highest, count - 1, axis=1)[:, :count]
-        slot = np.take_along_axis(folded, group[:, None, :], 2).argmax(1)
-        other = np.minimum(slot * self._width + group, len(self._vectors) - 1)
-        known = np.empty(other.shape, np.float32)
-        for column in range(count):
-            known[:, column] = np.einsum("ij,ij->i", self._vectors[rows], self._vectors[other[:, column]])
-        known[other == rows[:, None]] = -2
-        lowest = known.min(1) if count == self._count else np.full(len(rows), -2.0, np.float32)
-        # Half a unit of the last decimal, because pairs are ordered by rounded correlations.
-        return np.maximum(lowest, self._least) - ERROR - 10.0**-DECIMALS
+    def _merge(self, unit: np.ndarray, other: np.ndarray, value: np.ndarray) -> None:
+        order = np.lexsort((-value, unit))
+        unit, other, value = unit[order], other[order], value[order]
+        self._pairs.append((unit.astype(np.int32), other.astype(np.int32), value))
+        count, place = self._values.shape[1], _places(unit)
+        kept = place < count
+        changed, row = np.unique(unit[kept], return_inverse=True)
+        both = np.full((len(changed), 2 * count), -np.inf, np.float32)
+        both[:, :count] = self._values[changed]
+        both[row, count + place[kept]] = value[kept]
+        best = np.partition(both, count, axis=1)[:, count:]
+        self._values[changed] = best
+        self.lowest[changed] = np.maximum(self.lowest[changed], best.min(1))
 
-    def _compared_with_all(self, rows: np.ndarray, crowded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the candidates of the rows `crowded` of a block, by their products with all vectors."""
-        if not len(crowded):
-            return np.zeros(0, int), np.zeros(0, int)
-        products = self._vectors[rows[crowded]] @ self._vectors.T
-        products[np.arange(len(crowded)), rows[crowded]] = -2
-        last = products.shape[1] - self._count
-        lowest = np.maximum(np.partition(products, last, axis=1)[:, last], self._least)
-        row, other = np.nonzero(products >= lowest[:, None] - ERROR - 10.0**-DECIMALS)
-        return crowded[row], other
-
-    def _correlations(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Return the correlation of each pair, (pairs,) float64."""
-        result = np.empty(len(rows))
-        for start in range(0, len(rows), PAIRS):
-            part = slice(start, start + PAIRS)
-            # A sum over the last axis adds up each row alike, however many rows there are.
-            result[part] = np.multiply(self._vectors[rows[part]], self._vectors[others[part]], dtype=np.float64).sum(1)
-        return result
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return at least the best pairs: the units and the others."""
+        unit, other, value = (np.concatenate(parts) for parts in zip(*self._pairs, strict=True))
+        kept = value >= self.lowest[unit] - MARGIN
+        return unit[kept], other[kept]
 
 
-def _leading_axes(sample: np.ndarray) -> np.ndarray:
-    """Return about the axes of the largest variance of vectors (m, n), (n, axes), by subspace iteration."""
-    generator = np.random.default_rng(0)
-    axes = generator.normal(size=(sample.shape[1], min(AXES, *sample.shape))).astype(np.float32)
-    for _ in range(ITERATIONS):
-        axes, _ = np.linalg.qr(sample.T @ (sample @ axes))
-    return axes
+def _candidates(vectors: np.ndarray, count: int, least: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return at least the pairs with the `count` highest correlations of each unit, units and others."""
+    total = len(vectors)
+    best = _Best(total, count, least)
+    height = max(1, min(BLOCK // total, total) // FOLD) * FOLD
+    memory = np.empty(height * (total + FOLD), np.float32)
+    for start in range(0, total, height):
+        stop = min(start + height, total)
+        width = -(-(total - start) // FOLD) * FOLD
+        products = memory[: height * width].reshape(height, width)
+        products[stop - start :] = -2
+        products[:, total - start :] = -2
+        np.matmul(vectors[start:stop], vectors[start:].T, out=products[: stop - start, : total - start])
+        np.fill_diagonal(products, -2)
+        best.add(start, products[: stop - start].reshape(stop - start, FOLD, -1), start)
+        if stop < total:
+            # The same products for the units after this block: those of a unit are a column.
+            columns = products[:, stop - start : total - start]
+            best.add(stop, np.moveaxis(columns.reshape(FOLD, -1, total - stop), 2, 0), start)
+    return best.pairs()
+
+
+def _correlations(vectors: np.ndarray, units: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the correlation of each pair, (pairs,) float64."""
+    result = np.empty(len(units))
+    for start in range(0, len(units), PAIRS):
+        part = slice(start, start + PAIRS)
+        # A sum over the last axis adds up each row alike, however many rows there are.
+        result[part] = np.multiply(vectors[units[part]], vectors[others[part]], dtype=np.float64).sum(1)
+    return result
 
 
 def _places(rows: np.ndarray) -> np.ndarray:

@@ -108,12 +108,14 @@ class ChunkWriter:
     Caches the inputs of the last layer and decoded dataset images.
     """
 
-    def __init__(self, path: Path, root: Path, config: SiteConfig, sizes: Sizes) -> None:
+    def __init__(
+        self, path: Path, root: Path, config: SiteConfig, sizes: Sizes, catalogue: Catalogue | None = None
+    ) -> None:
         self._atlas = open_atlas(path)
         self._root = root
         self._config = config
         self._sizes = sizes
-        self._catalogue = Catalogue.of(self._atlas)
+        self._catalogue = catalogue or Catalogue.of(self._atlas)
         self._images = DatasetImages(self._atlas, sizes.example_px, config.licence == "blur")
         self._table = image_table(self._atlas)
         self._cards = CardWriter(self._atlas, root, config) if config.cards == "all" else None

@@ -6,6 +6,7 @@ or a shard; the number of files is computed exactly.
 """
 
 import dataclasses
+import functools
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -120,6 +121,7 @@ class Inventory:
     other_bytes: int = 0
 
 
+@functools.cache
 def divisor(limit: int) -> int:
     """Return the largest divisor of `CHUNK` that is at most `limit`, or 1."""
     return max(n for n in DIVISORS if n <= max(1, limit))
