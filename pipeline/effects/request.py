@@ -90,7 +90,7 @@ def request_effects(
     candidates: Sequence[Layer],
     logits: Sequence[Layer],
 ) -> EffectsRequest | None:
-    """Return what a run measures; None without images, or if all its layers are outputs.
+    """Return what a run measures; None without images, or if all its layers are outputs or have no effects.
 
     Args:
         config: The settings.
@@ -102,7 +102,7 @@ def request_effects(
     """
     outputs = (logits or channel_layers(candidates))[-1]
     ends = [layer.place for layer in (*logits, outputs)]
-    measured = [(layer, channels) for layer, channels in layers if layer.place not in ends]
+    measured = [(layer, channels) for layer, channels in layers if layer.place not in ends and layer.has_effects]
     if not config.images or not measured:
         return None
     return EffectsRequest(

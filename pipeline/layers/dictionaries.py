@@ -123,6 +123,11 @@ class DictionaryLayer(Layer):
         return [*super().tap, self._dictionary.digest]
 
     @property
+    def of_channels(self) -> bool:
+        """Whether the units are channels of the network; False."""
+        return False
+
+    @property
     def description(self) -> dict[str, Any]:
         """What is known of the dictionary, as plain data: the layer that it reads, its gate, and its facts."""
         assert self.base is not None
@@ -235,4 +240,4 @@ def dictionary_layers(layers: Sequence[Layer]) -> list[DictionaryLayer]:
 
 def channel_layers(layers: Sequence[Layer]) -> list[Layer]:
     """Return those of some layers whose units are channels of the network."""
-    return [layer for layer in layers if not isinstance(layer, DictionaryLayer)]
+    return [layer for layer in layers if layer.of_channels]

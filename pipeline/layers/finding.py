@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pipeline.core.errors import AtlasError, nearest_names
-from pipeline.layers.layouts import Axes, Layout, Part, as_maps, find_axes, override_layout
+from pipeline.layers.layouts import Axes, Layout, Part, as_maps, find_axes, override_layout, tokens_of
 from pipeline.layers.rectifiers import rectified_taps
 from pipeline.layers.tracing import Call, Trace, class_of, kind_of, modules_of, tensor_of
 from pipeline.models.loading import Model
@@ -101,6 +101,16 @@ class Layer:
         """Whether positions in its map correspond to positions in the image."""
         patches = self.layout in ("tokens", "tokens_first", "flat") and self.grid is not None and self.part == "patches"
         return patches or self.layout in ("maps", "maps_last")
+
+    @property
+    def of_channels(self) -> bool:
+        """Whether the units are channels of the network, and not computed from them."""
+        return True
+
+    @property
+    def has_effects(self) -> bool:
+        """Whether effects on the outputs and connections are measured."""
+        return True
 
     def maps(self, output: Tensor, batch: int, size: tuple[float, float] = (1.0, 1.0)) -> Tensor:
         """Return the tensor at this layer as maps (B, C, H, W).
@@ -357,7 +367,7 @@ def enumerate_layers(
 def _layer(trace: Trace, call: Call, axes: Axes, part: Part, aliases: Mapping[str, str]) -> Layer:
     """Build the layer of one call."""
     name, kind = call.name, kind_of(trace.modules[call.path])
-    if part == "prefix" and not axes.prefix:
+    if tokens_of(part, axes.prefix) == 0:
         part = "patches"
     module, index, side = _tap(trace, call) if kind in ("conv", "linear") else (call.path, call.index, "out")
     maps = as_maps(torch.empty(call.shape, device="meta"), axes, 1, part)

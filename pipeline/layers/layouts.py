@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 Layout = Literal["maps", "maps_last", "tokens", "tokens_first", "flat", "windows", "vector"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
-Part = Literal["patches", "all", "prefix"]
+Part = Literal["patches", "all", "prefix", "class", "registers"]
 
 CallKey = tuple[str, int]
 
@@ -55,7 +55,7 @@ def as_maps(
     |---|---|---|
     | maps | (B, C, H, W) | H × W |
     | maps_last | (B, H, W, C) | H × W |
-    | tokens | (B, N, C) | `part="patches"`: the grid of patches; "all": 1 × N; "prefix": 1 × prefix |
+    | tokens | (B, N, C) | `part="patches"`: the grid of patches; "all": 1 × N; others: 1 × their number |
     | tokens_first | (N, B, C) | as for tokens |
     | flat | (B, C, N) | as for tokens |
     | windows | (B · windows, …, C) | windows × positions in a window |
@@ -86,8 +86,9 @@ def as_maps(
             tokens = output
     if part == "all" or (axes.grid is None and not axes.prefix):
         return tokens.unsqueeze(2)
-    if part == "prefix":
-        return tokens[:, :, : axes.prefix].unsqueeze(2)
+    if part != "patches":
+        first = 1 if part == "registers" else 0
+        return tokens[:, :, first : first + tokens_of(part, axes.prefix)].unsqueeze(2)
     patches = tokens[:, :, axes.prefix :]
     grid_height, grid_width = axes.grid or (1, patches.shape[2])
     height = max(1, round(grid_height * size[0]))
@@ -95,6 +96,14 @@ def as_maps(
     if height * width != patches.shape[2]:
         return patches.unsqueeze(2)
     return patches.unflatten(2, (height, -1))
+
+
+def tokens_of(part: Part, prefix: int) -> int:
+    """Return how many of the `prefix` tokens that are no patches are part of a map; −1 for parts with patches.
+
+    The first of them is the class token; distillation and register tokens follow.
+    """
+    return {"prefix": prefix, "class": min(prefix, 1), "registers": max(prefix - 1, 0)}.get(part, -1)
 
 
 def find_axes(model: Model) -> tuple[Trace, dict[CallKey, Axes]]:
@@ -415,7 +424,7 @@ def _with_grid(key: CallKey, trace: Trace, axes: Mapping[CallKey, Axes], resized
 def _grid_of_map_before(
     calls: Sequence[Call], axis: int, axes: Mapping[CallKey, Axes], resized_calls: Mapping[CallKey, Call]
 ) -> tuple[int, int] | None:
-    """Return the size of the last map before the last of `calls`, if the tokens along its `axis` can be its positions.
+    """Return the size of the last map before the last of `calls` whose positions the tokens along its `axis` can be.
 
     Args:
         calls: The calls up to the one whose output are tokens.
@@ -425,18 +434,18 @@ def _grid_of_map_before(
     """
     *earlier, tokens = calls
     maps = [call for call in earlier if call.key in axes and axes[call.key].layout in ("maps", "maps_last")]
-    if not maps:
-        return None
-    source = maps[-1]
-    height, width = _map_size(source, axes[source.key])
-    prefix = tokens.shape[axis] - height * width
-    if height * width <= 1 or not 0 <= prefix <= MAX_PREFIX:
-        return None
-    if tokens.key in resized_calls and source.key in resized_calls:
-        resized_height, resized_width = _map_size(resized_calls[source.key], axes[source.key])
-        if resized_calls[tokens.key].shape[axis] - resized_height * resized_width != prefix:
-            return None
-    return height, width
+    # The last map may be none: queries and keys by head have four axes too.
+    for source in reversed(maps):
+        height, width = _map_size(source, axes[source.key])
+        prefix = tokens.shape[axis] - height * width
+        if height * width <= 1 or not 0 <= prefix <= MAX_PREFIX:
+            continue
+        if tokens.key in resized_calls and source.key in resized_calls:
+            resized_height, resized_width = _map_size(resized_calls[source.key], axes[source.key])
+            if resized_calls[tokens.key].shape[axis] - resized_height * resized_width != prefix:
+                continue
+        return height, width
+    return None
 
 
 def _grid_like_image(trace: Trace, count: int) -> tuple[int, int] | None:

@@ -12,7 +12,8 @@ from torch import nn
 
 from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.core.validation import Use
-from pipeline.layers.dictionaries import SEPARATOR, channel_layers, dictionary_layers
+from pipeline.layers.attention import with_attention
+from pipeline.layers.dictionaries import SEPARATOR, channel_layers
 from pipeline.layers.dictionary_files import with_dictionaries
 from pipeline.layers.finding import Layer, enumerate_layers
 from pipeline.layers.layouts import Part
@@ -33,9 +34,10 @@ class LayersConfig:
         visualized: Those of them that get visualizations, as in `visualized_of`; the others have dataset examples only.
         count: Number of layers of the policy `tour`.
         layouts: Layouts by glob on layer names, for layers whose channel axis is not detected correctly.
-        tokens: Which tokens of a transformer layer make up its map: patches, all or prefix.
+        tokens: Which tokens of a transformer layer make up its map: patches, all, prefix, class or registers.
         prefix: Number of tokens that are not patches; None to detect it.
         dictionary: Dictionaries whose latents are units, as FILE@LAYER; see `dictionary_files.read_dictionary`.
+        heads: Whether attention heads are units, in layers of their own; see `attention`.
     """
 
     policy: str = "tour"
@@ -48,6 +50,7 @@ class LayersConfig:
     tokens: str = "patches"
     prefix: int | None = None
     dictionary: Annotated[str | tuple[str, ...], Use("FILE@LAYER, as in sae.safetensors@blocks.5.3, or a list")] = ()
+    heads: bool = False
 
     @property
     def dictionaries(self) -> tuple[str, ...]:
@@ -68,7 +71,7 @@ def list_layers(model: Model, config: LayersConfig, aliases: Mapping[str, str] |
 
     Args:
         model: The network.
-        config: The settings; `layouts`, `tokens` and `prefix` are used.
+        config: The settings; those of tokens, layouts, dictionaries and heads are used.
         aliases: Module paths by the names that the literature uses.
 
     Raises:
@@ -82,6 +85,13 @@ def list_layers(model: Model, config: LayersConfig, aliases: Mapping[str, str] |
     layers = enumerate_layers(model, config.layouts, part, config.prefix, aliases)
     linear = linear_in_pixels(model, layers)
     layers = [dataclasses.replace(layer, linear_in_pixels=layer.name in linear) for layer in layers]
+    if part in ("class", "registers") and all(layer.part != part for layer in layers):
+        raise AtlasError(
+            f"layers.tokens={part}, but no layer of {model.name} has such tokens. Use layers.tokens=patches; "
+            "layers.prefix says how many tokens at the start are no patches, if that is not detected."
+        )
+    if config.heads:
+        layers = with_attention(model, layers)
     return with_dictionaries(layers, config.dictionaries)
 
 
@@ -94,8 +104,8 @@ def select_layers(model: Model, layers: Sequence[Layer], config: LayersConfig) -
     Args:
         model: The network.
         layers: All layers of the network.
-        config: The settings; `policy`, `include`, `exclude` and `count` are used. Layers of latents are part of every
-            policy.
+        config: The settings; `policy`, `include`, `exclude` and `count` are used. Layers of latents and heads are part
+            of every policy.
 
     Raises:
         AtlasError: If the policy is unknown, if a glob matches no layer, or if no layer remains.
@@ -106,8 +116,8 @@ def select_layers(model: Model, layers: Sequence[Layer], config: LayersConfig) -
         candidates = list(layers)
     else:
         candidates = POLICIES[config.policy](model, channel_layers(layers), config)
-        if latents := dictionary_layers(layers):
-            names = {layer.name for layer in (*candidates, *latents)}
+        if computed := [layer for layer in layers if not layer.of_channels]:
+            names = {layer.name for layer in (*candidates, *computed)}
             candidates = [layer for layer in layers if layer.name in names]
     selected = filter_layers(candidates, layers, config)
     if not selected:

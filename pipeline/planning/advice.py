@@ -31,7 +31,8 @@ def linear_output_advice(
     linear = [
         layer
         for layer in layers
-        if not (layer.rectified or layer.linear_in_pixels or layer.name in class_layers or layer.channels < 2)
+        if layer.of_channels and not (layer.rectified or layer.linear_in_pixels or layer.name in class_layers)
+        if layer.channels > 1
     ]
     if not linear:
         return ""

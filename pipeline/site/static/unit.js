@@ -395,7 +395,7 @@
     // With one position, means over the map are its only value.
     const single = Math.max(...unit.facts.map) <= 1;
     for (const [key, name, form, hint] of STATS) if (key in stats && !(single && OF_MAPS.includes(key)) && !(linear && AGAINST_ZERO.includes(key))) item(name, data(stats[key], form), hint);
-    if (linear) item("above zero, sparsity", "linear output: no zero", "No rectifier follows this layer, so the sign of its activations has no meaning.");
+    if (linear) item("above zero, sparsity", /@(heads|attention)$/.test(unit.layer.name) ? "never below zero" : "linear output: no zero", "No rectifier follows this layer, so the sign of its activations has no meaning.");
     for (const key of Object.keys(stats)) if (!STATS.some(([k]) => k === key) && typeof stats[key] === "number") item(key.replace(/_/g, " "), data(stats[key]), "");
     let says = null;
     const times = p ? ratioOf(p) : null;
