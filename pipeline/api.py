@@ -292,7 +292,7 @@ def dataset_examples(
     found = network.layer(layer)
     settings = dataclasses.replace(compose([]).config.examples, k=k)
     dataset = list_dataset(DataConfig(source="folder", root=str(images)), network.model.preprocessing.channels)
-    subsets = sweep.ImageSubsets.of(dataset, settings)
+    subsets = sweep.ImageSubsets.of(dataset, settings, found.channels)
     count = len(dataset.images)
     with _progress_bar(progress, math.ceil(count / settings.batch), layer) as advance:
         context = sweep.PassContext(network.model, [found], dataset, settings, advance)

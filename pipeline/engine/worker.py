@@ -522,7 +522,8 @@ class Worker:
     @functools.cached_property
     def drawn(self) -> sweep.ImageSubsets:
         """The subsets of the dataset that are drawn by hash."""
-        return sweep.ImageSubsets.of(self.setup.dataset, self.setup.config.examples)
+        channels = sum(layer.channels for layer in self.setup.layers)
+        return sweep.ImageSubsets.of(self.setup.dataset, self.setup.config.examples, channels)
 
     def _ranges(self, task: RangesTask) -> bytes:
         layers, model = self.setup.layers, self.measured

@@ -36,6 +36,10 @@ LISTS = ("max", "mean", "min")
 BUFFER_IMAGES = 192
 
 
+# Histogram bins of single images, a byte for each channel, take at most so much memory: dictionaries have many latents.
+LABELLED_BYTES = 1 << 30
+
+
 @dataclasses.dataclass(frozen=True)
 class ExamplesConfig:
     """What is stored of a dataset, and in what portions it is read. `conf/examples/default.yaml` explains each key."""
@@ -66,6 +70,11 @@ class ExamplesConfig:
         return self.compile if isinstance(self.compile, bool) else images * layers >= 30_000
 
 
+def labelled_images(config: ExamplesConfig, channels: int) -> int:
+    """Return the largest number of images with stored histogram bins, for so many channels in all."""
+    return min(config.labelled, LABELLED_BYTES // max(1, channels))
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageSubsets:
     """Images drawn by hash before the pass, as indices.
@@ -81,14 +90,19 @@ class ImageSubsets:
     labelled: np.ndarray
 
     @classmethod
-    def of(cls, dataset: Dataset, config: ExamplesConfig) -> "ImageSubsets":
+    def of(cls, dataset: Dataset, config: ExamplesConfig, channels: int) -> "ImageSubsets":
         """Draw from a dataset. Only paths matter, so that the result is the same on every machine.
 
         `labelled` is empty if the dataset has fewer than two labels.
+
+        Args:
+            dataset: The dataset.
+            config: The settings.
+            channels: Number of channels of all layers of the pass.
         """
-        size = max(config.sample, config.subset, config.labelled)
-        order = dataset.draw(size)
-        labelled = order[: config.labelled] if len(dataset.labels[0]) > 1 else order[:0]
+        count = labelled_images(config, channels)
+        order = dataset.draw(max(config.sample, config.subset, count))
+        labelled = order[:count] if len(dataset.labels[0]) > 1 else order[:0]
         return cls(order[: config.sample], np.sort(order[: config.subset]), np.sort(labelled))
 
 

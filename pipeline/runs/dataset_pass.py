@@ -168,7 +168,7 @@ class DatasetPass:
         return self._localize_tasks(gaps([*self.localized_ranges, *lost], self.to_localize), workers)
 
     def _ranges_task(self) -> RangesTask:
-        sample = tuple(ImageSubsets.of(self._plan.setup.dataset, self._config).sample.tolist())
+        sample = tuple(ImageSubsets.of(self._plan.setup.dataset, self._config, 1).sample.tolist())
         path = self.path("ranges", "ranges", self.ranges_digest)
         cost = self._plan.examples_seconds * len(sample) / self.total
         return RangesTask(str(path), self.ranges_digest, cost, sample)

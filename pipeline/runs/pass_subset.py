@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.core import atomic_io, hashing
 from pipeline.examples.localize import SecondPassIndex
 from pipeline.examples.shown_images import concatenate_bytes
+from pipeline.examples.sweep import labelled_images
 from pipeline.layers.path_depths import depths_before
 from pipeline.planning import manifest
 from pipeline.planning.cost_model import PlanRow
@@ -73,13 +74,18 @@ class PassSubset:
         """Return the subset of the dataset pass of the run in `folder`, without the damaged files `ignored`.
 
         Returns:
-            None if the weights, the dataset or a layer of the plan differ, or if the run has no manifest.
+            None if the weights, the dataset or a layer of the plan differ, if the other run has so many channels that
+            it stored the histogram bins of fewer images, or if it has no manifest.
         """
         source = manifest.read(folder.path)
         if source is None or (source.weights, source.dataset) != (plan.setup.weights, plan.dataset_fingerprint):
             return None
         taps = {layer.name: (layer.tap, layer.channels) for layer, _ in source.layers}
         if any(taps.get(layer.name) != (layer.tap, layer.channels) for layer, _ in plan.layers):
+            return None
+        totals = [sum(layer.channels for layer, _ in layers) for layers in (plan.layers, source.layers)]
+        stored = {min(labelled_images(plan.config.examples, total), len(plan.setup.dataset.images)) for total in totals}
+        if len(stored) > 1:
             return None
         main = plan.config.render.name
         rows = tuple(PlanRow(layer, channels, (0, 0), 0.0, main) for layer, channels in source.layers)

@@ -42,7 +42,7 @@ RECIPE = Preprocessing((32, 32), 36, (0.5,) * 3, (0.25,) * 3)
 def swept(
     model: Model, layers: list[Layer], dataset: Dataset, indices: Iterable[int], config: ExamplesConfig
 ) -> tuple[PassResult, HistogramRange]:
-    subsets = ImageSubsets.of(dataset, config)
+    subsets = ImageSubsets.of(dataset, config, sum(layer.channels for layer in layers))
     context = PassContext(model, layers, dataset, config)
     ranges = sweep.measure_ranges(context, subsets.sample.tolist())
     return sweep.sweep(context, indices, ranges, subsets), ranges
@@ -204,6 +204,17 @@ def test_activations_write_in_place_only_while_nothing_is_kept() -> None:
     assert not any(relu.inplace for relu in relus)
 
 
+def test_bins_of_single_images_are_bounded_in_bytes(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = datasets.list_dataset(DataConfig("folder", str(photo_folder)))
+    config = ExamplesConfig(sample=8)
+    every = ImageSubsets.of(dataset, config, 1000)
+    monkeypatch.setattr(sweep, "LABELLED_BYTES", 5000)
+    few = ImageSubsets.of(dataset, config, 1000)
+    assert len(every.labelled) == 20 and len(few.labelled) == 5
+    assert set(few.labelled.tolist()) <= set(every.labelled.tolist())
+    assert np.array_equal(few.sample, every.sample) and np.array_equal(few.subset, every.subset)
+
+
 @pytest.mark.parametrize("cuts", [(8, 12), (1, 2), (7, 19)])
 def test_ranges_merge_to_the_same_bytes(photo_folder: Path, tiny: Model, cuts: tuple[int, int]) -> None:
     dataset = datasets.list_dataset(DataConfig("folder", str(photo_folder)))
@@ -213,7 +224,7 @@ def test_ranges_merge_to_the_same_bytes(photo_folder: Path, tiny: Model, cuts: t
     context = PassContext(tiny, layers, dataset, config)
     parts = []
     for start, end in ((cuts[1], 20), (0, cuts[0]), cuts):
-        part = sweep.sweep(context, range(start, end), ranges, ImageSubsets.of(dataset, config))
+        part = sweep.sweep(context, range(start, end), ranges, ImageSubsets.of(dataset, config, 12))
         parts.append(PassResult.from_arrays(part.arrays()))
     merged = sweep.merge(parts, 5, dataset.sources).arrays()
     assert all(np.array_equal(array, merged[name]) for name, array in whole.arrays().items())

@@ -16,7 +16,9 @@ import pipeline
 from pipeline.cli.main import main
 from pipeline.core.errors import AtlasError
 from pipeline.engine import worker
+from pipeline.examples import sweep
 from pipeline.planning import cost_model, manifest, planner
+from pipeline.planning.folder import RunFolder
 from pipeline.runs.pass_subset import PassSubset
 
 SMALL = ["layers.include=[blocks.1.0.*,classifier]", "layers.channels=[0,2]"]
@@ -588,3 +590,15 @@ def test_commands_of_the_page_work_in_turn(
         assert main(typed) == 0, (arguments, capsys.readouterr().err)
     printed = capsys.readouterr().out
     assert "from runs/distill: first pass over 20 images" in printed
+
+
+def test_a_base_of_so_many_channels_that_it_stored_fewer_bins_is_not_cut(
+    finished: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Label statistics of a run of its own would be of more images than the base has bins of."""
+    base, settings = finished
+    plan = planner.make_plan(compose([*settings, *SMALL, f"run.root={tmp_path}"]).config, timed=False)
+    assert PassSubset.of(plan, RunFolder(base)) is not None
+    channels = sum(layer.channels for layer, _ in plan.layers)
+    monkeypatch.setattr(sweep, "LABELLED_BYTES", 10 * channels)
+    assert PassSubset.of(plan, RunFolder(base)) is None
