@@ -161,12 +161,14 @@ class _JudgePass:
         if kind == "class":
             logits = np.concatenate([self._network.class_logits(images) for images in batches])
             return np.stack(recognize(logits, channels), 1)
+        match, fitted = self._match(row.layer.name)
+        units = np.searchsorted(fitted, channels)
         if not self._raises_activation(row):
-            return _correlations(self._match(row.layer.name), channels)
+            return _correlations(match, units)
         size = self._plan.recipe.size
         features = np.concatenate([self._network.features(images, size) for images in batches])
         negative = self._plan.config.preset(row.preset).negative
-        return _unit_numbers(self._match(row.layer.name), features, channels, negative)
+        return _unit_numbers(match, features, units, negative)
 
     def _raises_activation(self, row: PlanRow) -> bool:
         """Return whether the visualizations of a row raise the activation that a judge predicts."""
@@ -225,31 +227,35 @@ class _JudgePass:
         return index, features
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - the pass lives as long as its fits
-    def _match(self, layer: str) -> Match:
-        """Return the best matching directions of all channels of a layer of the network."""
+    def _match(self, layer: str) -> tuple[Match, np.ndarray]:
+        """Return the best matching directions of the visualized channels of a layer of the network, and the channels.
+
+        A dictionary has many more latents than visualizations, and each channel has a fit of its own.
+        """
         assert self._space is not None
         start = 0
         for other, _ in self._plan.layers:
             if other.name == layer:
-                columns = slice(start, start + other.channels)
-                return self._space.match(self._dataset_pass.sweep.responses[:, columns])
+                rows = (row for row in self._plan.rows if row.layer.name == layer)
+                fitted = np.unique(np.concatenate([np.array(row.channels) for row in rows]))
+                return self._space.match(self._dataset_pass.sweep.responses[:, start + fitted]), fitted
             start += other.channels
         raise KeyError(layer)
 
 
-def _unit_numbers(match: Match, features: np.ndarray, channels: np.ndarray, negative: bool) -> np.ndarray:
+def _unit_numbers(match: Match, features: np.ndarray, units: np.ndarray, negative: bool) -> np.ndarray:
     """Return correlation, quantile and deviations of visualizations, (n, 3); of minimized units from the low end."""
-    placement = match.place(features, channels)
+    placement = match.place(features, units)
     quantile, deviations = placement.quantile, placement.deviations
     if negative:
         quantile, deviations = 1 - quantile, -deviations
-    return np.stack([match.correlation[channels], quantile, deviations], 1).astype(np.float32)
+    return np.stack([match.correlation[units], quantile, deviations], 1).astype(np.float32)
 
 
-def _correlations(match: Match, channels: np.ndarray) -> np.ndarray:
+def _correlations(match: Match, units: np.ndarray) -> np.ndarray:
     """Return the numbers of visualizations that do not raise the activation, (n, 3): the correlation of the unit."""
-    numbers = np.full((len(channels), len(NUMBERS["unit"])), np.nan, np.float32)
-    numbers[:, NUMBERS["unit"].index("correlation")] = match.correlation[channels]
+    numbers = np.full((len(units), len(NUMBERS["unit"])), np.nan, np.float32)
+    numbers[:, NUMBERS["unit"].index("correlation")] = match.correlation[units]
     return numbers
 
 
