@@ -7,7 +7,8 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from pipeline.compare.effects import MEASURES, EffectsChange, compare_effects, numbers_of
+from pipeline.compare import effects, facets
+from pipeline.compare.effects import EffectsChange, compare_effects
 from pipeline.compare.runs import Contender, RunComparison
 from pipeline.compare.statistics import Median, PairedTest, median, paired_test
 from pipeline.core.metric_specs import (
@@ -210,7 +211,8 @@ def align(inputs: RunComparison) -> Comparison:
     names = list(dict.fromkeys(name for atlas in inputs.atlases for name in atlas.layers))
     changes = compare_effects(inputs)
     parts = [part for name in names if (part := _part(inputs, name, bool(changes))) is not None]
-    measures = [MEASURES.get(m.name, m) for m in in_comparison_order(name for part in parts for name in part.values)]
+    known = effects.MEASURES | facets.MEASURES
+    measures = [known.get(m.name, m) for m in in_comparison_order(name for part in parts for name in part.values)]
     finite = [m for m in measures if any(np.isfinite(part.of(m.name)).any() for part in parts)]
     return Comparison(inputs.contenders, tuple(finite), tuple(parts), changes)
 
@@ -243,6 +245,7 @@ def _part(inputs: RunComparison, name: str, with_effects: bool) -> Part | None:
     best_of = {key: np.full(shape, np.nan) for key in (DATASET_MEAN, DATASET_PEAK)}
     rendered, failed = np.zeros(shape, bool), np.zeros(shape, np.int64)
     values: dict[str, np.ndarray] = {}
+    facet_numbers = facets.compared_numbers(layer_views)
     for at, (view, contender) in enumerate(zip(layer_views, contenders, strict=True)):
         if view is None:
             continue
@@ -257,7 +260,8 @@ def _part(inputs: RunComparison, name: str, with_effects: bool) -> Part | None:
         for key, array in numbers.items():
             if not _is_ratio(key) and array.ndim == 2 and array.dtype.kind in "fiu":
                 values.setdefault(key, np.full(shape, np.nan))[at, rows] = _median_over_variants(array, status)
-        for key, array in numbers_of(view).items() if with_effects else ():
+        of_unit = facet_numbers[at] | (effects.numbers_of(view) if with_effects else {})
+        for key, array in of_unit.items():
             values.setdefault(key, np.full(shape, np.nan))[at, rows] = array
     _fill_dataset_max(dataset_max, contenders)
     for best in best_of.values():

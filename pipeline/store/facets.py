@@ -107,6 +107,24 @@ class UnitFacets:
         return pd.DataFrame({name: getattr(self, name)[rows].reshape(-1)[there] for name in columns})
 
 
+def facet_numbers(group: h5py.Group, channels: np.ndarray) -> dict[str, np.ndarray]:
+    """Return `facets`, the number of facets, and `monosemanticity` of each channel of a layer; empty without facets.
+
+    Args:
+        group: The group of the layer.
+        channels: Its channels in the atlas, (C',).
+
+    Returns:
+        (C',) each; NaN for channels without facets.
+    """
+    if GROUP not in group:
+        return {}
+    stored = hdf5.group(group, GROUP)
+    rows = pd.Index(hdf5.read_array(stored, PLACES["channel"])).get_indexer(pd.Index(channels))
+    named = {"facets": PLACES["count"], "monosemanticity": PLACES["monosemanticity"]}
+    return {name: np.where(rows >= 0, hdf5.read_array(stored, place)[rows], np.nan) for name, place in named.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class FacetsExtent:
     """Numbers of the facets of a layer, read without their images.

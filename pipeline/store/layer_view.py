@@ -25,7 +25,7 @@ from pipeline.judges.judgement import NUMBERS, Judgement, Kind
 from pipeline.store import hdf5
 from pipeline.store.activation_atlas import ActivationAtlas, AtlasExtent, read_activation_atlas, read_extent
 from pipeline.store.effects import UnitEffects, read_effects
-from pipeline.store.facets import FacetsExtent, UnitFacets, read_facets, read_facets_extent
+from pipeline.store.facets import FacetsExtent, UnitFacets, facet_numbers, read_facets, read_facets_extent
 from pipeline.store.path_means import depth_means, path_layers
 from pipeline.store.wiring import SIDES, Attributed, Wiring, read_attributed, read_wiring
 
@@ -669,6 +669,10 @@ class LayerView:
     def facets(self) -> UnitFacets | None:
         """Return the facets of the units of the layer, with their images and examples, or None."""
         return read_facets(self._group)
+
+    def facet_numbers(self) -> dict[str, np.ndarray]:
+        """Return the number of facets and the monosemanticity of each unit, (C',) each; empty without facets."""
+        return facet_numbers(self._group, self.channels)
 
     @property
     def facets_extent(self) -> FacetsExtent | None:

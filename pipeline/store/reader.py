@@ -330,11 +330,7 @@ class Atlas:
             stats, effects = layer.stats(), layer.effects()
             if effects is not None:
                 stats |= {"effect": effects.mean, "effect_size": effects.size}
-            facets = layer.facets()
-            if facets is not None:
-                rows = pd.Index(facets.channel).get_indexer(pd.Index(layer.channels))
-                for name, values in (("facets", facets.count), ("monosemanticity", facets.monosemanticity)):
-                    stats[name] = np.where(rows >= 0, values[rows], np.nan)
+            stats |= layer.facet_numbers()
             for preset in layer.presets:
                 numbers = layer.measurements(preset)
                 variants = numbers["activation"].shape[1]

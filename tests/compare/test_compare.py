@@ -581,3 +581,33 @@ def test_runs_without_dataset_examples_show_none(tmp_path: Path) -> None:
         build(inputs, tmp_path / "site", SMALL)
     assert shard(tmp_path / "site", "stem/layer")["examples"] == []
     assert "examples" not in shard(tmp_path / "site", "stem/u0")["units"][0]
+
+
+# ---------------------------------------------------------------------- facets
+
+
+def add_facets(path: Path, channels: Sequence[int], count: Sequence[int], score: Sequence[float]) -> None:
+    """Numbers of the facets of some units of stem."""
+    with h5py.File(path, "r+") as file:
+        group = "layers/stem/facets/units"
+        write_array(file, f"{group}/channel", np.array(channels, np.int32))
+        write_array(file, f"{group}/count", np.array(count, np.int32))
+        write_array(file, f"{group}/monosemanticity", np.array(score, np.float32))
+
+
+def test_facets_are_compared_where_they_differ(tmp_path: Path) -> None:
+    for name in ("few", "many", "same", "none"):
+        write_atlas(tmp_path / f"{name}.h5")
+    for name in ("few", "same"):
+        add_facets(tmp_path / f"{name}.h5", [0, 3], [1, 2], [0.75, 0.5])
+    add_facets(tmp_path / "many.h5", [3, 0], [4, 1], [0.25, 0.5])
+    found = compare(tmp_path, *(str(tmp_path / f"{name}.h5") for name in ("few", "none", "many")))
+    units = found.units().set_index(["layer", "contender", "channel"])
+    assert units.loc[("stem", "many.h5", 3), "facets"] == 4 and units.loc[("stem", "few.h5", 3), "facets"] == 2
+    assert units.loc[("stem", "none.h5"), "facets"].isna().all() and np.isnan(
+        units.loc[("stem", "few.h5", 1), "facets"]
+    )
+    row = found.summary().set_index(["layer", "measure", "contender", "against"])
+    assert row.loc[("stem", "monosemanticity", "many.h5", "few.h5")]["median"] == -0.25
+    same = compare(tmp_path, *(str(tmp_path / f"{name}.h5") for name in ("few", "same", "none")))
+    assert "facets" not in same.units().columns
