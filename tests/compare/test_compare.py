@@ -602,7 +602,7 @@ def test_facets_are_compared_where_they_differ(tmp_path: Path) -> None:
         add_facets(tmp_path / f"{name}.h5", [0, 3], [1, 2], [0.75, 0.5])
     add_facets(tmp_path / "many.h5", [3, 0], [4, 1], [0.25, 0.5])
     found = compare(tmp_path, *(str(tmp_path / f"{name}.h5") for name in ("few", "none", "many")))
-    units = found.units().set_index(["layer", "contender", "channel"])
+    units = found.units().set_index(["layer", "contender", "channel"]).sort_index()
     assert units.loc[("stem", "many.h5", 3), "facets"] == 4 and units.loc[("stem", "few.h5", 3), "facets"] == 2
     assert units.loc[("stem", "none.h5"), "facets"].isna().all() and np.isnan(
         units.loc[("stem", "few.h5", 1), "facets"]
