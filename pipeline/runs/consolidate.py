@@ -160,6 +160,11 @@ def _content(request: Request, plan: Plan, artifacts: Artifacts, identity: str, 
         outputs=outputs,
         failures=failures,
         unrendered={one.layer.name: one.reason for one in plan.unrendered},
+        visualized={
+            row.layer.name: row.channels
+            for row in plan.rows
+            if row.preset == config.render.name and set(row.channels) < set(plan.channels[row.layer.name])
+        },
         kernels={
             layer.name: kernels
             for layer, channels in plan.layers

@@ -458,6 +458,13 @@ class LayerView:
         return found
 
     @property
+    def visualized(self) -> np.ndarray:
+        """Whether each unit is selected for visualization, (C',) bool; the others have dataset examples only."""
+        if "visualized" not in self._group:
+            return np.ones(len(self.channels), bool)
+        return self._get(self._group, "visualized").astype(bool)
+
+    @property
     def unrendered(self) -> str:
         """Why this layer cannot have visualizations, such as a missing gradient; empty where it can."""
         return str(self._group.attrs.get("unrendered", ""))

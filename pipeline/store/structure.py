@@ -48,7 +48,7 @@ RENDER_OPTIONAL = {
     **dict.fromkeys(("robust", "start", "seconds", "peak", "spatial_mean"), ("f", 2)),
     **dict.fromkeys(("seed", "steps"), ("iu", 2)),
 }
-LAYER_OPTIONAL = {"responses": ("f", 2), "kernel": ("f", 4)}
+LAYER_OPTIONAL = {"responses": ("f", 2), "kernel": ("f", 4), "visualized": ("b", 1)}
 
 
 def faults(file: h5py.File) -> list[Fault]:

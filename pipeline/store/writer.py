@@ -80,6 +80,7 @@ class Content:
         failures: Number of units that failed.
         identity: Digest of everything that the atlas was made from.
         unrendered: Why a layer cannot have visualizations, by layer name.
+        visualized: Channels that are selected for visualization, by layer name; all of a layer that is not there.
         judgements: What other networks say about the visualizations, by layer name and preset.
         kernels: Kernels of the channels of layers that are linear in the pixels, by layer name.
         depths: Names of the fixed depths of the network at which the paths of images are measured.
@@ -107,6 +108,7 @@ class Content:
     failures: int = 0
     identity: str = ""
     unrendered: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    visualized: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     judgements: Mapping[tuple[str, str], Sequence[Judgement]] = dataclasses.field(default_factory=dict)
     kernels: Mapping[str, PixelKernels] = dataclasses.field(default_factory=dict)
     depths: Sequence[str] = ()
@@ -192,6 +194,8 @@ def consolidate(path: Path, content: Content, rendered: Mapping[tuple[str, str],
             write_array(group, "channels", np.array(channels, np.int32))
             if layer.name in content.unrendered:
                 group.attrs["unrendered"] = content.unrendered[layer.name]
+            if layer.name in content.visualized:
+                write_array(group, "visualized", np.isin(channels, content.visualized[layer.name]))
             if layer.name in content.kernels:
                 kernels = content.kernels[layer.name]
                 write_array(group, "kernel", kernels.kernel)

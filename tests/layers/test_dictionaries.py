@@ -354,12 +354,17 @@ def test_some_latents_are_visualized_and_all_have_examples(tmp_path: Path, photo
         examples, numbers = latents.examples("max"), latents.measurements()
         assert examples is not None and (examples.index[:, 0] >= 0).all()
         visualized = np.flatnonzero((numbers["status"] != "missing").all(1))
-        assert visualized.tolist() == [6, 20, 33]
+        assert visualized.tolist() == np.flatnonzero(latents.visualized).tolist() == [6, 20, 33]
         assert np.isfinite(numbers["transfer"][visualized]).all() and np.isnan(numbers["transfer"][0]).all()
         activations = latents.image_activations()
         assert activations is not None and activations.shape == (40, 1, 40)
         assert np.isfinite(activations[visualized]).all() and np.isnan(activations[0]).all()
     assert main(["verify", f"{tmp_path}/latents", "run.trust=true"]) == 0
+    # The site does not call those missing that were not selected.
+    grid = next((tmp_path / "latents" / "site" / "data").glob("*many/grid.js")).read_text()
+    assert grid.count('"unselected"') == 37 and '"missing"' not in grid
+    units = json.loads(next((tmp_path / "latents/site/api/v1/units").glob("*many.json")).read_text())["units"]
+    assert [unit["channel"] for unit in units if any(unit["pictures"].values())] == [6, 20, 33]
     written = (tmp_path / "latents" / "atlas.h5").stat().st_mtime_ns
     assert main(["run", *overrides]) == 0
     assert (tmp_path / "latents" / "atlas.h5").stat().st_mtime_ns == written

@@ -28,6 +28,10 @@ BARS = 64
 EFFECTS = 5
 
 
+# Status of units that are not selected for visualization, in the columns of a layer.
+UNSELECTED = "unselected"
+
+
 def bars(counts: np.ndarray) -> np.ndarray:
     """Sum adjacent bins of histograms, (C', n) → (C', 64); empty bins are appended to fill the last bars."""
     bins_per_bar = -(-counts.shape[1] // BARS)
@@ -53,11 +57,20 @@ def columns(layer: LayerView, facts: LayerSummary, catalogue: Catalogue) -> dict
             # A measurement can be NaN for all units, as is the agreement of a single variant.
             if name in numbers and np.isfinite(numbers[name][:, 0]).any():
                 result[name] = rounded_decimals(numbers[name][:, 0])
-        result["status"] = [str(status) for status in worst(numbers["status"])]
+        result["status"] = _statuses(layer, numbers["status"])
     labels, words = labels_of(layer, facts, catalogue)
     if words:
         result["label"], result["labels"] = labels, words
     return result
+
+
+def _statuses(layer: LayerView, status: np.ndarray) -> list[str]:
+    """Return the most severe status of each unit, and `UNSELECTED` for those that need no visualization."""
+    selected = layer.visualized.tolist()
+    return [
+        UNSELECTED if one == "missing" and not chosen else one
+        for one, chosen in zip(worst(status), selected, strict=True)
+    ]
 
 
 def worst(status: np.ndarray) -> list[str]:
@@ -133,6 +146,7 @@ class Recorder:
             )
             for r in facts.rendered
         }
+        self._visualized = layer.visualized
         self._stats = {k: v.tolist() if v.dtype == bool else shortest_decimals(v) for k, v in layer.stats().items()}
         self._labels = layer.labels()
         self._names, self._meanings = catalogue.book.names(layer), catalogue.book.meanings(layer)
@@ -178,7 +192,11 @@ class Recorder:
             if facts.classifier:
                 unit["class"] = classes[channel]
             if facts.rendered:
-                unit["pictures"] = {key: measurements[row] for key, measurements in self._pictures.items()}
+                selected = bool(self._visualized[row])
+                unit["pictures"] = {
+                    key: measurements[row] if selected else _made(measurements[row])
+                    for key, measurements in self._pictures.items()
+                }
             if self._kernels is not None:
                 unit["kernel"] = _kernel_record(self._kernels, row, self._layer.has_exact_kernels)
             if self._stats:
@@ -315,6 +333,11 @@ def _with_judgements(
                 numbers = {name: column[row][v] for name, column in columns.items()}
                 picture.setdefault("judges", {})[judgement.judge] = numbers
     return pictures
+
+
+def _made(variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the visualizations of a unit that is not selected for any: none, or those of a former run."""
+    return variants if any(variant["status"] != "missing" for variant in variants) else []
 
 
 def _kernel_record(kernels: np.ndarray, row: int, exact: bool) -> dict[str, Any]:

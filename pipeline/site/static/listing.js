@@ -10,7 +10,7 @@ ATLAS.listing = (function () {
   };
 
   // Statuses that do not explain themselves, in words; the stored ones are in the addresses of listings.
-  const STATUSES = { limit: "still rising at the last step" };
+  const STATUSES = { limit: "still rising at the last step", unselected: "not selected for visualization" };
   const statusOf = (status) => STATUSES[status] || status || "unknown";
 
   // The listing that a part of an address describes: name=value, joined by "&". Other names are ignored.

@@ -141,6 +141,7 @@
       const larger = display(unit, rendered, i);
       if (larger) found.push(larger);
     });
+    if (!found.length) return make("div", { class: "pictures" }, make("figure", { class: "absent" }, make("figcaption", { text: "Dataset examples only: the unit is not selected for visualization." })));
     const shown = make("div", { class: "pictures" + (found.length > 1 ? " many" : "") }, found);
     return unit.facts.rendered.some((rendered) => rendered.masked) ? make("div", {}, shown, transparency()) : shown;
   }
