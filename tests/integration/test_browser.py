@@ -168,6 +168,7 @@ LOADED = [
 
 
 @pytest.mark.parametrize(("base", "width"), LOADED, indirect=["base"])
+@pytest.mark.long
 def test_everything_fits_and_loads(visit, base, width):
     for to in EVERY:
         page = visit(to, width)
@@ -666,6 +667,7 @@ def test_light_and_dark(visit):
     assert page.evaluate(ground) != before
 
 
+@pytest.mark.long
 def test_what_is_not_there_is_found(browser, folder):
     """The page that hosts give for what is missing, from any depth, with old names of layers."""
     here = folder / "somewhere/below/site"

@@ -65,6 +65,7 @@ LOADED = [("disk", 360), *(pytest.param(*at, marks=pytest.mark.long) for at in (
 
 
 @pytest.mark.parametrize(("base", "width"), LOADED, indirect=["base"])
+@pytest.mark.long
 def test_everything_fits_and_loads(visit, base, width):
     for to in (HOME, EVEN, UNIT, "unit.html#../../x:1", "unit.html#blocks.1.conv:5"):
         page = home(visit, width, to)

@@ -294,6 +294,7 @@ KINDS = [FEW, pytest.param([kind for kind in PAGES if kind not in FEW], marks=py
 
 
 @pytest.mark.parametrize("kinds", KINDS, ids=["few", "others"])
+@pytest.mark.long
 def test_pages_fit_and_are_accessible_in_chromium(chromium, folder, disk, kinds):
     with chromium() as window:
         none(checked(window, folder, disk, kinds, lambda w: fits(w) + violations(w) + keyboard(w)))

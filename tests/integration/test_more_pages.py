@@ -65,6 +65,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @ONE_BASE
+@pytest.mark.long
 def test_a_class_has_its_unit_and_the_units_that_belong_to_it(visit, base, folder):
     page = visit("index.html")
     page.get_by_role("navigation", name="The atlas").get_by_role("link", name="Classes").click()

@@ -20,6 +20,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
 @has_triton
+@pytest.mark.long
 def test_kernels_equal_pytorch_in_the_interpreter() -> None:
     script = Path(__file__).parent / "interpreted.py"
     root = str(Path(affine_sample.__file__).parents[2])

@@ -302,6 +302,7 @@ def test_bad_specifications_are_refused(tiny_layers: dict[str, Layer], tmp_path:
 # A whole run
 
 
+@pytest.mark.long
 def test_a_whole_run(tmp_path: Path, photo_folder: Path) -> None:
     """Examples and statistics of latents that are known channels are those of the channels."""
     rows = np.zeros((3, 64), np.float32)

@@ -77,6 +77,7 @@ def test_search_and_comparison(tmp_path: Path, clip: ClipModel) -> None:
         )
 
 
+@pytest.mark.long
 def test_the_command_line(
     finished: Path, clip_folder: Path, tmp_path: Path, tiny_run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,6 +40,7 @@ def digests(path: Path, within: bool) -> dict[str, str]:
     return found
 
 
+@pytest.mark.long
 def test_an_activation_atlas_is_added_to_a_finished_run(
     finished: Path, tiny_run: list[str], capsys: pytest.CaptureFixture
 ) -> None:

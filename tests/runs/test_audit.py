@@ -137,6 +137,7 @@ LONG = [pytest.param(precision, marks=pytest.mark.long) for precision in ("tf32"
 
 
 @pytest.mark.parametrize("precision", ["float32", *LONG])
+@pytest.mark.long
 def test_visualizations_of_a_gpu_are_verified_on_a_cpu(
     precision: str, finished: Path, tiny_run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ from pipeline.store.reader import open_atlas
 LAYER, CHANNEL, SIZE = "blocks.1.0.conv_pwl", 1, 64
 
 
+@pytest.mark.long
 def test_display_images_stand_beside_the_measured_ones(finished, tiny_run):
     with open_atlas(finished) as before:
         images = {layer.name: layer.images()[:] for layer in before}

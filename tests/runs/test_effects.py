@@ -222,6 +222,7 @@ def test_a_damaged_part_is_measured_again(finished: Path, tiny_run: list[str]) -
     assert before.attribution.tobytes() == after.attribution.tobytes()
 
 
+@pytest.mark.long
 def test_images_that_use_a_unit_are_shown_as_crops(finished: Path, tiny_run: list[str]) -> None:
     """Where an atlas stores no whole images: each receptive field at the largest relevance, also on the site."""
     assert main(["run", *tiny_run, *EFFECTS, "examples.store=crops", "run.update=true"]) == 0
@@ -254,6 +255,7 @@ def test_images_that_use_a_unit_are_shown_as_crops(finished: Path, tiny_run: lis
         ("resnet18", "layer1.0.conv1,layer4.1.conv1", False),
     ],
 )
+@pytest.mark.long
 def test_a_network_without_a_classifier(
     network: str, layers: str, used: bool, tiny_run: list[str], tmp_path: Path
 ) -> None:

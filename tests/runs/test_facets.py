@@ -35,6 +35,7 @@ def digests(path: Path, within: bool) -> dict[str, str]:
     return found
 
 
+@pytest.mark.long
 def test_facets_are_added_to_a_finished_run(finished: Path, tiny_run: list[str], capsys: pytest.CaptureFixture) -> None:
     before = digests(finished / "atlas.h5", within=False)
     assert main(["plan", *tiny_run, *FACETS]) == 0

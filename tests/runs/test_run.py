@@ -159,6 +159,7 @@ def test_unreadable_photographs_are_counted_and_listed(tiny_run: list[str], tmp_
     assert len(failures.strip().splitlines()) == 2
 
 
+@pytest.mark.long
 def test_a_failing_task_is_set_aside_and_the_run_goes_on(
     tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
