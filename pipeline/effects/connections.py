@@ -59,6 +59,8 @@ def measure_connections(
             context.model, context.layers, context.outputs, full_batch(arrays, context.batch, context.device)
         )
         sources = sources or source_layers(tensors)
+        if not sources:
+            continue  # a single layer, or a layer and latents of it
         reached = [tensors[target] for target in sources]
         slopes = torch.autograd.grad(outputs.amax(1).sum(), reached, retain_graph=True, allow_unused=True)
         for (target, source), slope in zip(sources.items(), slopes, strict=True):

@@ -1,5 +1,6 @@
 """Attributions of connections, against a loop that differentiates one pair at a time."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +102,9 @@ def test_no_division_of_the_images_changes_a_byte(context: EffectsContext) -> No
     assert set(whole) == set(parts) and whole["left"].value.shape == (2, 4)
     for name, one in whole.items():
         assert one.value.tobytes() == parts[name].value.tobytes() and parts[name].images == 7
+
+
+def test_a_single_layer_has_no_connections(context: EffectsContext) -> None:
+    alone = dataclasses.replace(context, layers=context.layers[:1], means=context.means[:1])
+    parts = [measure_connections(alone, [[0, 2]], range(7))]
+    assert parts[0]["count"].tolist() == [7] and merged(parts, ["stem"]) == {}

@@ -303,8 +303,10 @@ def test_bad_specifications_are_refused(tiny_layers: dict[str, Layer], tmp_path:
 
 
 @pytest.mark.long
-def test_a_whole_run(tmp_path: Path, photo_folder: Path) -> None:
+@pytest.mark.parametrize("engine", ["inline", "ray"])
+def test_a_whole_run(engine: str, tmp_path: Path, photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Examples and statistics of latents that are known channels are those of the channels."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     rows = np.zeros((3, 64), np.float32)
     rows[range(3), [5, 2, 7]] = 1
     np.save(tmp_path / "known.npy", rows)
@@ -313,7 +315,7 @@ def test_a_whole_run(tmp_path: Path, photo_folder: Path) -> None:
         f"layers.dictionary={tmp_path}/known.npy@blocks.1.0.conv_exp",
         "layers.include=[blocks.1.0.conv_exp*,classifier]",
     ]
-    overrides += ["layers.channels='0:8'", "effects.images=6", "effects.ablated=2"]
+    overrides += ["layers.channels='0:8'", "effects.images=6", "effects.ablated=2", f"engine={engine}"]
     assert main(["run", *overrides]) == 0
     with pipeline.open_atlas(tmp_path / "latents") as atlas:
         base, latents = atlas["blocks.1.0.conv_exp"], atlas["blocks.1.0.conv_exp@known"]
