@@ -115,6 +115,14 @@ class Firefox:
         viewport = {"width": width, "height": height}
         self._run(self._call("browsingContext.setViewport", context=self._tab, viewport=viewport))
 
+    def set_file(self, selector: str, path: Path) -> None:
+        """Choose a file in a file input."""
+        found = f"document.querySelector({json.dumps(selector)})"
+        target = {"context": self._tab, "sandbox": "tests"}
+        node = self._run(self._call("script.evaluate", expression=found, target=target, awaitPromise=False))["result"]
+        element = {"sharedId": node["sharedId"]}
+        self._run(self._call("input.setFiles", context=self._tab, element=element, files=[str(path)]))
+
     def tab(self) -> None:
         """Press the tabulator key."""
         keys = [{"type": kind, "value": TAB_KEY} for kind in ("keyDown", "keyUp")]

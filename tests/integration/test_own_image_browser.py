@@ -1,6 +1,7 @@
 """The page of one's own image in a real browser: its numbers are those of PyTorch."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, compose
+from firefox import FIREFOX, LIGHT, Firefox
 from PIL import Image
 from test_browser import browser as browser  # a fixture
 from test_browser import nothing_serious
@@ -121,6 +123,44 @@ def test_the_numbers_on_the_page_are_those_of_pytorch(browser, run, tmp_path):
     nothing_serious(page, "own-image.html")
     assert "mine.png" in page.inner_text("#own-says") and not faults
     page.close()
+
+
+@pytest.mark.long
+def test_firefox_has_the_same_numbers(run, tmp_path):
+    if FIREFOX is None:
+        pytest.skip("no Firefox")
+    folder, overrides = run
+    image = tmp_path / "mine.png"
+    photograph(150, 110).save(image)
+    model = load_model(compose(overrides).config.model)
+    levels = preprocess(read_image(image, 3), model.preprocessing)
+    ready = """new Promise((done) => { const start = Date.now(); const look = () => {
+        if (document.body.dataset.ready) done(true); else if (Date.now() - start > 30000) done(false);
+        else setTimeout(look, 50); }; look(); })"""
+    with pipeline.open_atlas(folder) as atlas, Firefox(tmp_path / "profile", LIGHT) as window:
+        layers = [layer for layer in enumerate_layers(model) if layer.name in atlas.layers]
+        with capture(model, layers, stop=False) as forward, torch.no_grad():
+            activations = forward(torch.from_numpy(levels)[None].float() / 255)
+        window.goto(f"file://{folder}/site/own-image.html")
+        window.set_file("#own-file", image)
+        assert window.evaluate(ready), window.messages
+        for layer in atlas:
+            maps = activations[layer.name][0].numpy()
+            window.evaluate(
+                f"""(() => {{ document.body.removeAttribute("data-ready");
+                const menu = document.querySelector("#own-layer");
+                menu.value = {json.dumps(layer.name)}; menu.dispatchEvent(new Event("change")); return true; }})()"""
+            )
+            assert window.evaluate(ready)
+            numbers = window.evaluate(
+                """Array.from(document.querySelectorAll(".own-units li"), (li) =>
+                [li.querySelector("b").textContent, +li.querySelector("data").value])"""
+            )
+            assert {name for name, _ in numbers} == {f"{layer.name}:{channel}" for channel in layer.channels}
+            for name, value in numbers:
+                channel = int(name.rpartition(":")[2])
+                assert abs(value - maps[channel].max()) <= 0.01 * float(np.ptp(maps))
+        assert window.messages == []
 
 
 def test_a_file_that_is_no_image_is_said(browser, run):

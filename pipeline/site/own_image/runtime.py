@@ -122,8 +122,10 @@ def classic_script(module: str) -> str:
         f"{public}:{local}" for local, public in pairs if public in ("InferenceSession", "Tensor", "env")
     )
     body = body.replace("import.meta.url", "ORT_URL")
+    # Firefox gives pages from disk the origin "null", which the module would take for the base of an address.
+    location = '{origin:window.location.origin==="null"?void 0:window.location.origin,href:window.location.href}'
     return (
-        f'(function(){{"use strict";const ORT_URL=document.currentScript.src;\n{body}\n'
+        f'(function(){{"use strict";const ORT_URL=document.currentScript.src,location={location};\n{body}\n'
         f'ATLAS.put("own-image/runtime",{{{exports}}});}})();\n'
     )
 
