@@ -40,7 +40,7 @@ KINDS = {HEADS: "heads", ATTENTION: "attention pattern"}
 CLASS_TOKENS = ("cls_token", "class_token", "class_embedding", "cls_embedding")
 REGISTERS = ("reg_token", "register_tokens", "registers")
 # Relative and absolute difference to what the module computes, in single precision.
-TOLERANCE = {"rtol": 1e-3, "atol": 1e-5}
+RELATIVE, ABSOLUTE = 1e-3, 1e-5
 # Keeps the gradient of a norm finite at 0.
 SMALLEST = 1e-12
 
@@ -157,7 +157,7 @@ class _Module:
     module: nn.Module
 
     @property
-    def projection(self) -> nn.Module | None:
+    def projection(self) -> nn.Linear | None:
         """The linear layer that reads the outputs of all heads side by side."""
         projection = getattr(self.module, "out_proj" if self.is_torch else "proj", None)
         return projection if isinstance(projection, nn.Linear) else None
@@ -187,9 +187,9 @@ def with_attention(model: Model, layers: Sequence[Layer]) -> list[Layer]:
     calls = trace_of(model).calls
     called = {call.path: sum(other.path == call.path for other in calls) for call in calls}
     modules = [
-        _Module(path, int(module.num_heads), module)
+        _Module(path, heads, module)
         for path, module in model.module.named_modules()
-        if isinstance(getattr(module, "num_heads", None), int) and called.get(path) == 1
+        if isinstance(heads := getattr(module, "num_heads", None), int) and called.get(path) == 1
     ]
     modules = [module for module in modules if module.projection is not None]
     seen = _observe(model, modules)
@@ -301,7 +301,7 @@ def _agrees(computed: Tensor, expected: Tensor) -> bool:
     if computed.shape != expected.shape:
         return False
     scale = float(expected.abs().max().clamp(min=1e-12))
-    return torch.allclose(computed / scale, expected.float() / scale, **TOLERANCE)
+    return torch.allclose(computed / scale, expected.float() / scale, RELATIVE, ABSOLUTE)
 
 
 def _has_class_token(model: Model) -> bool:
