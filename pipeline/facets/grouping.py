@@ -47,8 +47,7 @@ def group_units(
         similarity[unit], score[unit] = clustering.monosemanticity(directions, base)
         for one, apart in enumerate(clustering.separation(directions, found).tolist()):
             members = np.flatnonzero(found == one)
-            center = clustering.unit_length(directions[members].mean(0))
-            ranked = members[np.argsort(-(directions[members] @ center), kind="stable")][:NEAREST]
+            center, ranked = _center(directions, members)
             parts.append((unit, one, len(members), apart))
             centers.append(center.astype(np.float32))
             nearest.append(np.pad(image[unit, there][ranked], (0, NEAREST - len(ranked)), constant_values=-1))
@@ -72,3 +71,9 @@ def group_units(
         mean=base.mean.astype(np.float32),
         deviation=base.deviation.astype(np.float32),
     )
+
+
+def _center(directions: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the center of some of a unit's examples, (D,), and those nearest to it, at most `NEAREST`."""
+    center = clustering.unit_length(directions[members].mean(0))
+    return center, members[np.argsort(-(directions[members] @ center), kind="stable")][:NEAREST]

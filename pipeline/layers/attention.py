@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pipeline.core.errors import AtlasError
 from pipeline.layers.dictionaries import SEPARATOR
-from pipeline.layers.finding import Layer, Side
+from pipeline.layers.finding import ArrayLayer, Layer, Side
 from pipeline.layers.layouts import Axes, as_maps
 from pipeline.layers.tracing import run_on_noise, tensor_of, trace_of
 from pipeline.models.loading import Model
@@ -46,7 +46,7 @@ SMALLEST = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionLayer(Layer):
+class AttentionLayer(ArrayLayer):
     """A layer with a unit for each head of an attention module.
 
     The fields of `Layer` state where the module is read; `channels` is H.
@@ -66,9 +66,6 @@ class AttentionLayer(Layer):
     gram: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0, 0), np.float32), compare=False)
     weight: np.ndarray | None = dataclasses.field(default=None, compare=False)
     bias: np.ndarray | None = dataclasses.field(default=None, compare=False)
-    _held: dict[torch.device, dict[str, Tensor]] = dataclasses.field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
     @property
     def tap(self) -> list[Any]:
@@ -90,46 +87,39 @@ class AttentionLayer(Layer):
         if self.reads == "mixed":
             mixed = super().maps(output, batch, size).float()
         else:
-            queries, keys, values = self._projected(output.float())
-            attention = (queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5).softmax(-1)
+            attention, values = self.attention(output)
             if self.of == ATTENTION:
                 paid = attention[:, :, 0] if self.by_class else attention.mean(2)
                 return self._arranged(paid.transpose(1, 2), batch, size)
-            mixed = self._arranged((attention @ values).transpose(1, 2).flatten(2), batch, size)
+            mixed = self._arranged(side_by_side(attention, values), batch, size)
         written = mixed.unflatten(1, (self.channels, -1))
         gram = self._on(mixed.device)["gram"]
         squares = (torch.einsum("bhdyx,hde->bheyx", written, gram) * written).sum(2)
         return squares.clamp(min=SMALLEST).sqrt()
 
-    def _projected(self, output: Tensor) -> tuple[Tensor, ...]:
-        """Return queries, keys and values of what is read, (B, H, N, d) each."""
-        tokens = output.transpose(0, 1) if self.layout == "tokens_first" else output
+    def attention(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Return attention (B, H, N, N) and values (B, H, N, d) of what is read, unless that is mixed already."""
+        tokens = (output.transpose(0, 1) if self.layout == "tokens_first" else output).float()
         if self.reads == "input":
             held = self._on(tokens.device)
             tokens = F.linear(tokens, held["weight"], held["bias"])
-        return tuple(part.unflatten(-1, (self.channels, -1)).transpose(1, 2) for part in tokens.chunk(3, -1))
+        parts = (part.unflatten(-1, (self.channels, -1)).transpose(1, 2) for part in tokens.chunk(3, -1))
+        queries, keys, values = parts
+        return (queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5).softmax(-1), values
 
     def _arranged(self, tokens: Tensor, batch: int, size: tuple[float, float]) -> Tensor:
         """Return tokens (B, N, C) as maps."""
         return as_maps(tokens, Axes("tokens", self.prefix, self.grid), batch, self.part, size)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the fields for pickling, without copies of the arrays on a device."""
-        return {**self.__dict__, "_held": {}}
+    @property
+    def arrays(self) -> dict[str, np.ndarray | None]:
+        """The arrays by name."""
+        return {"gram": self.gram, "weight": self.weight, "bias": self.bias}
 
-    def _on(self, device: torch.device) -> dict[str, Tensor]:
-        """Return the arrays on a device; they are copied to the last device once."""
-        held = self._held.get(device)
-        if held is None:
-            self._held.clear()
-            arrays = {"gram": self.gram, "weight": self.weight, "bias": self.bias}
-            # Ray sends arrays as read-only memory, which PyTorch does not take.
-            held = self._held[device] = {
-                name: torch.from_numpy(np.require(array, requirements="W")).to(device)
-                for name, array in arrays.items()
-                if array is not None
-            }
-        return held
+
+def side_by_side(attention: Tensor, values: Tensor) -> Tensor:
+    """Return the outputs of all heads side by side, (B, N, H · d)."""
+    return (attention @ values).transpose(1, 2).flatten(2)
 
 
 @dataclasses.dataclass
@@ -261,7 +251,7 @@ def _layers_of(one: _Module, seen: _Seen, layers: dict[str, Layer], by_class: bo
     if seen.qkv is not None and seen.mixed is not None and source.layout in ("tokens", "tokens_first"):
         tapped = {"reads": "qkv", "module": f"{one.path}.qkv", "side": "out"}
         attention = _layer(source, one, ATTENTION, by_class, **tapped, **arrays)
-        if _agrees(_mixed(attention, seen.qkv), seen.mixed):
+        if _agrees(side_by_side(*attention.attention(seen.qkv)), seen.mixed):
             found.append(attention)
     return [(source.name, layer) for layer in found]
 
@@ -280,20 +270,13 @@ def _layer(source: Layer, one: _Module, of: str, by_class: bool, **changes: Any)
     return AttentionLayer(**{**fields, "of": of, "by_class": by_class and source.prefix > 0, **changes})
 
 
-def _mixed(layer: AttentionLayer, read: Tensor) -> Tensor:
-    """Return the outputs of all heads side by side, (B, N, D), as a layer computes them."""
-    queries, keys, values = layer._projected(read.float())
-    attention = (queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5).softmax(-1)
-    return (attention @ values).transpose(1, 2).flatten(2)
-
-
 def _agrees_torch(one: _Module, layer: AttentionLayer, seen: _Seen) -> bool:
     """Return whether the output of PyTorch's module is what a layer computes from its input."""
     if seen.input is None or seen.output is None or seen.input.shape != seen.output.shape or one.projection is None:
         return False
     if layer.layout not in ("tokens", "tokens_first"):
         return False
-    expected = F.linear(_mixed(layer, seen.input), one.projection.weight.float(), one.projection.bias)
+    expected = F.linear(side_by_side(*layer.attention(seen.input)), one.projection.weight.float(), one.projection.bias)
     return _agrees(expected.transpose(0, 1) if layer.layout == "tokens_first" else expected, seen.output)
 
 

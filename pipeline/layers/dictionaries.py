@@ -5,14 +5,14 @@ position of the layer's map, and its decoder says which change of the map a late
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.layers.finding import Layer
+from pipeline.layers.finding import ArrayLayer, Layer, on_device
 
 # What follows the encoder. "none" leaves its values as they are; "relu" sets negative ones to 0; "topk" keeps the k
 # largest of a position if they are positive; "jumprelu" keeps those above a threshold of each latent.
@@ -68,25 +68,18 @@ class Dictionary:
         return self.encoder.shape[1]
 
     @property
+    def arrays(self) -> dict[str, np.ndarray | None]:
+        """What latents are computed from, and what they stand for."""
+        return {"encoder": self.encoder, "bias": self.bias, "decoder": self.decoder, "threshold": self.threshold}
+
+    @property
     def sparse(self) -> bool:
         """Whether most latents are exactly 0 at a position."""
         return self.gate != "none"
 
 
-class _Tensors:
-    """The arrays of a dictionary on one device."""
-
-    def __init__(self, dictionary: Dictionary, device: torch.device) -> None:
-        def tensor(array: np.ndarray) -> Tensor:
-            # Ray sends arrays as read-only memory, which PyTorch does not take.
-            return torch.from_numpy(np.require(array, requirements="W")).to(device)
-
-        self.encoder, self.bias, self.decoder = map(tensor, (dictionary.encoder, dictionary.bias, dictionary.decoder))
-        self.threshold = None if dictionary.threshold is None else tensor(dictionary.threshold)
-
-
 @dataclasses.dataclass(frozen=True)
-class DictionaryLayer(Layer):
+class DictionaryLayer(ArrayLayer):
     """A layer of N latents that are computed from the maps of another layer.
 
     The fields of `Layer` state where the other layer is read; `channels` is N.
@@ -100,7 +93,6 @@ class DictionaryLayer(Layer):
     base: Layer | None = dataclasses.field(default=None, compare=False)
     dictionary: Dictionary | None = dataclasses.field(default=None, compare=False)
     passes_gate: bool = False
-    _held: dict[torch.device, _Tensors] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def on(cls, layer: Layer, name: str, dictionary: Dictionary) -> "DictionaryLayer":
@@ -173,7 +165,7 @@ class DictionaryLayer(Layer):
     def slopes(self, gradient: Tensor, batch: int) -> Tensor:
         """Return the derivative along the decoder of each latent, (B, N, H, W); see `Layer.slopes`."""
         maps = super().maps(gradient, batch).float()
-        return (maps.permute(0, 2, 3, 1) @ self._on(maps.device).decoder.T).permute(0, 3, 1, 2)
+        return (maps.permute(0, 2, 3, 1) @ self._on(maps.device)["decoder"].T).permute(0, 3, 1, 2)
 
     def set_channels(self, maps: Tensor, channels: Sequence[int], values: np.ndarray) -> None:
         """Change the maps of the other layer so that one latent of each image gets a value; see `Layer.set_channels`.
@@ -186,19 +178,12 @@ class DictionaryLayer(Layer):
         latents = self._encoded(maps[:1].float())[0]
         for image, (channel, value) in enumerate(zip(channels, values, strict=True)):
             change = float(value) - latents[channel]
-            maps[image] += (tensors.decoder[channel, :, None, None] * change).to(maps.dtype)
+            maps[image] += (tensors["decoder"][channel, :, None, None] * change).to(maps.dtype)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the fields for pickling, without copies of the arrays on a device."""
-        return {**self.__dict__, "_held": {}}
-
-    def _on(self, device: torch.device) -> _Tensors:
-        """Return the arrays on a device; they are copied to the last device once."""
-        held = self._held.get(device)
-        if held is None:
-            self._held.clear()
-            held = self._held[device] = _Tensors(self._dictionary, device)
-        return held
+    @property
+    def arrays(self) -> dict[str, np.ndarray | None]:
+        """The arrays by name."""
+        return self._dictionary.arrays
 
     def _encoded(self, maps: Tensor) -> Tensor:
         """Return the latents (B, N, H, W) of maps (B, C, H, W)."""
@@ -208,15 +193,15 @@ class DictionaryLayer(Layer):
 
 def encode(dictionary: Dictionary, rows: Tensor) -> Tensor:
     """Return the latents of activations (…, C), (…, N) float32."""
-    return _encode(dictionary, _Tensors(dictionary, rows.device), rows.float())
+    return _encode(dictionary, on_device(dictionary.arrays, rows.device), rows.float())
 
 
-def _encode(dictionary: Dictionary, tensors: _Tensors, rows: Tensor, passes_gate: bool = False) -> Tensor:
+def _encode(dictionary: Dictionary, tensors: Mapping[str, Tensor], rows: Tensor, passes_gate: bool = False) -> Tensor:
     """Return the latents of activations (…, C); gradients pass closed gates with `passes_gate`."""
-    values = torch.nn.functional.linear(rows, tensors.encoder, tensors.bias)
+    values = torch.nn.functional.linear(rows, tensors["encoder"], tensors["bias"])
     if not dictionary.sparse:
         return values
-    closed = _closed(dictionary, values.detach(), tensors.threshold)
+    closed = _closed(dictionary, values.detach(), tensors.get("threshold"))
     if not values.requires_grad:
         return values.masked_fill_(closed, 0.0)
     if passes_gate:

@@ -162,6 +162,42 @@ class Layer:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class ArrayLayer(Layer):
+    """A layer whose units are computed from what is read, by arrays that the layer has."""
+
+    _held: dict[torch.device, dict[str, Tensor]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray | None]:
+        """The arrays by name."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields for pickling, without copies of the arrays on a device."""
+        return {**self.__dict__, "_held": {}}
+
+    def _on(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the arrays on a device; they are copied to the last device once."""
+        held = self._held.get(device)
+        if held is None:
+            self._held.clear()
+            held = self._held[device] = on_device(self.arrays, device)
+        return held
+
+
+def on_device(arrays: Mapping[str, np.ndarray | None], device: torch.device) -> dict[str, Tensor]:
+    """Return arrays as tensors on a device; those that are None are left out."""
+    # Ray sends arrays as read-only memory, which PyTorch does not take.
+    return {
+        name: torch.from_numpy(np.require(array, requirements="W")).to(device)
+        for name, array in arrays.items()
+        if array is not None
+    }
+
+
 class _StopForward(Exception):
     """Raised in a hook to end the forward pass after the last requested layer."""
 

@@ -8,11 +8,10 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pipeline.core.ridge import PENALTIES, KernelBasis, feature_scale
-from pipeline.layers.finding import Layer
+from pipeline.layers.finding import ArrayLayer, Layer
 
 # Names of fitted heads: the prefix and the name of the layer that they read.
 PREFIX = "head@"
@@ -39,7 +38,7 @@ class HeadScores:
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadLayer(Layer):
+class HeadLayer(ArrayLayer):
     """A fitted head: a layer of K logits, a linear function of the spatial means of another layer's C channels.
 
     The fields of `Layer` state where the other layer is read; `channels` is K.
@@ -55,9 +54,6 @@ class HeadLayer(Layer):
     weight: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.float32), compare=False)
     bias: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32), compare=False)
     scores: HeadScores | None = dataclasses.field(default=None, compare=False)
-    _held: dict[torch.device, tuple[Tensor, Tensor]] = dataclasses.field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
     @classmethod
     def on(cls, layer: Layer, classes: int) -> "HeadLayer":
@@ -73,23 +69,13 @@ class HeadLayer(Layer):
     def maps(self, output: Tensor, batch: int, size: tuple[float, float] = (1.0, 1.0)) -> Tensor:
         """Return the predicted logits, (B, K, 1, 1) float32; see `Layer.maps`."""
         features = super().maps(output, batch, size).float().mean(dim=(2, 3))
-        weight, bias = self._on_device(features.device)
-        return (features @ weight + bias)[:, :, None, None]
+        held = self._on(features.device)
+        return (features @ held["weight"] + held["bias"])[:, :, None, None]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the fields for pickling, without copies of the weights on a device."""
-        return {**self.__dict__, "_held": {}}
-
-    def _on_device(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return weight and bias on a device; they are copied to the last device once."""
-        held = self._held.get(device)
-        if held is None:
-            self._held.clear()
-            held = self._held[device] = (
-                torch.from_numpy(self.weight).to(device),
-                torch.from_numpy(self.bias).to(device),
-            )
-        return held
+    @property
+    def arrays(self) -> dict[str, np.ndarray | None]:
+        """The arrays by name."""
+        return {"weight": self.weight, "bias": self.bias}
 
     @property
     def source(self) -> Layer:

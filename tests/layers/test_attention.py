@@ -179,7 +179,7 @@ def test_heads_are_part_of_every_policy_and_have_no_effects(vit: Model) -> None:
     chosen = select_layers(vit, layers, config)
     assert {layer.kind for layer in chosen} == {"block", "heads", "attention pattern"}
     only = [layer for layer in chosen if not layer.of_channels]
-    assert request_effects(EffectsConfig(images=0), None, [(layer, (0,)) for layer in only], layers, ()) is None  # type: ignore[arg-type]
+    assert request_effects(EffectsConfig(images=4), None, [(layer, (0,)) for layer in only], layers, ()) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.long
