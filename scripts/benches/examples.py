@@ -60,8 +60,8 @@ def main() -> None:
     folded = fold(model, foldable_pairs(model))
     config = ExamplesConfig(compile=options.compile == "yes")
     dataset = datasets.list_dataset(DataConfig("folder", options.root, options.count))
-    drawn = ImageSubsets.of(dataset, config)
     channels = [layer.channels for layer in layers]
+    drawn = ImageSubsets.of(dataset, config, sum(channels))
     print(f"{len(layers)} convolutions, {sum(channels):,} channels, {len(dataset.images)} photographs, "
           f"{options.threads} threads, batch {config.batch}, compiled: {options.compile}")  # fmt: skip
 

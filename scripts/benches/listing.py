@@ -28,6 +28,8 @@ HERE = Path(__file__).resolve().parents[2]
 
 # Distinct images; file systems limit the number of links to one file.
 DISTINCT = 100
+# Channels of a pass over every layer of a small network, which bound the number of images with stored bins.
+CHANNELS = 22_000
 
 
 def make_folder(root: Path, images: int, folders: int) -> Path:
@@ -114,7 +116,7 @@ def worker(root: str) -> None:
     def load(reference: list[object]) -> tuple[float, float, float, float]:
         before, began = psutil.Process().memory_full_info(), time.perf_counter()
         found = ray.get(reference[0])
-        subsets = ImageSubsets.of(found, ExamplesConfig())  # type: ignore[arg-type]
+        subsets = ImageSubsets.of(found, ExamplesConfig(), CHANNELS)  # type: ignore[arg-type]
         found.images[len(found.images) // 2]  # type: ignore[attr-defined]
         assert len(subsets.sample)
         seconds, after = time.perf_counter() - began, psutil.Process().memory_full_info()
@@ -171,7 +173,7 @@ def table(images: int) -> None:
     del cached, dataset, buffers
     before, clock = megabytes(), Clock()
     worker = pickle.loads(message, buffers=[np.memmap(shared, mode="r")])
-    ImageSubsets.of(worker, ExamplesConfig())
+    ImageSubsets.of(worker, ExamplesConfig(), CHANNELS)
     own = megabytes() - before
     print(f"  worker: {clock.text()}, {own:.0f} MB of its own and {size:.0f} MB shared with the others of a machine")
 

@@ -89,8 +89,8 @@ def network_only(bench: Bench, context: sweep.PassContext, loaded: list[Loaded],
         parts.append((indices, values.copy() if isinstance(values, np.ndarray) else values.clone()))
     bench.synchronize()
     bench.row("network and reduction alone", **{"images/s": len(loaded) / (time.perf_counter() - began)})
-    subsets = sweep.ImageSubsets.of(context.dataset, context.config)
     channels = [layer.channels for layer in context.layers]
+    subsets = sweep.ImageSubsets.of(context.dataset, context.config, sum(channels))
     accumulates_there = "device" in inspect.signature(sweep.PassAccumulator).parameters
     place = {"device": torch.device(bench.device)} if accumulates_there else {}
     accumulator = sweep.PassAccumulator(
@@ -104,7 +104,8 @@ def network_only(bench: Bench, context: sweep.PassContext, loaded: list[Loaded],
 
 def whole(bench: Bench, context: sweep.PassContext, ranges: sweep.HistogramRange) -> None:
     """Print the rate of the whole first pass; compiled, the first time includes the compilation."""
-    subsets = sweep.ImageSubsets.of(context.dataset, context.config)
+    channels = sum(layer.channels for layer in context.layers)
+    subsets = sweep.ImageSubsets.of(context.dataset, context.config, channels)
     count = len(context.dataset.images)
     compiled = context.config.compile
     if compiled:
@@ -113,6 +114,6 @@ def whole(bench: Bench, context: sweep.PassContext, ranges: sweep.HistogramRange
     bench.clean()
     seconds = bench.wall(lambda: sweep.sweep(context, range(count), ranges, subsets))
     bench.row(
-        "whole first pass", compiled=bool(compiled), channels=sum(layer.channels for layer in context.layers),
+        "whole first pass", compiled=bool(compiled), channels=channels,
         images=count, **{"images/s": count / seconds}, **bench.memory(),
     )  # fmt: skip
