@@ -66,3 +66,17 @@ class Normalise(Preconditioner):
     def apply(self, gradient: Tensor, sigma: float | None) -> Tensor:
         """Return the gradient with a root mean square of 1, (B, C, H, W)."""
         return gradient / rms(gradient).clamp(min=torch.finfo(gradient.dtype).tiny)
+
+
+@PRECONDITIONERS.add("sign")
+@dataclasses.dataclass(frozen=True)
+class Sign(Preconditioner):
+    """Keep the sign of each value of the gradient: the direction of steepest ascent in the L∞ metric.
+
+    Goodfellow, Shlens & Szegedy, "Explaining and Harnessing Adversarial Examples", 2015, section 4; one of the three
+    metrics that Olah et al. 2017 compare.
+    """
+
+    def apply(self, gradient: Tensor, sigma: float | None) -> Tensor:
+        """Return the signs, (B, C, H, W) in {−1, 0, 1}."""
+        return gradient.sign()

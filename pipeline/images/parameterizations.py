@@ -37,6 +37,7 @@ COLOR_MATRIX = (
 )
 
 ColorSpace = Literal["plain", "decorrelated", "measured"]
+FourierNoise = Literal["coefficients", "pixels", "uniform", "phases"]
 
 # `inverse` clamps images this far from 0 and 1, where the logit is infinite: a quarter of an 8-bit step.
 EDGE = 1 / 1024
@@ -212,9 +213,14 @@ class Fourier(Parameterization):
 
     Olah, Mordvintsev & Schubert 2017, "Preconditioning and Parameterization"; constants of
     lucid/optvis/param/spatial.py (sd 0.01, decay 1, and its division by 4 as `gain`).
+
+    `noise` is what an image starts from: Gaussian "coefficients" of standard deviation `sd`; or an image in the
+    decorrelated color space with the standard deviation `sd`, of white Gaussian noise ("pixels"), of white noise with a
+    uniform distribution ("uniform"), or with the amplitudes of natural images and random phases ("phases").
     """
 
     sd: float = 0.01
+    noise: FourierNoise = dataclasses.field(default="coefficients", metadata=ADDED_LATER, kw_only=True)
     # With 1.2 images have up to 8 % more activation, a fifth to two fifths more contrast and chroma, and twenty times
     # as many values near black or white: more than most photographs.
     decay: float = 1.0
@@ -222,13 +228,34 @@ class Fourier(Parameterization):
 
     paired: ClassVar[bool] = True
 
+    def uses_file(self, field: str) -> bool:
+        """Return whether the file in a field is used."""
+        return super().uses_file(field) or (field == "spectrum" and self.noise == "phases")
+
     def scale(self, size: Size, device: torch.device | None = None) -> Tensor:
         """Return the factor of each frequency, (H, W // 2 + 1)."""
         return frequencies(*size, device=device).clamp(min=1 / max(size)) ** -self.decay * self.gain
 
     def initial(self, generator: Generator, channels: int, size: Size) -> Tensor:
-        """Draw (C, H, W // 2 + 1, 2) real and imaginary parts, Gaussian with standard deviation `sd`."""
-        return torch.randn(channels, size[0], size[1] // 2 + 1, 2, generator=generator) * self.sd
+        """Draw (C, H, W // 2 + 1, 2) real and imaginary parts of the noise."""
+        if self.noise == "coefficients":
+            return torch.randn(channels, size[0], size[1] // 2 + 1, 2, generator=generator) * self.sd
+        return self._parameters_of(self._noise_image(generator, channels, size)[None])[0]
+
+    def _noise_image(self, generator: Generator, channels: int, size: Size) -> Tensor:
+        """Draw an image of noise in the decorrelated color space, (C, H, W) with standard deviation `sd`."""
+        if self.noise == "uniform":
+            return (torch.rand(channels, *size, generator=generator) * 2 - 1) * (3**0.5 * self.sd)
+        white = torch.randn(channels, *size, generator=generator)
+        if self.noise == "pixels":
+            return white * self.sd
+        amplitudes = torch.fft.rfft2(white).abs().clamp(min=1e-12)
+        natural = self.measured.at(*size)
+        # The mean spectrum is of as many channels as its dataset; the first one is the lightness.
+        natural = natural if len(natural) == channels else natural[:1]
+        image = torch.fft.irfft2(torch.fft.rfft2(white) / amplitudes * natural, s=size)
+        image = image - image.mean((1, 2), keepdim=True)
+        return image / image.std() * self.sd
 
     def image(self, parameters: Tensor, size: Size) -> Tensor:
         """Return the images of (B, C, H, W // 2 + 1, 2) parameters, in (0, 1)."""
@@ -238,9 +265,13 @@ class Fourier(Parameterization):
 
     def inverse(self, images: Tensor) -> Tensor:
         """Return the spectrum of the decorrelated image, divided by the scale."""
-        size = (images.shape[-2], images.shape[-1])
-        spectrum = torch.fft.rfft2(self.from_rgb(images), norm="ortho")
-        return torch.view_as_real(spectrum / self.scale(size, images.device)).contiguous()
+        return self._parameters_of(self.from_rgb(images))
+
+    def _parameters_of(self, decorrelated: Tensor) -> Tensor:
+        """Return the parameters of images in the decorrelated color space."""
+        size = (decorrelated.shape[-2], decorrelated.shape[-1])
+        spectrum = torch.fft.rfft2(decorrelated, norm="ortho")
+        return torch.view_as_real(spectrum / self.scale(size, decorrelated.device)).contiguous()
 
     def blurred(self, parameters: Tensor, sigma: float, size: Size) -> Tensor:
         """Return the parameters times the Gaussian's transfer function exp(-2 (π σ f)²); edges wrap around."""

@@ -40,6 +40,8 @@ def render(job: RenderJob, units: Sequence[ChannelVariant], start: BatchStart | 
     Returns:
         One visualization for each unit, in the order of `units`.
     """
+    if len(units) > 1 and any(perturbation.per_image for perturbation in job.preset.augmentations):
+        return [picture for unit in units for picture in render(job, [unit])]
     finished: dict[ChannelVariant, Visualization] = {}
     pending = list(units)
     for attempt in range(job.preset.attempts):
@@ -66,6 +68,8 @@ def restart(job: RenderJob, units: Sequence[ChannelVariant], start: BatchStart |
         One visualization for each unit, in the order of `units`, with the status "restarted", or "failed" if its
         objective did not rise above that of the initial image.
     """
+    if len(units) > 1 and any(perturbation.per_image for perturbation in job.preset.augmentations):
+        return [picture for unit in units for picture in restart(job, [unit])]
     attempts = job.preset.attempts
     restarted = []
     for picture in _attempt(job, start or draw_start(job, units, attempts), attempts, rate=1.0):
@@ -127,7 +131,7 @@ class _Optimization(contextlib.ExitStack):
         self._job, self._batch, self._schedule = job, batch, job.schedule
         optimizer, steps = job.preset.optimizer, job.preset.steps
         self._rates = [optimizer.rate(i, steps) * settings.lr * rate for i, settings in enumerate(self._schedule)]
-        self._perturbations = _perturb(job, self)
+        self._perturbations = _perturb(job, batch.units, self)
         self._stage_stack = self.enter_context(contextlib.ExitStack())
         self._stage: int | None = None
         self._began = 0
@@ -173,7 +177,7 @@ class _Optimization(contextlib.ExitStack):
         """Run a step without capture."""
         job, batch, settings = self._job, self._batch, self._schedule[step]
         for perturbation in self._perturbations:
-            perturbation.set_step(step)
+            perturbation.set_step(step, step / len(self._schedule))
         forward = self._forwards[_ensemble_member(job.preset, step)]
         values, gradient = parameter_gradient(
             job, batch, forward, batch.draws(step), settings, redirects=step < REDIRECTED_STEPS
@@ -183,11 +187,14 @@ class _Optimization(contextlib.ExitStack):
         constrain(job, batch, settings)
 
 
-def _perturb(job: RenderJob, stack: contextlib.ExitStack) -> list[ActivePerturbation]:
+def _perturb(job: RenderJob, units: Sequence[ChannelVariant], stack: contextlib.ExitStack) -> list[ActivePerturbation]:
     """Apply the network perturbations of the preset until `stack` is closed."""
     active = []
     for i, perturbation in enumerate(job.preset.augmentations):
-        seed = seed_of(job.seed, job.model.name, i, registered_name(perturbation))
+        identity = [job.seed, job.model.name, i, registered_name(perturbation)]
+        if perturbation.per_image:
+            identity += [job.layer.name, *units[0]]
+        seed = seed_of(*identity)
         active.append(stack.enter_context(perturbation.applied(job.model.module, seed)))
     return active
 

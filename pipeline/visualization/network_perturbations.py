@@ -1,15 +1,15 @@
 """Perturbations of the network during optimization: of its weights, its activations, or the checkpoint.
 
 They regularize a visualization by varying the network instead of the image. Random numbers depend on the seed of the
-run, the network and the step, and not on the batch: all images of a run see the same perturbed networks. The network is
-restored afterwards.
+run, the network and the step, and not on the batch: all images of a run see the same perturbed networks, unless
+`per_image` is set. The network is restored afterwards.
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 
 from pipeline.core.config_files import ConfigFile
 from pipeline.core.errors import AtlasError
-from pipeline.core.registry import Registry
+from pipeline.core.registry import ADDED_LATER, Registry
 from pipeline.core.seeds import seed_of
 from pipeline.kernels.transfers import upload
 
@@ -30,8 +30,13 @@ DRAWING_THREADS = 8
 class ActivePerturbation:
     """A perturbation that is applied to a network; this base class does nothing."""
 
-    def set_step(self, step: int) -> None:
-        """Perturb the network as an optimization step requires."""
+    def set_step(self, step: int, progress: float = 0.0) -> None:
+        """Perturb the network as an optimization step requires.
+
+        Args:
+            step: The step, from 0.
+            progress: Fraction of the optimization that is done before it, in [0, 1).
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +45,12 @@ class NetworkPerturbation:
 
     Attributes:
         every: Number of steps after which the perturbation is drawn again.
+        per_image: Whether each image has draws of its own. Every image is then optimized alone, which takes several
+            times as long.
     """
 
     every: Annotated[int, Field(ge=1)] = 1
+    per_image: bool = dataclasses.field(default=False, metadata=ADDED_LATER, kw_only=True)
 
     def check(self) -> None:
         """Raise `AtlasError` for settings that are invalid beyond the limits of their fields; there are none here."""
@@ -59,11 +67,15 @@ class NetworkPerturbation:
 class WeightNoise(NetworkPerturbation):
     """Gaussian noise on every weight tensor of two or more dimensions.
 
-    `sd` is the standard deviation of the noise as a fraction of that of the tensor. After NoiseGrad (Bykov et al.
-    2022), whose noise is multiplicative. Biases and normalization parameters are not changed.
+    Additive noise has the standard deviation `sd` times that of the tensor: w + sd · std(w) · n. Multiplicative noise
+    is that of NoiseGrad (Bykov et al., "NoiseGrad: Enhancing Explanations by Introducing Stochasticity to Model
+    Weights", 2022): w · (1 + sd · n). With `anneal` the standard deviation falls linearly to 0 over the steps, so that
+    the image is finished with the network itself. Biases and normalization parameters are not changed.
     """
 
     sd: float = 0.1
+    kind: Literal["additive", "multiplicative"] = dataclasses.field(default="additive", metadata=ADDED_LATER)
+    anneal: bool = dataclasses.field(default=False, metadata=ADDED_LATER)
 
     @contextlib.contextmanager
     def applied(self, module: nn.Module, seed: int) -> Iterator[ActivePerturbation]:
@@ -86,21 +98,23 @@ class _ActiveWeightNoise(ActivePerturbation):
     def __init__(self, weights: Mapping[str, nn.Parameter], settings: WeightNoise, seed: int) -> None:
         self._weights, self._settings, self._seed = weights, settings, seed
         self._originals = {name: weight.detach().clone() for name, weight in weights.items()}
-        self._draw: int | None = None
+        self._drawn_for: tuple[int, float] | None = None
         devices = {weight.device.type for weight in weights.values()}
         self._threads = None if devices == {"cpu"} else ThreadPoolExecutor(DRAWING_THREADS)
         self._ahead: tuple[int, dict[str, Future[Tensor]]] = (-1, {})
 
     @torch.no_grad()
-    def set_step(self, step: int) -> None:
+    def set_step(self, step: int, progress: float = 0.0) -> None:
         draw = step // self._settings.every
-        if draw == self._draw:
+        sd = self._settings.sd * (1 - progress if self._settings.anneal else 1)
+        if (draw, sd) == self._drawn_for:
             return
-        self._draw = draw
+        self._drawn_for = draw, sd
         for name, weight, noise in self._noise(draw):
             original = self._originals[name]
             on_device = upload(noise, weight.device).to(weight.dtype)
-            weight.copy_(original + on_device * (self._settings.sd * original.std()))
+            size = original.std() if self._settings.kind == "additive" else original
+            weight.copy_(original + on_device * (sd * size))
 
     def _noise(self, draw: int) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         """Return the name, the tensor and the noise of each weight."""
@@ -174,7 +188,7 @@ class _ActiveDropout(ActivePerturbation):
         self._settings, self._seed = settings, seed
         self._draw: int | None = None
 
-    def set_step(self, step: int) -> None:
+    def set_step(self, step: int, progress: float = 0.0) -> None:
         self._draw = step // self._settings.every
 
     def drop(self, name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

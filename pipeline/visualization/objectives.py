@@ -299,6 +299,27 @@ class LogProbability(_ClassifierObjective):
         return select_channels(F.log_softmax(activations.maps, dim=1), activations.channels).mean(dim=(1, 2))
 
 
+@OBJECTIVES.add("squashed_logit")
+@dataclasses.dataclass(frozen=True)
+class SquashedLogit(_ClassifierObjective):
+    """Logit z of the class after a squashing function.
+
+    `sigmoid` and `tanh` saturate with z alone: their slopes fall as e^(−z) and 4 e^(−2z). `softmax` and `log_softmax`
+    are the objectives `probability` and `log_probability`, whose slopes fall with the margin over the other classes.
+    For the question whether it is the other logits or the saturation that makes probabilities a poor objective.
+    """
+
+    squash: Literal["sigmoid", "tanh", "softmax", "log_softmax"] = "sigmoid"
+
+    def value(self, activations: Activations) -> Tensor:
+        """Return the squashed logits, (B,)."""
+        if self.squash in ("softmax", "log_softmax"):
+            function = F.softmax if self.squash == "softmax" else F.log_softmax
+            return select_channels(function(activations.maps, dim=1), activations.channels).mean(dim=(1, 2))
+        function = torch.sigmoid if self.squash == "sigmoid" else torch.tanh
+        return function(activations.own_maps).mean(dim=(1, 2))
+
+
 @OBJECTIVES.add("direction")
 @dataclasses.dataclass(frozen=True)
 class Direction(Objective):

@@ -218,6 +218,11 @@ def check(preset: Preset, channels: int) -> None:
         )
     if preset.couplings and preset.variants < 2:
         raise AtlasError("render.couplings need render.variants of at least 2: they compare the variants of a unit.")
+    if preset.couplings and any(perturbation.per_image for perturbation in preset.augmentations):
+        raise AtlasError(
+            "render.couplings compare the variants of a unit, and render.augmentations with per_image optimize each "
+            "image alone: use one of the two."
+        )
     of_all = any(penalty.layers == "all" for penalty in preset.network_penalties)
     if of_all and any(isinstance(a, Ensemble) for a in preset.augmentations):
         raise AtlasError(

@@ -1,18 +1,22 @@
-"""Run a study: `scripts/study NAME [key=value …]`, with settings in conf/experiment/study and a page in docs."""
+"""Run a study: `scripts/study NAME [key=value …]`, with the plan in scripts/studies/plans and a page in docs/studies.
 
-import importlib
-import re
-import shutil
+scripts/study NAME [key=value …]   make or continue its runs, then write its page, its figure and the index
+scripts/study --status             say which pages were made with other settings than the present ones, on the pages too
+scripts/study --plan NAME          print the commands of its runs and what they would take
+"""
+
+import csv
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from page import publish
+from page import PAGES, draw_figure, finding, hypotheses_table, mark_stale, report, write_index, write_page
+from plan import Plan, draw_units, plan_names, read_plan
+from values import Runs
 
+from pipeline.cli.compose import compose
 from pipeline.cli.main import main
-
-HERE = Path(__file__).resolve().parent
-NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("__main__", "page"))
 
 
 def say(line: str) -> None:
@@ -20,27 +24,80 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-if __name__ == "__main__":
-    name, *settings = sys.argv[1:] or [""]
-    if name not in NAMES:
-        raise SystemExit(f"scripts/study NAME [key=value …], one of: {' '.join(NAMES)}")
-    study = importlib.import_module(name)
-    began = time.perf_counter()
-    if hasattr(study, "prepare"):
-        study.prepare()
+def arguments(plan: Plan, name: str, network: str, condition: str, settings: Sequence[str]) -> tuple[list[str], Path]:
+    """Return the arguments of one run, and its folder; the drawn units are written beside it as a table."""
     given = dict(setting.split("=", 1) for setting in settings if "=" in setting)
-    # Other settings get another run folder, for example study-mosaic-layers.include.
-    own = re.sub(r"[^\w.]+", "-", "-".join(["study", name, *settings])).strip("-")
-    run = Path(given.get("run.root", "runs"), given.get("run.name", own))
-    code = main(["run", f"experiment=study/{name}", *settings, f"run.name={run.name}"])
-    if code not in (0, 1):
-        raise SystemExit(code)
-    report = study.report(run)
-    page = HERE.parents[1] / "docs" / "studies" / f"{name}.md"
-    if settings:
-        # The page in docs reports the study with its own settings; other settings get a separate page.
-        page = Path(shutil.copy(page, run))
-    publish(report, page)
-    for title, table in report.tables.items():
-        say(f"\n{title}\n{table.to_string(index=False)}")
-    say(f"\n{page} and {page.stem}.jpg, {(time.perf_counter() - began) / 60:.1f} minutes")
+    root = Path(given.get("run.root", "runs"))
+    run = root / plan.run_name(given.get("run.name", name), network, condition)
+    own = [setting for setting in settings if not setting.startswith("run.name=")]
+    chosen = [*plan.overrides(network, condition), *own, f"run.name={run.name}"]
+    include = "[" + ",".join(f"'{pattern}'" for pattern in plan.patterns(network)) + "]"
+    if plan.patterns(network):
+        chosen.append(f"layers.include={include}")
+    if plan.units:
+        table = root / f"{run.name}.csv"
+        table.parent.mkdir(parents=True, exist_ok=True)
+        with table.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["layer", "channel"])
+            writer.writerows(draw_units(plan, name, network, compose(chosen).config))
+        chosen.append(f"units={table}")
+    return chosen, run
+
+
+def run_all(name: str, plan: Plan, settings: Sequence[str], verb: str) -> Runs:
+    """Make or continue all runs of a study; return their folders."""
+    runs = {}
+    for network in plan.network_names:
+        for condition in plan.conditions:
+            chosen, run = arguments(plan, name, network, condition, settings)
+            say("atlas " + " ".join([verb, *chosen]))
+            code = main([verb, *chosen])
+            if code not in (0, 1):
+                raise SystemExit(code)
+            runs[network, condition] = run
+    return runs
+
+
+def study(name: str, settings: Sequence[str]) -> None:
+    """Run a study and write its page."""
+    plan = read_plan(name)
+    if plan.photographs and not any(setting.startswith("data.root=") for setting in settings):
+        raise SystemExit(
+            f"The study {name} needs photographs, of as many kinds as possible: scripts/study {name} data=folder "
+            "data.root=FOLDER"
+        )
+    began = time.perf_counter()
+    runs = run_all(name, plan, settings, plan.verb)
+    made = report(name, plan, runs, (time.perf_counter() - began) / 60, settings)
+    # The page in docs reports the study as planned; with other settings it is written into the folder of the runs.
+    others = [setting for setting in settings if not setting.startswith(("data", "engine", "run.root", "run.update"))]
+    page = PAGES / f"{name}.md" if not others else next(iter(runs.values())).parent / f"study-{name}.md"
+    write_page(made, page, draw_figure(made, runs))
+    if not others:
+        write_index()
+    say(hypotheses_table(made).to_string(index=False))
+    say(f"\n{finding(made)}\n\n{page} and {page.stem}.jpg, {made.minutes:.1f} minutes")
+
+
+def status() -> None:
+    """Print which pages were made with other settings, and say it on them."""
+    for name in plan_names():
+        page = PAGES / f"{name}.md"
+        if page.is_file():
+            say(f"{name}: {'settings changed since' if mark_stale(page, read_plan(name)) else 'as its plan'}")
+        else:
+            say(f"{name}: not run")
+    write_index()
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["--status"]:
+            status()
+        case ["--plan", name, *settings]:
+            run_all(name, read_plan(name), settings, "plan")
+        case [name, *settings] if not name.startswith("-"):
+            study(name, settings)
+        case _:
+            raise SystemExit(f"scripts/study NAME [key=value …], one of: {' '.join(plan_names())}")

@@ -1,149 +1,255 @@
-"""Functions shared by all studies: medians with intervals, paired comparisons, contact sheets, and the page.
-
-A page in docs/studies is written by hand, except for the part between `<!-- numbers -->` and `<!-- end -->`, which the
-command of the study writes. The command also writes the figure NAME.jpg beside the page.
-"""
+"""The page of a study, written from its plan and its runs alone, its figure, and the index of all studies."""
 
 import dataclasses
+import datetime
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import yaml
+from analysis import OPEN, Result, analyze, medians, number
 from PIL import Image, ImageDraw
+from plan import Plan, plan_names, read_plan, settings_digest
+from values import Runs, own_code, table_of
 
-from pipeline.compare import align, open_runs
-from pipeline.compare.alignment import Comparison
-from pipeline.compare.statistics import Median, PairedTest, median
-from pipeline.config.schema import Config, from_tree
-from pipeline.core.metric_specs import metric_named
-from pipeline.store.reader import Atlas, open_atlas
+from pipeline.store.reader import open_atlas
 
-NUMBERS = re.compile(r"(<!-- numbers -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = Path(__file__).resolve().parents[2] / "docs" / "studies"
 SIDE = 120
+# Remarks are written by hand between these marks; everything else on a page is generated.
+REMARKS = re.compile(r"<!-- remarks -->\n(.*?)<!-- end -->\n", re.DOTALL)
+DIGEST = re.compile(r"<!-- settings (\w+)(?: with (.*?))? -->")
+STALE = (
+    "> **The settings of this study have changed since this page was made**: the command gives other numbers now.\n\n"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The results of a study: tables by caption, and a figure."""
+    """What a page is written from.
 
-    tables: Mapping[str, pd.DataFrame]
-    figure: Image.Image
+    Attributes:
+        name: Name of the study.
+        plan: Its plan.
+        results: The tests of its hypotheses.
+        table: The values, one row for each image.
+        excluded: Number of excluded units.
+        minutes: Duration of the runs in minutes; None if they were complete before.
+        settings: The user's settings.
+        further: Further tables by caption, from the study's own code.
+    """
+
+    name: str
+    plan: Plan
+    results: Mapping[str, Result]
+    table: pd.DataFrame
+    excluded: int
+    minutes: float | None = None
+    settings: Sequence[str] = ()
+    further: Mapping[str, pd.DataFrame] = dataclasses.field(default_factory=dict)
 
 
-def publish(report: Report, page: Path) -> None:
-    """Write the tables between the markers of `page`, and the figure beside it."""
-    text = "\n".join(f"{title}\n\n{markdown(table)}\n" for title, table in report.tables.items())
-    written = page.read_text(encoding="utf-8")
-    if not NUMBERS.search(written):
-        raise SystemExit(f"{page} has no place for numbers: <!-- numbers --> … <!-- end -->")
-    page.write_text(NUMBERS.sub(lambda found: f"{found[1]}\n{text}\n{found[2]}", written), encoding="utf-8")
-    report.figure.save(page.with_suffix(".jpg"), quality=85)
+def report(name: str, plan: Plan, runs: Runs, minutes: float | None, settings: Sequence[str]) -> Report:
+    """Return the report of a study from its runs."""
+    table, excluded = table_of(name, plan, runs)
+    module = own_code(name)
+    further = module.tables(runs, table) if module is not None and hasattr(module, "tables") else {}
+    return Report(name, plan, analyze(plan, table), table, excluded, minutes, settings, further)
 
 
 def markdown(table: pd.DataFrame) -> str:
     """Return a table as Markdown, without its index."""
-    lines = [" | ".join(table.columns), " | ".join("---" for _ in table.columns)]
+    lines = [" | ".join(map(str, table.columns)), " | ".join("---" for _ in table.columns)]
     lines += [" | ".join(map(str, row)) for row in table.itertuples(index=False)]
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def told(found: Median, digits: int = 2) -> str:
-    """Format a median with the ends of its interval: 0.53 [0.48, 0.60]."""
-    return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+def shown_effect(result: Result, value: float) -> str:
+    """Return an effect as a signed difference, a factor or a correlation."""
+    if math.isnan(value):
+        return "–"
+    if result.hypothesis.scale == "ratio":
+        return f"× {number(math.exp(value))}"
+    return f"{'+' if value >= 0 else '−'}{number(abs(value))}"
 
 
-def dueled(found: PairedTest, digits: int = 2) -> str:
-    """Format a median difference with its interval, wins and losses: +0.10 [0.02, 0.20], 20 : 4."""
-    at = found.difference
-    return f"{at.value:+.{digits}f} [{at.low:+.{digits}f}, {at.high:+.{digits}f}], {found.wins} : {found.losses}"
-
-
-def config_of(atlas: Atlas) -> Config:
-    """Return the configuration of an atlas."""
-    return from_tree(yaml.safe_load(atlas.config))
-
-
-def compared(run: Path) -> Comparison:
-    """Return the comparison of all presets of a run, unit by unit."""
-    with open_runs([str(run)], root=run.parent) as contest:
-        return align(contest)
-
-
-def medians(found: Comparison, measures: Sequence[str]) -> pd.DataFrame:
-    """Return medians over all units, one row per preset and one column per measure."""
-    whole = found.all_units
+def hypotheses_table(report: Report) -> pd.DataFrame:
+    """Return one row for each hypothesis: effects, intervals, corrected p value, power and verdict."""
     rows = []
-    for at, contender in enumerate(found.contenders):
-        values = {m.title: told(median(whole.of(m.name)[at]), m.digits) for m in map(metric_named, measures)}
-        rows.append({"preset": f"`{contender.label}`", **values})
+    for key, result in report.results.items():
+        effect, hypothesis = result.effect, result.hypothesis
+        interval = (
+            ""
+            if math.isnan(effect.low)
+            else f" [{shown_effect(result, effect.low)}, {shown_effect(result, effect.high)}]"
+        )
+        parts = ", ".join(shown_effect(result, part.value) for part in result.networks.values())
+        least = "–" if math.isnan(result.detectable) else shown_effect(result, result.detectable).lstrip("+")
+        minimal = f"× {number(1 + hypothesis.minimal)}" if hypothesis.scale == "ratio" else number(hypothesis.minimal)
+        rows.append(
+            {
+                "": key,
+                "measure": hypothesis.measure.replace("_", " "),
+                "effect [95 %]": shown_effect(result, effect.value) + interval,
+                "by network": parts,
+                "minimal": minimal,
+                "found in 80 %": least,
+                "p (Holm)": "–" if math.isnan(result.p) else f"{result.p:.3f}" if result.p >= 0.001 else "< 0.001",
+                "verdict": result.verdict,
+            }
+        )
     return pd.DataFrame(rows)
 
 
-def pairs(found: Comparison, against: str, measures: Sequence[str]) -> pd.DataFrame:
-    """Return the median difference to `against` over the same units with wins : losses, one row per preset."""
-    whole, labels = found.all_units, [contender.label for contender in found.contenders]
-    rows = []
-    for at, label in enumerate(labels):
-        if label == against:
-            continue
-        row = {"preset": f"`{label}`"}
-        for metric in map(metric_named, measures):
-            one = found.paired_test(whole, metric, at, labels.index(against))
-            row[metric.title] = "" if one is None else dueled(one, metric.digits)
-        rows.append(row)
-    return pd.DataFrame(rows)
+def finding(report: Report) -> str:
+    """Return the finding: one sentence for each hypothesis, without numbers."""
+    return " ".join(result.sentence for result in report.results.values())
 
 
-def by_layer(found: Comparison, measure: str, digits: int = 2) -> pd.DataFrame:
-    """Return the median of one measure, one row per preset and one column per layer."""
+def strength(results: Mapping[str, Result]) -> str:
+    """Return how many hypotheses are decided, as the strength of the evidence."""
+    decided = sum(result.verdict != OPEN for result in results.values())
+    return f"{decided} of {len(results)} decided"
+
+
+def sample(report: Report) -> str:
+    """Return the sentence about what was measured."""
+    table, plan = report.table, report.plan
+    counts = table.groupby("network")[["layer", "channel"]].apply(lambda part: len(part.drop_duplicates()))
+    layers = table.groupby("network")["layer"].nunique()
+    units = ", ".join(f"{counts[name]} units in {layers[name]} layers of {name}" for name in counts.index)
+    parts = [units]
+    if plan.arms:
+        runs = sum(name.startswith("seed") for name in plan.conditions)
+        starts = f"{plan.seeds} images of each from {runs} seeds" if runs else f"{plan.seeds} seeds each"
+        parts.append(f"{starts}, {len(table):,} images")
+    parts.append(f"{report.excluded} units excluded (silent on the dataset, or an image failed)")
+    if report.minutes is not None:
+        parts.append(f"{report.minutes:.0f} minutes on two cores")
+    return "; ".join(parts) + "."
+
+
+def write_page(report: Report, page: Path, figure: Image.Image) -> None:
+    """Write a page and its figure NAME.jpg beside it; remarks that the page has already are kept."""
+    plan, name = report.plan, report.name
+    old = REMARKS.search(page.read_text(encoding="utf-8")) if page.is_file() else None
+    given = " ".join(setting for setting in report.settings if not setting.startswith("data."))
+    command = f"scripts/study {name}" + (" data=folder data.root=$HOME/photographs" if plan.photographs else "")
+    hypotheses = "\n".join(f"- **{key}**: {result.hypothesis.statement}." for key, result in report.results.items())
+    findings = "\n".join(f"- **{key}**: {result.sentence}" for key, result in report.results.items())
+    parts = [
+        f"# {plan.title}",
+        f"<!-- settings {settings_digest(plan, report.settings)}{' with ' + given if given else ''} -->",
+        plan.question,
+        f"```bash\n{command}\n```",
+        "## Finding", findings,
+        f"![{plan.title}]({page.stem}.jpg)", f"*{plan.figure.caption.strip()}*",
+        "## Background", plan.background.strip(),
+        "## Method", plan.method.strip(), "Measured: " + sample(report),
+        "## Hypotheses", hypotheses, markdown(hypotheses_table(report)),
+        "## Numbers",
+        "Mean over layers of each layer's median, with 95 % intervals (two-stage bootstrap over layers and units):",
+        markdown(medians(plan, report.table)),
+    ]  # fmt: skip
+    for caption, table in report.further.items():
+        parts += [caption, markdown(table)]
+    parts += ["## Limits", plan.limits.strip()]
+    remarks = old[1] if old else "\n"
+    parts += [f"<!-- remarks -->\n{remarks}<!-- end -->"]
+    made = datetime.date.today().isoformat()
+    parts += [f"Made on {made} with the plan [{name}.yaml](../../scripts/studies/plans/{name}.yaml)."]
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    figure.save(page.with_suffix(".jpg"), quality=85)
+
+
+def draw_figure(report: Report, runs: Runs) -> Image.Image:
+    """Return the figure: that of the study's own code, or a sheet of one unit per layer under every arm."""
+    module, plan = own_code(report.name), report.plan
+    if module is not None and hasattr(module, "draw"):
+        return module.draw(runs, report.table)
+    network = plan.figure.network or plan.network_names[0]
+    own = report.table[report.table["network"] == network]
+    arms = plan.figure.arms or tuple(dict.fromkeys(own["arm"]))
+    images: dict[tuple[str, int, str], list[np.ndarray]] = {}
+    for condition in plan.conditions:
+        with open_atlas(runs[network, condition]) as atlas:
+            for layer, channel in shown_units(plan, own):
+                for preset in plan.arms:
+                    arm = preset if not condition or condition.startswith("seed") else f"{condition}/{preset}"
+                    if arm in arms and (layer, channel, arm) not in images:
+                        view = atlas[layer]
+                        at = list(view.channels).index(channel) if channel in view.channels else 0
+                        images[layer, channel, arm] = list(view.images(preset)[at, : plan.figure.variants])
     rows = [
-        {"preset": f"`{contender.label}`"}
-        | {part.name: told(median(part.of(measure)[at]), digits) for part in found.layers}
-        for at, contender in enumerate(found.contenders)
+        (f"{layer}:{channel}", [image for arm in arms for image in images[layer, channel, arm]])
+        for layer, channel in shown_units(plan, own)
     ]
-    return pd.DataFrame(rows)
+    titles = [arm if i == 0 else "" for arm in arms for i in range(plan.figure.variants)]
+    return sheet(titles, rows)
+
+
+def shown_units(plan: Plan, table: pd.DataFrame) -> list[tuple[str, int]]:
+    """Return the units of the figure: the first of each layer, or six classes. They are not chosen by looks."""
+    if plan.cluster == "channel":
+        classes = table[["layer", "channel"]].drop_duplicates()
+        return [(str(layer), int(channel)) for layer, channel in classes.iloc[::5].itertuples(index=False)]
+    return [(str(layer), int(part["channel"].iloc[0])) for layer, part in table.groupby("layer", sort=False)]
 
 
 def sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[np.ndarray]]], side: int = SIDE) -> Image.Image:
     """Return images (H, W, 3) uint8 as a table with titles, each resized to `side` pixels."""
-    page = Image.new("RGB", (92 + len(columns) * (side + 4), 20 + len(rows) * (side + 4)), "white")
+    page = Image.new("RGB", (140 + len(columns) * (side + 4), 20 + len(rows) * (side + 4)), "white")
     pen = ImageDraw.Draw(page)
     for j, title in enumerate(columns):
-        pen.text((92 + j * (side + 4), 5), title, fill="black")
+        pen.text((140 + j * (side + 4), 5), title[:20], fill="black")
     for i, (name, images) in enumerate(rows):
         pen.text((4, 20 + i * (side + 4) + side // 2), name, fill="black")
         for j, image in enumerate(images):
             small = Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS)
-            page.paste(small, (92 + j * (side + 4), 20 + i * (side + 4)))
+            page.paste(small, (140 + j * (side + 4), 20 + i * (side + 4)))
     return page
 
 
-def first_units(atlas: Atlas, presets: Sequence[str], unit: int = 0, variant: int = 0) -> Image.Image:
-    """Return a sheet with one unit per layer under every preset."""
-    rows = [
-        (f"{layer.name}:{layer.channels[unit]}", [layer.images(preset)[unit, variant] for preset in presets])
-        for layer in atlas
-    ]
-    return sheet(presets, rows)
+def mark_stale(page: Path, plan: Plan) -> bool:
+    """Say on a page that the settings have changed since it was made, or take that back; return whether they have."""
+    text = page.read_text(encoding="utf-8")
+    found = DIGEST.search(text)
+    if not found:
+        return False
+    stale = found[1] != settings_digest(plan, (found[2] or "").split())
+    clean = text.replace(STALE, "")
+    written = clean.replace(found[0], f"{found[0]}\n\n{STALE.rstrip()}", 1) if stale else clean
+    if written != text:
+        page.write_text(written, encoding="utf-8")
+    return stale
 
 
-def contest(run: Path, against: str, measures: Sequence[str], judged: Sequence[str]) -> Report:
-    """Return medians of `measures`, paired comparisons of `judged` with `against`, and one unit per layer."""
-    found = compared(run)
-    with open_atlas(run) as atlas:
-        figure = first_units(atlas, [contender.preset for contender in found.contenders])
-    units = len(found.all_units.channels)
-    return Report(
-        {
-            f"Medians over {units} units of {len(found.layers)} layers, with their 95 % intervals:": medians(
-                found, measures
-            ),
-            f"Difference to `{against}` over the same units, and on how many each was better:": pairs(
-                found, against, judged
-            ),
-        },
-        figure,
+def index_row(name: str) -> str:
+    """Return the row of the index: number, question with a link, findings and strength of the evidence."""
+    plan, page = read_plan(name), PAGES / f"{name}.md"
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    if not DIGEST.search(text):
+        link = f"[{plan.title}]({name}.md)" if text else plan.title
+        return (
+            f"| {plan.number} | {link} | {'first edition, with former settings' if text else 'planned, not run'} | – |"
+        )
+    section = text.partition("## Finding\n")[2].partition("\n![")[0]
+    sentences = [line.partition(": ")[2] for line in section.splitlines() if line.startswith("- ")]
+    undecided = sum(line.startswith("Not decided") for line in sentences)
+    evidence = f"{len(sentences) - undecided} of {len(sentences)} decided" + (
+        "; settings changed since" if STALE in text else ""
+    )
+    return f"| {plan.number} | [{plan.title}]({name}.md) | {' '.join(sentences)} | {evidence} |"
+
+
+def write_index() -> None:
+    """Rewrite the table of docs/studies/README.md between its marks."""
+    page = PAGES / "README.md"
+    rows = "\n".join(["| | question | answer | evidence |", "|---|---|---|---|", *map(index_row, plan_names())])
+    text = page.read_text(encoding="utf-8")
+    page.write_text(
+        re.sub(r"(<!-- index -->\n).*?(\n<!-- end -->)", lambda m: m[1] + rows + m[2], text, flags=re.DOTALL),
+        encoding="utf-8",
     )

@@ -9,6 +9,7 @@ import torch
 
 from pipeline.core.config_files import ConfigFile, load_config_files
 from pipeline.core.errors import AtlasError
+from pipeline.core.registry import canonical
 from pipeline.data.image_filters import blur, frequencies
 from pipeline.data.natural_spectrum import Spectrum, measure_spectrum, packaged_spectrum
 from pipeline.images.parameterizations import (
@@ -217,3 +218,24 @@ def test_equal_coefficients_give_low_frequencies_their_share() -> None:
 
 def test_grey_is_the_middle_of_every_canvas() -> None:
     assert torch.equal(Pixel().image(torch.zeros(1, 3, 4, 4), (4, 4)), torch.full((1, 3, 4, 4), 0.5))
+
+
+@pytest.mark.parametrize("noise", ["pixels", "uniform", "phases"])
+def test_the_noise_of_a_fourier_canvas_has_the_deviation_that_was_asked_for(noise: str) -> None:
+    canvas = load_config_files(Fourier(noise=noise, sd=0.4), "canvas")
+    parameters = canvas.initial(torch.Generator().manual_seed(1), 3, (64, 48))
+    assert parameters.shape == Fourier().initial(torch.Generator().manual_seed(1), 3, (64, 48)).shape
+    decorrelated = canvas.from_rgb(canvas.image(parameters[None], (64, 48)))[0]
+    assert decorrelated.std().item() == pytest.approx(0.4, rel=0.1)
+    power = torch.fft.rfft2(decorrelated - decorrelated.mean((1, 2), keepdim=True)).abs().pow(2)
+    f = frequencies(64, 48)
+    share = (power[:, f > 0.25].sum() / power.sum()).item()
+    # White noise has most of its energy above a quarter cycle per pixel, natural images next to none.
+    assert share < 0.1 if noise == "phases" else share > 0.6
+    if noise == "uniform":
+        assert decorrelated.abs().max().item() < 0.4 * 3**0.5 * 1.01
+
+
+def test_a_fourier_canvas_without_other_noise_keeps_its_digest() -> None:
+    assert "noise" not in canonical(Fourier())
+    assert canonical(Fourier(noise="pixels"))["noise"] == "pixels"

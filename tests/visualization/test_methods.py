@@ -91,7 +91,7 @@ def test_alone_and_in_a_batch_the_same_rising_picture(tiny: Model, tiny_layers: 
 def test_every_objective_rises_and_is_that_of_the_saved_picture(
     tiny: Model, tiny_layers: dict[str, Layer], name: str
 ) -> None:
-    layer = tiny_layers["head" if name in ("logit", "probability", "log_probability") else "late"]
+    layer = tiny_layers["head" if "logit" in name or "probability" in name else "late"]
     objective = OBJECTIVES[name]()
     (picture,) = made(tiny, layer, [(3, 0)], objective=objective)
     image = torch.from_numpy(picture.image).permute(2, 0, 1)[None].float() / 255
@@ -229,7 +229,11 @@ def test_a_schedule_may_turn_to_another_head(tiny: Model, tiny_layers: dict[str,
     assert own.activation > both.activation > other.activation and apart(own, both) > 10
 
 
-@pytest.mark.parametrize("augmentation", [WeightNoise(sd=0.3), Dropout(p=0.3)], ids=["weight_noise", "dropout"])
+@pytest.mark.parametrize(
+    "augmentation",
+    [WeightNoise(sd=0.3), WeightNoise(sd=0.3, kind="multiplicative"), Dropout(p=0.3)],
+    ids=["weight_noise", "multiplicative", "dropout"],
+)
 def test_augmentations_change_the_network_and_undo_it(
     tiny: Model, tiny_layers: dict[str, Layer], augmentation: NetworkPerturbation
 ) -> None:
@@ -262,6 +266,36 @@ def test_augmentations_are_redrawn_every_so_often(tiny: Model, tiny_layers: dict
             active.set_step(step)
             said.append(forward(image)["late"])
     assert torch.equal(said[0], said[2]) and torch.equal(said[3], said[5]) and not torch.equal(said[2], said[3])
+
+
+def test_multiplicative_noise_keeps_zeros_and_annealed_noise_ends_at_the_network(tiny: Model) -> None:
+    weight = next(p for p in tiny.module.parameters() if p.ndim > 1)
+    with torch.no_grad():
+        weight[0] = 0
+        original = weight.clone()
+        with WeightNoise(sd=0.5, kind="multiplicative").applied(tiny.module, 0) as active:
+            active.set_step(0)
+            assert torch.equal(weight[0], original[0]) and not torch.equal(weight[1], original[1])
+            ratio = (weight[1:] / original[1:]).flatten()
+            assert ratio.std().item() == pytest.approx(0.5, rel=0.2)
+        with WeightNoise(sd=0.5, anneal=True, every=10).applied(tiny.module, 0) as active:
+            distance = []
+            for step in (0, 5, 9):
+                active.set_step(step, step / 10)
+                distance.append((weight - original).norm().item())
+    # One draw, whose size falls with the share of the steps that is left.
+    assert distance[1] / distance[0] == pytest.approx(0.5, rel=1e-3)
+    assert distance[2] / distance[0] == pytest.approx(0.1, rel=1e-3)
+
+
+def test_images_with_draws_of_their_own_do_not_depend_on_the_batch(tiny: Model, tiny_layers: dict[str, Layer]) -> None:
+    late = tiny_layers["late"]
+    noise = {"augmentations": (WeightNoise(sd=0.3, per_image=True),)}
+    together = made(tiny, late, [(2, 0), (3, 0), (2, 1)], variants=2, **noise)
+    alone = [made(tiny, late, [unit], variants=2, **noise)[0] for unit in [(2, 0), (3, 0), (2, 1)]]
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(together, alone, strict=True))
+    (shared,) = made(tiny, late, [(2, 0)], variants=2, augmentations=(WeightNoise(sd=0.3),))
+    assert not np.array_equal(shared.image, alone[0].image)
 
 
 def test_an_ensemble_pleases_all_its_members(tiny: Model, tiny_layers: dict[str, Layer]) -> None:

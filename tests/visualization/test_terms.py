@@ -16,7 +16,7 @@ from pipeline.core.config_files import ConfigFile, load_config_files
 from pipeline.core.errors import AtlasError
 from pipeline.data.image_filters import rms
 from pipeline.images import image_regularizers
-from pipeline.images.gradient_preconditioners import BlurGradient, Normalise, ScaleSpectrum
+from pipeline.images.gradient_preconditioners import BlurGradient, Normalise, ScaleSpectrum, Sign
 from pipeline.images.image_regularizers import L2, PENALTIES, HighFrequency, ImageRegularizer, TotalVariation
 from pipeline.visualization.batch_terms import COUPLINGS, Alignment, Diversity, gram_cosine
 from pipeline.visualization.objectives import (
@@ -28,6 +28,7 @@ from pipeline.visualization.objectives import (
     Joint,
     LayerInfo,
     Objective,
+    SquashedLogit,
 )
 from pipeline.visualization.schedules import (
     STOPS,  # noqa: F401  (registries fill on import)
@@ -198,6 +199,27 @@ def test_probability_falls_when_others_rise_and_the_logit_does_not() -> None:
     assert value["log_probability"] == pytest.approx([np.log(v) for v in value["probability"]], rel=1e-5)
 
 
+def test_squashed_logits_are_functions_of_the_logit_whose_slopes_die() -> None:
+    maps = torch.zeros(1, 5, 1, 1).requires_grad_(True)
+    at = torch.tensor([2]), torch.tensor([0]), 1
+    slope = {}
+    for z in (0.0, 6.0):
+        logits = torch.zeros(1, 5, 1, 1).index_fill(1, torch.tensor([2]), z).requires_grad_(True)
+        for squash, value in {
+            "sigmoid": 1 / (1 + np.exp(-z)),
+            "tanh": np.tanh(z),
+            "softmax": np.exp(z) / (np.exp(z) + 4),
+            "log_softmax": z - np.log(np.exp(z) + 4),
+        }.items():
+            found = SquashedLogit(squash).value(Activations(logits, *at))
+            assert found.item() == pytest.approx(value, rel=1e-5)
+            slope[squash, z] = torch.autograd.grad(found.sum(), logits)[0][0, 2].item()
+    assert slope["sigmoid", 6.0] == pytest.approx(np.exp(-6), rel=0.01)
+    assert slope["tanh", 6.0] == pytest.approx(4 * np.exp(-12), rel=0.01)
+    same = SquashedLogit("softmax").value(Activations(maps, *at))
+    assert torch.equal(same, OBJECTIVES["probability"]().value(Activations(maps, *at)))
+
+
 def test_energy_sees_stripes_that_the_mean_of_an_edge_detector_does_not() -> None:
     """A horizontal difference of pixels: its mean over the map is 0 for any periodic image, stripes or not."""
     stripes = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(3).expand(8, 12)
@@ -284,6 +306,7 @@ def test_preconditioners() -> None:
     gradient = torch.randn(2, 3, 32, 32) * torch.tensor([1.0, 1e-4]).view(2, 1, 1, 1)
     assert torch.allclose(rms(Normalise().apply(gradient, None)), torch.ones(2, 1, 1, 1), atol=1e-4)
     assert torch.equal(Normalise().apply(torch.zeros(1, 3, 4, 4), None), torch.zeros(1, 3, 4, 4))
+    assert torch.equal(Sign().apply(torch.tensor([[[[-3.0, 0.0, 0.1]]]]), None), torch.tensor([[[[-1.0, 0.0, 1.0]]]]))
     smooth = BlurGradient(1.0).apply(gradient, None)
     assert torch.equal(BlurGradient(9.0).apply(gradient, 1.0), smooth) and rms(smooth)[0] < 0.4
     spectra = [torch.fft.rfft2(g)[0, 0] for g in (gradient, ScaleSpectrum(1.0).apply(gradient, None))]

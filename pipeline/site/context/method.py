@@ -24,6 +24,7 @@ SYMBOLS = {
     "logit": "maxₓ  z₍c₎(x), the class's score before the softmax",
     "probability": "maxₓ  softmax(z(x))₍c₎",
     "log_probability": "maxₓ  log softmax(z(x))₍c₎",
+    "squashed_logit": "maxₓ  σ(z₍c₎(x)) for a squashing function σ",
     "direction": "maxₓ  ⟨v, a(x)⟩ for a vector v",
     "directions": "maxₓ  ⟨vᵢ, a(x)⟩ for a vector vᵢ of each image",
     "caricature": "maxₓ  1/(HW) · Σ a(x) · a(t) · max(0.1, cos(a(x), a(t)))ᵖ for a photograph t",

@@ -1,0 +1,58 @@
+"""EfficientNet-Lite with its strides removed or with random weights, as targets of `model=custom`."""
+
+import torch
+from torch import nn
+
+from pipeline.models.config import ModelConfig
+from pipeline.models.loading import load_model
+
+SEED = 0
+
+
+def efficientnet_lite(number: int, trained: bool = True, strided: bool = True) -> nn.Module:
+    """Return EfficientNet-Lite `number`, optionally with random weights, and optionally without strides.
+
+    Random weights are those of PyTorch's initialization, with the statistics of batch normalization measured on noise,
+    so that activations neither die nor grow with depth.
+    """
+    name = f"efficientnet_lite{number}"
+    torch.manual_seed(SEED)
+    module = load_model(ModelConfig("package", name, weights="default" if trained else None)).module
+    if not trained:
+        calibrate(module)
+    return module if strided else without_strides(module)
+
+
+def without_strides(module: nn.Module) -> nn.Module:
+    """Set every stride to 1 and dilate all later convolutions instead.
+
+    A convolution after strides of s in all computes, at every s-th position, what it computed before: only the
+    positions between are new (à-trous computation; Holschneider et al. 1989). Requires that modules are registered in
+    the order of computation and that branches have equal strides, as in this family.
+    """
+    dilation = 1
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            stride = layer.stride[0]
+            layer.stride, layer.dilation = (1, 1), (dilation, dilation)
+            if not hasattr(layer, "same_padding") and layer.padding != (0, 0) and layer.padding != "same":
+                layer.padding = tuple(dilation * (side - 1) // 2 for side in layer.kernel_size)  # type: ignore[assignment]
+            dilation *= stride
+    return module
+
+
+@torch.no_grad()
+def calibrate(module: nn.Module) -> None:
+    """Set the statistics of every batch normalization to those of its input for smooth noise."""
+    generator = torch.Generator().manual_seed(SEED)
+    coarse = torch.randn(16, 3, 28, 28, generator=generator)
+    images = nn.functional.interpolate(coarse, 112, mode="bicubic")
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
+    momentum = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    module.train()
+    module(images)
+    module.eval()
+    for norm, before in zip(norms, momentum, strict=True):
+        norm.momentum = before
