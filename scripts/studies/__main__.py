@@ -59,6 +59,14 @@ def run_all(name: str, plan: Plan, settings: Sequence[str], verb: str) -> Runs:
     return runs
 
 
+def total_minutes(run: Path, minutes: float) -> float:
+    """Add the duration of this call to those of the calls that it continues, kept in a file beside the runs."""
+    file = run.with_name(f"{run.name}.minutes")
+    total = minutes + (float(file.read_text()) if file.is_file() else 0.0)
+    file.write_text(f"{total:.2f}\n")
+    return total
+
+
 def study(name: str, settings: Sequence[str]) -> None:
     """Run a study and write its page."""
     plan = read_plan(name)
@@ -69,9 +77,10 @@ def study(name: str, settings: Sequence[str]) -> None:
         )
     began = time.perf_counter()
     runs = run_all(name, plan, settings, plan.verb)
-    made = report(name, plan, runs, (time.perf_counter() - began) / 60, settings)
+    minutes = total_minutes(next(iter(runs.values())), (time.perf_counter() - began) / 60)
     # The page in docs reports the study as planned; with other settings it is written into the folder of the runs.
     others = [setting for setting in settings if not setting.startswith(("data", "engine", "run.root", "run.update"))]
+    made = report(name, plan, runs, minutes, others)
     page = PAGES / f"{name}.md" if not others else next(iter(runs.values())).parent / f"study-{name}.md"
     write_page(made, page, draw_figure(made, runs))
     if not others:

@@ -36,8 +36,8 @@ class Report:
         results: The tests of its hypotheses.
         table: The values, one row for each image.
         excluded: Number of excluded units.
-        minutes: Duration of the runs in minutes; None if they were complete before.
-        settings: The user's settings.
+        minutes: Duration of the runs in minutes, those of interrupted calls included.
+        settings: The user's settings that change results.
         further: Further tables by caption, from the study's own code.
     """
 
@@ -46,12 +46,12 @@ class Report:
     results: Mapping[str, Result]
     table: pd.DataFrame
     excluded: int
-    minutes: float | None = None
+    minutes: float = 0.0
     settings: Sequence[str] = ()
     further: Mapping[str, pd.DataFrame] = dataclasses.field(default_factory=dict)
 
 
-def report(name: str, plan: Plan, runs: Runs, minutes: float | None, settings: Sequence[str]) -> Report:
+def report(name: str, plan: Plan, runs: Runs, minutes: float, settings: Sequence[str]) -> Report:
     """Return the report of a study from its runs."""
     table, excluded = table_of(name, plan, runs)
     module = own_code(name)
@@ -126,8 +126,7 @@ def sample(report: Report) -> str:
         starts = f"{plan.seeds} images of each from {runs} seeds" if runs else f"{plan.seeds} seeds each"
         parts.append(f"{starts}, {len(table):,} images")
     parts.append(f"{report.excluded} units excluded (silent on the dataset, or an image failed)")
-    if report.minutes is not None:
-        parts.append(f"{report.minutes:.0f} minutes on two cores")
+    parts.append(f"{report.minutes:.0f} minutes")
     return "; ".join(parts) + "."
 
 
@@ -135,7 +134,7 @@ def write_page(report: Report, page: Path, figure: Image.Image) -> None:
     """Write a page and its figure NAME.jpg beside it; remarks that the page has already are kept."""
     plan, name = report.plan, report.name
     old = REMARKS.search(page.read_text(encoding="utf-8")) if page.is_file() else None
-    given = " ".join(setting for setting in report.settings if not setting.startswith("data."))
+    given = " ".join(report.settings)
     command = f"scripts/study {name}" + (" data=folder data.root=$HOME/photographs" if plan.photographs else "")
     hypotheses = "\n".join(f"- **{key}**: {result.hypothesis.statement}." for key, result in report.results.items())
     findings = "\n".join(f"- **{key}**: {result.sentence}" for key, result in report.results.items())
@@ -159,7 +158,7 @@ def write_page(report: Report, page: Path, figure: Image.Image) -> None:
     remarks = old[1] if old else "\n"
     parts += [f"<!-- remarks -->\n{remarks}<!-- end -->"]
     made = datetime.date.today().isoformat()
-    parts += [f"Made on {made} with the plan [{name}.yaml](../../scripts/studies/plans/{name}.yaml)."]
+    parts += [f"Made on {made} by the plan [{name}.yaml](../../scripts/studies/plans/{name}.yaml)."]
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     figure.save(page.with_suffix(".jpg"), quality=85)
 

@@ -16,14 +16,14 @@ Runs = Mapping[tuple[str, str], Path]
 
 
 def own_code(name: str) -> ModuleType | None:
-    """Return the module measures/NAME.py of a study that needs more than the columns of `Atlas.units`; else None.
+    """Return the module study_measures/NAME.py of a study that needs more than the columns of `Atlas.units`; else None.
 
     It may have `values(run, frame)`, which returns the frame of a run with more columns or other rows; `draw(runs,
     table)`, which returns the figure; and `tables(runs, table)`, which returns further tables by caption.
     """
-    if not (HERE / "measures" / f"{name}.py").is_file():
+    if not (HERE / "study_measures" / f"{name}.py").is_file():
         return None
-    return importlib.import_module(f"measures.{name}")
+    return importlib.import_module(f"study_measures.{name}")
 
 
 def table_of(name: str, plan: Plan, runs: Runs) -> tuple[pd.DataFrame, int]:

@@ -18,25 +18,27 @@ sys.path.insert(0, str(ROOT / "scripts" / "studies"))
 import analysis  # noqa: E402
 import page  # noqa: E402
 import plan as plans  # noqa: E402
-from measures import prior, structure, vendi, winners  # noqa: E402
 from networks import efficientnet_lite, without_strides  # noqa: E402
+from study_measures import prior, structure, vendi, winners  # noqa: E402
 
 NAMES = plans.plan_names()
 MADE = [name for name in NAMES if (page.PAGES / f"{name}.md").is_file()]
 
 
+def composes(plan: plans.Plan, network: str, condition: str) -> None:
+    config = compose(plan.overrides(network, condition)).config
+    if plan.arms:
+        assert [preset.name for preset in config.presets] == list(plan.arms)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_every_run_of_every_plan_composes(name: str) -> None:
+def test_every_plan_composes_and_names_its_own_arms(name: str) -> None:
     plan = plans.read_plan(name)
-    for network in plan.network_names:
-        for condition in plan.conditions:
-            config = compose(plan.overrides(network, condition)).config
-            if plan.arms:
-                assert [preset.name for preset in config.presets] == list(plan.arms)
+    composes(plan, plan.network_names[-1], list(plan.conditions)[-1])
     named = {"", *plan.arms}
     for hypothesis in plan.hypotheses.values():
         for arm in (hypothesis.arm, hypothesis.against):
-            if isinstance(arm, str) and name != "prior":
+            if isinstance(arm, str) and name != "prior":  # whose rows are kinds of arms
                 condition, _, preset = arm.rpartition("/")
                 assert preset in named or preset in plan.conditions, arm
                 assert not condition or condition in plan.conditions
@@ -44,6 +46,16 @@ def test_every_run_of_every_plan_composes(name: str) -> None:
     assert 0 < tests <= 25, "with ten layers the least p value is 0.002: more tests could find nothing"
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", NAMES)
+def test_every_run_of_every_plan_composes(name: str) -> None:
+    plan = plans.read_plan(name)
+    for network in plan.network_names:
+        for condition in plan.conditions:
+            composes(plan, network, condition)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("name", MADE)
 def test_a_page_says_whether_its_settings_have_changed(name: str, tmp_path: Path) -> None:
     made = page.PAGES / f"{name}.md"
@@ -65,7 +77,8 @@ def test_the_index_is_that_of_the_pages(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_page_with_other_settings_says_so_and_takes_it_back(tmp_path: Path) -> None:
-    plan = plans.read_plan("mosaic")
+    whole = plans.read_plan("mosaic")
+    plan = dataclasses.replace(whole, networks=("efficientnet_lite0",), arms={"naive": whole.arms["naive"]})
     made = tmp_path / "mosaic.md"
     made.write_text(f"# One\n\n<!-- settings {plans.settings_digest(plan)} -->\n\nText.\n")
     before = made.read_text()
@@ -185,9 +198,13 @@ def test_a_network_without_strides_computes_the_same_and_what_lies_between() -> 
     assert torch.equal(random.conv_stem.weight, efficientnet_lite(0, trained=False).conv_stem.weight)
 
 
-def test_an_unknown_study_and_a_missing_folder_are_refused() -> None:
+def test_an_unknown_study_is_refused() -> None:
     with pytest.raises(SystemExit, match=r"no study 'mosaics'.*mosaic"):
         plans.read_plan("mosaics")
+
+
+@pytest.mark.long
+def test_a_study_of_photographs_asks_for_them() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "studies"), "sparsity"]
     lacking = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert lacking.returncode == 1 and "data.root=FOLDER" in lacking.stderr

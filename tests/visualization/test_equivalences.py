@@ -10,9 +10,9 @@ from pipeline.images.parameterizations import Fourier
 
 
 def test_gradient_ascent_in_fourier_coefficients_is_ascent_in_pixels_with_a_scaled_spectrum() -> None:
-    """Olah et al. 2017: the parameterization is a preconditioner. With plain gradient steps it is `spectrum` of power 2.
+    """The parameterization is a preconditioner (Olah et al. 2017); with plain gradient steps, `spectrum` of power 2.
 
-    Real coefficients stand for two frequencies each, but for those of the first and last column, which step half as far.
+    Real coefficients stand for two frequencies each, but for those of the first and last column, with half the step.
     """
     size = (16, 24)
     canvas = Fourier(colour="plain", decay=1.0, gain=1.0)
@@ -50,8 +50,12 @@ def test_mirroring_every_kernel_is_mirroring_the_image() -> None:
     """Some noise on the parameters is exactly noise on the image: here a reflection, for strides that fit the width."""
     torch.manual_seed(0)
     network = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 5, padding=2), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2, padding=1)
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 5, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3, stride=2, padding=1),
+    )
     image = torch.rand(2, 3, 17, 17)
     assert torch.allclose(mirrored(network)(image), network(image.flip(3)).flip(3), atol=1e-6)
     # With an even width the positions of a stride are not symmetric, and the statement does not hold.

@@ -1,5 +1,5 @@
 """Facets of the images of a unit, beside the columns of `Atlas.units`."""
 
-from measures.vendi import with_facets as values
+from study_measures.vendi import with_facets as values
 
 __all__ = ["values"]

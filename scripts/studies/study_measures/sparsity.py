@@ -4,7 +4,7 @@ import pandas as pd
 from PIL import Image
 from values import Runs
 
-from measures.plots import Series, beside, panel
+from study_measures.plots import Series, beside, panel
 
 
 def draw(runs: Runs, table: pd.DataFrame) -> Image.Image:

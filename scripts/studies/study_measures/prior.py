@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from measures.vendi import coarse
 from pipeline.store.reader import open_atlas
+from study_measures.vendi import coarse
 
 KINDS = ("free", "pulled")
 
