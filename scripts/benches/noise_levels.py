@@ -20,9 +20,9 @@ from pipeline.models.loading import Model, load_model
 from pipeline.visualization.network_perturbations import Dropout, NetworkPerturbation, WeightNoise
 
 LEVELS = {
-    "additive": [WeightNoise(sd=sd) for sd in (0.03, 0.06, 0.1, 0.15, 0.2)],
-    "multiplicative": [WeightNoise(sd=sd, kind="multiplicative") for sd in (0.05, 0.1, 0.2, 0.3, 0.5)],
-    "dropout": [Dropout(p=p) for p in (0.01, 0.02, 0.04, 0.08, 0.16)],
+    "additive": [WeightNoise(sd=sd) for sd in (0.02, 0.04, 0.06, 0.1)],
+    "multiplicative": [WeightNoise(sd=sd, kind="multiplicative") for sd in (0.02, 0.033, 0.05, 0.1)],
+    "dropout": [Dropout(p=p) for p in (0.001, 0.003, 0.01)],
 }
 BATCH = 25
 
