@@ -12,7 +12,7 @@ import pandas as pd
 from analysis import OPEN, Result, analyze, medians, number
 from PIL import Image, ImageDraw
 from plan import Plan, plan_names, read_plan, settings_digest
-from values import Runs, own_code, table_of
+from values import Runs, optimization_minutes, own_code, table_of
 
 from pipeline.store.reader import open_atlas
 
@@ -36,7 +36,7 @@ class Report:
         results: The tests of its hypotheses.
         table: The values, one row for each image.
         excluded: Number of excluded units.
-        minutes: Duration of the runs in minutes, those of interrupted calls included.
+        minutes: Duration of the optimization of all images; without arms, of the runs, interrupted calls included.
         settings: The user's settings that change results.
         further: Further tables by caption, from the study's own code.
     """
@@ -56,6 +56,9 @@ def report(name: str, plan: Plan, runs: Runs, minutes: float, settings: Sequence
     table, excluded = table_of(name, plan, runs)
     module = own_code(name)
     further = module.tables(runs, table) if module is not None and hasattr(module, "tables") else {}
+    if plan.arms:
+        # Of the images themselves: a study is often continued, beside other work.
+        minutes = optimization_minutes(runs)
     return Report(name, plan, analyze(plan, table), table, excluded, minutes, settings, further)
 
 
@@ -126,7 +129,7 @@ def sample(report: Report) -> str:
         starts = f"{plan.seeds} images of each from {runs} seeds" if runs else f"{plan.seeds} seeds each"
         parts.append(f"{starts}, {len(table):,} images")
     parts.append(f"{report.excluded} units excluded (silent on the dataset, or an image failed)")
-    parts.append(f"{report.minutes:.0f} minutes")
+    parts.append(f"{report.minutes:.0f} minutes" + (" of optimization" if plan.arms else ""))
     return "; ".join(parts) + "."
 
 

@@ -59,6 +59,15 @@ def table_of(name: str, plan: Plan, runs: Runs) -> tuple[pd.DataFrame, int]:
     return _without_excluded(table)
 
 
+def optimization_minutes(runs: Runs) -> float:
+    """Return the sum of the times that the images of all runs took, in minutes."""
+    total = 0.0
+    for run in runs.values():
+        with open_atlas(run) as atlas:
+            total += float(atlas.units()["seconds"].sum())
+    return total / 60
+
+
 def statistics_of(atlas: Atlas) -> pd.DataFrame:
     """Return one row for each unit of an atlas without visualizations: statistics, facets and rotation number."""
     parts = []
