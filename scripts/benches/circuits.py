@@ -101,7 +101,7 @@ def responses(model: Model, pairs: Sequence[Pair], images: Tensor) -> np.ndarray
     found = np.zeros(len(pairs))
     for link in dict.fromkeys((pair.source.name, pair.target.name) for pair in pairs):
         own = [n for n, pair in enumerate(pairs) if (pair.source.name, pair.target.name) == link]
-        rest = RestOfNetwork(model, pairs[own[0]].source, pairs[own[0]].target)
+        rest = RestOfNetwork(model, [pairs[own[0]].source], pairs[own[0]].target)
         with torch.no_grad():
             for image in images:
                 before = rest.record(image[None])
@@ -115,7 +115,7 @@ def responses(model: Model, pairs: Sequence[Pair], images: Tensor) -> np.ndarray
                             maps[copy, pairs[number].channels[0]] += pairs[number].deviation
                         return changed
 
-                    after = rest.outputs_with(raised, len(part))
+                    after = rest.outputs_with(0, raised, len(part))
                     for copy, number in enumerate(part):
                         channel = pairs[number].channels[1]
                         found[number] += float(after[copy, channel] - before[0, channel]) / len(images)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import paired
 import torch
 
-from pipeline.visualization import loop
+from pipeline.visualization import loop, step
 
 
 class Stopwatch:
@@ -24,7 +24,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.mask = self.steps = 0.0
-        self._magnitude, self._optimize = loop.gradient_magnitude, loop._optimize
+        self._magnitude, self._optimize = step.gradient_magnitude, loop._optimize
 
     def magnitude(self, gradient: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Do what `gradient_magnitude` does and an addition, timed."""
@@ -46,11 +46,11 @@ def measure(layer: str, steps: int) -> tuple[float, float]:
     work = paired.rendering(layer, steps)
     work()  # allocates memory and compiles kernels
     watch = Stopwatch()
-    loop.gradient_magnitude, loop._optimize = watch.magnitude, watch.optimize
+    step.gradient_magnitude, loop._optimize = watch.magnitude, watch.optimize
     try:
         work()
     finally:
-        loop.gradient_magnitude, loop._optimize = watch._magnitude, watch._optimize
+        step.gradient_magnitude, loop._optimize = watch._magnitude, watch._optimize
     return watch.mask, watch.steps
 
 
