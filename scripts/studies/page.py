@@ -122,12 +122,12 @@ def sample(report: Report) -> str:
     table, plan = report.table, report.plan
     counts = table.groupby("network")[["layer", "channel"]].apply(lambda part: len(part.drop_duplicates()))
     layers = table.groupby("network")["layer"].nunique()
-    units = ", ".join(f"{counts[name]} units in {layers[name]} layers of {name}" for name in counts.index)
+    units = ", ".join(f"{counts[name]} {plan.unit_name} in {layers[name]} layers of {name}" for name in counts.index)
     parts = [units]
     if plan.arms:
         runs = sum(name.startswith("seed") for name in plan.conditions)
         starts = f"{plan.seeds} images of each from {runs} seeds" if runs else f"{plan.seeds} seeds each"
-        parts.append(f"{starts}, {len(table):,} images")
+        parts.append(starts + (f", {len(table):,} images" if plan.unit_name == "units" else ""))
     parts.append(f"{report.excluded} units excluded (silent on the dataset, or an image failed)")
     parts.append(f"{report.minutes:.0f} minutes" + (" of optimization" if plan.arms else ""))
     return "; ".join(parts) + "."

@@ -138,6 +138,7 @@ class Plan:
         shared: Settings of all arms, for example steps.
         verb: Verb of the command line.
         photographs: Whether it needs the user's photographs (`data=folder data.root=…`) instead of the packaged images.
+        unit_name: What a row of the table of values is, where the study's own code makes other rows than units.
         cluster: Column by which units are clustered in tests: "layer", or "channel" for classes.
     """
 
@@ -163,6 +164,7 @@ class Plan:
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     verb: Literal["run", "examples"] = "run"
     photographs: bool = False
+    unit_name: str = "units"
     cluster: Literal["layer", "channel"] = "layer"
 
     @property
