@@ -40,7 +40,7 @@ def render(job: RenderJob, units: Sequence[ChannelVariant], start: BatchStart | 
     Returns:
         One visualization for each unit, in the order of `units`.
     """
-    if len(units) > 1 and any(perturbation.per_image for perturbation in job.preset.augmentations):
+    if len(units) > 1 and job.preset.is_rendered_alone:
         return [picture for unit in units for picture in render(job, [unit])]
     finished: dict[ChannelVariant, Visualization] = {}
     pending = list(units)
@@ -68,7 +68,7 @@ def restart(job: RenderJob, units: Sequence[ChannelVariant], start: BatchStart |
         One visualization for each unit, in the order of `units`, with the status "restarted", or "failed" if its
         objective did not rise above that of the initial image.
     """
-    if len(units) > 1 and any(perturbation.per_image for perturbation in job.preset.augmentations):
+    if len(units) > 1 and job.preset.is_rendered_alone:
         return [picture for unit in units for picture in restart(job, [unit])]
     attempts = job.preset.attempts
     restarted = []

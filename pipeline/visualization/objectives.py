@@ -5,7 +5,7 @@ An objective treats the images of a batch independently. With `render.negative` 
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -276,6 +276,11 @@ class Logit(_ClassifierObjective):
         return activations.own_maps.mean(dim=(1, 2))
 
 
+def _of_all_logits(function: Callable[..., Tensor], activations: Activations) -> Tensor:
+    """Return the value for each image's class of a function of all logits, (B,)."""
+    return select_channels(function(activations.maps, dim=1), activations.channels).mean(dim=(1, 2))
+
+
 @OBJECTIVES.add("probability")
 @dataclasses.dataclass(frozen=True)
 class Probability(_ClassifierObjective):
@@ -286,7 +291,7 @@ class Probability(_ClassifierObjective):
 
     def value(self, activations: Activations) -> Tensor:
         """Return the probabilities, (B,)."""
-        return select_channels(F.softmax(activations.maps, dim=1), activations.channels).mean(dim=(1, 2))
+        return _of_all_logits(F.softmax, activations)
 
 
 @OBJECTIVES.add("log_probability")
@@ -296,7 +301,7 @@ class LogProbability(_ClassifierObjective):
 
     def value(self, activations: Activations) -> Tensor:
         """Return the log-probabilities, (B,)."""
-        return select_channels(F.log_softmax(activations.maps, dim=1), activations.channels).mean(dim=(1, 2))
+        return _of_all_logits(F.log_softmax, activations)
 
 
 @OBJECTIVES.add("squashed_logit")
@@ -314,8 +319,7 @@ class SquashedLogit(_ClassifierObjective):
     def value(self, activations: Activations) -> Tensor:
         """Return the squashed logits, (B,)."""
         if self.squash in ("softmax", "log_softmax"):
-            function = F.softmax if self.squash == "softmax" else F.log_softmax
-            return select_channels(function(activations.maps, dim=1), activations.channels).mean(dim=(1, 2))
+            return _of_all_logits(F.softmax if self.squash == "softmax" else F.log_softmax, activations)
         function = torch.sigmoid if self.squash == "sigmoid" else torch.tanh
         return function(activations.own_maps).mean(dim=(1, 2))
 

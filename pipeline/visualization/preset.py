@@ -118,6 +118,11 @@ class Preset:
         """Whether steps need the original float32 network: perturbed weights may be absent from a folded variant."""
         return bool(self.augmentations)
 
+    @property
+    def is_rendered_alone(self) -> bool:
+        """Whether every image is optimized alone, as a perturbation has draws of its own for each image."""
+        return any(perturbation.per_image for perturbation in self.augmentations)
+
     def for_layer(self, layer: Layer) -> "Preset":
         """Return the preset as it is for `layer`.
 
@@ -218,7 +223,7 @@ def check(preset: Preset, channels: int) -> None:
         )
     if preset.couplings and preset.variants < 2:
         raise AtlasError("render.couplings need render.variants of at least 2: they compare the variants of a unit.")
-    if preset.couplings and any(perturbation.per_image for perturbation in preset.augmentations):
+    if preset.couplings and preset.is_rendered_alone:
         raise AtlasError(
             "render.couplings compare the variants of a unit, and render.augmentations with per_image optimize each "
             "image alone: use one of the two."

@@ -25,32 +25,44 @@ def say(line: str) -> None:
 
 
 def arguments(plan: Plan, name: str, network: str, condition: str, settings: Sequence[str]) -> tuple[list[str], Path]:
-    """Return the arguments of one run, and its folder; the drawn units are written beside it as a table."""
-    given = dict(setting.split("=", 1) for setting in settings if "=" in setting)
-    root = Path(given.get("run.root", "runs"))
-    run = root / plan.run_name(given.get("run.name", name), network, condition)
+    """Return the arguments of one run, but for its units, and its folder."""
+    given = _given(settings)
+    run = Path(given.get("run.root", "runs")) / plan.run_name(given.get("run.name", name), network, condition)
     own = [setting for setting in settings if not setting.startswith("run.name=")]
     chosen = [*plan.overrides(network, condition), *own, f"run.name={run.name}"]
-    include = "[" + ",".join(f"'{pattern}'" for pattern in plan.patterns(network)) + "]"
+    if plan.is_seed(condition):
+        # Another `run.seed` of the user is another set of seeds, and not the same one for all of these runs.
+        first = int(given.get("run.seed", "0")) * len(plan.conditions)
+        chosen.append(f"run.seed={first + list(plan.conditions).index(condition)}")
     if plan.patterns(network):
-        chosen.append(f"layers.include={include}")
-    if plan.units:
-        table = root / f"{run.name}.csv"
-        table.parent.mkdir(parents=True, exist_ok=True)
-        with table.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["layer", "channel"])
-            writer.writerows(draw_units(plan, name, network, compose(chosen).config))
-        chosen.append(f"units={table}")
+        chosen.append("layers.include=[" + ",".join(f"'{pattern}'" for pattern in plan.patterns(network)) + "]")
     return chosen, run
+
+
+def write_units(plan: Plan, name: str, network: str, settings: Sequence[str]) -> Path:
+    """Draw the units of a network, the same ones for all conditions, and write them as a table beside the runs."""
+    chosen, run = arguments(plan, name, network, next(iter(plan.conditions)), settings)
+    table = run.with_name(f"{plan.run_name(_given(settings).get('run.name', name), network, '')}.csv")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["layer", "channel"])
+        writer.writerows(draw_units(plan, name, network, compose(chosen).config))
+    return table
+
+
+def _given(settings: Sequence[str]) -> dict[str, str]:
+    return dict(setting.split("=", 1) for setting in settings if "=" in setting)
 
 
 def run_all(name: str, plan: Plan, settings: Sequence[str], verb: str) -> Runs:
     """Make or continue all runs of a study; return their folders."""
     runs = {}
     for network in plan.network_names:
+        units = [f"units={write_units(plan, name, network, settings)}"] if plan.units else []
         for condition in plan.conditions:
             chosen, run = arguments(plan, name, network, condition, settings)
+            chosen += units
             say("atlas " + " ".join([verb, *chosen]))
             code = main([verb, *chosen])
             if code not in (0, 1):

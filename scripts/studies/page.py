@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from analysis import OPEN, Result, analyze, medians, number
+from analysis import OPEN, WORDS, Result, analyze, medians, number
 from PIL import Image, ImageDraw
 from plan import Plan, plan_names, read_plan, settings_digest
-from values import Runs, optimization_minutes, own_code, table_of
+from values import Runs, own_code, table_of
 
 from pipeline.store.reader import open_atlas
 
@@ -53,12 +53,12 @@ class Report:
 
 def report(name: str, plan: Plan, runs: Runs, minutes: float, settings: Sequence[str]) -> Report:
     """Return the report of a study from its runs."""
-    table, excluded = table_of(name, plan, runs)
+    table, excluded, optimization = table_of(name, plan, runs)
     module = own_code(name)
     further = module.tables(runs, table) if module is not None and hasattr(module, "tables") else {}
     if plan.arms:
         # Of the images themselves: a study is often continued, beside other work.
-        minutes = optimization_minutes(runs)
+        minutes = optimization
     return Report(name, plan, analyze(plan, table), table, excluded, minutes, settings, further)
 
 
@@ -111,12 +111,6 @@ def finding(report: Report) -> str:
     return " ".join(result.sentence for result in report.results.values())
 
 
-def strength(results: Mapping[str, Result]) -> str:
-    """Return how many hypotheses are decided, as the strength of the evidence."""
-    decided = sum(result.verdict != OPEN for result in results.values())
-    return f"{decided} of {len(results)} decided"
-
-
 def sample(report: Report) -> str:
     """Return the sentence about what was measured."""
     table, plan = report.table, report.plan
@@ -125,7 +119,7 @@ def sample(report: Report) -> str:
     units = ", ".join(f"{counts[name]} {plan.unit_name} in {layers[name]} layers of {name}" for name in counts.index)
     parts = [units]
     if plan.arms:
-        runs = sum(name.startswith("seed") for name in plan.conditions)
+        runs = sum(map(plan.is_seed, plan.conditions))
         starts = f"{plan.seeds} images of each from {runs} seeds" if runs else f"{plan.seeds} seeds each"
         parts.append(starts + (f", {len(table):,} images" if plan.unit_name == "units" else ""))
     parts.append(f"{report.excluded} units excluded (silent on the dataset, or an image failed)")
@@ -179,7 +173,7 @@ def draw_figure(report: Report, runs: Runs) -> Image.Image:
         with open_atlas(runs[network, condition]) as atlas:
             for layer, channel in shown_units(plan, own):
                 for preset in plan.arms:
-                    arm = preset if not condition or condition.startswith("seed") else f"{condition}/{preset}"
+                    arm = plan.arm_name(condition, preset)
                     if arm in arms and (layer, channel, arm) not in images:
                         view = atlas[layer]
                         at = list(view.channels).index(channel) if channel in view.channels else 0
@@ -239,7 +233,7 @@ def index_row(name: str) -> str:
         )
     section = text.partition("## Finding\n")[2].partition("\n![")[0]
     sentences = [line.partition(": ")[2] for line in section.splitlines() if line.startswith("- ")]
-    undecided = sum(line.startswith("Not decided") for line in sentences)
+    undecided = sum(line.startswith(WORDS[OPEN]) for line in sentences)
     evidence = f"{len(sentences) - undecided} of {len(sentences)} decided" + (
         "; settings changed since" if STALE in text else ""
     )

@@ -190,6 +190,15 @@ class Plan:
             chosen += arm.overrides(name, i == 0, shared)
         return chosen
 
+    def is_seed(self, condition: str) -> bool:
+        """Return whether a condition is a further seed of the same arms, over which is averaged."""
+        return condition.startswith("seed")
+
+    def arm_name(self, condition: str, preset: str) -> str:
+        """Return the name of an arm: PRESET, CONDITION, or CONDITION/PRESET."""
+        named = "" if self.is_seed(condition) else condition
+        return f"{named}/{preset}" if named and self.arms else named or preset
+
     def run_name(self, name: str, network: str, condition: str) -> str:
         """Return the name of a run folder."""
         return "-".join(part for part in ("study", name, network, condition) if part)

@@ -26,8 +26,8 @@ def own_code(name: str) -> ModuleType | None:
     return importlib.import_module(f"study_measures.{name}")
 
 
-def table_of(name: str, plan: Plan, runs: Runs) -> tuple[pd.DataFrame, int]:
-    """Return the values of a study, and the number of units that were excluded.
+def table_of(name: str, plan: Plan, runs: Runs) -> tuple[pd.DataFrame, int, float]:
+    """Return the values of a study, the number of units that were excluded, and the minutes of the optimization.
 
     A unit is excluded from all arms of its network if it is silent on the whole dataset, or if any image failed: what
     remains is the same set of units in every arm.
@@ -39,33 +39,22 @@ def table_of(name: str, plan: Plan, runs: Runs) -> tuple[pd.DataFrame, int]:
 
     Returns:
         One row for each image with the columns network, condition, arm, layer, channel, variant, depth (position of the
-        layer in its network) and those of `Atlas.units`.
+        layer in its network) and those of `Atlas.units`; the number; the sum of the times of all images.
     """
     module = own_code(name)
-    frames = []
+    frames, seconds = [], 0.0
     for (network, condition), run in runs.items():
         with open_atlas(run) as atlas:
             frame = atlas.units() if plan.arms else statistics_of(atlas)
             depth = {layer: i for i, layer in enumerate(atlas.layers)}
+        seconds += float(frame["seconds"].sum()) if "seconds" in frame else 0.0
         if module is not None and hasattr(module, "values"):
             frame = module.values(run, frame)
         frame = frame.assign(network=network, condition=condition, depth=frame["layer"].map(depth))
-        preset = frame["preset"].astype(str)
-        # Conditions that are further seeds of the same arms are averaged over.
-        named = condition if not condition.startswith("seed") else ""
-        frame["arm"] = f"{named}/" + preset if named and plan.arms else named or preset
+        frame["arm"] = [plan.arm_name(condition, str(preset)) for preset in frame["preset"]]
         frames.append(frame)
     table = pd.concat(frames, ignore_index=True)
-    return _without_excluded(table)
-
-
-def optimization_minutes(runs: Runs) -> float:
-    """Return the sum of the times that the images of all runs took, in minutes."""
-    total = 0.0
-    for run in runs.values():
-        with open_atlas(run) as atlas:
-            total += float(atlas.units()["seconds"].sum())
-    return total / 60
+    return *_without_excluded(table), seconds / 60
 
 
 def statistics_of(atlas: Atlas) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Studies: every plan composes, verdicts where the answer is known, pages with other settings, and one study, whole."""
 
 import dataclasses
+import importlib.util
 import math
 import subprocess
 import sys
@@ -196,6 +197,23 @@ def test_a_network_without_strides_computes_the_same_and_what_lies_between() -> 
     random = efficientnet_lite(0, trained=False)
     assert not torch.equal(random.conv_stem.weight, strided.conv_stem.weight)
     assert torch.equal(random.conv_stem.weight, efficientnet_lite(0, trained=False).conv_stem.weight)
+
+
+def test_another_seed_is_another_set_of_seeds_for_the_same_number_of_runs() -> None:
+    spec = importlib.util.spec_from_file_location("study_command", ROOT / "scripts" / "studies" / "__main__.py")
+    assert spec is not None and spec.loader is not None
+    command = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(command)
+    plan = plans.read_plan("diversity")
+    seeds = []
+    for settings in ((), ("run.seed=1",)):
+        for condition in plan.conditions:
+            chosen, _ = command.arguments(plan, "diversity", "efficientnet_lite0", condition, settings)
+            seeds.append([part for part in chosen if part.startswith("run.seed=")][-1])
+            assert plan.arm_name(condition, "starts") == "starts"
+    assert seeds == [f"run.seed={i}" for i in range(6)]
+    assert plans.read_plan("structure").arm_name("random", "naive") == "random/naive"
+    assert plans.read_plan("sparsity").arm_name("random", "") == "random"
 
 
 def test_an_unknown_study_is_refused() -> None:
