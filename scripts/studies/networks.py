@@ -1,7 +1,7 @@
-"""EfficientNet-Lite with its strides removed or with random weights, as targets of `model=custom`."""
+"""EfficientNet-Lite or its first stages, without strides or with random weights, as targets of `model=custom`."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_model
@@ -9,8 +9,24 @@ from pipeline.models.loading import load_model
 SEED = 0
 
 
-def efficientnet_lite(number: int, trained: bool = True, strided: bool = True) -> nn.Module:
-    """Return EfficientNet-Lite `number`, optionally with random weights, and optionally without strides.
+class FirstStages(nn.Module):
+    """The stem and the first stages of an EfficientNet, with the names of the whole network.
+
+    What comes after has no influence on the activations of these layers, and without strides it would cost a hundred
+    times as much as they do.
+    """
+
+    def __init__(self, network: nn.Module, stages: int) -> None:
+        super().__init__()
+        self.conv_stem, self.bn1 = network.conv_stem, network.bn1
+        self.blocks = network.blocks[:stages]  # type: ignore[index]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.blocks(self.bn1(self.conv_stem(images)))  # type: ignore[operator]
+
+
+def efficientnet_lite(number: int, trained: bool = True, strided: bool = True, stages: int | None = None) -> nn.Module:
+    """Return EfficientNet-Lite `number` or its first stages, optionally with random weights or without strides.
 
     Random weights are those of PyTorch's initialization, with the statistics of batch normalization measured on noise,
     so that activations neither die nor grow with depth.
@@ -18,6 +34,8 @@ def efficientnet_lite(number: int, trained: bool = True, strided: bool = True) -
     name = f"efficientnet_lite{number}"
     torch.manual_seed(SEED)
     module = load_model(ModelConfig("package", name, weights="default" if trained else None)).module
+    if stages is not None:
+        module = FirstStages(module, stages)
     if not trained:
         calibrate(module)
     return module if strided else without_strides(module)

@@ -24,7 +24,7 @@ MANY = 1500
 LEVELS = (4, 5, 6)
 TILE = 32
 # Side of a cell in pixels.
-CELL_PX = 32
+CELL_PX = 64
 FOLDER = "media/map"
 
 
