@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from pipeline.core.metric_specs import MIN_DEVIATION
+
 # Random rotations of a layer, and the percentile of their directions that a channel has to exceed.
 ROTATIONS = 3
 PERCENTILE = 95.0
@@ -34,7 +36,7 @@ def rotation_number(activations: np.ndarray, seed: int, directions: np.ndarray |
     """
     values = np.asarray(activations, np.float64)
     deviation = values.std(0)
-    varies = deviation > 1e-6 * max(float(np.median(deviation)), np.finfo(float).tiny)
+    varies = deviation > MIN_DEVIATION * max(float(np.median(deviation)), np.finfo(float).tiny)
     units = None if directions is None else values @ np.asarray(directions, np.float64).T
     values = values[:, varies]
     if len(values) < MIN_IMAGES or values.shape[1] < 2:

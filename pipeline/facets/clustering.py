@@ -11,6 +11,8 @@ import functools
 
 import numpy as np
 
+from pipeline.core.metric_specs import MIN_DEVIATION
+
 # Smallest share of the examples, and smallest number of them, that are a facet.
 LEAST_SHARE, LEAST_SIZE = 1 / 8, 3
 
@@ -42,7 +44,8 @@ class Reference:
         """Create from responses, (R, D), R ≥ 2, and the number of images of the dataset that they were drawn from."""
         x = np.asarray(responses, np.float64)
         mean, deviation = x.mean(0), x.std(0)
-        deviation = np.where(deviation > 1e-6 * np.abs(x).max(0), deviation, 0.0)
+        least = np.maximum(1e-6 * np.abs(x).max(0), MIN_DEVIATION * np.median(deviation))
+        deviation = np.where(deviation > least, deviation, 0.0)
         return cls(mean, deviation, _standardized(x, mean, deviation), images)
 
     def of_images(self, responses: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.acceleration.precision import capability_of, float64_device
+from pipeline.core.metric_specs import MIN_DEVIATION
 from pipeline.data.natural_spectrum import LOGIT_MARGIN, Spectrum
 from pipeline.kernels.transfers import constant_like
 
@@ -302,7 +303,8 @@ class _Scores:
     Attributes:
         mean: Mean of each channel, (C,); NaN for fewer than two images.
         sd: Standard deviation, (C,); 1 for channels that do not vary.
-        varies: Whether the channel varies over the images, (C,); all for fewer than two, so that scores are NaN.
+        varies: Whether the channel varies over the images (`MIN_DEVIATION`), (C,); all for fewer than two, so that
+            scores are NaN.
     """
 
     mean: Tensor
@@ -316,7 +318,7 @@ class _Scores:
             unknown = natural.new_full((natural.shape[1],), torch.nan)
             return cls(unknown, unknown, torch.ones(natural.shape[1], dtype=torch.bool))
         sd = natural.std(0)
-        varies = sd > 1e-6 * sd.median().clamp(min=torch.finfo(sd.dtype).tiny)
+        varies = sd > MIN_DEVIATION * sd.median().clamp(min=torch.finfo(sd.dtype).tiny)
         return cls(natural.mean(0), sd.where(varies, torch.ones(())), varies)
 
     def of(self, responses: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pipeline.layers.dictionary_files import with_dictionaries
 from pipeline.layers.finding import Layer, enumerate_layers
 from pipeline.layers.layouts import Part
 from pipeline.layers.pixel_kernels import linear_in_pixels
-from pipeline.layers.tracing import Call, Trace, kind_of, trace_of
+from pipeline.layers.tracing import CONVS, Call, Trace, kind_of, trace_of
 from pipeline.models.loading import Model
 
 
@@ -356,7 +356,7 @@ def _tour(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[L
         return list(layers)
     first, last = weighted[0], weighted[-1]
     blocks = [layer for layer in _blocks(model, layers, config) if first.cost < layer.cost < last.cost]
-    with_units = [_layer_with_units(layers, block) for block in blocks]
+    with_units = [_layer_with_units(model, layers, block) for block in blocks]
     # Without a rectifier in any block, its output is as good as any other layer of it.
     middle = list(dict.fromkeys(layer for layer in with_units if layer is not None)) or blocks
     if len(middle) < min(config.count - 2, 3):  # a network without blocks, such as VGG
@@ -366,7 +366,7 @@ def _tour(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[L
     return [layer for layer in layers if layer in (first, *selected, last)]
 
 
-def _layer_with_units(layers: Sequence[Layer], block: Layer) -> Layer | None:
+def _layer_with_units(model: Model, layers: Sequence[Layer], block: Layer) -> Layer | None:
     """Return the layer of a block whose channels are units, or None if no rectifier reads or made a layer of it.
 
     A non-linearity that acts on each channel alone makes channels special: next to it, another basis of the same space
@@ -375,9 +375,12 @@ def _layer_with_units(layers: Sequence[Layer], block: Layer) -> Layer | None:
     Stream").
 
     It is the output of the block if a rectifier made it, as in ResNet and Inception. Otherwise it is the widest
-    convolution or linear layer inside that is next to a rectifier, and the last of equally wide ones: the depthwise
-    convolution of an inverted residual block, the hidden layer of an MLP. Layers of a single position are left out
-    where the block has a map: they are the squeezed ones of squeeze-and-excite.
+    convolution or linear layer inside that is next to a rectifier, and the last of equally wide ones: the expansion of
+    an inverted residual block, the hidden layer of an MLP. Layers of a single position are left out where the block has
+    a map: they are the squeezed ones of squeeze-and-excite. A depthwise convolution is taken only if there is nothing
+    else. Its unit reads one channel, and the mean of its map is, up to the border, the sum of its kernel times the mean
+    of that channel: if the sum is negative, what raises the mean is whatever silences the channel, and with ReLU6
+    before it both have a bound that any image of the right texture reaches.
     """
     if block.rectified:
         return block
@@ -389,7 +392,13 @@ def _layer_with_units(layers: Sequence[Layer], block: Layer) -> Layer | None:
         and layer.name.startswith(f"{block.module}.")
         and (layer.height * layer.width > 1 or block.height * block.width == 1)
     ]
-    return max(reversed(inside), key=lambda layer: layer.channels, default=None)
+    return max(reversed(inside), key=lambda layer: (not _is_depthwise(model, layer), layer.channels), default=None)
+
+
+def _is_depthwise(model: Model, layer: Layer) -> bool:
+    """Return whether each channel of a layer is computed from one channel alone."""
+    module = model.module.get_submodule(layer.name.partition("#")[0])
+    return isinstance(module, CONVS) and module.groups == module.in_channels > 1
 
 
 def _residual(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:

@@ -1,5 +1,7 @@
 """EfficientNet-Lite or its first stages, without strides or with random weights, as targets of `model=custom`."""
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 
@@ -10,22 +12,27 @@ SEED = 0
 
 
 class FirstStages(nn.Module):
-    """The stem and the first stages of an EfficientNet, with the names of the whole network.
+    """The stem and the first stages of an EfficientNet and one more convolution, with the names of the whole network.
 
     What comes after has no influence on the activations of these layers, and without strides it would cost a hundred
     times as much as they do.
     """
 
-    def __init__(self, network: nn.Module, stages: int) -> None:
+    def __init__(self, network: nn.Module, whole_stages: int) -> None:
         super().__init__()
         self.conv_stem, self.bn1 = network.conv_stem, network.bn1
-        self.blocks = network.blocks[:stages]  # type: ignore[index]
+        stages: nn.Sequential = network.blocks  # type: ignore[assignment]
+        block = stages[whole_stages][0]
+        expansion = nn.Sequential(OrderedDict(conv_pw=block.conv_pw, bn1=block.bn1))
+        self.blocks = nn.Sequential(*stages[:whole_stages], nn.Sequential(expansion))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.blocks(self.bn1(self.conv_stem(images)))  # type: ignore[operator]
 
 
-def efficientnet_lite(number: int, trained: bool = True, strided: bool = True, stages: int | None = None) -> nn.Module:
+def efficientnet_lite(
+    number: int, trained: bool = True, strided: bool = True, whole_stages: int | None = None
+) -> nn.Module:
     """Return EfficientNet-Lite `number` or its first stages, optionally with random weights or without strides.
 
     Random weights are those of PyTorch's initialization, with the statistics of batch normalization measured on noise,
@@ -34,8 +41,8 @@ def efficientnet_lite(number: int, trained: bool = True, strided: bool = True, s
     name = f"efficientnet_lite{number}"
     torch.manual_seed(SEED)
     module = load_model(ModelConfig("package", name, weights="default" if trained else None)).module
-    if stages is not None:
-        module = FirstStages(module, stages)
+    if whole_stages is not None:
+        module = FirstStages(module, whole_stages)
     if not trained:
         calibrate(module)
     return module if strided else without_strides(module)

@@ -143,4 +143,4 @@ def test_the_default_tour_shows_layers_beside_a_rectifier_and_the_logits() -> No
     config = compose([]).config.layers
     layers = selection.select_layers(model, selection.list_layers(model, config), config)
     assert [layer.name for layer in layers if not layer.rectified] == ["classifier"]
-    assert len(layers) == 9 and "blocks.4.2.conv_dw" in [layer.name for layer in layers]
+    assert len(layers) == 9 and "blocks.4.2.conv_pw" in [layer.name for layer in layers]

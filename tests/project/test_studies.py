@@ -192,7 +192,7 @@ def test_a_network_without_strides_computes_the_same_and_what_lies_between() -> 
 
     coarse, fine = third_stage(strided), third_stage(dense)
     assert coarse.shape[2:] == (8, 8) and fine.shape[2:] == (64, 64)
-    assert torch.equal(third_stage(efficientnet_lite(0, stages=3)), coarse)
+    assert torch.equal(third_stage(efficientnet_lite(0, whole_stages=3)), coarse)
     offsets = [fine[:, :, i::8, j::8] for i in range(8) for j in range(8)]
     assert min(float((coarse - other).abs().max()) for other in offsets) < 1e-4
     random = efficientnet_lite(0, trained=False)

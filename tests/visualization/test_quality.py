@@ -265,11 +265,28 @@ def test_transfer_scales_channels_and_stands_between_floor_and_ceiling() -> None
     assert found.value[:, 0].min() > 0.95 and found.ceiling.min() > 0.9 and found.value[:, 1].abs().max() < 0.5
     assert bool((found.floor > 0.15).all()) and bool((found.floor < 0.45).all())
     # In raw activations the largest channels would decide alone.
-    louder = natural * torch.logspace(0, 3, 40)
+    louder = natural * torch.logspace(0, 2, 40)
     again = metrics.transfer(
-        pictures * torch.logspace(0, 3, 40), torch.arange(5), examples * torch.logspace(0, 3, 40), louder
+        pictures * torch.logspace(0, 2, 40), torch.arange(5), examples * torch.logspace(0, 2, 40), louder
     )
     assert torch.allclose(again.value, found.value, atol=1e-4) and torch.allclose(again.floor, found.floor, atol=1e-4)
+
+
+def test_channels_that_training_left_nearly_constant_do_not_decide() -> None:
+    """Their pre-activations vary by 1e-7 to 1e-4 over photographs, and by hundreds of that for an optimized image."""
+    natural, generator = layer_of_photographs()
+    dead = torch.tensor([3, 17])
+    natural[:, dead] = 0.3 + 1e-4 * natural[:, dead]
+    mean, sd = natural.mean(0), natural.std(0)
+    examples = mean + sd * torch.randn(2, 4, 40, generator=generator)
+    pictures = mean + sd * torch.randn(2, 1, 40, generator=generator)
+    channels = torch.tensor([0, 1])
+    pictures[0, 0, 0], pictures[1, 0, 1] = mean[0] + 9 * sd[0], mean[1] + 9 * sd[1]
+    before = metrics.transfer(pictures, channels, examples, natural), metrics.margin(pictures, channels, natural)
+    pictures[..., dead] += 500 * sd[dead]
+    after = metrics.transfer(pictures, channels, examples, natural), metrics.margin(pictures, channels, natural)
+    assert torch.allclose(before[0].value, after[0].value) and torch.allclose(before[1], after[1])
+    assert bool((after[1] > 4).all()) and bool(metrics.margin(pictures, torch.tensor([3, 17]), natural).isnan().all())
 
 
 def test_transfer_goes_on_where_examples_are_missing() -> None:
