@@ -144,3 +144,9 @@ def test_the_default_tour_shows_layers_beside_a_rectifier_and_the_logits() -> No
     layers = selection.select_layers(model, selection.list_layers(model, config), config)
     assert [layer.name for layer in layers if not layer.rectified] == ["classifier"]
     assert len(layers) == 9 and "blocks.4.2.conv_pw" in [layer.name for layer in layers]
+    # A depthwise convolution is taken where a block has no other layer beside a rectifier.
+    listed = selection.list_layers(model, config)
+    block = next(layer for layer in selection.select_layers(model, listed, compose(["layers=blocks"]).config.layers)
+                 if layer.module == "blocks.0.0")  # fmt: skip
+    taken = selection._layer_with_units(model, listed, block)
+    assert taken is not None and taken.name == "blocks.0.0.conv_dw"
