@@ -22,7 +22,7 @@ from pipeline.visualization.network_perturbations import Dropout, NetworkPerturb
 LEVELS = {
     "additive": [WeightNoise(sd=sd) for sd in (0.02, 0.04, 0.06, 0.1)],
     "multiplicative": [WeightNoise(sd=sd, kind="multiplicative") for sd in (0.02, 0.033, 0.05, 0.1)],
-    "dropout": [Dropout(p=p) for p in (0.001, 0.003, 0.01)],
+    "dropout": [Dropout(p=p) for p in (0.001, 0.003, 0.005, 0.01)],
 }
 BATCH = 25
 
