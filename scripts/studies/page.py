@@ -51,6 +51,14 @@ class Report:
     further: Mapping[str, pd.DataFrame] = dataclasses.field(default_factory=dict)
 
 
+# What a number of an arm is the average of, by the cluster of the tests.
+AVERAGES = {
+    "layer": "Mean over layers of each layer's median, with 95 % intervals "
+    "(two-stage bootstrap over layers and units):",
+    "channel": "Mean over classes, with 95 % intervals (bootstrap over classes):",
+}
+
+
 def report(name: str, plan: Plan, runs: Runs, minutes: float, settings: Sequence[str]) -> Report:
     """Return the report of a study from its runs."""
     table, excluded, optimization = table_of(name, plan, runs)
@@ -146,7 +154,7 @@ def write_page(report: Report, page: Path, figure: Image.Image) -> None:
         "## Method", plan.method.strip(), "Measured: " + sample(report),
         "## Hypotheses", hypotheses, markdown(hypotheses_table(report)),
         "## Numbers",
-        "Mean over layers of each layer's median, with 95 % intervals (two-stage bootstrap over layers and units):",
+        AVERAGES[plan.cluster],
         markdown(medians(plan, report.table)),
     ]  # fmt: skip
     for caption, table in report.further.items():
