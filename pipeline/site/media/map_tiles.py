@@ -7,12 +7,14 @@ find it by the same rule. A tile is a sheet of the cells of `TILE` × `TILE` nei
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from pipeline.core.hashing import digest_of
+from pipeline.core.machine import available_cores
 from pipeline.site.layout.embedding import GRID
 from pipeline.site.media.photo_crops import GREY
 from pipeline.site.media.size_budget import encode
@@ -93,8 +95,8 @@ def write_tiles(
     """
     target, known = before
     suffix = "jpg" if kind == "jpeg" else kind
-    sheets: dict[str, Image.Image] = {}
     digests: dict[str, str] = {}
+    made: dict[str, _Tile] = {}
     for level in levels_for(len(places)):
         tiles: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
         for (column, row), unit in chosen_units(places, level).items():
@@ -102,24 +104,42 @@ def write_tiles(
         for (across, down), cells in sorted(tiles.items()):
             name = f"{FOLDER}/t{level}-{across}-{down}.{suffix}"
             shown = [[c, r, images.sources[u], images.cells[u], images.digests[u]] for c, r, u in sorted(cells)]
-            digests[name] = digest_of([shown, quality])
+            digests[name] = digest_of([shown, quality, CELL_PX])
             if known.get(name) == digests[name] and (target / name).is_file():
                 write(images.root, name, (target / name).read_bytes())
-                continue
-            side_px = min(TILE, 2**level) * CELL_PX
-            image = Image.new("RGB", (side_px, side_px), GREY)
-            for column, row, unit in cells:
-                image.paste(_small(images, unit, sheets), (column * CELL_PX, row * CELL_PX))
-            write(images.root, name, encode(image, kind, quality))
+            else:
+                made[name] = _Tile(min(TILE, 2**level) * CELL_PX, cells)
+    needed = sorted({images.sources[unit] for tile in made.values() for _, _, unit in tile.cells})
+    # Decoding and encoding leave the other threads alone.
+    with ThreadPoolExecutor(available_cores()) as pool:
+        sheets = dict(zip(needed, pool.map(lambda source: _decoded(images.root / source), needed), strict=True))
+        encoded = pool.map(lambda tile: encode(tile.drawn(images, sheets), kind, quality), made.values())
+        for name, data in zip(made, encoded, strict=True):
+            write(images.root, name, data)
     return digests
 
 
-def _small(images: MapImages, unit: int, sheets: dict[str, Image.Image]) -> Image.Image:
-    """Return the small image of a unit; each sheet is decoded once."""
-    source = images.sources[unit]
-    if source not in sheets:
-        with Image.open(images.root / source) as opened:
-            sheets[source] = opened.convert("RGB")
-    columns, px, cell = side(images.per_sheet), images.px, images.cells[unit]
-    left, top = cell % columns * px, cell // columns * px
-    return sheets[source].resize((CELL_PX, CELL_PX), Image.Resampling.BILINEAR, (left, top, left + px, top + px))
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """A tile to make: its side in pixels, and (column, row, unit) of each cell."""
+
+    side_px: int
+    cells: Sequence[tuple[int, int, int]]
+
+    def drawn(self, images: MapImages, sheets: Mapping[str, Image.Image]) -> Image.Image:
+        """Return the tile, from the decoded sheets of small images."""
+        tile = Image.new("RGB", (self.side_px, self.side_px), GREY)
+        columns, px = side(images.per_sheet), images.px
+        for column, row, unit in self.cells:
+            cell = images.cells[unit]
+            left, top = cell % columns * px, cell // columns * px
+            box = (left, top, left + px, top + px)
+            small = sheets[images.sources[unit]].resize((CELL_PX, CELL_PX), Image.Resampling.BILINEAR, box)
+            tile.paste(small, (column * CELL_PX, row * CELL_PX))
+        return tile
+
+
+def _decoded(path: Path) -> Image.Image:
+    """Return a sheet of small images."""
+    with Image.open(path) as opened:
+        return opened.convert("RGB")
