@@ -212,8 +212,8 @@ def bottlenecks(*rectified: bool) -> Model:
 
 
 def test_a_tour_takes_of_each_block_the_layer_that_has_units() -> None:
-    """Of equally wide ones the last; not the wider squeeze; the output of a block where a rectifier made it."""
-    assert names(bottlenecks(False, True, False), policy="tour") == ["0", "1.0.depthwise", "1.1", "1.2.depthwise", "4"]
+    """Not the depthwise convolution; not the wider squeeze; the output of a block where a rectifier made it."""
+    assert names(bottlenecks(False, True, False), policy="tour") == ["0", "1.0.expand", "1.1", "1.2.expand", "4"]
 
 
 def test_residual_selects_the_linear_outputs_only() -> None:
@@ -226,7 +226,7 @@ def test_residual_selects_the_linear_outputs_only() -> None:
     ("name", "some"),
     [
         ("resnet18", ["conv1", "layer2.0", "layer4.1", "fc"]),
-        ("mobilenet_v3_large", ["features.9.block.1.0", "features.15.block.1.0"]),
+        ("mobilenet_v3_large", ["features.9.block.0.0", "features.15.block.0.0"]),
     ],
 )
 def test_tours_of_other_networks(name: str, some: list[str]) -> None:
