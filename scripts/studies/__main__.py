@@ -27,7 +27,7 @@ def say(line: str) -> None:
 def arguments(plan: Plan, name: str, network: str, condition: str, settings: Sequence[str]) -> tuple[list[str], Path]:
     """Return the arguments of one run, but for its units, and its folder."""
     given = _given(settings)
-    run = Path(given.get("run.root", "runs")) / plan.run_name(given.get("run.name", name), network, condition)
+    run = Path(given.get("run.root", "runs")) / plan.run_name(_name(name, settings), network, condition)
     own = [setting for setting in settings if not setting.startswith("run.name=")]
     chosen = [*plan.overrides(network, condition), *own, f"run.name={run.name}"]
     if plan.is_seed(condition):
@@ -42,13 +42,24 @@ def arguments(plan: Plan, name: str, network: str, condition: str, settings: Seq
 def write_units(plan: Plan, name: str, network: str, settings: Sequence[str]) -> Path:
     """Draw the units of a network, the same ones for all conditions, and write them as a table beside the runs."""
     chosen, run = arguments(plan, name, network, next(iter(plan.conditions)), settings)
-    table = run.with_name(f"{plan.run_name(_given(settings).get('run.name', name), network, '')}.csv")
+    table = run.with_name(f"{plan.run_name(_name(name, settings), network, '')}.csv")
     table.parent.mkdir(parents=True, exist_ok=True)
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["layer", "channel"])
         writer.writerows(draw_units(plan, name, network, compose(chosen).config))
     return table
+
+
+def _name(name: str, settings: Sequence[str]) -> str:
+    """Return what the runs of a study are named after: `run.name`, or its name with the seed of the user."""
+    given = _given(settings)
+    return given.get("run.name", _with_seed(name, settings))
+
+
+def _with_seed(name: str, settings: Sequence[str]) -> str:
+    seed = _given(settings).get("run.seed", "0")
+    return name if seed == "0" else f"{name}-seed{seed}"
 
 
 def _given(settings: Sequence[str]) -> dict[str, str]:
@@ -93,7 +104,9 @@ def study(name: str, settings: Sequence[str]) -> None:
     # The page in docs reports the study as planned; with other settings it is written into the folder of the runs.
     others = [setting for setting in settings if not setting.startswith(("data", "engine", "run.root", "run.update"))]
     made = report(name, plan, runs, minutes, others)
-    page = PAGES / f"{name}.md" if not others else next(iter(runs.values())).parent / f"study-{name}.md"
+    page = PAGES / f"{name}.md"
+    if others:
+        page = next(iter(runs.values())).with_name(f"study-{_with_seed(name, settings)}.md")
     write_page(made, page, draw_figure(made, runs))
     if not others:
         write_index()

@@ -209,7 +209,9 @@ def test_another_seed_is_another_set_of_seeds_for_the_same_number_of_runs() -> N
     seeds = []
     for settings in ((), ("run.seed=1",)):
         for condition in plan.conditions:
-            chosen, _ = command.arguments(plan, "diversity", "efficientnet_lite0", condition, settings)
+            chosen, run = command.arguments(plan, "diversity", "efficientnet_lite0", condition, settings)
+            # The runs of another seed are continued by themselves, and never those of the study as planned.
+            assert run.name.startswith("study-diversity-seed1-") == bool(settings)
             seeds.append([part for part in chosen if part.startswith("run.seed=")][-1])
             assert plan.arm_name(condition, "starts") == "starts"
     assert seeds == [f"run.seed={i}" for i in range(6)]
