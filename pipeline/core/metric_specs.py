@@ -14,7 +14,7 @@ import numpy as np
 # A channel counts in standard scores only if its standard deviation over dataset images exceeds this share of the
 # layer's median. Trained networks have channels whose weights went to 0: what is left is rounding, or changes of a
 # thousandth, and images that are not natural move it by hundreds of its deviations, so that no other would count.
-MIN_DEVIATION = 0.005
+MIN_DEVIATION = 1e-3
 
 # Unit of activations: they can only be compared between visualizations with the same objective.
 OBJECTIVE = "objective"

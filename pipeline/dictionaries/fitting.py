@@ -167,7 +167,8 @@ def _stored(path: Path, identity: str) -> TrainingState | None:
         with safe_open(path, framework="pt") as file:
             known = file.metadata() or {}
             if known.get("identity") == identity:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # Copies: sums over memory that is aligned in another way differ in the last bit on some processors.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
                 return TrainingState.of(int(known["step"]), tensors)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         log.warning("%s cannot be read (%s); training begins anew", path, first_line(error))

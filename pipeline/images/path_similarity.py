@@ -18,10 +18,6 @@ from torch import Tensor
 
 from pipeline.core.metric_specs import MIN_DEVIATION
 
-# A channel is left out, too, if its standard deviation over the random images is below this share of its own mean: what
-# is stored with 11 bits does not tell it from a constant.
-ROUNDING = 1e-3
-
 # The natural baseline must exceed the random one by so many standard errors of unrelated images.
 ERRORS = 2.0
 
@@ -165,6 +161,7 @@ def _standard(random: Tensor) -> tuple[Tensor, Tensor]:
     if len(random) < 2:
         return random.new_zeros(random.shape[1]), random.new_full((random.shape[1],), torch.nan)
     mean, deviation = random.mean(0), random.std(0)
-    least = torch.maximum(ROUNDING * mean.abs(), MIN_DEVIATION * deviation.median())
+    # Relative to the own mean, too: what is stored with 11 bits does not tell such a channel from a constant.
+    least = MIN_DEVIATION * torch.maximum(mean.abs(), deviation.median())
     varies = deviation > least.clamp(min=torch.finfo(deviation.dtype).tiny)
     return mean, torch.where(varies, 1 / deviation, 0.0)

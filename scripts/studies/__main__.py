@@ -53,8 +53,7 @@ def write_units(plan: Plan, name: str, network: str, settings: Sequence[str]) ->
 
 def _name(name: str, settings: Sequence[str]) -> str:
     """Return what the runs of a study are named after: `run.name`, or its name with the seed of the user."""
-    given = _given(settings)
-    return given.get("run.name", _with_seed(name, settings))
+    return _given(settings).get("run.name", _with_seed(name, settings))
 
 
 def _with_seed(name: str, settings: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from conftest import TINY, main
 from safetensors import safe_open
-from safetensors.numpy import load_file
 from safetensors.torch import load, save
 
 from pipeline.core.errors import AtlasError
@@ -175,7 +174,7 @@ def test_interrupted_training_goes_on(
 ) -> None:
     arguments = ["dictionary", *command, "latents=16", "k=2", "steps=12", "batch=32"]
     assert main(arguments) == 0
-    whole = load_file(tmp_path / "found.safetensors")
+    whole = (tmp_path / "found.safetensors").read_bytes()
     (tmp_path / "found.safetensors").unlink()
     monkeypatch.setattr(fitting, "STORE_SECONDS", -1.0)
     step = autoencoder._step
@@ -191,10 +190,7 @@ def test_interrupted_training_goes_on(
     assert (tmp_path / "found.safetensors.partial").is_file()
     assert main(arguments) == 0
     assert "training goes on from step 5 of 12" in capsys.readouterr().err
-    again = load_file(tmp_path / "found.safetensors")
-    assert whole.keys() == again.keys()
-    for name, values in whole.items():  # not to the bit: sums depend on how memory is aligned
-        assert np.allclose(again[name], values, rtol=1e-5, atol=1e-6), name
+    assert (tmp_path / "found.safetensors").read_bytes() == whole
     assert not (tmp_path / "found.safetensors.partial").exists()
 
 

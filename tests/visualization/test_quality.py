@@ -265,9 +265,9 @@ def test_transfer_scales_channels_and_stands_between_floor_and_ceiling() -> None
     assert found.value[:, 0].min() > 0.95 and found.ceiling.min() > 0.9 and found.value[:, 1].abs().max() < 0.5
     assert bool((found.floor > 0.15).all()) and bool((found.floor < 0.45).all())
     # In raw activations the largest channels would decide alone.
-    louder = natural * torch.logspace(0, 2, 40)
+    louder = natural * torch.logspace(0, 3, 40)
     again = metrics.transfer(
-        pictures * torch.logspace(0, 2, 40), torch.arange(5), examples * torch.logspace(0, 2, 40), louder
+        pictures * torch.logspace(0, 3, 40), torch.arange(5), examples * torch.logspace(0, 3, 40), louder
     )
     assert torch.allclose(again.value, found.value, atol=1e-4) and torch.allclose(again.floor, found.floor, atol=1e-4)
 
