@@ -45,7 +45,8 @@ class Compared:
             precision, at the further starts.
         cosine: Lowest cosine of the input gradient with that of plain PyTorch.
         below: Largest amount by which a layer's cosine is below the smallest one allowed, which depends on that of
-            plain PyTorch in bfloat16; 0 if none is.
+            plain PyTorch in bfloat16; 0 if none is. A layer that is below is compared at `STARTS` starts and its
+            smallest amount counts, for the reason given for `least`.
     """
 
     value: float
@@ -165,10 +166,7 @@ def compared(plain: Model, steps: Model, row: PlanRow, config: Config, single: b
     """Compare objectives and input gradients of a row's units, at further starts too if steps are in float32."""
     images = starts(row, plain, config)
     values, differences, cosine = at_start(plain, steps, row, images)
-    below = 0.0
-    if cosine < BFLOAT16_COSINE and not single:
-        rough = at_start(plain, in_precision(plain, torch.bfloat16), row, images)[2]
-        below = max(0.0, smallest_cosine(rough) - cosine)
+    below = 0.0 if single else cosine_below(plain, steps, row, config)
     least, rounding = list(differences), 0.0
     beyond = [i for i, difference in enumerate(differences) if single and difference > TOLERANCE]
     for again in range(1, STARTS) if beyond else ():
@@ -179,6 +177,21 @@ def compared(plain: Model, steps: Model, row: PlanRow, config: Config, single: b
             least[i] = min(least[i], further[i])
             rounding = max(rounding, rounded[i])
     return Compared(values, max(differences), max(least), len(beyond), rounding, cosine, below)
+
+
+def cosine_below(plain: Model, steps: Model, row: PlanRow, config: Config) -> float:
+    """Return by how much the cosine of input gradients is below the smallest allowed, at the best of several starts."""
+    below = 1.0
+    for again in range(STARTS):
+        images = starts(row, plain, config, first=again * len(row.channels))
+        cosine = at_start(plain, steps, row, images)[2]
+        if cosine >= BFLOAT16_COSINE:
+            return 0.0
+        rough = at_start(plain, in_precision(plain, torch.bfloat16), row, images)[2]
+        below = min(below, smallest_cosine(rough) - cosine)
+        if below <= 0:
+            return 0.0
+    return below
 
 
 def at_start(plain: Model, steps: Model, row: PlanRow, images: Tensor) -> tuple[float, list[float], float]:

@@ -104,7 +104,8 @@ def test_wheel_and_drag_move_the_enlarged_image(visit):
     page.mouse.up()
     assert page.evaluate("ATLAS.magnifier.view.left") < left - 0.03
     page.get_by_role("button", name="Close").last.click()
-    assert focused(page) == "example/max/1" and page.evaluate("document.body.dataset.zoom") == "1.00"
+    page.wait_for_function("() => document.body.dataset.zoom === '1.00'")
+    assert focused(page) == "example/max/1"
 
 
 @ONE_BASE

@@ -271,3 +271,27 @@ def test_the_comparison_finds_a_wrong_network(nets: Path, tmp_path: Path, monkey
     assert not found.wrong
     monkeypatch.setattr(variants, "FLOAT32_TOLERANCE", 10.0)
     assert check(configuration(overrides), layers=20).wrong
+
+
+@pytest.mark.long
+def test_the_comparison_finds_a_wrong_network_in_bfloat16(
+    nets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients that lack three quarters of the channels are found out at every start."""
+    from pipeline.acceleration import cpu_lowering, variants
+
+    whole = cpu_lowering._Pointwise.backward
+
+    def wrong(ctx: object, *gradients: torch.Tensor) -> object:
+        back = list(whole(ctx, *gradients))
+        back[0] = back[0].clone()
+        back[0][:, 2:] = 0
+        return tuple(back)
+
+    monkeypatch.setattr(cpu_lowering._Pointwise, "backward", staticmethod(wrong))
+    overrides = ["model=custom", f"model.target={nets}:relu", "model.input_size=32", f"run.root={tmp_path}"]
+    overrides += ["engine.precision=bfloat16"]
+    found = check(configuration(overrides), layers=20)
+    assert "folded float32" in found.levels and "cosine" in found.reasons[0] and not found.wrong, found
+    monkeypatch.setattr(variants, "smallest_cosine", lambda rough: -1.0)
+    assert "cosine" in check(configuration(overrides), layers=20).wrong

@@ -139,7 +139,8 @@ def test_your_own_network_in_five_minutes(
     subprocess.run([sys.executable, "save.py"], cwd=tmp_path, check=True)
     small = ["render.steps=2", "layers.channels='0:2'", "data.limit=12", "engine=inline"]
     commands = [line for b in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in b.splitlines()]
-    assert [c.split()[1] for c in commands] == ["plan", "run", "plan"]
+    # The last one shows a table of the default network for photographs of one's own.
+    assert [c.split()[1] for c in commands] == ["plan", "run", "plan", "run"] and "PHOTOGRAPHS" in commands.pop()
     for i, command in enumerate(commands):
         _, verb, *arguments = shlex.split(command)
         own = ["run.root=looks", f"run.name=look{i}"] if verb == "plan" else []
