@@ -100,22 +100,19 @@ def verdict(hypothesis: Hypothesis, effect: ClusteredEffect, networks: Mapping[s
     """Return the verdict by the rules of docs/studies.
 
     Supported: p below 5 % after Holm's correction, in the expected direction, at least the minimal effect, and in this
-    direction in every network. Without the last two: small. Contradicted: p below 5 % in the other direction. No such
-    effect: the interval lies within the minimal effect on both sides of 0. Open: everything else.
+    direction in every network. Below the minimal effect: small. Contradicted: p below 5 % and at least the minimal
+    effect in the other direction. No such effect: the interval excludes the minimal effect in the expected direction.
+    Open: everything else.
     """
     sign = 1 if hypothesis.expected == "higher" else -1
     minimal = math.log1p(hypothesis.minimal) if hypothesis.scale == "ratio" else hypothesis.minimal
-    within = not math.isnan(effect.low) and -minimal < effect.low and effect.high < minimal
-    if math.isnan(effect.value):
-        return OPEN
-    if p < LEVEL and sign * effect.value < 0:
-        return CONTRADICTED if not within else NONE
-    if p < LEVEL:
+    value, most = sign * effect.value, max(sign * effect.low, sign * effect.high)
+    if p < LEVEL and value > 0:
         everywhere = all(sign * part.value > 0 for part in networks.values() if not math.isnan(part.value))
-        if everywhere:
-            return SUPPORTED if sign * effect.value >= minimal else SMALL
-        return OPEN
-    return NONE if within else OPEN
+        return (SUPPORTED if value >= minimal else SMALL) if everywhere else OPEN
+    if p < LEVEL and value <= -minimal:
+        return CONTRADICTED
+    return NONE if most < minimal else OPEN
 
 
 def analyze(plan: Plan, table: pd.DataFrame) -> dict[str, Result]:

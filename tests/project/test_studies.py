@@ -120,6 +120,10 @@ def test_verdicts_are_those_of_known_effects() -> None:
     assert result_of(sample({"x": 0.5, "y": 0.5}), minimal=2.0).verdict == analysis.SMALL
     assert result_of(sample({"x": 0.0, "y": 0.0})).verdict == analysis.NONE
     assert result_of(sample({"x": 0.0, "y": 0.0}, noise=3.0)).verdict == analysis.OPEN
+    # A small effect in the other direction excludes the stated one, whether or not its p value is below 5 %.
+    opposite = [result_of(sample({"x": -0.03, "y": -0.03}, noise=noise)) for noise in (0.02, 0.5)]
+    assert opposite[0].p < analysis.LEVEL < opposite[1].p
+    assert [result.verdict for result in opposite] == [analysis.NONE] * 2
     # A large effect in one network and a small opposite one in the other is no finding about both.
     assert result_of(sample({"x": 4.0, "y": -0.3}, noise=0.01)).verdict == analysis.OPEN
 
