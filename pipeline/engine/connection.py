@@ -1,6 +1,7 @@
 """The connection to Ray: a private instance or an existing cluster, and what happens when it is lost."""
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -123,7 +124,7 @@ def _private_options() -> dict[str, Any]:
     # By default Ray writes a token to the home folder; a private instance needs none on disk.
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_AUTH_TOKEN", _token())
     # Ray replaces a loopback address by the address of the machine and listens on all interfaces, unless this
     # variable says that no cluster can be formed.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -138,6 +139,12 @@ def _private_options() -> dict[str, Any]:
         # inline engine, and the passes that the cost model times, get a third.
         "_system_config": {"worker_niceness": 0},
     }
+
+
+@functools.cache
+def _token() -> str:
+    """Return the token of private instances: one for the process, as Ray's client reads it once and then keeps it."""
+    return secrets.token_hex(32)
 
 
 def _warn_of_little_shared_memory() -> None:

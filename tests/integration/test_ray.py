@@ -390,6 +390,21 @@ def test_shards_of_workers_that_do_not_see_the_run_folder_come_back(
     assert sent and set(sent) == {str(path) for path in (tmp_path / "tiny/shards").rglob("*.h5")}
 
 
+def test_a_process_starts_ray_more_than_once() -> None:
+    """As a study and a notebook do: Ray's client keeps the first token of a process."""
+    code = """
+import os
+os.environ.pop("RAY_AUTH_MODE", None)
+from pipeline.engine.connection import connected
+from pipeline.config.schema import EngineConfig
+for start in range(2):
+    with connected(EngineConfig()) as ray:
+        assert ray.get(ray.remote(lambda: start).remote()) == start
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.long
 def test_nothing_listens_to_the_outside() -> None:
     """A private Ray: loopback only, no dashboard, no token on disk, and workers with the driver's own priority."""
