@@ -177,6 +177,7 @@ def draw_figure(report: Report, runs: Runs) -> Image.Image:
     own = report.table[report.table["network"] == network]
     arms = plan.figure.arms or tuple(dict.fromkeys(own["arm"]))
     images: dict[tuple[str, int, str], list[np.ndarray]] = {}
+    names: dict[tuple[str, int], str] = {}
     for condition in plan.conditions:
         with open_atlas(runs[network, condition]) as atlas:
             for layer, channel in shown_units(plan, own):
@@ -184,10 +185,12 @@ def draw_figure(report: Report, runs: Runs) -> Image.Image:
                     arm = plan.arm_name(condition, preset)
                     if arm in arms and (layer, channel, arm) not in images:
                         view = atlas[layer]
+                        # Where a row of the table is not a unit, the first unit of the layer is shown.
                         at = list(view.channels).index(channel) if channel in view.channels else 0
+                        names[layer, channel] = f"{layer}:{view.channels[at]}"
                         images[layer, channel, arm] = list(view.images(preset)[at, : plan.figure.variants])
     rows = [
-        (f"{layer}:{channel}", [image for arm in arms for image in images[layer, channel, arm]])
+        (names[layer, channel], [image for arm in arms for image in images[layer, channel, arm]])
         for layer, channel in shown_units(plan, own)
     ]
     titles = [arm if i == 0 else "" for arm in arms for i in range(plan.figure.variants)]
