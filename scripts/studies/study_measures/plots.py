@@ -25,7 +25,9 @@ class Series:
     filled: bool = True
 
 
-def panel(title: str, labels: Sequence[str], series: Sequence[Series], dashed: float | None = None) -> Image.Image:
+def panel(
+    title: str, labels: Sequence[str], series: Sequence[Series], dashed: float | None = None, top: float = 0.0
+) -> Image.Image:
     """Return a plot of series over layers.
 
     Args:
@@ -33,6 +35,7 @@ def panel(title: str, labels: Sequence[str], series: Sequence[Series], dashed: f
         labels: Names of the layers.
         series: The series.
         dashed: Height of a dashed line.
+        top: The axis reaches at least this value, so that panels can have the same one.
     """
     image = Image.new("RGB", (WIDTH, HEIGHT + 14 * len(series)), "white")
     pen = ImageDraw.Draw(image)
@@ -40,7 +43,7 @@ def panel(title: str, labels: Sequence[str], series: Sequence[Series], dashed: f
         [np.quantile(values, [0.25, 0.5, 0.75]) if len(values) else np.full(3, np.nan) for values in one.values]
         for one in series
     ]
-    every = np.concatenate([np.ravel(part) for part in quartiles] + [np.array([0.0 if dashed is None else dashed])])
+    every = np.concatenate([*map(np.ravel, quartiles), np.array([top, 0.0 if dashed is None else dashed])])
     low, high = min(0.0, float(np.nanmin(every))), float(np.nanmax(every)) * 1.05 + 1e-9
 
     def x(i: int) -> float:
@@ -53,8 +56,8 @@ def panel(title: str, labels: Sequence[str], series: Sequence[Series], dashed: f
     pen.line([(LEFT, TOP), (LEFT, HEIGHT - BOTTOM), (WIDTH - 10, HEIGHT - BOTTOM)], fill="black")
     for tick in np.linspace(low, high, 5):
         pen.text((4, y(tick) - 6), f"{tick:.2g}", fill="black")
-    for i, label in enumerate(labels):
-        pen.text((x(i) - 3 * len(label[-9:]), HEIGHT - BOTTOM + 6 + 13 * (i % 3)), label[-9:], fill="black")
+    for i, label in enumerate(label.removeprefix("blocks.") for label in labels):
+        pen.text((x(i) - 3 * len(label), HEIGHT - BOTTOM + 6 + 13 * (i % 3)), label, fill="black")
     if dashed is not None:
         for left in range(LEFT, WIDTH - 10, 8):
             pen.line([(left, y(dashed)), (left + 4, y(dashed))], fill="#8a8a8a")
