@@ -57,9 +57,9 @@ def consolidate(
         log.warning("The dataset pass is not complete: atlas.h5 has no dataset examples until it is")
     atlases = artifacts.activation_atlas
     if atlases.layers and not atlases.complete:
-        log.warning("The activation atlas is not complete: atlas.h5 has none until it is")
+        log.warning("The activation atlas is not complete: atlas.h5 has none until `atlas run` has made its images")
     if artifacts.facets.layers and not artifacts.facets.complete:
-        log.warning("The facets are not complete: atlas.h5 has none until they are")
+        log.warning("The facets are not complete: atlas.h5 has none until `atlas run` has made their images")
     unreadable = dataset_pass.sweep.failed if dataset_pass.complete else ()
     _report_unreadable(unreadable, plan)
     failures = _failure_rows(plan, artifacts, set_aside, unreadable)
