@@ -124,15 +124,20 @@ def sample(report: Report) -> str:
     table, plan = report.table, report.plan
     counts = table.groupby("network")[["layer", "channel"]].apply(lambda part: len(part.drop_duplicates()))
     layers = table.groupby("network")["layer"].nunique()
-    units = ", ".join(f"{counts[name]} {plan.unit_name} in {layers[name]} layers of {name}" for name in counts.index)
+    units = ", ".join(f"{counts[name]} {plan.unit_name} in {counted(layers[name], 'layer')} of {name}" for name in counts.index)
     parts = [units]
     if plan.arms:
         runs = sum(map(plan.is_seed, plan.conditions))
         starts = f"{plan.seeds} images of each from {runs} seeds" if runs else f"{plan.seeds} seeds each"
         parts.append(starts + (f", {len(table):,} images" if plan.unit_name == "units" else ""))
-    parts.append(f"{report.excluded} units excluded (silent on the dataset, or an image failed)")
+    parts.append(f"{counted(report.excluded, 'unit')} excluded (silent on the dataset, or an image failed)")
     parts.append(f"{report.minutes:.0f} minutes" + (" of optimization" if plan.arms else ""))
     return "; ".join(parts) + "."
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def write_page(report: Report, page: Path, figure: Image.Image) -> None:
