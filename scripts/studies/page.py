@@ -124,7 +124,9 @@ def sample(report: Report) -> str:
     table, plan = report.table, report.plan
     counts = table.groupby("network")[["layer", "channel"]].apply(lambda part: len(part.drop_duplicates()))
     layers = table.groupby("network")["layer"].nunique()
-    units = ", ".join(f"{counts[name]} {plan.unit_name} in {counted(layers[name], 'layer')} of {name}" for name in counts.index)
+    units = ", ".join(
+        f"{counts[name]} {plan.unit_name} in {counted(layers[name], 'layer')} of {name}" for name in counts.index
+    )
     parts = [units]
     if plan.arms:
         runs = sum(map(plan.is_seed, plan.conditions))
