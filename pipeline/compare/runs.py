@@ -193,7 +193,7 @@ def _contender(atlas: Atlas, preset: str, label: str) -> Contender:
         preset=preset,
         path=atlas.path,
         objective=" and ".join(objective for objective, _ in counts.most_common()),
-        # `energy`, the objective of a first convolution, is compared with nothing.
+        # `energy` and `rectified`, the objectives of first and depthwise convolutions, have no such statistic.
         reference=next((natural for _, natural in objectives.values() if natural), ""),
         created=str(atlas.attributes.get("created", "")),
         settings=_settings(atlas.config, preset),

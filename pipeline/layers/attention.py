@@ -266,6 +266,7 @@ def _layer(source: Layer, one: _Module, of: str, by_class: bool, **changes: Any)
         "alias": "",
         "rectified": False,
         "linear_in_pixels": False,
+        "depthwise": False,
     }
     return AttentionLayer(**{**fields, "of": of, "by_class": by_class and source.prefix > 0, **changes})
 

@@ -106,6 +106,7 @@ class DictionaryLayer(ArrayLayer):
             # Zero is a threshold of latents behind a gate, and an arbitrary value of a dot product.
             "rectified": dictionary.sparse,
             "linear_in_pixels": False,
+            "depthwise": False,
         }
         return cls(**{**fields, **changes}, base=layer, dictionary=dictionary)
 

@@ -66,6 +66,7 @@ class Layer:
         rectified: Whether zero is a threshold of its values, because a rectifier reads them or made them; see
             `rectifiers.rectified_taps`.
         linear_in_pixels: Whether it is a linear function of the pixels, as a first convolution; see `pixel_kernels`.
+        depthwise: Whether it is a convolution that computes each channel from one channel of its input.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Layer:
     alias: str = ""
     rectified: bool = True
     linear_in_pixels: bool = False
+    depthwise: bool = False
 
     @property
     def tap(self) -> list[Any]:

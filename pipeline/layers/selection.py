@@ -84,7 +84,10 @@ def list_layers(model: Model, config: LayersConfig, aliases: Mapping[str, str] |
         raise AtlasError(f"layers.prefix={config.prefix} is negative: use a number of tokens, or null to detect it.")
     layers = enumerate_layers(model, config.layouts, part, config.prefix, aliases)
     linear = linear_in_pixels(model, layers)
-    layers = [dataclasses.replace(layer, linear_in_pixels=layer.name in linear) for layer in layers]
+    layers = [
+        dataclasses.replace(layer, linear_in_pixels=layer.name in linear, depthwise=_is_depthwise(model, layer))
+        for layer in layers
+    ]
     if part in ("class", "registers") and all(layer.part != part for layer in layers):
         raise AtlasError(
             f"layers.tokens={part}, but no layer of {model.name} has such tokens. Use layers.tokens=patches; "

@@ -65,7 +65,8 @@ class Manifest:
 
         def without_field(layer: Layer) -> dict[str, Any]:
             # These change no receptive field, and manifests of former versions lack them.
-            return {**layer.plain, "field": None, "alias": "", "rectified": True, "linear_in_pixels": False}
+            unrelated = {"field": None, "alias": "", "rectified": True, "linear_in_pixels": False, "depthwise": False}
+            return layer.plain | unrelated
 
         fields = {}
         for layer in layers:

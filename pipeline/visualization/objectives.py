@@ -18,6 +18,7 @@ from pipeline.core.config_files import ConfigFile
 from pipeline.core.errors import AtlasError
 from pipeline.core.registry import Registry, registered_name
 from pipeline.core.units import Unit
+from pipeline.layers.finding import Layer
 
 OBJECTIVES = Registry("objective")
 
@@ -123,11 +124,11 @@ class Objective:
                     f"render.objective: {layer} has {info.all_channels[layer]} channels; {unit!r} does not exist."
                 )
 
-    def resolved(self, linear_in_pixels: bool, negative: bool) -> "Objective":
+    def resolved(self, layer: Layer, negative: bool) -> "Objective":
         """Return the objective that is used for a layer: itself, unless its choice depends on the layer (`auto`).
 
         Args:
-            linear_in_pixels: Whether the layer is a linear function of the pixels.
+            layer: The layer.
             negative: Whether the objective is minimized.
         """
         return self
@@ -204,20 +205,43 @@ class Energy(Objective):
         return (maps - maps.mean(dim=(1, 2), keepdim=True)).pow(2).mean(dim=(1, 2))
 
 
+@OBJECTIVES.add("rectified")
+@dataclasses.dataclass(frozen=True)
+class Rectified(Objective):
+    """Mean over all positions of the channel behind a leaky rectifier: of a where a > 0, of slope · a elsewhere.
+
+    For depthwise convolutions before a rectifier. A unit there reads one channel, and the mean of its map is, up to the
+    border, the sum of its kernel times the mean of that channel: if the sum is negative, whatever silences the channel
+    raises the mean. Behind the rectifier it is raised only by what the kernel responds to. The slope keeps a gradient
+    where the unit is off.
+    """
+
+    slope: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+    def value(self, activations: Activations) -> Tensor:
+        """Return the mean over (h, w) of max(a[h, w], slope · a[h, w]), (B,)."""
+        return F.leaky_relu(activations.own_maps, self.slope).mean(dim=(1, 2))
+
+
 @OBJECTIVES.add("auto")
 @dataclasses.dataclass(frozen=True)
 class Auto(Channel):
-    """`energy` for layers that are linear in the pixels (a first convolution), `channel` for all others.
+    """The objective that suits a layer: `energy`, `rectified` or `channel`.
 
-    Where it is `energy`, the image gets the contrast of the median photograph, by a budget of its squared distance from
-    gray (`l2`): without one it would be black and white. The plan resolves `auto` for each layer; digests, seeds and
-    atlases contain the objective that a layer has. Minimized, it is always `channel`: the least energy is that of a
-    gray image.
+    It is `energy` for layers that are linear in the pixels (a first convolution), `rectified` for other depthwise
+    convolutions before a rectifier, and `channel` for all others. Where it is `energy`, the image gets the contrast of
+    the median photograph, by a budget of its squared distance from gray (`l2`): without one it would be black and
+    white. The plan resolves `auto` for each layer; digests, seeds and atlases contain the objective that a layer has.
+    Minimized, it is always `channel`: the least energy is that of a gray image.
     """
 
-    def resolved(self, linear_in_pixels: bool, negative: bool) -> Objective:
-        """Return `energy` or `channel`; see the class."""
-        return Energy() if linear_in_pixels and not negative else Channel()
+    def resolved(self, layer: Layer, negative: bool) -> Objective:
+        """Return `energy`, `rectified` or `channel`; see the class."""
+        if negative:
+            return Channel()
+        if layer.linear_in_pixels:
+            return Energy()
+        return Rectified() if layer.depthwise and layer.rectified else Channel()
 
 
 @OBJECTIVES.add("neuron")

@@ -21,7 +21,7 @@ from pipeline.visualization.batch_terms import COUPLINGS, BatchTerm
 from pipeline.visualization.layer_regularizers import LAYER_PENALTIES, LayerRegularizer
 from pipeline.visualization.network_penalties import NETWORK_PENALTIES, NetworkPenalty
 from pipeline.visualization.network_perturbations import AUGMENTATIONS, Ensemble, NetworkPerturbation
-from pipeline.visualization.objectives import OBJECTIVES, Energy, LayerInfo, Objective
+from pipeline.visualization.objectives import OBJECTIVES, Energy, LayerInfo, Objective, Rectified
 from pipeline.visualization.optimizers import OPTIMIZERS, Optimizer
 from pipeline.visualization.schedules import STOPS, Fixed, Stage, Stop
 from pipeline.visualization.schedules import check as check_schedule
@@ -135,7 +135,7 @@ class Preset:
         layers leave the contrast free within what single photographs have in each layer: over the steps it becomes that
         of the harshest ones.
         """
-        objective = self.objective.resolved(layer.linear_in_pixels, self.negative)
+        objective = self.objective.resolved(layer, self.negative)
         of_network = tuple(p for p in self.network_penalties if p.applies_to(layer) and self._can_have(p))
         penalties = self.penalties
         to_energy = isinstance(objective, Energy) and objective is not self.objective
@@ -170,7 +170,8 @@ class Preset:
 
         Not if the preset sets the initial image itself, minimizes the objective, or has no objective of single units.
         """
-        return not isinstance(self.canvas, FromImage) and not self.negative and bool(self.natural)
+        of_unit = bool(self.natural) or isinstance(self.objective, Rectified)
+        return not isinstance(self.canvas, FromImage) and not self.negative and of_unit
 
     @property
     def needs_dataset_pass(self) -> bool:

@@ -89,6 +89,7 @@ OPTIONS = {
     "interpolate": ["render/objective=interpolate", "render.objective.to=late:3", "render.variants=2",
                     "render/couplings=[alignment]"],
     "energy": ["render/objective=energy"],
+    "rectified": ["render/objective=rectified"],
     "normalizations": ["render/network_penalties=[normalization]"],
 }  # fmt: skip
 

@@ -232,6 +232,15 @@ def test_energy_sees_stripes_that_the_mean_of_an_edge_detector_does_not() -> Non
     assert torch.allclose(OBJECTIVES["energy"]().value(shifted), torch.tensor([0.0, 4.0, 36.0]), atol=1e-4)
 
 
+def test_rectified_values_are_positive_where_a_map_is() -> None:
+    """A map of two signs whose mean is 0, and one that is off everywhere."""
+    maps = torch.tensor([[[[3.0, -1.0], [-1.0, -1.0]]], [[[-1.0, -2.0], [-3.0, -2.0]]]])
+    activations = Activations(maps, torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), 1)
+    assert torch.allclose(OBJECTIVES["rectified"]().value(activations), torch.tensor([0.675, -0.2]))
+    assert torch.allclose(OBJECTIVES["rectified"](slope=0.0).value(activations), torch.tensor([0.75, 0.0]))
+    assert torch.allclose(OBJECTIVES["rectified"](slope=1.0).value(activations), torch.tensor([0.0, -2.0]))
+
+
 def test_a_direction_is_a_channel_where_it_points_along_one(tmp_path: Path) -> None:
     path = tmp_path / "axes.npy"
     np.save(path, np.eye(6)[[4, 1]])

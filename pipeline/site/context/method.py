@@ -17,8 +17,10 @@ from pipeline.core.errors import AtlasError
 SYMBOLS = {
     "channel": "maxₓ  1/(HW) · Σᵢⱼ a₍c,i,j₎(x)",
     "energy": "maxₓ  1/(HW) · Σᵢⱼ (a₍c,i,j₎(x) − ā₍c₎(x))², where ā is the mean over i and j",
+    "rectified": "maxₓ  1/(HW) · Σᵢⱼ max(a₍c,i,j₎(x), s · a₍c,i,j₎(x)) with the slope s",
     "auto": "maxₓ  1/(HW) · Σᵢⱼ a₍c,i,j₎(x); in layers that are linear in the pixels the energy, "
-    "1/(HW) · Σᵢⱼ (a₍c,i,j₎(x) − ā₍c₎(x))²",
+    "1/(HW) · Σᵢⱼ (a₍c,i,j₎(x) − ā₍c₎(x))²; in depthwise convolutions before a rectifier "
+    "1/(HW) · Σᵢⱼ max(a₍c,i,j₎(x), 0.1 · a₍c,i,j₎(x))",
     "neuron": "maxₓ  a₍c,i,j₎(x) at one position (i, j), the center by default",
     "layer": "maxₓ  1/(CHW) · Σ a(x)²",
     "logit": "maxₓ  z₍c₎(x), the class's score before the softmax",

@@ -14,7 +14,7 @@
     const p = rendered && (unit.record.pictures[rendered.key] || [])[0];
     if (!p || p.status === "missing") return null;
     const ratio = ["peak", "mean"].find((kind) => typeof p[kind + "_ratio"] === "number");
-    const measured = rendered.objective === "energy" ? "energy " : ["mean", "least"].includes(rendered.natural) ? "mean activation " : "activation ";
+    const measured = { energy: "energy ", rectified: "rectified activation " }[rendered.objective] || (["mean", "least"].includes(rendered.natural) ? "mean activation " : "activation ");
     const words = (p.status === "failed" ? "failed · " : "") + measured + number(p.activation) + (ratio ? " · " + ratio + " " + number(p[ratio + "_ratio"]) + " × dataset maximum" : "");
     const box = make("span", { class: "pic", role: "img", "aria-label": "Feature visualization of " + nameOf(unit) + ", " + rendered.title + ": " + words });
     box.style.aspectRatio = rendered.sheet[3] + " / " + rendered.sheet[4];

@@ -123,7 +123,7 @@
         const box = picture(unit, rendered, i, variant);
         const id = "visualization/" + encodeURIComponent(rendered.key) + "/" + (variant + 1);
         const failed = p.status === "failed";
-        const measured = rendered.objective === "energy" ? "energy" : ["mean", "least"].includes(rendered.natural) ? "mean activation" : "activation";
+        const measured = { energy: "energy", rectified: "rectified activation" }[rendered.objective] || (["mean", "least"].includes(rendered.natural) ? "mean activation" : "activation");
         const times = ratioOf(p);
         const title = rendered.title + (unit.record.pictures[rendered.key].length > 1 ? ", " + (variant + 1) : "");
         box.setAttribute("aria-label", "Feature visualization of " + nameOf(unit) + ", " + title + ": " + measured + " " + number(p.activation) +
@@ -385,7 +385,7 @@
     const item = (name, node, hint, strong) => { if (hint) meanings.push(make("dt", { text: name }), make("dd", { text: hint })); items.push(make("div", { class: strong ? "main" : "", title: hint }, make("dt", { text: name }), make("dd", {}, node))); };
     if (p && p.status !== "missing") {
       // What the objective is, which these three numbers share; the statistics of the dataset below are of single positions.
-      const over = ["mean", "least"].includes(main.natural) ? " (mean over positions)" : "";
+      const over = ["mean", "least"].includes(main.natural) ? " (mean over positions)" : main.objective === "rectified" ? " (mean over positions, negative values reduced)" : "";
       const measured = (name, strong) => item(metric(name).title + (["activation", "natural", "robust"].includes(name) ? over : ""), data(p[name]), metric(name).explanation, strong);
       measured("activation", true);
       measured("natural", true);
