@@ -400,6 +400,8 @@ def _layer_with_units(model: Model, layers: Sequence[Layer], block: Layer) -> La
 
 def _is_depthwise(model: Model, layer: Layer) -> bool:
     """Return whether each channel of a layer is computed from one channel alone."""
+    if layer.kind != "conv":
+        return False  # the output of a network is no module of it
     module = model.module.get_submodule(layer.name.partition("#")[0])
     return isinstance(module, CONVS) and module.groups == module.in_channels > 1
 
