@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from pipeline.core.errors import AtlasError, nearest_names
 from pipeline.layers.layouts import Axes, Layout, Part, as_maps, find_axes, override_layout, tokens_of
 from pipeline.layers.rectifiers import rectified_taps
-from pipeline.layers.tracing import Call, Trace, class_of, kind_of, modules_of, tensor_of
+from pipeline.layers.tracing import CONVS, Call, Trace, class_of, kind_of, modules_of, tensor_of
 from pipeline.models.loading import Model
 
 Side = Literal["in", "out"]
@@ -396,10 +396,19 @@ def enumerate_layers(
             f"{model.name} has no module whose output has channels, so there is no layer that a hook could read. "
             "Replace functional calls by modules (torch.nn.Conv2d, torch.nn.Linear, …)."
         )
-    rectified = rectified_taps(model, {(layer.module, layer.call, layer.side) for layer in layers})
+    rectified = rectified_taps(model, {layer.place for layer in layers})
     return [
-        dataclasses.replace(layer, rectified=(layer.module, layer.call, layer.side) in rectified) for layer in layers
+        dataclasses.replace(layer, rectified=layer.place in rectified, depthwise=_is_depthwise(model, layer))
+        for layer in layers
     ]
+
+
+def _is_depthwise(model: Model, layer: Layer) -> bool:
+    """Return whether a layer is a convolution that computes each channel from one channel of its input."""
+    if layer.kind != "conv":
+        return False  # the output of a network is no module of it
+    module = model.module.get_submodule(layer.name.partition("#")[0])
+    return isinstance(module, CONVS) and module.groups == module.in_channels > 1
 
 
 def _layer(trace: Trace, call: Call, axes: Axes, part: Part, aliases: Mapping[str, str]) -> Layer:

@@ -18,7 +18,7 @@ from pipeline.layers.dictionary_files import with_dictionaries
 from pipeline.layers.finding import Layer, enumerate_layers
 from pipeline.layers.layouts import Part
 from pipeline.layers.pixel_kernels import linear_in_pixels
-from pipeline.layers.tracing import CONVS, Call, Trace, kind_of, trace_of
+from pipeline.layers.tracing import Call, Trace, kind_of, trace_of
 from pipeline.models.loading import Model
 
 
@@ -84,10 +84,7 @@ def list_layers(model: Model, config: LayersConfig, aliases: Mapping[str, str] |
         raise AtlasError(f"layers.prefix={config.prefix} is negative: use a number of tokens, or null to detect it.")
     layers = enumerate_layers(model, config.layouts, part, config.prefix, aliases)
     linear = linear_in_pixels(model, layers)
-    layers = [
-        dataclasses.replace(layer, linear_in_pixels=layer.name in linear, depthwise=_is_depthwise(model, layer))
-        for layer in layers
-    ]
+    layers = [dataclasses.replace(layer, linear_in_pixels=layer.name in linear) for layer in layers]
     if part in ("class", "registers") and all(layer.part != part for layer in layers):
         raise AtlasError(
             f"layers.tokens={part}, but no layer of {model.name} has such tokens. Use layers.tokens=patches; "
@@ -359,7 +356,7 @@ def _tour(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[L
         return list(layers)
     first, last = weighted[0], weighted[-1]
     blocks = [layer for layer in _blocks(model, layers, config) if first.cost < layer.cost < last.cost]
-    with_units = [_layer_with_units(model, layers, block) for block in blocks]
+    with_units = [_layer_with_units(layers, block) for block in blocks]
     # Without a rectifier in any block, its output is as good as any other layer of it.
     middle = list(dict.fromkeys(layer for layer in with_units if layer is not None)) or blocks
     if len(middle) < min(config.count - 2, 3):  # a network without blocks, such as VGG
@@ -369,7 +366,7 @@ def _tour(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[L
     return [layer for layer in layers if layer in (first, *selected, last)]
 
 
-def _layer_with_units(model: Model, layers: Sequence[Layer], block: Layer) -> Layer | None:
+def _layer_with_units(layers: Sequence[Layer], block: Layer) -> Layer | None:
     """Return the layer of a block whose channels are units, or None if no rectifier reads or made a layer of it.
 
     A non-linearity that acts on each channel alone makes channels special: next to it, another basis of the same space
@@ -395,15 +392,7 @@ def _layer_with_units(model: Model, layers: Sequence[Layer], block: Layer) -> La
         and layer.name.startswith(f"{block.module}.")
         and (layer.height * layer.width > 1 or block.height * block.width == 1)
     ]
-    return max(reversed(inside), key=lambda layer: (not _is_depthwise(model, layer), layer.channels), default=None)
-
-
-def _is_depthwise(model: Model, layer: Layer) -> bool:
-    """Return whether each channel of a layer is computed from one channel alone."""
-    if layer.kind != "conv":
-        return False  # the output of a network is no module of it
-    module = model.module.get_submodule(layer.name.partition("#")[0])
-    return isinstance(module, CONVS) and module.groups == module.in_channels > 1
+    return max(reversed(inside), key=lambda layer: (not layer.depthwise, layer.channels), default=None)
 
 
 def _residual(model: Model, layers: Sequence[Layer], config: LayersConfig) -> list[Layer]:

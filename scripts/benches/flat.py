@@ -1,6 +1,6 @@
 """Measure the memory of a dataset pass over very many small images, and test a pass that is killed.
 
-scripts/bench flat [--count 100000] [--folder /tmp/neuron-atlas-flat]
+scripts/bench flat [--count 100000] [--folder FOLDER]
 
 Makes synthetic images (32 × 32 JPEG, in tar shards), runs the pass over a tenth of them and then over all, in separate
 processes, and prints the peak memory of each. Kills the second process when a third of its shards exist, and prints how
@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def shards_of(folder: Path, name: str) -> list[tuple[int, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100_000)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/neuron-atlas-flat"))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "neuron-atlas-flat")
     parser.add_argument("--sweep", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder, count = options.folder, options.count

@@ -16,6 +16,7 @@ import io
 import json
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -345,7 +346,7 @@ SMOOTH = """async () => {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/neuron-atlas-site"))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "neuron-atlas-site")
     parser.add_argument("--layers", type=int, default=53)
     parser.add_argument("--run", type=Path)
     parser.add_argument("--keep", action="store_true")

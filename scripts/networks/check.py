@@ -166,7 +166,7 @@ def compared(plain: Model, steps: Model, row: PlanRow, config: Config, single: b
     """Compare objectives and input gradients of a row's units, at further starts too if steps are in float32."""
     images = starts(row, plain, config)
     values, differences, cosine = at_start(plain, steps, row, images)
-    below = 0.0 if single else cosine_below(plain, steps, row, config)
+    below = 0.0 if single or cosine >= BFLOAT16_COSINE else cosine_below(plain, steps, row, config)
     least, rounding = list(differences), 0.0
     beyond = [i for i, difference in enumerate(differences) if single and difference > TOLERANCE]
     for again in range(1, STARTS) if beyond else ():
@@ -181,16 +181,13 @@ def compared(plain: Model, steps: Model, row: PlanRow, config: Config, single: b
 
 def cosine_below(plain: Model, steps: Model, row: PlanRow, config: Config) -> float:
     """Return by how much the cosine of input gradients is below the smallest allowed, at the best of several starts."""
-    below = 1.0
+    rough, below = in_precision(plain, torch.bfloat16), 1.0
     for again in range(STARTS):
         images = starts(row, plain, config, first=again * len(row.channels))
-        cosine = at_start(plain, steps, row, images)[2]
-        if cosine >= BFLOAT16_COSINE:
-            return 0.0
-        rough = at_start(plain, in_precision(plain, torch.bfloat16), row, images)[2]
-        below = min(below, smallest_cosine(rough) - cosine)
-        if below <= 0:
-            return 0.0
+        cosine, cosine_of_rough = (at_start(plain, network, row, images)[2] for network in (steps, rough))
+        below = min(below, max(0.0, smallest_cosine(cosine_of_rough) - cosine))
+        if not below:
+            break
     return below
 
 

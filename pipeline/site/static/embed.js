@@ -3,7 +3,7 @@
   "use strict";
 
   const { make, find, number, data, sprite, pixels } = ATLAS;
-  const { parse, decoded, fragmentOf, nameOf, load, cellOf, exampleView, DOT } = ATLAS.units;
+  const { parse, decoded, fragmentOf, nameOf, measuredOf, load, cellOf, exampleView, DOT } = ATLAS.units;
   const EXAMPLES = 4;
   const place = find("#embedded");
 
@@ -14,8 +14,7 @@
     const p = rendered && (unit.record.pictures[rendered.key] || [])[0];
     if (!p || p.status === "missing") return null;
     const ratio = ["peak", "mean"].find((kind) => typeof p[kind + "_ratio"] === "number");
-    const measured = { energy: "energy ", rectified: "rectified activation " }[rendered.objective] || (["mean", "least"].includes(rendered.natural) ? "mean activation " : "activation ");
-    const words = (p.status === "failed" ? "failed · " : "") + measured + number(p.activation) + (ratio ? " · " + ratio + " " + number(p[ratio + "_ratio"]) + " × dataset maximum" : "");
+    const words = (p.status === "failed" ? "failed · " : "") + measuredOf(rendered) + " " + number(p.activation) + (ratio ? " · " + ratio + " " + number(p[ratio + "_ratio"]) + " × dataset maximum" : "");
     const box = make("span", { class: "pic", role: "img", "aria-label": "Feature visualization of " + nameOf(unit) + ", " + rendered.title + ": " + words });
     box.style.aspectRatio = rendered.sheet[3] + " / " + rendered.sheet[4];
     sprite(box, ...cellOf("p", unit, rendered, 0, 0));

@@ -4,7 +4,7 @@
   "use strict";
 
   const { make, find, number, share, data, need, keys, say, remember, remembered, sprite, tiny, pixels, lightbox, listing, wires } = ATLAS;
-  const { parse, decoded, fragmentOf, nameOf, load, cellOf, viewOf, LISTS, DOT, clamp, shape, exampleView, maskOf, heatOf } = ATLAS.units;
+  const { parse, decoded, fragmentOf, nameOf, measuredOf, load, cellOf, viewOf, LISTS, DOT, clamp, shape, exampleView, maskOf, heatOf } = ATLAS.units;
   const root = ATLAS.root;
   const place = find("#unit");
   let latest = 0;
@@ -123,7 +123,7 @@
         const box = picture(unit, rendered, i, variant);
         const id = "visualization/" + encodeURIComponent(rendered.key) + "/" + (variant + 1);
         const failed = p.status === "failed";
-        const measured = { energy: "energy", rectified: "rectified activation" }[rendered.objective] || (["mean", "least"].includes(rendered.natural) ? "mean activation" : "activation");
+        const measured = measuredOf(rendered);
         const times = ratioOf(p);
         const title = rendered.title + (unit.record.pictures[rendered.key].length > 1 ? ", " + (variant + 1) : "");
         box.setAttribute("aria-label", "Feature visualization of " + nameOf(unit) + ", " + title + ": " + measured + " " + number(p.activation) +

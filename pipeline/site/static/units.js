@@ -17,6 +17,8 @@ ATLAS.units = (function () {
   function decoded(text) { try { return decodeURIComponent(text); } catch { return text; } }
   const fragmentOf = (unit) => ATLAS.linkTo(unit.layer.name, unit.channel).split("#")[1];
   const nameOf = (unit) => unit.layer.name + ":" + unit.channel;
+  // What the number `activation` of a visualization is: the value of its objective.
+  const measuredOf = (rendered) => ({ energy: "energy", rectified: "rectified activation" })[rendered.objective] || (["mean", "least"].includes(rendered.natural) ? "mean activation" : "activation");
 
   async function load(unit) {
     const per = ATLAS.index.sizes.shard;
@@ -134,5 +136,5 @@ ATLAS.units = (function () {
     });
   }
 
-  return { parse, decoded, fragmentOf, nameOf, load, cellOf, viewOf, LISTS, DOT, clamp, shape, exampleView, maskOf, heatOf };
+  return { parse, decoded, fragmentOf, nameOf, measuredOf, load, cellOf, viewOf, LISTS, DOT, clamp, shape, exampleView, maskOf, heatOf };
 })();

@@ -23,11 +23,15 @@ from pipeline.images.transforms import ROBUSTNESS_TRANSFORMS, apply_transforms, 
 from pipeline.layers.finding import Layer, capture
 from pipeline.models.loading import Model
 from pipeline.visualization.evaluation import Visualization
+from pipeline.visualization.objectives import Channel, Energy, Objective, Rectified
 from pipeline.visualization.optimizers import Adam
 
 # Largest relative error of responses and of the gradient: rounding switches single rectifiers, which changes gradients.
 LIMITS = {"IEEE": (1e-4, 5e-3), "TF32": (1e-2, 0.2), "bfloat16": (0.05, 0.0)}
 SMALLEST_COSINE = 0.85
+# Deviation of the activation of a single rendering, relative to the mean of its layer, between float32 and bfloat16 on
+# one CPU: rounding grows to another image of the same unit (0.047 over 60 units of the five layers).
+DEVIATION = 0.05
 SIZE = (references.RENDERED_SIDE, references.RENDERED_SIDE)
 
 
@@ -109,9 +113,9 @@ def images_and_steps(bench: Bench, net: Network) -> None:
 
 def draws(bench: Bench, net: Network, known: Mapping[str, Any], names: Sequence[str]) -> None:
     """Compare initial parameters and random numbers with those of the references: the same bits on every machine."""
-    worker = networks.worker(net, bench.device, batch=2, precision="float32")
+    worker = networks.worker(net, bench.device, batch=references.RENDERED, precision="float32")
     for name in names:
-        channels = references.units(net.layers[name])[: references.RENDERED]
+        channels = references.rendered_units(net.layers[name])
         job = worker.job(name, SIZE, references.preset_of(net, name))
         batch, random = networks.first_batch(job, channels)
         found = [references.digest(batch.initial), references.digest(random)]
@@ -133,9 +137,10 @@ def renderings(bench: Bench, net: Network, known: Mapping[str, Any], names: Sequ
         for name in names:
             if not bench.has(3, f"rendering of {name}, {precision}"):
                 continue
-            channels = references.units(net.layers[name])[: references.RENDERED]
+            channels = references.rendered_units(net.layers[name])
             pictures = worker.pictures(name, channels, SIZE, references.preset_of(net, name))
-            errors += [stored_error(bench, exact, net.layers[name], picture) for picture in pictures]
+            objective = net.preset(name).objective
+            errors += [stored_error(bench, exact, net.layers[name], objective, picture) for picture in pictures]
             if not known:
                 continue
             found, expected = np.array([p.activation for p in pictures]), known[f"rendered/{name}/activation"]
@@ -145,20 +150,30 @@ def renderings(bench: Bench, net: Network, known: Mapping[str, Any], names: Sequ
         if errors:
             judged(bench, "stored activation against double precision", max(errors), 1e-4, precision=precision)
         if sums[1]:
+            limit = 3 * DEVIATION / len(distances) ** 0.5
             judged(
-                bench, "activation of renderings against a CPU", abs(sums[0] / sums[1] - 1), 0.02,
+                bench, "activation of renderings against a CPU", abs(sums[0] / sums[1] - 1), limit,
                 precision=precision, **{"worst unit": max(units), "rms ÷ contrast": float(np.mean(distances))},
             )  # fmt: skip
 
 
-def stored_error(bench: Bench, exact: Model, layer: Layer, picture: Visualization) -> float:
+def stored_error(bench: Bench, exact: Model, layer: Layer, objective: Objective, picture: Visualization) -> float:
     """Return the error of the activation of a finished image, relative to the mean absolute value of its layer."""
     pixels = torch.from_numpy(picture.image).permute(2, 0, 1)[None].to(bench.device).double() / 255
     with torch.no_grad(), capture(exact, [layer]) as forward:
         maps = forward(pixels)[layer.name]
-    own = maps[0, picture.channel]
-    expected = own.var(correction=0) if layer.linear_in_pixels else own.mean()
+    expected = value_of(objective, maps[0, picture.channel])
     return abs(picture.activation - float(expected)) / float(maps.abs().mean())
+
+
+def value_of(objective: Objective, own: torch.Tensor) -> torch.Tensor:
+    """Return the value of an objective that `auto` stands for, by its formula, on the map (h, w) of a unit."""
+    if isinstance(objective, Energy):
+        return own.var(correction=0)
+    if isinstance(objective, Rectified):
+        return torch.where(own > 0, own, objective.slope * own).mean()
+    assert isinstance(objective, Channel), objective
+    return own.mean()
 
 
 def rms_share(image: np.ndarray, expected: np.ndarray) -> float:

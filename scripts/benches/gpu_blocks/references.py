@@ -20,14 +20,19 @@ from pipeline.visualization.preset import Preset
 # Five layers from the first to the last, of both kinds of convolutions.
 LAYERS = ("conv_stem", "blocks.1.1.conv_dw", "blocks.3.1.conv_pwl", "blocks.5.2.conv_pw", "conv_head")
 UNITS, SIDE, IMAGES = 4, 128, 2
-# Rendered units of each layer, and pixels of their images.
-RENDERED, RENDERED_SIDE = 2, 96
+# Rendered units of each layer (none of conv_stem has a kernel of zeros), and pixels of their images.
+RENDERED, RENDERED_SIDE = 8, 96
 FILE = "references.npz"
 
 
 def units(layer: Layer) -> list[int]:
-    """Return the channels of a layer that are compared."""
+    """Return the channels of a layer whose responses are compared."""
     return [i * layer.channels // UNITS for i in range(UNITS)]
+
+
+def rendered_units(layer: Layer) -> list[int]:
+    """Return the channels of a layer whose renderings are compared: the middles of equal parts of it."""
+    return [(2 * i + 1) * layer.channels // (2 * RENDERED) for i in range(RENDERED)]
 
 
 def images() -> Tensor:
@@ -72,8 +77,9 @@ def made() -> dict[str, Any]:
         found |= {f"means/{name}": means.numpy(), f"gradient/{name}": gradient.float().numpy()}
         preset, size = preset_of(net, name), (RENDERED_SIDE, RENDERED_SIDE)
         worker = networks.worker(net, "cpu", batch=RENDERED, precision="float32")
-        pictures = worker.pictures(name, units(layer)[:RENDERED], size, preset)
-        batch, random = networks.first_batch(worker.job(name, size, preset), units(layer)[:RENDERED])
+        channels = rendered_units(layer)
+        pictures = worker.pictures(name, channels, size, preset)
+        batch, random = networks.first_batch(worker.job(name, size, preset), channels)
         found |= {
             f"rendered/{name}/image": np.stack([p.image for p in pictures]),
             f"rendered/{name}/activation": np.array([p.activation for p in pictures]),
