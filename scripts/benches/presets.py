@@ -1,11 +1,12 @@
 """Compare all presets of conf/render on the same units, as measured and as other networks see them.
 
-scripts/bench presets [--model NAME] [--judges NAMES] [--presets NAMES] [--out DIR] [key=value …]
+scripts/bench presets [--model NAME] [--judges NAMES] [--presets NAMES] [--units 5] [--classes 20] [--out DIR]
+    [key=value …]
 
-Two runs with all presets: five channels in each of six layers, and twenty classes, drawn by a seed. The median of each
-number of `atlas.units()` is given for hidden units and for classes, with the share of images whose contrast and chroma
-lie between the 10th and the 90th percentile of dataset images, and the share of classes that come first in the other
-networks. `oygard` runs without heads on hidden units. Images are measured after saving in 8 bits; seconds are those of
+Two runs with all presets: five channels in each of six layers, and twenty classes, drawn by a seed (none with
+--classes 0). The median of each number of `atlas.units()` is given for hidden units and for classes, with the share of
+images whose contrast and chroma lie between the 10th and the 90th percentile of dataset images, and the share of
+classes that come first in the other networks. `oygard` runs without heads on hidden units. Images are measured after saving in 8 bits; seconds are those of
 one core, in batches of 8. Results in --out: NAME.md, the contact sheet NAME.jpg and two runs, with presets.csv (one
 row per image). A second call continues, also with more presets.
 """
@@ -13,7 +14,7 @@ row per image). A second call continues, also with more presets.
 import argparse
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ ORDER = (
     "naive", "tv", "blur_image", "blur_gradient", "decorrelated_only", "robust_only", "distill", "fast", "best",
     "lucid", "maco", "natural", "image_prior", "accentuate", "weight_noise", "oygard", "neuron", "diverse", "negative",
 )  # fmt: skip
-UNITS, LAYERS, CLASSES = 5, 6, 20
+LAYERS = 6
+HIDDEN, CLASSES = "Hidden units", "Classes"
 # Presets that do not ask what a class looks like: its lowest logit.
 NOT_OF_CLASSES = ("negative",)
 # Columns of `atlas.units()` and their titles, for the medians.
@@ -84,20 +86,20 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def sheet(folders: Sequence[Path], presets: Sequence[str], side: int = 160) -> Image.Image:
-    """Return the middle channel of every layer under every preset, one row for each preset."""
+def sheet(folders: Mapping[str, Path], presets: Sequence[str], side: int = 160) -> Image.Image:
+    """Return the middle channel of every layer and every seventh class under every preset, one row for each preset."""
     columns: list[tuple[str, dict[str, np.ndarray]]] = []
-    for folder in folders:
+    for title, folder in folders.items():
         with pipeline.open_atlas(folder) as opened:
             for layer in opened:
-                places = range(0, len(layer.channels), 7) if len(layer.channels) > UNITS else [len(layer.channels) // 2]
-                for i in places:
+                count = len(layer.channels)
+                for i in range(0, count, 7) if title == CLASSES else [count // 2]:
                     shown = {name: layer.images(name)[i, 0] for name in presets if name in layer.presets}
                     columns.append((f"{layer.name}:{layer.channels[i]}", shown))
     page = Image.new("RGB", (110 + len(columns) * (side + 4), 20 + len(presets) * (side + 4)), "white")
     draw = ImageDraw.Draw(page)
-    for j, (title, shown) in enumerate(columns):
-        draw.text((112 + j * (side + 4), 4), title, fill="black")
+    for j, (unit, shown) in enumerate(columns):
+        draw.text((112 + j * (side + 4), 4), unit, fill="black")
         for i, name in enumerate(presets):
             draw.text((4, 20 + i * (side + 4)), name, fill="black")
             if name in shown:
@@ -120,27 +122,30 @@ def main() -> None:
     parser.add_argument("--model", default="efficientnet_lite0")
     parser.add_argument("--judges", default="efficientnet_lite1,efficientnet_lite2")
     parser.add_argument("--presets", default=",".join(ORDER))
+    parser.add_argument("--units", type=int, default=5, help="channels in each layer")
+    parser.add_argument("--classes", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("runs/presets"))
     options, settings = parser.parse_known_args()
     presets, judges = options.presets.split(","), options.judges.split(",")
     shared = [f"model={options.model}", f"judges=[{options.judges}]", *settings]
-    tour = ["layers=tour", f"layers.count={LAYERS + 1}", f"layers.channels=spread:{UNITS}"]
+    tour = ["layers=tour", f"layers.count={LAYERS + 1}", f"layers.channels=spread:{options.units}"]
     if "oygard" in presets:  # its heads predict classes
         tour.append("render/schedule@also.oygard.schedule=blur")
-    hidden = run(options.out, f"{options.model}-units", presets, [*shared, *tour, "layers.exclude=[classifier]"])
-    chosen = ",".join(map(str, classes(CLASSES)))
-    of_classes = [name for name in presets if name not in NOT_OF_CLASSES]
-    logits = run(
-        options.out, f"{options.model}-classes", of_classes, [*shared, "layers=logits", f"layers.channels=[{chosen}]"]
-    )
+    tour.append("layers.exclude=[classifier]")
+    folders = {HIDDEN: run(options.out, f"{options.model}-units", presets, [*shared, *tour])}
+    if options.classes:
+        drawn = ",".join(map(str, classes(options.classes)))
+        logits = [*shared, "layers=logits", f"layers.channels=[{drawn}]"]
+        of_classes = [name for name in presets if name not in NOT_OF_CLASSES]
+        folders[CLASSES] = run(options.out, f"{options.model}-classes", of_classes, logits)
     text = []
-    for folder, title in ((hidden, "Hidden units"), (logits, "Classes")):
+    for title, folder in folders.items():
         with pipeline.open_atlas(folder) as opened:
             units = opened.units()
         units.to_csv(folder / "presets.csv", index=False)
         text.append(f"{title} of {options.model}\n\n{markdown(table(units, judges))}\n")
     (options.out / f"{options.model}.md").write_text("\n".join(text))
-    sheet([hidden, logits], presets).save(options.out / f"{options.model}.jpg", quality=88)
+    sheet(folders, presets).save(options.out / f"{options.model}.jpg", quality=88)
     say("\n".join(text))
 
 

@@ -148,5 +148,5 @@ def test_the_default_tour_shows_layers_beside_a_rectifier_and_the_logits() -> No
     listed = selection.list_layers(model, config)
     block = next(layer for layer in selection.select_layers(model, listed, compose(["layers=blocks"]).config.layers)
                  if layer.module == "blocks.0.0")  # fmt: skip
-    taken = selection._layer_with_units(model, listed, block)
+    taken = selection._layer_with_units(listed, block)
     assert taken is not None and taken.name == "blocks.0.0.conv_dw"
