@@ -57,6 +57,18 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def write_once(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically unless a file is there: of several writers of one result the first counts.
+
+    A file that is there is only synced, because its writer may have been killed before it could do so.
+    """
+    if path.is_file():
+        _sync(path)
+        sync_folder(path.parent)
+    else:
+        write_atomic(path, data)
+
+
 def remove_temporary_files(folder: Path) -> int:
     """Remove the temporary files of killed writers below `folder` and return their number.
 

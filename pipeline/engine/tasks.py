@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pipeline.activation_atlas.request import ActivationAtlasRequest
 from pipeline.config.schema import Config
 from pipeline.core import hashing
-from pipeline.core.atomic_io import write_atomic
+from pipeline.core.atomic_io import write_atomic, write_once
 from pipeline.core.registry import canonical
 from pipeline.data.datasets import Dataset
 from pipeline.effects.request import EffectsRequest
@@ -96,6 +96,7 @@ class _Task:
         path: Shard that holds the result.
         digest: Identity of the result; a shard with another digest is stale.
         cost: Estimated seconds of one worker.
+        replaces: Whether there was a file at `path` when the work began, which lacks something and is replaced.
     """
 
     stage: ClassVar[str]
@@ -103,6 +104,7 @@ class _Task:
     path: str
     digest: str
     cost: float
+    replaces: bool = dataclasses.field(default=False, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -420,7 +422,17 @@ class Done:
 def write_result(task: Task, done: Done) -> None:
     """Write a shard that came back as bytes, to the path of the task, whatever path the worker reports."""
     if done.data:
-        write_atomic(Path(task.path), done.data)
+        write_shard(task, done.data)
+
+
+def write_shard(task: Task, data: bytes) -> None:
+    """Write the shard of a task to its path.
+
+    A shard that another worker has written since the work began stays: a worker that was given up, such as one of a
+    driver that was killed, may have finished the same task.
+    """
+    write = write_atomic if task.replaces else write_once
+    write(Path(task.path), data)
 
 
 def render_digest(setup: Setup, layer: Layer, canvas: tuple[int, int], name: str) -> str:

@@ -20,7 +20,7 @@ from pipeline.acceleration.cuda_graphs import capture_graph
 from pipeline.acceleration.precision import capability_of, ieee, usable
 from pipeline.acceleration.variants import ModelVariants, verified_fold, verified_variants
 from pipeline.activation_atlas import sampling
-from pipeline.core import atomic_io, hashing
+from pipeline.core import hashing
 from pipeline.core.errors import AtlasError
 from pipeline.core.metric_specs import IMAGE_METRICS, RENDER_METRICS
 from pipeline.core.registry import registered_name
@@ -48,6 +48,7 @@ from pipeline.engine.tasks import (
     Task,
     device_kind,
     memory_key,
+    write_shard,
 )
 from pipeline.examples import localize, sweep
 from pipeline.examples.channel_stats import HistogramRange
@@ -235,7 +236,7 @@ class Worker:
                 raise DeviceLost(f"{type(error).__name__}: {error}", self._learnt(key, fitted_before)) from error
             raise
         if self._sees_run_folder:
-            atomic_io.write_atomic(Path(task.path), data)
+            write_shard(task, data)
             data = b""
         batch = self._learnt(key, fitted_before)
         return Done(task.path, time.perf_counter() - began, data, batch, self._restart_reason())

@@ -309,6 +309,7 @@ class _Session:
 
     def _round(self, engine: Engine, tasks: Sequence[Task], counts: list[Stage]) -> None:
         """Execute tasks and show the progress."""
+        tasks = [dataclasses.replace(task, replaces=Path(task.path).exists()) for task in tasks]
         config = self.request.config.engine
         workers = min(engine.pool.workers, len(tasks))
         after = self.plan.finish_seconds if "site" in self.stages else 0.0

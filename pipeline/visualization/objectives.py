@@ -97,6 +97,11 @@ class Objective:
     raises_activation: ClassVar[bool] = True
 
     @property
+    def of_unit(self) -> bool:
+        """Whether single units are raised: one that stays silent may start from its best dataset example instead."""
+        return self.natural is not None
+
+    @property
     def units(self) -> tuple[str, ...]:
         """Further units that the objective is computed from, as layer:channel."""
         return ()
@@ -217,6 +222,11 @@ class Rectified(Objective):
     """
 
     slope: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+    @property
+    def of_unit(self) -> bool:
+        """Yes, though no dataset statistic is of rectified maps."""
+        return True
 
     def value(self, activations: Activations) -> Tensor:
         """Return the mean over (h, w) of max(a[h, w], slope · a[h, w]), (B,)."""

@@ -21,7 +21,7 @@ from pipeline.visualization.batch_terms import COUPLINGS, BatchTerm
 from pipeline.visualization.layer_regularizers import LAYER_PENALTIES, LayerRegularizer
 from pipeline.visualization.network_penalties import NETWORK_PENALTIES, NetworkPenalty
 from pipeline.visualization.network_perturbations import AUGMENTATIONS, Ensemble, NetworkPerturbation
-from pipeline.visualization.objectives import OBJECTIVES, Energy, LayerInfo, Objective, Rectified
+from pipeline.visualization.objectives import OBJECTIVES, Energy, LayerInfo, Objective
 from pipeline.visualization.optimizers import OPTIMIZERS, Optimizer
 from pipeline.visualization.schedules import STOPS, Fixed, Stage, Stop
 from pipeline.visualization.schedules import check as check_schedule
@@ -170,8 +170,7 @@ class Preset:
 
         Not if the preset sets the initial image itself, minimizes the objective, or has no objective of single units.
         """
-        of_unit = bool(self.natural) or isinstance(self.objective, Rectified)
-        return not isinstance(self.canvas, FromImage) and not self.negative and of_unit
+        return self.objective.of_unit and not isinstance(self.canvas, FromImage) and not self.negative
 
     @property
     def needs_dataset_pass(self) -> bool:

@@ -6,9 +6,9 @@ scripts/bench presets [--model NAME] [--judges NAMES] [--presets NAMES] [--units
 Two runs with all presets: five channels in each of six layers, and twenty classes, drawn by a seed (none with
 --classes 0). The median of each number of `atlas.units()` is given for hidden units and for classes, with the share of
 images whose contrast and chroma lie between the 10th and the 90th percentile of dataset images, and the share of
-classes that come first in the other networks. `oygard` runs without heads on hidden units. Images are measured after saving in 8 bits; seconds are those of
-one core, in batches of 8. Results in --out: NAME.md, the contact sheet NAME.jpg and two runs, with presets.csv (one
-row per image). A second call continues, also with more presets.
+classes that come first in the other networks. `oygard` runs without heads on hidden units. Images are measured after
+saving in 8 bits; seconds are those of one core, in batches of 8. Results in --out: NAME.md, the contact sheet NAME.jpg
+and two runs, with presets.csv (one row per image). A second call continues, also with more presets.
 """
 
 import argparse

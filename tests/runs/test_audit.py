@@ -524,6 +524,21 @@ def test_a_driver_writes_a_shard_only_where_its_own_task_says(tmp_path: Path) ->
     assert [p.name for p in tmp_path.iterdir()] == ["mine.h5"] and shards.read(tmp_path / "mine.h5") is not None
 
 
+def test_of_two_workers_with_one_task_the_first_writes_its_shard(tmp_path: Path) -> None:
+    """A worker that was given up may finish; only what lacked something when the work began is replaced."""
+    from pipeline.engine.tasks import RangesTask, write_shard
+
+    task = RangesTask(str(tmp_path / "shards" / "one.h5"), "d", 1.0, (0,))
+    for digest in ("first", "second"):
+        write_shard(task, shards.to_bytes({"digest": digest}, {}))
+        written = shards.read(Path(task.path))
+        assert written is not None and written.attributes["digest"] == "first"
+    write_shard(dataclasses.replace(task, replaces=True), shards.to_bytes({"digest": "third"}, {}))
+    written = shards.read(Path(task.path))
+    assert written is not None and written.attributes["digest"] == "third"
+    assert [path.name for path in Path(task.path).parent.iterdir()] == ["one.h5"]
+
+
 def test_verify_without_any_work(tmp_path: Path) -> None:
     from pipeline.planning.folder import RunFolder
     from pipeline.runs import maintenance
