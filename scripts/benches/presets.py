@@ -58,9 +58,10 @@ def classes(count: int, total: int = 1000) -> list[int]:
 
 
 def table(units: pd.DataFrame, judges: Sequence[str]) -> pd.DataFrame:
-    """Return one row for each preset from rows for each image."""
+    """Return one row for each preset from rows for each image; those of units that failed are only counted."""
     rows = []
-    for name, own in units.groupby("preset", sort=False):
+    for name, images in units.groupby("preset", sort=False):
+        own = images[images["status"] != "failed"]
         row: dict[str, object] = {"preset": name}
         row |= {title: own[column].median() for column, title in MEDIANS.items() if column in own}
         for look in ("contrast", "chroma"):
@@ -73,7 +74,7 @@ def table(units: pd.DataFrame, judges: Sequence[str]) -> pd.DataFrame:
             quantile = own.get(f"{judge}.quantile")
             if quantile is not None and quantile.notna().any():
                 row[f"quantile in {judge}"] = quantile.median()
-        rows.append(row | {"failed": int((own["status"] == "failed").sum()), "images": len(own)})
+        rows.append(row | {"failed": len(images) - len(own), "images": len(images)})
     return pd.DataFrame(rows)
 
 
