@@ -43,9 +43,8 @@ PATH_EXAMPLES = 8
 # So many random images are read beside the dataset examples: paths are measured in standard deviations over them.
 PATH_SAMPLE = 128
 
-# The list of examples that a visualization's path is compared with, by the dataset statistic of its objective. A map of
-# large mean and one of a large maximum are different things: of the same channel, few images are in both lists.
-PATH_LISTS = {"max": "max", "least": "min", "min": "min"}
+# The lists of examples that the paths of visualizations are compared with.
+PATH_LISTS = ("mean", "max", "min")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +82,13 @@ class TopExamples:
         """Return the `TOP` images with the highest (or lowest) activations, (C', at most TOP); −1 for none."""
         return self.lists["min" if negative else "max"][1][:, :TOP]
 
-    def path_examples(self, natural: str) -> np.ndarray:
+    def path_examples(self, name: str) -> np.ndarray:
         """Return the images that paths of visualizations are compared with, (C', at most PATH_EXAMPLES); −1 for none.
 
         Args:
-            natural: Dataset statistic of the objective; those with the largest spatial means unless it is in
-                `PATH_LISTS`.
+            name: One of `PATH_LISTS`.
         """
-        return self.lists[PATH_LISTS.get(natural, "mean")][1][:, :PATH_EXAMPLES]
+        return self.lists[name][1][:, :PATH_EXAMPLES]
 
 
 def path_sample(dataset: Dataset) -> np.ndarray:
@@ -169,8 +167,7 @@ class SecondPassIndex:
         """Create from the dataset examples of each layer and the random images."""
         tops = [np.unique(np.concatenate([c.top().ravel(), c.top(True).ravel()])) for c in chosen]
         paths = [
-            np.unique(np.concatenate([*(c.path_examples(name).ravel() for name in ("mean", "max", "min")), sample]))
-            for c in chosen
+            np.unique(np.concatenate([*(c.path_examples(name).ravel() for name in PATH_LISTS), sample])) for c in chosen
         ]
         return cls(
             tuple(c.channels for c in chosen),

@@ -23,14 +23,14 @@ class PathUnits:
         layer: The layer.
         number: Its number in the dataset pass.
         channels: Channels of the units, (G,) int64.
-        natural: Dataset statistic of the objective, which decides the dataset examples.
+        examples: List of the dataset examples that they are compared with.
         rows: Those of them that are compared.
     """
 
     layer: Layer
     number: int
     channels: Tensor
-    natural: str
+    examples: str
     rows: np.ndarray | slice
 
 
@@ -70,7 +70,7 @@ def _natural(pass_result: DatasetPassResult, units: PathUnits, index_name: str, 
     """Return the dataset images at one depth: the units' best examples and the random images."""
     index = pass_result.localizations[index_name]
     order = np.argsort(index, kind="stable")
-    examples = pass_result.examples[units.number].path_examples(units.natural)[units.rows]
+    examples = pass_result.examples[units.number].path_examples(units.examples)[units.rows]
     example_rows, sample_rows = (_rows(images, index, order) for images in (examples, pass_result.paths.sample))
     sample_rows = sample_rows[sample_rows >= 0]  # some images cannot be read
     # Only the images of this layer, of all those of the pass.

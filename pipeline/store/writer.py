@@ -51,7 +51,7 @@ from pipeline.store.path_relations import PathUnits, path_relations
 from pipeline.store.reader import NETWORK_LAYER_ARRAYS, SCHEMA, SCHEMA_VERSION, open_atlas, published, structural_faults
 from pipeline.store.shards import DamagedShardError, Shard, safe_name
 from pipeline.store.wiring import SEPARATOR, write_attributed, write_wiring
-from pipeline.visualization.objectives import not_of_activations
+from pipeline.visualization.objectives import compared_examples, not_of_activations
 
 LIBRARIES = ("neuron-atlas", "torch", "torchvision", "timm", "h5py", "numpy", "pillow")
 # Bytes that `verify` reads at once.
@@ -516,13 +516,13 @@ def _write_relations(group: h5py.Group, layer: Layer, content: Content, i: int, 
                 write_array(target, f"{name}_quantile", quantile)
         if hdf5.text_attribute(target, "objective") in unrelated:
             continue  # the dataset examples of a unit are those with its highest activations
-        statistic = hdf5.text_attribute(target, "natural")
-        negative = is_minimized(statistic)
+        negative = is_minimized(hdf5.text_attribute(target, "natural"))
+        examples = compared_examples(hdf5.text_attribute(target, "objective"), negative)
         top = pass_result.examples[i].top(negative)[rows]
         natural = torch.from_numpy(pass_result.first_pass.responses[:, columns])
         for name, values in _transfer(activations, channels[rows], natural, (top, i, pass_result)).items():
             spread(name, values)
-        for name, values in path_relations(target, PathUnits(layer, i, channels, statistic, rows), pass_result).items():
+        for name, values in path_relations(target, PathUnits(layer, i, channels, examples, rows), pass_result).items():
             spread(name, values)
         if not negative:  # the stored activations are maxima
             spread("margin", metrics.margin(activations, channels[rows], natural).numpy())

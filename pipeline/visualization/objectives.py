@@ -85,6 +85,8 @@ class Objective:
     Attributes:
         natural: Dataset statistic that measures dataset images as the objective measures visualizations; None if there
             is none.
+        examples: Dataset examples that visualizations are compared with: those with the largest spatial means, or with
+            the largest activation at any position. Of the same channel, few images are in both lists.
         aligned: Whether all variants of a unit start from the same image and get the same transformations.
         per_layer: Whether the objective is computed from all channels. There is one image, for the first channel.
         raises_activation: Whether a larger value means larger activations of the unit. Otherwise neither the peak nor
@@ -92,6 +94,7 @@ class Objective:
     """
 
     natural: ClassVar[Literal["mean", "max"] | None] = None
+    examples: ClassVar[Literal["mean", "max"]] = "mean"
     aligned: ClassVar[bool] = False
     per_layer: ClassVar[bool] = False
     raises_activation: ClassVar[bool] = True
@@ -173,6 +176,13 @@ class _Selected(torch.autograd.Function):
         return gradient, None
 
 
+def compared_examples(name: str, minimized: bool) -> Literal["mean", "max", "min"]:
+    """Return the list of dataset examples that visualizations by the objective `name` are compared with."""
+    if minimized:
+        return "min"
+    return OBJECTIVES[name].examples if name in OBJECTIVES else Objective.examples
+
+
 def not_of_activations() -> set[str]:
     """Return the names of the objectives whose value does not grow with the unit's activation."""
     members = {name: OBJECTIVES[name] for name in OBJECTIVES}
@@ -221,6 +231,9 @@ class Rectified(Objective):
     where the unit is off.
     """
 
+    # A unit whose kernel sums to less than 0 is silent in the images with the largest means.
+    examples: ClassVar[Literal["mean", "max"]] = "max"
+
     slope: Annotated[float, Field(ge=0, le=1)] = 0.1
 
     @property
@@ -263,6 +276,7 @@ class Neuron(Objective):
     x: int | None = None
 
     natural: ClassVar[Literal["mean", "max"] | None] = "max"
+    examples: ClassVar[Literal["mean", "max"]] = "max"
 
     def value(self, activations: Activations) -> Tensor:
         """Return the activation at row y (default H // 2) and column x (default W // 2), (B,)."""

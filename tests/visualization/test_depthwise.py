@@ -10,6 +10,7 @@ from pipeline.cli.main import main
 from pipeline.layers.selection import list_layers
 from pipeline.models.loading import load_model
 from pipeline.store.reader import open_atlas
+from pipeline.visualization.objectives import compared_examples
 
 NETWORK = '''
 import torch
@@ -62,7 +63,7 @@ def test_depthwise_convolutions_before_a_rectifier_have_an_objective_of_their_ow
 def test_the_image_shows_what_activates_the_unit_and_not_what_silences_its_input(
     settings: list[str], tmp_path: Path
 ) -> None:
-    peaks = {}
+    peaks, natural = {}, {}
     for name, own in {"auto": [], "channel": ["render/objective=channel"]}.items():
         assert main(["run", *settings, f"run.name={name}", f"run.root={tmp_path}", *own]) in (0, 1)
         with open_atlas(tmp_path / name) as atlas:
@@ -74,6 +75,10 @@ def test_the_image_shows_what_activates_the_unit_and_not_what_silences_its_input
             measured = layer.measurements("distill")
             peaks[name] = measured["peak"][:, 0]
             assert np.isfinite(measured["peak_ratio"]).all()
+            # In the images of the largest means, such a unit is silent.
+            natural[name] = layer.path_curves("distill").natural
+            assert compared_examples(rendering["objective"], False) == ("max" if name == "auto" else "mean")
+    assert not np.array_equal(natural["auto"], natural["channel"], equal_nan=True)
     page = (tmp_path / "auto" / "site" / "layers" / "2.html").read_text(encoding="utf-8")
     assert "objective rectified" in page
     assert (peaks["auto"] > 1.5 * peaks["channel"]).all(), peaks
