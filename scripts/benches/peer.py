@@ -57,8 +57,8 @@ from pipeline.runs.layer_worker import layer_worker
 from pipeline.visualization.evaluation import Visualization
 from pipeline.visualization.preset import Preset, Size
 
-LAYERS = ("blocks.1.1", "blocks.3.1", "blocks.4.2", "blocks.5.3", "conv_head")
-# conv_head is a convolution whose activation function is in bn2: both render the same tensor.
+# Convolutions whose activation function is in the normalization behind them: both render the same tensor.
+LAYERS = ("blocks.1.0.conv_pw", "blocks.3.0.conv_pw", "blocks.4.2.conv_pw", "blocks.5.3.conv_pw", "conv_head")
 COPIES = 16
 MODEL = "efficientnet_lite0"
 JUDGES = ("efficientnet_lite1", "efficientnet_lite2")
