@@ -61,6 +61,9 @@ SHUTDOWN, FLUSH_JOURNAL = 0x8004587D, struct.pack("I", 1)
 
 CRASHED = 70
 
+# A round that takes longer is stuck; its log is printed then.
+ROUND_SECONDS = 2400.0
+
 # Equal to the bit, wherever they were computed; all that is measured of a picture is as near as the picture.
 EXACT = ("channels", "seed", "status", "steps")
 
@@ -158,10 +161,12 @@ class Outcome:
 class Chaos:
     """A cluster, a run on it, and faults."""
 
-    def __init__(self, root: Path, seed: int, channels: int, steps: int, disks: bool, say: Any) -> None:
+    def __init__(
+        self, root: Path, seed: int, channels: int, steps: int, disks: bool, say: Any, limit: float = ROUND_SECONDS
+    ) -> None:
         from ray.cluster_utils import Cluster
 
-        self.root, self.say, self.random = root, say, random.Random(seed)
+        self.root, self.say, self.random, self.limit = root, say, random.Random(seed), limit
         self.disks = {name: Disk(root / f"{name}.ext4", root / name) for name in DISK_FAULTS} if disks else {}
         self.faults = FAULTS | (DISK_FAULTS if disks else {})
         self.bag: list[str] = []
@@ -281,7 +286,7 @@ class Chaos:
                     self.outcome.crashes.append(Path(self.log.name).read_text()[-4000:])
                     self.say(self.outcome.crashes[-1])
                 driver = self.launch(name)
-            if time.monotonic() - began > 2400:
+            if time.monotonic() - began > self.limit:
                 driver.kill()
                 raise AssertionError(f"{name} does not end; see {self.log.name}")
             if due == 0.0 and (self.workers() or self.random.random() < 0.002):
@@ -318,11 +323,17 @@ def can_have_disks() -> bool:
 
 
 def run(
-    faults: int, seed: int = 0, channels: int = 24, steps: int = 20, disks: bool = False, say: Any = sys.stderr.write
+    faults: int,
+    seed: int = 0,
+    channels: int = 24,
+    steps: int = 20,
+    disks: bool = False,
+    say: Any = sys.stderr.write,
+    limit: float = ROUND_SECONDS,
 ) -> Outcome:
     """So many faults over as many rounds as they take, with at most 50 a round."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as root:
-        chaos = Chaos(Path(root), seed, channels, steps, disks, say)
+        chaos = Chaos(Path(root), seed, channels, steps, disks, say, limit)
         try:
             chaos.undisturbed()
             say("the undisturbed run is complete")
@@ -343,6 +354,7 @@ def main() -> int:
     parser.add_argument("seed", type=int, nargs="?", default=0)
     parser.add_argument("--channels", type=int, default=24, help="channels of each layer")
     parser.add_argument("--steps", type=int, default=20, help="optimization steps")
+    parser.add_argument("--limit", type=float, default=ROUND_SECONDS, help="seconds of a round, at most")
     parser.add_argument("--own-mounts", action="store_true", help=argparse.SUPPRESS)
     wanted = parser.parse_args()
     if can_have_disks() and not wanted.own_mounts:
@@ -352,7 +364,7 @@ def main() -> int:
     began = time.monotonic()
     outcome = run(
         wanted.faults, wanted.seed, wanted.channels, wanted.steps, wanted.own_mounts,
-        say=lambda line: sys.stdout.write(f"{line}\n") and sys.stdout.flush(),
+        say=lambda line: sys.stdout.write(f"{line}\n") and sys.stdout.flush(), limit=wanted.limit,
     )  # fmt: skip
     told = vars(outcome) | {"seconds": round(time.monotonic() - began)}
     sys.stdout.write(json.dumps(told, indent=1) + "\n")

@@ -437,7 +437,7 @@ with connected(EngineConfig()) as ray:
 def test_chaos_in_small() -> None:
     """Some faults of workers, the driver, nodes and, where root may mount them, disks; scripts/chaos makes hundreds."""
     chaos = Path(__file__).with_name("chaos.py")
-    command = [sys.executable, chaos, "5", "1", "--channels=6", "--steps=10"]
+    command = [sys.executable, chaos, "5", "1", "--channels=6", "--steps=10", "--limit=700"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     outcome = json.loads(done.stdout[done.stdout.index("\n{") :])
