@@ -193,7 +193,9 @@ def visualize(
         model: A `torch.nn.Module`, the name of a network (`model=NAME` of the command line), or a `Network`.
         unit: "layer:channel", or several of the same layer.
         preset: Name of a preset, as in `render=NAME`.
-        settings: More settings as on the command line, e.g. "render.steps=64" or "render/penalties=[tv]".
+        settings: More settings as on the command line, e.g. "render.steps=64" or "render/penalties=[tv]". Images of
+            classes are compared with the statistics of photographs: with "data=folder" and "data.root=FOLDER" of yours,
+            otherwise of the packaged sample images, which are few and partly textures.
         progress: Whether to show a progress bar.
         image: For presets that start from an image (`accentuate`) or compare with one (`caricature`): that image, as a
             file, a Pillow image or an array (H, W, C) uint8.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from pipeline.acceleration.batchnorm_folding import fold, foldable_pairs
 from pipeline.config.schema import Config
-from pipeline.data.datasets import Dataset
+from pipeline.data.datasets import Dataset, list_dataset
 from pipeline.engine.devices import check_device, prepare_device
 from pipeline.engine.resources import WorkerPool, local_resources, size_pool
 from pipeline.engine.tasks import Setup
@@ -16,7 +16,10 @@ from pipeline.models.loading import Model
 from pipeline.planning import execution, natural_deviations
 from pipeline.planning.preset_inputs import with_penalty_layers
 from pipeline.planning.validation import choose_canvas_sizes, validate_request
+from pipeline.visualization.network_penalties import NaturalDeviations
 from pipeline.visualization.preset import Size
+
+NO_IMAGES = Dataset((), {})
 
 
 def worker_pool(config: Config) -> WorkerPool:
@@ -46,12 +49,19 @@ def layer_worker(
     engine = dataclasses.replace(config.engine, name="inline")
     check_device(engine)
     pool = worker_pool(config)
-    setup = Setup(config, model.digest, (layer,), Dataset((), {}), pool.threads, pool.device, others)
-    natural_deviations.check_normalizations(model, [layer], [config.render])
-    if natural_deviations.compared_layers(model, [layer], [config.render], setup.dataset):
-        folded = fold(model, foldable_pairs(model))
-        setup = dataclasses.replace(setup, natural=natural_deviations.measure(model, folded, setup.dataset, [layer]))
+    natural = _natural_deviations(model, config, layer)
+    setup = Setup(config, model.digest, (layer,), NO_IMAGES, pool.threads, pool.device, others, natural=natural)
     worker = Worker(execution.on_device(setup, pool.device))
     prepare_device(pool.device, engine)
     worker.__dict__["model"] = place(pool.device)  # in place of loading it
     return canvas, worker
+
+
+def _natural_deviations(model: Model, config: Config, layer: Layer) -> NaturalDeviations | None:
+    """Return the statistics of the dataset's images before a layer, or of the packaged ones; None if not compared."""
+    natural_deviations.check_normalizations(model, [layer], [config.render])
+    packaged = config.data.source == "samples" or not config.render.for_layer(layer).network_penalties
+    dataset = NO_IMAGES if packaged else list_dataset(config.data, model.preprocessing.channels)
+    if not natural_deviations.compared_layers(model, [layer], [config.render], dataset):
+        return None
+    return natural_deviations.measure(model, fold(model, foldable_pairs(model)), dataset, [layer])

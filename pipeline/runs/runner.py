@@ -255,7 +255,7 @@ class _Session:
             engine.stats = self.stats
             engine.await_nodes(interrupts.raise_if_interrupted)
             self._bind(engine)
-            while tasks := self._tasks(engine.pool.workers):
+            while tasks := self._missing_tasks(engine.pool.workers):
                 before = len(self.set_aside)
                 counts = self._counts()
                 self._round(engine, tasks, counts)
@@ -265,6 +265,18 @@ class _Session:
                 if again and len(self.set_aside) == before:
                     break  # tasks were reported as done, but there are no shards
             self._restart_silent_units(engine)
+
+    def _missing_tasks(self, workers: int) -> list[Task]:
+        """Return the tasks that are left.
+
+        If a file of one is there nevertheless, all are looked for again: the storage may have failed while they were
+        read. What is still among the tasks then lacks something, and is replaced.
+        """
+        tasks = self._tasks(workers)
+        if any(Path(task.path).exists() for task in tasks):
+            self._refresh()
+            tasks = self._tasks(workers)
+        return tasks
 
     def _silent_units(self) -> bool:
         """Return whether there are silent units to restart."""

@@ -12,8 +12,9 @@ Loading and folding the network, which a run does once per layer, is not counted
 Both images are saved in 8 bits and measured in the same way, on the network as loaded: the channel's mean over the map,
 on the image and as the mean over 16 randomly transformed copies. Judges are networks that took no part: the rank of the
 class for classes, and for other units the place of the image among dataset images along the matching direction
-(docs/judges.md); the dataset images are the sample images or those of --photographs. Lucent is installed separately,
-into --home; it needs two functions that kornia has moved, which are restored.
+(docs/judges.md); the dataset images, whose statistics images of classes have, are the sample images or those of
+--photographs. Lucent is installed separately, into --home; it needs two functions that kornia has moved, which are
+restored.
 """
 
 import argparse
@@ -117,10 +118,10 @@ class Lucent:
 
 
 @functools.cache
-def prepared(preset: str, name: str, threads: int) -> tuple[Worker, Preset, Size]:
+def prepared(preset: str, name: str, threads: int, data: DataConfig) -> tuple[Worker, Preset, Size]:
     """Return a worker as it is when a task begins, the preset for the layer, and the canvas size."""
     retain_freed_memory()
-    config = config_of(preset, MODEL)
+    config = dataclasses.replace(config_of(preset, MODEL), data=data)
     model = load_model(config.model)
     candidates = list_layers(model, LayersConfig(), config.model.aliases)
     (layer,) = [found for found in candidates if found.name == name]
@@ -131,14 +132,16 @@ def prepared(preset: str, name: str, threads: int) -> tuple[Worker, Preset, Size
     return worker, worker.setup.config.preset_for(preset, layer), size
 
 
-def prepare(preset: str, name: str, threads: int) -> None:
-    worker, own, size = prepared(preset, name, threads)
+def prepare(preset: str, name: str, threads: int, data: DataConfig) -> None:
+    worker, own, size = prepared(preset, name, threads, data)
     worker.pictures(name, [0], size, dataclasses.replace(own, steps=2))
 
 
-def ours(preset: str, name: str, threads: int, channels: Sequence[int]) -> tuple[list[Visualization], float, float]:
+def ours(
+    preset: str, name: str, threads: int, data: DataConfig, channels: Sequence[int]
+) -> tuple[list[Visualization], float, float]:
     """Render `channels` in one batch; return the visualizations and the start and end times."""
-    worker, own, size = prepared(preset, name, threads)
+    worker, own, size = prepared(preset, name, threads, data)
     began = time.monotonic()
     pictures = worker.pictures(name, channels, size, own)
     return pictures, began, time.monotonic()
@@ -191,16 +194,21 @@ class Bench:
     def presets(self) -> list[str]:
         return self.options.render.split(",")
 
+    @property
+    def data(self) -> DataConfig:
+        """The dataset, of which judges see the images, and images of classes have the statistics."""
+        folder = self.options.photographs
+        return DataConfig(source="folder", root=str(folder)) if folder else self.config.data
+
     def ours(self, preset: str, name: str, channels: list[int]) -> tuple[list[Visualization], float]:
         """Return the visualizations of the layer's channels, and seconds per channel."""
         batch = self.config.engine.images_per_batch(len(channels), "cpu")
         parts = [channels[i * batch : (i + 1) * batch] for i in range(len(self.pools))]
         parts = [part for part in parts if part]
-        for result in [p.apply_async(prepare, (preset, name, self.threads)) for p in self.pools]:
+        what = (preset, name, self.threads, self.data)
+        for result in [p.apply_async(prepare, what) for p in self.pools]:
             result.get()
-        jobs = [
-            p.apply_async(ours, (preset, name, self.threads, part)) for p, part in zip(self.pools, parts, strict=False)
-        ]
+        jobs = [p.apply_async(ours, (*what, part)) for p, part in zip(self.pools, parts, strict=False)]
         done = [job.get() for job in jobs]
         seconds = max(end for _, _, end in done) - min(start for _, start, _ in done)
         return [picture for pictures, _, _ in done for picture in pictures], seconds / len(channels)
@@ -264,11 +272,8 @@ def judge(bench: Bench, made: Sequence[Made], classes: str) -> pd.DataFrame:
     """Return what the judges see in all images, one row each."""
     options = bench.options
     judges = [load_judge(name, config_of("distill", name).model) for name in options.judges.split(",")]
-    data = bench.config.data
-    if options.photographs:
-        data = DataConfig(source="folder", root=str(options.photographs))
     layers = list({unit.layer.name: unit.layer for unit in made}.values())
-    known = dataset_values(bench.model, layers, judges, list_dataset(data), options.count)
+    known = dataset_values(bench.model, layers, judges, list_dataset(bench.data), options.count)
     return pd.DataFrame(list(seen(made, classes, judges, known, bench.model.preprocessing.size)))
 
 
@@ -309,7 +314,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--render", default="distill", help="presets of ours, separated by commas")
     parser.add_argument("--steps", type=int, default=512, help="Lucent's")
     parser.add_argument("--judges", default=",".join(JUDGES), help="networks that judge the images; empty for none")
-    parser.add_argument("--photographs", type=Path, help="folder of dataset images for the judges")
+    parser.add_argument("--photographs", type=Path, help="folder of dataset images")
     parser.add_argument("--count", type=int, default=400, help="number of dataset images for the judges")
     parser.add_argument("--out", type=Path, default=Path("runs/peer"))
     parser.add_argument("--home", type=Path, default=Path(".venv/peer"), help="where Lucent is installed")

@@ -1,5 +1,6 @@
 """The whole path in small: what is missing is made, what is finished is kept, and bad input is told early."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from conftest import TINY
 import pipeline
 from pipeline.cli.main import main
 from pipeline.core.errors import AtlasError
+from pipeline.engine.tasks import Task, write_shard
 from pipeline.store import hdf5
 
 
@@ -327,8 +329,10 @@ def test_shards_that_nobody_sees_are_no_success(
     """As when a cluster's nodes share no file system: workers report, but the driver has nothing."""
     from pipeline.engine import worker
 
-    whole = worker.atomic_io.write_atomic
-    monkeypatch.setattr(worker.atomic_io, "write_atomic", lambda path, data: whole(Path(f"{path}.elsewhere"), data))
+    def elsewhere(task: Task, data: bytes) -> None:
+        write_shard(dataclasses.replace(task, path=f"{task.path}.elsewhere"), data)
+
+    monkeypatch.setattr(worker, "write_shard", elsewhere)
     assert main(["render", *tiny_run]) == 1
     assert "do all workers and this driver see the run's folder" in (tmp_path / "tiny" / "failures.csv").read_text()
 

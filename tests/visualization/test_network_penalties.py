@@ -23,6 +23,7 @@ from pipeline.layers.finding import Layer, capture, enumerate_layers
 from pipeline.models.loading import Model, prepare_module
 from pipeline.planning import natural_deviations
 from pipeline.planning.planner import make_plan
+from pipeline.runs.layer_worker import layer_worker
 from pipeline.runs.runner import plan_run
 from pipeline.visualization import preset as presets
 from pipeline.visualization.loop import render
@@ -204,6 +205,23 @@ def test_natural_deviations_are_medians_over_dataset_images(
     assert found.images == 17 and dict(found.medians) == pytest.approx(expected, rel=1e-4)
     few = natural_deviations.measure(tiny, tiny, Dataset((), {}), [layer])
     assert few.images == natural_deviations.MAX_IMAGES and few.source != found.source  # the packaged images
+
+
+def test_visualizations_without_a_run_compare_with_the_dataset_of_their_settings(
+    tiny: Model, tiny_layers: dict[str, Layer], tmp_path: Path
+) -> None:
+    dataset = dataset_of(tmp_path, 17)
+
+    def natural(name: str, *settings: str) -> NaturalDeviations | None:
+        config, layers = compose(list(settings)).config, list(tiny_layers.values())
+        return layer_worker(tiny, config, layers, tiny_layers[name], tiny.to)[1].setup.natural
+
+    own, packaged = natural("head", "data=folder", f"data.root={tmp_path}"), natural("head")
+    assert own is not None and packaged is not None
+    expected = natural_deviations.measure(tiny, tiny, dataset, [tiny_layers["head"]])
+    assert dict(own.medians) == pytest.approx(dict(expected.medians), rel=1e-3)
+    assert (own.images, packaged.images) == (17, natural_deviations.MAX_IMAGES)
+    assert natural("late", "data=folder", f"data.root={tmp_path / 'absent'}") is None  # the dataset is not read
 
 
 def test_natural_deviations_are_measured_once_in_a_run_folder(
